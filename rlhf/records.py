@@ -1,0 +1,382 @@
+"""The four records that stages exchange on disk, each checked field by field when it is made.
+
+A string prompt stands for one user turn. `messages` is a list of {"role", "content"} that may open with a system turn,
+then alternates user and assistant and ends with the user. An empty response is allowed: a policy may well sample one.
+"""
+
+import json
+import reprlib
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import combinations
+from typing import Any, ClassVar, Self, TypeVar
+
+Messages = list[dict[str, str]]
+PromptLike = str | Messages
+
+ROLES = ("system", "user", "assistant")
+
+
+class RecordError(ValueError):
+    """A field of a record that cannot be used: which one, what was found, what was expected, how to mend it."""
+
+    def __init__(self, field: str, *, found: str, expected: str, remedy: str) -> None:
+        super().__init__(f"field {field!r}: found {found}; expected {expected}; {remedy}")
+        self.field = field
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt and the response to imitate (SFT)."""
+
+    kind: ClassVar[str] = "demonstration"
+
+    prompt: PromptLike
+    response: str
+
+    def __post_init__(self) -> None:
+        _check_prompt(self.prompt)
+        _check_text("response", self.response)
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Self:
+        """Make a record from one JSON object. Raises RecordError."""
+        _check_fields(row, required=("prompt", "response"))
+        return cls(prompt=row["prompt"], response=row["response"])
+
+    def to_row(self) -> dict[str, Any]:
+        """The JSON object that `from_row` reads back."""
+        return {"prompt": self.prompt, "response": self.response}
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A prompt and K >= 2 responses with a labeler's ranks: 1 is best, equal ranks are ties, None is unranked."""
+
+    kind: ClassVar[str] = "ranking"
+
+    prompt: PromptLike
+    responses: tuple[str, ...]
+    ranks: tuple[int | None, ...]
+    source: str | None = None
+    labeler: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_prompt(self.prompt)
+        _check_responses(self.responses)
+        _check_ranks(self.ranks, len(self.responses))
+        for name in ("source", "labeler"):
+            if getattr(self, name) is not None:
+                _check_text(name, getattr(self, name))
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Self:
+        """Make a record from one JSON object. Raises RecordError."""
+        _check_fields(
+            row, required=("prompt", "responses", "ranks"), optional=("source", "labeler")
+        )
+        return cls(
+            prompt=row["prompt"],
+            responses=_to_tuple("responses", row["responses"]),
+            ranks=_to_tuple("ranks", row["ranks"]),
+            source=row.get("source"),
+            labeler=row.get("labeler"),
+        )
+
+    def to_row(self) -> dict[str, Any]:
+        """The JSON object that `from_row` reads back."""
+        row = {
+            "prompt": self.prompt,
+            "responses": list(self.responses),
+            "ranks": list(self.ranks),
+            "source": self.source,
+            "labeler": self.labeler,
+        }
+        return {name: value for name, value in row.items() if value is not None}
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """All (better, worse) pairs of indices into `responses`; ties and unranked responses make none."""
+        pairs = []
+        for i, j in combinations(range(len(self.ranks)), 2):
+            left, right = self.ranks[i], self.ranks[j]
+            if left is None or right is None or left == right:
+                continue
+            pairs.append((i, j) if left < right else (j, i))
+        return pairs
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to sample from; `meta` travels along for labelers, rewards and evaluation."""
+
+    kind: ClassVar[str] = "prompt"
+
+    prompt: PromptLike
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_prompt(self.prompt)
+        _check_meta(self.meta)
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Self:
+        """Make a record from one JSON object. Raises RecordError."""
+        _check_fields(row, required=("prompt",), optional=("meta",))
+        meta = row.get("meta")
+        return cls(prompt=row["prompt"], meta={} if meta is None else meta)
+
+    def to_row(self) -> dict[str, Any]:
+        """The JSON object that `from_row` reads back."""
+        return {"prompt": self.prompt, "meta": self.meta} if self.meta else {"prompt": self.prompt}
+
+
+@dataclass(frozen=True)
+class Text:
+    """One document of plain text (pretraining, ptx)."""
+
+    kind: ClassVar[str] = "text"
+
+    text: str
+
+    def __post_init__(self) -> None:
+        _check_text("text", self.text)
+        if not self.text.strip():
+            raise RecordError(
+                "text",
+                found="no text but white space",
+                expected="a document",
+                remedy="remove the row",
+            )
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Self:
+        """Make a record from one JSON object. Raises RecordError."""
+        _check_fields(row, required=("text",))
+        return cls(text=row["text"])
+
+    def to_row(self) -> dict[str, Any]:
+        """The JSON object that `from_row` reads back."""
+        return {"text": self.text}
+
+
+Record = Demonstration | Ranking | Prompt | Text
+RecordT = TypeVar("RecordT", bound=Record)
+
+RECORD_CLASSES: dict[str, type[Record]] = {
+    "demonstration": Demonstration,
+    "ranking": Ranking,
+    "prompt": Prompt,
+    "text": Text,
+}
+
+
+def to_messages(prompt: PromptLike) -> Messages:
+    """A prompt as messages; a string is one user turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def prompt_key(prompt: PromptLike) -> str:
+    """One text for every spelling of the same prompt: string or one user turn, whatever the white space."""
+    turns = [[turn["role"], " ".join(turn["content"].split())] for turn in to_messages(prompt)]
+    return json.dumps(turns, ensure_ascii=False)
+
+
+def show(value: object) -> str:
+    """A short form of a value for an error message."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    try:
+        return short.repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        return f"a very long {type(value).__name__}"
+
+
+def _check_fields(
+    row: object, *, required: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> None:
+    known = required + optional
+    if not isinstance(row, dict):
+        raise RecordError(
+            "row",
+            found=show(row),
+            expected=f"a JSON object with {', '.join(required)}",
+            remedy="write one object a line",
+        )
+    for name in row:
+        if name in known:
+            continue
+        nearest = get_close_matches(str(name), known, n=1, cutoff=0.5)
+        remedy = f"did you mean {nearest[0]!r}?" if nearest else "rename or remove it"
+        raise RecordError(
+            str(name), found="an unknown field", expected=f"only {', '.join(known)}", remedy=remedy
+        )
+    for name in required:
+        if name not in row:
+            raise RecordError(
+                name,
+                found=f"no such field (the row has {', '.join(row) or 'none'})",
+                expected=f"{', '.join(required)} in every row",
+                remedy="add it, or convert the file with `python -m data.convert`",
+            )
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise RecordError(
+            name,
+            found=f"{show(value)} ({type(value).__name__})",
+            expected="a string",
+            remedy="put the text in quotes",
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(
+            name,
+            found=f"half of a surrogate pair at character {error.start}",
+            expected="text that UTF-8 can hold",
+            remedy="repair the text where it was exported",
+        ) from None
+
+
+def _check_prompt(prompt: object) -> None:
+    if isinstance(prompt, list):
+        _check_messages(prompt)
+        return
+    if not isinstance(prompt, str):
+        raise RecordError(
+            "prompt",
+            found=f"{show(prompt)} ({type(prompt).__name__})",
+            expected="a string or a list of messages",
+            remedy='write "text" or [{"role": "user", "content": "text"}]',
+        )
+    _check_text("prompt", prompt)
+    if not prompt.strip():
+        raise RecordError(
+            "prompt", found=show(prompt), expected="a prompt with text", remedy="remove the row"
+        )
+
+
+def _check_messages(messages: list[Any]) -> None:
+    if not messages:
+        raise RecordError(
+            "prompt",
+            found="no messages",
+            expected="at least one user turn",
+            remedy="remove the row",
+        )
+    for i, turn in enumerate(messages):
+        name = f"prompt[{i}]"
+        try:
+            _check_fields(turn, required=("role", "content"))
+        except RecordError as error:
+            raise RecordError(
+                f"{name}.{error.field}",
+                found=error.found,
+                expected=error.expected,
+                remedy=error.remedy,
+            ) from None
+        _check_text(f"{name}.role", turn["role"])
+        _check_text(f"{name}.content", turn["content"])
+        _check_role(name, turn["role"], messages[i - 1]["role"] if i else None)
+        if turn["role"] == "user" and not turn["content"].strip():
+            raise RecordError(
+                f"{name}.content",
+                found=show(turn["content"]),
+                expected="a user turn with text",
+                remedy="remove the turn or the row",
+            )
+    if messages[-1]["role"] != "user":
+        raise RecordError(
+            f"prompt[{len(messages) - 1}].role",
+            found=show(messages[-1]["role"]),
+            expected="'user' in the last turn",
+            remedy="move the last assistant turn to the response",
+        )
+
+
+def _check_role(name: str, role: str, previous: str | None) -> None:
+    """Turns alternate because most chat templates refuse or garble anything else."""
+    if role not in ROLES:
+        raise RecordError(
+            f"{name}.role",
+            found=show(role),
+            expected=f"one of {', '.join(ROLES)}",
+            remedy="rename it",
+        )
+    allowed = {
+        None: ("system", "user"),
+        "system": ("user",),
+        "user": ("assistant",),
+        "assistant": ("user",),
+    }
+    if role not in allowed[previous]:
+        place = f"after {previous!r}" if previous else "in the first turn"
+        raise RecordError(
+            f"{name}.role",
+            found=f"{role!r} {place}",
+            expected=" or ".join(allowed[previous]),
+            remedy="join neighbouring turns of one role; a system turn comes first",
+        )
+
+
+def _check_responses(responses: tuple[Any, ...]) -> None:
+    for i, response in enumerate(responses):
+        _check_text(f"responses[{i}]", response)
+    if len(responses) < 2:
+        raise RecordError(
+            "responses",
+            found=f"{len(responses)} (K = {len(responses)})",
+            expected="at least 2 responses to compare",
+            remedy="remove the row, or use it as a demonstration",
+        )
+
+
+def _check_ranks(ranks: tuple[Any, ...], num_responses: int) -> None:
+    for i, rank in enumerate(ranks):
+        is_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+        if rank is not None and not is_rank:
+            raise RecordError(
+                f"ranks[{i}]",
+                found=show(rank),
+                expected="a whole number from 1 (best), or null (unranked)",
+                remedy="number the ranks from 1",
+            )
+    if len(ranks) != num_responses:
+        raise RecordError(
+            "ranks",
+            found=f"{len(ranks)} ranks for {num_responses} responses",
+            expected="one rank a response",
+            remedy="give every response a rank, null where it has none",
+        )
+
+
+def _check_meta(meta: object) -> None:
+    plain = isinstance(meta, dict)
+    try:
+        text = json.dumps(meta, ensure_ascii=False, allow_nan=False)
+        text.encode()
+        plain = plain and json.loads(text) == meta
+    except (TypeError, ValueError, RecursionError):
+        plain = False
+    if not plain:
+        raise RecordError(
+            "meta",
+            found=show(meta),
+            expected="a JSON object",
+            remedy='write {"name": value, ...}, without NaN, or leave it out',
+        )
+
+
+def _to_tuple(name: str, value: object) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise RecordError(
+            name,
+            found=f"{show(value)} ({type(value).__name__})",
+            expected="a list",
+            remedy="put the values in [ ]",
+        )
+    return tuple(value)
