@@ -1,0 +1,35 @@
+"""The door of every program: settings in, one line on stderr for what a user can mend."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+from rlhf.config import load_config
+
+Config = TypeVar("Config")
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def run_stage(
+    function: Callable[[Config], object],
+    config_class: type[Config],
+    args: Sequence[str] | None = None,
+) -> None:
+    """Load the settings and call `function` with them.
+
+    ValueError (settings, records) and OSError (files) end the program with `error: ...` on stderr
+    and exit code 2, an interrupt with 130; anything else is our mistake and keeps its traceback.
+    """
+    try:
+        function(load_config(config_class, args))
+    except (ValueError, OSError) as error:
+        _stop(f"error: {error}", USER_ERROR)
+    except KeyboardInterrupt:
+        _stop("interrupted", INTERRUPTED)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)

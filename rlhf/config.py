@@ -1,0 +1,188 @@
+"""Settings: one loader for all programs, and the sections that several stages share."""
+
+import dataclasses
+import difflib
+import math
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+Config = TypeVar("Config")
+
+_UNKNOWN_KEY = re.compile(
+    r"Group '(?P<group>[^']+)' does not accept option '(?P<in_group>[^']+)'"
+    r"|Option '(?P<top>[^']+)' is not accepted"
+    r"|unrecognized arguments: (?P<arguments>.+)"
+)
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used; the message names the key, the value and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model to load and how to hold it."""
+
+    path: str
+    """Model: a local folder, a hub id, or a .gguf file."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights. Keep float32 for what is trained: at RLHF's learning rates bfloat16
+    weights hardly move."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation. One that cannot take a packing mask costs one row a response."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources that you trust."""
+
+    def __post_init__(self) -> None:
+        if not self.path.strip():
+            raise ValueError("path is empty; give a model folder, a hub id or a .gguf file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """AdamW, its learning rate schedule and the gradient clip."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate, reached after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up, down to min_lr_ratio on the last step."""
+    warmup_steps: int = 0
+    """Optimizer steps in which the learning rate rises linearly from 0 to its peak."""
+    min_lr_ratio: float = 0.1
+    """Learning rate on the last step as a share of the peak; unused by schedule constant."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices; biases and norm weights are left out."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it. inf means no clip."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 < self.learning_rate < math.inf,
+            "learning_rate",
+            self.learning_rate,
+            "give a positive number, such as 1e-5",
+        )
+        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "give 0 or more steps")
+        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "give 0 to 1")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            "betas",
+            list(self.betas),
+            "give two numbers from 0 to below 1, such as [0.9, 0.95]",
+        )
+        _require(self.eps > 0, "eps", self.eps, "give a positive number, such as 1e-8")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "give 0 or more")
+        _require(
+            self.max_grad_norm > 0,
+            "max_grad_norm",
+            self.max_grad_norm,
+            "give a positive number, such as 1.0, or inf for no clip",
+        )
+
+
+def load_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
+    """Settings from the dataclass's defaults, then --config files in their order, then options.
+
+    Args:
+        config_class: A frozen, keyword-only dataclass with an attribute docstring for each field.
+        args: Command line words; None means those of this process.
+
+    Raises:
+        ConfigError: An unknown key (named, with the nearest known one), a wrong type, a missing
+            key, an unreadable file, or what `__post_init__` refused.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        description=config_class.__doc__,
+        allow_abbrev=False,  # otherwise --learn would be taken for --learning_rate
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with settings; may be given more than once, later files win.",
+    )
+    parser.add_class_arguments(config_class, as_group=False)
+    try:
+        values = parser.parse_args(args)
+    except ArgumentError as error:
+        raise ConfigError(_explain(str(error), config_class)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"a --config file is not UTF-8 text ({error}); save it as UTF-8"
+        ) from error
+    values.pop("config")
+    _check_sections(config_class, values)
+    return config_class(**vars(parser.instantiate(values)))
+
+
+def keys_of(config_class: type) -> list[str]:
+    """All keys of a settings class, those of its sections dotted: `seed`, `optim.learning_rate`."""
+    keys = []
+    for name, kind in _field_types(config_class).items():
+        keys.append(name)
+        keys += [f"{name}.{key}" for key in keys_of(kind)] if dataclasses.is_dataclass(kind) else []
+    return keys
+
+
+def _require(condition: bool, key: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"{key} is {value}; {remedy}")
+
+
+def _field_types(config_class: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(config_class)
+    return {
+        field.name: hints[field.name]
+        for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
+    }
+
+
+def _check_sections(config_class: type, values: Namespace) -> None:
+    """Refuse what jsonargparse lets through: null for any type, and a section that is no mapping."""
+    for name, kind in _field_types(config_class).items():
+        value = values.get(name)
+        if value is None and kind is not Any and type(None) not in typing.get_args(kind):
+            raise ConfigError(f"{name} is null; give a value of type {_type_name(kind)}")
+        if not dataclasses.is_dataclass(kind):
+            continue
+        assert isinstance(kind, type)
+        if not isinstance(value, Namespace):
+            keys = ", ".join(keys_of(kind))
+            raise ConfigError(f"{name} is {value!r}; give a section with the keys {keys}")
+        try:
+            _check_sections(kind, value)
+            kind(**vars(value))
+        except ValueError as error:
+            raise ConfigError(f"{name}.{error}") from error
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+
+
+def _explain(message: str, config_class: type) -> str:
+    """The library's message in one line; an unknown key is followed by the nearest known one."""
+    message = " ".join(message.split())
+    found = _UNKNOWN_KEY.search(message)
+    if found is None:
+        return message.replace("Parser key ", "setting ")
+    if found["arguments"] is not None:
+        word = found["arguments"].split()[0]
+        if not word.startswith("--"):
+            return f"{word!r} is not an option; settings are given as --key value"
+        key = word.removeprefix("--").split("=")[0]
+    else:
+        key = found["top"] or f"{found['group']}.{found['in_group']}"
+    nearest = difflib.get_close_matches(key, [*keys_of(config_class), "config"], n=1, cutoff=0.5)
+    remedy = f"did you mean {nearest[0]}?" if nearest else "--help lists all settings"
+    return f"unknown setting {key}; {remedy}"
