@@ -1,0 +1,155 @@
+"""The one rendering of prompts and responses to token ids, used by every stage.
+
+A prompt becomes ids through the tokenizer's chat template with the generation prompt added; a
+response becomes its own ids followed by the end-of-response token. The two lists are concatenated,
+never re-tokenised together, so SFT, the reward model, PPO and evaluation see the same ids.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.records import Messages, PromptLike
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}Assistant:\n{{ message['content'] }}{{ eos_token }}\n"
+    "{% elif message['role'] == 'system' %}{{ message['content'] }}\n\n"
+    "{% else %}User:\n{{ message['content'] }}\n\n{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+"""Given to tokenizers that have none: role names as plain text, no new tokens, so that no
+vocabulary has to grow. The line break before a response keeps its first token free of a space."""
+
+_PROBE = "probe"
+
+
+def as_messages(prompt: PromptLike) -> Messages:
+    """A prompt as a list of messages; a plain string is one user turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def add_missing_parts(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Gives a tokenizer a chat template and a padding token that training never needs to predict.
+
+    A sequence classifier of transformers reads its score at the last token that is not padding,
+    so a padding token equal to the end of a response would move that score one token early. The
+    vocabulary does not grow: an existing special token is taken, else one that text never gives.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer at {tokenizer.name_or_path!r} has no end-of-sequence token, and "
+            "responses must end with one; set eos_token in its tokenizer_config.json"
+        )
+    if not tokenizer.chat_template:
+        start = "{{ bos_token }}" if _adds_bos(tokenizer) else ""
+        tokenizer.chat_template = start + DEFAULT_CHAT_TEMPLATE
+    end_ids = {tokenizer.eos_token_id, _end_id(tokenizer)}
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in end_ids:
+        tokenizer.pad_token = _unused_token(tokenizer, end_ids)
+    return tokenizer
+
+
+class Chat:
+    """Renders prompts and responses with one tokenizer.
+
+    Attributes:
+        end_id: the token that ends a response: what the template puts after an assistant's words
+            if that is a special token, else the tokenizer's end-of-sequence token.
+        pad_id: the padding token; masks never depend on it, they come from lengths.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = add_missing_parts(tokenizer)
+        self.end_id: int = _end_id(tokenizer)
+        self.pad_id: int = tokenizer.pad_token_id
+
+    def prompt_ids(self, prompt: PromptLike) -> list[int]:
+        """Token ids of a prompt, up to and including the template's generation prompt."""
+        return self._encode(_render(self.tokenizer, as_messages(prompt), add_generation_prompt=True))
+
+    def response_ids(self, response: str) -> list[int]:
+        """Token ids of a response and, always last, the end-of-response token."""
+        return [*self._encode(response), self.end_id]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of plain text (no template), with the tokenizer's own special tokens."""
+        return self.tokenizer(text).input_ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of response ids, cut before the end-of-response token, special tokens dropped."""
+        ids = list(ids)
+        if self.end_id in ids:
+            ids = ids[: ids.index(self.end_id)]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def fit_prompt(self, prompt: PromptLike, max_tokens: int) -> list[int] | None:
+        """The prompt's ids with the oldest turns left out until they fit, or None.
+
+        Turns are dropped whole from the front, a system message stays, and the first turn kept is
+        a user's: a prompt cut inside a sentence would be another task. None means that the last
+        turn alone is too long; the caller counts and reports these.
+        """
+        messages = as_messages(prompt)
+        system = messages[:1] if messages[0]["role"] == "system" else []
+        turns = messages[len(system) :]
+        for start, message in enumerate(turns):
+            if message["role"] != "user":
+                continue
+            ids = self.prompt_ids(system + turns[start:])
+            if len(ids) <= max_tokens:
+                return ids
+        return None
+
+    @cached_property
+    def template_hash(self) -> str:
+        """SHA-256 of the chat template, for lineage.json."""
+        return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool
+) -> str:
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer(_PROBE).input_ids[0] == bos
+
+
+def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The special token that the template writes right after an assistant message, else EOS."""
+    question: Messages = [{"role": "user", "content": _PROBE}]
+    answer = {"role": "assistant", "content": _PROBE}
+    text = _render(tokenizer, [*question, answer], add_generation_prompt=False)
+    tail = tokenizer(text[text.rindex(_PROBE) + len(_PROBE) :], add_special_tokens=False).input_ids
+    if tail and tail[0] in tokenizer.all_special_ids:
+        return tail[0]
+    return tokenizer.eos_token_id
+
+
+def _unused_token(tokenizer: PreTrainedTokenizerBase, end_ids: set[int]) -> str:
+    """A token that no response ends with: a special one, else the one for the NUL character."""
+    special = [*(tokenizer.unk_token, tokenizer.bos_token), *tokenizer.all_special_tokens]
+    for token in special:
+        if token and tokenizer.convert_tokens_to_ids(token) not in end_ids:
+            return token
+    nul = tokenizer("\x00", add_special_tokens=False).input_ids
+    if len(nul) == 1 and nul[0] not in end_ids:
+        return tokenizer.convert_ids_to_tokens(nul[0])
+    raise ValueError(
+        f"no padding token distinct from the end token {tokenizer.eos_token!r} was found in the "
+        f"tokenizer at {tokenizer.name_or_path!r}; set pad_token in its tokenizer_config.json"
+    )

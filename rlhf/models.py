@@ -1,0 +1,282 @@
+"""The common model loader: tokenizer, policy (causal LM), and scalar models (reward and value)."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.chat import Chat, add_missing_parts
+from rlhf.config import ModelSettings
+from rlhf.packing import PackedRow, Packer, PromptTree
+
+PACKING_TOLERANCE = 1e-3
+"""Largest difference of a logit between packed and plain passes that the probe accepts."""
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, hub id or GGUF file, with chat template and pad token."""
+    if path.endswith(".gguf"):
+        file = Path(path)
+        return add_missing_parts(
+            AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        )
+    _check_folder(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return add_missing_parts(tokenizer)
+
+
+def load_chat(settings: ModelSettings) -> Chat:
+    return Chat(load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code))
+
+
+def load_policy(settings: ModelSettings) -> PreTrainedModel:
+    """A causal LM in evaluation mode with dropout off, every weight of it from the file.
+
+    Raises:
+        ValueError: weights are missing, or do not fit the architecture.
+        OSError: the folder or the hub id cannot be read.
+    """
+    if settings.path.endswith(".gguf"):
+        from rlhf.gguf import load_gguf
+
+        model, _ = load_gguf(settings.path, dtype=_dtype(settings))
+        return disable_dropout(model)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        settings.path, output_loading_info=True, **_loading_arguments(settings)
+    )
+    _refuse_missing(settings.path, report, allowed=())
+    return disable_dropout(model)
+
+
+def new_policy(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A causal LM from scratch, random weights from torch's generator.
+
+    Args:
+        architecture: what transformers' config takes, with `model_type`, for example
+            {"model_type": "llama", "hidden_size": 128, ...}; the vocabulary and the special tokens
+            come from the tokenizer.
+    """
+    settings = dict(architecture)
+    model_type = settings.pop("model_type")
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **settings,
+    )
+    return disable_dropout(AutoModelForCausalLM.from_config(config))
+
+
+class ScalarModel(nn.Module):
+    """One number a token, from a sequence classifier with one label: a reward or a value model.
+
+        output = scale * (head(hidden state) - bias)
+
+    The head reads in fp32. Saved as the plain classifier; bias and scale live in reward.json.
+    """
+
+    def __init__(self, classifier: PreTrainedModel, bias: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.bias = bias
+        self.scale = scale
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.classifier.score
+
+    def forward(self, positions: Tensor, **model_inputs: Tensor | None) -> Tensor:
+        """Numbers (n,) at these positions (n,) of the one row in `model_inputs` (see PackedRow)."""
+        hidden = self.classifier.base_model(**model_inputs, use_cache=False).last_hidden_state
+        raw = nn.functional.linear(hidden[0, positions].float(), self.head.weight.float())
+        return self.scale * (raw.squeeze(-1) - self.bias)
+
+    def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes a folder that AutoModelForSequenceClassification loads as it is."""
+        _save(self.classifier, tokenizer, folder)
+
+
+def load_scalar(settings: ModelSettings, *, new_head: bool = False) -> ScalarModel:
+    """A scalar model in evaluation mode with dropout off.
+
+    Args:
+        new_head: True puts a new head N(0, 1/(d+1)) on the body of any causal LM (Stiennon et al.
+            2020, B.1; the variance 1/(d+1) keeps first scores of order 1), from torch's generator.
+            False needs the head in the folder: a random one would score at random in silence.
+
+    Raises:
+        ValueError: weights are missing, the head included unless it is to be new.
+    """
+    path = settings.path
+    if path.endswith(".gguf"):
+        raise ValueError(
+            f"{path}: a scalar model starts from a model folder; convert the GGUF file first with "
+            "rlhf.models.save_policy, as data/smollm2.py does"
+        )
+    classifier, report = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, output_loading_info=True, **_loading_arguments(settings)
+    )
+    _refuse_missing(path, report, allowed=("score.weight",) if new_head else ())
+    tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
+    classifier.config.pad_token_id = tokenizer.pad_token_id
+    model = ScalarModel(disable_dropout(classifier))
+    if new_head:
+        nn.init.normal_(model.head.weight, std=(model.head.in_features + 1) ** -0.5)
+    return model
+
+
+def save_policy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+) -> None:
+    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load as it is.
+
+    Generation stops at the end-of-response token by the saved generation_config, and the sampling
+    settings that the base model brought along go: they would distort later rollouts.
+    """
+    end_id = Chat(tokenizer).end_id
+    generation = type(model.generation_config)(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted({end_id, tokenizer.eos_token_id}),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.generation_config = generation
+    _save(model, tokenizer, folder)
+
+
+def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Evaluation mode, and every dropout rate 0 also in training mode.
+
+    With dropout the ratio of PPO's first step is not 1 and the KL is noise (recipe: checklist 19).
+    The saved config keeps the architecture's own rates.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    model.eval()
+    return model
+
+
+def response_logits(policy: nn.Module, row: PackedRow) -> Tensor:
+    """Logits (tokens, vocab) that predict each response token of a packed row."""
+    output = policy(**row.model_inputs, logits_to_keep=row.predictors, use_cache=False)
+    return output.logits[0]
+
+
+def check_vocabulary(model: PreTrainedModel, chat: Chat, path: str) -> None:
+    """Refuses a tokenizer that can give ids for which the model has no embedding."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(chat.tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(chat.tokenizer)} tokens, the model at {path} embeds {rows}: "
+            "this is the tokenizer of another model; use the one saved beside the weights"
+        )
+
+
+@torch.no_grad()
+def supports_packing(model: PreTrainedModel, trees: Sequence[PromptTree] | None = None) -> bool:
+    """Whether packed and separate passes agree on this model, tried on a 20-token tree.
+
+    Models without an attention mask over positions (state space, ALiBi), flash attention, and
+    windows shorter than the tree fail and are run one response a row (`share_prompts=False`).
+    """
+    if trees is None:
+        top = model.get_input_embeddings().num_embeddings - 1
+        ids = [1 + (7 * i) % top for i in range(20)]
+        trees = [PromptTree(tuple(ids[:6]), (tuple(ids[6:12]), tuple(ids[12:20])))]
+    device = next(model.parameters()).device
+    try:
+        packed = [_features(model, row.to(device)) for row in Packer(10**9).rows(trees)]
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError):
+        return False
+    alone = Packer(1, share_prompts=False)
+    plain = [_features(model, row.to(device)) for row in alone.rows(trees)]
+    difference = (torch.cat(packed) - torch.cat(plain)).abs().max().item()
+    tolerance = PACKING_TOLERANCE if model.dtype == torch.float32 else 0.25
+    return difference < tolerance
+
+
+def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
+    """How trees are laid out for this model: packed if a probe agrees, else one response a row."""
+    share_prompts = supports_packing(model)
+    if not share_prompts:
+        warnings.warn(
+            f"{type(model).__name__} with {model.config._attn_implementation} attention cannot take "
+            "the packing mask; every response goes through it alone, which is slow",
+            stacklevel=2,
+        )
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return Packer(micro_batch_tokens, share_prompts=share_prompts, max_depth=window)
+
+
+def _features(model: PreTrainedModel, row: PackedRow) -> Tensor:
+    """What a row's tokens see: hidden states (tokens, model) at the predicting positions."""
+    hidden = model.base_model(**row.model_inputs, use_cache=False).last_hidden_state
+    return hidden[0, row.predictors].float()
+
+
+def _save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _loading_arguments(settings: ModelSettings) -> dict[str, Any]:
+    _check_folder(settings.path)
+    return {
+        "pretrained_model_name_or_path": settings.path,
+        "dtype": _dtype(settings),
+        "attn_implementation": settings.attention,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+
+
+def _dtype(settings: ModelSettings) -> torch.dtype:
+    return getattr(torch, settings.dtype)
+
+
+def _check_folder(path: str) -> None:
+    """A local path that is not there would else be taken for a hub id, with a puzzling message."""
+    folder = Path(path)
+    if folder.exists() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{path} holds no config.json, so it is no model folder; run the stage that makes it, "
+            "or give the folder that save_pretrained wrote"
+        )
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local and not folder.exists():
+        raise ValueError(
+            f"the model folder {path} does not exist; run the stage that makes it first, or give "
+            "a hub id (owner/name)"
+        )
+
+
+def _refuse_missing(path: str, report: dict[str, Any], allowed: Sequence[str]) -> None:
+    missing = sorted(set(report["missing_keys"]) - set(allowed))
+    mismatched = sorted(str(entry) for entry in report["mismatched_keys"])
+    if "score.weight" in missing:
+        raise ValueError(
+            f"{path} has no reward head (score.weight), so its scores would be random; give the "
+            "folder that the rm stage wrote"
+        )
+    if missing or mismatched:
+        raise ValueError(
+            f"{path} does not hold these weights in the right shape: "
+            f"{', '.join((missing + mismatched)[:5])}; the folder is incomplete or of another model"
+        )
