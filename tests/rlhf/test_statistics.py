@@ -1,0 +1,85 @@
+"""Intervals against numbers worked by hand or taken from tables."""
+
+import math
+
+import numpy as np
+import pytest
+
+from rlhf.statistics import bootstrap_interval, mean_and_error, wilson_interval, win_rate
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        (15, 148, 0.0624, 0.1605),  # Newcombe 1998, table I, method 3
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
+        (0, 20, 0.0, 0.1611),  # Newcombe 1998, table I, method 3
+        (1, 29, 0.0061, 0.1718),  # Newcombe 1998, table I, method 3
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_wilson_interval_of_the_literature(successes: int, n: int, low: float, high: float) -> None:
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_interval_is_symmetric_in_success_and_failure() -> None:
+    low, high = wilson_interval(7, 31)
+    assert wilson_interval(24, 31) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+@pytest.mark.parametrize("successes", [-1, 11])
+def test_wilson_interval_refuses_impossible_counts(successes: int) -> None:
+    with pytest.raises(ValueError, match=f"{successes} successes in 10 trials"):
+        wilson_interval(successes, 10)
+
+
+def test_bootstrap_of_two_clusters_reaches_each_of_them() -> None:
+    # One draw in four takes cluster 1 twice, one in four cluster 2 twice.
+    assert bootstrap_interval([[1.0, 1.0], [4.0]], seed=0) == (1.0, 4.0)
+
+
+def test_bootstrap_agrees_with_the_normal_interval_of_many_values() -> None:
+    values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
+    low, high = bootstrap_interval([[value] for value in values], seed=0)
+    error = values.std(ddof=1) / 20
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.15 * error)
+
+
+def test_bootstrap_is_over_clusters_so_repeats_add_no_certainty() -> None:
+    values = np.random.default_rng(2).normal(size=50)
+    once = bootstrap_interval([[value] for value in values], seed=3)
+    tenfold = bootstrap_interval([[value] * 10 for value in values], seed=3)
+    assert tenfold == pytest.approx(once, abs=1e-12)
+
+
+def test_bootstrap_repeats_with_its_seed_and_tells_nothing_of_one_cluster() -> None:
+    clusters = [[0.0, 1.0], [1.0], [0.5, 0.5], []]
+    assert bootstrap_interval(clusters, seed=5) == bootstrap_interval(clusters, seed=5)
+    assert all(math.isnan(end) for end in bootstrap_interval([[1.0, 2.0], []], seed=5))
+
+
+def test_win_rate_counts_ties_half_and_every_pair_of_a_prompt() -> None:
+    # prompt 1: 2 > 1 win, 2 = 2 tie; prompt 2: 0 < 1 loss.  (1 + 0.5 + 0) / 3
+    found = win_rate([[2.0], [0.0]], [[1.0, 2.0], [1.0]])
+    assert found.value == pytest.approx(0.5, abs=1e-12)
+    assert found.interval == (0.0, 0.75)
+
+
+def test_win_rate_against_itself_is_half() -> None:
+    scores = [[1.0, 2.0, 3.0], [0.0, 0.0], [5.0]]
+    assert win_rate(scores, scores).value == 0.5
+
+
+def test_win_rate_refuses_different_prompts_and_nothing() -> None:
+    with pytest.raises(ValueError, match="2 prompts against 1"):
+        win_rate([[1.0], [1.0]], [[1.0]])
+    with pytest.raises(ValueError, match="no pair"):
+        win_rate([], [])
+
+
+def test_mean_and_standard_error() -> None:
+    mean, error = mean_and_error([1.0, 2.0, 3.0, 4.0])
+    assert mean == 2.5
+    assert error == pytest.approx(math.sqrt(5 / 3) / 2, abs=1e-12)
+    assert math.isnan(mean_and_error([1.0])[1])
