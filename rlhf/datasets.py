@@ -17,6 +17,10 @@ FILE_ENDINGS = (".jsonl", ".jsonl.gz")
 NUM_SHOWN_ERRORS = 5
 
 
+class NoRecordsError(ValueError):
+    """There was nothing to write."""
+
+
 def read_records(
     source: str | Path, record_class: type[RecordT], *, limit: int | None = None
 ) -> list[RecordT]:
@@ -100,7 +104,7 @@ def decode(data: bytes) -> str:
 def write_records(path: str | Path, records: Iterable[RecordT]) -> None:
     """Write records as JSON Lines (packed when the name ends in .gz), beside the target first, then renamed.
 
-    An existing file is replaced only when every record is written. Raises ValueError when there is none.
+    An existing file is replaced only when every record is written. Raises NoRecordsError when there is none.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +118,7 @@ def write_records(path: str | Path, records: Iterable[RecordT]) -> None:
             else:
                 num_written = _write_lines(raw, records)
         if not num_written:
-            raise ValueError(f"no records to write to {path}")
+            raise NoRecordsError(f"no records to write to {path}")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

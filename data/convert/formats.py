@@ -1,0 +1,474 @@
+"""One function a public layout and kind: a row -> records, and why a row gives none.
+
+A converter yields records, `Dropped(reason)` for what a row (or a branch of a tree) cannot give, and `Changed(reason)`
+beside a record that is not what the row said word for word. It raises LayoutError when the row is of another layout.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from math import isfinite
+from statistics import fmean
+from typing import Any
+
+from rlhf.records import Demonstration, Messages, Prompt, PromptLike, Ranking, Record, Text, show
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that gives no record."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A record that differs from its row."""
+
+    reason: str
+
+
+class LayoutError(ValueError):
+    """The row is not of the layout that the converter reads."""
+
+
+Converter = Callable[[Any], Iterator[Record | Dropped | Changed]]
+Comparison = tuple[PromptLike, tuple[str, ...], tuple[int | None, ...]]
+
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant", "prompter": "user"}
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+_END_OF_TEXT = "<|endoftext|>"
+
+NO_RESPONSE = Dropped("no response")
+NO_PROMPT = Dropped("no prompt")
+ONE_RESPONSE = Dropped("fewer than two responses")
+NO_ORDER = Dropped("no response is ranked above another")
+
+
+def ranks_from_scores(scores: list[float | None]) -> tuple[int | None, ...]:
+    """Competition ranks, 1 for the highest score; equal scores tie, None stays unranked."""
+    known = [score for score in scores if score is not None]
+    return tuple(
+        None if score is None else 1 + sum(other > score for other in known) for score in scores
+    )
+
+
+def parse_transcript(text: str) -> Messages:
+    """`\\n\\nHuman: ...\\n\\nAssistant: ...` as messages; text before the first mark is a user turn."""
+    start, *rest = _TURN.split(text)
+    turns = [
+        {"role": _ROLES[name], "content": said.strip()}
+        for name, said in zip(rest[::2], rest[1::2], strict=True)
+    ]
+    return [{"role": "user", "content": start.strip()}, *turns] if start.strip() else turns
+
+
+# Anthropic hh-rlhf: {"chosen": transcript, "rejected": transcript}, equal up to the last assistant turn
+
+
+def hh_rankings(row: Any) -> Iterator[Record | Dropped | Changed]:
+    prompt, chosen = _split_transcript(_text(row, "chosen"))
+    rejected_prompt, rejected = _split_transcript(_text(row, "rejected"))
+    if prompt != rejected_prompt:
+        yield Dropped("chosen and rejected have different prompts")
+    elif chosen == rejected:
+        yield Dropped("chosen and rejected are equal")
+    else:
+        yield from _ranking(prompt, [chosen, rejected], (1, 2), source="hh")
+
+
+def hh_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _demonstration(*_split_transcript(_text(row, "chosen")))
+
+
+def hh_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _prompt(_split_transcript(_text(row, "chosen"))[0])
+
+
+# OpenAI summarize_from_feedback, comparisons: {"info": {"post", "title", "subreddit"}, "summaries": [{"text"}] * 2, "choice"}
+
+
+def tldr_rankings(row: Any) -> Iterator[Record | Dropped | Changed]:
+    chosen, rejected = _tldr_summaries(row)
+    worker = row.get("worker")
+    yield from _ranking(
+        _tldr_prompt(row), [chosen, rejected], (1, 2), source="tldr", labeler=worker
+    )
+
+
+def tldr_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _demonstration(_tldr_prompt(row), _tldr_summaries(row)[0])
+
+
+def tldr_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _prompt(_tldr_prompt(row))
+
+
+def _tldr_prompt(row: Any) -> str:
+    """The query of arXiv 2009.01325, table 4 (a news article has neither title nor subreddit)."""
+    info = _take(row, "info", dict)
+    if info.get("post") is None and isinstance(info.get("article"), str):
+        return f"Article:\n{info['article'].strip()}\n\nTL;DR:"
+    title, post = info.get("title") or "", _text(info, "post").strip()
+    return f"SUBREDDIT: r/{_text(info, 'subreddit')}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+
+
+def _tldr_summaries(row: Any) -> tuple[str, str]:
+    summaries, choice = _take(row, "summaries", list), _take(row, "choice", int)
+    if len(summaries) != 2 or choice not in (0, 1):
+        raise LayoutError(
+            f"expected 2 summaries and choice 0 or 1, found {len(summaries)}, {choice}"
+        )
+    return _text(summaries[choice], "text").strip(), _text(summaries[1 - choice], "text").strip()
+
+
+# openbmb/UltraFeedback: {"instruction", "completions": [{"response", "annotations": {aspect: {"Rating"}}, "overall_score"}]}
+
+
+def ultrafeedback_rankings(row: Any) -> Iterator[Record | Dropped | Changed]:
+    prompt, responses, ranks = _ultrafeedback(row)
+    yield from _ranking(prompt, list(responses), ranks, source="ultrafeedback", labeler="gpt-4")
+
+
+def ultrafeedback_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _best_demonstration(*_ultrafeedback(row))
+
+
+def ultrafeedback_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _prompt(_text(row, "instruction"))
+
+
+def _ultrafeedback(row: Any) -> Comparison:
+    completions = _take(row, "completions", list)
+    responses = tuple(_text(completion, "response").strip() for completion in completions)
+    ranks = ranks_from_scores([_ultrafeedback_score(completion) for completion in completions])
+    return _text(row, "instruction"), responses, ranks
+
+
+def _ultrafeedback_score(completion: Any) -> float | None:
+    """Mean rating over the aspects; overall_score only where there is none.
+
+    overall_score holds 10 for some answers that the critique calls worthless (1.0 misread), as the makers of
+    argilla/ultrafeedback-binarized-preferences found, so it is the second choice.
+    """
+    annotations = _take({"annotations": {}} | completion, "annotations", dict)
+    ratings = [
+        _number(aspect.get("Rating")) for aspect in annotations.values() if isinstance(aspect, dict)
+    ]
+    known = [rating for rating in ratings if rating is not None]
+    return fmean(known) if known else _number(completion.get("overall_score"))
+
+
+# OpenAssistant trees: {"prompt": node}, node = {"text", "role": prompter|assistant, "replies": [node], "rank": 0 best}
+
+
+def oasst_rankings(row: Any) -> Iterator[Record | Dropped | Changed]:
+    for prompt, responses, ranks in _oasst_comparisons(row):
+        yield from _ranking(prompt, list(responses), ranks, source="oasst", labeler="human")
+
+
+def oasst_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
+    for prompt, responses, ranks in _oasst_comparisons(row):
+        if len(responses) < 2:
+            yield from _demonstration(prompt, "".join(responses))
+        else:
+            yield from _best_demonstration(prompt, responses, ranks)
+
+
+def oasst_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    for prompt, _, _ in _oasst_comparisons(row):
+        yield from _prompt(prompt)
+
+
+def _oasst_comparisons(row: Any) -> Iterator[Comparison]:
+    """The conversation up to each prompter node, and the replies to it; deleted messages are left out."""
+    open_nodes: list[tuple[Messages, Any]] = [([], _take(row, "prompt", dict))]
+    while open_nodes:
+        history, node = open_nodes.pop()
+        role = _text(node, "role")
+        turn = {"role": _ROLES.get(role, role), "content": _text(node, "text").strip()}
+        prompt = [*history, turn]
+        replies = [
+            reply
+            for reply in _take({"replies": []} | node, "replies", list)
+            if not (isinstance(reply, dict) and reply.get("deleted"))
+        ]
+        open_nodes += [(prompt, reply) for reply in reversed(replies)]
+        if role == "prompter":
+            responses = tuple(_text(reply, "text").strip() for reply in replies)
+            yield prompt, responses, tuple(_oasst_rank(reply) for reply in replies)
+
+
+def _oasst_rank(reply: Any) -> int | None:
+    rank = reply.get("rank")
+    return None if rank is None else 1 + _take(reply, "rank", int)
+
+
+# Instruction data: Alpaca, Dolly, self-instruct's seed tasks, GSM8K, P3
+
+
+def alpaca_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _demonstration(_alpaca_prompt(row), _text(row, "output"))
+
+
+def alpaca_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _prompt(_alpaca_prompt(row))
+
+
+def _alpaca_prompt(row: Any) -> str:
+    return _with_input(_text(row, "instruction"), row.get("input"))
+
+
+def dolly_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _demonstration(_dolly_prompt(row), _text(row, "response"))
+
+
+def dolly_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _prompt(_dolly_prompt(row))
+
+
+def _dolly_prompt(row: Any) -> str:
+    return _with_input(_text(row, "instruction"), row.get("context"))
+
+
+def self_instruct_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
+    instruction = _text(row, "instruction")
+    for instance in _take(row, "instances", list):
+        prompt = _with_input(instruction, _text(instance, "input"))
+        yield from _demonstration(prompt, _text(instance, "output"))
+
+
+def self_instruct_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    for instance in _take(row, "instances", list):
+        yield from _prompt(_with_input(_text(row, "instruction"), _text(instance, "input")))
+
+
+def gsm8k_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
+    """The calculator marks `<<48/2=24>>` are for a tool that nobody here calls; the line `#### 24` stays."""
+    yield from _demonstration(_text(row, "question"), _CALCULATOR.sub("", _text(row, "answer")))
+
+
+def gsm8k_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    _, mark, answer = _text(row, "answer").rpartition("####")
+    if not mark:
+        yield Dropped("no final answer after ####")
+        return
+    yield from _prompt(_text(row, "question"), answer=answer.strip().replace(",", ""))
+
+
+def p3_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
+    completion = _text(row, "completion").replace(_END_OF_TEXT, "")
+    yield from _demonstration(_text(row, "prompt"), completion)
+
+
+def p3_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    completion = _text(row, "completion").replace(_END_OF_TEXT, "").strip()
+    if not completion:
+        yield NO_RESPONSE
+        return
+    yield from _prompt(_text(row, "prompt"), answer=completion)
+
+
+# K-wise rankings: {"prompt", "responses": [{"text", "rank": 1 best, "score", "model"}], "source", "judge"}
+
+
+def kwise_rankings(row: Any) -> Iterator[Record | Dropped | Changed]:
+    prompt, responses, ranks = _kwise(row)
+    source, judge = row.get("source"), row.get("judge")
+    yield from _ranking(prompt, list(responses), ranks, source=source, labeler=judge)
+
+
+def kwise_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _best_demonstration(*_kwise(row))
+
+
+def kwise_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _prompt(parse_transcript(_text(row, "prompt")))
+
+
+def _kwise(row: Any) -> Comparison:
+    answers = _take(row, "responses", list)
+    responses = tuple(_text(answer, "text").strip() for answer in answers)
+    ranks = tuple(_take(answer, "rank", int) for answer in answers)
+    return parse_transcript(_text(row, "prompt")), responses, ranks
+
+
+# Prompts alone: a JSON string a line, IFEval, MT-bench
+
+
+def string_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    if not isinstance(row, str):
+        raise LayoutError(f"expected a JSON string a line, found {show(row)}")
+    yield from _prompt(row)
+
+
+def ifeval_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _prompt(
+        _text(row, "prompt"),
+        key=row.get("key"),
+        instruction_id_list=_take(row, "instruction_id_list", list),
+        kwargs=_take(row, "kwargs", list),
+    )
+
+
+def mt_bench_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    """The first turn; the later ones need the model's own answer and wait in meta.follow_ups."""
+    first, *follow_ups = _take(row, "turns", list)
+    facts = {name: row[name] for name in ("question_id", "category", "reference") if name in row}
+    yield from _prompt(first, follow_ups=follow_ups, **facts)
+
+
+# Plain text: readers.py has already cut it into documents
+
+
+def plain_texts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    text = _text(row, "text")
+    yield Text(text) if text.strip() else Dropped("no text")
+
+
+CONVERTERS: dict[str, dict[str, Converter]] = {
+    "hh": {"ranking": hh_rankings, "demonstration": hh_demonstrations, "prompt": hh_prompts},
+    "tldr": {
+        "ranking": tldr_rankings,
+        "demonstration": tldr_demonstrations,
+        "prompt": tldr_prompts,
+    },
+    "ultrafeedback": {
+        "ranking": ultrafeedback_rankings,
+        "demonstration": ultrafeedback_demonstrations,
+        "prompt": ultrafeedback_prompts,
+    },
+    "oasst": {
+        "ranking": oasst_rankings,
+        "demonstration": oasst_demonstrations,
+        "prompt": oasst_prompts,
+    },
+    "kwise": {
+        "ranking": kwise_rankings,
+        "demonstration": kwise_demonstrations,
+        "prompt": kwise_prompts,
+    },
+    "alpaca": {"demonstration": alpaca_demonstrations, "prompt": alpaca_prompts},
+    "dolly": {"demonstration": dolly_demonstrations, "prompt": dolly_prompts},
+    "self_instruct": {
+        "demonstration": self_instruct_demonstrations,
+        "prompt": self_instruct_prompts,
+    },
+    "gsm8k": {"demonstration": gsm8k_demonstrations, "prompt": gsm8k_prompts},
+    "p3": {"demonstration": p3_demonstrations, "prompt": p3_prompts},
+    "strings": {"prompt": string_prompts},
+    "ifeval": {"prompt": ifeval_prompts},
+    "mt_bench": {"prompt": mt_bench_prompts},
+    "text": {"text": plain_texts},
+}
+"""Format -> kind -> converter; a format's first kind is made unless another is asked for."""
+
+
+def _split_transcript(text: str) -> tuple[Messages, str]:
+    turns = parse_transcript(text)
+    if not turns or turns[-1]["role"] != "assistant":
+        raise LayoutError("the transcript does not end with an `Assistant:` turn")
+    return turns[:-1], turns[-1]["content"]
+
+
+def _ranking(
+    prompt: PromptLike,
+    responses: list[str],
+    ranks: tuple[int | None, ...],
+    *,
+    source: str | None,
+    labeler: str | None = None,
+) -> Iterator[Record | Dropped | Changed]:
+    if len(responses) < 2:
+        yield ONE_RESPONSE
+        return
+    if len({rank for rank in ranks if rank is not None}) < 2:
+        yield NO_ORDER
+        return
+    make = partial(Ranking, responses=tuple(responses), ranks=ranks, source=source, labeler=labeler)
+    yield from _tidied(prompt, make)
+
+
+def _demonstration(prompt: PromptLike, response: str) -> Iterator[Record | Dropped | Changed]:
+    if not response.strip():
+        yield NO_RESPONSE
+        return
+    yield from _tidied(prompt, partial(Demonstration, response=response.strip()))
+
+
+def _best_demonstration(
+    prompt: PromptLike, responses: tuple[str, ...], ranks: tuple[int | None, ...]
+) -> Iterator[Record | Dropped | Changed]:
+    """The first of the best-ranked responses."""
+    ranked = [(rank, i) for i, rank in enumerate(ranks) if rank is not None]
+    if not ranked:
+        yield Dropped("no response is ranked")
+        return
+    yield from _demonstration(prompt, responses[min(ranked)[1]])
+
+
+def _prompt(prompt: PromptLike, **meta: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _tidied(prompt, partial(Prompt, meta=meta))
+
+
+def _tidied(
+    prompt: PromptLike, make: Callable[[PromptLike], Record]
+) -> Iterator[Record | Dropped | Changed]:
+    """Bring a prompt into the order that chat templates take: it begins and ends with a user turn that says something."""
+    if isinstance(prompt, str):
+        yield make(prompt.strip()) if prompt.strip() else NO_PROMPT
+        return
+    turns = _join_neighbours(prompt)
+    if turns and turns[0]["role"] == "assistant":
+        turns = turns[1:]
+        yield Changed("an assistant turn before the first user turn was cut off")
+    if not turns or not all(turn["content"] for turn in turns if turn["role"] == "user"):
+        yield NO_PROMPT
+    elif turns[-1]["role"] != "user":
+        yield Dropped("the prompt does not end with a user turn")
+    elif len(turns) == 1:
+        yield make(turns[0]["content"])
+    else:
+        yield make(turns)
+
+
+def _join_neighbours(turns: Messages) -> Messages:
+    """Neighbouring turns of one role as one turn."""
+    return [
+        {"role": role, "content": "\n\n".join(filter(None, (turn["content"] for turn in group)))}
+        for role, group in groupby(turns, key=lambda turn: turn["role"])
+    ]
+
+
+def _with_input(instruction: str, extra: object) -> str:
+    if extra is not None and not isinstance(extra, str):
+        raise LayoutError(f"the input of an instruction is {show(extra)}: expected a string")
+    parts = (instruction.strip(), (extra or "").strip())
+    return "\n\n".join(part for part in parts if part)
+
+
+def _text(row: Any, name: str) -> str:
+    value = _take(row, name, str)
+    assert isinstance(value, str)
+    return value
+
+
+def _take(row: Any, name: str, kind: type) -> Any:
+    if not isinstance(row, dict) or name not in row:
+        found = ", ".join(row) if isinstance(row, dict) else show(row)
+        raise LayoutError(f"no field {name!r} (found: {found})")
+    if not isinstance(row[name], kind):
+        raise LayoutError(f"field {name!r}: expected {kind.__name__}, found {show(row[name])}")
+    return row[name]
+
+
+def _number(value: object) -> float | None:
+    """A number, also where it is written as text; "N/A", NaN and the like are None."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if isfinite(number) else None

@@ -1,0 +1,128 @@
+"""The command: read rows, convert each, count what came of it, write the file whole or not at all."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from data.convert.formats import CONVERTERS, Changed, Converter, Dropped, LayoutError
+from data.convert.readers import read_source, read_texts
+from rlhf.datasets import FILE_ENDINGS, NoRecordsError, write_records
+from rlhf.records import Record, RecordError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Turn a public data set into this project's records."""
+
+    format: Literal[
+        "hh",
+        "tldr",
+        "ultrafeedback",
+        "oasst",
+        "kwise",
+        "alpaca",
+        "dolly",
+        "self_instruct",
+        "gsm8k",
+        "p3",
+        "strings",
+        "ifeval",
+        "mt_bench",
+        "text",
+    ]
+    """Layout of the input."""
+    input: str
+    """A file (.jsonl, .jsonl.gz, .json, .json.gz; for text also .txt, .txt.gz), a folder of those,
+    `hub:owner/name[:split[:subset]]`, or `hub:owner/name:file/in/the/repository.jsonl.gz`."""
+    output: str
+    """The .jsonl or .jsonl.gz file to write. It appears only when all of it is written."""
+    kind: Literal["demonstration", "ranking", "prompt", "text"] | None = None
+    """Kind of record to make. None means the first that the layout offers."""
+    limit: int | None = None
+    """Read so many rows (for text: documents). None means all."""
+    max_characters: int = 2000
+    """Format text only: longest document, in characters; cut between paragraphs where it can be."""
+
+    def __post_init__(self) -> None:
+        kinds = CONVERTERS[self.format]
+        if self.kind is not None and self.kind not in kinds:
+            raise ValueError(
+                f"format {self.format} has no kind {self.kind}; give one of {', '.join(kinds)}"
+            )
+        if not self.output.endswith(FILE_ENDINGS):
+            raise ValueError(f"output is {self.output!r}; give a name in .jsonl or .jsonl.gz")
+        if Path(self.output).resolve() == Path(self.input).resolve():
+            raise ValueError(f"input and output are both {self.input!r}; give another output")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; give 1 or more, or leave it out")
+        if self.max_characters < 1:
+            raise ValueError(f"max_characters is {self.max_characters}; give 1 or more")
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What came of the rows; `dropped` and `changed` count by reason."""
+
+    num_read: int = 0
+    num_written: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
+
+    def report(self) -> str:
+        """Lines to print."""
+        lines = [
+            f"rows read {self.num_read}, records written {self.num_written}, "
+            f"dropped {self.dropped.total()}, changed {self.changed.total()}"
+        ]
+        lines += [f"  dropped {n}: {reason}" for reason, n in self.dropped.most_common()]
+        lines += [f"  changed {n}: {reason}" for reason, n in self.changed.most_common()]
+        return "\n".join(lines)
+
+
+def convert(config: ConvertConfig) -> Counts:
+    """Run one conversion. Raises ValueError when a row is of another layout or when no row gives a record."""
+    kind = config.kind or next(iter(CONVERTERS[config.format]))
+    print(f"{config.format}: {config.input} -> {config.output} ({kind})")
+    if config.format == "text":
+        rows = read_texts(config.input, config.max_characters)
+    else:
+        rows = read_source(config.input)
+    counts = Counts()
+    records = convert_rows(islice(rows, config.limit), CONVERTERS[config.format][kind], counts)
+    try:
+        write_records(config.output, records)
+    except LayoutError as error:
+        raise ValueError(f"{error}; is --format {config.format} the right layout?") from None
+    except NoRecordsError:
+        if counts.num_read == 0:
+            raise ValueError(f"{config.input} is empty: no rows to convert") from None
+        raise ValueError(f"{config.input} gives no {kind}: {counts.report()}") from None
+    print(counts.report())
+    return counts
+
+
+def convert_rows(
+    rows: Iterator[tuple[str, Any]], converter: Converter, counts: Counts
+) -> Iterator[Record]:
+    """Yield the records of (place, row) pairs and count in `counts` what became of each.
+
+    Raises LayoutError naming the place where a row is of another layout.
+    """
+    for place, row in rows:
+        counts.num_read += 1
+        try:
+            for item in converter(row):
+                if isinstance(item, Dropped):
+                    counts.dropped[item.reason] += 1
+                elif isinstance(item, Changed):
+                    counts.changed[item.reason] += 1
+                else:
+                    counts.num_written += 1
+                    yield item
+        except LayoutError as error:
+            raise LayoutError(f"{place}: {error}") from None
+        except RecordError as error:
+            raise ValueError(f"{place}: {error}") from None
