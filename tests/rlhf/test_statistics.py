@@ -53,6 +53,12 @@ def test_bootstrap_is_over_clusters_so_repeats_add_no_certainty() -> None:
     assert tenfold == pytest.approx(once, abs=1e-12)
 
 
+def test_bootstrap_weighs_values_not_clusters() -> None:
+    # 50 clusters of nine zeros and 50 of a single one: the mean of all values is 0.1.
+    low, high = bootstrap_interval([[0.0] * 9] * 50 + [[1.0]] * 50, seed=0)
+    assert 0.05 < low < 0.1 < high < 0.2
+
+
 def test_bootstrap_repeats_with_its_seed_and_tells_nothing_of_one_cluster() -> None:
     clusters = [[0.0, 1.0], [1.0], [0.5, 0.5], []]
     assert bootstrap_interval(clusters, seed=5) == bootstrap_interval(clusters, seed=5)
