@@ -201,7 +201,8 @@ class RewardModel:
                 raise ValueError(
                     f"the reward model scores golden row {i} at {score:.4f}, and {row.score:.4f} "
                     f"when it was saved ({dtype}, tolerance {tolerance}): its weights, "
-                    f"tokenizer or chat template changed since; copy the whole folder again, or retrain it"
+                    f"tokenizer or chat template changed since; copy the whole folder again or "
+                    "train it again"
                 )
 
 
