@@ -1,4 +1,4 @@
-"""Records on disk and from the hub: reading with every bad row named, writing whole files only, splitting by prompt."""
+"""Records on disk and from the hub: read with bad rows named, written whole, split by prompt."""
 
 import gzip
 import hashlib
@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf.records import RecordError, RecordT, Text, prompt_key
+from rlhf.records import RecordError, RecordT
 
 HUB = "hub:"
 FILE_ENDINGS = (".jsonl", ".jsonl.gz")
@@ -26,10 +26,16 @@ def read_records(
 ) -> list[RecordT]:
     """Read and check the records of one kind.
 
-    source: a .jsonl or .jsonl.gz file, a folder of those, `hub:owner/name[:split[:subset]]` (split `train` unless
-    given) or `hub:owner/name:path/in/repository.jsonl.gz`. limit: stop after so many rows; None means all.
-    Raises ValueError naming place, row, field, found, expected and remedy (the first five bad rows and their number),
-    or saying that there is no row at all; OSError where the source cannot be opened.
+    Args:
+        source: a .jsonl or .jsonl.gz file, a folder of those, `hub:owner/name[:split[:subset]]`
+            (split `train` unless given) or `hub:owner/name:path/in/repository.jsonl.gz`.
+        record_class: Demonstration, Ranking, Prompt or Text.
+        limit: stop after so many rows; None means all.
+
+    Raises:
+        ValueError: bad rows, the first five named by file, row, field, found, expected and remedy;
+            or no row at all.
+        OSError: the source cannot be opened.
     """
     records: list[RecordT] = []
     errors: list[str] = []
@@ -58,7 +64,8 @@ def read_records(
 def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, value) for every row of a source; place names file and row.
 
-    A row that is no UTF-8 or no JSON comes as the RecordError that says so, so that the caller can go on and count.
+    A row that is no UTF-8 or no JSON comes as the RecordError that says so, so that the caller can
+    go on and count.
     """
     if str(source).startswith(HUB):
         yield from _read_hub(str(source))
@@ -68,7 +75,10 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def list_files(source: Path, endings: tuple[str, ...]) -> list[Path]:
-    """The file itself, or the files of a folder with one of the endings, by name. ValueError when there is none."""
+    """The file itself, or the files of a folder that have one of the endings, sorted by name.
+
+    Raises ValueError when there is none, FileNotFoundError when the source is not there.
+    """
     if source.is_dir():
         paths = sorted(p for p in source.iterdir() if p.name.endswith(endings))
         if not paths:
@@ -102,9 +112,10 @@ def decode(data: bytes) -> str:
 
 
 def write_records(path: str | Path, records: Iterable[RecordT]) -> None:
-    """Write records as JSON Lines (packed when the name ends in .gz), beside the target first, then renamed.
+    """Write records as JSON Lines, gzipped when the name ends in .gz.
 
-    An existing file is replaced only when every record is written. Raises NoRecordsError when there is none.
+    They go into a file beside it that is renamed when every record is written, so an interrupted
+    run leaves what was there before. Raises NoRecordsError when there is no record.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,15 +140,15 @@ def split_by_prompt(
 ) -> tuple[list[RecordT], list[RecordT]]:
     """Split records into (train, held out); all records of one prompt fall on the same side.
 
-    A prompt is held out when the hash of (seed, prompt) falls below `held_out` (a share, 0 to 1), so that it stays on
-    its side in every file and whatever is added. Raises ValueError when a side would be empty.
+    A prompt is held out when the hash of (seed, prompt) falls below `held_out` (a share, 0 to 1),
+    so it stays on its side in every file and whatever is added; the share is met on average only.
+    Raises ValueError when a side would be empty.
     """
     if not 0.0 < held_out < 1.0:
         raise ValueError(f"held_out is {held_out}: expected a share between 0 and 1, such as 0.1")
     sides: tuple[list[RecordT], list[RecordT]] = ([], [])
     for record in records:
-        key = record.text if isinstance(record, Text) else prompt_key(record.prompt)
-        sides[_hash_share(f"{seed}\n{key}") < held_out].append(record)
+        sides[_hash_share(f"{seed}\n{record.key}") < held_out].append(record)
     train, test = sides
     if not train or not test:
         raise ValueError(

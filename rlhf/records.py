@@ -1,7 +1,8 @@
 """The four records that stages exchange on disk, each checked field by field when it is made.
 
-A string prompt stands for one user turn. `messages` is a list of {"role", "content"} that may open with a system turn,
-then alternates user and assistant and ends with the user. An empty response is allowed: a policy may well sample one.
+A string prompt stands for one user turn. `messages` is a list of {"role", "content"} that may open
+with a system turn, then alternates user and assistant and ends with the user. An empty response is
+allowed: a policy may well sample one.
 """
 
 import json
@@ -9,7 +10,7 @@ import reprlib
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import combinations
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 Messages = list[dict[str, str]]
 PromptLike = str | Messages
@@ -18,7 +19,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class RecordError(ValueError):
-    """A field of a record that cannot be used: which one, what was found, what was expected, how to mend it."""
+    """A field that cannot be used: which one, what was found and expected, how to mend it."""
 
     def __init__(self, field: str, *, found: str, expected: str, remedy: str) -> None:
         super().__init__(f"field {field!r}: found {found}; expected {expected}; {remedy}")
@@ -41,6 +42,11 @@ class Demonstration:
         _check_prompt(self.prompt)
         _check_text("response", self.response)
 
+    @property
+    def key(self) -> str:
+        """What splits and joins go by: the prompt."""
+        return prompt_key(self.prompt)
+
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
         """Make a record from one JSON object. Raises RecordError."""
@@ -54,7 +60,10 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Ranking:
-    """A prompt and K >= 2 responses with a labeler's ranks: 1 is best, equal ranks are ties, None is unranked."""
+    """A prompt and K >= 2 responses with a labeler's ranks.
+
+    Rank 1 is best, equal ranks are ties, None is unranked; a comparison of two is K = 2.
+    """
 
     kind: ClassVar[str] = "ranking"
 
@@ -71,6 +80,11 @@ class Ranking:
         for name in ("source", "labeler"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
+
+    @property
+    def key(self) -> str:
+        """What splits and joins go by: the prompt."""
+        return prompt_key(self.prompt)
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
@@ -98,7 +112,7 @@ class Ranking:
         return {name: value for name, value in row.items() if value is not None}
 
     def pairs(self) -> list[tuple[int, int]]:
-        """All (better, worse) pairs of indices into `responses`; ties and unranked responses make none."""
+        """All (better, worse) pairs of indices into `responses`, without ties and unranked ones."""
         pairs = []
         for i, j in combinations(range(len(self.ranks)), 2):
             left, right = self.ranks[i], self.ranks[j]
@@ -120,6 +134,11 @@ class Prompt:
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
         _check_meta(self.meta)
+
+    @property
+    def key(self) -> str:
+        """What splits and joins go by: the prompt."""
+        return prompt_key(self.prompt)
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
@@ -151,6 +170,11 @@ class Text:
                 remedy="remove the row",
             )
 
+    @property
+    def key(self) -> str:
+        """What splits and joins go by: the text."""
+        return self.text
+
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
         """Make a record from one JSON object. Raises RecordError."""
@@ -163,7 +187,23 @@ class Text:
 
 
 Record = Demonstration | Ranking | Prompt | Text
-RecordT = TypeVar("RecordT", bound=Record)
+
+
+class _AnyRecord(Protocol):
+    """What functions that take every kind alike ask of it."""
+
+    kind: ClassVar[str]
+
+    @property
+    def key(self) -> str: ...
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Self: ...
+
+    def to_row(self) -> dict[str, Any]: ...
+
+
+RecordT = TypeVar("RecordT", bound=_AnyRecord)
 
 RECORD_CLASSES: dict[str, type[Record]] = {
     "demonstration": Demonstration,
@@ -179,7 +219,7 @@ def to_messages(prompt: PromptLike) -> Messages:
 
 
 def prompt_key(prompt: PromptLike) -> str:
-    """One text for every spelling of the same prompt: string or one user turn, whatever the white space."""
+    """One text for every spelling of a prompt: string or user turn, whatever the white space."""
     turns = [[turn["role"], " ".join(turn["content"].split())] for turn in to_messages(prompt)]
     return json.dumps(turns, ensure_ascii=False)
 

@@ -1,7 +1,8 @@
 """One function a public layout and kind: a row -> records, and why a row gives none.
 
-A converter yields records, `Dropped(reason)` for what a row (or a branch of a tree) cannot give, and `Changed(reason)`
-beside a record that is not what the row said word for word. It raises LayoutError when the row is of another layout.
+A converter yields records, `Dropped(reason)` for what a row (or a branch of a tree) cannot give,
+and `Changed(reason)` beside a record that is not what the row said word for word. It raises
+LayoutError when the row is of another layout.
 """
 
 import re
@@ -57,7 +58,7 @@ def ranks_from_scores(scores: list[float | None]) -> tuple[int | None, ...]:
 
 
 def parse_transcript(text: str) -> Messages:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...` as messages; text before the first mark is a user turn."""
+    """`\\n\\nHuman: ...\\n\\nAssistant: ...` as messages; text before any mark is the user's."""
     start, *rest = _TURN.split(text)
     turns = [
         {"role": _ROLES[name], "content": said.strip()}
@@ -66,7 +67,7 @@ def parse_transcript(text: str) -> Messages:
     return [{"role": "user", "content": start.strip()}, *turns] if start.strip() else turns
 
 
-# Anthropic hh-rlhf: {"chosen": transcript, "rejected": transcript}, equal up to the last assistant turn
+# Anthropic hh-rlhf: {"chosen": transcript, "rejected": transcript}; the last turns differ
 
 
 def hh_rankings(row: Any) -> Iterator[Record | Dropped | Changed]:
@@ -88,7 +89,8 @@ def hh_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
     yield from _prompt(_split_transcript(_text(row, "chosen"))[0])
 
 
-# OpenAI summarize_from_feedback, comparisons: {"info": {"post", "title", "subreddit"}, "summaries": [{"text"}] * 2, "choice"}
+# OpenAI summarize_from_feedback, comparisons:
+# {"info": {"post", "title", "subreddit"}, "summaries": [{"text"}, {"text"}], "choice": 0 or 1}
 
 
 def tldr_rankings(row: Any) -> Iterator[Record | Dropped | Changed]:
@@ -125,7 +127,8 @@ def _tldr_summaries(row: Any) -> tuple[str, str]:
     return _text(summaries[choice], "text").strip(), _text(summaries[1 - choice], "text").strip()
 
 
-# openbmb/UltraFeedback: {"instruction", "completions": [{"response", "annotations": {aspect: {"Rating"}}, "overall_score"}]}
+# openbmb/UltraFeedback: {"instruction", "completions": [completion] * 4}, where
+# completion = {"response", "annotations": {aspect: {"Rating"}}, "overall_score"}
 
 
 def ultrafeedback_rankings(row: Any) -> Iterator[Record | Dropped | Changed]:
@@ -151,8 +154,8 @@ def _ultrafeedback(row: Any) -> Comparison:
 def _ultrafeedback_score(completion: Any) -> float | None:
     """Mean rating over the aspects; overall_score only where there is none.
 
-    overall_score holds 10 for some answers that the critique calls worthless (1.0 misread), as the makers of
-    argilla/ultrafeedback-binarized-preferences found, so it is the second choice.
+    overall_score holds 10 for some answers that the critique calls worthless (1.0 misread), as the
+    makers of argilla/ultrafeedback-binarized-preferences found, so it is the second choice.
     """
     annotations = _take({"annotations": {}} | completion, "annotations", dict)
     ratings = [
@@ -162,7 +165,8 @@ def _ultrafeedback_score(completion: Any) -> float | None:
     return fmean(known) if known else _number(completion.get("overall_score"))
 
 
-# OpenAssistant trees: {"prompt": node}, node = {"text", "role": prompter|assistant, "replies": [node], "rank": 0 best}
+# OpenAssistant trees: {"prompt": node}, where
+# node = {"text", "role": prompter or assistant, "replies": [node, ...], "rank": 0 best}
 
 
 def oasst_rankings(row: Any) -> Iterator[Record | Dropped | Changed]:
@@ -184,7 +188,7 @@ def oasst_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
 
 
 def _oasst_comparisons(row: Any) -> Iterator[Comparison]:
-    """The conversation up to each prompter node, and the replies to it; deleted messages are left out."""
+    """The conversation up to each prompter node, and its replies, without deleted ones."""
     open_nodes: list[tuple[Messages, Any]] = [([], _take(row, "prompt", dict))]
     while open_nodes:
         history, node = open_nodes.pop()
@@ -247,7 +251,7 @@ def self_instruct_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
 
 
 def gsm8k_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
-    """The calculator marks `<<48/2=24>>` are for a tool that nobody here calls; the line `#### 24` stays."""
+    """Without the marks `<<48/2=24>>` for a calculator that nobody here calls; `#### 24` stays."""
     yield from _demonstration(_text(row, "question"), _CALCULATOR.sub("", _text(row, "answer")))
 
 
@@ -272,7 +276,8 @@ def p3_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
     yield from _prompt(_text(row, "prompt"), answer=completion)
 
 
-# K-wise rankings: {"prompt", "responses": [{"text", "rank": 1 best, "score", "model"}], "source", "judge"}
+# K-wise rankings:
+# {"prompt", "responses": [{"text", "rank": 1 best, "score", "model"}, ...], "source", "judge"}
 
 
 def kwise_rankings(row: Any) -> Iterator[Record | Dropped | Changed]:
@@ -417,7 +422,7 @@ def _prompt(prompt: PromptLike, **meta: Any) -> Iterator[Record | Dropped | Chan
 def _tidied(
     prompt: PromptLike, make: Callable[[PromptLike], Record]
 ) -> Iterator[Record | Dropped | Changed]:
-    """Bring a prompt into the order that chat templates take: it begins and ends with a user turn that says something."""
+    """Bring a prompt into the order that chat templates take: a user turn first and last."""
     if isinstance(prompt, str):
         yield make(prompt.strip()) if prompt.strip() else NO_PROMPT
         return

@@ -1,4 +1,4 @@
-"""The command: read rows, convert each, count what came of it, write the file whole or not at all."""
+"""The command: read rows, convert each, count what came of it, write the whole file or nothing."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -83,8 +83,12 @@ class Counts:
 
 
 def convert(config: ConvertConfig) -> Counts:
-    """Run one conversion. Raises ValueError when a row is of another layout or when no row gives a record."""
-    kind = config.kind or next(iter(CONVERTERS[config.format]))
+    """Run one conversion.
+
+    Raises ValueError when a row is of another layout, or when no row gives a record; then nothing
+    is written.
+    """
+    kind: str = config.kind or next(iter(CONVERTERS[config.format].keys()))
     print(f"{config.format}: {config.input} -> {config.output} ({kind})")
     if config.format == "text":
         rows = read_texts(config.input, config.max_characters)

@@ -20,7 +20,7 @@ _GUTENBERG_END = re.compile(r"\*\*\* ?END OF TH(?:IS|E) PROJECT GUTENBERG EBOOK"
 
 
 def read_source(source: str) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) from a .jsonl, .jsonl.gz, .json or .json.gz file, a folder of those, or a hub id.
+    """Yield (place, row) from a .jsonl or .json file (or .gz), a folder of them, or a hub id.
 
     Raises ValueError naming the place of a row that is no UTF-8 or no JSON.
     """
@@ -34,7 +34,7 @@ def read_source(source: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_texts(source: str, max_characters: int) -> Iterator[tuple[str, Any]]:
-    """Yield (place, {"text"}) for every document of .txt files, a folder of them, or rows with a `text` field."""
+    """Yield (place, {"text"}) for each document of .txt files, or of rows with a `text` field."""
     if not source.startswith(HUB) and _holds_text_files(Path(source)):
         for path in list_files(Path(source), TEXT_ENDINGS):
             yield from _documents(str(path), _decode_file(path), max_characters)
@@ -53,9 +53,9 @@ def strip_gutenberg(text: str) -> str:
 
 
 def split_documents(text: str, max_characters: int) -> list[str]:
-    """Neighbouring paragraphs joined while they fit into max_characters; a longer one is cut at white space.
+    """Neighbouring paragraphs joined while they fit into max_characters.
 
-    Nothing but white space is lost.
+    A longer paragraph is cut at white space. Nothing but white space is lost.
     """
     documents: list[str] = []
     for paragraph in _BLANK_LINES.split(text.strip()):

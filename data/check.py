@@ -1,0 +1,261 @@
+"""Check a record file and look at it: `python -m data.check FILE [--tokenizer FOLDER]`.
+
+Bad rows stop with a message each. What is allowed but rarely meant (duplicate prompts, empty
+responses, rankings where all are tied) is a warning. One example is shown as the stages render it,
+the trained tokens marked.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from itertools import islice
+from statistics import fmean, median
+from typing import Literal
+
+from rlhf.chat import Chat
+from rlhf.cli import run_stage
+from rlhf.datasets import read_records, read_rows
+from rlhf.models import load_tokenizer
+from rlhf.records import (
+    RECORD_CLASSES,
+    Demonstration,
+    Prompt,
+    PromptLike,
+    Ranking,
+    Record,
+    RecordError,
+    Text,
+    to_messages,
+)
+
+_GREEN, _PLAIN = "\033[32m", "\033[0m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Validate a file of records, count what is in it, and show one row as it is trained on."""
+
+    file: str
+    """A .jsonl or .jsonl.gz file, a folder of those, or `hub:owner/name[:split[:subset]]`."""
+    kind: Literal["demonstration", "ranking", "prompt", "text"] | None = None
+    """Kind of record. None means: see from the fields of the first row."""
+    tokenizer: str | None = None
+    """Model folder or hub id whose tokenizer and chat template render the example and count
+    tokens. None means lengths in characters and the example as plain text."""
+    example: int = 1
+    """Row to show, counted from 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A stretch of a rendered example."""
+
+    text: str
+    trained: bool
+
+
+def check(config: CheckConfig) -> None:
+    """Print the report. Raises ValueError for bad rows, or when no ranking has an order."""
+    kind = config.kind or detect_kind(config.file)
+    records: list[Record] = list(read_records(config.file, RECORD_CLASSES[kind]))
+    if not 1 <= config.example <= len(records):
+        raise ValueError(f"example is {config.example}; the file has rows 1 to {len(records)}")
+    chat = Chat(load_tokenizer(config.tokenizer)) if config.tokenizer else None
+    print(f"{config.file}: {len(records)} {kind} rows, all valid")
+    for line in statistics(records, chat):
+        print(f"  {line}")
+    for line in warnings(records):
+        print(f"  warning: {line}")
+    _refuse_orderless(config.file, records)
+    colour = sys.stdout.isatty()
+    print(f"\nRow {config.example} as rendered; {_legend(kind, colour)}:")
+    print(mark(render(records[config.example - 1], chat), colour=colour))
+    if chat is None:
+        print("\n(plain text; --tokenizer FOLDER shows the chat template and counts tokens)")
+
+
+def detect_kind(source: str) -> str:
+    """The kind whose fields the first row has; a misspelt field counts as the nearest known one."""
+    known = {field.name: kind for kind, cls in RECORD_CLASSES.items() for field in fields(cls)}
+    for _, row in islice(read_rows(source), 1):
+        if isinstance(row, RecordError) or not isinstance(row, dict):
+            break
+        names = {match for key in row for match in get_close_matches(key, known, n=1)}
+        if names & {"responses", "ranks"}:
+            return Ranking.kind
+        if "response" in names:
+            return Demonstration.kind
+        return Text.kind if "text" in names and "prompt" not in names else Prompt.kind
+    return Prompt.kind
+
+
+def statistics(records: Sequence[Record], chat: Chat | None) -> Iterator[str]:
+    """Lines of figures: turns, lengths, and for rankings K, ties and what length alone predicts."""
+    if prompts := [record.prompt for record in records if not isinstance(record, Text)]:
+        turns = Counter(len(to_messages(prompt)) for prompt in prompts)
+        yield f"distinct prompts {len({record.key for record in records})}"
+        yield f"turns in a prompt: {_histogram(turns)}"
+        yield _lengths("prompt", (_prompt_length(prompt, chat) for prompt in prompts), chat)
+    if texts := [record.text for record in records if isinstance(record, Text)]:
+        yield _lengths("text", (_text_length(text, chat) for text in texts), chat)
+    elif responses := [text for record in records for text in trained_texts(record)]:
+        yield _lengths("response", (_response_length(text, chat) for text in responses), chat)
+    if rankings := [record for record in records if isinstance(record, Ranking)]:
+        yield from _ranking_statistics(rankings)
+
+
+def warnings(records: Sequence[Record]) -> Iterator[str]:
+    """What is valid but rarely meant."""
+    keys = Counter(record.key for record in records)
+    if duplicates := sum(count - 1 for count in keys.values()):
+        what = "texts" if isinstance(records[0], Text) else "prompts"
+        yield f"{duplicates} rows repeat earlier {what} (splits keep equal prompts together)"
+    responses = [text for record in records for text in trained_texts(record)]
+    if empty := sum(not text.strip() for text in responses):
+        yield f"{empty} of {len(responses)} responses are empty"
+    rankings = [record for record in records if isinstance(record, Ranking)]
+    if orderless := sum(not ranking.pairs() for ranking in rankings):
+        yield f"{orderless} of {len(rankings)} rankings have all their responses tied or unranked"
+    if contradictions := sum(_ranks_equal_texts_apart(ranking) for ranking in rankings):
+        yield f"{contradictions} rankings hold the same response twice with different ranks"
+
+
+def render(record: Record, chat: Chat | None) -> list[Piece]:
+    """The example in pieces, special tokens included; a ranking shows its prompt once."""
+    pieces = []
+    if not isinstance(record, Text):
+        pieces.append(Piece(text=_rendered_prompt(record.prompt, chat), trained=False))
+    if isinstance(record, Ranking):
+        for rank, response in zip(record.ranks, record.responses, strict=True):
+            label = f"\n--- rank {'none' if rank is None else rank}: "
+            pieces.append(Piece(text=label, trained=False))
+            pieces.append(Piece(text=_rendered_response(response, chat), trained=True))
+    elif isinstance(record, Demonstration):
+        pieces.append(Piece(text=_rendered_response(record.response, chat), trained=True))
+    elif isinstance(record, Text):
+        pieces.append(Piece(text=_rendered_text(record.text, chat), trained=True))
+    return pieces
+
+
+def mark(pieces: Iterable[Piece], *, colour: bool) -> str:
+    """The pieces as one text, trained ones green on a terminal, else in [[ ]]."""
+    before, after = (_GREEN, _PLAIN) if colour else ("[[", "]]")
+    return "".join(
+        f"{before}{piece.text}{after}" if piece.trained else piece.text for piece in pieces
+    )
+
+
+def trained_texts(record: Record) -> tuple[str, ...]:
+    """What a stage learns from: responses, or the text itself; a prompt has none."""
+    if isinstance(record, Ranking):
+        return record.responses
+    if isinstance(record, Demonstration):
+        return (record.response,)
+    return (record.text,) if isinstance(record, Text) else ()
+
+
+def _ranking_statistics(rankings: Sequence[Ranking]) -> Iterator[str]:
+    num_responses = Counter(len(ranking.responses) for ranking in rankings)
+    pairs = [
+        (ranking.responses[i], ranking.responses[j])
+        for ranking in rankings
+        for i, j in ranking.pairs()
+    ]
+    ranked = [[rank for rank in ranking.ranks if rank is not None] for ranking in rankings]
+    tied = sum(len(ranks) * (len(ranks) - 1) // 2 for ranks in ranked) - len(pairs)
+    unranked = sum(rank is None for ranking in rankings for rank in ranking.ranks)
+    yield f"K (responses a ranking): {_histogram(num_responses)}"
+    yield f"pairs {len(pairs)}, tied pairs {tied}, unranked responses {unranked}"
+    if pairs:
+        longer = fmean(_longer_wins(better, worse) for better, worse in pairs)
+        yield f"the longer response is the better one in {longer:.1%} of pairs"
+    for name in ("source", "labeler"):
+        names = Counter(getattr(ranking, name) or "none given" for ranking in rankings)
+        yield f"{name}: {', '.join(f'{key} {count}' for key, count in names.most_common(8))}"
+
+
+def _refuse_orderless(file: str, records: Sequence[Record]) -> None:
+    rankings = [record for record in records if isinstance(record, Ranking)]
+    if rankings and not any(ranking.pairs() for ranking in rankings):
+        raise ValueError(
+            f"{file}: in all {len(rankings)} rankings every response is tied or unranked, so there "
+            "is nothing to learn; give at least two different ranks in a row"
+        )
+
+
+def _longer_wins(better: str, worse: str) -> float:
+    """1, or 0, or 0.5 for equal lengths."""
+    return 0.5 * ((len(better) > len(worse)) + (len(better) >= len(worse)))
+
+
+def _ranks_equal_texts_apart(ranking: Ranking) -> bool:
+    return any(ranking.responses[i] == ranking.responses[j] for i, j in ranking.pairs())
+
+
+def _prompt_length(prompt: PromptLike, chat: Chat | None) -> int:
+    if chat is None:
+        return sum(len(turn["content"]) for turn in to_messages(prompt))
+    return len(chat.prompt_ids(prompt))
+
+
+def _response_length(text: str, chat: Chat | None) -> int:
+    return len(text) if chat is None else len(chat.response_ids(text))
+
+
+def _text_length(text: str, chat: Chat | None) -> int:
+    return len(text) if chat is None else len(chat.text_ids(text))
+
+
+def _rendered_prompt(prompt: PromptLike, chat: Chat | None) -> str:
+    if chat is None:
+        turns = (f"{turn['role']}: {turn['content']}\n" for turn in to_messages(prompt))
+        return "".join(turns) + "assistant: "
+    return _with_specials(chat, chat.prompt_ids(prompt))
+
+
+def _rendered_response(response: str, chat: Chat | None) -> str:
+    if chat is None:
+        return response + "<end>"
+    return _with_specials(chat, chat.response_ids(response))
+
+
+def _rendered_text(text: str, chat: Chat | None) -> str:
+    return text if chat is None else _with_specials(chat, chat.text_ids(text))
+
+
+def _with_specials(chat: Chat, ids: list[int]) -> str:
+    text = chat.tokenizer.decode(ids, skip_special_tokens=False)
+    assert isinstance(text, str)
+    return text
+
+
+def _lengths(name: str, lengths: Iterable[int], chat: Chat | None) -> str:
+    values = list(lengths)
+    return (
+        f"{name} length in {'characters' if chat is None else 'tokens'}: min {min(values)}, "
+        f"median {median(values):g}, mean {fmean(values):.1f}, max {max(values)}"
+    )
+
+
+def _histogram(counts: Counter[int]) -> str:
+    return ", ".join(f"{value} ({count} rows)" for value, count in sorted(counts.items()))
+
+
+def _legend(kind: str, colour: bool) -> str:
+    if kind == Prompt.kind:
+        return "the policy continues it"
+    return f"what is trained on is {f'{_GREEN}green{_PLAIN}' if colour else 'in [[ ]]'}"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The file may be given without `--file`."""
+    words = list(sys.argv[1:] if args is None else args)
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--file")
+    run_stage(check, CheckConfig, words)
+
+
+if __name__ == "__main__":
+    main()
