@@ -1,7 +1,8 @@
 """The common model loader: tokenizer, policy (causal LM), and scalar models (reward and value)."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from rlhf.chat import Chat, add_missing_parts
 from rlhf.config import ModelSettings
@@ -52,9 +54,11 @@ def load_policy(settings: ModelSettings) -> PreTrainedModel:
 
         model, _ = load_gguf(settings.path, dtype=_dtype(settings))
         return disable_dropout(model)
-    model, report = AutoModelForCausalLM.from_pretrained(
-        settings.path, output_loading_info=True, **_loading_arguments(settings)
-    )
+    with quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            output_loading_info=True, **_loading_arguments(settings)
+        )
+    model, report = loaded
     _refuse_missing(settings.path, report, allowed=())
     return disable_dropout(model)
 
@@ -96,7 +100,9 @@ class ScalarModel(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        return self.classifier.score
+        head = self.classifier.score
+        assert isinstance(head, nn.Linear)
+        return head
 
     def forward(self, positions: Tensor, **model_inputs: Tensor | None) -> Tensor:
         """Numbers (n,) at these positions (n,) of the one row in `model_inputs` (see PackedRow)."""
@@ -126,9 +132,11 @@ def load_scalar(settings: ModelSettings, *, new_head: bool = False) -> ScalarMod
             f"{path}: a scalar model starts from a model folder; convert the GGUF file first with "
             "rlhf.models.save_policy, as data/smollm2.py does"
         )
-    classifier, report = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, output_loading_info=True, **_loading_arguments(settings)
-    )
+    with quiet():
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            num_labels=1, output_loading_info=True, **_loading_arguments(settings)
+        )
+    classifier, report = loaded
     _refuse_missing(path, report, allowed=("score.weight",) if new_head else ())
     tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
     classifier.config.pad_token_id = tokenizer.pad_token_id
@@ -178,9 +186,22 @@ def response_logits(policy: nn.Module, row: PackedRow) -> Tensor:
     return output.logits[0]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers' bars and its loading report, which this module reads itself."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
 def check_vocabulary(model: PreTrainedModel, chat: Chat, path: str) -> None:
     """Refuses a tokenizer that can give ids for which the model has no embedding."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = _num_embeddings(model)
     if len(chat.tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(chat.tokenizer)} tokens, the model at {path} embeds {rows}: "
@@ -189,23 +210,25 @@ def check_vocabulary(model: PreTrainedModel, chat: Chat, path: str) -> None:
 
 
 @torch.no_grad()
-def supports_packing(model: PreTrainedModel, trees: Sequence[PromptTree] | None = None) -> bool:
+def supports_packing(model: PreTrainedModel) -> bool:
     """Whether packed and separate passes agree on this model, tried on a 20-token tree.
 
     Models without an attention mask over positions (state space, ALiBi), flash attention, and
     windows shorter than the tree fail and are run one response a row (`share_prompts=False`).
     """
-    if trees is None:
-        top = model.get_input_embeddings().num_embeddings - 1
-        ids = [1 + (7 * i) % top for i in range(20)]
-        trees = [PromptTree(tuple(ids[:6]), (tuple(ids[6:12]), tuple(ids[12:20])))]
+    if "local" in getattr(model.config, "attention_layers", ()):
+        return False  # GPT-Neo cuts its window by places in the row, beyond the probe's 20 tokens
+    top = _num_embeddings(model) - 1
+    ids = tuple(1 + (7 * i) % top for i in range(20))
+    tree = PromptTree(ids[:6], (ids[6:12], ids[12:20]))
     device = next(model.parameters()).device
+    sharing = Packer(20, mask_dtype=_mask_dtype(model))
     try:
-        packed = [_features(model, row.to(device)) for row in Packer(10**9).rows(trees)]
+        packed = [_features(model, row.to(device)) for row in sharing.rows([tree])]
     except (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError):
         return False
-    alone = Packer(1, share_prompts=False)
-    plain = [_features(model, row.to(device)) for row in alone.rows(trees)]
+    alone = Packer(20, share_prompts=False)
+    plain = [_features(model, row.to(device)) for row in alone.rows([tree])]
     difference = (torch.cat(packed) - torch.cat(plain)).abs().max().item()
     tolerance = PACKING_TOLERANCE if model.dtype == torch.float32 else 0.25
     return difference < tolerance
@@ -216,12 +239,29 @@ def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
     share_prompts = supports_packing(model)
     if not share_prompts:
         warnings.warn(
-            f"{type(model).__name__} with {model.config._attn_implementation} attention cannot take "
-            "the packing mask; every response goes through it alone, which is slow",
+            f"{type(model).__name__} with {model.config._attn_implementation} attention cannot "
+            "take the packing mask; every response goes through it alone, which is slow",
             stacklevel=2,
         )
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    return Packer(micro_batch_tokens, share_prompts=share_prompts, max_depth=window)
+    config = model.config.get_text_config()
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return Packer(
+        micro_batch_tokens,
+        share_prompts=share_prompts,
+        max_depth=min((window for window in windows if window), default=None),
+        mask_dtype=_mask_dtype(model),
+    )
+
+
+def _mask_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """Eager attention adds the mask to its scores, where True would count as one."""
+    return model.dtype if model.config._attn_implementation == "eager" else None
+
+
+def _num_embeddings(model: PreTrainedModel) -> int:
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    return embeddings.num_embeddings
 
 
 def _features(model: PreTrainedModel, row: PackedRow) -> Tensor:
@@ -230,11 +270,10 @@ def _features(model: PreTrainedModel, row: PackedRow) -> Tensor:
     return hidden[0, row.predictors].float()
 
 
-def _save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
-) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _loading_arguments(settings: ModelSettings) -> dict[str, Any]:

@@ -1,0 +1,85 @@
+"""Optimizer, learning rate schedule and moving average of weights."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import OptimSettings
+
+
+def make_optimizer(
+    groups: Iterable[tuple[nn.Module, float]], settings: OptimSettings
+) -> torch.optim.AdamW:
+    """AdamW over several modules, each with its own peak learning rate.
+
+    Weight decay is for matrices only; biases and norm weights have none.
+    """
+    parameters = []
+    for module, learning_rate in groups:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        for chosen, decay in (
+            ([p for p in trained if p.ndim >= 2], settings.weight_decay),
+            ([p for p in trained if p.ndim < 2], 0.0),
+        ):
+            if chosen:
+                parameters.append({"params": chosen, "lr": learning_rate, "weight_decay": decay})
+    return torch.optim.AdamW(parameters, betas=settings.betas, eps=settings.eps)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, settings: OptimSettings, num_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Scales every group's learning rate by `schedule_factor`, one call of step() a step."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(settings, num_steps))
+
+
+def schedule_factor(settings: OptimSettings, num_steps: int) -> Callable[[int], float]:
+    """Learning rate of a step (0 first) as a share of the peak.
+
+    Linear warm-up from min_lr_ratio (InstructGPT's PPO: a tenth of the peak), then constant, or
+    falling to min_lr_ratio on the last step along a line or half a cosine.
+    """
+    low = settings.min_lr_ratio
+
+    def factor(step: int) -> float:
+        if step < settings.warmup_steps:
+            return low + (1 - low) * step / settings.warmup_steps
+        if settings.schedule == "constant":
+            return 1.0
+        falling = max(num_steps - 1 - settings.warmup_steps, 1)
+        progress = min((step - settings.warmup_steps) / falling, 1.0)
+        if settings.schedule == "cosine":
+            progress = 0.5 * (1 - math.cos(math.pi * progress))
+        return 1 - (1 - low) * progress
+
+    return factor
+
+
+class MovingAverage:
+    """Exponential moving average of a module's weights, in fp32: avg <- d avg + (1 - d) weight.
+
+    InstructGPT evaluates the average with decay 0.992 (Ouyang et al. 2022, C.4); the paper does not
+    say how often it is updated, here it is once an optimizer step.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.average = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            self.average[name].lerp_(parameter.detach().float(), 1 - self.decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            parameter.copy_(self.average[name])
+
+
+def gradients(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+    """Every parameter's gradient, zeros where there is none."""
+    for parameter in parameters:
+        yield torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

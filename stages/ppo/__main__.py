@@ -1,0 +1,13 @@
+"""python -m stages.ppo --config configs/ppo/tiny.yaml"""
+
+from rlhf.cli import run_stage
+from stages.ppo.config import Config
+from stages.ppo.train import train
+
+
+def main() -> None:
+    run_stage(train, Config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Settings of the PPO stage. Defaults are InstructGPT's where a small run can use them."""
+
+from dataclasses import dataclass, field
+
+from rlhf.config import ModelSettings, OptimSettings
+from rlhf.rewards import RewardSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """Sampling of responses."""
+
+    batch_size: int = 512
+    """Episodes (prompts, one response each) an update, over all processes."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts lose their oldest turns; those whose last turn alone is longer are dropped
+    before training, counted and reported."""
+    max_new_tokens: int = 256
+    """A response without its end token is cut here."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probabilities everywhere in PPO are at this temperature."""
+    generation_batch_size: int = 64
+    """Responses sampled side by side on each process; bounds the memory of the KV cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOSettings:
+    """The policy gradient step."""
+
+    mini_batch_size: int = 64
+    """Episodes an optimizer step, over all processes; divides rollout.batch_size."""
+    num_epochs: int = 1
+    """Passes over each rollout."""
+    kl_coef: float = 0.02
+    """Nats of KL to the reference policy are subtracted from the reward times this (beta)."""
+    clip_range: float = 0.2
+    """The ratio of new to old probability stops paying outside 1 +- this."""
+    value_clip_range: float | None = 0.2
+    """Values may move this far, in units of reward, from the rollout's. None means no clipping."""
+    gamma: float = 1.0
+    """Discount a token; 1 means none."""
+    gae_lambda: float = 0.95
+    """Decay of generalised advantage estimation."""
+    whiten_advantages: bool = True
+    """Advantages to mean 0 and variance 1 over all tokens of the update, on all processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PtxSettings:
+    """The pretraining mix: gamma * E[log pi(x)] over pretraining text, in the same gradient."""
+
+    coef: float = 27.8
+    """Weight (gamma) of the language modelling loss, which is a mean in nats a token; the policy
+    loss it is added to is a mean over response tokens. 0 means plain PPO. InstructGPT's 27.8 is
+    tied to its own unstated normaliser; see ppo/ptx_grad_norm against ppo/ppo_grad_norm."""
+    text: str | None = None
+    """File or folder of text records. Needed unless coef is 0."""
+    blocks_per_episode: float = 8.0
+    """Blocks of text a step for each episode of the mini-batch."""
+    block_tokens: int = 128
+    """Tokens a block; text is packed to full blocks, documents set apart by the tokenizer's BOS
+    (or EOS) token."""
+    gradient_norms: bool = True
+    """Log the norms of the PPO and the ptx gradient and their cosine, at the cost of one copy of
+    the policy's gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """PPO and PPO-ptx: optimise a policy against a reward, near its reference, on its prompts."""
+
+    output_dir: str
+    """Folder of this run: the aligned policy, metrics.jsonl, samples.jsonl, results.json."""
+    policy: ModelSettings
+    """The SFT model: where the policy starts, and the frozen reference of the KL penalty."""
+    prompts: str
+    """File or folder of prompt records to sample responses for."""
+    prompts_held_out: str | None = None
+    """Prompts for the regular evaluation. None means that none is done."""
+    reward: RewardSettings
+    """Where scores come from."""
+    value_model: str | None = None
+    """Reward model folder that the value model starts from. None means reward.model, or, with a
+    reward function alone, the SFT model with a new head whose weights are 0."""
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    """Sampling of responses."""
+    ppo: PPOSettings = field(default_factory=PPOSettings)
+    """The policy gradient step."""
+    ptx: PtxSettings = field(default_factory=PtxSettings)
+    """The pretraining mix."""
+    optim: OptimSettings = field(
+        default_factory=lambda: OptimSettings(
+            learning_rate=9.65e-6, schedule="constant", warmup_steps=80
+        )
+    )
+    """Optimizer of the policy; steps are optimizer steps, 8 an update by default."""
+    value_learning_rate: float = 9e-6
+    """Peak learning rate of the value model; same schedule."""
+    num_updates: int = 500
+    """Rollouts; episodes in all are num_updates * rollout.batch_size."""
+    ema_decay: float | None = 0.992
+    """Moving average of the policy's weights, once an optimizer step; the average is what is saved
+    as the aligned policy. None means that the last weights are."""
+    micro_batch_tokens: int = 4096
+    """Most tokens a forward or backward pass holds on one process; changes no result."""
+    eval_every: int = 10
+    """Updates between evaluations on prompts_held_out."""
+    num_eval_prompts: int = 64
+    """Prompts of the regular evaluation."""
+    num_samples: int = 8
+    """Held-out prompts whose responses go to samples.jsonl at each evaluation."""
+    seed: int = 0
+    """Seed of sampling, of the order of prompts and text, and of new heads."""
+
+    def __post_init__(self) -> None:
+        rollout, ppo = self.rollout, self.ppo
+        if rollout.batch_size % ppo.mini_batch_size:
+            nearest = _nearest_divisor(rollout.batch_size, ppo.mini_batch_size)
+            raise ValueError(
+                f"ppo.mini_batch_size is {ppo.mini_batch_size}, which does not divide "
+                f"rollout.batch_size {rollout.batch_size}; the nearest that does is {nearest}"
+            )
+        if self.ptx.coef > 0 and self.ptx.text is None:
+            raise ValueError(
+                f"ptx.coef is {self.ptx.coef} but ptx.text is not given; name a file of text "
+                "records, or set ptx.coef to 0 for plain PPO"
+            )
+        _positive(self, "num_updates", "micro_batch_tokens", "eval_every", "value_learning_rate")
+        _positive(rollout, "batch_size", "max_prompt_tokens", "max_new_tokens", "temperature")
+        _positive(rollout, "generation_batch_size")
+        _positive(ppo, "mini_batch_size", "num_epochs", "clip_range")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; give a number in (0, 1), or null")
+        if ppo.kl_coef < 0:
+            raise ValueError(f"ppo.kl_coef is {ppo.kl_coef}; below 0 it would reward drifting away")
+
+    @property
+    def steps_per_update(self) -> int:
+        return self.ppo.num_epochs * self.rollout.batch_size // self.ppo.mini_batch_size
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_updates * self.steps_per_update
+
+
+def _positive(section: object, *names: str) -> None:
+    for name in names:
+        if not getattr(section, name) > 0:
+            raise ValueError(f"{name} is {getattr(section, name)}; give a number above 0")
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda d: abs(d - wanted))

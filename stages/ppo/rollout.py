@@ -1,0 +1,204 @@
+"""One rollout: responses sampled from the policy, their rewards and advantages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.advantages import generalized_advantages
+from rlhf.chat import Chat
+from rlhf.distributed import sum_over_processes
+from rlhf.generation import generate
+from rlhf.inference import compute_logprobs, compute_values
+from rlhf.kl import k1, k3, penalized_rewards
+from rlhf.masking import masked_sum, whiten, whitening_sums
+from rlhf.models import ScalarModel
+from rlhf.packing import Packer, PromptTree, response_batch
+from rlhf.records import Prompt
+from rlhf.rewards import Reward, adjust_missing_end, clip_scores
+from stages.ppo.config import Config
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A prompt with its token ids, ready to be answered."""
+
+    record: Prompt
+    prompt_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses and all that is known of them before the update; this process's share.
+
+    Shapes: (batch,) and (batch, time), zero where response_mask is False; on the CPU, fp32.
+    """
+
+    trees: list[PromptTree]
+    """(batch,) each a prompt with its one response"""
+    response_mask: Tensor
+    """(batch, time) True where the response has a token, the end token included"""
+    finished: Tensor
+    """(batch,) True where the response has its end token"""
+    scores: Tensor
+    """(batch,) from the reward, after the handling of missing ends and clipping"""
+    logprobs: Tensor
+    """(batch, time) of the policy that sampled"""
+    ref_logprobs: Tensor
+    """(batch, time) of the reference policy"""
+    values: Tensor
+    """(batch, time) of the state before each token"""
+    rewards: Tensor
+    """(batch, time) score on the last token, KL penalty on all"""
+    advantages: Tensor
+    """(batch, time), whitened if the settings say so"""
+    returns: Tensor
+    """(batch, time), from unwhitened advantages"""
+
+    def select(self, episodes: Tensor) -> "Rollout":
+        """Some of the episodes, as a rollout of their own."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        trees = [self.trees[i] for i in episodes.tolist()]
+        tensors = {k: value[episodes] for k, value in fields.items() if isinstance(value, Tensor)}
+        return Rollout(trees=trees, **tensors)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The models of a rollout that do not learn, and how to run them."""
+
+    chat: Chat
+    ref_policy: PreTrainedModel
+    reward: Reward
+    packer: Packer
+    config: Config
+
+    def sample(
+        self, policy: PreTrainedModel, episodes: Sequence[Episode], generator: torch.Generator
+    ) -> list[PromptTree]:
+        """One response for every episode."""
+        settings = self.config.rollout
+        responses = generate(
+            policy,
+            [episode.prompt_ids for episode in episodes],
+            end_id=self.chat.end_id,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            batch_size=settings.generation_batch_size,
+            generator=generator,
+        )
+        return [
+            PromptTree(episode.prompt_ids, (tuple(response),))
+            for episode, response in zip(episodes, responses, strict=True)
+        ]
+
+    def score(
+        self, episodes: Sequence[Episode], trees: Sequence[PromptTree]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores (batch,), and whether each response has its end token (batch,)."""
+        responses = [list(tree.responses[0]) for tree in trees]
+        finished = torch.tensor([response[-1] == self.chat.end_id for response in responses])
+        scores = self.reward.score(
+            [episode.record for episode in episodes],
+            [list(tree.prompt) for tree in trees],
+            responses,
+            [self.chat.decode(response) for response in responses],
+        )
+        settings = self.config.reward
+        scores = clip_scores(scores, settings.clip)
+        scores = adjust_missing_end(
+            scores, finished, settings.missing_end, settings.missing_end_value
+        )
+        return scores, finished
+
+    def logprobs(self, policy: nn.Module, trees: Sequence[PromptTree]) -> Tensor:
+        """(batch, time) at the sampling temperature."""
+        temperature = self.config.rollout.temperature
+        return compute_logprobs(policy, trees, self.packer, temperature=temperature)
+
+
+def roll_out(
+    policy: PreTrainedModel,
+    value_model: ScalarModel,
+    sampler: Sampler,
+    episodes: Sequence[Episode],
+    generator: torch.Generator,
+    accelerator: Accelerator,
+) -> Rollout:
+    """Sample, score, subtract the KL penalty, estimate advantages.
+
+    The log-probabilities come from the same packed pass that trains, not from the sampler, so the
+    first ratio is 1 (recipe: checklist 18).
+    """
+    settings = sampler.config.ppo
+    trees = sampler.sample(policy, episodes, generator)
+    scores, finished = sampler.score(episodes, trees)
+    _, response_mask = response_batch([tree.responses[0] for tree in trees])
+    logprobs = sampler.logprobs(policy, trees)
+    ref_logprobs = sampler.logprobs(sampler.ref_policy, trees)
+    values = compute_values(value_model, trees, sampler.packer)
+    rewards = penalized_rewards(scores, logprobs, ref_logprobs, response_mask, settings.kl_coef)
+    advantages, returns = generalized_advantages(
+        rewards, values, response_mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
+    )
+    if settings.whiten_advantages:
+        sums = sum_over_processes(accelerator, whitening_sums(advantages, response_mask))
+        advantages = whiten(advantages, response_mask, sums)
+    return Rollout(
+        trees=trees,
+        response_mask=response_mask,
+        finished=finished,
+        scores=scores,
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        rewards=rewards,
+        advantages=advantages,
+        returns=returns,
+    )
+
+
+def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
+    """Sums over this process's episodes and tokens, from which `rollout_metrics` makes means."""
+    mask = rollout.response_mask
+    errors = (rollout.returns - rollout.values).where(mask, 0.0)
+    return {
+        "episodes": torch.tensor(float(len(rollout.trees))),
+        "tokens": mask.sum(),
+        "score": rollout.scores.sum(),
+        "score_squares": rollout.scores.double().square().sum(),
+        "reward": rollout.rewards.sum(),
+        "kl": k1(rollout.logprobs, rollout.ref_logprobs, mask).sum(),
+        "kl_k3": k3(rollout.logprobs, rollout.ref_logprobs, mask).sum(),
+        "finished": rollout.finished.sum(),
+        "entropy": -masked_sum(rollout.logprobs, mask),
+        "value": masked_sum(rollout.values, mask),
+        "returns": masked_sum(rollout.returns, mask),
+        "return_squares": masked_sum(rollout.returns.double().square(), mask),
+        "error_squares": errors.double().square().sum(),
+        "errors": errors.double().sum(),
+    }
+
+
+def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Means over the episodes (score, reward, KL, length) and tokens (the rest) of an update."""
+    episodes, tokens = sums["episodes"], sums["tokens"]
+    mean_score = sums["score"] / episodes
+    return_variance = sums["return_squares"] / tokens - (sums["returns"] / tokens) ** 2
+    error_variance = sums["error_squares"] / tokens - (sums["errors"] / tokens) ** 2
+    return {
+        "ppo/score": mean_score,
+        "ppo/score_std": max(sums["score_squares"] / episodes - mean_score**2, 0.0) ** 0.5,
+        "ppo/reward": sums["reward"] / episodes,
+        "ppo/kl": sums["kl"] / episodes,
+        "ppo/kl_k3": sums["kl_k3"] / episodes,
+        "ppo/response_tokens": tokens / episodes,
+        "ppo/eos_rate": sums["finished"] / episodes,
+        "ppo/entropy": sums["entropy"] / tokens,
+        "ppo/value": sums["value"] / tokens,
+        "ppo/return": sums["returns"] / tokens,
+        "ppo/explained_variance": 1 - error_variance / max(return_variance, 1e-8),
+    }

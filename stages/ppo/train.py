@@ -1,0 +1,271 @@
+"""The PPO run: load, then roll out and update, evaluate, save."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from rlhf.chat import Chat
+from rlhf.config import ModelSettings
+from rlhf.datasets import read_records
+from rlhf.distributed import own_share, sum_over_processes
+from rlhf.kl import k1
+from rlhf.models import (
+    ScalarModel,
+    check_vocabulary,
+    load_chat,
+    load_policy,
+    load_scalar,
+    packer_for,
+    save_policy,
+)
+from rlhf.optim import MovingAverage, make_optimizer, make_schedule
+from rlhf.packing import PromptTree, response_batch, text_tree
+from rlhf.records import Prompt, Text
+from rlhf.rewards import load_reward, load_value_model
+from rlhf.runs import Run, open_run
+from stages.ppo.config import Config
+from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out, rollout_metrics, rollout_sums
+from stages.ppo.update import Learner, PolicyAndValue, check_start, update
+
+
+def train(config: Config) -> None:
+    """One PPO run from its settings to the saved policy and results.json."""
+    accelerator = Accelerator()
+    _check_processes(config, accelerator)
+    set_seed(config.seed)
+    run = open_run(config, stage="ppo", inputs=_inputs(config))
+    chat = load_chat(config.policy)
+    episodes = load_episodes(config.prompts, chat, config.rollout.max_prompt_tokens)
+    held_out = []
+    if config.prompts_held_out is not None:
+        held_out = load_episodes(config.prompts_held_out, chat, config.rollout.max_prompt_tokens)
+        held_out = held_out[: config.num_eval_prompts]
+    learner, sampler = _load_models(config, chat, accelerator)
+    texts = text_batches(config, chat, accelerator)
+    order = shuffled(episodes, config.rollout.batch_size, config.seed)
+    sampling = torch.Generator().manual_seed(config.seed * 1000 + accelerator.process_index)
+    shuffling = torch.Generator().manual_seed(config.seed)
+    _announce(config, accelerator, len(episodes))
+
+    metrics: dict[str, float] = {}
+    bar = tqdm(range(config.num_updates), desc="ppo", disable=not accelerator.is_main_process)
+    for number in bar:
+        models = learner.models
+        batch = own_share(accelerator, next(order))
+        with accelerator.autocast():
+            rollout = roll_out(
+                models.policy, models.value_model, sampler, batch, sampling, accelerator
+            )
+        if number == 0:
+            check_start(rollout, models.policy.dtype)
+        metrics = _rollout_metrics(rollout, accelerator)
+        metrics |= update(learner, rollout, texts, config, shuffling)
+        metrics["ppo/learning_rate"] = float(learner.schedule.get_last_lr()[0])
+        if held_out and (number % config.eval_every == 0 or number == config.num_updates - 1):
+            metrics |= evaluate(learner, sampler, held_out, run, number, config)
+        run.log(number, metrics)
+        bar.set_postfix_str(f"score {metrics['ppo/score']:.2f}, kl {metrics['ppo/kl']:.2f}")
+
+    if learner.average is not None:
+        learner.average.copy_to(learner.models.policy)
+    if accelerator.is_main_process:
+        save_policy(learner.models.policy, chat.tokenizer, run.dir)
+    run.finish({name.removeprefix("ppo/"): value for name, value in metrics.items()})
+
+
+def load_episodes(path: str, chat: Chat, max_prompt_tokens: int) -> list[Episode]:
+    """Prompts that fit; how many were cut at a turn or dropped is printed.
+
+    Raises:
+        ValueError: no prompt fits.
+    """
+    episodes = []
+    num_cut = 0
+    records = read_records(path, Prompt)
+    for record in records:
+        ids = chat.fit_prompt(record.prompt, max_prompt_tokens)
+        if ids is not None:
+            num_cut += len(ids) < len(chat.prompt_ids(record.prompt))
+            episodes.append(Episode(record, tuple(ids)))
+    num_dropped = len(records) - len(episodes)
+    if not episodes:
+        raise ValueError(
+            f"{path}: none of {len(records)} prompts fits in rollout.max_prompt_tokens "
+            f"{max_prompt_tokens}; raise it, or give shorter prompts"
+        )
+    if num_cut or num_dropped:
+        print(
+            f"ppo: of {len(records)} prompts in {path}, {num_cut} lost early turns and "
+            f"{num_dropped} were dropped to fit {max_prompt_tokens} tokens"
+        )
+    return episodes
+
+
+def shuffled(episodes: Sequence[Episode], batch_size: int, seed: int) -> Iterator[list[Episode]]:
+    """Batches without end; every prompt comes once a pass, each pass in a new order."""
+    generator = torch.Generator().manual_seed(seed)
+    batch: list[Episode] = []
+    while True:
+        for i in torch.randperm(len(episodes), generator=generator).tolist():
+            batch.append(episodes[i])
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+
+
+def text_batches(
+    config: Config, chat: Chat, accelerator: Accelerator
+) -> Iterator[list[PromptTree]]:
+    """The text blocks of one optimizer step at a time, this process's share; [] without ptx.
+
+    Documents are joined and cut to blocks of `ptx.block_tokens` tokens without a template.
+    """
+    if config.ptx.coef == 0:
+        while True:
+            yield []
+    assert config.ptx.text is not None
+    blocks = text_blocks([t.text for t in read_records(config.ptx.text, Text)], chat, config)
+    num_blocks = max(1, round(config.ptx.blocks_per_episode * config.ppo.mini_batch_size))
+    num_blocks = math.ceil(num_blocks / accelerator.num_processes) * accelerator.num_processes
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    batch: list[PromptTree] = []
+    while True:
+        for i in torch.randperm(len(blocks), generator=generator).tolist():
+            batch.append(blocks[i])
+            if len(batch) == num_blocks:
+                yield own_share(accelerator, batch)
+                batch = []
+
+
+def text_blocks(texts: Sequence[str], chat: Chat, config: Config) -> list[PromptTree]:
+    """Documents, each behind the tokenizer's BOS (or EOS) token, joined and cut to full blocks.
+
+    Raises:
+        ValueError: there is not one full block.
+    """
+    tokenizer, length = chat.tokenizer, config.ptx.block_tokens
+    between = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ids = []
+    for text in texts:
+        ids += [between, *tokenizer(text, add_special_tokens=False).input_ids]
+    blocks = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+    if not blocks:
+        raise ValueError(
+            f"{config.ptx.text} holds {len(ids)} tokens, less than one block of ptx.block_tokens "
+            f"{length}; give more text or a smaller block"
+        )
+    return [text_tree(block) for block in blocks]
+
+
+def evaluate(
+    learner: Learner,
+    sampler: Sampler,
+    held_out: Sequence[Episode],
+    run: Run,
+    number: int,
+    config: Config,
+) -> dict[str, float]:
+    """Score, KL, length and ends on held-out prompts, by the same draws every time."""
+    episodes = own_share(learner.accelerator, held_out)
+    generator = torch.Generator().manual_seed(config.seed)
+    policy = learner.models.policy
+    trees = sampler.sample(policy, episodes, generator)
+    scores, finished = sampler.score(episodes, trees)
+    _, mask = response_batch([tree.responses[0] for tree in trees])
+    kl = k1(sampler.logprobs(policy, trees), sampler.logprobs(sampler.ref_policy, trees), mask)
+    run.samples(
+        [
+            {
+                "prompt": episode.record.prompt,
+                "response": sampler.chat.decode(tree.responses[0]),
+                "score": round(float(score), 4),
+                "kl": round(float(nats), 4),
+                "tokens": len(tree.responses[0]),
+            }
+            for episode, tree, score, nats in zip(episodes, trees, scores, kl.sum(1), strict=True)
+        ][: config.num_samples],
+        step=number,
+    )
+    sums = torch.stack([scores.sum(), kl.sum(), mask.sum(), finished.sum()]).double()
+    score, nats, tokens, ended = sum_over_processes(learner.accelerator, sums).tolist()
+    return {
+        "ppo/held_out_score": score / len(held_out),
+        "ppo/held_out_kl": nats / len(held_out),
+        "ppo/held_out_tokens": tokens / len(held_out),
+        "ppo/held_out_eos_rate": ended / len(held_out),
+    }
+
+
+def _load_models(config: Config, chat: Chat, accelerator: Accelerator) -> tuple[Learner, Sampler]:
+    policy = load_policy(config.policy)
+    check_vocabulary(policy, chat, config.policy.path)
+    reward = load_reward(config.reward, chat, accelerator.device, config.micro_batch_tokens)
+    value_model = _load_value_model(config)
+    check_vocabulary(value_model.classifier, chat, config.value_model or str(config.reward.model))
+    ref_policy = load_policy(config.policy).requires_grad_(False).to(accelerator.device)
+    packers = [
+        packer_for(policy, config.micro_batch_tokens),
+        packer_for(value_model.classifier, config.micro_batch_tokens),
+    ]
+    packer = min(packers, key=lambda packer: packer.share_prompts)  # what both models can take
+    average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
+    groups = [(policy, config.optim.learning_rate), (value_model, config.value_learning_rate)]
+    optimizer = make_optimizer(groups, config.optim)
+    schedule = make_schedule(optimizer, config.optim, config.num_steps)
+    model, optimizer = accelerator.prepare(PolicyAndValue(policy, value_model), optimizer)
+    learner = Learner(model, optimizer, schedule, average, packer, accelerator)
+    return learner, Sampler(chat, ref_policy, reward, packer, config)
+
+
+def _load_value_model(config: Config) -> ScalarModel:
+    """From the reward model (Ouyang et al. 2022, C.4), else a head of zeros on the policy's body:
+    a random one would give a random baseline (openai/lm-human-preferences)."""
+    path = config.value_model or config.reward.model
+    if path is not None:
+        return load_value_model(ModelSettings(path=path, attention=config.policy.attention))
+    value_model = load_scalar(config.policy, new_head=True)
+    torch.nn.init.zeros_(value_model.head.weight)
+    return value_model
+
+
+def _inputs(config: Config) -> dict[str, str]:
+    inputs = {
+        "policy": config.policy.path,
+        "prompts": config.prompts,
+        "prompts_held_out": config.prompts_held_out,
+        "reward_model": config.reward.model,
+        "value_model": config.value_model,
+        "text": config.ptx.text if config.ptx.coef else None,
+    }
+    return {name: path for name, path in inputs.items() if path is not None}
+
+
+def _rollout_metrics(rollout: Rollout, accelerator: Accelerator) -> dict[str, float]:
+    sums = rollout_sums(rollout)
+    return rollout_metrics(
+        {name: float(sum_over_processes(accelerator, value)) for name, value in sums.items()}
+    )
+
+
+def _check_processes(config: Config, accelerator: Accelerator) -> None:
+    count = accelerator.num_processes
+    if config.ppo.mini_batch_size % count:
+        raise ValueError(
+            f"ppo.mini_batch_size is {config.ppo.mini_batch_size}, which {count} processes cannot "
+            f"share equally; give a multiple of {count}"
+        )
+
+
+def _announce(config: Config, accelerator: Accelerator, num_prompts: int) -> None:
+    """The batch sizes in words, since every system means others by them."""
+    episodes = config.num_updates * config.rollout.batch_size
+    accelerator.print(
+        f"ppo: {num_prompts} prompts; {config.rollout.batch_size} episodes an update, "
+        f"{config.steps_per_update} optimizer steps an update of {config.ppo.mini_batch_size} "
+        f"episodes each, {config.num_updates} updates: {config.num_steps} steps, {episodes} "
+        f"episodes, {episodes / num_prompts:.1f} passes over the prompts"
+    )
