@@ -104,7 +104,7 @@ def decode(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecordError(
-            "text",
+            "row",
             found=f"byte 0x{data[error.start]:02x} at byte {error.start + 1}, which is not UTF-8",
             expected="UTF-8 text",
             remedy="save it as UTF-8, e.g. `iconv -f latin1 -t utf-8`",

@@ -15,8 +15,13 @@ JSON_ENDINGS = (".json", ".json.gz")
 TEXT_ENDINGS = (".txt", ".txt.gz")
 
 _BLANK_LINES = re.compile(r"\n\s*\n")
-_GUTENBERG_START = re.compile(r"\*\*\* ?START OF TH(?:IS|E) PROJECT GUTENBERG EBOOK[^\n]*\n")
-_GUTENBERG_END = re.compile(r"\*\*\* ?END OF TH(?:IS|E) PROJECT GUTENBERG EBOOK")
+_GUTENBERG_START = re.compile(
+    r"\*\*\* ?START OF TH(?:IS|E) PROJECT GUTENBERG EBOOK.*\n(?:\s*Produced by (?:.+\n)+)?"
+)
+_GUTENBERG_END = re.compile(
+    r"(?:End of (?:the )?Project Gutenberg(?:.+\n){1,3}\s*)?"
+    r"\*\*\* ?END OF TH(?:IS|E) PROJECT GUTENBERG EBOOK"
+)
 
 
 def read_source(source: str) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,166 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.records import (
+    RECORD_CLASSES,
+    Demonstration,
+    Prompt,
+    Ranking,
+    Record,
+    RecordError,
+    Text,
+    prompt_key,
+)
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "And now?"},
+]
+
+
+def ranking_row(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "Name a fruit.", "responses": ["fig", "car"], "ranks": [1, 2]} | changes
+
+
+def demonstration_row(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "Name a fruit.", "response": "fig"} | changes
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("demonstration", demonstration_row()),
+        ("demonstration", demonstration_row(prompt=MESSAGES, response="")),
+        ("ranking", ranking_row()),
+        ("ranking", ranking_row(ranks=[None, 3], source="hh", labeler="ann")),
+        ("prompt", {"prompt": MESSAGES}),
+        ("prompt", {"prompt": "Hello", "meta": {"answer": "18", "kwargs": [{}, None]}}),
+        ("text", {"text": "Once upon a time."}),
+    ],
+)
+def test_a_row_comes_back_as_it_was(kind: str, row: dict[str, Any]) -> None:
+    assert RECORD_CLASSES[kind].from_row(row).to_row() == row
+
+
+def test_absent_and_null_are_the_same_for_optional_fields() -> None:
+    row = ranking_row(source=None, labeler=None)
+    assert Ranking.from_row(row) == Ranking.from_row(ranking_row())
+    assert Prompt.from_row({"prompt": "a", "meta": None}) == Prompt("a")
+
+
+def test_pairs_name_the_better_first_and_leave_ties_and_unranked_out() -> None:
+    ranking = Ranking("p", ("a", "b", "c", "d"), (2, 1, 2, None))
+    assert ranking.pairs() == [(1, 0), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("record_class", "row", "field", "words"),
+    [
+        (Ranking, ranking_row(ranks=[1, 2, 3]), "ranks", "3 ranks for 2 responses"),
+        (Ranking, ranking_row(responses=["fig"], ranks=[1]), "responses", "K = 1"),
+        (Ranking, ranking_row(responses=[], ranks=[]), "responses", "K = 0"),
+        (Ranking, ranking_row(responses="fig"), "responses", "expected a list"),
+        (Ranking, ranking_row(responses=["fig", 3]), "responses[1]", "3 (int)"),
+        (Ranking, ranking_row(ranks=[0, 1]), "ranks[0]", "number the ranks from 1"),
+        (Ranking, ranking_row(ranks=[1, 2.0]), "ranks[1]", "2.0"),
+        (Ranking, ranking_row(ranks=[True, 2]), "ranks[0]", "True"),
+        (Ranking, ranking_row(source=5), "source", "expected a string"),
+        (Demonstration, {"prompt": "a"}, "response", "the row has prompt"),
+        (Demonstration, demonstration_row(response=None), "response", "None (NoneType)"),
+        (Demonstration, demonstration_row(response="\ud800"), "response", "surrogate"),
+        (Demonstration, {"prompt": "a", "reponse": "b"}, "reponse", "did you mean 'response'?"),
+        (Demonstration, demonstration_row(prompt=" \n"), "prompt", "a prompt with text"),
+        (Demonstration, demonstration_row(prompt=3), "prompt", "3 (int)"),
+        (Demonstration, ["a", "b"], "row", "a JSON object with prompt, response"),
+        (Prompt, {"prompt": []}, "prompt", "no messages"),
+        (Prompt, {"prompt": MESSAGES[:3]}, "prompt[2].role", "'user' in the last turn"),
+        (Prompt, {"prompt": [MESSAGES[1], MESSAGES[1]]}, "prompt[1].role", "after 'user'"),
+        (Prompt, {"prompt": [MESSAGES[1], MESSAGES[0]]}, "prompt[1].role", "after 'user'"),
+        (Prompt, {"prompt": MESSAGES[2:]}, "prompt[0].role", "in the first turn"),
+        (Prompt, {"prompt": [{"role": "human", "content": "a"}]}, "prompt[0].role", "'human'"),
+        (Prompt, {"prompt": [{"role": "user"}]}, "prompt[0].content", "no such field"),
+        (Prompt, {"prompt": [{"role": "user", "contnet": "a"}]}, "prompt[0].contnet", "'content'?"),
+        (Prompt, {"prompt": [{"role": "user", "content": " "}]}, "prompt[0].content", "with text"),
+        (Prompt, {"prompt": "a", "meta": [1]}, "meta", "a JSON object"),
+        (Prompt, {"prompt": "a", "meta": {"x": float("nan")}}, "meta", "without NaN"),
+        (Text, {"text": "  "}, "text", "a document"),
+        (Text, {"txt": "a"}, "txt", "did you mean 'text'?"),
+    ],
+)
+def test_a_bad_row_is_named_by_field(
+    record_class: type[Record], row: Any, field: str, words: str
+) -> None:
+    with pytest.raises(RecordError) as raised:
+        record_class.from_row(row)
+    assert raised.value.field == field
+    assert words in str(raised.value)
+    assert raised.value.remedy in str(raised.value)
+
+
+def test_a_record_made_in_memory_is_checked_too() -> None:
+    with pytest.raises(RecordError, match="2 ranks for 3 responses"):
+        Ranking("p", ("a", "b", "c"), (1, 2))
+
+
+def test_a_long_value_is_shortened_in_the_message() -> None:
+    with pytest.raises(RecordError) as raised:
+        Demonstration.from_row(demonstration_row(response=["x" * 10_000]))
+    assert len(str(raised.value)) < 300
+
+
+def test_prompt_key_sees_through_spelling_but_not_through_turns() -> None:
+    as_string = prompt_key(" What  is\nthis? ")
+    assert as_string == prompt_key([{"role": "user", "content": "What is this?"}])
+    assert prompt_key(MESSAGES) != prompt_key(MESSAGES[1:])
+    assert prompt_key("a b") != prompt_key("ab")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+messages = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "x"]), "content": st.text()}
+    ),
+    max_size=4,
+)
+fields = {
+    "prompt": st.text() | messages | json_values,
+    "response": st.text() | json_values,
+    "responses": st.lists(st.text(), max_size=4) | json_values,
+    "ranks": st.lists(st.none() | st.integers(0, 4), max_size=4) | json_values,
+    "source": st.text() | json_values,
+    "meta": json_values,
+    "text": st.text() | json_values,
+}
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[type[Record], Any]:
+    """A kind and a row that has about its fields, some missing, some of another type."""
+    record_class = draw(st.sampled_from(list(RECORD_CLASSES.values())))
+    names = [name for name in record_class.__dataclass_fields__ if name in fields]
+    kept = draw(st.sets(st.sampled_from(names))) | (set(names) if draw(st.booleans()) else set())
+    row = {name: draw(fields[name]) for name in sorted(kept)}
+    extra = draw(st.just({}) | st.dictionaries(st.text(), json_values, max_size=1))
+    return record_class, draw(st.just(row | extra) | json_values)
+
+
+@given(rows())
+def test_any_row_gives_a_record_or_a_record_error(case: tuple[type[Record], Any]) -> None:
+    record_class, row = case
+    try:
+        record = record_class.from_row(row)
+    except RecordError:
+        return
+    again = record_class.from_row(json.loads(json.dumps(record.to_row())))
+    assert again == record
+    assert isinstance(record.key, str)
