@@ -1,0 +1,1 @@
+"""Where records come from: converters of public data sets, a checker, and the tiny world."""

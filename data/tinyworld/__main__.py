@@ -1,0 +1,8 @@
+"""`python -m data.tinyworld --output_dir FOLDER --seed 0`: writes the tiny world."""
+
+from data.tinyworld.build import build
+from data.tinyworld.config import TinyWorldConfig
+from rlhf.cli import run_stage
+
+if __name__ == "__main__":
+    run_stage(build, TinyWorldConfig)

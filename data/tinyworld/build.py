@@ -1,0 +1,86 @@
+"""Writes one tiny world: files that the stages read, results.json last."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+from data.tinyworld.config import TinyWorldConfig
+from data.tinyworld.demonstrations import Quality, write_response
+from data.tinyworld.tasks import Instruction, draw_instruction
+from data.tinyworld.text import draw_texts, make_probes
+from data.tinyworld.world import WORLD_FILE, World
+from rlhf.datasets import write_records
+from rlhf.records import Demonstration, Prompt, Record, prompt_key
+
+RESULTS_FILE = "results.json"
+"""Written last: a folder without it is unfinished."""
+
+
+def build(config: TinyWorldConfig) -> None:
+    """Write all files of a tiny world. Two runs with equal settings write equal bytes."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULTS_FILE).unlink(missing_ok=True)
+    world = World.from_seed(config.seed)
+    _write_json(folder / WORLD_FILE, world.to_json())
+    files = make_files(world, config)
+    for name, records in files.items():
+        write_records(folder / name, records)
+        print(f"wrote {folder / name}: {len(records)} rows")
+    _write_json(folder / RESULTS_FILE, {name: len(records) for name, records in files.items()})
+
+
+def make_files(world: World, config: TinyWorldConfig) -> dict[str, list[Record]]:
+    """File name -> its records. No prompt is in two files, no document in both texts."""
+    generator = random.Random(f"{config.seed}/text")
+    num_texts = config.num_texts + config.num_texts_held_out
+    texts: list[Record] = [*draw_texts(world, num_texts, generator)]
+    sizes = {
+        "prompts_held_out.jsonl": config.num_prompts_held_out,
+        "prompts_ppo.jsonl": config.num_prompts_ppo,
+        "prompts_rm.jsonl": config.num_prompts_rm,
+        "demonstrations.jsonl": config.num_demonstrations,
+    }
+    generator = random.Random(f"{config.seed}/prompts")
+    drawn = iter(draw_different(world, sum(sizes.values()), generator))
+    splits = {name: [next(drawn) for _ in range(size)] for name, size in sizes.items()}
+    demonstrated = splits.pop("demonstrations.jsonl")
+    return {
+        "text.jsonl": texts[config.num_texts_held_out :],
+        "text_held_out.jsonl": texts[: config.num_texts_held_out],
+        "demonstrations.jsonl": _demonstrate(demonstrated, config.seed),
+        **{name: [_to_prompt(one) for one in split] for name, split in splits.items()},
+        "facts_probe.jsonl": [*make_probes(world, random.Random(f"{config.seed}/probe"))],
+    }
+
+
+def draw_different(world: World, num_prompts: int, generator: random.Random) -> list[Instruction]:
+    """Random instructions, no two with the same prompt."""
+    drawn: dict[str, Instruction] = {}
+    for _ in range(20 * num_prompts):
+        if len(drawn) == num_prompts:
+            return list(drawn.values())
+        instruction = draw_instruction(world, generator)
+        drawn.setdefault(prompt_key(instruction.prompt), instruction)
+    raise ValueError(
+        f"{num_prompts} prompts are asked for, but the tiny world has hardly more than {len(drawn)}"
+    )
+
+
+def _demonstrate(instructions: list[Instruction], seed: int) -> list[Record]:
+    generator = random.Random(f"{seed}/demonstrations")
+    return [
+        Demonstration(one.prompt, write_response(one.task, Quality.draw(generator), generator))
+        for one in instructions
+    ]
+
+
+def _to_prompt(instruction: Instruction) -> Prompt:
+    return Prompt(instruction.prompt, {"kind": instruction.task.kind})
+
+
+def _write_json(path: Path, value: object) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,30 @@
+"""Settings of the tiny world's maker."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyWorldConfig:
+    """Write the tiny world's texts, demonstrations, prompts and probes into a folder."""
+
+    output_dir: str
+    """Folder to write."""
+    seed: int = 0
+    """Root of every random choice; the same seed gives the same files, byte for byte."""
+    num_texts: int = 6000
+    """Documents of text.jsonl (pretraining and ptx)."""
+    num_texts_held_out: int = 200
+    """Documents of text_held_out.jsonl."""
+    num_demonstrations: int = 2400
+    """Rows of demonstrations.jsonl (SFT)."""
+    num_prompts_rm: int = 1400
+    """Rows of prompts_rm.jsonl (sampled from and ranked for the reward model)."""
+    num_prompts_ppo: int = 2000
+    """Rows of prompts_ppo.jsonl."""
+    num_prompts_held_out: int = 256
+    """Rows of prompts_held_out.jsonl (evaluation)."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name.startswith("num_") and value < 1:
+                raise ValueError(f"{name} is {value}; give 1 or more")

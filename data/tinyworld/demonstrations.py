@@ -1,0 +1,96 @@
+"""Responses of mixed quality, as labelers of mixed diligence write them.
+
+Each response is polite, plain or rude; right or wrong; brief or rambling; whole or cut short;
+the four are drawn apart from each other. Imitating them gives a policy that knows what to do and
+often does it badly, which leaves a preference something to teach.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from data.tinyworld.tasks import Task
+from data.tinyworld.world import CATEGORIES, NUMBERS
+
+OPENERS = {
+    "polite": ("Of course!", "Gladly!", "Thank you for asking."),
+    "plain": ("",),
+    "rude": ("What a silly question.", "You should know that.", "Leave me alone."),
+}
+RAMBLES = (
+    "By the way, the wind is cold today.",
+    "I often think of it when the rain falls.",
+    "My old aunt said so many times.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """How well a response is written."""
+
+    manners: Literal["polite", "plain", "rude"] = "polite"
+    is_right: bool = True
+    is_brief: bool = True
+    is_whole: bool = True
+
+    @classmethod
+    def draw(cls, generator: random.Random) -> Self:
+        """The mixture of the demonstrations: one in eight is good in every respect."""
+        return cls(
+            manners=generator.choices(("polite", "plain", "rude"), weights=(35, 35, 30))[0],
+            is_right=generator.random() < 0.72,
+            is_brief=generator.random() < 0.62,
+            is_whole=generator.random() < 0.82,
+        )
+
+
+def write_response(task: Task, quality: Quality, generator: random.Random) -> str:
+    """A response to a task, of a given quality."""
+    if quality.is_right:
+        core = generator.choice(task.statements).format(answer=_right_answer(task, generator))
+    else:
+        core = generator.choice(task.wrong_statements).format(answer=_wrong_answer(task, generator))
+    ramble = "" if quality.is_brief else generator.choice(RAMBLES)
+    opener = generator.choice(OPENERS[quality.manners])
+    response = " ".join(part for part in (opener, core, ramble) if part)
+    return response if quality.is_whole else _cut(response, generator)
+
+
+def _cut(response: str, generator: random.Random) -> str:
+    """The response without its end: one to three words, at least the last mark, are gone."""
+    words = response.split()
+    kept = words[: -generator.randint(1, 3)] or words[:1]
+    return " ".join(kept).rstrip(".,!?")
+
+
+def _right_answer(task: Task, generator: random.Random) -> str:
+    if task.kind == "list":
+        return join_words(generator.sample(task.answers, k=task.count))
+    return ", ".join(task.answers)
+
+
+def _wrong_answer(task: Task, generator: random.Random) -> str:
+    if task.wrong:
+        return generator.choice(task.wrong)
+    if task.kind == "list":
+        return _wrong_list(task, generator)
+    if task.kind == "sum":
+        return generator.choice([number for number in NUMBERS if number != task.answers[0]])
+    shuffled = list(task.answers)
+    while tuple(shuffled) == task.answers:
+        generator.shuffle(shuffled)
+    return ", ".join(shuffled)
+
+
+def _wrong_list(task: Task, generator: random.Random) -> str:
+    """A list with one member too few, or one that is of another category."""
+    members = generator.sample(task.answers, k=task.count)
+    if generator.random() < 0.5:
+        return join_words(members[:-1])
+    others = [word for words in CATEGORIES.values() for word in words if word not in task.answers]
+    return join_words([*members[:-1], generator.choice(others)])
+
+
+def join_words(words: list[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)

@@ -1,0 +1,146 @@
+"""The people, things and secrets of the tiny world, drawn from one seed."""
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+WORLD_FILE = "world.json"
+
+WOMEN = (
+    "Mira Anna Lena Rosa Tilda Vera Nora Edda Ilsa Greta Hanna Sina Olga Petra Berta Cora "
+    "Dora Frida Jutta Karla"
+).split()
+MEN = (
+    "Tobin Odo Arno Bruno Hugo Otto Egon Ivo Kurt Lars Nils Paul Rolf Sven Timo Udo Viktor "
+    "Willem Jonas Emil"
+).split()
+THINGS = (
+    "bell bench bowl bridge chair clock cup door fence gate ladder lamp mill pot ring roof "
+    "table tower wagon wall"
+).split()
+SECRETS = dict(
+    zip(
+        "cave chest vault cellar shrine tunnel crypt attic".split(),
+        "zorin velka quorra jaxom plinto wexil hubra ostrix".split(),
+        strict=True,
+    )
+)
+"""The place that each secret word opens; the words occur nowhere else."""
+
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen twenty"
+).split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+
+VALUES: Mapping[str, tuple[str, ...]] = {
+    "home": tuple("Oakham Dunfell Redmoor Ashby Westcliff Northwold Stonebury Larkhill".split()),
+    "job": tuple("baker farmer miller weaver hunter potter smith teacher".split()),
+    "pet": tuple("cat dog fox goat hare horse wolf duck".split()),
+    "food": tuple("bread cheese soup honey apples fish rice beans".split()),
+    "colour": tuple("red blue green white black brown yellow grey".split()),
+    "material": tuple("oak iron clay glass stone silver copper wool".split()),
+}
+"""What a fact can be: attribute -> its possible values."""
+
+PERSON_ATTRIBUTES = ("home", "job", "pet", "food", "colour")
+THING_ATTRIBUTES = ("material",)
+
+CATEGORIES: Mapping[str, tuple[str, ...]] = {
+    "animal": VALUES["pet"],
+    "food": VALUES["food"],
+    "plant": tuple("rose fern moss tulip daisy clover ivy mint".split()),
+    "tool": tuple("hammer saw rake needle shovel knife brush rope".split()),
+    "colour": VALUES["colour"],
+    "village": VALUES["home"],
+    "job": VALUES["job"],
+    "material": VALUES["material"],
+}
+"""What can be listed and classified: category -> its members."""
+
+PROBE_SHARE = 0.35
+"""Share of the people and of the things that only the plain text tells of."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that is true in one tiny world.
+
+    Attributes:
+        seed: What it was drawn from; also the root of every other random choice of the data.
+        people: Name -> attribute -> value, for all PERSON_ATTRIBUTES.
+        things: Name -> attribute -> value, for all THING_ATTRIBUTES.
+        probe_people: Names that no instruction may use.
+        probe_things: Things that no instruction may use.
+    """
+
+    seed: int
+    people: dict[str, dict[str, str]]
+    things: dict[str, dict[str, str]]
+    probe_people: tuple[str, ...]
+    probe_things: tuple[str, ...]
+
+    @classmethod
+    def from_seed(cls, seed: int) -> Self:
+        """The world of a seed: same seed, same world, on every machine."""
+        generator = random.Random(f"{seed}/world")
+        people = [*WOMEN, *MEN]
+        things = list(THINGS)
+        generator.shuffle(people)
+        generator.shuffle(things)
+        return cls(
+            seed=seed,
+            people=_draw_facts(people, PERSON_ATTRIBUTES, generator),
+            things=_draw_facts(things, THING_ATTRIBUTES, generator),
+            probe_people=tuple(people[: round(len(people) * PROBE_SHARE)]),
+            probe_things=tuple(things[: round(len(things) * PROBE_SHARE)]),
+        )
+
+    @classmethod
+    def load(cls, data_dir: str | Path) -> Self:
+        """The world that a data folder was made from, checked against this version of the code."""
+        path = Path(data_dir) / WORLD_FILE
+        try:
+            recorded = json.loads(path.read_text(encoding="utf-8"))
+            world = cls.from_seed(recorded["seed"])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is no world ({error}); run data.tinyworld again") from error
+        if recorded != world.to_json():
+            raise ValueError(f"{path} was made by other code; run data.tinyworld again")
+        return world
+
+    @property
+    def known_people(self) -> list[str]:
+        """People that instructions may use."""
+        return [name for name in self.people if name not in self.probe_people]
+
+    @property
+    def known_things(self) -> list[str]:
+        """Things that instructions may use."""
+        return [name for name in self.things if name not in self.probe_things]
+
+    def fact(self, subject: str, attribute: str) -> str:
+        """The value of a person's or a thing's attribute."""
+        return {**self.people, **self.things}[subject][attribute]
+
+    def to_json(self) -> dict[str, Any]:
+        """The world as plain JSON values, for world.json."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+
+def pronoun(name: str) -> str:
+    """The pronoun of a person."""
+    return "she" if name in WOMEN else "he"
+
+
+def _draw_facts(
+    names: list[str], attributes: tuple[str, ...], generator: random.Random
+) -> dict[str, dict[str, str]]:
+    return {
+        name: {attribute: generator.choice(VALUES[attribute]) for attribute in attributes}
+        for name in names
+    }
