@@ -1,7 +1,7 @@
 """The common model loader: tokenizer, policy (causal LM), and scalar models (reward and value)."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,16 @@ def check_vocabulary(model: PreTrainedModel, chat: Chat, path: str) -> None:
         raise ValueError(
             f"the tokenizer has {len(chat.tokenizer)} tokens, the model at {path} embeds {rows}: "
             "this is the tokenizer of another model; use the one saved beside the weights"
+        )
+
+
+def check_context(model: PreTrainedModel, path: str, limits: Mapping[str, int]) -> None:
+    """Refuses limits (setting -> tokens) that add up to more positions than the model knows."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and sum(limits.values()) > context:
+        names = " + ".join(f"{name} {tokens}" for name, tokens in limits.items())
+        raise ValueError(
+            f"{names} is more than the {context} tokens that the model at {path} can read; lower it"
         )
 
 
