@@ -1,0 +1,79 @@
+"""Settings of the pretrain stage."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlhf.config import OptimSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureSettings:
+    """Shape of the new model, in transformers' words."""
+
+    model_type: Literal["llama", "mistral", "qwen3"] = "llama"
+    """Architecture as transformers names it."""
+    hidden_size: int = 128
+    """Width of the model."""
+    num_hidden_layers: int = 4
+    """Transformer blocks."""
+    num_attention_heads: int = 4
+    """Attention heads; they divide hidden_size."""
+    num_key_value_heads: int = 4
+    """Heads of keys and values; they divide num_attention_heads."""
+    intermediate_size: int = 384
+    """Width of the feed-forward layer."""
+    max_position_embeddings: int = 512
+    """Longest sequence in tokens, in all stages that build on this model."""
+    tie_word_embeddings: bool = True
+    """Use the input embedding as the output layer."""
+
+    def __post_init__(self) -> None:
+        for wide, narrow in (
+            ("hidden_size", "num_attention_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+        ):
+            width, heads = getattr(self, wide), getattr(self, narrow)
+            if heads < 1 or width < 1 or width % heads:
+                raise ValueError(f"{wide} is {width}, not a multiple of {narrow} {heads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Train a tokenizer and a small causal language model on plain text."""
+
+    text_path: str
+    """Text records to learn from."""
+    text_held_out_path: str
+    """Text records to measure the loss on."""
+    facts_path: str | None = None
+    """Prompt records with fact probes (see rlhf/recall.py). None means no recall is measured."""
+    output_dir: str
+    """Folder of the run; the model is saved in it."""
+    vocab_size: int = 1152
+    """Token ids of the tokenizer, at most."""
+    block_length: int = 128
+    """Tokens of one training row; documents are joined and cut into such rows."""
+    batch_size: int = 16
+    """Rows an update, over all processes."""
+    num_epochs: int = 6
+    """Passes over the text."""
+    architecture: ArchitectureSettings = field(default_factory=ArchitectureSettings)
+    """Shape of the model."""
+    optim: OptimSettings = field(default_factory=lambda: OptimSettings(learning_rate=3e-3))
+    """Optimizer."""
+    log_steps: int = 10
+    """Steps between two rows of metrics.jsonl."""
+    eval_steps: int = 100
+    """Steps between two measurements of the held-out loss; the last step is always measured."""
+    seed: int = 0
+    """Seed of the weights and of the order of the rows."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_epochs", "log_steps", "eval_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        longest = self.architecture.max_position_embeddings
+        if not 2 <= self.block_length <= longest:
+            raise ValueError(
+                f"block_length is {self.block_length}; give 2 to max_position_embeddings {longest}"
+            )

@@ -1,0 +1,144 @@
+"""The pretraining loop: blocks of plain text, next-token cross entropy, one AdamW."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.datasets import read_records
+from rlhf.distributed import own_share, sum_over_processes
+from rlhf.models import new_policy, save_policy
+from rlhf.optim import make_optimizer, make_schedule
+from rlhf.recall import fact_recall
+from rlhf.records import Prompt, Text
+from rlhf.runs import Run, open_run, settings_in_force
+from stages.pretrain.config import PretrainConfig
+from stages.pretrain.tokenizer import train_tokenizer
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train a tokenizer and a model from scratch and save both as one plain model folder."""
+    inputs = {"text": config.text_path, "text_held_out": config.text_held_out_path}
+    if config.facts_path is not None:
+        inputs["facts"] = config.facts_path
+    run = open_run(config, stage="pretrain", inputs=inputs)
+    accelerator = Accelerator()
+    texts = _read_texts(config.text_path)
+    probes = [] if config.facts_path is None else read_records(config.facts_path, Prompt)
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    blocks = to_blocks(tokenizer, texts, config.block_length)
+    held_out = to_blocks(tokenizer, _read_texts(config.text_held_out_path), config.block_length)
+
+    set_seed(config.seed)
+    model = new_policy(settings_in_force(config.architecture), tokenizer)
+    wrapped, held_out_loss = _train(config, accelerator, run, model, blocks, held_out)
+    model = accelerator.unwrap_model(wrapped).eval()
+
+    results = {
+        "num_parameters": model.num_parameters(),
+        "vocab_size": len(tokenizer),
+        "num_tokens": blocks.numel() * config.num_epochs,
+        "held_out_loss": held_out_loss,
+    }
+    if probes:
+        results["fact_recall"] = fact_recall(model, tokenizer, probes)
+    if accelerator.is_main_process:
+        save_policy(model, tokenizer, run.dir)
+    accelerator.wait_for_everyone()
+    run.finish(results)
+
+
+def to_blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block_length: int
+) -> Tensor:
+    """All texts joined, each behind the tokenizer's document token, cut into (rows, block_length).
+
+    The tokens behind the last whole row are left out.
+
+    Raises:
+        ValueError: The texts do not fill one row.
+    """
+    stream = [token for ids in tokenizer(list(texts)).input_ids for token in ids]
+    num_rows = len(stream) // block_length
+    if num_rows == 0:
+        raise ValueError(
+            f"the text has {len(stream)} tokens, fewer than block_length {block_length}; "
+            "give more text or a shorter block_length"
+        )
+    return torch.tensor(stream[: num_rows * block_length]).view(num_rows, block_length)
+
+
+def draw_batches(num_rows: int, batch_size: int, num_epochs: int, seed: int) -> Iterator[list[int]]:
+    """Row numbers of each update: every epoch in a new order, the last rows short of a batch left
+    out."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_epochs):
+        order = torch.randperm(num_rows, generator=generator).tolist()
+        for start in range(0, num_rows - batch_size + 1, batch_size):
+            yield order[start : start + batch_size]
+
+
+def language_model_loss(model: nn.Module, blocks: Tensor) -> Tensor:
+    """Cross entropy in nats, mean over the predicted tokens of blocks (batch, time)."""
+    logits = model(input_ids=blocks, use_cache=False).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), blocks[:, 1:].flatten())
+
+
+def _train(
+    config: PretrainConfig,
+    accelerator: Accelerator,
+    run: Run,
+    model: nn.Module,
+    blocks: Tensor,
+    held_out: Tensor,
+) -> tuple[nn.Module, float]:
+    """The trained model, as accelerate wraps it, and its loss on the held-out text."""
+    batch_size = min(config.batch_size, len(blocks))
+    batches = list(draw_batches(len(blocks), batch_size, config.num_epochs, config.seed))
+    optimizer = make_optimizer([(model, config.optim.learning_rate)], config.optim)
+    schedule = make_schedule(optimizer, config.optim, len(batches))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    held_out_loss = float("nan")
+    progress = tqdm(batches, desc="pretrain", disable=not accelerator.is_main_process)
+    for step, rows in enumerate(progress, start=1):
+        model.train()
+        batch = blocks[own_share(accelerator, rows)].to(accelerator.device)
+        loss = language_model_loss(model, batch)
+        accelerator.backward(loss)
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % config.log_steps == 0 or step == len(batches):
+            mean_loss = sum_over_processes(accelerator, loss.detach()) / accelerator.num_processes
+            progress.set_postfix(loss=f"{mean_loss:.3f}")
+            metrics = {
+                "pretrain/loss": mean_loss,
+                "pretrain/grad_norm": grad_norm,
+                "pretrain/learning_rate": schedule.get_last_lr()[0],
+            }
+            run.log(step, metrics)
+        schedule.step()
+        if step % config.eval_steps == 0 or step == len(batches):
+            held_out_loss = _held_out_loss(model, held_out, batch_size)
+            run.log(step, {"pretrain/held_out_loss": held_out_loss})
+    return model, held_out_loss
+
+
+@torch.no_grad()
+def _held_out_loss(model: nn.Module, held_out: Tensor, batch_size: int) -> float:
+    """Mean nats a token; every process measures all of it."""
+    model.eval()
+    device = next(model.parameters()).device
+    losses = [
+        language_model_loss(model, batch.to(device)) * len(batch)
+        for batch in held_out.split(batch_size)
+    ]
+    return float(torch.stack(losses).sum() / len(held_out))
+
+
+def _read_texts(path: str) -> list[str]:
+    return [record.text for record in read_records(path, Text)]
