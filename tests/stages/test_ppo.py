@@ -1,0 +1,294 @@
+"""The PPO stage: its gradient, its checks at the first step, and a run that must learn."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import islice, repeat
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+
+from rlhf.chat import Chat
+from rlhf.config import ModelSettings, OptimSettings
+from rlhf.models import save_policy
+from rlhf.optim import MovingAverage, gradients, make_optimizer, make_schedule
+from rlhf.packing import Packer, text_tree
+from rlhf.records import Prompt
+from rlhf.rewards import RewardSettings
+from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
+from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out
+from stages.ppo.train import shuffled, text_blocks, train
+from stages.ppo.update import (
+    Learner,
+    PolicyAndValue,
+    check_start,
+    optimizer_step,
+    update,
+)
+from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
+
+END = 1
+TEXTS = [text_tree([5, 9, 13, 17, 21, 25]), text_tree([30, 31, 32])]
+
+
+class CountingReward:
+    """One point for every token 7."""
+
+    def score(self, prompts, prompt_ids, response_ids, responses):
+        return torch.tensor([float(sum(token == 7 for token in ids)) for ids in response_ids])
+
+
+def share_of_e(prompts, responses, metas):
+    """The share of a response's characters that are `e`, times ten."""
+    return [10 * response.count("e") / max(len(response), 1) for response in responses]
+
+
+def make_config(**changes) -> Config:
+    settings = {
+        "output_dir": "unused",
+        "policy": ModelSettings(path="unused"),
+        "prompts": "unused",
+        "reward": RewardSettings(function="unused:unused", missing_end="none"),
+        "rollout": RolloutSettings(batch_size=8, max_new_tokens=6, generation_batch_size=8),
+        "ppo": PPOSettings(mini_batch_size=4, kl_coef=0.1),
+        "ptx": PtxSettings(coef=0.0),
+        "optim": OptimSettings(learning_rate=1e-3, schedule="constant"),
+        "num_updates": 2,
+        "ema_decay": None,
+    }
+    return Config(**(settings | changes))
+
+
+def make_learner(config: Config, budget: int = 1000) -> Learner:
+    accelerator = Accelerator(cpu=True)
+    policy, value_model = tiny_policy_of("llama"), tiny_scalar_of("llama")
+    groups = [(policy, config.optim.learning_rate), (value_model, config.value_learning_rate)]
+    optimizer = make_optimizer(groups, config.optim)
+    average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
+    return Learner(
+        model=PolicyAndValue(policy, value_model),
+        optimizer=optimizer,
+        schedule=make_schedule(optimizer, config.optim, 100),
+        average=average,
+        packer=Packer(budget),
+        accelerator=accelerator,
+    )
+
+
+def make_rollout(learner: Learner, config: Config, architecture: str = "llama") -> Rollout:
+    tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
+    chat = Chat(tokenizer)
+    ref_policy = tiny_policy_of(architecture)
+    sampler = Sampler(chat, ref_policy, CountingReward(), learner.packer, config)
+    prompts = [(10, 11, 12), (13,), (14, 15), (16, 17, 18, 19)] * 2
+    episodes = [Episode(Prompt(prompt="unused"), ids) for ids in prompts]
+    models = learner.models
+    generator = torch.Generator().manual_seed(0)
+    return roll_out(
+        models.policy, models.value_model, sampler, episodes, generator, learner.accelerator
+    )
+
+
+def gradient_after_step(learner: Learner, rollout: Rollout, texts, config: Config) -> torch.Tensor:
+    optimizer_step(learner, rollout, texts, config)
+    return torch.cat([g.flatten().clone() for g in gradients(learner.model.parameters())])
+
+
+def test_rewards_of_a_rollout_hold_the_score_once_and_no_kl_before_the_first_update():
+    config = make_config()
+    rollout = make_rollout(make_learner(config), config)
+    lengths = rollout.response_mask.sum(1)
+    counts = torch.tensor(
+        [float(sum(token == 7 for token in tree.responses[0])) for tree in rollout.trees]
+    )
+    assert torch.equal(rollout.scores, counts)
+    last = rollout.rewards[torch.arange(8), lengths - 1]
+    assert torch.allclose(last, rollout.scores, atol=1e-6)
+    assert torch.allclose(rollout.rewards.sum(1), rollout.scores, atol=1e-6)
+    assert torch.equal(
+        rollout.finished, torch.tensor([tree.responses[0][-1] == END for tree in rollout.trees])
+    )
+
+
+def test_returns_come_from_advantages_before_whitening():
+    config = make_config()
+    learner = make_learner(config)
+    whitened = make_rollout(learner, config)
+    plain_settings = replace(config, ppo=replace(config.ppo, whiten_advantages=False))
+    plain = make_rollout(learner, plain_settings)
+    assert torch.equal(whitened.returns, plain.returns)
+    kept = whitened.advantages[whitened.response_mask]
+    assert kept.mean().abs() < 1e-5
+    assert abs(kept.square().mean() - 1) < 1e-4
+    assert not torch.allclose(kept, plain.advantages[plain.response_mask])
+
+
+def test_gradient_does_not_depend_on_the_micro_batch():
+    config = make_config(ptx=PtxSettings(coef=0.7, text="unused"))
+    whole, pieces = make_learner(config, budget=1000), make_learner(config, budget=12)
+    rollout = make_rollout(whole, config)
+    assert len(pieces.packer.rows(rollout.trees)) > len(whole.packer.rows(rollout.trees)) == 1
+    a = gradient_after_step(whole, rollout, TEXTS, config)
+    b = gradient_after_step(pieces, rollout, TEXTS, config)
+    assert a.norm() > 0.1
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_ptx_adds_coef_times_the_gradient_of_the_mean_text_loss():
+    with_text = make_config(
+        ptx=PtxSettings(coef=0.7, text="unused"), optim=OptimSettings(max_grad_norm=math.inf)
+    )
+    without = replace(with_text, ptx=PtxSettings(coef=0.0))
+    learner = make_learner(with_text)
+    rollout = make_rollout(learner, with_text)
+    both = gradient_after_step(learner, rollout, TEXTS, with_text)
+    ppo_only = gradient_after_step(make_learner(without), rollout, [], without)
+
+    reference = make_learner(without).models
+    nats = 0.0
+    for ids in ([5, 9, 13, 17, 21, 25], [30, 31, 32]):
+        logits = reference.policy(input_ids=torch.tensor([ids])).logits[0, :-1]
+        nats = nats + torch.nn.functional.cross_entropy(
+            logits, torch.tensor(ids[1:]), reduction="sum"
+        )
+    (0.7 * nats / 7).backward()
+    text_only = torch.cat([g.flatten() for g in gradients(reference.parameters())])
+    assert text_only.norm() > 0.1
+    assert torch.allclose(both, ppo_only + text_only, atol=1e-5)
+
+
+def test_gradient_norms_and_cosine_are_those_of_the_two_parts():
+    config = make_config(
+        ptx=PtxSettings(coef=0.7, text="unused"), optim=OptimSettings(max_grad_norm=math.inf)
+    )
+    learner = make_learner(config)
+    rollout = make_rollout(learner, config)
+    sums = optimizer_step(learner, rollout, TEXTS, config)
+    plain = make_learner(config)
+    ppo_sums = optimizer_step(plain, rollout, [], config)
+    assert sums["ppo_norm"] == pytest.approx(ppo_sums["policy_grad_norm"], rel=1e-4)
+    total = sums["ppo_norm"] ** 2 + sums["ptx_norm"] ** 2
+    total += 2 * sums["cosine"] * sums["ppo_norm"] * sums["ptx_norm"]
+    assert sums["policy_grad_norm"] == pytest.approx(total**0.5, rel=1e-4)
+
+
+def test_first_ratio_is_one_for_every_cut_of_the_batch():
+    for mini_batch, budget in ((8, 1000), (4, 12), (2, 1000), (1, 30)):
+        config = make_config(ppo=PPOSettings(mini_batch_size=mini_batch, kl_coef=0.1))
+        learner = make_learner(config, budget)
+        rollout = make_rollout(learner, config)
+        first = optimizer_step(learner, rollout.select(torch.arange(mini_batch)), [], config)
+        assert first["max_log_ratio"] < 1e-4
+        assert first["clipped"] == 0
+
+
+def test_update_stops_when_the_training_pass_is_not_the_policy_that_sampled():
+    config = make_config()
+    learner = make_learner(config)
+    rollout = make_rollout(learner, config)
+    with torch.no_grad():
+        learner.models.policy.lm_head.weight.mul_(1.5)
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="first step on a rollout"):
+        update(learner, rollout, repeat([]), config, generator)
+
+
+def test_start_stops_when_the_reference_is_another_model():
+    config = make_config()
+    rollout = make_rollout(make_learner(config), config, architecture="gpt2")
+    with pytest.raises(ValueError, match="differs from its reference"):
+        check_start(rollout, torch.float32)
+
+
+def test_moving_average_trails_the_policy():
+    config = make_config(ema_decay=0.5)
+    learner = make_learner(config)
+    weight = learner.models.policy.lm_head.weight
+    before = weight.detach().clone()
+    optimizer_step(learner, make_rollout(learner, config), [], config)
+    assert learner.average is not None
+    average = learner.average.average["lm_head.weight"]
+    assert not torch.equal(before, weight)
+    assert torch.allclose(average, (before + weight) / 2, atol=1e-7)
+
+
+def test_every_prompt_comes_once_a_pass_in_a_new_order():
+    episodes = [Episode(Prompt(prompt=str(i)), (i,)) for i in range(7)]
+    batches = list(islice(shuffled(episodes, 3, seed=0), 7))
+    seen = [episode.prompt_ids[0] for batch in batches for episode in batch]
+    passes = [seen[:7], seen[7:14], seen[14:21]]
+    assert all(sorted(one) == list(range(7)) for one in passes)
+    assert passes[0] != passes[1]
+
+
+def test_text_is_joined_behind_its_separator_and_cut_to_full_blocks():
+    tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", bos_token="<s>")
+    chat = Chat(tokenizer)
+    config = make_config(ptx=PtxSettings(coef=1.0, text="t.jsonl", block_tokens=4))
+    trees = text_blocks(["abc", "de", "f"], chat, config)
+    a, b, c, d, e = (tokenizer(letter).input_ids[0] for letter in "abcde")
+    blocks = [tree.prompt + tree.responses[0] for tree in trees]
+    assert blocks == [(0, a, b, c), (0, d, e, 0)]
+    with pytest.raises(ValueError, match=r"t\.jsonl holds 2 tokens, less than one block"):
+        text_blocks(["a"], chat, config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ppo": PPOSettings(mini_batch_size=3)}, "mini_batch_size is 3.*batch_size 8.*nearest"),
+        ({"ptx": PtxSettings(coef=1.0)}, "ptx.coef is 1.0 but ptx.text is not given"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"ppo": PPOSettings(mini_batch_size=4, kl_coef=-0.1)}, "kl_coef is -0.1"),
+        ({"num_updates": 0}, "num_updates is 0"),
+    ],
+)
+def test_contradictory_settings_are_refused_with_their_values(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**changes)
+
+
+def test_a_run_learns_and_its_folder_loads(tmp_path: Path):
+    tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
+    Chat(tokenizer)
+    policy = tiny_policy_of("llama", vocab_size=len(tokenizer))
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(0.1)  # a start that is not sure of anything
+    save_policy(policy, tokenizer, tmp_path / "sft")
+    prompts = [{"prompt": f"say {number}"} for number in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "the cat sat. " * 40}) + "\n")
+    config = make_config(
+        output_dir=str(tmp_path / "ppo"),
+        policy=ModelSettings(path=str(tmp_path / "sft")),
+        prompts=str(tmp_path / "prompts.jsonl"),
+        prompts_held_out=str(tmp_path / "prompts.jsonl"),
+        reward=RewardSettings(function="tests.stages.test_ppo:share_of_e", missing_end="none"),
+        rollout=RolloutSettings(batch_size=32, max_new_tokens=6),
+        ppo=PPOSettings(mini_batch_size=8, kl_coef=0.02),
+        ptx=PtxSettings(
+            coef=0.1, text=str(tmp_path / "text.jsonl"), block_tokens=16, blocks_per_episode=0.25
+        ),
+        optim=OptimSettings(learning_rate=5e-3, schedule="constant"),
+        value_learning_rate=5e-3,
+        num_updates=12,
+        eval_every=6,
+        ema_decay=0.8,
+    )
+    train(config)
+    rows = [json.loads(line) for line in (tmp_path / "ppo/metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == list(range(12))
+    assert abs(rows[0]["ppo/kl"]) < 1e-3
+    first, last = (sum(row["ppo/score"] for row in part) for part in (rows[:3], rows[-3:]))
+    assert last > 3 * first
+    assert rows[-1]["ppo/ptx_loss"] < rows[0]["ppo/ptx_loss"]
+    samples = [json.loads(line) for line in (tmp_path / "ppo/samples.jsonl").open()]
+    assert {row["step"] for row in samples} == {0, 6, 11}
+    results = json.loads((tmp_path / "ppo/results.json").read_text())
+    assert results["held_out_score"] > 3 * rows[0]["ppo/held_out_score"]
+    saved, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert not torch.equal(saved.lm_head.weight, policy.lm_head.weight)
