@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 
+from jinja2.exceptions import TemplateError
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.records import Messages, PromptLike
@@ -52,7 +54,7 @@ def add_missing_parts(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         tokenizer.chat_template = start + DEFAULT_CHAT_TEMPLATE
     end_ids = {tokenizer.eos_token_id, _end_id(tokenizer)}
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in end_ids:
-        tokenizer.pad_token = _unused_token(tokenizer, end_ids)
+        tokenizer.add_special_tokens({"pad_token": _unused_token(tokenizer, end_ids)})
     return tokenizer
 
 
@@ -72,22 +74,28 @@ class Chat:
 
     def prompt_ids(self, prompt: PromptLike) -> list[int]:
         """Token ids of a prompt, up to and including the template's generation prompt."""
-        return self._encode(_render(self.tokenizer, as_messages(prompt), add_generation_prompt=True))
+        text = _render(self.tokenizer, as_messages(prompt), add_generation_prompt=True)
+        return self._encode(text)
 
     def response_ids(self, response: str) -> list[int]:
-        """Token ids of a response and, always last, the end-of-response token."""
-        return [*self._encode(response), self.end_id]
+        """Token ids of a response and, always last, the end-of-response token.
+
+        Words like "</s>" in the response stay words: no end token stands before the end.
+        """
+        return [*self._encode(response, split_special_tokens=True), self.end_id]
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text (no template), with the tokenizer's own special tokens."""
         return self.tokenizer(text).input_ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of response ids, cut before the end-of-response token, special tokens dropped."""
+        """The text of response ids, cut before the end token, special tokens dropped."""
         ids = list(ids)
         if self.end_id in ids:
             ids = ids[: ids.index(self.end_id)]
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
 
     def fit_prompt(self, prompt: PromptLike, max_tokens: int) -> list[int] | None:
         """The prompt's ids with the oldest turns left out until they fit, or None.
@@ -112,16 +120,27 @@ class Chat:
         """SHA-256 of the chat template, for lineage.json."""
         return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+    def _encode(self, text: str, *, split_special_tokens: bool = False) -> list[int]:
+        return self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=split_special_tokens
+        ).input_ids
 
 
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool
 ) -> str:
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"the chat template refuses a prompt with the turns {roles}: {error}; change the "
+            "prompt or the chat template of the tokenizer"
+        ) from error
+    assert isinstance(text, str)
+    return text
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -130,25 +149,36 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The special token that the template writes right after an assistant message, else EOS."""
+    """The first special token that the template writes after an assistant message, else EOS."""
     question: Messages = [{"role": "user", "content": _PROBE}]
     answer = {"role": "assistant", "content": _PROBE}
     text = _render(tokenizer, [*question, answer], add_generation_prompt=False)
     tail = tokenizer(text[text.rindex(_PROBE) + len(_PROBE) :], add_special_tokens=False).input_ids
-    if tail and tail[0] in tokenizer.all_special_ids:
-        return tail[0]
-    return tokenizer.eos_token_id
+    special = {tokenizer.convert_tokens_to_ids(token) for token in _special_tokens(tokenizer)}
+    return next((token for token in tail if token in special), tokenizer.eos_token_id)
 
 
-def _unused_token(tokenizer: PreTrainedTokenizerBase, end_ids: set[int]) -> str:
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """All special tokens; those without a role, such as Phi's <|end|>, are in no other list."""
+    added = tokenizer.added_tokens_decoder.values()
+    without_role = [token.content for token in added if token.special]
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *without_role]))
+
+
+def _unused_token(tokenizer: PreTrainedTokenizerBase, end_ids: set[int]) -> AddedToken:
     """A token that no response ends with: a special one, else the one for the NUL character."""
-    special = [*(tokenizer.unk_token, tokenizer.bos_token), *tokenizer.all_special_tokens]
-    for token in special:
+    special = _special_tokens(tokenizer)
+    made_for_it = [token for token in special if "pad" in token]
+    for token in [*made_for_it, tokenizer.unk_token, tokenizer.bos_token, *special]:
         if token and tokenizer.convert_tokens_to_ids(token) not in end_ids:
-            return token
+            return AddedToken(token, special=True, normalized=False)
     nul = tokenizer("\x00", add_special_tokens=False).input_ids
     if len(nul) == 1 and nul[0] not in end_ids:
-        return tokenizer.convert_ids_to_tokens(nul[0])
+        # A byte-level tokenizer writes NUL as the letter A with macron. As a special token that
+        # would swallow the letter itself in every word, unless it must stand as a word alone.
+        name = tokenizer.convert_ids_to_tokens(nul[0])
+        assert isinstance(name, str)
+        return AddedToken(name, single_word=True, special=True, normalized=False)
     raise ValueError(
         f"no padding token distinct from the end token {tokenizer.eos_token!r} was found in the "
         f"tokenizer at {tokenizer.name_or_path!r}; set pad_token in its tokenizer_config.json"

@@ -26,9 +26,7 @@ def compute_logprobs(
 
 
 @torch.no_grad()
-def compute_values(
-    value_model: ScalarModel, trees: Sequence[PromptTree], packer: Packer
-) -> Tensor:
+def compute_values(value_model: ScalarModel, trees: Sequence[PromptTree], packer: Packer) -> Tensor:
     """Value of the state before every response token, (responses, time), 0 behind the end."""
     rows = packer.rows(trees)
     parts = []

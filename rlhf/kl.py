@@ -44,7 +44,7 @@ def penalized_rewards(
     (Ouyang et al. 2022, eq. 2). An empty response gets no reward.
     """
     rewards = -kl_coef * k1(logprobs, ref_logprobs, response_mask)
-    return rewards + scores[:, None] * last_token_mask(response_mask)
+    return rewards + scores[:, None].where(last_token_mask(response_mask), 0.0)
 
 
 def last_token_mask(response_mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch time"]:

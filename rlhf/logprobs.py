@@ -6,7 +6,9 @@ from torch import Tensor
 
 
 def token_logprobs(
-    logits: Float[Tensor, "*tokens vocab"], targets: Int[Tensor, "*tokens"], temperature: float = 1.0
+    logits: Float[Tensor, "*tokens vocab"],
+    targets: Int[Tensor, "*tokens"],
+    temperature: float = 1.0,
 ) -> Float[Tensor, "*tokens"]:
     """log softmax(logits / temperature)[target], in nats.
 
@@ -23,5 +25,5 @@ def token_entropy(
     logits: Float[Tensor, "*tokens vocab"], temperature: float = 1.0
 ) -> Float[Tensor, "*tokens"]:
     """Entropy of softmax(logits / temperature), in nats; for the log only, without gradient."""
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    return torch.special.entr(probabilities).sum(-1)  # 0 where a probability is 0

@@ -40,12 +40,12 @@ def ranking_loss(
         loss, and sums over pairs: `correct`, `pairs`, `margin`.
     """
     better = preference_pairs(ranks, tree_index)
-    margins = scores[:, None] - scores[None, :]  # (responses, responses)
+    margins = (scores[:, None] - scores[None, :]).where(better, 0.0)  # (responses, responses)
     same_prompt = tree_index[:, None] == tree_index[None, :]
     pairs_of_response = better.sum(1)
     pairs_of_prompt = (same_prompt * pairs_of_response[None, :]).sum(1)  # (responses,)
     weights = better / pairs_of_prompt.clamp(min=1)[:, None]
-    loss = (softplus(-margins).where(better, 0.0) * weights).sum() / num_prompts
+    loss = (softplus(-margins) * weights).sum() / num_prompts
     margins = margins.detach()
     stats = {
         "pairs": better.sum(),
@@ -114,6 +114,9 @@ def value_loss(
     Returns:
         loss, and sums over tokens: `value_clipped`, `squared_error`.
     """
+    values, old_values, returns = (
+        tensor.where(response_mask, 0.0) for tensor in (values, old_values, returns)
+    )
     error = (values - returns).square()
     loss_terms = error
     clipped = torch.zeros_like(response_mask)

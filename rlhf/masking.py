@@ -43,4 +43,3 @@ def whiten(
     mean = total / max(count, 1)
     variance = max(squares / max(count, 1) - mean * mean, 0.0)
     return ((values - mean) / (variance + eps) ** 0.5).where(mask, 0.0)
-

@@ -79,16 +79,26 @@ class PackedRow:
     """(responses, time) True where a response has a token"""
     plain: bool
     """True when the row holds one tree with one response, which needs no mask of its own"""
+    mask_dtype: torch.dtype | None = None
+    """Type of a mask that is added to the attention scores; None: a boolean mask"""
 
     @cached_property
     def attention_mask(self) -> Tensor | None:
-        """(1, 1, length, length) boolean, True where a token (third axis) may attend; None: causal."""
+        """(1, 1, length, length), the third axis attends to the fourth; None: plain causal.
+
+        Boolean, True where a token may attend; or, with `mask_dtype`, 0 there and the type's lowest
+        number elsewhere.
+        """
         if self.plain:
             return None
         same_tree = self.tree[:, None] == self.tree[None, :]
         own_branch = (self.branch[None, :] == 0) | (self.branch[:, None] == self.branch[None, :])
         not_later = torch.ones_like(same_tree).tril()
-        return (same_tree & own_branch & not_later)[None, None]
+        allowed = (same_tree & own_branch & not_later)[None, None]
+        if self.mask_dtype is None:
+            return allowed
+        lowest = torch.finfo(self.mask_dtype).min
+        return torch.zeros_like(allowed, dtype=self.mask_dtype).masked_fill(~allowed, lowest)
 
     @property
     def last_tokens(self) -> Tensor:
@@ -98,7 +108,7 @@ class PackedRow:
             ValueError: a response has no tokens, so it has no end to be scored at.
         """
         if (self.lengths == 0).any():
-            raise ValueError("a response without tokens cannot be scored; end it with its end token")
+            raise ValueError("a response without tokens has no score; end it with its end token")
         ends = self.lengths.cumsum(0) - 1
         return self._token_positions[ends]
 
@@ -106,6 +116,10 @@ class PackedRow:
     def lengths(self) -> Tensor:
         """(responses,) number of tokens of each response."""
         return self.response_mask.sum(1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.input_ids.device
 
     @property
     def model_inputs(self) -> dict[str, Tensor | None]:
@@ -134,7 +148,7 @@ class PackedRow:
             for name, value in self.__dict__.items()
             if isinstance(value, Tensor) and name in self.__dataclass_fields__
         }
-        return replace(self, **tensors)
+        return replace(self, **tensors)  # type: ignore[arg-type]  # only its Tensor fields
 
 
 @dataclass(frozen=True)
@@ -148,6 +162,8 @@ class Packer:
     """False lays every response into a row of its own behind its own prompt, without a mask."""
     max_depth: int | None = None
     """Trees with longer paths than this (a sliding attention window) are not shared either."""
+    mask_dtype: torch.dtype | None = None
+    """Eager attention adds its mask to the scores, of this type; None: boolean masks (sdpa)."""
 
     def rows(self, trees: Sequence[PromptTree]) -> list[PackedRow]:
         """Lays trees into rows by first fit, longest trees first."""
@@ -160,7 +176,7 @@ class Packer:
         alone = sorted(set(range(len(trees))) - set(shared))
         sizes = [trees[number].num_tokens for number in shared]
         rows = [
-            _lay_row([laid[shared[item]] for item in items])
+            _lay_row([laid[shared[item]] for item in items], self.mask_dtype)
             for items in _first_fit(sizes, self.micro_batch_tokens)
         ]
         for number, prompt, responses in (laid[i] for i in alone):
@@ -177,8 +193,8 @@ def assemble(rows: Sequence[PackedRow], parts: Sequence[Tensor]) -> Tensor:
     Parts of (responses, time) are widened to the longest with zeros.
     """
     num_responses = sum(len(row.response_index) for row in rows)
-    shape = [num_responses] + [max(part.shape[1] for part in parts)] * (parts[0].ndim - 1)
-    batch = parts[0].new_zeros(shape)
+    widths = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    batch = parts[0].new_zeros([num_responses, *widths])
     for row, part in zip(rows, parts, strict=True):
         if part.ndim == 1:
             batch[row.response_index] = part
@@ -192,7 +208,8 @@ def response_batch(responses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(response) for response in responses])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.tensor([token for response in responses for token in response])
+    tokens = [token for response in responses for token in response]
+    ids[mask] = torch.tensor(tokens, dtype=torch.long)
     return ids, mask
 
 
@@ -200,7 +217,7 @@ _Laid = tuple[int, tuple[int, ...], list[tuple[int, tuple[int, ...]]]]
 """Number of a tree, its prompt, and its responses with their numbers."""
 
 
-def _lay_row(laid: list[_Laid]) -> PackedRow:
+def _lay_row(laid: list[_Laid], mask_dtype: torch.dtype | None = None) -> PackedRow:
     ids: list[int] = []
     positions: list[int] = []
     tree: list[int] = []
@@ -238,6 +255,7 @@ def _lay_row(laid: list[_Laid]) -> PackedRow:
         tree_index=torch.tensor(tree_index),
         response_mask=torch.arange(max(lengths)) < time[:, None],
         plain=len(response_index) == 1,
+        mask_dtype=mask_dtype,
     )
 
 

@@ -1,0 +1,60 @@
+import math
+
+import torch
+
+from rlhf.logprobs import token_entropy, token_logprobs
+
+# Two tokens over a vocabulary of three: softmax (1/8, 2/8, 5/8) and (1/3, 1/3, 1/3).
+LOGITS = torch.tensor([[math.log(1), math.log(2), math.log(5)], [7.0, 7.0, 7.0]])
+
+
+def test_hand_worked_logprobs() -> None:
+    logprobs = token_logprobs(LOGITS, torch.tensor([2, 0]))
+    expected = torch.tensor([math.log(5 / 8), -math.log(3)])
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-6)
+
+
+def test_temperature_divides_the_logits() -> None:
+    # At temperature 1/2 the weights are squared: 1, 4, 25 of 30.
+    logprobs = token_logprobs(LOGITS, torch.tensor([1, 1]), temperature=0.5)
+    expected = torch.tensor([math.log(4 / 30), -math.log(3)])
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-6)
+
+
+def test_equals_log_softmax_with_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(2, 5, 17, generator=generator)).requires_grad_()
+    weights = torch.randn(2, 5, generator=generator)
+    targets = torch.randint(17, (2, 5), generator=generator)
+    expected = -torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none"
+    ).view(2, 5)
+    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), logits)
+    logprobs = token_logprobs(logits, targets)
+    (gradient,) = torch.autograd.grad((logprobs * weights).sum(), logits)
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-5)
+
+
+def test_half_precision_logits_are_read_in_fp32() -> None:
+    logits = torch.tensor([[10.0, 0.0]], dtype=torch.bfloat16)
+    logprobs = token_logprobs(logits, torch.tensor([0]))
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs, torch.tensor([-math.log1p(math.exp(-10))]))
+
+
+def test_entropy() -> None:
+    expected = -(1 / 8 * math.log(1 / 8) + 2 / 8 * math.log(2 / 8) + 5 / 8 * math.log(5 / 8))
+    entropy = token_entropy(LOGITS)
+    torch.testing.assert_close(entropy, torch.tensor([expected, math.log(3)]), rtol=0, atol=1e-6)
+    warm = token_entropy(LOGITS, temperature=1e6)
+    torch.testing.assert_close(warm, torch.full((2,), math.log(3)), rtol=0, atol=1e-5)
+
+
+def test_entropy_of_a_certain_token_and_of_an_excluded_one() -> None:
+    logits = torch.tensor([[0.0, -math.inf, 0.0]])
+    torch.testing.assert_close(token_entropy(logits), torch.tensor([math.log(2)]))
+
+
+def test_entropy_takes_no_gradient() -> None:
+    assert not token_entropy(LOGITS.clone().requires_grad_()).requires_grad

@@ -1,0 +1,100 @@
+"""Tiny architectures and tokenizers built in code, with weights that make differences show."""
+
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf.models import ScalarModel, disable_dropout
+
+VOCAB = 61
+
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LLAMA = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
+_GEMMA3 = {
+    **_LLAMA,
+    "head_dim": 8,
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neox": {**_SIZES, "intermediate_size": 48},
+    "qwen3": {**_LLAMA, "head_dim": 8},
+    "opt": {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    "mistral": {**_LLAMA, "sliding_window": 64},
+    "gemma3_text": _GEMMA3,
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 16,
+        "max_position_embeddings": 64,
+    },
+}
+
+_WITHOUT_SDPA = ("bloom", "mamba", "gpt_neo")
+
+
+def tiny_policy_of(architecture: str, *, attention: str | None = None, **changes: Any) -> Any:
+    """A causal LM of this architecture in evaluation mode, the same weights at every call."""
+    return _tiny(AutoModelForCausalLM, architecture, attention, changes)
+
+
+def tiny_scalar_of(
+    architecture: str, *, attention: str | None = None, **changes: Any
+) -> ScalarModel:
+    """A scalar model of this architecture with a bias and a scale that are not trivial."""
+    changes = {"num_labels": 1, **changes}
+    classifier = _tiny(AutoModelForSequenceClassification, architecture, attention, changes)
+    return ScalarModel(classifier, bias=0.3, scale=0.5)
+
+
+def _tiny(
+    auto_class: Any, architecture: str, attention: str | None, changes: dict[str, Any]
+) -> PreTrainedModel:
+    if attention is None:
+        attention = "eager" if architecture in _WITHOUT_SDPA else "sdpa"
+    settings = {
+        "vocab_size": VOCAB,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        **ARCHITECTURES[architecture],
+        **changes,
+    }
+    config = AutoConfig.for_model(architecture, **settings)
+    model = auto_class.from_config(config, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 2:
+                parameter.copy_(0.2 * noise)
+            else:
+                parameter.add_(0.1 * noise)
+    return disable_dropout(model)
+
+
+def byte_tokenizer(*special: str, **settings: Any) -> PreTrainedTokenizerBase:
+    """A byte-level tokenizer without merges: the special tokens first, then 256 bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
