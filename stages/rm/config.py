@@ -1,0 +1,84 @@
+"""Settings of the rm stage. Defaults are InstructGPT's."""
+
+from dataclasses import dataclass, field
+
+from rlhf.config import ModelSettings, OptimSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Reward model: learn from rankings which response to a prompt people prefer."""
+
+    output_dir: str
+    """Folder of this run: the reward model, reward.json, metrics.jsonl, results.json."""
+    model: ModelSettings
+    """The SFT model; its unembedding is replaced by a new head."""
+    rankings: list[str]
+    """Files, folders or hub ids of ranking records, all of them joined."""
+    held_out: float | None = None
+    """Share of the prompts (0 to 1) to measure on, never trained on. None means that
+    held_out_rankings are measured on."""
+    held_out_rankings: list[str] | None = None
+    """Ranking records to measure on; their prompts are taken out of the training set. None means
+    that held_out gives the share."""
+    demonstrations: str
+    """Demonstration records; the bias is set so that their mean score is 0."""
+    num_demonstrations: int = 512
+    """Demonstrations drawn for the bias, fewer where there are fewer."""
+    batch_size: int = 64
+    """Prompts an optimizer step, over all processes, each with all of its pairs."""
+    micro_batch_tokens: int = 4096
+    """Most tokens a pass holds on one process; changes no result. A longer ranking is not cut and
+    gets a pass of its own."""
+    num_epochs: int = 1
+    """Passes over the rankings. More than one overfits quickly."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts lose their oldest turns; a ranking whose last turn alone is longer is
+    dropped, counted and reported."""
+    max_response_tokens: int = 1024
+    """Longer responses are left out of their ranking, counted and reported, never cut."""
+    max_dropped: float = 0.05
+    """The run stops when a larger share (0 to 1) of the rankings loses its prompt or a response
+    to these two limits."""
+    max_responses: int | None = None
+    """Responses of a ranking that are trained on, drawn at random. None means all."""
+    optim: OptimSettings = field(default_factory=lambda: OptimSettings(learning_rate=9e-6))
+    """Optimizer; cosine to a tenth of the peak, without warm-up."""
+    gold: str | None = None
+    """package.module:name of the maker of a gold score to measure against; called with gold_path,
+    it gives a function (prompts, responses) -> scores. None means that there is no gold score."""
+    gold_path: str | None = None
+    """What the maker of the gold score is called with, such as a data folder."""
+    seed: int = 0
+    """Seed of the new head, of the order of rankings, of the split and of all that is drawn."""
+
+    def __post_init__(self) -> None:
+        if not self.rankings:
+            raise ValueError("rankings is empty; give at least one file, folder or hub id")
+        if (self.held_out is None) == (not self.held_out_rankings):
+            raise ValueError(
+                f"held_out is {self.held_out} and held_out_rankings is {self.held_out_rankings}; "
+                "give exactly one of them, such as held_out: 0.1"
+            )
+        if self.held_out is not None and not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; give a share between 0 and 1")
+        if not 0 <= self.max_dropped <= 1:
+            raise ValueError(f"max_dropped is {self.max_dropped}; give a share from 0 to 1")
+        if (self.gold is None) != (self.gold_path is None):
+            raise ValueError(
+                f"gold is {self.gold} and gold_path is {self.gold_path}; give both or neither"
+            )
+        if self.max_responses is not None and self.max_responses < 2:
+            raise ValueError(
+                f"max_responses is {self.max_responses}; a pair needs 2, null means all"
+            )
+        for name in (
+            "num_demonstrations",
+            "batch_size",
+            "micro_batch_tokens",
+            "num_epochs",
+            "max_prompt_tokens",
+            "max_response_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")

@@ -1,0 +1,187 @@
+"""Rankings as the trainer takes them, and an account of all that was left out."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rlhf.chat import Chat
+from rlhf.datasets import read_records, split_by_prompt
+from rlhf.packing import PromptTree
+from rlhf.records import Demonstration, PromptLike, Ranking, prompt_key
+from stages.rm.config import Config
+
+
+@dataclass(frozen=True)
+class Example:
+    """One ranking as ids: a prompt, its responses, and a rank for each."""
+
+    tree: PromptTree
+    ranks: tuple[int, ...]
+    """1 is best, equal ranks are ties, 0 means unranked."""
+    prompt: PromptLike
+    responses: tuple[str, ...]
+    source: str
+    is_cut: bool
+    """The prompt lost its oldest turns."""
+
+
+@dataclass
+class Counts:
+    """What became of the rankings of one set."""
+
+    rankings: int = 0
+    """Read."""
+    kept: int = 0
+    without_pairs: int = 0
+    """Dropped: all tied or unranked, or so after long responses went."""
+    prompts_too_long: int = 0
+    """Dropped: the last turn alone is over max_prompt_tokens."""
+    prompts_cut: int = 0
+    """Kept with their oldest turns left out."""
+    responses_too_long: int = 0
+    """Responses left out of their ranking."""
+    rankings_with_long_responses: int = 0
+    """Rankings that these were left out of."""
+
+    def as_metrics(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def read_rankings(config: Config) -> tuple[list[Ranking], list[Ranking]]:
+    """Training and held-out rankings; no prompt is in both.
+
+    Raises:
+        ValueError: bad records, or a set without rankings.
+    """
+    records = _read_all(config.rankings)
+    if config.held_out is not None:
+        return split_by_prompt(records, config.held_out, config.seed)
+    assert config.held_out_rankings is not None
+    held_out = _read_all(config.held_out_rankings)
+    measured = {prompt_key(record.prompt) for record in held_out}
+    train = [record for record in records if prompt_key(record.prompt) not in measured]
+    if len(train) < len(records):
+        print(f"rm: {len(records) - len(train)} rankings share a held-out prompt: not trained on")
+    if not train:
+        raise ValueError(
+            "all prompts of rankings are in held_out_rankings too, so nothing is left to train on; "
+            "give other files, or held_out: 0.1 to split one"
+        )
+    return train, held_out
+
+
+def make_examples(
+    rankings: Sequence[Ranking], chat: Chat, config: Config, *, for_training: bool
+) -> tuple[list[Example], Counts]:
+    """Rankings as ids, and what was left out.
+
+    For training only responses that take part in a pair are kept, at most `max_responses`; for
+    measuring all of them, since ties of the labelers may be pairs of the gold score.
+
+    Raises:
+        ValueError: more than `max_dropped` of the rankings lost something to the length limits.
+    """
+    counts = Counts(rankings=len(rankings))
+    examples = []
+    for ranking in rankings:
+        example = _make_example(ranking, chat, config, for_training, counts)
+        if example is not None:
+            examples.append(example)
+    counts.kept = len(examples)
+    _check_dropped(counts, config)
+    return examples, counts
+
+
+def make_demonstrations(
+    demonstrations: Sequence[Demonstration], chat: Chat, config: Config
+) -> list[PromptTree]:
+    """Demonstrations drawn for the bias, within the length limits.
+
+    Raises:
+        ValueError: none fits.
+    """
+    order = list(demonstrations)
+    random.Random(config.seed).shuffle(order)
+    trees: list[PromptTree] = []
+    for record in order:
+        prompt = chat.fit_prompt(record.prompt, config.max_prompt_tokens)
+        response = chat.response_ids(record.response)
+        if prompt is not None and len(response) <= config.max_response_tokens:
+            trees.append(PromptTree(tuple(prompt), (tuple(response),)))
+        if len(trees) == config.num_demonstrations:
+            break
+    if not trees:
+        raise ValueError(
+            f"no demonstration of {config.demonstrations} is within max_prompt_tokens "
+            f"{config.max_prompt_tokens} and max_response_tokens {config.max_response_tokens}; "
+            "raise these limits"
+        )
+    return trees
+
+
+def pairs_of(ranks: Sequence[float]) -> list[tuple[int, int]]:
+    """(better, worse) indices for ranks where 0 means unranked and equal ones are ties."""
+    ranked = [i for i, rank in enumerate(ranks) if rank != 0]
+    return [(i, j) for i in ranked for j in ranked if ranks[i] < ranks[j]]
+
+
+def _read_all(sources: Sequence[str]) -> list[Ranking]:
+    """Records of all sources; one that names no source is given its file's name."""
+    records = []
+    for source in sources:
+        name = Path(source).name.split(".")[0]
+        for record in read_records(source, Ranking):
+            row = record.to_row()
+            records.append(Ranking.from_row({**row, "source": record.source or name}))
+    return records
+
+
+def _make_example(
+    ranking: Ranking, chat: Chat, config: Config, for_training: bool, counts: Counts
+) -> Example | None:
+    prompt = chat.fit_prompt(ranking.prompt, config.max_prompt_tokens)
+    if prompt is None:
+        counts.prompts_too_long += 1
+        return None
+    responses = [tuple(chat.response_ids(response)) for response in ranking.responses]
+    fitting = [i for i, ids in enumerate(responses) if len(ids) <= config.max_response_tokens]
+    counts.responses_too_long += len(responses) - len(fitting)
+    counts.rankings_with_long_responses += len(fitting) < len(responses)
+    kept = _draw_in_pairs(ranking, fitting, config) if for_training else fitting
+    if len(kept) < 2:
+        counts.without_pairs += 1
+        return None
+    is_cut = prompt != chat.prompt_ids(ranking.prompt)
+    counts.prompts_cut += is_cut
+    return Example(
+        tree=PromptTree(tuple(prompt), tuple(responses[i] for i in kept)),
+        ranks=tuple(ranking.ranks[i] or 0 for i in kept),
+        prompt=ranking.prompt,
+        responses=tuple(ranking.responses[i] for i in kept),
+        source=ranking.source or "",
+        is_cut=is_cut,
+    )
+
+
+def _draw_in_pairs(ranking: Ranking, fitting: list[int], config: Config) -> list[int]:
+    """The responses to train on: some of those that fit, each in at least one pair."""
+    drawn = fitting
+    if config.max_responses is not None and len(fitting) > config.max_responses:
+        generator = random.Random(f"{config.seed} {prompt_key(ranking.prompt)}")
+        drawn = sorted(generator.sample(fitting, config.max_responses))
+    pairs = [pair for pair in ranking.pairs() if set(pair) <= set(drawn)]
+    in_pairs = {i for pair in pairs for i in pair}
+    return [i for i in drawn if i in in_pairs]
+
+
+def _check_dropped(counts: Counts, config: Config) -> None:
+    long = counts.prompts_too_long + counts.rankings_with_long_responses
+    if long > config.max_dropped * counts.rankings:
+        raise ValueError(
+            f"{long} of {counts.rankings} rankings ({long / counts.rankings:.1%}) have a prompt "
+            f"over max_prompt_tokens {config.max_prompt_tokens} ({counts.prompts_too_long}) or a "
+            f"response over max_response_tokens {config.max_response_tokens} "
+            f"({counts.rankings_with_long_responses}), more than max_dropped "
+            f"{config.max_dropped}; raise one of the three"
+        )

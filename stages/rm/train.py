@@ -1,0 +1,312 @@
+"""The rm program: read rankings, train, save, and measure what was saved."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import safe_open
+from transformers import set_seed
+
+from rlhf.chat import Chat
+from rlhf.config import ModelSettings
+from rlhf.datasets import read_records
+from rlhf.distributed import own_share
+from rlhf.inference import compute_scores
+from rlhf.models import ScalarModel, check_vocabulary, load_chat, load_scalar, packer_for
+from rlhf.packing import Packer, PromptTree
+from rlhf.records import Demonstration
+from rlhf.rewards import (
+    NUM_GOLDEN,
+    REWARD_FILE,
+    GoldenRow,
+    RewardCard,
+    load_function,
+    load_reward_model,
+    rendering_hash,
+)
+from rlhf.runs import Run, open_run
+from stages.rm import figures
+from stages.rm.config import Config
+from stages.rm.data import (
+    Counts,
+    Example,
+    make_demonstrations,
+    make_examples,
+    read_rankings,
+)
+from stages.rm.trainer import RankingTrainer
+
+
+def train(config: Config) -> None:
+    """Train a reward model and write its folder, with the held-out figures in results.json.
+
+    Raises:
+        ValueError: settings, records or a model that cannot be used.
+        OSError: files that cannot be read.
+    """
+    run = open_run(config, stage="rm", inputs=_inputs(config))
+    gold = _load_gold(config)
+    train_rankings, held_out_rankings = read_rankings(config)
+    chat = load_chat(config.model)
+    train_set, train_counts = make_examples(train_rankings, chat, config, for_training=True)
+    held_out, held_out_counts = make_examples(held_out_rankings, chat, config, for_training=False)
+    demonstrations = make_demonstrations(
+        read_records(config.demonstrations, Demonstration), chat, config
+    )
+    _report_counts(config, train_counts, held_out_counts)
+    labels = [example.ranks for example in held_out]
+    _refuse_no_pairs(config, train_set, figures.compare(held_out, labels, labels))
+
+    first_loss, num_steps = _fit(config, chat, train_set, run)
+    model, packer, accelerator = _load_saved(config)
+    demonstration_scores = _score_all(model, demonstrations, packer, accelerator)
+    model.bias = _mean([score for (score,) in demonstration_scores])
+    scores = _score_all(model, [example.tree for example in held_out], packer, accelerator)
+    results: dict[str, Any] = {
+        **_measure(config, train_set, held_out, scores, gold),
+        "first_loss": first_loss,
+        "steps": num_steps,
+        "train_prompts": len(train_set),
+        "bias": model.bias,
+        "demonstrations": len(demonstrations),
+        "train_counts": train_counts.as_metrics(),
+        "held_out_counts": held_out_counts.as_metrics(),
+    }
+    if accelerator.is_main_process:
+        _write_card(config, chat, [*held_out, *train_set], model, packer, results)
+        load_reward_model(
+            _saved(config),
+            micro_batch_tokens=config.micro_batch_tokens,
+            device=accelerator.device,
+            policy_chat=chat,
+            allow_chance_reward=True,
+        )
+    accelerator.wait_for_everyone()
+    run.log(
+        num_steps,
+        {
+            "rm/held_out_accuracy": results["pair_accuracy"],
+            "rm/held_out_loss": results["log_loss"],
+        },
+    )
+    if accelerator.is_main_process:
+        _report(results)
+    run.finish(results)
+
+
+def save_scalar(trainer: RankingTrainer, chat: Chat, folder: Path) -> None:
+    """Writes the trained model, gathered from all processes, and looks for its head in the file.
+
+    Raises:
+        ValueError: the file holds no head of shape (1, model).
+    """
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.accelerator.is_main_process:
+        assert isinstance(trainer.model, ScalarModel)
+        prefix = "classifier."
+        weights = {name.removeprefix(prefix): value for name, value in state.items()}
+        trainer.model.classifier.save_pretrained(folder, state_dict=weights)
+        chat.tokenizer.save_pretrained(folder)
+        check_saved_head(folder, trainer.model.head.in_features)
+    trainer.accelerator.wait_for_everyone()
+
+
+def check_saved_head(folder: Path, width: int) -> None:
+    """Raises ValueError unless the safetensors files of a folder hold a head (1, width)."""
+    shapes = []
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            if "score.weight" in file.keys():  # noqa: SIM118 (not a mapping)
+                shapes.append(tuple(file.get_slice("score.weight").get_shape()))
+    if shapes != [(1, width)]:
+        raise ValueError(
+            f"{folder} was written without the reward head: score.weight has shape "
+            f"{shapes or 'none'}, expected (1, {width}); the folder cannot be used"
+        )
+
+
+def _inputs(config: Config) -> dict[str, str]:
+    inputs = {"model": config.model.path, "demonstrations": config.demonstrations}
+    for name, sources in (
+        ("rankings", config.rankings),
+        ("held_out_rankings", config.held_out_rankings or []),
+    ):
+        for number, source in enumerate(sources, start=1):
+            inputs[name if len(sources) == 1 else f"{name}_{number}"] = source
+    return inputs if config.gold_path is None else {**inputs, "gold": config.gold_path}
+
+
+def _load_gold(config: Config) -> Any:
+    return None if config.gold is None else load_function(config.gold)(config.gold_path)
+
+
+def _refuse_no_pairs(
+    config: Config, train_set: Sequence[Example], held_out_pairs: Sequence[figures.Pair]
+) -> None:
+    for name, what in (("training", train_set), ("held-out", held_out_pairs)):
+        if not what:
+            raise ValueError(
+                f"no {name} ranking of {', '.join(config.rankings)} orders two responses: all are "
+                "tied, unranked or too long; a reward model needs responses with different ranks"
+            )
+
+
+def _fit(config: Config, chat: Chat, train_set: Sequence[Example], run: Run) -> tuple[float, int]:
+    """Trains and saves; returns the loss of the first batch and the number of steps."""
+    set_seed(config.seed)
+    model = load_scalar(config.model, new_head=True)
+    check_vocabulary(model.classifier, chat, config.model.path)
+    packer = packer_for(model.classifier, config.micro_batch_tokens)
+    trainer = RankingTrainer(model, train_set, packer, config, run)
+    # A folder with a card is taken for a finished reward model.
+    (run.dir / REWARD_FILE).unlink(missing_ok=True)
+    trainer.train()
+    save_scalar(trainer, chat, run.dir)
+    return trainer.first_loss, trainer.state.global_step
+
+
+def _saved(config: Config) -> ModelSettings:
+    return ModelSettings(
+        path=config.output_dir,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def _load_saved(config: Config) -> tuple[ScalarModel, Packer, Accelerator]:
+    """What the folder gives back, so that all figures are those of the files."""
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    model = load_scalar(_saved(config), new_head=False)
+    model.to(accelerator.device)
+    return model, packer_for(model.classifier, config.micro_batch_tokens), accelerator
+
+
+def _score_all(
+    model: ScalarModel, trees: Sequence[PromptTree], packer: Packer, accelerator: Accelerator
+) -> list[list[float]]:
+    """Scores of every tree's responses, the work shared by all processes."""
+    shares = own_share(accelerator, list(enumerate(trees)))
+    flat = iter(
+        compute_scores(model, [tree for _, tree in shares], packer).tolist() if shares else ()
+    )
+    own = [(number, [next(flat) for _ in tree.responses]) for number, tree in shares]
+    return [scores for _, scores in sorted(gather_object(own))]
+
+
+def _measure(
+    config: Config,
+    train_set: Sequence[Example],
+    held_out: Sequence[Example],
+    scores: Sequence[Sequence[float]],
+    gold: Any,
+) -> dict[str, Any]:
+    """Held-out figures against the labels and, where there is one, the gold score."""
+    train_ranks = [example.ranks for example in train_set]
+    longer_wins = figures.does_longer_win(figures.compare(train_set, train_ranks, train_ranks))
+    pairs = figures.compare(held_out, scores, [example.ranks for example in held_out])
+    error, table = figures.calibration(pairs)
+    baseline = figures.length_accuracy(pairs, longer_wins=longer_wins)
+    results = {
+        **figures.figures_of(pairs, config.seed),
+        "length_baseline": baseline,
+        "length_baseline_labels": baseline,
+        "length_direction": "longer wins" if longer_wins else "shorter wins",
+        "calibration_error": error,
+        "calibration": table,
+        "by_source": figures.by_source(pairs, config.seed),
+    }
+    if gold is not None:
+        values = [
+            gold([example.prompt] * len(example.responses), example.responses)
+            for example in held_out
+        ]
+        gold_pairs = figures.compare(held_out, scores, [figures.gold_ranks(v) for v in values])
+        share, interval = figures.accuracy(gold_pairs, config.seed)
+        gold_baseline = figures.length_accuracy(gold_pairs, longer_wins=longer_wins)
+        results |= {
+            "pair_accuracy_gold": share,
+            "pair_accuracy_gold_interval": list(interval),
+            "length_baseline": gold_baseline,
+            "length_baseline_gold": gold_baseline,
+            "pairs_gold": len(gold_pairs),
+        }
+    return results
+
+
+def _write_card(
+    config: Config,
+    chat: Chat,
+    examples: Sequence[Example],
+    model: ScalarModel,
+    packer: Packer,
+    results: dict[str, Any],
+) -> None:
+    """reward.json; the golden rows are the first examples whose prompt was not cut."""
+    golden = [example for example in examples if not example.is_cut][:NUM_GOLDEN]
+    if not golden:
+        raise ValueError(
+            f"every prompt is longer than max_prompt_tokens {config.max_prompt_tokens}, so none "
+            "can be a golden row of reward.json; raise max_prompt_tokens"
+        )
+    trees = [PromptTree(example.tree.prompt, example.tree.responses[:1]) for example in golden]
+    scores = compute_scores(model, trees, packer).tolist()
+    low, high = results["pair_accuracy_interval"]
+    RewardCard(
+        bias=model.bias,
+        scale=model.scale,
+        pair_accuracy=results["pair_accuracy"],
+        interval=(low, high),
+        golden=tuple(
+            GoldenRow(prompt=example.prompt, response=example.responses[0], score=score)
+            for example, score in zip(golden, scores, strict=True)
+        ),
+        template_hash=chat.template_hash,
+        rendering_hash=rendering_hash(chat),
+    ).save(config.output_dir)
+
+
+def _report_counts(config: Config, train_counts: Counts, held_out_counts: Counts) -> None:
+    for name, counts in (("training", train_counts), ("held-out", held_out_counts)):
+        print(f"rm: {name}: {counts.kept} of {counts.rankings} rankings kept", flush=True)
+        for number, what in (
+            (counts.without_pairs, "rankings without a pair dropped"),
+            (counts.prompts_too_long, f"prompts over {config.max_prompt_tokens} tokens dropped"),
+            (counts.prompts_cut, "prompts cut at a turn"),
+            (
+                counts.responses_too_long,
+                f"responses over {config.max_response_tokens} tokens left out",
+            ),
+        ):
+            if number:
+                print(f"rm:   {number} {what}", flush=True)
+
+
+def _report(results: dict[str, Any]) -> None:
+    low, high = results["pair_accuracy_interval"]
+    print(
+        f"rm: held-out pairs ordered right: {results['pair_accuracy']:.3f} "
+        f"({low:.3f} to {high:.3f}) of {results['pairs']}; by length alone "
+        f"{results['length_baseline_labels']:.3f}; first loss {results['first_loss']:.3f} (ln 2 is "
+        f"0.693), held-out {results['log_loss']:.3f}"
+    )
+    if "pair_accuracy_gold" in results:
+        low, high = results["pair_accuracy_gold_interval"]
+        print(
+            f"rm: by gold score: {results['pair_accuracy_gold']:.3f} ({low:.3f} to {high:.3f}) of "
+            f"{results['pairs_gold']}; by length alone {results['length_baseline_gold']:.3f}"
+        )
+    if len(results["by_source"]) > 1:
+        for source, row in results["by_source"].items():
+            low, high = row["pair_accuracy_interval"]
+            print(
+                f"rm:   {source}: {row['pair_accuracy']:.3f} ({low:.3f} to {high:.3f}) of "
+                f"{row['pairs']} pairs"
+            )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,274 @@
+"""transformers' Trainer with the ranking loss over packed prompt trees.
+
+An optimizer step takes `batch_size` rankings. Their trees are packed into rows of at most
+`micro_batch_tokens`, and every row has its own forward and backward pass, so memory is bounded by
+the budget and not by the batch; the loss's normaliser is the whole batch, over all processes.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from rlhf.distributed import max_over_processes, own_share, sum_over_processes
+from rlhf.losses import Stats, ranking_loss
+from rlhf.models import ScalarModel
+from rlhf.optim import make_optimizer, make_schedule
+from rlhf.packing import PackedRow, Packer, PromptTree
+from rlhf.runs import Run
+from stages.rm.config import Config
+from stages.rm.data import Example
+
+Batch = dict[str, Any]
+"""rows: packed rows of one process; ranks: (responses,) of their responses; num_prompts."""
+
+_IDLE = -1
+"""Response number in a row that only keeps a process in step with the others."""
+
+
+class GlobalBatches:
+    """Indices of this process's share of every global batch, shuffled anew every epoch.
+
+    A last batch that is not full stays as small as it is: no ranking is seen twice, none is left
+    out, and a process may get none at all.
+    """
+
+    def __init__(self, num_examples: int, config: Config, accelerator: Accelerator) -> None:
+        self.num_examples = num_examples
+        self.batch_size = config.batch_size
+        self.accelerator = accelerator
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_examples / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.num_examples, generator=self.generator).tolist()
+        for start in range(0, self.num_examples, self.batch_size):
+            yield own_share(self.accelerator, order[start : start + self.batch_size])
+
+
+class RankingCollator:
+    """Lays the rankings of a step into packed rows."""
+
+    def __init__(self, packer: Packer) -> None:
+        self.packer = packer
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        ranks = [rank for example in examples for rank in example.ranks]
+        return {
+            "rows": self.packer.rows([example.tree for example in examples]),
+            "ranks": torch.tensor(ranks, dtype=torch.long),
+            "num_prompts": len(examples),
+        }
+
+
+class RankingTrainer(Trainer):
+    """Trainer for a ScalarModel on rankings, each of which must have a pair."""
+
+    def __init__(
+        self,
+        model: ScalarModel,
+        examples: Sequence[Example],
+        packer: Packer,
+        config: Config,
+        run: Run,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.examples = list(examples)
+        self.first_loss = math.nan
+        self._metrics: dict[str, float] = {}
+        self._idle_row = _make_idle_row(examples[0].tree)
+        super().__init__(
+            model=model,
+            args=_training_arguments(config, run),
+            train_dataset=self.examples,
+            data_collator=RankingCollator(packer),
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Not accelerate's loader, which repeats rankings to give every process as many."""
+        batches = GlobalBatches(len(self.examples), self.config, self.accelerator)
+        collator = self.data_collator
+        return DataLoader(self.examples, batch_sampler=batches, collate_fn=collator)  # type: ignore[arg-type]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        assert self.model is not None
+        settings = self.config.optim
+        self.optimizer = make_optimizer([(self.model, settings.learning_rate)], settings)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
+        self.lr_scheduler = make_schedule(optimizer, self.config.optim, num_training_steps)
+        return self.lr_scheduler
+
+    def training_step(
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Adds the gradient of the whole batch, a packed row at a time; returns the mean loss."""
+        model.train()
+        rows, ranks = inputs["rows"], inputs["ranks"]
+        num_prompts = int(sum_over_processes(self.accelerator, inputs["num_prompts"]))
+        is_split = max_over_processes(self.accelerator, int(_splits_a_tree(rows)))
+        # Processes of a sharded model wait for each other in every pass: all make as many.
+        num_passes = max_over_processes(self.accelerator, len(rows))
+        rows = [*rows, *[self._idle_row] * (num_passes - len(rows))]
+
+        totals = torch.zeros(4, dtype=torch.float64)
+        slopes = torch.zeros(len(ranks))
+        if is_split:
+            slopes, totals = self._score_slopes(model, rows, ranks, num_prompts)
+        for number, row in enumerate(rows, start=1):
+            with self._synced_at_last(model, is_last=number == num_passes):
+                scores = self._scores(model, row)
+                if is_split:
+                    loss = (scores * _part_of(row, slopes).to(scores.device)).sum()
+                else:
+                    loss, stats = _ranking_loss(scores, row, _part_of(row, ranks), num_prompts)
+                    totals += _totals(loss, stats)
+                self._backward(loss)
+        return self._record(sum_over_processes(self.accelerator, totals))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Writes a step's figures into the run's folder; Trainer's own summary is left out."""
+        if "learning_rate" not in logs:
+            return
+        metrics = {**self._metrics, "rm/learning_rate": logs["learning_rate"]}
+        if logs.get("grad_norm") is not None:
+            metrics["rm/gradient_norm"] = logs["grad_norm"]
+        self.run.log(self.state.global_step, metrics)
+
+    def _score_slopes(
+        self, model: nn.Module, rows: list[PackedRow], ranks: Tensor, num_prompts: int
+    ) -> tuple[Tensor, Tensor]:
+        """d loss / d score (responses,), and totals, where a ranking lies in several rows.
+
+        One more forward pass buys that these rows never meet in memory (gradient caching, Gao et
+        al. 2021). For models that cannot take the packing mask, and for rankings longer than a
+        sliding window.
+        """
+        scores = torch.zeros(len(ranks))
+        tree_index = torch.zeros(len(ranks), dtype=torch.long)
+        with torch.no_grad():
+            for row in rows:
+                found = self._scores(model, row).float().cpu()
+                if not _is_idle(row):
+                    scores[row.response_index] = found
+                    tree_index[row.response_index] = row.tree_index
+        scores.requires_grad_()
+        loss, stats = ranking_loss(scores, ranks, tree_index, num_prompts=num_prompts)
+        (slopes,) = torch.autograd.grad(loss, scores)
+        return slopes, _totals(loss, stats)
+
+    def _scores(self, model: nn.Module, row: PackedRow) -> Tensor:
+        """Scores (responses of the row,), with the gradient's graph."""
+        row = row.to(self.args.device)
+        with self.compute_loss_context_manager():
+            return model(row.last_tokens, **row.model_inputs)
+
+    def _backward(self, loss: Tensor) -> None:
+        # Data parallelism averages gradients over processes; this loss is their sum's part.
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        options = {"scale_wrt_gas": False} if is_deepspeed else {}
+        self.accelerator.backward(loss * self.accelerator.num_processes, **options)
+
+    @contextlib.contextmanager
+    def _synced_at_last(self, model: nn.Module, is_last: bool) -> Iterator[None]:
+        """Gradients travel between processes, and DeepSpeed steps, in the last pass only."""
+        self.accelerator.gradient_state._set_sync_gradients(is_last)
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if is_last or is_deepspeed:
+            yield
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    def _record(self, totals: Tensor) -> Tensor:
+        """Keeps a step's figures, taken before the step changes the weights, for `log`.
+
+        Raises:
+            ValueError: the loss is not finite.
+        """
+        loss, pairs, correct, margin = totals.tolist()
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {self.state.global_step + 1}; lower "
+                f"optim.learning_rate ({self.config.optim.learning_rate}), or hold the model in "
+                "float32"
+            )
+        if self.state.global_step == 0:
+            self.first_loss = loss
+        self._metrics = {
+            "rm/loss": loss,
+            "rm/accuracy": correct / pairs,
+            "rm/margin": margin / pairs,
+            "rm/pairs": pairs,
+        }
+        return torch.tensor(loss, device=self.args.device)
+
+
+def _training_arguments(config: Config, run: Run) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(run.dir),
+        num_train_epochs=config.num_epochs,
+        max_grad_norm=config.optim.max_grad_norm,
+        seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _ranking_loss(
+    scores: Tensor, row: PackedRow, ranks: Tensor, num_prompts: int
+) -> tuple[Tensor, Stats]:
+    device = scores.device
+    return ranking_loss(
+        scores, ranks.to(device), row.tree_index.to(device), num_prompts=num_prompts
+    )
+
+
+def _totals(loss: Tensor, stats: Stats) -> Tensor:
+    """(4,) in fp64: this part of the loss; pairs; pairs ordered right; sum of their margins."""
+    values = [loss.detach(), stats["pairs"], stats["correct"], stats["margin"]]
+    return torch.stack([value.double().cpu() for value in values])
+
+
+def _splits_a_tree(rows: Sequence[PackedRow]) -> bool:
+    trees = [tree for row in rows for tree in set(row.tree_index.tolist())]
+    return len(trees) > len(set(trees))
+
+
+def _make_idle_row(tree: PromptTree) -> PackedRow:
+    """A short pass whose loss is 0: its response has no rank."""
+    (row,) = Packer(1).rows([PromptTree(tree.prompt[:1], (tree.responses[0][-1:],))])
+    return replace(row, response_index=torch.full_like(row.response_index, _IDLE))
+
+
+def _is_idle(row: PackedRow) -> bool:
+    return row.response_index[0].item() == _IDLE
+
+
+def _part_of(row: PackedRow, values: Tensor) -> Tensor:
+    """Of values (responses,) of a batch those of a row; zeros for an idle one."""
+    if _is_idle(row):
+        return values.new_zeros(len(row.response_index))
+    return values[row.response_index]
