@@ -82,12 +82,17 @@ class Run:
         self._append(SAMPLES, [{**mark, **row} for row in rows])
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write results.json and "seconds" since open_run in it: the run is complete."""
+        """Write results.json and "seconds" since open_run in it: the run is complete.
+
+        Where the results have the "seconds" of other stages by name, this stage's join them.
+        """
         self._begin()
         seconds = round(time.monotonic() - self._started, 1)
         if not _is_first_process():
             return
-        _write_json(self._dir / RESULTS, {**results, "seconds": seconds})
+        others = results.get("seconds")
+        total = seconds if others is None else {**others, self.stage: seconds}
+        _write_json(self._dir / RESULTS, {**results, "seconds": total})
         print(f"{self.stage}: wrote {self._dir} in {seconds} s", flush=True)
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:

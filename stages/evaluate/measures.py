@@ -1,0 +1,196 @@
+"""What is measured of a policy: its responses, their probabilities, scores and comparisons."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rlhf.chat import Chat
+from rlhf.generation import generate
+from rlhf.inference import compute_logprobs
+from rlhf.kl import k1, k3
+from rlhf.packing import Packer, PromptTree
+from rlhf.records import Prompt
+from rlhf.rewards import Reward
+from rlhf.statistics import bootstrap_interval, mean_and_error, win_rate
+
+PASSES_BETWEEN_TICKS = 4
+"""Passes through the model between two steps of a progress bar."""
+
+Scores = list[list[float]]
+"""Scores of each prompt's responses."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One policy's responses to all prompts."""
+
+    trees: list[PromptTree]
+    """One a prompt, with that prompt's responses."""
+    logprobs: list[Tensor]
+    """(time,) in nats, of each response in the order of the trees, by the policy itself."""
+
+    @property
+    def responses(self) -> list[tuple[int, ...]]:
+        return [response for tree in self.trees for response in tree.responses]
+
+
+def sample(
+    policy: PreTrainedModel,
+    prompt_ids: Sequence[tuple[int, ...]],
+    *,
+    end_id: int,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+    label: str,
+) -> list[PromptTree]:
+    """A tree a prompt with its sampled responses; equal policies with equal seeds give the same."""
+    repeated = [ids for ids in prompt_ids for _ in range(samples_per_prompt)]
+    with _bar(f"{label} answers", len(repeated), "response") as bar:
+        responses = iter(
+            generate(
+                policy,
+                repeated,
+                end_id=end_id,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                batch_size=batch_size,
+                generator=torch.Generator().manual_seed(seed),
+                progress=bar.update,
+            )
+        )
+    return [
+        PromptTree(ids, tuple(tuple(one) for one in islice(responses, samples_per_prompt)))
+        for ids in prompt_ids
+    ]
+
+
+def response_logprobs(
+    policy: PreTrainedModel,
+    trees: Sequence[PromptTree],
+    packer: Packer,
+    temperature: float,
+    label: str,
+) -> list[Tensor]:
+    """(time,) log-probabilities in nats of each response, in the order of the trees."""
+    logprobs: list[Tensor] = []
+    with _bar(f"{label}: log-probabilities", len(trees), "tree") as bar:
+        for chunk in _chunks(trees, PASSES_BETWEEN_TICKS * packer.micro_batch_tokens):
+            batch = compute_logprobs(policy, chunk, packer, temperature=temperature)
+            lengths = [len(response) for tree in chunk for response in tree.responses]
+            logprobs += [row[:length] for row, length in zip(batch, lengths, strict=True)]
+            bar.update(len(chunk))
+    return logprobs
+
+
+def describe(answers: Answers, end_id: int) -> dict[str, float]:
+    """What can be read off the responses alone; means over responses."""
+    responses = answers.responses
+    return {
+        "response_tokens": sum(map(len, responses)) / len(responses),
+        "eos_rate": sum(response[-1] == end_id for response in responses) / len(responses),
+        "distinct_2": distinct_bigrams(responses),
+    }
+
+
+def distinct_bigrams(responses: Sequence[Sequence[int]]) -> float:
+    """Different pairs of neighbouring tokens as a share of all pairs (distinct-2, Li et al. 2016).
+
+    It falls with the number of tokens, so compare it only on the same prompts. 0 without any pair.
+    """
+    bigrams = [pair for response in responses for pair in pairwise(response)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+def text_loss(
+    policy: PreTrainedModel, texts: Sequence[PromptTree], packer: Packer, label: str
+) -> float:
+    """Mean loss in nats a token on plain text, over all tokens of it but each text's first."""
+    logprobs = response_logprobs(policy, texts, packer, 1.0, f"{label} reads text")
+    return -torch.cat(logprobs).double().mean().item()
+
+
+def divergence(answers: Answers, ref_logprobs: Sequence[Tensor]) -> dict[str, float]:
+    """KL(policy || reference) in nats a response, estimated on the policy's own responses.
+
+    `kl` is the mean of sum_t k1 and `kl_error` its standard error over prompts; `kl_k3` is the mean
+    of sum_t k3, which has the same expectation and is never negative (see rlhf/kl.py).
+    """
+    logprobs = pad_sequence(answers.logprobs, batch_first=True)
+    references = pad_sequence(list(ref_logprobs), batch_first=True)
+    lengths = torch.tensor([len(row) for row in answers.logprobs])
+    response_mask = torch.arange(logprobs.shape[1]) < lengths[:, None]
+    by_response = k1(logprobs, references, response_mask).double().sum(1)
+    prompt_means = [float(torch.stack(group).mean()) for group in _by_prompt(answers, by_response)]
+    kl, error = mean_and_error(prompt_means)
+    low_variance = k3(logprobs, references, response_mask).double().sum(1)
+    return {"kl": kl, "kl_error": error, "kl_k3": low_variance.mean().item()}
+
+
+def score(reward: Reward, questions: Sequence[Prompt], chat: Chat, answers: Answers) -> Scores:
+    """Scores of every response, grouped by prompt."""
+    rows = [
+        (question, tree.prompt, response)
+        for question, tree in zip(questions, answers.trees, strict=True)
+        for response in tree.responses
+    ]
+    scores = reward.score(
+        [question for question, _, _ in rows],
+        [prompt for _, prompt, _ in rows],
+        [response for _, _, response in rows],
+        [chat.decode(response) for _, _, response in rows],
+    )
+    return [[float(value) for value in group] for group in _by_prompt(answers, scores)]
+
+
+def compare(
+    name: str, baseline: str, scores: dict[str, dict[str, Scores]], seed: int
+) -> dict[str, Any]:
+    """Mean scores of a policy by each judge, and how often it beats the baseline.
+
+    Args:
+        scores: judge -> policy -> scores. The first judge gives `win_rate_vs_BASELINE`; the others'
+            win rates have their judge's name behind it.
+    """
+    figures: dict[str, Any] = {}
+    for number, (judge, by_policy) in enumerate(scores.items()):
+        own = by_policy[name]
+        values = [value for group in own for value in group]
+        figures[f"{judge}_score"] = sum(values) / len(values)
+        figures[f"{judge}_score_interval"] = bootstrap_interval(own, seed)
+        if name != baseline:
+            key = f"win_rate_vs_{baseline}" + (f"_by_{judge}" if number else "")
+            figures[key], figures[f"{key}_interval"] = win_rate(own, by_policy[baseline], seed)
+    return figures
+
+
+def _by_prompt(answers: Answers, values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Values (responses,) in one group a prompt."""
+    return (group.unbind() for group in values.split([len(t.responses) for t in answers.trees]))
+
+
+def _chunks(trees: Sequence[PromptTree], max_tokens: int) -> Iterator[list[PromptTree]]:
+    """Neighbouring trees of about this many tokens in all, at least one each time."""
+    chunk: list[PromptTree] = []
+    num_tokens = 0
+    for tree in trees:
+        if chunk and num_tokens + tree.num_tokens > max_tokens:
+            yield chunk
+            chunk, num_tokens = [], 0
+        chunk.append(tree)
+        num_tokens += tree.num_tokens
+    if chunk:
+        yield chunk
+
+
+def _bar(label: str, total: int, unit: str) -> "tqdm[Any]":
+    return tqdm(total=total, desc=f"evaluate: {label}", unit=unit, leave=False)

@@ -1,0 +1,165 @@
+"""The results as people read them: one table of text, and the samples side by side."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rlhf.records import PromptLike, to_messages
+
+JUDGES = {"gold": "gold", "rm": "reward model"}
+
+NOTHING = "-"
+LABEL_WIDTH = 38
+MIN_COLUMN = 13
+
+Rows = list[tuple[str, list[str]]]
+"""Label and cells of each line."""
+
+
+def format_results(results: Mapping[str, Any]) -> str:
+    """One table of results.json: the policies in columns, then the reports, then the seconds."""
+    policies = {name: results[name] for name in results["policies"]}
+    reports = {
+        name: value
+        for name, value in results.items()
+        if isinstance(value, dict) and name not in policies and name not in ("prompts", "seconds")
+    }
+    prompts = results["prompts"]
+    title = (
+        f"Results on {prompts['used']} held-out prompts, {_count_samples(prompts)} at temperature "
+        f"{prompts['temperature']:g}"
+    )
+    blocks = [_block(title, list(policies), _policy_rows(results, policies))]
+    blocks += [_block(f"Report: {name}", [], _flat_rows(value)) for name, value in reports.items()]
+    blocks.append(_block("Seconds", [], _seconds_rows(results["seconds"])))
+    rule = "=" * max(len(line) for block in blocks for line in block)
+    lines = [rule, *(line for block in blocks for line in [*block, ""])][:-1]
+    return "\n".join(["", *lines, rule])
+
+
+def format_samples(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: each prompt, and under it every policy's responses with their scores."""
+    parts = ["# Samples on held-out prompts\n"]
+    for number, of_prompt in groupby(rows, key=lambda row: row["prompt_number"]):
+        responses = list(of_prompt)
+        parts.append(f"## Prompt {number + 1}\n\n{_fenced(_prompt_text(responses[0]['prompt']))}\n")
+        for row in responses:
+            marks = [f"{JUDGES[judge]} {row[judge]:.2f}" for judge in JUDGES if judge in row]
+            marks += [] if row["finished"] else ["cut before its end"]
+            heading = f"**{row['policy']}**" + (f" ({', '.join(marks)})" if marks else "")
+            parts.append(f"{heading}\n\n{_fenced(row['response'])}\n")
+    return "\n".join(parts)
+
+
+def _count_samples(prompts: Mapping[str, Any]) -> str:
+    count = prompts["samples_per_prompt"]
+    return "1 response each" if count == 1 else f"{count} responses each"
+
+
+def _policy_rows(results: Mapping[str, Any], policies: Mapping[str, Mapping[str, Any]]) -> Rows:
+    """The figures that any policy has, in the order in which they matter."""
+    baseline, judge = results["baseline"], results["judge"]
+    other = [name for name in JUDGES if name != judge]
+    win_rate = f"win_rate_vs_{baseline}"
+    lines: list[tuple[str, str, int]] = []
+    if judge is not None:
+        lines += [(f"win rate against {baseline}, by {JUDGES[judge]}", win_rate, 3)]
+    lines += [(f"win rate by {JUDGES[name]}", f"{win_rate}_by_{name}", 3) for name in other]
+    lines += [(f"{label} score", f"{name}_score", 3) for name, label in JUDGES.items()]
+    lines += [
+        (f"KL to {baseline}, nats a response", "kl", 3),
+        ("KL by k3", "kl_k3", 3),
+        ("response length, tokens", "response_tokens", 1),
+        ("responses that end (eos rate)", "eos_rate", 3),
+        ("distinct token pairs (distinct-2)", "distinct_2", 3),
+        ("loss on held-out text, nats a token", "text_loss", 3),
+        ("fact recall", "fact_recall", 3),
+    ]
+    rows: Rows = []
+    for label, key, digits in lines:
+        values = [policy.get(key) for policy in policies.values()]
+        if any(value is not None for value in values):
+            rows.append((label, [_number(value, digits) for value in values]))
+        intervals = [policy.get(f"{key}_interval") for policy in policies.values()]
+        if any(interval is not None for interval in intervals):
+            rows.append(("  95 % interval", [_interval(one, digits) for one in intervals]))
+        errors = [policy.get(f"{key}_error") for policy in policies.values()]
+        if any(error is not None for error in errors):
+            rows.append(("  standard error", [_number(error, digits) for error in errors]))
+    return rows
+
+
+def _flat_rows(report: Mapping[str, Any], prefix: str = "") -> Rows:
+    """Numbers of a report, sections dotted, an interval under its figure; texts are left out."""
+    rows: Rows = []
+    for key, value in report.items():
+        label = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            rows += _flat_rows(value, f"{prefix}{key}.")
+        elif _is_interval(value):
+            rows.append(
+                (
+                    f"  95 % interval of {label}" if not rows else "  95 % interval",
+                    [_interval(value, 3)],
+                )
+            )
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            rows.append((label, [_number(value, 3)]))
+    return rows
+
+
+def _seconds_rows(seconds: Mapping[str, float]) -> Rows:
+    rows: Rows = [(name.replace("_", "-"), [_number(value, 1)]) for name, value in seconds.items()]
+    if len(rows) > 1:
+        rows.append(("all", [_number(sum(seconds.values()), 1)]))
+    return rows
+
+
+def _block(title: str, columns: Sequence[str], rows: Rows) -> list[str]:
+    """Title and column names, a rule, then labels at the left and cells at the right."""
+    cells = [cell for _, row in rows for cell in row]
+    width = max([MIN_COLUMN, *(len(cell) + 2 for cell in [*cells, *columns])])
+    label_width = max([LABEL_WIDTH, *(len(label) for label, _ in rows)])
+    num_columns = max([1, *(len(row) for _, row in rows)])
+    rule = "-" * (label_width + width * num_columns)
+    names = [" " * label_width + "".join(name.rjust(width) for name in columns)] if columns else []
+    lines = [label.ljust(label_width) + "".join(c.rjust(width) for c in row) for label, row in rows]
+    return [title, *names, rule, *lines]
+
+
+def _is_interval(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(x, int | float) for x in value)
+    )
+
+
+def _number(value: Any, digits: int) -> str:
+    if not isinstance(value, int | float):
+        return NOTHING
+    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def _interval(interval: Any, digits: int) -> str:
+    """Nothing where it is unknown, as over a single prompt."""
+    if not _is_interval(interval) or any(map(math.isnan, interval)):
+        return NOTHING
+    low, high = interval
+    return f"{low:.{digits}f}..{high:.{digits}f}"
+
+
+def _prompt_text(prompt: PromptLike) -> str:
+    messages = to_messages(prompt)
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
+
+
+def _fenced(text: str) -> str:
+    """Text as Markdown shows it unchanged: the fence is longer than any within."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
