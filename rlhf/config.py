@@ -4,20 +4,23 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 Config = TypeVar("Config")
 
-_UNKNOWN_KEY = re.compile(
-    r"Group '(?P<group>[^']+)' does not accept option '(?P<in_group>[^']+)'"
-    r"|Option '(?P<top>[^']+)' is not accepted"
-    r"|unrecognized arguments: (?P<arguments>.+)"
-)
+_UNKNOWN_OPTION = re.compile(r"unrecognized arguments: (--[^\s=]+)")
+_STRAY_WORD = re.compile(r"unrecognized arguments: (\S+)")
+_UNION = re.compile(r"Does not validate .*Subtypes: \[(.*?)\] Errors:.*Given value: (.*)")
+_CLASS = re.compile(r"<class '(?:NoneType'>|(\w+)'>)")
 
 
 class ConfigError(ValueError):
@@ -52,9 +55,11 @@ class OptimSettings:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up, down to min_lr_ratio on the last step."""
     warmup_steps: int = 0
-    """Optimizer steps in which the learning rate rises linearly from 0 to its peak."""
+    """Optimizer steps in which the learning rate rises linearly from min_lr_ratio of its peak to
+    its peak."""
     min_lr_ratio: float = 0.1
-    """Learning rate on the last step as a share of the peak; unused by schedule constant."""
+    """Learning rate on the first step of a warm-up, and on the last step unless the schedule is
+    constant, as a share of the peak."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of Adam's first and second moment."""
     eps: float = 1e-8
@@ -112,14 +117,13 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
         help="YAML file with settings; may be given more than once, later files win.",
     )
     parser.add_class_arguments(config_class, as_group=False)
+    words = sys.argv[1:] if args is None else list(args)
+    for path in _config_files(words):
+        _check_file(path, config_class)
     try:
-        values = parser.parse_args(args)
+        values = parser.parse_args(words)
     except ArgumentError as error:
         raise ConfigError(_explain(str(error), config_class)) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"a --config file is not UTF-8 text ({error}); save it as UTF-8"
-        ) from error
     values.pop("config")
     _check_sections(config_class, values)
     return config_class(**vars(parser.instantiate(values)))
@@ -130,7 +134,8 @@ def keys_of(config_class: type) -> list[str]:
     keys = []
     for name, kind in _field_types(config_class).items():
         keys.append(name)
-        keys += [f"{name}.{key}" for key in keys_of(kind)] if dataclasses.is_dataclass(kind) else []
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            keys += [f"{name}.{key}" for key in keys_of(kind)]
     return keys
 
 
@@ -141,21 +146,17 @@ def _require(condition: bool, key: str, value: object, remedy: str) -> None:
 
 def _field_types(config_class: type) -> dict[str, Any]:
     hints = typing.get_type_hints(config_class)
-    return {
-        field.name: hints[field.name]
-        for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
-    }
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
 
 
 def _check_sections(config_class: type, values: Namespace) -> None:
-    """Refuse what jsonargparse lets through: null for any type, and a section that is no mapping."""
+    """Refuse what jsonargparse lets through: null for any type, a section that is no mapping."""
     for name, kind in _field_types(config_class).items():
         value = values.get(name)
         if value is None and kind is not Any and type(None) not in typing.get_args(kind):
             raise ConfigError(f"{name} is null; give a value of type {_type_name(kind)}")
-        if not dataclasses.is_dataclass(kind):
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             continue
-        assert isinstance(kind, type)
         if not isinstance(value, Namespace):
             keys = ", ".join(keys_of(kind))
             raise ConfigError(f"{name} is {value!r}; give a section with the keys {keys}")
@@ -170,19 +171,57 @@ def _type_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
+def _config_files(words: Sequence[str]) -> list[Path]:
+    after = [path for word, path in pairwise(words) if word == "--config"]
+    joined = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    return [Path(path) for path in after + joined]
+
+
+def _check_file(path: Path, config_class: type) -> None:
+    """Refuse a settings file with a message that names it, which jsonargparse's do not."""
+    if not path.is_file():
+        raise ConfigError(f"--config {path} does not exist or is no file; correct the path")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {_one_line(str(error))}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} holds {settings!r}; write settings as `key: value` lines")
+    known = keys_of(config_class)
+    for key in _dotted_keys(settings, known):
+        if key not in known:
+            raise ConfigError(f"{path}: unknown setting {key}; {_nearest(key, known)}")
+
+
+def _dotted_keys(settings: dict[Any, Any], known: Sequence[str], prefix: str = "") -> Iterator[str]:
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        yield key
+        if isinstance(value, dict) and any(other.startswith(f"{key}.") for other in known):
+            yield from _dotted_keys(value, known, f"{key}.")
+
+
 def _explain(message: str, config_class: type) -> str:
-    """The library's message in one line; an unknown key is followed by the nearest known one."""
-    message = " ".join(message.split())
-    found = _UNKNOWN_KEY.search(message)
-    if found is None:
-        return message.replace("Parser key ", "setting ")
-    if found["arguments"] is not None:
-        word = found["arguments"].split()[0]
-        if not word.startswith("--"):
-            return f"{word!r} is not an option; settings are given as --key value"
-        key = word.removeprefix("--").split("=")[0]
-    else:
-        key = found["top"] or f"{found['group']}.{found['in_group']}"
-    nearest = difflib.get_close_matches(key, [*keys_of(config_class), "config"], n=1, cutoff=0.5)
-    remedy = f"did you mean {nearest[0]}?" if nearest else "--help lists all settings"
-    return f"unknown setting {key}; {remedy}"
+    """The library's message in one line; an unknown option is followed by the nearest known one."""
+    message = _one_line(message)
+    if option := _UNKNOWN_OPTION.search(message):
+        key = option[1].removeprefix("--")
+        return f"unknown setting {key}; {_nearest(key, [*keys_of(config_class), 'config'])}"
+    if word := _STRAY_WORD.search(message):
+        return f"{word[1]!r} is not an option; settings are given as --key value"
+    message = _UNION.sub(r"Expected one of \1. Got value: \2", message)
+    return _CLASS.sub(
+        lambda found: found[1] or "null",
+        message.replace("Parser key ", "setting ").replace("typing.", ""),
+    )
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {nearest[0]}?" if nearest else "--help lists all settings"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

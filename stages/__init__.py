@@ -1,1 +1,1 @@
-"""The programs of the recipe, one folder a stage; each runs as `python -m stages.NAME --config FILE`."""
+"""The programs of the recipe, one folder a stage: `python -m stages.NAME --config FILE`."""

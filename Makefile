@@ -1,0 +1,125 @@
+# The recipe, from data to results. `make help` lists the targets.
+
+PRESET ?= tiny
+ACCELERATE ?= configs/accelerate/default.yaml
+RUN ?= runs/$(PRESET)$(if $(SEED),-seed$(SEED))
+PYTHON ?= python3
+ARGS ?=
+
+STAGES := pretrain sft collect rm ppo ppo-ptx evaluate
+BIN := .venv/bin
+SETUP := .venv/.installed
+PREPARED :=
+BASE :=
+RANKINGS :=
+POLICIES := ppo ppo_ptx
+
+# A preset's file says where its data, base model and rankings come from. A preset without one
+# brings its own: the paths in its YAML files are there already.
+-include configs/presets/$(PRESET).mk
+
+# accelerate gives each process one thread unless told; this shares the cores out.
+processes := $(or $(shell sed -n 's/^num_processes: *//p' $(ACCELERATE)),1)
+cores := $(shell getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS ?= $(shell echo $$(( $(cores) > $(processes) ? $(cores) / $(processes) : 1 )))
+ifneq ($(shell grep -s '^use_cpu: *true' $(ACCELERATE)),)
+export ACCELERATE_USE_CPU := true
+endif
+
+# Settings of a stage. A run in another folder, such as one of SEED=1, gets a copy with its paths.
+settings = $(if $(filter runs/$(PRESET),$(RUN)),configs/$(1)/$(PRESET).yaml,$(RUN)/settings/$(1).yaml)
+
+# ARGS are for the stages that are named on the command line. The ones that a result was made with
+# lie beside it; others make it stale.
+args = $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS))
+quoted = '$(subst ','\'',$(1))'
+made_with = $(shell cat $(RUN)/$(1)/make.args 2>/dev/null)
+changed = $(or $(subst x$(1)x,,x$(2)x),$(subst x$(2)x,,x$(1)x))
+other_args = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(call changed,$(strip $(ARGS)),$(call made_with,$(2))),anew))
+
+# How a stage is run: with the YAML that is its rule's first prerequisite.
+launch = $(BIN)/accelerate launch --quiet --config_file $(ACCELERATE) -m
+seed = $(if $(SEED), --seed $(SEED))
+options = --config $<$(seed)$(if $(2), $(2))$(if $(call args,$(1)), $(call args,$(1)))
+note_args = @printf '%s\n' $(call quoted,$(strip $(call args,$(1)))) > $(RUN)/$(2)/make.args
+
+ifneq ($(strip $(ARGS)),)
+ifeq ($(filter $(STAGES),$(MAKECMDGOALS)),)
+$(error ARGS are for a stage: make sft ARGS="--optim.learning_rate 1e-5"; one of $(STAGES))
+endif
+endif
+
+.PHONY: help setup check test pipeline clean anew $(STAGES)
+.DELETE_ON_ERROR:
+
+help: ## Show this list.
+	@echo "make TARGET [PRESET=tiny] [SEED=1] [ACCELERATE=configs/accelerate/gpu.yaml] [ARGS=\"--key value\"]"
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+
+setup: $(SETUP) ## Make .venv with the tested versions of all packages.
+
+check: $(SETUP) ## Format, lint, types and import rules; no network, no accelerator.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check ## Checks, then all tests.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores)
+
+pipeline: $(RUN)/results.json ## All stages from the data to the table of results.
+	@echo "results: $(RUN)/results.json"
+
+clean: ## Remove the preset's runs.
+	rm -rf $(RUN)
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or later is needed; make PYTHON=python3.12 names one")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+configs/%.yaml:
+	@echo "error: $@ does not exist; write it, or name a PRESET that has one" >&2; exit 2
+
+$(RUN)/settings/%.yaml: configs/%/$(PRESET).yaml
+	@mkdir -p $(@D)
+	sed 's|runs/$(PRESET)|$(RUN)|g' $< > $@
+
+# ---- The recipe. Each line: what is made, from which settings and which earlier results.
+
+pretrain: $(RUN)/base/results.json ## A small base model from plain text.
+$(RUN)/base/results.json: $(call settings,pretrain) $(PREPARED) $(call other_args,pretrain,base) | $(SETUP)
+	$(launch) stages.pretrain $(call options,pretrain)
+	$(call note_args,pretrain,base)
+
+sft: $(RUN)/sft/results.json ## A policy from demonstrations.
+$(RUN)/sft/results.json: $(call settings,sft) $(PREPARED) $(BASE) $(call other_args,sft,sft) | $(SETUP)
+	$(launch) stages.sft $(call options,sft)
+	$(call note_args,sft,sft)
+
+collect: $(RUN)/rankings/results.json ## Responses of that policy, ranked by labelers.
+$(RUN)/rankings/results.json: $(call settings,collect) $(RUN)/sft/results.json $(call other_args,collect,rankings) | $(SETUP)
+	$(launch) stages.collect $(call options,collect)
+	$(call note_args,collect,rankings)
+
+rm: $(RUN)/rm/results.json ## A reward model from the rankings.
+$(RUN)/rm/results.json: $(call settings,rm) $(RUN)/sft/results.json $(RANKINGS) $(call other_args,rm,rm) | $(SETUP)
+	$(launch) stages.rm $(call options,rm)
+	$(call note_args,rm,rm)
+
+ppo: $(RUN)/ppo/results.json ## The policy optimised against the reward model, without ptx.
+$(RUN)/ppo/results.json: $(call settings,ppo) $(RUN)/rm/results.json $(call other_args,ppo,ppo) | $(SETUP)
+	$(launch) stages.ppo $(call options,ppo,--ptx.coef 0 --output_dir $(RUN)/ppo)
+	$(call note_args,ppo,ppo)
+
+ppo-ptx: $(RUN)/ppo_ptx/results.json ## The same with the pretraining mix: PPO-ptx.
+$(RUN)/ppo_ptx/results.json: $(call settings,ppo) $(RUN)/rm/results.json $(call other_args,ppo-ptx,ppo_ptx) | $(SETUP)
+	$(launch) stages.ppo $(call options,ppo-ptx)
+	$(call note_args,ppo-ptx,ppo_ptx)
+
+evaluate: $(RUN)/results.json ## All policies side by side on held-out prompts.
+$(RUN)/results.json: $(call settings,evaluate) $(POLICIES:%=$(RUN)/%/results.json) $(call other_args,evaluate,.) | $(SETUP)
+	$(launch) stages.evaluate $(call options,evaluate)
+	$(call note_args,evaluate,.)
