@@ -16,7 +16,7 @@ NUM_COLUMNS = 3
 INK = "#333333"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, which colour-blind readers tell apart."""
-SMOOTHED_FROM = 60
+SMOOTHED_FROM = 30
 """Curves of at least so many points get a running mean over a tenth of them, in front of the raw
 points."""
 
@@ -29,6 +29,8 @@ class Panel:
     unit: str
     lines: Mapping[str, str]
     """Metric key -> what it is, where a panel has several."""
+    floor: float | None = None
+    """Values below are not shown. None means that all are."""
 
 
 PANELS = (
@@ -53,7 +55,7 @@ PANELS = (
     Panel("PPO: responses that end", "share", {"ppo/eos_rate": ""}),
     Panel("PPO: entropy", "nats a token", {"ppo/entropy": ""}),
     Panel("PPO: pretraining loss", "nats a token", {"ppo/ptx_loss": ""}),
-    Panel("PPO: variance explained", "share", {"ppo/explained_variance": ""}),
+    Panel("PPO: variance explained", "share", {"ppo/explained_variance": ""}, floor=-1.0),
     Panel("PPO: clipped tokens", "share", {"ppo/clip_fraction": ""}),
 )
 
@@ -78,10 +80,13 @@ def draw_curves(stages: Mapping[str, str], path: Path) -> None:
     figure = Figure(figsize=(4.2 * NUM_COLUMNS, 2.7 * num_rows), layout="constrained")
     grid = figure.subplots(num_rows, NUM_COLUMNS, squeeze=False).ravel()
     colours = _colours(drawn)
+    explained: set[str] = set()
     for (panel, curves), axes in zip(drawn, grid, strict=False):
         _draw_panel(axes, panel, curves, colours)
+        explained |= _explain(axes, explained)
     for axes in grid[len(drawn) :]:
         axes.remove()
+    figure.supxlabel("optimizer step, for PPO update", fontsize=9, color=INK)
     figure.savefig(path, dpi=130)
 
 
@@ -140,8 +145,16 @@ def _draw_panel(
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25, linewidth=0.6)
     axes.margins(x=0.02)
-    if len(curves) > 1:
+    if panel.floor is not None and axes.get_ylim()[0] < panel.floor:
+        axes.set_ylim(bottom=panel.floor)
+
+
+def _explain(axes: Axes, explained: set[str]) -> set[str]:
+    """A legend where lines are new to the reader; returns their labels."""
+    labels = set(axes.get_legend_handles_labels()[1])
+    if len(labels) > 1 and not labels <= explained:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return labels
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:

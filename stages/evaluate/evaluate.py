@@ -16,7 +16,7 @@ from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
 from rlhf.models import check_vocabulary, load_chat, load_policy, packer_for
-from rlhf.packing import PromptTree, text_tree
+from rlhf.packing import Packer, PromptTree, text_tree
 from rlhf.recall import fact_recall
 from rlhf.records import Prompt, Text
 from rlhf.rewards import FunctionReward, Reward, load_function, load_reward_model, same_rendering
@@ -211,32 +211,39 @@ def _examine(
         policy = _load(config, exam, name)
         policy.to(device)  # type: ignore[arg-type]  # its wrapper hides the types of Module.to
         packer = packer_for(policy, config.micro_batch_tokens)
-        responses = sample(
-            policy,
-            exam.prompt_ids,
-            end_id=exam.chat.end_id,
-            samples_per_prompt=config.samples_per_prompt,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            batch_size=config.generation_batch_size,
-            seed=config.seed,
-            label=name,
-        )
-        logprobs = response_logprobs(policy, responses, packer, config.temperature, name)
-        answers[name] = Answers(responses, logprobs)
+        answers[name] = _answer(config, exam, policy, packer, name)
         figures[name] = describe(answers[name], exam.chat.end_id)
         if exam.texts:
-            figures[name]["text_loss"] = text_loss(policy, exam.texts, packer, name)
+            label = f"{name} reads held-out text"
+            figures[name]["text_loss"] = text_loss(policy, exam.texts, packer, label)
         if exam.probes:
             figures[name]["fact_recall"] = fact_recall(policy, exam.chat.tokenizer, exam.probes)
         if name == baseline:
             for other in others:
-                trees, label = answers[other].trees, f"{baseline} reads {other}"
+                trees, label = answers[other].trees, f"{name} reads {other}"
                 ref_logprobs = response_logprobs(policy, trees, packer, config.temperature, label)
                 figures[other] |= divergence(answers[other], ref_logprobs)
         del policy
         print(f"evaluate: measured {name} in {time.monotonic() - started:.1f} s", flush=True)
     return answers, figures
+
+
+def _answer(
+    config: Config, exam: Exam, policy: PreTrainedModel, packer: Packer, name: str
+) -> Answers:
+    trees = sample(
+        policy,
+        exam.prompt_ids,
+        end_id=exam.chat.end_id,
+        samples_per_prompt=config.samples_per_prompt,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        batch_size=config.generation_batch_size,
+        seed=config.seed,
+        label=f"{name} answers",
+    )
+    label = f"{name} reads its answers"
+    return Answers(trees, response_logprobs(policy, trees, packer, config.temperature, label))
 
 
 def _settings(config: Config, name: str) -> ModelSettings:

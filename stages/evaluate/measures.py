@@ -55,7 +55,7 @@ def sample(
 ) -> list[PromptTree]:
     """A tree a prompt with its sampled responses; equal policies with equal seeds give the same."""
     repeated = [ids for ids in prompt_ids for _ in range(samples_per_prompt)]
-    with _bar(f"{label} answers", len(repeated), "response") as bar:
+    with _bar(label, len(repeated)) as bar:
         responses = iter(
             generate(
                 policy,
@@ -83,7 +83,7 @@ def response_logprobs(
 ) -> list[Tensor]:
     """(time,) log-probabilities in nats of each response, in the order of the trees."""
     logprobs: list[Tensor] = []
-    with _bar(f"{label}: log-probabilities", len(trees), "tree") as bar:
+    with _bar(label, len(trees)) as bar:
         for chunk in _chunks(trees, PASSES_BETWEEN_TICKS * packer.micro_batch_tokens):
             batch = compute_logprobs(policy, chunk, packer, temperature=temperature)
             lengths = [len(response) for tree in chunk for response in tree.responses]
@@ -115,7 +115,7 @@ def text_loss(
     policy: PreTrainedModel, texts: Sequence[PromptTree], packer: Packer, label: str
 ) -> float:
     """Mean loss in nats a token on plain text, over all tokens of it but each text's first."""
-    logprobs = response_logprobs(policy, texts, packer, 1.0, f"{label} reads text")
+    logprobs = response_logprobs(policy, texts, packer, 1.0, label)
     return -torch.cat(logprobs).double().mean().item()
 
 
@@ -192,5 +192,5 @@ def _chunks(trees: Sequence[PromptTree], max_tokens: int) -> Iterator[list[Promp
         yield chunk
 
 
-def _bar(label: str, total: int, unit: str) -> "tqdm[Any]":
-    return tqdm(total=total, desc=f"evaluate: {label}", unit=unit, leave=False)
+def _bar(label: str, total: int) -> "tqdm[Any]":
+    return tqdm(total=total, desc=f"evaluate: {label}", leave=False)

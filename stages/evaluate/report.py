@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -11,11 +12,20 @@ from rlhf.records import PromptLike, to_messages
 JUDGES = {"gold": "gold", "rm": "reward model"}
 
 NOTHING = "-"
-LABEL_WIDTH = 38
-MIN_COLUMN = 13
+INTERVAL = "  95 % interval"
 
 Rows = list[tuple[str, list[str]]]
 """Label and cells of each line."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the table."""
+
+    title: str
+    columns: tuple[str, ...]
+    """Names above the cells; none where a row has a single cell."""
+    rows: Rows
 
 
 def format_results(results: Mapping[str, Any]) -> str:
@@ -31,12 +41,12 @@ def format_results(results: Mapping[str, Any]) -> str:
         f"Results on {prompts['used']} held-out prompts, {_count_samples(prompts)} at temperature "
         f"{prompts['temperature']:g}"
     )
-    blocks = [_block(title, list(policies), _policy_rows(results, policies))]
-    blocks += [_block(f"Report: {name}", [], _flat_rows(value)) for name, value in reports.items()]
-    blocks.append(_block("Seconds", [], _seconds_rows(results["seconds"])))
-    rule = "=" * max(len(line) for block in blocks for line in block)
-    lines = [rule, *(line for block in blocks for line in [*block, ""])][:-1]
-    return "\n".join(["", *lines, rule])
+    blocks = [
+        Block(title, tuple(policies), _policy_rows(results, policies)),
+        *(Block(f"Report: {name}", (), _report_rows(value)) for name, value in reports.items()),
+        Block("Seconds", (), _seconds_rows(results["seconds"])),
+    ]
+    return "\n".join(["", *_lay_out(blocks)])
 
 
 def format_samples(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -70,7 +80,7 @@ def _policy_rows(results: Mapping[str, Any], policies: Mapping[str, Mapping[str,
     lines += [(f"{label} score", f"{name}_score", 3) for name, label in JUDGES.items()]
     lines += [
         (f"KL to {baseline}, nats a response", "kl", 3),
-        ("KL by k3", "kl_k3", 3),
+        ("KL by the k3 estimate", "kl_k3", 3),
         ("response length, tokens", "response_tokens", 1),
         ("responses that end (eos rate)", "eos_rate", 3),
         ("distinct token pairs (distinct-2)", "distinct_2", 3),
@@ -84,27 +94,22 @@ def _policy_rows(results: Mapping[str, Any], policies: Mapping[str, Mapping[str,
             rows.append((label, [_number(value, digits) for value in values]))
         intervals = [policy.get(f"{key}_interval") for policy in policies.values()]
         if any(interval is not None for interval in intervals):
-            rows.append(("  95 % interval", [_interval(one, digits) for one in intervals]))
+            rows.append((INTERVAL, [_interval(one, digits) for one in intervals]))
         errors = [policy.get(f"{key}_error") for policy in policies.values()]
         if any(error is not None for error in errors):
             rows.append(("  standard error", [_number(error, digits) for error in errors]))
     return rows
 
 
-def _flat_rows(report: Mapping[str, Any], prefix: str = "") -> Rows:
-    """Numbers of a report, sections dotted, an interval under its figure; texts are left out."""
+def _report_rows(report: Mapping[str, Any]) -> Rows:
+    """Numbers at the top of a report, an interval under its figure; results.json has the rest."""
     rows: Rows = []
     for key, value in report.items():
-        label = f"{prefix}{key}".replace("_", " ")
-        if isinstance(value, dict):
-            rows += _flat_rows(value, f"{prefix}{key}.")
-        elif _is_interval(value):
-            rows.append(
-                (
-                    f"  95 % interval of {label}" if not rows else "  95 % interval",
-                    [_interval(value, 3)],
-                )
-            )
+        label = key.replace("_", " ")
+        if _is_interval(value):
+            of_row_above = key.removesuffix("_interval") in report
+            name = INTERVAL if of_row_above else f"{INTERVAL} of {label}"
+            rows.append((name, [_interval(value, 3)]))
         elif isinstance(value, int | float) and not isinstance(value, bool):
             rows.append((label, [_number(value, 3)]))
     return rows
@@ -117,16 +122,25 @@ def _seconds_rows(seconds: Mapping[str, float]) -> Rows:
     return rows
 
 
-def _block(title: str, columns: Sequence[str], rows: Rows) -> list[str]:
-    """Title and column names, a rule, then labels at the left and cells at the right."""
+def _lay_out(blocks: Sequence[Block]) -> list[str]:
+    """Blocks under each other in common columns: labels at the left, cells at the right."""
+    rows = [row for block in blocks for row in block.rows]
     cells = [cell for _, row in rows for cell in row]
-    width = max([MIN_COLUMN, *(len(cell) + 2 for cell in [*cells, *columns])])
-    label_width = max([LABEL_WIDTH, *(len(label) for label, _ in rows)])
-    num_columns = max([1, *(len(row) for _, row in rows)])
-    rule = "-" * (label_width + width * num_columns)
-    names = [" " * label_width + "".join(name.rjust(width) for name in columns)] if columns else []
-    lines = [label.ljust(label_width) + "".join(c.rjust(width) for c in row) for label, row in rows]
-    return [title, *names, rule, *lines]
+    names = [name for block in blocks for name in block.columns]
+    label_width = max(len(label) for label, _ in rows)
+    width = max(len(cell) for cell in [*cells, *names]) + 3
+    titles = [len(block.title) for block in blocks]
+    total = max(label_width + width * max(len(row) for _, row in rows), *titles)
+    lines = ["=" * total]
+    for block in blocks:
+        lines += [block.title]
+        if block.columns:
+            lines += [" " * label_width + "".join(name.rjust(width) for name in block.columns)]
+        lines += ["-" * total]
+        for label, row in block.rows:
+            lines += [label.ljust(label_width) + "".join(cell.rjust(width) for cell in row)]
+        lines += [""]
+    return [*lines[:-1], "=" * total]
 
 
 def _is_interval(value: Any) -> bool:
