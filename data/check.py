@@ -12,12 +12,10 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from itertools import islice
 from statistics import fmean, median
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from rlhf.chat import Chat
 from rlhf.cli import run_stage
 from rlhf.datasets import read_records, read_rows
-from rlhf.models import load_tokenizer
 from rlhf.records import (
     RECORD_CLASSES,
     Demonstration,
@@ -29,6 +27,9 @@ from rlhf.records import (
     Text,
     to_messages,
 )
+
+if TYPE_CHECKING:
+    from rlhf.chat import Chat
 
 _GREEN, _PLAIN = "\033[32m", "\033[0m"
 
@@ -62,7 +63,7 @@ def check(config: CheckConfig) -> None:
     records: list[Record] = list(read_records(config.file, RECORD_CLASSES[kind]))
     if not 1 <= config.example <= len(records):
         raise ValueError(f"example is {config.example}; the file has rows 1 to {len(records)}")
-    chat = Chat(load_tokenizer(config.tokenizer)) if config.tokenizer else None
+    chat = _load_chat(config.tokenizer) if config.tokenizer else None
     print(f"{config.file}: {len(records)} {kind} rows, all valid")
     for line in statistics(records, chat):
         print(f"  {line}")
@@ -91,7 +92,7 @@ def detect_kind(source: str) -> str:
     return Prompt.kind
 
 
-def statistics(records: Sequence[Record], chat: Chat | None) -> Iterator[str]:
+def statistics(records: Sequence[Record], chat: "Chat | None") -> Iterator[str]:
     """Lines of figures: turns, lengths, and for rankings K, ties and what length alone predicts."""
     if prompts := [record.prompt for record in records if not isinstance(record, Text)]:
         turns = Counter(len(to_messages(prompt)) for prompt in prompts)
@@ -122,7 +123,7 @@ def warnings(records: Sequence[Record]) -> Iterator[str]:
         yield f"{contradictions} rankings hold the same response twice with different ranks"
 
 
-def render(record: Record, chat: Chat | None) -> list[Piece]:
+def render(record: Record, chat: "Chat | None") -> list[Piece]:
     """The example in pieces, special tokens included; a ranking shows its prompt once."""
     pieces = []
     if not isinstance(record, Text):
@@ -154,6 +155,14 @@ def trained_texts(record: Record) -> tuple[str, ...]:
     if isinstance(record, Demonstration):
         return (record.response,)
     return (record.text,) if isinstance(record, Text) else ()
+
+
+def _load_chat(path: str) -> "Chat":
+    # here, because torch takes seconds to import and most checks need none of it
+    from rlhf.chat import Chat
+    from rlhf.models import load_tokenizer
+
+    return Chat(load_tokenizer(path))
 
 
 def _ranking_statistics(rankings: Sequence[Ranking]) -> Iterator[str]:
@@ -194,44 +203,44 @@ def _ranks_equal_texts_apart(ranking: Ranking) -> bool:
     return any(ranking.responses[i] == ranking.responses[j] for i, j in ranking.pairs())
 
 
-def _prompt_length(prompt: PromptLike, chat: Chat | None) -> int:
+def _prompt_length(prompt: PromptLike, chat: "Chat | None") -> int:
     if chat is None:
         return sum(len(turn["content"]) for turn in to_messages(prompt))
     return len(chat.prompt_ids(prompt))
 
 
-def _response_length(text: str, chat: Chat | None) -> int:
+def _response_length(text: str, chat: "Chat | None") -> int:
     return len(text) if chat is None else len(chat.response_ids(text))
 
 
-def _text_length(text: str, chat: Chat | None) -> int:
+def _text_length(text: str, chat: "Chat | None") -> int:
     return len(text) if chat is None else len(chat.text_ids(text))
 
 
-def _rendered_prompt(prompt: PromptLike, chat: Chat | None) -> str:
+def _rendered_prompt(prompt: PromptLike, chat: "Chat | None") -> str:
     if chat is None:
         turns = (f"{turn['role']}: {turn['content']}\n" for turn in to_messages(prompt))
         return "".join(turns) + "assistant: "
     return _with_specials(chat, chat.prompt_ids(prompt))
 
 
-def _rendered_response(response: str, chat: Chat | None) -> str:
+def _rendered_response(response: str, chat: "Chat | None") -> str:
     if chat is None:
         return response + "<end>"
     return _with_specials(chat, chat.response_ids(response))
 
 
-def _rendered_text(text: str, chat: Chat | None) -> str:
+def _rendered_text(text: str, chat: "Chat | None") -> str:
     return text if chat is None else _with_specials(chat, chat.text_ids(text))
 
 
-def _with_specials(chat: Chat, ids: list[int]) -> str:
+def _with_specials(chat: "Chat", ids: list[int]) -> str:
     text = chat.tokenizer.decode(ids, skip_special_tokens=False)
     assert isinstance(text, str)
     return text
 
 
-def _lengths(name: str, lengths: Iterable[int], chat: Chat | None) -> str:
+def _lengths(name: str, lengths: Iterable[int], chat: "Chat | None") -> str:
     values = list(lengths)
     return (
         f"{name} length in {'characters' if chat is None else 'tokens'}: min {min(values)}, "

@@ -390,7 +390,8 @@ def test_gutenberg_header_and_licence_are_stripped() -> None:
     book = (
         "The Project Gutenberg EBook\n\n*** START OF THIS PROJECT GUTENBERG EBOOK A BOOK ***\n\n"
         "Produced by Ann\nand others\n\nChapter 1\n\n*** \n\nIt began.\n\n"
-        "End of the Project Gutenberg EBook of A Book,\nby Ann\n\n*** END OF THE PROJECT GUTENBERG EBOOK A BOOK ***\n\n"
+        "End of the Project Gutenberg EBook of A Book,\nby Ann\n\n"
+        "*** END OF THE PROJECT GUTENBERG EBOOK A BOOK ***\n\n"
         "*** START: FULL LICENSE ***\nEnd."
     )
     assert strip_gutenberg(book).strip() == "Chapter 1\n\n*** \n\nIt began."

@@ -1,0 +1,174 @@
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.check import (
+    CheckConfig,
+    Piece,
+    check,
+    detect_kind,
+    main,
+    mark,
+    render,
+    statistics,
+    warnings,
+)
+from rlhf.chat import Chat
+from rlhf.models import load_tokenizer
+from rlhf.records import Demonstration, Prompt, Ranking, Text
+from tests.rlhf.tiny_models import byte_tokenizer
+
+RANKING = {"prompt": "Name a fruit.", "responses": ["fig", "car", "fig."], "ranks": [1, 3, 1]}
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def tokenizer_dir(tmp_path: Path) -> Iterator[str]:
+    """A folder with a tokenizer of single bytes, which gets the default chat template."""
+    made = byte_tokenizer("<eos>", "<pad>", eos_token="<eos>", pad_token="<pad>")
+    made.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "config.json").write_text('{"model_type": "llama"}')
+    yield str(tmp_path / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        (RANKING, "ranking"),
+        ({"prompt": "a", "response": "b"}, "demonstration"),
+        ({"prompt": "a", "reponse": "b"}, "demonstration"),
+        ({"promt": "a", "responses": ["b"], "ranks": [1]}, "ranking"),
+        ({"prompt": "a"}, "prompt"),
+        ({"prompt": "a", "meta": {}}, "prompt"),
+        ({"text": "a"}, "text"),
+        ({"txt": "a"}, "text"),
+    ],
+)
+def test_the_kind_is_seen_from_the_fields(tmp_path: Path, row: Any, kind: str) -> None:
+    assert detect_kind(write(tmp_path / "x.jsonl", row)) == kind
+
+
+def test_ranking_figures() -> None:
+    rankings = [
+        Ranking("a", ("long response", "short", "mid-size"), (2, 1, None), source="x"),
+        Ranking("b", ("same", "same"), (1, 1)),
+        Ranking([{"role": "user", "content": "b"}], ("one", "three", "two"), (2, 1, 2)),
+    ]
+    lines = list(statistics(rankings, chat=None))
+    assert "distinct prompts 2" in lines
+    assert "turns in a prompt: 1 (3 rows)" in lines
+    assert "response length in characters: min 3, median 4.5, mean 5.6, max 13" in lines
+    assert "K (responses a ranking): 2 (1 rows), 3 (2 rows)" in lines
+    assert "pairs 3, tied pairs 2, unranked responses 1" in lines
+    assert "the longer response is the better one in 66.7% of pairs" in lines
+    assert "source: none given 2, x 1" in lines
+
+
+def test_warnings_name_what_is_rarely_meant() -> None:
+    rankings = [
+        Ranking("a", ("x", ""), (1, 2)),
+        Ranking("a", ("x", "y"), (1, 1)),
+        Ranking("b", ("x", "x"), (1, 2)),
+    ]
+    assert list(warnings(rankings)) == [
+        "1 rows repeat earlier prompts (splits keep equal prompts together)",
+        "1 of 6 responses are empty",
+        "1 of 3 rankings have all their responses tied or unranked",
+        "1 rankings hold the same response twice with different ranks",
+    ]
+    assert list(warnings([Demonstration("a", "b"), Demonstration("c", "d")])) == []
+
+
+def test_trained_pieces_are_marked() -> None:
+    pieces = [Piece(text="Hi ", trained=False), Piece(text="there", trained=True)]
+    assert mark(pieces, colour=False) == "Hi [[there]]"
+    assert mark(pieces, colour=True) == "Hi \033[32mthere\033[0m"
+
+
+def test_without_a_tokenizer_the_example_is_plain_text() -> None:
+    demonstration = Demonstration(
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello."},
+            {"role": "user", "content": "Bye"},
+        ],
+        "See you.",
+    )
+    assert mark(render(demonstration, chat=None), colour=False) == (
+        "user: Hi\nassistant: Hello.\nuser: Bye\nassistant: [[See you.<end>]]"
+    )
+    assert mark(render(Prompt("Hi"), chat=None), colour=False) == "user: Hi\nassistant: "
+    assert mark(render(Text("Once."), chat=None), colour=False) == "[[Once.]]"
+
+
+def test_the_example_is_what_the_tokenizer_makes_of_it(
+    tmp_path: Path, tokenizer_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "r.jsonl", RANKING, RANKING | {"prompt": "Name another."})
+    check(CheckConfig(file=file, tokenizer=tokenizer_dir, example=2))
+    printed = capsys.readouterr().out
+    assert "2 ranking rows, all valid" in printed
+    assert "response length in tokens: min 4, median 4, mean 4.3, max 5" in printed
+    assert "Name another.\n\nAssistant:\n\n--- rank 1: [[fig<eos>]]\n--- rank 3: [[car" in printed
+    assert "plain text" not in printed
+
+
+def test_the_marked_ids_are_the_trained_ids(tokenizer_dir: str) -> None:
+    chat = Chat(load_tokenizer(tokenizer_dir))
+    [prompt, response] = render(Demonstration("Hi", "Hello."), chat)
+    assert not prompt.trained and response.trained
+    ids = chat.tokenizer(response.text, add_special_tokens=False).input_ids
+    assert ids == chat.response_ids("Hello.")
+    ids = chat.tokenizer(prompt.text, add_special_tokens=False).input_ids
+    assert ids == chat.prompt_ids("Hi")
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "words"),
+    [
+        ([], {}, "is empty"),
+        ([{"prompt": "a", "reponse": "b"}], {}, "did you mean 'response'?"),
+        ([RANKING | {"ranks": [1, 2]}], {}, "row 1: field 'ranks': found 2 ranks for 3 responses"),
+        ([{"prompt": "a", "responses": ["b"], "ranks": [1]}], {}, "found 1 (K = 1)"),
+        ([RANKING | {"ranks": [1, 1, 1]}] * 2, {}, "in all 2 rankings every response is tied"),
+        ([RANKING | {"ranks": [1, None, None]}], {}, "tied or unranked"),
+        ([RANKING], {"kind": "text"}, "row 1: field 'prompt': found an unknown field"),
+        ([RANKING], {"example": 2}, "example is 2; the file has rows 1 to 1"),
+        ([RANKING], {"tokenizer": "./none"}, "./none does not exist"),
+    ],
+)
+def test_bad_files_are_refused(
+    tmp_path: Path, rows: list[Any], settings: dict[str, Any], words: str
+) -> None:
+    file = write(tmp_path / "x.jsonl", *rows)
+    with pytest.raises((ValueError, OSError)) as raised:
+        check(CheckConfig(file=file, **settings))
+    assert words in str(raised.value)
+
+
+def test_the_file_needs_no_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "x.jsonl", RANKING, RANKING | {"prompt": "b", "ranks": [1, 1, 1]})
+    main([file, "--kind", "ranking"])
+    printed = capsys.readouterr().out
+    assert "1 of 2 rankings have all their responses tied" in printed
+    assert "[[fig<end>]]" in printed
+
+
+def test_the_command_ends_with_a_message_and_no_traceback(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'{"text": "caf\xe9"}\n')
+    done = subprocess.run(
+        [sys.executable, "-m", "data.check", str(file)], capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert f"{file}, row 1: field 'row': found byte 0xe9 at byte 14" in done.stderr
