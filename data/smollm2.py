@@ -75,7 +75,7 @@ class Source:
 
 OPEN_ASSISTANT = ("en_100_text.jsonl", "prompt_lottery_en_250_text.jsonl")
 
-WHOLE = {
+WHOLE: dict[str, tuple[Source, ...]] = {
     "demonstrations": (
         Source(
             format="self_instruct",
@@ -89,7 +89,7 @@ WHOLE = {
 }
 """Files that no split is made of here; the sft stage holds out its own share."""
 
-SPLIT = {
+SPLIT: dict[str, tuple[Source, ...]] = {
     "rankings_hh": (
         Source(format="hh", kind="ranking", paths=("hh_rlhf/harmless-base.test.jsonl.gz",)),
     ),

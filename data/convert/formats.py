@@ -321,7 +321,10 @@ def ifeval_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
 
 def mt_bench_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
     """The first turn; the later ones need the model's own answer and wait in meta.follow_ups."""
-    first, *follow_ups = _take(row, "turns", list)
+    turns = _take(row, "turns", list)
+    if not turns or not isinstance(turns[0], str):
+        raise LayoutError(f"field 'turns': expected a list of strings, found {show(turns)}")
+    first, *follow_ups = turns
     facts = {name: row[name] for name in ("question_id", "category", "reference") if name in row}
     yield from _prompt(first, follow_ups=follow_ups, **facts)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.convert.formats import (
@@ -377,6 +377,7 @@ def spoilt_rows(draw: st.DrawFn) -> tuple[str, str, Any]:
 
 
 @given(spoilt_rows())
+@settings(deadline=None)
 def test_a_spoilt_row_is_converted_dropped_or_named(case: tuple[str, str, Any]) -> None:
     format, kind, row = case
     try:
@@ -410,6 +411,7 @@ def test_paragraphs_are_joined_up_to_the_limit_and_cut_at_white_space() -> None:
 
 
 @given(st.text(st.sampled_from("ab \n")), st.integers(1, 9))
+@settings(deadline=None)
 def test_splitting_loses_only_white_space(text: str, max_characters: int) -> None:
     documents = split_documents(text, max_characters)
     assert "".join("".join(documents).split()) == "".join(text.split())
@@ -510,9 +512,13 @@ def test_bad_input_is_named_and_nothing_is_written(
     ],
 )
 def test_contradictory_settings_are_refused(changes: dict[str, Any], words: str) -> None:
-    settings: dict[str, Any] = {"format": "gsm8k", "input": "in.jsonl", "output": "out.jsonl"}
+    given_settings: dict[str, Any] = {
+        "format": "gsm8k",
+        "input": "in.jsonl",
+        "output": "out.jsonl",
+    } | changes
     with pytest.raises(ValueError) as raised:
-        ConvertConfig(**settings | changes)
+        ConvertConfig(**given_settings)
     assert words in str(raised.value)
 
 

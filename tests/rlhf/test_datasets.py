@@ -35,7 +35,7 @@ def write_lines(path: Path, *rows: Any) -> Path:
 
 
 @given(record=records, packed=st.booleans())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_written_is_read(tmp_path: Path, record: Record, packed: bool) -> None:
     path = tmp_path / ("records.jsonl.gz" if packed else "records.jsonl")
     write_records(path, [record, record])

@@ -2,7 +2,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.records import (
@@ -155,6 +155,7 @@ def rows(draw: st.DrawFn) -> tuple[type[Record], Any]:
 
 
 @given(rows())
+@settings(deadline=None)
 def test_any_row_gives_a_record_or_a_record_error(case: tuple[type[Record], Any]) -> None:
     record_class, row = case
     try:
