@@ -67,7 +67,7 @@ class OptimSettings:
     weight_decay: float = 0.0
     """Decoupled weight decay on matrices; biases and norm weights are left out."""
     max_grad_norm: float = 1.0
-    """Gradients with a larger global norm are scaled down to it. inf means no clip."""
+    """Gradients with a larger global norm are scaled down to it. .inf means no clip."""
 
     def __post_init__(self) -> None:
         _require(
@@ -90,7 +90,7 @@ class OptimSettings:
             self.max_grad_norm > 0,
             "max_grad_norm",
             self.max_grad_norm,
-            "give a positive number, such as 1.0, or inf for no clip",
+            "give a positive number, such as 1.0, or .inf for no clip",
         )
 
 

@@ -1,0 +1,19 @@
+"""Tests need no network and use one thread, so that several test processes share the cores."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+# What a launcher or a run around the tests may have left behind.
+for name in (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "ACCELERATE_USE_CPU",
+    "ACCELERATE_MIXED_PRECISION",
+):
+    os.environ.pop(name, None)
