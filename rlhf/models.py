@@ -34,7 +34,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
             AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         )
     _check_folder(path)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with _naming(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     return add_missing_parts(tokenizer)
 
 
@@ -54,13 +55,7 @@ def load_policy(settings: ModelSettings) -> PreTrainedModel:
 
         model, _ = load_gguf(settings.path, dtype=_dtype(settings))
         return disable_dropout(model)
-    with quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            output_loading_info=True, **_loading_arguments(settings)
-        )
-    model, report = loaded
-    _refuse_missing(settings.path, report, allowed=())
-    return disable_dropout(model)
+    return _load(AutoModelForCausalLM, settings)
 
 
 def new_policy(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -132,15 +127,13 @@ def load_scalar(settings: ModelSettings, *, new_head: bool = False) -> ScalarMod
             f"{path}: a scalar model starts from a model folder; convert the GGUF file first with "
             "rlhf.models.save_policy, as data/smollm2.py does"
         )
-    with quiet():
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            num_labels=1, output_loading_info=True, **_loading_arguments(settings)
-        )
-    classifier, report = loaded
-    _refuse_missing(path, report, allowed=("score.weight",) if new_head else ())
+    new_weights = ("score.weight",) if new_head else ()
+    classifier = _load(
+        AutoModelForSequenceClassification, settings, new_weights=new_weights, num_labels=1
+    )
     tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
     classifier.config.pad_token_id = tokenizer.pad_token_id
-    model = ScalarModel(disable_dropout(classifier))
+    model = ScalarModel(classifier)
     if new_head:
         nn.init.normal_(model.head.weight, std=(model.head.in_features + 1) ** -0.5)
     return model
@@ -174,7 +167,7 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if ("dropout" in name or name == "layerdrop") and isinstance(value, float):
                 setattr(module, name, 0.0)
     model.eval()
     return model
@@ -286,14 +279,34 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: st
         tokenizer.save_pretrained(folder)
 
 
-def _loading_arguments(settings: ModelSettings) -> dict[str, Any]:
+def _load(
+    auto_class: Any, settings: ModelSettings, *, new_weights: Sequence[str] = (), **arguments: Any
+) -> Any:
+    """A model with every weight from its folder, but for those that are to be new."""
     _check_folder(settings.path)
-    return {
-        "pretrained_model_name_or_path": settings.path,
-        "dtype": _dtype(settings),
-        "attn_implementation": settings.attention,
-        "trust_remote_code": settings.trust_remote_code,
-    }
+    with quiet(), _naming(settings.path):
+        model, report = auto_class.from_pretrained(
+            settings.path,
+            dtype=_dtype(settings),
+            attn_implementation=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, each by its name
+            **arguments,
+        )
+    _refuse_missing(settings.path, report, allowed=new_weights)
+    return disable_dropout(model)
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Says in transformers' errors which model was meant; some of them do not."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        place = "" if Path(path).exists() else " (no folder here, so taken for a hub id)"
+        raise kind(f"cannot load {path}{place}: {error}") from error
 
 
 def _dtype(settings: ModelSettings) -> torch.dtype:
@@ -318,7 +331,7 @@ def _check_folder(path: str) -> None:
 
 def _refuse_missing(path: str, report: dict[str, Any], allowed: Sequence[str]) -> None:
     missing = sorted(set(report["missing_keys"]) - set(allowed))
-    mismatched = sorted(str(entry) for entry in report["mismatched_keys"])
+    mismatched = sorted({entry[0] for entry in report["mismatched_keys"]} - set(allowed))
     if "score.weight" in missing:
         raise ValueError(
             f"{path} has no reward head (score.weight), so its scores would be random; give the "
@@ -327,5 +340,6 @@ def _refuse_missing(path: str, report: dict[str, Any], allowed: Sequence[str]) -
     if missing or mismatched:
         raise ValueError(
             f"{path} does not hold these weights in the right shape: "
-            f"{', '.join((missing + mismatched)[:5])}; the folder is incomplete or of another model"
+            f"{', '.join(sorted({*missing, *mismatched})[:5])}; the folder is incomplete or of "
+            "another model"
         )

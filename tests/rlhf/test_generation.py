@@ -1,0 +1,176 @@
+"""The sampler against transformers' own, and its distribution against the softmax."""
+
+import itertools
+
+import pytest
+import torch
+
+from rlhf.generation import generate
+from tests.rlhf.tiny_models import VOCAB, tiny_policy_of
+
+ARCHITECTURES = ["llama", "gpt2", "gpt_neox", "mistral", "gemma3_text", "opt"]
+
+
+def uneven_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 11, 1, 7, 7, 2, 5, 9]
+    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+def greedy_of_transformers(policy, prompt: list[int], end_id: int, num_tokens: int) -> list[int]:
+    output = policy.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=num_tokens,
+        eos_token_id=end_id,
+        pad_token_id=2,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def greedy(policy, prompts: list[list[int]], **settings) -> list[list[int]]:
+    settings = {"end_id": 1, "max_new_tokens": 12, "batch_size": 8, "temperature": 0} | settings
+    return generate(policy, prompts, **settings)
+
+
+def frequent_end(policy) -> int:
+    """An end token that greedy decoding hits early in some responses and late in others."""
+    responses = greedy(policy, uneven_prompts(), end_id=-1)
+    tokens = itertools.chain.from_iterable(responses)
+    found = {token: [r.index(token) for r in responses if token in r] for token in set(tokens)}
+    return max(found, key=lambda token: (len(set(found[token])), len(found[token]), token))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_equals_transformers(architecture: str) -> None:
+    policy = tiny_policy_of(architecture)
+    prompts = uneven_prompts()
+    end_id = frequent_end(policy)
+    responses = greedy(policy, prompts, end_id=end_id)
+    assert responses == [greedy_of_transformers(policy, p, end_id, 12) for p in prompts]
+    assert len({len(response) for response in responses}) > 2, "no response left the batch early"
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3_text"])
+def test_greedy_equals_transformers_beyond_the_window(architecture: str) -> None:
+    policy = tiny_policy_of(architecture, sliding_window=6)
+    prompts = uneven_prompts()
+    end_id = frequent_end(policy)
+    responses = greedy(policy, prompts, end_id=end_id)
+    assert responses == [greedy_of_transformers(policy, p, end_id, 12) for p in prompts]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_compaction_and_batch_size_change_nothing(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tiny_policy_of(architecture)
+    prompts = uneven_prompts()
+    end_id = frequent_end(policy)
+    expected = greedy(policy, prompts, end_id=end_id)
+    assert sum(response[-1] == end_id for response in expected) >= 2
+    for batch_size in (1, 3, 100):
+        assert greedy(policy, prompts, end_id=end_id, batch_size=batch_size) == expected
+    for share in (0.0, 1.0):
+        monkeypatch.setattr("rlhf.generation.COMPACTION", share)
+        assert greedy(policy, prompts, end_id=end_id) == expected
+
+
+def test_finished_rows_leave_the_batch() -> None:
+    policy = tiny_policy_of("llama")
+    prompts = uneven_prompts()
+    batch_sizes = []
+    policy.register_forward_pre_hook(
+        lambda _, args, inputs: batch_sizes.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    responses = greedy(policy, prompts, end_id=frequent_end(policy))
+    sizes = batch_sizes[-max(map(len, responses)) :]
+    assert sizes[0] == 8
+    for step, size in enumerate(sizes):
+        unfinished = sum(len(response) > step for response in responses)
+        assert unfinished <= size
+        assert size == 8 or unfinished > 0.5 * size
+    assert sizes[-1] < 8
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_first_tokens_follow_the_softmax(temperature: float) -> None:
+    policy = tiny_policy_of("llama")
+    prompts = [[5, 6, 7], [30, 8, 9, 12, 11]]
+    num_samples = 3000
+    responses = generate(
+        policy,
+        [prompt for prompt in prompts for _ in range(num_samples)],
+        end_id=1,
+        max_new_tokens=1,
+        temperature=temperature,
+        batch_size=1000,
+        generator=torch.Generator().manual_seed(0),
+    )
+    tokens = torch.tensor(responses).view(2, num_samples)
+    for prompt, sampled in zip(prompts, tokens, strict=True):
+        with torch.no_grad():
+            logits = policy(input_ids=torch.tensor([prompt])).logits[0, -1]
+        expected = num_samples * (logits / temperature).softmax(-1)
+        counts = torch.bincount(sampled, minlength=VOCAB)
+        frequent = expected >= 5
+        observed = torch.cat([counts[frequent], counts[~frequent].sum()[None]])
+        expected = torch.cat([expected[frequent], expected[~frequent].sum()[None]])
+        chi_square = ((observed - expected) ** 2 / expected).sum().item()
+        freedom = len(expected) - 1
+        assert freedom > 10
+        assert chi_square < freedom + 4 * (2 * freedom) ** 0.5  # mean and deviation of chi-square
+
+
+def test_second_tokens_follow_the_first() -> None:
+    """With almost no temperature, sampling is greedy decoding: the cache holds the own tokens."""
+    policy = tiny_policy_of("gpt2")
+    prompts = uneven_prompts()
+    cold = greedy(policy, prompts, temperature=1e-4, generator=torch.Generator().manual_seed(0))
+    assert cold == greedy(policy, prompts)
+
+
+def sampled(seed: int, **settings) -> list[list[int]]:
+    settings = {"end_id": 7, "max_new_tokens": 16, "batch_size": 6} | settings
+    generator = torch.Generator().manual_seed(seed)
+    policy = tiny_policy_of("llama")
+    return generate(policy, uneven_prompts() * 2, temperature=1.0, generator=generator, **settings)
+
+
+def test_same_seed_same_tokens() -> None:
+    first = sampled(0)
+    torch.rand(3)
+    assert sampled(0) == first
+    assert sampled(1) != first
+
+
+def test_end_token_is_last_and_length_is_cut() -> None:
+    responses = sampled(0)
+    finished = [response for response in responses if response[-1] == 7]
+    cut = [response for response in responses if response[-1] != 7]
+    assert len(finished) > 3
+    assert len(cut) > 3
+    assert all(response.count(7) == 1 for response in finished)
+    assert all(len(response) == 16 and 7 not in response for response in cut)
+    assert all(len(response) <= 16 for response in finished)
+
+
+def test_draws_take_the_given_generator_only() -> None:
+    policy = tiny_policy_of("llama")
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(0)
+    greedy(policy, [[5, 6]], temperature=1.0, generator=generator)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_progress_counts_every_prompt() -> None:
+    done: list[int] = []
+    sampled(0, progress=done.append)
+    assert done == [6, 6, 4]
+
+
+def test_no_prompts_and_no_tokens() -> None:
+    policy = tiny_policy_of("llama")
+    assert greedy(policy, []) == []
+    assert greedy(policy, [[5], [6, 7]], max_new_tokens=0) == [[], []]
