@@ -1,0 +1,75 @@
+"""The README's commands exist: targets, modules, options and files."""
+
+import importlib.util
+import re
+import runpy
+import shlex
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+TARGETS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, flags=re.MULTILINE))
+STAGE_OF_TARGET = {"ppo-ptx": "ppo"}
+BLOCKS = re.findall(r"^```(?:bash|sh)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+INLINE = re.findall(r"`((?:make|python -m) [^`\n]+)`", README)
+LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+COMMANDS = sorted({line.split("  #")[0].strip() for line in [*LINES, *INLINE] if line.strip()})
+MAKE = [command for command in COMMANDS if command.startswith("make ")]
+PYTHON = [command for command in COMMANDS if " -m " in command and "pip" not in command]
+
+
+def options_of(words: list[str]) -> list[str]:
+    return [word.split("=")[0] for word in words if word.startswith("--")]
+
+
+def assert_options_exist(
+    module: str, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each option stands in the module's --help; one level below a mapping is the user's own."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", [module, "--help"])
+        runpy.run_module(module, run_name="__main__")
+    assert end.value.code == 0
+    known = set(re.findall(r"--[\w.-]+", capsys.readouterr().out))
+    missing = [option for option in options if option not in known]
+    assert missing == [], f"{module} has no {missing}"
+
+
+def test_readme_shows_commands() -> None:
+    assert {"make pipeline", "make test"} <= set(MAKE)
+    assert any(command.startswith("accelerate launch ") for command in PYTHON)
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_make_command_exists(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(command)[1:]
+    variables = dict(word.split("=", 1) for word in words if "=" in word)
+    goals = [word for word in words if "=" not in word]
+    assert set(goals) <= TARGETS
+    assert all(re.search(rf"^{name}\b|\$\({name}\)", MAKEFILE, re.MULTILINE) for name in variables)
+    if "PRESET" in variables:
+        assert list(ROOT.glob(f"configs/*/{variables['PRESET']}.yaml"))
+    if "ACCELERATE" in variables:
+        assert (ROOT / variables["ACCELERATE"]).is_file()
+    if options := options_of(variables.get("ARGS", "").split()):
+        for goal in goals:
+            stage = STAGE_OF_TARGET.get(goal, goal)
+            assert_options_exist(f"stages.{stage}", options, capsys)
+
+
+@pytest.mark.parametrize("command", PYTHON)
+def test_module_command_exists(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(command)
+    place = words.index("-m")
+    module, rest = words[place + 1], words[place + 2 :]
+    assert importlib.util.find_spec(module) is not None
+    for option, path in pairwise(words):
+        if option in ("--config", "--config_file"):
+            assert path == "FILE" or (ROOT / path).is_file()
+    assert_options_exist(module, options_of(rest), capsys)
