@@ -42,8 +42,13 @@ def add_missing_parts(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     vocabulary does not grow: an existing special token is taken, else one that text never gives.
 
     Raises:
-        ValueError: the tokenizer has no end-of-sequence token.
+        ValueError: the tokenizer has no vocabulary or no end-of-sequence token.
     """
+    if not tokenizer(_PROBE, add_special_tokens=False).input_ids:
+        raise ValueError(
+            f"the tokenizer at {tokenizer.name_or_path!r} gives no tokens for a word, so its "
+            "vocabulary is missing; save the tokenizer (tokenizer.json) beside the weights"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer at {tokenizer.name_or_path!r} has no end-of-sequence token, and "
