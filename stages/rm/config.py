@@ -21,6 +21,10 @@ class Config:
     held_out_rankings: list[str] | None = None
     """Ranking records to measure on; their prompts are taken out of the training set. None means
     that held_out gives the share."""
+    max_rankings: int | None = None
+    """Rankings read of each file of rankings, drawn at random. None means all."""
+    max_held_out: int | None = None
+    """Rankings read of each file of held_out_rankings, drawn at random. None means all."""
     demonstrations: str
     """Demonstration records; the bias is set so that their mean score is 0."""
     num_demonstrations: int = 512
@@ -72,7 +76,14 @@ class Config:
             raise ValueError(
                 f"max_responses is {self.max_responses}; a pair needs 2, null means all"
             )
+        if self.max_held_out is not None and not self.held_out_rankings:
+            raise ValueError(
+                f"max_held_out is {self.max_held_out} but held_out_rankings is not given; to "
+                "measure on fewer rankings of a split, lower held_out"
+            )
         for name in (
+            "max_rankings",
+            "max_held_out",
             "num_demonstrations",
             "batch_size",
             "micro_batch_tokens",
@@ -80,5 +91,6 @@ class Config:
             "max_prompt_tokens",
             "max_response_tokens",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; give 1 or more")

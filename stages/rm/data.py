@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rlhf.chat import Chat
@@ -54,11 +54,11 @@ def read_rankings(config: Config) -> tuple[list[Ranking], list[Ranking]]:
     Raises:
         ValueError: bad records, or a set without rankings.
     """
-    records = _read_all(config.rankings)
+    records = _read_all(config.rankings, config.max_rankings, config.seed)
     if config.held_out is not None:
         return split_by_prompt(records, config.held_out, config.seed)
     assert config.held_out_rankings is not None
-    held_out = _read_all(config.held_out_rankings)
+    held_out = _read_all(config.held_out_rankings, config.max_held_out, config.seed)
     measured = {prompt_key(record.prompt) for record in held_out}
     train = [record for record in records if prompt_key(record.prompt) not in measured]
     if len(train) < len(records):
@@ -126,15 +126,16 @@ def pairs_of(ranks: Sequence[float]) -> list[tuple[int, int]]:
     return [(i, j) for i in ranked for j in ranked if ranks[i] < ranks[j]]
 
 
-def _read_all(sources: Sequence[str]) -> list[Ranking]:
-    """Records of all sources; one that names no source is given its file's name."""
-    records = []
+def _read_all(sources: Sequence[str], limit: int | None, seed: int) -> list[Ranking]:
+    """Up to `limit` records of each source; one that names no source is given its file's name."""
+    rankings = []
     for source in sources:
+        records = read_records(source, Ranking)
+        if limit is not None and limit < len(records):
+            records = random.Random(seed).sample(records, limit)
         name = Path(source).name.split(".")[0]
-        for record in read_records(source, Ranking):
-            row = record.to_row()
-            records.append(Ranking.from_row({**row, "source": record.source or name}))
-    return records
+        rankings += [replace(record, source=record.source or name) for record in records]
+    return rankings
 
 
 def _make_example(

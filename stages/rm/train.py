@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import safe_open
@@ -13,7 +12,7 @@ from transformers import set_seed
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
-from rlhf.distributed import own_share
+from rlhf.distributed import own_share, start_accelerator
 from rlhf.inference import compute_scores
 from rlhf.models import ScalarModel, check_vocabulary, load_chat, load_scalar, packer_for
 from rlhf.packing import Packer, PromptTree
@@ -47,6 +46,7 @@ def train(config: Config) -> None:
         ValueError: settings, records or a model that cannot be used.
         OSError: files that cannot be read.
     """
+    accelerator = start_accelerator()
     run = open_run(config, stage="rm", inputs=_inputs(config))
     gold = _load_gold(config)
     train_rankings, held_out_rankings = read_rankings(config)
@@ -56,12 +56,13 @@ def train(config: Config) -> None:
     demonstrations = make_demonstrations(
         read_records(config.demonstrations, Demonstration), chat, config
     )
-    _report_counts(config, train_counts, held_out_counts)
+    if accelerator.is_main_process:
+        _report_counts(config, train_counts, held_out_counts)
     labels = [example.ranks for example in held_out]
     _refuse_no_pairs(config, train_set, figures.compare(held_out, labels, labels))
 
     first_loss, num_steps = _fit(config, chat, train_set, run)
-    model, packer, accelerator = _load_saved(config)
+    model, packer = _load_saved(config, accelerator)
     demonstration_scores = _score_all(model, demonstrations, packer, accelerator)
     model.bias = _mean([score for (score,) in demonstration_scores])
     scores = _score_all(model, [example.tree for example in held_out], packer, accelerator)
@@ -177,12 +178,11 @@ def _saved(config: Config) -> ModelSettings:
     )
 
 
-def _load_saved(config: Config) -> tuple[ScalarModel, Packer, Accelerator]:
+def _load_saved(config: Config, accelerator: Accelerator) -> tuple[ScalarModel, Packer]:
     """What the folder gives back, so that all figures are those of the files."""
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     model = load_scalar(_saved(config), new_head=False)
     model.to(accelerator.device)
-    return model, packer_for(model.classifier, config.micro_batch_tokens), accelerator
+    return model, packer_for(model.classifier, config.micro_batch_tokens)
 
 
 def _score_all(

@@ -7,6 +7,7 @@ the budget and not by the batch; the loss's normaliser is the whole batch, over 
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from rlhf.distributed import max_over_processes, own_share, sum_over_processes
+from rlhf.distributed import check_joined, max_over_processes, own_share, sum_over_processes
 from rlhf.losses import Stats, ranking_loss
 from rlhf.models import ScalarModel
 from rlhf.optim import make_optimizer, make_schedule
@@ -94,6 +95,7 @@ class RankingTrainer(Trainer):
             train_dataset=self.examples,
             data_collator=RankingCollator(packer),
         )
+        check_joined(self.accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1")))
 
     def get_train_dataloader(self) -> DataLoader:
         """Not accelerate's loader, which repeats rankings to give every process as many."""
