@@ -86,7 +86,7 @@ def draw_curves(stages: Mapping[str, str], path: Path) -> None:
         explained |= _explain(axes, explained)
     for axes in grid[len(drawn) :]:
         axes.remove()
-    figure.supxlabel("optimizer step, for PPO update", fontsize=9, color=INK)
+    figure.supxlabel("optimizer step (PPO: update)", fontsize=9, color=INK)
     figure.savefig(path, dpi=130)
 
 
@@ -137,7 +137,7 @@ def _draw_panel(
             style |= {"marker": "o", "markersize": 3, "linewidth": 1.2}
         elif len(values) >= SMOOTHED_FROM:
             axes.plot(steps, values, color=colours[stage], alpha=0.2, linewidth=0.8)
-            values = running_mean(values, len(values) // 10)
+            values = running_mean(values, len(values) // 20)
         axes.plot(steps, values, label=label, **style)
     axes.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color=INK)
     axes.set_ylabel(panel.unit, fontsize=8, color=INK)
@@ -157,8 +157,8 @@ def _explain(axes: Axes, explained: set[str]) -> set[str]:
     return labels
 
 
-def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value and the up to `width` - 1 before it."""
+def running_mean(values: Sequence[float], reach: int) -> list[float]:
+    """Mean of each value and of up to `reach` neighbours on either side."""
     sums = [0.0, *accumulate(values)]
-    starts = [max(0, end - width) for end in range(1, len(sums))]
-    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, start=1)]
+    windows = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in windows]

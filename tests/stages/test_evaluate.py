@@ -361,7 +361,7 @@ def test_curves_of_two_stages_meet_in_a_panel_and_gaps_are_left_out() -> None:
         ("ppo", "ppo/kl"): ([0], [0.0]),
         ("ppo_ptx", "ppo/kl"): ([0, 5], [0.5, 1.5]),
     }
-    assert running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+    assert running_mean([1.0, 3.0, 5.0, 7.0], 1) == [2.0, 3.0, 5.0, 6.0]
 
 
 def test_samples_keep_their_text_whatever_is_in_it() -> None:
