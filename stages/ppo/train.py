@@ -11,7 +11,7 @@ from tqdm import tqdm
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
-from rlhf.distributed import own_share, sum_over_processes
+from rlhf.distributed import own_share, start_accelerator, sum_over_processes
 from rlhf.kl import k1
 from rlhf.models import (
     ScalarModel,
@@ -34,7 +34,7 @@ from stages.ppo.update import Learner, PolicyAndValue, check_start, update
 
 def train(config: Config) -> None:
     """One PPO run from its settings to the saved policy and results.json."""
-    accelerator = Accelerator()
+    accelerator = start_accelerator()
     _check_processes(config, accelerator)
     set_seed(config.seed)
     run = open_run(config, stage="ppo", inputs=_inputs(config))
