@@ -1,0 +1,370 @@
+"""The rm stage: the gradient it takes, what it leaves out, what it learns and what it writes."""
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForSequenceClassification
+
+from rlhf.chat import Chat
+from rlhf.config import ModelSettings, OptimSettings
+from rlhf.datasets import write_records
+from rlhf.models import load_scalar, load_tokenizer, new_policy, save_policy
+from rlhf.packing import Packer, PromptTree
+from rlhf.records import Demonstration, Ranking
+from rlhf.rewards import load_reward_model
+from rlhf.runs import open_run
+from stages.rm import figures
+from stages.rm.config import Config
+from stages.rm.data import Example, make_examples, read_rankings
+from stages.rm.figures import Pair
+from stages.rm.train import check_saved_head, train
+from stages.rm.trainer import GlobalBatches, RankingCollator, RankingTrainer
+from tests.rlhf.tiny_models import byte_tokenizer
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+}
+
+
+@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+def sft(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("rm") / "sft"
+    tokenizer = byte_tokenizer("<end>", "<pad>", eos_token="<end>", pad_token="<pad>")
+    architecture = {"model_type": request.param, **ARCHITECTURES[request.param]}
+    save_policy(new_policy(architecture, tokenizer), tokenizer, folder)
+    return folder
+
+
+def make_rankings(num: int, seed: int = 0) -> list[Ranking]:
+    """Responses with the letter a win over those without; equals tie."""
+    generator = random.Random(seed)
+    rankings = []
+    for i in range(num):
+        words = ["".join(generator.choices("bcdefg", k=generator.randint(2, 6))) for _ in range(4)]
+        winners = [word[:1] + "a" + word[1:] for word in words[:2]]
+        responses = (*winners, *words[2:])
+        rankings.append(Ranking(f"q{i}", responses, (1, 1, 2, 2), source=f"file {i % 2}"))
+    return rankings
+
+
+def make_config(sft: Path, rankings: Sequence[Ranking], **changes: Any) -> Config:
+    """Settings of a short run on these rankings, in files beside the model."""
+    work = sft.parent
+    write_records(work / "rankings.jsonl", rankings)
+    demonstrations = [Demonstration(r.prompt, r.responses[0]) for r in rankings[:20]]
+    write_records(work / "demonstrations.jsonl", demonstrations)
+    settings: dict[str, Any] = {
+        "output_dir": str(work / "rm"),
+        "model": ModelSettings(path=str(sft)),
+        "rankings": [str(work / "rankings.jsonl")],
+        "held_out": 0.25,
+        "demonstrations": str(work / "demonstrations.jsonl"),
+        "batch_size": 8,
+        "num_epochs": 2,
+        "micro_batch_tokens": 512,
+        "optim": OptimSettings(learning_rate=3e-3),
+    }
+    return Config(**{**settings, **changes})
+
+
+def make_gold(path: str) -> Any:
+    """A gold score as tests name it: the share of the letter a."""
+    return lambda prompts, responses: [r.count("a") / max(len(r), 1) for r in responses]
+
+
+@pytest.fixture(scope="module")
+def trained(sft: Path) -> tuple[Config, dict[str, Any]]:
+    config = make_config(
+        sft, make_rankings(140), gold="tests.stages.test_rm:make_gold", gold_path=str(sft)
+    )
+    train(config)
+    return config, json.loads((Path(config.output_dir) / "results.json").read_text())
+
+
+def test_learns_what_people_prefer(trained: tuple[Config, dict[str, Any]]) -> None:
+    config, results = trained
+    low, high = results["pair_accuracy_interval"]
+    assert results["pair_accuracy"] > 0.9 and low <= results["pair_accuracy"] <= high
+    assert results["pair_accuracy_gold"] > 0.8 > results["length_baseline"]
+    assert results["steps"] == 2 * math.ceil(results["train_prompts"] / 8)
+    assert set(results["by_source"]) == {"file 0", "file 1"}
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert metrics[0]["rm/loss"] == results["first_loss"] == pytest.approx(math.log(2), abs=0.15)
+    assert metrics[-1]["rm/held_out_accuracy"] == results["pair_accuracy"]
+    rates = [row["rm/learning_rate"] for row in metrics[:-1]]
+    assert (rates[0], rates[-1]) == (pytest.approx(3e-3), pytest.approx(3e-4))
+
+
+def test_any_tool_reads_the_same_scores(trained: tuple[Config, dict[str, Any]]) -> None:
+    config, results = trained
+    plain, report = AutoModelForSequenceClassification.from_pretrained(
+        config.output_dir, output_loading_info=True
+    )
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    reward = load_reward_model(ModelSettings(path=config.output_dir), micro_batch_tokens=512)
+    rankings = make_rankings(8, seed=5)
+    rows = [(r.prompt, response) for r in rankings for response in r.responses]
+    prompts = [reward.chat.prompt_ids(prompt) for prompt, _ in rows]
+    responses = [reward.chat.response_ids(response) for _, response in rows]
+    batch = load_tokenizer(config.output_dir).pad(
+        [{"input_ids": p + r} for p, r in zip(prompts, responses, strict=True)],
+        return_tensors="pt",
+        padding_side="right",
+    )
+    with torch.no_grad():
+        raw = plain.eval()(**batch).logits.squeeze(1)
+    scores = reward.scores(prompts, responses)
+    assert scores.std() > 0.5
+    torch.testing.assert_close(scores, raw - results["bias"], atol=1e-5, rtol=1e-5)
+
+
+def test_demonstrations_score_0_on_average(trained: tuple[Config, dict[str, Any]]) -> None:
+    config, results = trained
+    reward = load_reward_model(ModelSettings(path=config.output_dir), micro_batch_tokens=512)
+    rankings = make_rankings(140)[:20]
+    scores = reward.scores(
+        [reward.chat.prompt_ids(r.prompt) for r in rankings],
+        [reward.chat.response_ids(r.responses[0]) for r in rankings],
+    )
+    assert abs(results["bias"]) > 0.1
+    assert scores.mean().item() == pytest.approx(0.0, abs=1e-5)
+
+
+def gradient(
+    sft: Path, config: Config, examples: list[Example], packer: Packer
+) -> tuple[float, torch.Tensor]:
+    torch.manual_seed(3)
+    model = load_scalar(ModelSettings(path=str(sft)), new_head=True)
+    run = open_run(config, stage="rm", inputs={})
+    trainer = RankingTrainer(model, examples, packer, config, run)
+    loss = trainer.training_step(model, RankingCollator(packer)(examples))
+    parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return loss.item(), torch.cat(parts)
+
+
+def test_gradient_is_that_of_the_plain_sum_however_it_is_packed(sft: Path, tmp_path: Path) -> None:
+    rankings = [
+        Ranking("two", ("bc", "d"), (2, 1)),
+        Ranking("five", ("b", "cd", "efg", "bb", "c"), (3, 1, 1, None, 2)),
+        Ranking("three", ("gg", "a", "ff"), (1, 2, 3)),
+    ]
+    config = make_config(sft, rankings, output_dir=str(tmp_path / "run"))
+    chat = Chat(load_tokenizer(str(sft)))
+    examples, _ = make_examples(rankings, chat, config, for_training=True)
+    plain_loss, plain = plain_gradient(sft, chat, rankings)
+    layouts = [Packer(512), Packer(64), Packer(1), Packer(512, share_prompts=False)]
+    for packer in [*layouts, Packer(512, max_depth=max(e.tree.depth for e in examples) - 1)]:
+        loss, found = gradient(sft, config, examples, packer)
+        assert loss == pytest.approx(plain_loss, abs=1e-5)
+        torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
+
+
+def plain_gradient(
+    sft: Path, chat: Chat, rankings: Sequence[Ranking]
+) -> tuple[float, torch.Tensor]:
+    """Loss and gradient pair by pair, each response through the model alone."""
+    torch.manual_seed(3)
+    model = load_scalar(ModelSettings(path=str(sft)), new_head=True)
+    total = torch.zeros(())
+    for ranking in rankings:
+        scores = [
+            model.classifier(
+                torch.tensor([chat.prompt_ids(ranking.prompt) + chat.response_ids(response)])
+            ).logits[0, 0]
+            for response in ranking.responses
+        ]
+        pairs = ranking.pairs()
+        terms = [-logsigmoid(scores[i] - scores[j]) for i, j in pairs]
+        total = total + sum(terms) / len(pairs) / len(rankings)
+    total.backward()
+    parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return total.item(), torch.cat(parts)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_every_ranking_is_seen_once_an_epoch_on_any_number_of_processes(num_processes: int) -> None:
+    config = SimpleNamespace(batch_size=4, seed=7)
+    epochs = []
+    for index in range(num_processes):
+        accelerator = SimpleNamespace(process_index=index, num_processes=num_processes)
+        batches = GlobalBatches(9, config, accelerator)  # type: ignore[arg-type]
+        epochs.append([list(batches), list(batches)])
+        assert [len(batches)] == [3]
+    for epoch in range(2):
+        steps = list(zip(*[epochs[index][epoch] for index in range(num_processes)], strict=True))
+        assert [sum(len(share) for share in step) for step in steps] == [4, 4, 1]
+        assert sorted(i for step in steps for share in step for i in share) == list(range(9))
+    assert epochs[0][0] != epochs[0][1]
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return Chat(byte_tokenizer("<end>", "<pad>", eos_token="<end>", pad_token="<pad>"))
+
+
+def limits(**changes: Any) -> Config:
+    settings: dict[str, Any] = {
+        "output_dir": "out",
+        "model": ModelSettings(path="sft"),
+        "rankings": ["rankings.jsonl"],
+        "held_out": 0.5,
+        "demonstrations": "demonstrations.jsonl",
+    }
+    return Config(**{**settings, **changes})
+
+
+def test_ties_and_unranked_responses_are_not_trained_on(chat: Chat) -> None:
+    rankings = [
+        Ranking("tied", ("a", "b", "c"), (1, 1, None)),
+        Ranking("some", ("a", "b", "c", "d"), (2, None, 1, 2)),
+    ]
+    (example,), counts = make_examples(rankings, chat, limits(), for_training=True)
+    assert (example.responses, example.ranks) == (("a", "c", "d"), (2, 1, 2))
+    assert (counts.kept, counts.without_pairs) == (1, 1)
+    measured, _ = make_examples(rankings, chat, limits(), for_training=False)
+    assert [example.ranks for example in measured] == [(1, 1, 0), (2, 0, 1, 2)]
+
+
+def test_long_responses_are_left_out_and_counted_never_cut(chat: Chat) -> None:
+    rankings = [
+        Ranking("q", ("short", "much too long", "s"), (1, 2, 3)),
+        Ranking("r", ("fits", "much too long"), (1, 2)),
+        Ranking("long prompt " * 9, ("a", "b"), (1, 2)),
+    ]
+    config = limits(max_prompt_tokens=40, max_response_tokens=6, max_dropped=1.0)
+    (example,), counts = make_examples(rankings, chat, config, for_training=True)
+    assert example.responses == ("short", "s")
+    assert [len(response) for response in example.tree.responses] == [6, 2]
+    assert counts.responses_too_long == counts.rankings_with_long_responses == 2
+    assert (counts.prompts_too_long, counts.without_pairs, counts.rankings) == (1, 1, 3)
+    with pytest.raises(ValueError, match=r"3 of 3 rankings \(100.0%\).* max_dropped 0.5"):
+        make_examples(rankings, chat, replace(config, max_dropped=0.5), for_training=True)
+
+
+def test_old_turns_go_first(chat: Chat) -> None:
+    turns = [("user", "first"), ("assistant", "one"), ("user", "last")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    config = limits(max_prompt_tokens=len(chat.prompt_ids("last")))
+    ranking = Ranking(messages, ("a", "b"), (1, 2))
+    (example,), counts = make_examples([ranking], chat, config, for_training=True)
+    assert example.tree.prompt == tuple(chat.prompt_ids("last"))
+    assert example.is_cut and counts.prompts_cut == 1
+
+
+def test_no_more_than_max_responses_are_trained_on(chat: Chat) -> None:
+    rankings = [Ranking(f"q{i}", tuple("abcdef"), (1, 2, 3, 4, 5, 6)) for i in range(20)]
+    config = limits(max_responses=3)
+    examples, _ = make_examples(rankings, chat, config, for_training=True)
+    assert {len(example.responses) for example in examples} == {3}
+    assert len({example.responses for example in examples}) > 1
+    assert make_examples(rankings, chat, config, for_training=True)[0] == examples
+
+
+def test_held_out_prompts_are_never_trained_on(tmp_path: Path) -> None:
+    rankings = make_rankings(12)
+    write_records(tmp_path / "train.jsonl", rankings[:9])
+    write_records(tmp_path / "measured.jsonl", rankings[6:])
+    names = {
+        "rankings": [str(tmp_path / "train.jsonl")],
+        "held_out_rankings": [str(tmp_path / "measured.jsonl")],
+        "held_out": None,
+    }
+    train_set, held_out = read_rankings(limits(**names))
+    assert [r.prompt for r in train_set] == [f"q{i}" for i in range(6)]
+    assert held_out == rankings[6:]
+    assert len(read_rankings(limits(**names, max_held_out=2))[1]) == 2
+    train_set, held_out = read_rankings(limits(**{**names, **split_of(0.5)}))
+    assert not {r.prompt for r in train_set} & {r.prompt for r in held_out}
+
+
+def split_of(share: float) -> dict[str, Any]:
+    return {"held_out": share, "held_out_rankings": None}
+
+
+def test_rankings_that_are_all_tied_are_refused(sft: Path, tmp_path: Path) -> None:
+    rankings = [replace(r, ranks=(1, 1, 1, 1)) for r in make_rankings(20)]
+    config = make_config(sft, rankings, output_dir=str(tmp_path / "rm"))
+    with pytest.raises(ValueError, match=r"no training ranking .* orders two responses"):
+        train(config)
+    assert not (tmp_path / "rm").exists()
+
+
+def test_a_file_without_a_head_is_refused(tmp_path: Path) -> None:
+    for head in ({}, {"score.weight": torch.zeros(0)}, {"score.weight": torch.zeros(2, 4)}):
+        save_file({"other": torch.zeros(1), **head}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match="without the reward head"):
+            check_saved_head(tmp_path, width=4)
+    save_file({"score.weight": torch.zeros(1, 4)}, tmp_path / "model.safetensors")
+    check_saved_head(tmp_path, width=4)
+    assert load_file(tmp_path / "model.safetensors")["score.weight"].shape == (1, 4)
+
+
+def test_figures_of_four_pairs() -> None:
+    three = math.log(3)  # sigmoid is 0.75
+    pairs = [
+        Pair("p", "x", margin=three, length_margin=2),
+        Pair("p", "x", margin=-three, length_margin=1),
+        Pair("q", "y", margin=0.0, length_margin=-1),
+        Pair("q", "y", margin=three, length_margin=0),
+    ]
+    share, (low, high) = figures.accuracy(pairs, seed=0)
+    assert share == 0.625 and low == 0.5 and high == 0.75
+    assert figures.accuracy(pairs[:2], seed=0).interval == (0.0, 1.0)
+    assert figures.length_accuracy(pairs, longer_wins=True) == 0.625
+    assert figures.length_accuracy(pairs, longer_wins=False) == 0.375
+    assert figures.does_longer_win(pairs) and not figures.does_longer_win(pairs[2:])
+    expected = -(2 * math.log(0.75) + math.log(0.25) + math.log(0.5)) / 4
+    assert figures.log_loss(pairs) == pytest.approx(expected)
+    error, bins = figures.calibration(pairs)
+    assert [row["pairs"] for row in bins] == [1, 3]
+    assert error == pytest.approx(3 / 4 * (0.75 - 2 / 3))
+    table = figures.by_source(pairs, seed=0)
+    assert table["x"]["pair_accuracy"] == 0.5 and table["y"]["pair_accuracy"] == 0.75
+
+
+def test_gold_ties_make_no_pairs() -> None:
+    tree = PromptTree((1,), ((2,), (3,), (4, 4)))
+    example = Example(tree, (0, 0, 0), "q", ("a", "b", "c"), "", is_cut=False)
+    ranks = figures.gold_ranks([0.5, 2.0, 0.5])
+    assert ranks == [2.0, 1.0, 2.0]
+    pairs = figures.compare([example], [[0.0, 1.0, 3.0]], [ranks])
+    assert [(pair.margin, pair.length_margin) for pair in pairs] == [(1.0, 0), (-2.0, -1)]
+    assert figures.compare([example], [[0.0, 1.0, 3.0]], [example.ranks]) == []
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rankings": []}, "rankings is empty"),
+        ({"held_out": None}, "exactly one"),
+        ({"held_out_rankings": ["other.jsonl"]}, "exactly one"),
+        ({"held_out": 1.0}, "held_out is 1.0"),
+        ({"gold": "a:b"}, "gold_path is None; give both or neither"),
+        ({"max_responses": 1}, "a pair needs 2"),
+        ({"max_held_out": 5}, "held_out_rankings is not given"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_dropped": 2.0}, "max_dropped is 2.0"),
+    ],
+)
+def test_contradictory_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        limits(**changes)
