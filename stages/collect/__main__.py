@@ -1,0 +1,8 @@
+"""`python -m stages.collect --config configs/collect/tiny.yaml`: samples, and has them ranked."""
+
+from rlhf.cli import run_stage
+from stages.collect.collect import collect
+from stages.collect.config import Config
+
+if __name__ == "__main__":
+    run_stage(collect, Config)

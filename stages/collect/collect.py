@@ -1,0 +1,82 @@
+"""The stage from start to end."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from rlhf.datasets import read_records, write_records
+from rlhf.models import check_context, check_vocabulary, load_chat, load_policy
+from rlhf.records import Prompt, Ranking
+from rlhf.runs import Run, open_run
+from stages.collect.config import Config
+from stages.collect.labelers import load_labelers, rank_all
+from stages.collect.report import agreement, describe_rankings, describe_samples
+from stages.collect.sample import Sample, make_questions, sample_responses
+
+RANKINGS_FILE = "rankings.jsonl"
+OVERLAP_FILE = "overlap.jsonl"
+
+
+def collect(config: Config) -> None:
+    """Samples K responses a prompt, has them ranked, and writes rankings and a report.
+
+    Equal responses to a prompt are ranked once; a prompt whose samples are all equal is left out.
+    Both are counted in results.json. With another number of processes the samples are others.
+    """
+    inputs = {"model": config.model.path, "prompts": config.prompts}
+    run = open_run(config, stage="collect", inputs={**inputs, "labelers": config.labelers_path})
+    state = PartialState()
+    labelers = load_labelers(config)
+    chat = load_chat(config.model)
+    prompts = read_records(config.prompts, Prompt, limit=config.num_prompts)
+    questions = make_questions(prompts, chat, config)
+    policy = load_policy(config.model)
+    check_vocabulary(policy, chat, config.model.path)
+    limits = {name: getattr(config, name) for name in ("max_prompt_tokens", "max_new_tokens")}
+    check_context(policy, config.model.path, limits)
+    samples = sample_responses(policy.to(state.device), questions, chat, config, state)
+    if not state.is_main_process:
+        return
+    distinct = [distinct_texts(group) for group in samples]
+    kept = [i for i, texts in enumerate(distinct) if len(texts) > 1]
+    if not kept:
+        raise ValueError(
+            f"all samples of each of the {len(questions)} prompts are equal, so there is nothing "
+            f"to compare; raise temperature {config.temperature}"
+        )
+    rankings, overlap = rank_all(
+        [questions[i].prompt for i in kept], [distinct[i] for i in kept], labelers, config
+    )
+    results = {
+        **agreement(overlap, config.seed),
+        **describe_rankings(rankings),
+        **describe_samples(samples),
+        "num_prompts": len(prompts),
+        "num_prompts_dropped": len(prompts) - len(questions),
+        "num_prompts_without_choice": len(questions) - len(kept),
+        "num_duplicates": sum(map(len, samples)) - sum(map(len, distinct)),
+    }
+    _write(run, rankings, [second for _, second in overlap])
+    _print_report(results)
+    run.finish(results)
+
+
+def distinct_texts(samples: Sequence[Sample]) -> list[str]:
+    """The different texts among the samples, first come first."""
+    return list(dict.fromkeys(sample.text for sample in samples))
+
+
+def _write(run: Run, rankings: Sequence[Ranking], second_rankings: Sequence[Ranking]) -> None:
+    folder: Path = run.dir
+    (folder / OVERLAP_FILE).unlink(missing_ok=True)
+    write_records(folder / RANKINGS_FILE, rankings)
+    if second_rankings:
+        write_records(folder / OVERLAP_FILE, second_rankings)
+
+
+def _print_report(results: Mapping[str, Any]) -> None:
+    for name, value in results.items():
+        shown = f"{value:.3f}" if isinstance(value, float) else value
+        print(f"collect: {name} {shown}")

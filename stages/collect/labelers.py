@@ -1,0 +1,97 @@
+"""The seam to labelers: how they are made, who ranks what, and that their answers are rankings."""
+
+import random
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from rlhf.records import PromptLike, Ranking, RecordError
+from rlhf.rewards import load_function
+from stages.collect.config import Config
+
+
+@runtime_checkable
+class Labeler(Protocol):
+    """Whoever ranks responses; `data.tinyworld.labelers.TinyLabeler` is one."""
+
+    @property
+    def name(self) -> str: ...
+
+    def rank(
+        self, prompt: PromptLike, responses: Sequence[str], generator: random.Random
+    ) -> Sequence[int | None]:
+        """One rank a response: 1 is best, equal ranks are ties, None is unranked."""
+        ...
+
+
+def load_labelers(config: Config) -> list[Labeler]:
+    """The labelers that config.labelers makes.
+
+    Raises:
+        ValueError: no such function, what it made is no list of labelers, or too few of them.
+    """
+    labelers = load_function(config.labelers)(config.labelers_path)
+    if not isinstance(labelers, list) or not all(isinstance(one, Labeler) for one in labelers):
+        raise ValueError(
+            f"{config.labelers} made {labelers!r:.100}; it must return a list of labelers, each "
+            "with a name and a method rank(prompt, responses, generator)"
+        )
+    if not labelers:
+        raise ValueError(f"{config.labelers} made no labeler from {config.labelers_path}")
+    if config.overlap > 0 and len(labelers) < 2:
+        raise ValueError(
+            f"overlap is {config.overlap}, but {config.labelers} made one labeler; set overlap 0, "
+            "or give a second labeler"
+        )
+    return labelers
+
+
+def rank_all(
+    prompts: Sequence[PromptLike],
+    responses: Sequence[Sequence[str]],
+    labelers: Sequence[Labeler],
+    config: Config,
+) -> tuple[list[Ranking], list[tuple[Ranking, Ranking]]]:
+    """A ranking of each prompt by a labeler drawn at random, and those that two labelers gave.
+
+    Returns:
+        (rankings, overlap): one ranking a prompt; (its ranking, a second labeler's) of the share
+        config.overlap of the prompts.
+    """
+    generator = random.Random(f"{config.seed}/labelers")
+    num_twice = round(config.overlap * len(prompts))
+    twice = set(generator.sample(range(len(prompts)), num_twice))
+    rankings, overlap = [], []
+    for i, (prompt, texts) in enumerate(zip(prompts, responses, strict=True)):
+        chosen = generator.sample(labelers, 2 if i in twice else 1)
+        first, *second = [ask(one, prompt, texts, generator, config.model.path) for one in chosen]
+        rankings.append(first)
+        overlap += [(first, other) for other in second]
+    return rankings, overlap
+
+
+def ask(
+    labeler: Labeler,
+    prompt: PromptLike,
+    responses: Sequence[str],
+    generator: random.Random,
+    source: str,
+) -> Ranking:
+    """One labeler's ranking.
+
+    Raises:
+        ValueError: what the labeler answered are no ranks of these responses.
+    """
+    ranks = labeler.rank(prompt, list(responses), generator)
+    try:
+        return Ranking(
+            prompt=prompt,
+            responses=tuple(responses),
+            ranks=tuple(ranks),
+            source=source,
+            labeler=labeler.name,
+        )
+    except (RecordError, TypeError) as error:
+        raise ValueError(
+            f"labeler {labeler.name!r} answered {ranks!r:.100} for {len(responses)} responses to "
+            f"{prompt!r:.100}: {error}"
+        ) from error

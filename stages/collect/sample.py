@@ -1,0 +1,91 @@
+"""How many responses each prompt gets, and the responses."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rlhf.chat import Chat
+from rlhf.generation import generate
+from rlhf.records import Prompt, PromptLike
+from stages.collect.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt that fits, its ids, and how many samples it gets."""
+
+    prompt: PromptLike
+    ids: list[int]
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A response of the policy."""
+
+    text: str
+    num_tokens: int
+    """The end token included."""
+    ended: bool
+    """Whether it has its end token."""
+
+
+def make_questions(prompts: Sequence[Prompt], chat: Chat, config: Config) -> list[Question]:
+    """Prompts that fit, each with its K; the ones that do not are left out.
+
+    Raises:
+        ValueError: a larger share than max_dropped does not fit.
+    """
+    generator = random.Random(f"{config.seed}/num_samples")
+    questions = []
+    for record in prompts:
+        num_samples = generator.randint(config.num_responses_min, config.num_responses_max)
+        ids = chat.fit_prompt(record.prompt, config.max_prompt_tokens)
+        if ids is not None:
+            question = Question(prompt=record.prompt, ids=ids, num_samples=num_samples)
+            questions.append(question)
+    num_dropped = len(prompts) - len(questions)
+    if num_dropped / len(prompts) > config.max_dropped or not questions:
+        raise ValueError(
+            f"{num_dropped} of {len(prompts)} prompts are over max_prompt_tokens "
+            f"{config.max_prompt_tokens}; raise it, or max_dropped {config.max_dropped} to go on "
+            "without them"
+        )
+    return questions
+
+
+def sample_responses(
+    policy: PreTrainedModel,
+    questions: Sequence[Question],
+    chat: Chat,
+    config: Config,
+    state: PartialState,
+) -> list[list[Sample]]:
+    """Samples of each question; the processes share the work and all get all of them."""
+    rank, num_processes = state.process_index, state.num_processes
+    repeated = [(i, one.ids) for i, one in enumerate(questions) for _ in range(one.num_samples)]
+    mine = repeated[rank::num_processes]
+    with tqdm(total=len(mine), desc="collect", unit="sample", disable=rank > 0) as bar:
+        responses = generate(
+            policy,
+            [ids for _, ids in mine],
+            end_id=chat.end_id,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            batch_size=config.generation_batch_size,
+            generator=torch.Generator().manual_seed(config.seed * num_processes + rank),
+            progress=bar.update,
+        )
+    samples: list[list[Sample]] = [[] for _ in questions]
+    drawn = [(i, response) for (i, _), response in zip(mine, responses, strict=True)]
+    for i, response in gather_object(drawn):
+        ended = response[-1] == chat.end_id
+        text = chat.decode(response)
+        samples[i].append(Sample(text=text, num_tokens=len(response), ended=ended))
+    return samples

@@ -1,0 +1,86 @@
+"""How good a policy is on what it was not trained on: losses, and samples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.chat import Chat
+from rlhf.generation import generate
+from rlhf.inference import compute_logprobs
+from rlhf.packing import Packer, PromptTree
+from rlhf.records import Demonstration, prompt_key
+from rlhf.rewards import RewardModel
+from stages.sft.config import Config
+from stages.sft.rows import Example
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A held-out prompt and what the policy answered."""
+
+    record: Demonstration
+    prompt: list[int]
+    response: list[int]
+    text: str
+    """The response, decoded."""
+    ended: bool
+    """Whether the response has its end token."""
+
+
+def mean_loss(policy: PreTrainedModel, trees: Sequence[PromptTree], packer: Packer) -> float:
+    """Mean -log-probability in nats of the response tokens of all trees."""
+    num_tokens = sum(len(response) for tree in trees for response in tree.responses)
+    return -compute_logprobs(policy, trees, packer).double().sum().item() / num_tokens
+
+
+def draw_samples(
+    policy: PreTrainedModel, examples: Sequence[Example], chat: Chat, config: Config
+) -> list[Sample]:
+    """One response to each of the first num_samples different prompts; the same draws each time."""
+    chosen = list({prompt_key(one.record.prompt): one for one in examples}.values())
+    chosen = chosen[: config.num_samples]
+    prompts = [list(one.tree.prompt) for one in chosen]
+    responses = generate(
+        policy,
+        prompts,
+        end_id=chat.end_id,
+        max_new_tokens=config.max_response_tokens,
+        temperature=config.temperature,
+        batch_size=config.generation_batch_size,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+    return [
+        Sample(
+            record=one.record,
+            prompt=prompt,
+            response=response,
+            text=chat.decode(response),
+            ended=response[-1] == chat.end_id,
+        )
+        for one, prompt, response in zip(chosen, prompts, responses, strict=True)
+    ]
+
+
+def score_samples(samples: Sequence[Sample], reward_model: RewardModel) -> list[float]:
+    """The reward model's score of each sample."""
+    prompts = [sample.prompt for sample in samples]
+    return reward_model.scores(prompts, [sample.response for sample in samples]).tolist()
+
+
+def sample_rows(samples: Sequence[Sample], scores: Sequence[float] | None) -> list[dict[str, Any]]:
+    """Rows of samples.jsonl: the policy's response beside the demonstration."""
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": sample.record.prompt,
+            "response": sample.text,
+            "demonstration": sample.record.response,
+            "ended": sample.ended,
+        }
+        for sample in samples
+    ]
+    if scores is not None:
+        rows = [{**row, "score": score} for row, score in zip(rows, scores, strict=True)]
+    return rows

@@ -1,0 +1,200 @@
+"""Records as token ids: demonstrations and pieces of text as prompt trees, lengths checked."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from rlhf.chat import Chat
+from rlhf.datasets import read_records, split_by_prompt
+from rlhf.packing import PromptTree, text_tree
+from rlhf.records import Demonstration, Text
+from stages.sft.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A demonstration and its ids: the prompt as context, the response and its end to be learnt."""
+
+    record: Demonstration
+    tree: PromptTree
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthReport:
+    """How many demonstrations did not fit as they were."""
+
+    num_read: int
+    num_prompts_cut: int
+    """Prompts that lost their oldest turns."""
+    num_prompts_dropped: int
+    """Demonstrations dropped because the last turn alone is too long."""
+    num_responses_dropped: int
+    """Demonstrations dropped because the response is too long."""
+
+    @property
+    def num_dropped(self) -> int:
+        return self.num_prompts_dropped + self.num_responses_dropped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What is trained and what is measured."""
+
+    train: list[Example]
+    held_out: list[Example]
+    text: list[PromptTree]
+    text_held_out: list[PromptTree]
+    lengths: LengthReport
+
+    @property
+    def text_share(self) -> float:
+        """Share of the trained tokens that are text."""
+        num_text = _num_trained(self.text)
+        return num_text / (num_text + _num_trained([one.tree for one in self.train]))
+
+
+def load_rows(config: Config, chat: Chat) -> Rows:
+    """Reads, renders and splits demonstrations and text.
+
+    Raises:
+        ValueError: rows that are no records, too many dropped for their length, nothing left to
+            train on or to hold out.
+    """
+    demonstrations = read_records(config.demonstrations, Demonstration)
+    if config.num_demonstrations is not None and config.num_demonstrations < len(demonstrations):
+        generator = random.Random(f"{config.seed}/demonstrations")
+        demonstrations = generator.sample(demonstrations, config.num_demonstrations)
+    sides = split_by_prompt(demonstrations, config.held_out, config.seed)
+    train, held_out = (
+        render(side, chat, config.max_prompt_tokens, config.max_response_tokens) for side in sides
+    )
+    lengths = _add(train[1], held_out[1])
+    _check_dropped(lengths, config)
+    if not train[0] or not held_out[0]:
+        raise ValueError(
+            f"{len(train[0])} demonstrations to train on and {len(held_out[0])} held out are left "
+            "after dropping those that are too long; raise max_prompt_tokens or "
+            "max_response_tokens, or held_out"
+        )
+    text, text_held_out = _load_text(config, chat, [one.tree for one in train[0]])
+    return Rows(
+        train=train[0],
+        held_out=held_out[0][: config.max_held_out],
+        text=text,
+        text_held_out=text_held_out,
+        lengths=lengths,
+    )
+
+
+def render(
+    demonstrations: Sequence[Demonstration],
+    chat: Chat,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+) -> tuple[list[Example], LengthReport]:
+    """Demonstrations that fit, and what was done to the others."""
+    examples = []
+    num_cut = num_prompts_dropped = num_responses_dropped = 0
+    for record in demonstrations:
+        prompt = chat.fit_prompt(record.prompt, max_prompt_tokens)
+        response = chat.response_ids(record.response)
+        if prompt is None:
+            num_prompts_dropped += 1
+        elif len(response) > max_response_tokens:
+            num_responses_dropped += 1
+        else:
+            tree = PromptTree(prompt=tuple(prompt), responses=(tuple(response),))
+            examples.append(Example(record=record, tree=tree))
+            num_cut += prompt != chat.prompt_ids(record.prompt)
+    report = LengthReport(
+        num_read=len(demonstrations),
+        num_prompts_cut=num_cut,
+        num_prompts_dropped=num_prompts_dropped,
+        num_responses_dropped=num_responses_dropped,
+    )
+    return examples, report
+
+
+def cut_text(
+    texts: Sequence[Text], chat: Chat, max_tokens: int, generator: random.Random
+) -> list[PromptTree]:
+    """Documents cut into pieces of at most max_tokens, in random order; a lone token is no piece.
+
+    The first token of a piece is given, the others are to be learnt (see text_tree).
+    """
+    pieces = []
+    for record in texts:
+        ids = chat.text_ids(record.text)
+        pieces += [ids[start : start + max_tokens] for start in range(0, len(ids), max_tokens)]
+    generator.shuffle(pieces)
+    return [text_tree(piece) for piece in pieces if len(piece) > 1]
+
+
+def lay_out(
+    trees: Sequence[PromptTree], num_epochs: int, batch_size: int, seed: int
+) -> list[PromptTree]:
+    """All epochs one after the other, each in another order; within a batch, longest rows first.
+
+    Rows of like length are then padded together, and no batch is changed by it.
+    """
+    generator = random.Random(f"{seed}/order")
+    laid: list[PromptTree] = []
+    for _ in range(num_epochs):
+        laid += generator.sample(trees, len(trees))
+    batches = (laid[start : start + batch_size] for start in range(0, len(laid), batch_size))
+    return [
+        tree
+        for batch in batches
+        for tree in sorted(batch, key=lambda tree: tree.num_tokens, reverse=True)
+    ]
+
+
+def _load_text(
+    config: Config, chat: Chat, trees: Sequence[PromptTree]
+) -> tuple[list[PromptTree], list[PromptTree]]:
+    """Pieces to train on, as many as the share asks for, and held-out ones."""
+    if config.text is None:
+        return [], []
+    texts = split_by_prompt(read_records(config.text, Text), config.held_out, config.seed)
+    generator = random.Random(f"{config.seed}/text")
+    train, held_out = (cut_text(side, chat, config.max_text_tokens, generator) for side in texts)
+    if not held_out or (config.text_share and not train):
+        raise ValueError(
+            f"{config.text}: no document of two tokens or more on one side of held_out"
+        )
+    num_wanted = config.text_share / (1 - config.text_share) * _num_trained(trees)
+    return _take_tokens(train, num_wanted), held_out[: config.max_held_out]
+
+
+def _take_tokens(trees: Sequence[PromptTree], num_tokens: float) -> list[PromptTree]:
+    """The first trees until their trained tokens reach the number; all, if they never do."""
+    num_taken = total = 0
+    for tree in trees:
+        if total >= num_tokens:
+            break
+        total += _num_trained([tree])
+        num_taken += 1
+    return list(islice(trees, num_taken))
+
+
+def _num_trained(trees: Sequence[PromptTree]) -> int:
+    return sum(len(response) for tree in trees for response in tree.responses)
+
+
+def _add(first: LengthReport, second: LengthReport) -> LengthReport:
+    return LengthReport(
+        **{name: value + getattr(second, name) for name, value in vars(first).items()}
+    )
+
+
+def _check_dropped(lengths: LengthReport, config: Config) -> None:
+    share = lengths.num_dropped / lengths.num_read
+    if share > config.max_dropped:
+        raise ValueError(
+            f"{lengths.num_dropped} of {lengths.num_read} demonstrations ({share:.1%}) are too "
+            f"long: {lengths.num_prompts_dropped} prompts over max_prompt_tokens "
+            f"{config.max_prompt_tokens}, {lengths.num_responses_dropped} responses over "
+            f"max_response_tokens {config.max_response_tokens}; raise these, or max_dropped "
+            f"{config.max_dropped} to train without them"
+        )

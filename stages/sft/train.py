@@ -1,0 +1,159 @@
+"""The stage from start to end."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from rlhf.chat import Chat
+from rlhf.config import ModelSettings
+from rlhf.models import (
+    check_context,
+    check_vocabulary,
+    load_chat,
+    load_policy,
+    packer_for,
+    save_policy,
+)
+from rlhf.packing import Packer
+from rlhf.rewards import RewardModel, load_reward_model
+from rlhf.runs import Run, open_run
+from stages.sft.config import Config
+from stages.sft.measure import Sample, draw_samples, mean_loss, sample_rows, score_samples
+from stages.sft.rows import Rows, lay_out, load_rows
+from stages.sft.trainer import Metrics, fit
+
+
+def train(config: Config) -> None:
+    """Fine-tunes a policy on demonstrations and writes its folder."""
+    run = open_run(config, stage="sft", inputs=_inputs(config))
+    state = PartialState()
+    chat = load_chat(config.model)
+    rows = load_rows(config, chat)
+    policy = load_policy(config.model)
+    check_vocabulary(policy, chat, config.model.path)
+    limits = {name: getattr(config, name) for name in ("max_prompt_tokens", "max_response_tokens")}
+    check_context(policy, config.model.path, limits)
+    check_context(policy, config.model.path, {"max_text_tokens": config.max_text_tokens})
+    if state.is_main_process:
+        _print_rows(rows)
+    judge = _Judge(
+        config=config,
+        run=run,
+        chat=chat,
+        rows=rows,
+        packer=packer_for(policy, config.micro_batch_tokens),
+        reward_model=_load_reward_model(config, chat, state),
+    )
+    trees = [*(one.tree for one in rows.train), *rows.text]
+    laid = lay_out(trees, config.num_epochs, config.batch_size, config.seed)
+    checkpoint, step = fit(policy, chat.tokenizer, laid, config, run, judge.measure)
+    if not state.is_main_process:
+        return
+    chosen = load_policy(replace(config.model, path=str(checkpoint))).to(state.device)
+    results = {**judge.final(chosen), **_describe(rows), "chosen_step": step}
+    save_policy(chosen, chat.tokenizer, run.dir)
+    run.finish({**results, "num_steps": -(-len(laid) // config.batch_size)})
+
+
+@dataclass(kw_only=True)
+class _Judge:
+    """Measures a policy on the held-out rows, and remembers the base model's figures."""
+
+    config: Config
+    run: Run
+    chat: Chat
+    rows: Rows
+    packer: Packer
+    reward_model: RewardModel | None
+    base: Metrics | None = None
+
+    def measure(self, policy: PreTrainedModel, step: int) -> Metrics:
+        """Held-out losses, and the mean score of samples if that is what chooses."""
+        metrics = self._losses(policy)
+        if self.reward_model is not None:
+            metrics |= self._sample(policy, step)
+        if step == 0:
+            self.base = metrics
+        return metrics
+
+    def final(self, policy: PreTrainedModel) -> dict[str, Any]:
+        """Figures of the chosen policy, and the base model's beside them."""
+        assert self.base is not None
+        metrics = self._losses(policy) | self._sample(policy, step=None)
+        base = {f"base_{name}": value for name, value in self.base.items()}
+        return {name.replace("sft/", ""): value for name, value in {**metrics, **base}.items()}
+
+    def _losses(self, policy: PreTrainedModel) -> Metrics:
+        held_out = [one.tree for one in self.rows.held_out]
+        metrics = {"sft/held_out_loss": mean_loss(policy, held_out, self.packer)}
+        if self.rows.text_held_out:
+            metrics["sft/text_loss"] = mean_loss(policy, self.rows.text_held_out, self.packer)
+        return metrics
+
+    def _sample(self, policy: PreTrainedModel, step: int | None) -> Metrics:
+        samples = draw_samples(policy, self.rows.held_out, self.chat, self.config)
+        scores = None if self.reward_model is None else score_samples(samples, self.reward_model)
+        self.run.samples(sample_rows(samples, scores), step)
+        return _figures(samples, scores)
+
+
+def _figures(samples: Sequence[Sample], scores: Sequence[float] | None) -> Metrics:
+    metrics = {
+        "sft/eos_rate": _mean([sample.ended for sample in samples]),
+        "sft/response_tokens": _mean([len(sample.response) for sample in samples]),
+    }
+    return metrics if scores is None else {**metrics, "sft/reward_score": _mean(scores)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _inputs(config: Config) -> dict[str, str]:
+    inputs = {
+        "model": config.model.path,
+        "demonstrations": config.demonstrations,
+        "text": config.text,
+        "reward_model": config.reward_model,
+    }
+    return {name: path for name, path in inputs.items() if path is not None}
+
+
+def _load_reward_model(config: Config, chat: Chat, state: PartialState) -> RewardModel | None:
+    if config.reward_model is None:
+        return None
+    return load_reward_model(
+        ModelSettings(path=config.reward_model),
+        micro_batch_tokens=config.micro_batch_tokens,
+        device=state.device,
+        policy_chat=chat,
+    )
+
+
+def _describe(rows: Rows) -> dict[str, Any]:
+    return {
+        "num_train": len(rows.train),
+        "num_held_out": len(rows.held_out),
+        "num_text": len(rows.text),
+        "num_text_held_out": len(rows.text_held_out),
+        "text_share": rows.text_share,
+        **asdict(rows.lengths),
+    }
+
+
+def _print_rows(rows: Rows) -> None:
+    lengths = rows.lengths
+    print(
+        f"sft: {lengths.num_read} demonstrations read; dropped {lengths.num_prompts_dropped} for "
+        f"their prompt's length and {lengths.num_responses_dropped} for their response's; "
+        f"{lengths.num_prompts_cut} prompts cut at a turn"
+    )
+    print(
+        f"sft: trains on {len(rows.train)} demonstrations and {len(rows.text)} pieces of text "
+        f"({rows.text_share:.1%} of the trained tokens); measures {len(rows.held_out)} and "
+        f"{len(rows.text_held_out)}",
+        flush=True,
+    )

@@ -1,0 +1,236 @@
+"""TRL's SFTTrainer, given rows that already hold ids and masks, so that it renders nothing.
+
+No other module imports TRL. What is used of it: collation, the loss, accumulation over
+micro-batches normalised by tokens, several processes, and saving a checkpoint when told to.
+"""
+
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from rlhf.optim import make_optimizer, make_schedule
+from rlhf.packing import PromptTree
+from rlhf.runs import Run
+from stages.sft.config import Config
+
+Metrics = dict[str, float]
+Measure = Callable[[PreTrainedModel, int], Metrics]
+
+METRIC_NAMES = {
+    "loss": "sft/loss",
+    "learning_rate": "sft/learning_rate",
+    "grad_norm": "sft/grad_norm",
+    "mean_token_accuracy": "sft/token_accuracy",
+    "entropy": "sft/entropy",
+}
+"""The trainer's names -> ours. sft/loss is the mean over the trained tokens of a step's batch."""
+
+
+def fit(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trees: Sequence[PromptTree],
+    config: Config,
+    run: Run,
+    measure: Measure,
+) -> tuple[Path, int]:
+    """Trains on the trees in their order; returns the chosen checkpoint's folder and step.
+
+    Args:
+        trees: rows of all epochs, batch after batch (see lay_out).
+        measure: called before training, every eval_every steps and after the last one.
+
+    Raises:
+        ValueError: batch_size does not divide over the processes, or every measurement is nan.
+    """
+    accumulation_steps(config)  # refuses before the run's folder is touched
+    checkpoints = run.dir / "checkpoints"
+    if PartialState().is_main_process:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    trainer = make_trainer(policy, tokenizer, trees, config, str(checkpoints))
+    keeper = _Keeper(config, run, measure)
+    trainer.add_callback(keeper)
+    trainer.train()
+    if keeper.best_step is None:
+        raise ValueError(
+            f"{config.choose_by} is not a number at any measured step; lower "
+            f"optim.learning_rate {config.optim.learning_rate}"
+        )
+    return checkpoints / f"checkpoint-{keeper.best_step}", keeper.best_step
+
+
+def make_trainer(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trees: Sequence[PromptTree],
+    config: Config,
+    checkpoint_dir: str,
+) -> SFTTrainer:
+    """The trainer, ready to train; it takes the rows in the order given and once."""
+    datasets.disable_progress_bars()  # of the label building, which takes no time
+    with warnings.catch_warnings():
+        # the name that TRL's own SFTConfig still defines and sets
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
+        arguments = _arguments(config, checkpoint_dir)
+    optimizer = make_optimizer([(policy, config.optim.learning_rate)], config.optim)
+    num_steps = math.ceil(len(trees) / config.batch_size)
+    trainer = _PlainTrainer(
+        model=policy,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list([to_row(tree) for tree in trees]),
+        processing_class=tokenizer,
+        optimizers=(optimizer, make_schedule(optimizer, config.optim, num_steps)),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def to_row(tree: PromptTree) -> dict[str, list[int]]:
+    """Ids of a tree with one response, and a mask that is 1 where the token is to be learnt."""
+    (response,) = tree.responses
+    return {
+        "input_ids": [*tree.prompt, *response],
+        "completion_mask": [0] * len(tree.prompt) + [1] * len(response),
+    }
+
+
+class _PlainTrainer(SFTTrainer):
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: a checkpoint is ours alone, and the card asks the hub."""
+
+
+class _Keeper(TrainerCallback):
+    """Logs, shows progress, measures, and has the best checkpoint so far saved."""
+
+    def __init__(self, config: Config, run: Run, measure: Measure) -> None:
+        self.best_step: int | None = None
+        self._best = math.inf
+        self._config = config
+        self._run = run
+        self._measure = measure
+        self._bar: tqdm | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._bar = tqdm(
+            total=state.max_steps, desc="sft", unit="step", disable=not state.is_world_process_zero
+        )
+        self._measure_and_log(kwargs["model"], 0)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        assert self._bar is not None
+        self._bar.update()
+        step = state.global_step
+        if step % self._config.eval_every and step < state.max_steps:
+            return
+        metrics = self._measure_and_log(kwargs["model"], step)
+        value = metrics[f"sft/{self._config.choose_by}"]
+        loss = value if self._config.choose_by == "held_out_loss" else -value
+        if loss < self._best:
+            self._best, self.best_step = loss, step
+            control.should_save = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        logs: dict[str, float] = kwargs["logs"]
+        metrics = {METRIC_NAMES[key]: value for key, value in logs.items() if key in METRIC_NAMES}
+        if "loss" in logs:
+            self._run.log(state.global_step, metrics)
+            if self._bar is not None:
+                self._bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _measure_and_log(self, model: PreTrainedModel, step: int) -> Metrics:
+        """The first process's figures, so that all processes choose alike."""
+        model.eval()
+        metrics = broadcast_object_list([self._measure(model, step)])[0]
+        model.train()
+        self._run.log(step, metrics)
+        figures = ", ".join(
+            f"{name.removeprefix('sft/')} {value:.3f}" for name, value in metrics.items()
+        )
+        if self._bar is not None and not self._bar.disable:
+            self._bar.write(f"sft: step {step}: {figures}")
+        return metrics
+
+
+def accumulation_steps(config: Config) -> int:
+    """Passes of each process that make up one optimizer step."""
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows_per_pass = config.micro_batch_size * num_processes
+    if config.batch_size % rows_per_pass:
+        raise ValueError(
+            f"batch_size is {config.batch_size}, but {num_processes} processes of micro_batch_size "
+            f"{config.micro_batch_size} take {rows_per_pass} rows at once; give a multiple of that"
+        )
+    return config.batch_size // rows_per_pass
+
+
+def _arguments(config: Config, checkpoint_dir: str) -> SFTConfig:
+    return SFTConfig(
+        output_dir=checkpoint_dir,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=accumulation_steps(config),
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        shuffle_dataset=False,
+        completion_only_loss=True,
+        max_length=None,
+        max_grad_norm=config.optim.max_grad_norm,
+        seed=config.seed,
+        bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",
+        gradient_checkpointing=config.gradient_checkpointing,
+        logging_steps=1,
+        eval_strategy="no",
+        save_strategy="no",
+        save_total_limit=1,
+        save_only_model=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
