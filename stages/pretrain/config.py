@@ -27,6 +27,9 @@ class ArchitectureSettings:
     tie_word_embeddings: bool = True
     """Use the input embedding as the output layer."""
 
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+
     def __post_init__(self) -> None:
         for wide, narrow in (
             ("hidden_size", "num_attention_heads"),
@@ -64,7 +67,7 @@ class PretrainConfig:
     log_steps: int = 10
     """Steps between two rows of metrics.jsonl."""
     eval_steps: int = 100
-    """Steps between two measurements of the held-out loss; the last step is always measured."""
+    """Steps between two measurements of held-out loss and fact recall; the end is always one."""
     seed: int = 0
     """Seed of the weights and of the order of the rows."""
 

@@ -1,6 +1,6 @@
 """The pretraining loop: blocks of plain text, next-token cross entropy, one AdamW."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -35,17 +35,21 @@ def pretrain(config: PretrainConfig) -> None:
 
     set_seed(config.seed)
     model = new_policy(settings_in_force(config.architecture), tokenizer)
-    wrapped, held_out_loss = _train(config, accelerator, run, model, blocks, held_out)
-    model = accelerator.unwrap_model(wrapped).eval()
 
+    def evaluate() -> dict[str, float]:
+        model.eval()
+        measured = {"held_out_loss": held_out_loss(model, held_out, config.batch_size)}
+        if probes:
+            measured["fact_recall"] = fact_recall(model, tokenizer, probes)
+        return measured
+
+    _train(config, accelerator, run, model, blocks, evaluate)
     results = {
         "num_parameters": model.num_parameters(),
         "vocab_size": len(tokenizer),
         "num_tokens": blocks.numel() * config.num_epochs,
-        "held_out_loss": held_out_loss,
+        **evaluate(),
     }
-    if probes:
-        results["fact_recall"] = fact_recall(model, tokenizer, probes)
     if accelerator.is_main_process:
         save_policy(model, tokenizer, run.dir)
     accelerator.wait_for_everyone()
@@ -88,28 +92,38 @@ def language_model_loss(model: nn.Module, blocks: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), blocks[:, 1:].flatten())
 
 
+@torch.no_grad()
+def held_out_loss(model: nn.Module, blocks: Tensor, batch_size: int) -> float:
+    """Mean nats a token over blocks (rows, time); every process measures all of them."""
+    device = next(model.parameters()).device
+    losses = [
+        language_model_loss(model, batch.to(device)) * len(batch)
+        for batch in blocks.split(batch_size)
+    ]
+    return float(torch.stack(losses).sum() / len(blocks))
+
+
 def _train(
     config: PretrainConfig,
     accelerator: Accelerator,
     run: Run,
     model: nn.Module,
     blocks: Tensor,
-    held_out: Tensor,
-) -> tuple[nn.Module, float]:
-    """The trained model, as accelerate wraps it, and its loss on the held-out text."""
+    evaluate: Callable[[], dict[str, float]],
+) -> None:
+    """Trains `model` in place; `evaluate` is called every eval_steps steps and goes to the log."""
     batch_size = min(config.batch_size, len(blocks))
     batches = list(draw_batches(len(blocks), batch_size, config.num_epochs, config.seed))
     optimizer = make_optimizer([(model, config.optim.learning_rate)], config.optim)
     schedule = make_schedule(optimizer, config.optim, len(batches))
-    model, optimizer = accelerator.prepare(model, optimizer)
-    held_out_loss = float("nan")
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
     progress = tqdm(batches, desc="pretrain", disable=not accelerator.is_main_process)
     for step, rows in enumerate(progress, start=1):
-        model.train()
+        wrapped.train()
         batch = blocks[own_share(accelerator, rows)].to(accelerator.device)
-        loss = language_model_loss(model, batch)
+        loss = language_model_loss(wrapped, batch)
         accelerator.backward(loss)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+        grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if step % config.log_steps == 0 or step == len(batches):
@@ -122,22 +136,8 @@ def _train(
             }
             run.log(step, metrics)
         schedule.step()
-        if step % config.eval_steps == 0 or step == len(batches):
-            held_out_loss = _held_out_loss(model, held_out, batch_size)
-            run.log(step, {"pretrain/held_out_loss": held_out_loss})
-    return model, held_out_loss
-
-
-@torch.no_grad()
-def _held_out_loss(model: nn.Module, held_out: Tensor, batch_size: int) -> float:
-    """Mean nats a token; every process measures all of it."""
-    model.eval()
-    device = next(model.parameters()).device
-    losses = [
-        language_model_loss(model, batch.to(device)) * len(batch)
-        for batch in held_out.split(batch_size)
-    ]
-    return float(torch.stack(losses).sum() / len(held_out))
+        if step % config.eval_steps == 0:
+            run.log(step, {f"pretrain/{name}": value for name, value in evaluate().items()})
 
 
 def _read_texts(path: str) -> list[str]:
