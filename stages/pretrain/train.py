@@ -38,17 +38,17 @@ def pretrain(config: PretrainConfig) -> None:
 
     def evaluate() -> dict[str, float]:
         model.eval()
-        measured = {"held_out_loss": held_out_loss(model, held_out, config.batch_size)}
+        figures = {"held_out_loss": held_out_loss(model, held_out, config.batch_size)}
         if probes:
-            measured["fact_recall"] = fact_recall(model, tokenizer, probes)
-        return measured
+            figures["fact_recall"] = fact_recall(model, tokenizer, probes)
+        return figures
 
-    _train(config, accelerator, run, model, blocks, evaluate)
+    measured = _train(config, accelerator, run, model, blocks, evaluate)
     results = {
         "num_parameters": model.num_parameters(),
         "vocab_size": len(tokenizer),
         "num_tokens": blocks.numel() * config.num_epochs,
-        **evaluate(),
+        **measured,
     }
     if accelerator.is_main_process:
         save_policy(model, tokenizer, run.dir)
@@ -110,13 +110,14 @@ def _train(
     model: nn.Module,
     blocks: Tensor,
     evaluate: Callable[[], dict[str, float]],
-) -> None:
-    """Trains `model` in place; `evaluate` is called every eval_steps steps and goes to the log."""
+) -> dict[str, float]:
+    """Trains `model` in place, logs `evaluate` every eval_steps steps and returns its last."""
     batch_size = min(config.batch_size, len(blocks))
     batches = list(draw_batches(len(blocks), batch_size, config.num_epochs, config.seed))
     optimizer = make_optimizer([(model, config.optim.learning_rate)], config.optim)
     schedule = make_schedule(optimizer, config.optim, len(batches))
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    measured: dict[str, float] = {}
     progress = tqdm(batches, desc="pretrain", disable=not accelerator.is_main_process)
     for step, rows in enumerate(progress, start=1):
         wrapped.train()
@@ -136,8 +137,10 @@ def _train(
             }
             run.log(step, metrics)
         schedule.step()
-        if step % config.eval_steps == 0:
-            run.log(step, {f"pretrain/{name}": value for name, value in evaluate().items()})
+        if step % config.eval_steps == 0 or step == len(batches):
+            measured = evaluate()
+            run.log(step, {f"pretrain/{name}": value for name, value in measured.items()})
+    return measured
 
 
 def _read_texts(path: str) -> list[str]:
