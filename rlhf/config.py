@@ -107,6 +107,7 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
+        usage=f"{_program()} [--config FILE]... [--KEY VALUE]...",
         description=config_class.__doc__,
         allow_abbrev=False,  # otherwise --learn would be taken for --learning_rate
         exit_on_error=False,
@@ -137,6 +138,12 @@ def keys_of(config_class: type) -> list[str]:
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             keys += [f"{name}.{key}" for key in keys_of(kind)]
     return keys
+
+
+def _program() -> str:
+    """How this process was started: `python -m stages.sft`, or a script's path."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
 
 
 def _require(condition: bool, key: str, value: object, remedy: str) -> None:
