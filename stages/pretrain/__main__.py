@@ -1,8 +1,8 @@
 """`python -m stages.pretrain --config FILE`."""
 
 from rlhf.cli import run_stage
-from stages.pretrain.config import PretrainConfig
+from stages.pretrain.config import Config
 from stages.pretrain.train import pretrain
 
 if __name__ == "__main__":
-    run_stage(pretrain, PretrainConfig)
+    run_stage(pretrain, Config)

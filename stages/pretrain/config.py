@@ -41,7 +41,7 @@ class ArchitectureSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class Config:
     """Train a tokenizer and a small causal language model on plain text."""
 
     text_path: str

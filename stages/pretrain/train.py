@@ -10,23 +10,23 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.datasets import read_records
-from rlhf.distributed import own_share, sum_over_processes
+from rlhf.distributed import own_share, start_accelerator, sum_over_processes
 from rlhf.models import new_policy, save_policy
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.recall import fact_recall
 from rlhf.records import Prompt, Text
 from rlhf.runs import Run, open_run, settings_in_force
-from stages.pretrain.config import PretrainConfig
+from stages.pretrain.config import Config
 from stages.pretrain.tokenizer import train_tokenizer
 
 
-def pretrain(config: PretrainConfig) -> None:
+def pretrain(config: Config) -> None:
     """Train a tokenizer and a model from scratch and save both as one plain model folder."""
     inputs = {"text": config.text_path, "text_held_out": config.text_held_out_path}
     if config.facts_path is not None:
         inputs["facts"] = config.facts_path
     run = open_run(config, stage="pretrain", inputs=inputs)
-    accelerator = Accelerator()
+    accelerator = start_accelerator()
     texts = _read_texts(config.text_path)
     probes = [] if config.facts_path is None else read_records(config.facts_path, Prompt)
     tokenizer = train_tokenizer(texts, config.vocab_size)
@@ -104,7 +104,7 @@ def held_out_loss(model: nn.Module, blocks: Tensor, batch_size: int) -> float:
 
 
 def _train(
-    config: PretrainConfig,
+    config: Config,
     accelerator: Accelerator,
     run: Run,
     model: nn.Module,

@@ -14,7 +14,7 @@ from rlhf.config import OptimSettings, load_config
 from rlhf.datasets import write_records
 from rlhf.generation import generate
 from rlhf.records import Prompt, Text
-from stages.pretrain.config import ArchitectureSettings, PretrainConfig
+from stages.pretrain.config import ArchitectureSettings, Config
 from stages.pretrain.tokenizer import train_tokenizer
 from stages.pretrain.train import draw_batches, language_model_loss, pretrain, to_blocks
 
@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_config(data: Path, output_dir: Path, **changes: object) -> PretrainConfig:
+def make_config(data: Path, output_dir: Path, **changes: object) -> Config:
     settings: dict[str, object] = {
         "text_path": str(data / "text.jsonl"),
         "text_held_out_path": str(data / "held_out.jsonl"),
@@ -47,7 +47,7 @@ def make_config(data: Path, output_dir: Path, **changes: object) -> PretrainConf
         ),
         "optim": OptimSettings(learning_rate=1e-2),
     }
-    return PretrainConfig(**{**settings, **changes})  # type: ignore[arg-type]
+    return Config(**{**settings, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -202,5 +202,5 @@ def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:
 
 
 def test_shipped_settings_load() -> None:
-    config = load_config(PretrainConfig, ["--config", "configs/pretrain/tiny.yaml"])
+    config = load_config(Config, ["--config", "configs/pretrain/tiny.yaml"])
     assert config.output_dir == "runs/tiny/base"
