@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
+from rlhf.distributed import start_accelerator
 from rlhf.models import check_vocabulary, load_chat, load_policy, packer_for
 from rlhf.packing import Packer, PromptTree, text_tree
 from rlhf.recall import fact_recall
@@ -58,12 +58,12 @@ class Exam:
 
 def evaluate(config: Config) -> None:
     """Measure every policy, write results.json, samples and curves, print the table."""
-    state = PartialState()
-    if not state.is_main_process:
+    accelerator = start_accelerator()
+    if not accelerator.is_main_process:
         return  # a launcher may have started more processes than the one that is enough
     run = open_run(config, stage="evaluate", inputs=_inputs(config))
-    exam = _prepare(config, state.device)
-    answers, figures = _examine(config, exam, state.device)
+    exam = _prepare(config, accelerator.device)
+    answers, figures = _examine(config, exam, accelerator.device)
     scores = {
         judge: {name: score(reward, exam.questions, exam.chat, answers[name]) for name in answers}
         for judge, reward in exam.judges.items()
