@@ -73,6 +73,11 @@ def test_ranking_figures() -> None:
     assert "source: none given 2, x 1" in lines
 
 
+def test_equal_lengths_count_half_for_the_longer_response() -> None:
+    lines = list(statistics([Ranking("a", ("abc", "xyz"), (1, 2))], chat=None))
+    assert "the longer response is the better one in 50.0% of pairs" in lines
+
+
 def test_warnings_name_what_is_rarely_meant() -> None:
     rankings = [
         Ranking("a", ("x", ""), (1, 2)),

@@ -169,6 +169,10 @@ def test_ultrafeedback_falls_back_to_overall_score_and_drops_what_has_no_order()
     [ranking] = run("ultrafeedback", "ranking", by_score)
     assert isinstance(ranking, Ranking)
     assert ranking.ranks == (2, 1, 2)
+    by_score["completions"] = [completion("a", "nan"), completion("b", 1), completion("c", 2)]
+    [ranking] = run("ultrafeedback", "ranking", by_score)
+    assert isinstance(ranking, Ranking)
+    assert ranking.ranks == (None, 2, 1)
     tied = {"instruction": "p", "completions": [completion("a", 3), completion("b", 3)]}
     assert run("ultrafeedback", "ranking", tied) == [Dropped("no response is ranked above another")]
     one = {"instruction": "p", "completions": [completion("a", 3)]}

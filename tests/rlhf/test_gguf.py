@@ -121,6 +121,7 @@ def test_what_was_loaded_is_saved_as_a_plain_folder(
     write_gguf(source, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.Q8_0)
     model, tokenizer = load_gguf(tmp_path / "tiny.gguf")
     save_policy(model, tokenizer, tmp_path / "plain")
+    assert "quantization" not in (tmp_path / "plain" / "config.json").read_text()
     again, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "plain", output_loading_info=True
     )

@@ -87,6 +87,7 @@ def test_pairs_name_the_better_first_and_leave_ties_and_unranked_out() -> None:
         (Prompt, {"prompt": [{"role": "user"}]}, "prompt[0].content", "no such field"),
         (Prompt, {"prompt": [{"role": "user", "contnet": "a"}]}, "prompt[0].contnet", "'content'?"),
         (Prompt, {"prompt": [{"role": "user", "content": " "}]}, "prompt[0].content", "with text"),
+        (Prompt, {"prompt": "a", "meta": {1: "x"}}, "meta", "a JSON object"),
         (Prompt, {"prompt": "a", "meta": [1]}, "meta", "a JSON object"),
         (Prompt, {"prompt": "a", "meta": {"x": float("nan")}}, "meta", "without NaN"),
         (Text, {"text": "  "}, "text", "a document"),
