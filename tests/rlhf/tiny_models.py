@@ -41,7 +41,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_layers": 2,
         "num_heads": 4,
         "attention_types": [[["global", "local"], 1]],
-        "window_size": 16,
+        "window_size": 32,  # beyond the 20 tokens of the packing probe
         "max_position_embeddings": 64,
     },
 }
