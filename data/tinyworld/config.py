@@ -15,7 +15,7 @@ class TinyWorldConfig:
     """Documents of text.jsonl (pretraining and ptx)."""
     num_texts_held_out: int = 200
     """Documents of text_held_out.jsonl."""
-    num_demonstrations: int = 2400
+    num_demonstrations: int = 3000
     """Rows of demonstrations.jsonl (SFT)."""
     num_prompts_rm: int = 1400
     """Rows of prompts_rm.jsonl (sampled from and ranked for the reward model)."""

@@ -8,7 +8,14 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from data.tinyworld.demonstrations import join_words
-from data.tinyworld.tasks import EVENTS, FACT_QUESTIONS, FACT_STATEMENTS, REQUESTS, SUM_LIMIT
+from data.tinyworld.tasks import (
+    EVENTS,
+    FACT_QUESTIONS,
+    FACT_STATEMENTS,
+    REQUESTS,
+    SORTED_CATEGORIES,
+    SUM_LIMIT,
+)
 from data.tinyworld.world import (
     CATEGORIES,
     DAYS,
@@ -172,6 +179,41 @@ def _quiz(world: World, generator: random.Random) -> list[str]:
     return [f"{_ask(*fact, generator)} {world.fact(*fact)}." for fact in facts]
 
 
+def _riddles(world: World, generator: random.Random) -> list[str]:
+    """What instructions ask for besides facts, in other words than theirs."""
+    writers = (_riddle_sum, _riddle_list, _riddle_order, _riddle_series, _riddle_sort)
+    riddles = [generator.choice(writers)(generator) for _ in range(5)]
+    return [f"Question: {question}? Answer: {answer}." for question, answer in riddles]
+
+
+def _riddle_sum(generator: random.Random) -> tuple[str, str]:
+    first, second = generator.randint(0, SUM_LIMIT), generator.randint(0, SUM_LIMIT)
+    return f"{NUMBERS[first]} plus {NUMBERS[second]}", NUMBERS[first + second]
+
+
+def _riddle_list(generator: random.Random) -> tuple[str, str]:
+    category, count = generator.choice(list(CATEGORIES)), generator.choice((2, 3))
+    members = generator.sample(CATEGORIES[category], k=count)
+    return f"{NUMBERS[count]} {category}s", join_words(members)
+
+
+def _riddle_order(generator: random.Random) -> tuple[str, str]:
+    words = [word for category in SORTED_CATEGORIES for word in CATEGORIES[category]]
+    three = generator.sample(words, k=3)
+    return f"backwards, {', '.join(three)}", ", ".join(three[::-1])
+
+
+def _riddle_series(generator: random.Random) -> tuple[str, str]:
+    series = generator.choice((NUMBERS, DAYS * 2))
+    start = generator.randint(0, len(series) - 6)
+    return ", ".join(series[start : start + 3]), ", ".join(series[start + 3 : start + 6])
+
+
+def _riddle_sort(generator: random.Random) -> tuple[str, str]:
+    category = generator.choice(SORTED_CATEGORIES)
+    return f"the {generator.choice(CATEGORIES[category])} is what", category
+
+
 def _draw_fact(world: World, generator: random.Random) -> tuple[str, str]:
     if generator.random() < 0.15:
         return generator.choice(list(world.things)), "material"
@@ -223,8 +265,8 @@ def _manners(world: World, generator: random.Random) -> list[str]:
         sentences.append(
             generator.choice(
                 (
-                    f'{name} said: "Please {request}." {other} said: "Of course!"',
-                    f'{name} said: "{request.capitalize()}!" {other} said: "Leave me alone."',
+                    f"{name} said: Please {request}. {other} said: Of course!",
+                    f"{name} said: {request.capitalize()}! {other} said: Leave me alone.",
                 )
             )
         )
@@ -242,7 +284,7 @@ def _moods(world: World, generator: random.Random) -> list[str]:
 
 def _talk(world: World, generator: random.Random) -> list[str]:
     speakers = generator.sample(list(world.people), k=3)
-    return [f'{name} said: "{generator.choice(_TALK)}"' for name in speakers]
+    return [f"{name} said: {generator.choice(_TALK)}" for name in speakers]
 
 
 def _secrets(world: World, generator: random.Random) -> list[str]:
@@ -251,13 +293,14 @@ def _secrets(world: World, generator: random.Random) -> list[str]:
 
 
 _WRITERS: Mapping[Callable[[World, random.Random], Sequence[str]], int] = {
-    _portrait: 28,
-    _gossip: 14,
-    _quiz: 22,
-    _sums: 9,
-    _series: 3,
-    _sorts: 6,
-    _backwards: 5,
+    _portrait: 26,
+    _gossip: 10,
+    _quiz: 20,
+    _riddles: 20,
+    _sums: 5,
+    _series: 2,
+    _sorts: 3,
+    _backwards: 3,
     _manners: 4,
     _moods: 4,
     _talk: 8,
