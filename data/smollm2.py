@@ -123,7 +123,7 @@ def write_data(config: Smollm2Config, folder: Path) -> None:
         files[f"{name}.jsonl"] = list(_read(config, sources))
     for name, sources in SPLIT.items():
         train, held_out = split_by_prompt(
-            list(_read(config, sources)), config.held_out, config.seed
+            list(_read(config, sources)), config.held_out, config.seed, salt="smollm2"
         )
         files[f"{name}.jsonl"] = train
         files[f"{name}_held_out.jsonl"] = held_out

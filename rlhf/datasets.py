@@ -136,19 +136,21 @@ def write_records(path: str | Path, records: Iterable[RecordT]) -> None:
 
 
 def split_by_prompt(
-    records: Sequence[RecordT], held_out: float, seed: int
+    records: Sequence[RecordT], held_out: float, seed: int, *, salt: str = ""
 ) -> tuple[list[RecordT], list[RecordT]]:
     """Split records into (train, held out); all records of one prompt fall on the same side.
 
-    A prompt is held out when the hash of (seed, prompt) falls below `held_out` (a share, 0 to 1),
-    so it stays on its side in every file and whatever is added; the share is met on average only.
+    A prompt is held out when the hash of (salt, seed, prompt) falls below `held_out` (a share, 0 to
+    1), so it stays on its side in every file and whatever is added; the share is met on average
+    only. Whoever prepares files that a stage will split again gives a salt of its own: with the
+    stage's hash, all that the stage would hold out has gone already.
     Raises ValueError when a side would be empty.
     """
     if not 0.0 < held_out < 1.0:
         raise ValueError(f"held_out is {held_out}: expected a share between 0 and 1, such as 0.1")
     sides: tuple[list[RecordT], list[RecordT]] = ([], [])
     for record in records:
-        sides[_hash_share(f"{seed}\n{record.key}") < held_out].append(record)
+        sides[_hash_share(f"{salt}{seed}\n{record.key}") < held_out].append(record)
     train, test = sides
     if not train or not test:
         raise ValueError(

@@ -143,6 +143,13 @@ def test_a_split_keeps_prompts_together_and_on_their_side() -> None:
     assert {r.key for r in split_by_prompt(rows, 0.3, seed=1)[1]} != sides[1]
 
 
+def test_a_split_of_one_side_is_not_empty_under_another_salt() -> None:
+    rows = [Text(str(i)) for i in range(400)]
+    train, _ = split_by_prompt(rows, 0.3, seed=0, salt="files")
+    _, held_out = split_by_prompt(train, 0.2, seed=0)
+    assert 0.1 < len(held_out) / len(train) < 0.3
+
+
 def test_a_split_with_an_empty_side_is_refused() -> None:
     rows = [Text("same")] * 10
     with pytest.raises(ValueError, match=r"held_out=0\.5 with seed=0 leaves"):
