@@ -76,13 +76,17 @@ def test_bad_rows_are_named_by_file_and_line_and_counted(tmp_path: Path) -> None
     [
         ("e.jsonl", b"", "is empty: expected at least one text row"),
         ("e.jsonl", b"\n \n", "is empty"),
-        ("e.jsonl.gz", gzip.compress(b""), "is empty"),
+        ("e.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("n.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "row 2: field 'row': found byte 0xe9"),
         ("n.jsonl", b'{"text": "caf\xe9"}\n', "at byte 14, which is not UTF-8"),
         ("j.jsonl", b'{"text": "a"}\n{"text": ', "row 2: field 'row': found '{\"text\":'"),
         ("d.jsonl", b"[" * 100_000, "one JSON object a line"),
         ("z.jsonl.gz", b'{"text": "a"}', "is no whole gzip file"),
-        ("z.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 100)[:-9], "is no whole gzip file"),
+        (
+            "z.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 100, mtime=0)[:-9],
+            "is no whole gzip file",
+        ),
         ("t.csv", b"text\na\n", "expected a file ending in .jsonl or .jsonl.gz"),
     ],
 )
