@@ -15,6 +15,7 @@ from rlhf.distributed import own_share, start_accelerator, sum_over_processes
 from rlhf.kl import k1
 from rlhf.models import (
     ScalarModel,
+    check_context,
     check_vocabulary,
     load_chat,
     load_policy,
@@ -203,6 +204,11 @@ def evaluate(
 def _load_models(config: Config, chat: Chat, accelerator: Accelerator) -> tuple[Learner, Sampler]:
     policy = load_policy(config.policy)
     check_vocabulary(policy, chat, config.policy.path)
+    limits = {
+        "rollout.max_prompt_tokens": config.rollout.max_prompt_tokens,
+        "rollout.max_new_tokens": config.rollout.max_new_tokens,
+    }
+    check_context(policy, config.policy.path, limits)
     reward = load_reward(config.reward, chat, accelerator.device, config.micro_batch_tokens)
     value_model = _load_value_model(config)
     check_vocabulary(value_model.classifier, chat, config.value_model or str(config.reward.model))
