@@ -18,6 +18,10 @@ POLICIES := ppo ppo_ptx
 # brings its own: the paths in its YAML files are there already.
 -include configs/presets/$(PRESET).mk
 
+ifeq ($(wildcard $(ACCELERATE)),)
+$(error ACCELERATE is $(ACCELERATE), which does not exist; one of $(wildcard configs/accelerate/*.yaml))
+endif
+
 # accelerate gives each process one thread unless told; this shares the cores out.
 processes := $(or $(shell sed -n 's/^num_processes: *//p' $(ACCELERATE)),1)
 cores := $(shell getconf _NPROCESSORS_ONLN)
