@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from rlhf.datasets import read_records, write_records
+from rlhf.distributed import start_accelerator
 from rlhf.models import check_context, check_vocabulary, load_chat, load_policy
 from rlhf.records import Prompt, Ranking
 from rlhf.runs import Run, open_run
@@ -27,7 +26,7 @@ def collect(config: Config) -> None:
     """
     inputs = {"model": config.model.path, "prompts": config.prompts}
     run = open_run(config, stage="collect", inputs={**inputs, "labelers": config.labelers_path})
-    state = PartialState()
+    accelerator = start_accelerator()
     labelers = load_labelers(config)
     chat = load_chat(config.model)
     prompts = read_records(config.prompts, Prompt, limit=config.num_prompts)
@@ -36,8 +35,8 @@ def collect(config: Config) -> None:
     check_vocabulary(policy, chat, config.model.path)
     limits = {name: getattr(config, name) for name in ("max_prompt_tokens", "max_new_tokens")}
     check_context(policy, config.model.path, limits)
-    samples = sample_responses(policy.to(state.device), questions, chat, config, state)
-    if not state.is_main_process:
+    samples = sample_responses(policy.to(accelerator.device), questions, chat, config, accelerator)
+    if not accelerator.is_main_process:
         return
     distinct = [distinct_texts(group) for group in samples]
     kept = [i for i, texts in enumerate(distinct) if len(texts) > 1]

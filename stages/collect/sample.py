@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rlhf.chat import Chat
+from rlhf.distributed import own_share
 from rlhf.generation import generate
 from rlhf.records import Prompt, PromptLike
 from stages.collect.config import Config
@@ -65,12 +66,12 @@ def sample_responses(
     questions: Sequence[Question],
     chat: Chat,
     config: Config,
-    state: PartialState,
+    accelerator: Accelerator,
 ) -> list[list[Sample]]:
     """Samples of each question; the processes share the work and all get all of them."""
-    rank, num_processes = state.process_index, state.num_processes
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
     repeated = [(i, one.ids) for i, one in enumerate(questions) for _ in range(one.num_samples)]
-    mine = repeated[rank::num_processes]
+    mine = own_share(accelerator, repeated)
     with tqdm(total=len(mine), desc="collect", unit="sample", disable=rank > 0) as bar:
         responses = generate(
             policy,

@@ -1,5 +1,6 @@
 """Records as token ids: demonstrations and pieces of text as prompt trees, lengths checked."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,13 +137,15 @@ def lay_out(
 ) -> list[PromptTree]:
     """All epochs one after the other, each in another order; within a batch, longest rows first.
 
-    Rows of like length are then padded together, and no batch is changed by it.
+    The last batch is filled up from one epoch more, so that any number of processes shares every
+    batch evenly. Sorting puts rows of like length next to each other and changes no batch.
     """
     generator = random.Random(f"{seed}/order")
+    num_rows = math.ceil(num_epochs * len(trees) / batch_size) * batch_size
     laid: list[PromptTree] = []
-    for _ in range(num_epochs):
+    while len(laid) < num_rows:
         laid += generator.sample(trees, len(trees))
-    batches = (laid[start : start + batch_size] for start in range(0, len(laid), batch_size))
+    batches = (laid[start : start + batch_size] for start in range(0, num_rows, batch_size))
     return [
         tree
         for batch in batches

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from accelerate import PartialState
+import torch
 from transformers import PreTrainedModel
 
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
+from rlhf.distributed import start_accelerator
 from rlhf.models import (
     check_context,
     check_vocabulary,
@@ -23,21 +24,22 @@ from rlhf.runs import Run, open_run
 from stages.sft.config import Config
 from stages.sft.measure import Sample, draw_samples, mean_loss, sample_rows, score_samples
 from stages.sft.rows import Rows, lay_out, load_rows
-from stages.sft.trainer import Metrics, fit
+from stages.sft.trainer import Metrics, figures_line, fit
 
 
 def train(config: Config) -> None:
     """Fine-tunes a policy on demonstrations and writes its folder."""
     run = open_run(config, stage="sft", inputs=_inputs(config))
-    state = PartialState()
+    accelerator = start_accelerator()
     chat = load_chat(config.model)
     rows = load_rows(config, chat)
     policy = load_policy(config.model)
     check_vocabulary(policy, chat, config.model.path)
     limits = {name: getattr(config, name) for name in ("max_prompt_tokens", "max_response_tokens")}
     check_context(policy, config.model.path, limits)
-    check_context(policy, config.model.path, {"max_text_tokens": config.max_text_tokens})
-    if state.is_main_process:
+    if config.text is not None:
+        check_context(policy, config.model.path, {"max_text_tokens": config.max_text_tokens})
+    if accelerator.is_main_process:
         _print_rows(rows)
     judge = _Judge(
         config=config,
@@ -45,17 +47,19 @@ def train(config: Config) -> None:
         chat=chat,
         rows=rows,
         packer=packer_for(policy, config.micro_batch_tokens),
-        reward_model=_load_reward_model(config, chat, state),
+        reward_model=_load_reward_model(config, chat, accelerator.device),
     )
     trees = [*(one.tree for one in rows.train), *rows.text]
     laid = lay_out(trees, config.num_epochs, config.batch_size, config.seed)
     checkpoint, step = fit(policy, chat.tokenizer, laid, config, run, judge.measure)
-    if not state.is_main_process:
+    if not accelerator.is_main_process:
         return
-    chosen = load_policy(replace(config.model, path=str(checkpoint))).to(state.device)
-    results = {**judge.final(chosen), **_describe(rows), "chosen_step": step}
+    chosen = load_policy(replace(config.model, path=str(checkpoint))).to(accelerator.device)
+    figures = judge.final(chosen)
+    print(f"sft: chose step {step}: {figures_line(figures)}", flush=True)
     save_policy(chosen, chat.tokenizer, run.dir)
-    run.finish({**results, "num_steps": -(-len(laid) // config.batch_size)})
+    num_steps = len(laid) // config.batch_size
+    run.finish({**figures, "chosen_step": step, "num_steps": num_steps, **_describe(rows)})
 
 
 @dataclass(kw_only=True)
@@ -122,13 +126,13 @@ def _inputs(config: Config) -> dict[str, str]:
     return {name: path for name, path in inputs.items() if path is not None}
 
 
-def _load_reward_model(config: Config, chat: Chat, state: PartialState) -> RewardModel | None:
+def _load_reward_model(config: Config, chat: Chat, device: torch.device) -> RewardModel | None:
     if config.reward_model is None:
         return None
     return load_reward_model(
         ModelSettings(path=config.reward_model),
         micro_batch_tokens=config.micro_batch_tokens,
-        device=state.device,
+        device=device,
         policy_chat=chat,
     )
 

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
+from rlhf.distributed import check_joined
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.packing import PromptTree
 from rlhf.runs import Run
@@ -87,7 +89,8 @@ def make_trainer(
     checkpoint_dir: str,
 ) -> SFTTrainer:
     """The trainer, ready to train; it takes the rows in the order given and once."""
-    datasets.disable_progress_bars()  # of the label building, which takes no time
+    datasets.disable_progress_bars()  # of building labels and writing checkpoints: they only
+    transformers_logging.disable_progress_bar()  # break the line of the bar that matters
     with warnings.catch_warnings():
         # the name that TRL's own SFTConfig still defines and sets
         warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
@@ -101,6 +104,7 @@ def make_trainer(
         processing_class=tokenizer,
         optimizers=(optimizer, make_schedule(optimizer, config.optim, num_steps)),
     )
+    check_joined(trainer.accelerator.num_processes, _num_launched())
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -191,17 +195,19 @@ class _Keeper(TrainerCallback):
         metrics = broadcast_object_list([self._measure(model, step)])[0]
         model.train()
         self._run.log(step, metrics)
-        figures = ", ".join(
-            f"{name.removeprefix('sft/')} {value:.3f}" for name, value in metrics.items()
-        )
         if self._bar is not None and not self._bar.disable:
-            self._bar.write(f"sft: step {step}: {figures}")
+            self._bar.write(f"sft: step {step}: {figures_line(metrics)}")
         return metrics
+
+
+def figures_line(metrics: Mapping[str, float]) -> str:
+    """Figures in one line for the screen."""
+    return ", ".join(f"{name.removeprefix('sft/')} {value:.3f}" for name, value in metrics.items())
 
 
 def accumulation_steps(config: Config) -> int:
     """Passes of each process that make up one optimizer step."""
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = _num_launched()
     rows_per_pass = config.micro_batch_size * num_processes
     if config.batch_size % rows_per_pass:
         raise ValueError(
@@ -209,6 +215,10 @@ def accumulation_steps(config: Config) -> int:
             f"{config.micro_batch_size} take {rows_per_pass} rows at once; give a multiple of that"
         )
     return config.batch_size // rows_per_pass
+
+
+def _num_launched() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _arguments(config: Config, checkpoint_dir: str) -> SFTConfig:
@@ -231,6 +241,8 @@ def _arguments(config: Config, checkpoint_dir: str) -> SFTConfig:
         save_total_limit=1,
         save_only_model=True,
         report_to="none",
+        use_cpu=not torch.accelerator.is_available(),
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -1,0 +1,249 @@
+"""The collect stage: who ranks what, the report's numbers, and labelers that misbehave."""
+
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.config import ModelSettings, load_config
+from rlhf.datasets import read_records, write_records
+from rlhf.models import new_policy, save_policy
+from rlhf.records import Prompt, PromptLike, Ranking
+from stages.collect.collect import collect, distinct_texts
+from stages.collect.config import Config
+from stages.collect.report import agreement, agreements, describe_samples, tie_share
+from stages.collect.sample import Sample
+from tests.rlhf.tiny_models import byte_tokenizer
+
+
+@dataclass
+class ByLength:
+    """Prefers short responses, or long ones."""
+
+    name: str
+    sign: int
+
+    def rank(
+        self, prompt: PromptLike, responses: Sequence[str], generator: random.Random
+    ) -> list[int | None]:
+        lengths = [self.sign * len(response) for response in responses]
+        return [sorted(lengths).index(length) + 1 for length in lengths]
+
+
+def make_both(path: str) -> list[ByLength]:
+    return [ByLength("brief", 1), ByLength("wordy", -1)]
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer("<end>", "<pad>", eos_token="<end>", pad_token="<pad>")
+    architecture = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    save_policy(new_policy(architecture, tokenizer), tokenizer, tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+@pytest.fixture
+def maker(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], str]:
+    """Puts a function into a module and gives its name as settings have it."""
+
+    def put(function: Any) -> str:
+        module = ModuleType("own_labelers")
+        module.make = function  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "own_labelers", module)
+        return "own_labelers:make"
+
+    return put
+
+
+def make_config(policy: Path, labelers: str, **changes: Any) -> Config:
+    folder = policy.parent
+    prompts = folder / "prompts.jsonl"
+    write_records(prompts, [Prompt(f"prompt {i}") for i in range(30)])
+    settings: dict[str, Any] = {
+        "model": ModelSettings(path=str(policy)),
+        "prompts": str(prompts),
+        "labelers": labelers,
+        "labelers_path": str(folder),
+        "overlap": 0.5,
+        "max_prompt_tokens": 40,
+        "max_new_tokens": 6,
+        "output_dir": str(folder / "rankings"),
+    }
+    return Config(**{**settings, **changes})
+
+
+def read_results(config: Config) -> dict[str, Any]:
+    return json.loads((Path(config.output_dir) / "results.json").read_text())
+
+
+def test_every_prompt_gets_k_ranked_samples(policy: Path, maker: Callable[[Any], str]) -> None:
+    config = make_config(policy, maker(make_both))
+    collect(config)
+    rankings = read_records(Path(config.output_dir) / "rankings.jsonl", Ranking)
+    second = read_records(Path(config.output_dir) / "overlap.jsonl", Ranking)
+    results = read_results(config)
+    assert [one.prompt for one in rankings] == [f"prompt {i}" for i in range(30)]
+    sizes = [len(one.responses) for one in rankings]
+    assert min(sizes) >= 2 and max(sizes) <= 9 and len(set(sizes)) > 3
+    assert 4 * 30 <= results["num_samples"] == sum(sizes) + results["num_duplicates"] <= 9 * 30
+    sign = {"brief": 1, "wordy": -1}
+    for one in [*rankings, *second]:
+        for better, worse in one.pairs():
+            difference = len(one.responses[worse]) - len(one.responses[better])
+            assert sign[str(one.labeler)] * difference > 0
+    assert {one.labeler for one in rankings} == {"brief", "wordy"}
+    assert {one.source for one in rankings} == {str(policy)}
+    first = {one.prompt: one for one in rankings}
+    assert len(second) == 15 == results["num_overlap"]
+    for one in second:
+        assert one.responses == first[one.prompt].responses
+        assert one.labeler != first[one.prompt].labeler
+    assert results["agreement"] == 0.0  # the two always want the opposite
+    assert results["num_comparisons"] == sum(len(one.pairs()) for one in rankings)
+    assert sum(results["num_rankings_by_k"].values()) == 30
+
+
+def test_same_seed_same_rankings(policy: Path, maker: Callable[[Any], str]) -> None:
+    written = []
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        config = make_config(
+            policy, maker(make_both), output_dir=str(policy.parent / name), seed=seed
+        )
+        collect(config)
+        written.append((Path(config.output_dir) / "rankings.jsonl").read_bytes())
+    assert written[0] == written[1] != written[2]
+
+
+def test_without_overlap_one_labeler_is_enough(policy: Path, maker: Callable[[Any], str]) -> None:
+    config = make_config(policy, maker(lambda path: [ByLength("only", 1)]), overlap=0.0)
+    stale = Path(config.output_dir) / "overlap.jsonl"
+    stale.parent.mkdir()
+    stale.write_text("of an earlier run")
+    collect(config)
+    assert read_results(config)["agreement"] is None
+    assert not stale.exists()
+
+
+def ranking(*ranks: int | None) -> Ranking:
+    return Ranking("p", tuple("abcd"[: len(ranks)]), ranks)
+
+
+def test_agreement_worked_by_hand() -> None:
+    # a<b, a<c and b<c against a<c, b<a, b<c: two of three pairs alike.
+    assert sorted(agreements(ranking(1, 2, 3), ranking(2, 1, 3))) == [0.0, 1.0, 1.0]
+    # (a, b) is tied by the first, (b, c) by the second; (a, c) is left, and they differ.
+    assert agreements(ranking(1, 1, 2), ranking(2, 1, 1)) == [0.0]
+    # d is unranked by the second: only (a, b) counts.
+    assert agreements(ranking(1, 2), ranking(1, 2)) == [1.0]
+    assert agreements(ranking(1, None, 2), ranking(1, 2, None)) == []
+    overlap = [
+        (ranking(1, 2, 3), ranking(2, 1, 3)),
+        (ranking(1, 1, 2), ranking(2, 1, 1)),
+        (ranking(1, 2), ranking(1, 2)),
+    ]
+    report = agreement(overlap, seed=0)
+    assert report["agreement"] == pytest.approx(3 / 5)
+    assert report["num_agreement_pairs"] == 5
+    low, high = report["agreement_interval"]
+    assert 0 <= low < 3 / 5 < high <= 1
+    assert agreement([], seed=0)["agreement"] is None
+
+
+def test_ties_and_lengths_worked_by_hand() -> None:
+    assert tie_share([ranking(1, 1, 2), ranking(1, None, 1), ranking(1, 2)]) == pytest.approx(2 / 5)
+    groups = [
+        [Sample(text="a", num_tokens=2, ended=True), Sample(text="a", num_tokens=2, ended=True)],
+        [Sample(text="b", num_tokens=5, ended=False)],
+    ]
+    described = describe_samples(groups)
+    assert described["eos_rate"] == pytest.approx(2 / 3)
+    assert described["response_tokens"] == 3 and described["response_tokens_max"] == 5
+    assert distinct_texts(groups[0]) == ["a"]
+
+
+class Wrong:
+    """Answers whatever it is told to."""
+
+    name = "wrong"
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def rank(self, prompt: PromptLike, responses: Sequence[str], generator: random.Random) -> Any:
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    "made, message",
+    [
+        ([Wrong([1, 2])], "labeler 'wrong' answered .*2 ranks for"),
+        ([Wrong([0.5] * 9)], "labeler 'wrong' answered"),
+        ([Wrong(None)], "labeler 'wrong' answered None"),
+        ([], "made no labeler"),
+        (["a name"], "must return a list of labelers"),
+        (None, "must return a list of labelers"),
+    ],
+)
+def test_labelers_that_misbehave_are_named(
+    policy: Path, maker: Callable[[Any], str], made: Any, message: str
+) -> None:
+    config = make_config(policy, maker(lambda path: made), overlap=0.0)
+    with pytest.raises(ValueError, match=message):
+        collect(config)
+    assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"labelers": "no_such_module:make"}, "cannot import no_such_module"),
+        ({"labelers": "data.tinyworld:no_such"}, "no function 'no_such'"),
+        ({"labelers": "data.tinyworld"}, "write package.module:name"),
+        ({"max_prompt_tokens": 5}, "30 of 30 prompts are over max_prompt_tokens 5"),
+        ({"max_new_tokens": 60}, "max_new_tokens 60 is more than the 64 tokens"),
+        ({"temperature": 1e-6}, "nothing to compare; raise temperature"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    policy: Path, maker: Callable[[Any], str], changes: dict[str, Any], message: str
+) -> None:
+    config = make_config(policy, **{"labelers": maker(make_both), **changes})
+    with pytest.raises(ValueError, match=message):
+        collect(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_overlap_needs_two_labelers(policy: Path, maker: Callable[[Any], str]) -> None:
+    config = make_config(policy, maker(lambda path: [ByLength("only", 1)]))
+    with pytest.raises(ValueError, match=r"overlap is 0\.5, but own_labelers:make made one"):
+        collect(config)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--num_responses_min", "1"], "num_responses_min is 1"),
+        (["--num_responses_min", "5", "--num_responses_max", "4"], "max is 4, below .* 5"),
+        (["--temperature", "0"], "temperature is 0"),
+        (["--overlap", "1.5"], "overlap is 1.5"),
+        (["--labeler", "a:b"], "did you mean labelers"),
+    ],
+)
+def test_contradictory_settings_are_refused(options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(Config, ["--config", "configs/collect/tiny.yaml", *options])

@@ -1,0 +1,380 @@
+"""The sft stage: which tokens are learnt, what is left out, which checkpoint is kept."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from rlhf.chat import Chat
+from rlhf.config import ModelSettings, OptimSettings, load_config
+from rlhf.datasets import write_records
+from rlhf.generation import generate
+from rlhf.inference import compute_scores
+from rlhf.models import load_policy, load_scalar, new_policy, save_policy
+from rlhf.packing import Packer, PromptTree, text_tree
+from rlhf.records import Demonstration, Text
+from rlhf.rewards import GoldenRow, RewardCard, rendering_hash
+from rlhf.runs import open_run
+from stages.sft import train as train_module
+from stages.sft.config import Config
+from stages.sft.measure import draw_samples, mean_loss
+from stages.sft.rows import cut_text, lay_out, load_rows, render
+from stages.sft.train import train
+from stages.sft.trainer import accumulation_steps, fit, make_trainer
+from tests.rlhf.tiny_models import byte_tokenizer
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model whose tokenizer pads with its end token, as many on the hub do."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sft") / "base"
+    tokenizer = byte_tokenizer("<end>", "<pad>", eos_token="<end>", pad_token="<end>")
+    model = new_policy(LLAMA, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def chat(base: Path) -> Chat:
+    return Chat(AutoTokenizer.from_pretrained(base))
+
+
+@pytest.fixture
+def demonstrations(tmp_path: Path) -> Path:
+    path = tmp_path / "demonstrations.jsonl"
+    letters = "abcdefghijklmn"
+    write_records(path, [Demonstration(letter, 2 * letter.upper()) for letter in letters])
+    return path
+
+
+def make_config(base: Path, demonstrations: Path | str, tmp_path: Path, **changes: Any) -> Config:
+    settings: dict[str, Any] = {
+        "model": ModelSettings(path=str(base)),
+        "demonstrations": str(demonstrations),
+        "held_out": 0.2,
+        "max_prompt_tokens": 40,
+        "max_response_tokens": 8,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "optim": OptimSettings(learning_rate=1e-2),
+        "max_text_tokens": 64,
+        "num_samples": 4,
+        "output_dir": str(tmp_path / "sft"),
+    }
+    return Config(**{**settings, **changes})
+
+
+def losses_of_batches(trees: list[PromptTree], config: Config, chat: Chat, tmp_path: Path) -> Any:
+    """The batches that reach the loss, collated by the trainer."""
+    policy = load_policy(config.model)
+    trainer = make_trainer(policy, chat.tokenizer, trees, config, str(tmp_path / "checkpoints"))
+    return list(trainer.get_train_dataloader())
+
+
+def test_loss_sees_the_response_and_its_end_only(
+    base: Path, chat: Chat, demonstrations: Path, tmp_path: Path
+) -> None:
+    config = make_config(base, demonstrations, tmp_path)
+    examples, _ = render([Demonstration("hi", "yes"), Demonstration("a", "")], chat, 40, 8)
+    (batch,) = losses_of_batches([one.tree for one in examples], config, chat, tmp_path)
+    for row, example in enumerate(examples):
+        prompt, (response,) = example.tree.prompt, example.tree.responses
+        width = batch["labels"].shape[1]
+        unused = width - len(prompt) - len(response)
+        expected = [-100] * len(prompt) + list(response) + [-100] * unused
+        assert response[-1] == chat.end_id
+        assert batch["labels"][row].tolist() == expected
+        assert batch["input_ids"][row, : len(prompt)].tolist() == list(prompt)
+        assert batch["attention_mask"][row].sum() == len(prompt) + len(response)
+
+
+def test_text_is_learnt_whole_but_for_the_token_that_is_given(
+    base: Path, chat: Chat, demonstrations: Path, tmp_path: Path
+) -> None:
+    config = make_config(base, demonstrations, tmp_path)
+    pieces = cut_text([Text("abcdefgh")], chat, 5, random.Random(0))
+    (batch,) = losses_of_batches(pieces, config, chat, tmp_path)
+    found = sorted(row[row != -100].tolist() for row in batch["labels"])
+    ids = chat.text_ids("abcdefgh")
+    assert found == sorted([ids[1:5], ids[6:8]])
+
+
+def test_first_step_logs_the_mean_loss_of_its_batchs_trained_tokens(
+    base: Path, chat: Chat, demonstrations: Path, tmp_path: Path
+) -> None:
+    """Micro-batches of unlike lengths: a mean of their means would be another number."""
+    config = make_config(base, demonstrations, tmp_path)
+    examples, _ = render(
+        [Demonstration(a, a * n) for a, n in (("a", 1), ("b", 6), ("c", 3))], chat, 40, 8
+    )
+    trees = [*(one.tree for one in examples), text_tree(chat.text_ids("some text here"))]
+    policy = load_policy(config.model)
+    expected = mean_loss(policy, trees, Packer(512))
+    run = open_run(config, stage="sft", inputs={})
+    fit(policy, chat.tokenizer, trees, config, run, lambda policy, step: {"sft/held_out_loss": 1.0})
+    logged = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
+    (first,) = [row for row in logged if "sft/loss" in row]
+    assert first["sft/loss"] == pytest.approx(expected, abs=1e-5)
+    assert first["sft/learning_rate"] == pytest.approx(1e-2)
+
+
+def test_micro_batches_do_not_change_the_weights(
+    base: Path, chat: Chat, demonstrations: Path, tmp_path: Path
+) -> None:
+    trees = [text_tree(chat.text_ids("x" * length)) for length in (3, 9, 4, 12)]
+    weights = []
+    for size in (1, 4):
+        # A large eps keeps Adam's first step from dividing rounding noise by a gradient near 0.
+        optim = OptimSettings(learning_rate=1e-2, eps=1.0)
+        config = make_config(base, demonstrations, tmp_path, micro_batch_size=size, optim=optim)
+        policy = load_policy(config.model)
+        make_trainer(policy, chat.tokenizer, trees, config, str(tmp_path / str(size))).train()
+        weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+    start = torch.cat([p.detach().flatten() for p in load_policy(config.model).parameters()])
+    assert (weights[0] - start).abs().max() > 1e-4
+    assert (weights[0] - weights[1]).abs().max() < 1e-6
+
+
+def greedy(policy: PreTrainedModel, chat: Chat, prompts: str) -> list[str]:
+    ids = [chat.prompt_ids(prompt) for prompt in prompts]
+    responses = generate(
+        policy, ids, end_id=chat.end_id, max_new_tokens=8, temperature=0, batch_size=4
+    )
+    assert all(response[-1] == chat.end_id for response in responses)
+    return [chat.decode(response) for response in responses]
+
+
+def test_learns_its_rows_by_heart_ends_them_and_loads_anywhere(
+    base: Path, chat: Chat, demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(
+        base, demonstrations, tmp_path, num_epochs=40, eval_every=1000, temperature=0.0
+    )
+    prompts = [one.record.prompt for one in load_rows(config, chat).train]
+    before = []
+
+    def save_and_remember(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+        before.extend(greedy(model, chat, prompts))
+        save_policy(model, tokenizer, folder)
+
+    monkeypatch.setattr(train_module, "save_policy", save_and_remember)
+    train(config)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        config.output_dir, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert before == [2 * prompt.upper() for prompt in prompts]
+    assert greedy(loaded, Chat(AutoTokenizer.from_pretrained(config.output_dir)), prompts) == before
+    assert loaded.generation_config.eos_token_id == [chat.end_id]
+    results = json.loads((Path(config.output_dir) / "results.json").read_text())
+    assert results["eos_rate"] == 1.0
+    assert results["chosen_step"] == results["num_steps"]
+    samples = (Path(config.output_dir) / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == min(4, results["num_held_out"])
+
+
+@pytest.mark.parametrize("choose_by, best", [("held_out_loss", 4), ("reward_score", 2)])
+def test_keeps_the_best_measured_checkpoint(
+    base: Path, chat: Chat, demonstrations: Path, tmp_path: Path, choose_by: Any, best: int
+) -> None:
+    reward_model = "rm" if choose_by == "reward_score" else None
+    config = make_config(
+        base, demonstrations, tmp_path, eval_every=2, choose_by=choose_by, reward_model=reward_model
+    )
+    values = {0: 0.0, 2: 3.0, 4: 1.0, 5: 2.0}
+    weights = {}
+
+    def measure(policy: PreTrainedModel, step: int) -> dict[str, float]:
+        weights[step] = next(policy.parameters()).detach().clone()
+        return {f"sft/{choose_by}": values[step]}
+
+    trees = [text_tree(chat.text_ids(letter * 4)) for letter in "abcdefghijklmnopqr"]
+    run = open_run(config, stage="sft", inputs={})
+    policy = load_policy(config.model)
+    folder, step = fit(policy, chat.tokenizer, trees, config, run, measure)
+    assert step == best and sorted(weights) == sorted(values)
+    kept = next(load_policy(ModelSettings(path=str(folder))).parameters())
+    assert torch.equal(kept, weights[best])
+    assert [child.name for child in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_loss_that_is_never_a_number_stops(
+    base: Path, chat: Chat, demonstrations: Path, tmp_path: Path
+) -> None:
+    config = make_config(base, demonstrations, tmp_path)
+    run = open_run(config, stage="sft", inputs={})
+    trees = [text_tree(chat.text_ids("abc"))]
+    with pytest.raises(ValueError, match=r"not a number.*learning_rate 0\.01"):
+        fit(
+            load_policy(config.model),
+            chat.tokenizer,
+            trees,
+            config,
+            run,
+            lambda policy, step: {"sft/held_out_loss": float("nan")},
+        )
+
+
+def test_reward_model_chooses(base: Path, chat: Chat, demonstrations: Path, tmp_path: Path) -> None:
+    save_reward_model(base, chat, tmp_path / "rm")
+    text = tmp_path / "text.jsonl"
+    write_records(text, [Text(f"text number {i}") for i in range(20)])
+    config = make_config(
+        base,
+        demonstrations,
+        tmp_path,
+        text=str(text),
+        choose_by="reward_score",
+        reward_model=str(tmp_path / "rm"),
+        eval_every=1,
+    )
+    train(config)
+    folder = Path(config.output_dir)
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scores = {row["step"]: row["sft/reward_score"] for row in logged if "sft/reward_score" in row}
+    results = json.loads((folder / "results.json").read_text())
+    del scores[0]  # the base model is measured, and is no candidate
+    assert len(set(scores.values())) > 1
+    assert results["chosen_step"] == max(scores, key=lambda step: scores[step])
+    assert results["reward_score"] == pytest.approx(max(scores.values()), abs=1e-5)
+    assert results["text_loss"] > 0
+    first = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
+    assert set(first) == {"step", "prompt", "response", "demonstration", "ended", "score"}
+
+
+def save_reward_model(base: Path, chat: Chat, folder: Path) -> None:
+    torch.manual_seed(1)
+    model = load_scalar(ModelSettings(path=str(base)), new_head=True)
+    model.save(folder, chat.tokenizer)
+    tree = PromptTree(tuple(chat.prompt_ids("a")), (tuple(chat.response_ids("b")),))
+    score = compute_scores(model, [tree], Packer(512)).item()
+    RewardCard(
+        bias=0.0,
+        scale=1.0,
+        pair_accuracy=0.8,
+        interval=(0.7, 0.9),
+        golden=(GoldenRow(prompt="a", response="b", score=score),),
+        template_hash=chat.template_hash,
+        rendering_hash=rendering_hash(chat),
+    ).save(folder)
+
+
+def test_lengths_are_counted_and_too_many_dropped_stop(
+    base: Path, chat: Chat, tmp_path: Path
+) -> None:
+    turns = [
+        {"role": "user", "content": "x" * 30},
+        {"role": "assistant", "content": "y"},
+        {"role": "user", "content": "z"},
+    ]
+    records = [
+        Demonstration(turns, "cut"),
+        Demonstration("p" * 60, "dropped for its prompt"),
+        Demonstration("q", "too long a response"),
+        Demonstration("r", "1234567"),
+    ]
+    examples, report = render(records, chat, 40, 8)
+    assert [one.record.response for one in examples] == ["cut", "1234567"]
+    assert list(examples[0].tree.prompt) == chat.prompt_ids("z")
+    assert (report.num_prompts_cut, report.num_prompts_dropped, report.num_responses_dropped) == (
+        1,
+        1,
+        1,
+    )
+    path = tmp_path / "mixed.jsonl"
+    fitting = [Demonstration(letter, letter) for letter in "abcdef"]
+    write_records(path, [*records[1:3], *fitting])
+    with pytest.raises(ValueError, match=r"2 of 8 demonstrations \(25\.0%\).*max_dropped 0\.05"):
+        load_rows(make_config(base, path, tmp_path), chat)
+    rows = load_rows(make_config(base, path, tmp_path, max_dropped=0.25), chat)
+    assert len(rows.train) + len(rows.held_out) == 6 and rows.lengths.num_dropped == 2
+
+
+def test_text_has_the_share_of_trained_tokens_that_was_asked_for(
+    base: Path, chat: Chat, demonstrations: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.jsonl"
+    write_records(text, [Text(f"{i:04d}") for i in range(200)])
+    config = make_config(base, demonstrations, tmp_path, text=str(text), text_share=0.5)
+    rows = load_rows(config, chat)
+    num_response = sum(len(one.tree.responses[0]) for one in rows.train)
+    num_text = sum(len(tree.responses[0]) for tree in rows.text)
+    assert num_response <= num_text < num_response + 4
+    trained = {tree.responses for tree in rows.text}
+    assert not trained & {tree.responses for tree in rows.text_held_out}
+    prompts = {one.tree.prompt for one in rows.train}
+    assert not prompts & {one.tree.prompt for one in rows.held_out}
+    measured_only = make_config(base, demonstrations, tmp_path, text=str(text), text_share=0.0)
+    rows = load_rows(measured_only, chat)
+    assert not rows.text and rows.text_held_out
+
+
+def test_every_epoch_has_every_row_and_every_batch_is_full() -> None:
+    trees = [text_tree(range(2 + i)) for i in range(10)]
+    laid = lay_out(trees, 2, 4, seed=0)
+    assert sorted(tree.num_tokens for tree in laid) == sorted(2 * list(range(2, 12)))
+    assert len({tree.num_tokens for tree in laid[:8]}) == 8
+    for start in range(0, 20, 4):
+        sizes = [tree.num_tokens for tree in laid[start : start + 4]]
+        assert sizes == sorted(sizes, reverse=True)
+    assert laid == lay_out(trees, 2, 4, seed=0) != lay_out(trees, 2, 4, seed=1)
+    filled = [tree.num_tokens for tree in lay_out(trees, 3, 4, seed=0)]
+    assert len(filled) == 32
+    assert {filled.count(size) for size in range(2, 12)} == {3, 4}
+    assert len(lay_out(trees[:3], 1, 16, seed=0)) == 16
+
+
+def test_samples_are_of_different_prompts(base: Path, chat: Chat, tmp_path: Path) -> None:
+    records = [Demonstration(prompt, "x") for prompt in "aabbc"]
+    examples, _ = render(records, chat, 40, 8)
+    config = make_config(base, "unused", tmp_path, num_samples=3)
+    samples = draw_samples(load_policy(config.model), examples, chat, config)
+    assert [sample.record.prompt for sample in samples] == ["a", "b", "c"]
+    assert all(sample.ended == (chat.end_id in sample.response) for sample in samples)
+    assert all(sample.text == chat.decode(sample.response) for sample in samples)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--choose_by", "reward_score"], "choose_by is reward_score and reward_model is None"),
+        (["--reward_model", "rm"], "choose_by is held_out_loss and reward_model is rm"),
+        (["--batch_size", "6", "--micro_batch_size", "4"], "6 and micro_batch_size 4"),
+        (["--text_share", "1"], "text_share is 1"),
+        (["--held_out", "0"], "held_out is 0"),
+        (["--eval_every", "0"], "eval_every is 0"),
+        (["--num_epoch", "3"], "num_epochs"),
+    ],
+)
+def test_contradictory_settings_are_refused(options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(Config, ["--config", "configs/sft/tiny.yaml", *options])
+
+
+def test_refuses_what_does_not_fit_and_leaves_no_folder(
+    base: Path, demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(base, demonstrations, tmp_path, max_prompt_tokens=125)
+    with pytest.raises(ValueError, match=r"125 .* max_response_tokens 8 .* 128 tokens"):
+        train(config)
+    assert not Path(config.output_dir).exists()
+    assert accumulation_steps(config) == 2
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="batch_size is 4, but 3 processes"):
+        accumulation_steps(config)
