@@ -1,0 +1,207 @@
+"""What a new user gets wrong, stage by stage: one clear line, exit code 2, nothing half-written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from rlhf.chat import Chat
+from rlhf.cli import USER_ERROR, run_stage
+from rlhf.models import save_policy
+from stages.ppo.config import Config as PPOConfig
+from stages.ppo.train import train as train_ppo
+from stages.rm.config import Config as RMConfig
+from stages.rm.train import train as train_rm
+from stages.sft.config import Config as SFTConfig
+from stages.sft.train import train as train_sft
+from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
+
+RANKING = {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2]}
+DEMONSTRATION = {"prompt": "q", "response": "a"}
+FRUITS = [{"prompt": f"Name fruit {i}.", "response": "pear"} for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, a reward model folder without reward.json, and good records of each kind."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = make_tokenizer()
+    save_policy(tiny_policy_of("llama", vocab_size=len(tokenizer)), tokenizer, folder / "model")
+    tiny_scalar_of("llama", vocab_size=len(tokenizer)).save(folder / "rm", tokenizer)
+    write(folder / "demonstrations.jsonl", FRUITS)
+    write(folder / "prompts.jsonl", [{"prompt": f"Name fruit {i}."} for i in range(4)])
+    write(folder / "rankings.jsonl", [{**RANKING, "prompt": f"question {i}"} for i in range(20)])
+    return folder
+
+
+def make_tokenizer(*more: str) -> Any:
+    tokenizer = byte_tokenizer(
+        "<s>", "</s>", "<pad>", *more, eos_token="</s>", pad_token="<pad>", bos_token="<s>"
+    )
+    return Chat(tokenizer).tokenizer
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def refusal(
+    function: Callable[[Any], object],
+    config_class: type,
+    args: dict[str, object],
+    capsys: pytest.CaptureFixture[str],
+) -> str:
+    """The one line on stderr of a program that must refuse its input and write nothing."""
+    words = [word for key, value in args.items() for word in (f"--{key}", str(value))]
+    output = Path(str(args["output_dir"]))
+    with pytest.raises(SystemExit) as stopped:
+        run_stage(function, config_class, words)
+    assert stopped.value.code == USER_ERROR
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    assert not output.exists(), f"half-written: {list(output.iterdir())}"
+    return message
+
+
+def sft(folder: Path, tmp_path: Path, **changes: object) -> tuple[Any, ...]:
+    args = {
+        "model.path": folder / "model",
+        "demonstrations": folder / "demonstrations.jsonl",
+        "output_dir": tmp_path / "sft",
+        "held_out": 0.3,
+    }
+    return train_sft, SFTConfig, args | {k.replace("__", "."): v for k, v in changes.items()}
+
+
+def rm(folder: Path, tmp_path: Path, rankings: Path, **changes: object) -> tuple[Any, ...]:
+    args = {
+        "model.path": folder / "model",
+        "rankings": f"[{rankings}]",
+        "demonstrations": folder / "demonstrations.jsonl",
+        "output_dir": tmp_path / "rm",
+        "held_out": 0.3,
+    }
+    return train_rm, RMConfig, args | {k.replace("__", "."): v for k, v in changes.items()}
+
+
+def ppo(folder: Path, tmp_path: Path, **changes: object) -> tuple[Any, ...]:
+    args = {
+        "policy.path": folder / "model",
+        "prompts": folder / "prompts.jsonl",
+        "reward.model": folder / "rm",
+        "ptx.coef": 0,
+        "rollout.max_prompt_tokens": 60,
+        "rollout.max_new_tokens": 8,
+        "output_dir": tmp_path / "ppo",
+    }
+    return train_ppo, PPOConfig, args | {k.replace("__", "."): v for k, v in changes.items()}
+
+
+def test_empty_file(folder, tmp_path, capsys):
+    empty = write(tmp_path / "empty.jsonl", [])
+    message = refusal(*sft(folder, tmp_path, demonstrations=empty), capsys)
+    assert "empty.jsonl" in message
+    message = refusal(*rm(folder, tmp_path, empty), capsys)
+    assert "empty.jsonl" in message
+
+
+def test_missing_field(folder, tmp_path, capsys):
+    rows = [DEMONSTRATION, {"prompt": "q"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    message = refusal(*sft(folder, tmp_path, demonstrations=path), capsys)
+    assert "rows.jsonl" in message
+    assert "row 2" in message
+    assert "response" in message
+
+
+def test_misspelt_field(folder, tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "q", "respones": "a"}])
+    message = refusal(*sft(folder, tmp_path, demonstrations=path), capsys)
+    assert "respones" in message
+    assert "response" in message
+
+
+def test_ranks_of_the_wrong_length(folder, tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [RANKING, {**RANKING, "ranks": [1, 2, 3]}])
+    message = refusal(*rm(folder, tmp_path, path), capsys)
+    assert "row 2" in message
+    assert "ranks" in message
+
+
+def test_all_tied(folder, tmp_path, capsys):
+    rows = [{**RANKING, "prompt": f"q{i}", "ranks": [1, 1]} for i in range(20)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    message = refusal(*rm(folder, tmp_path, path), capsys)
+    assert "all are tied" in message
+
+
+def test_one_response(folder, tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "q", "responses": ["a"], "ranks": [1]}])
+    message = refusal(*rm(folder, tmp_path, path), capsys)
+    assert "row 1" in message
+    assert "responses" in message
+
+
+def test_prompt_longer_than_the_context(folder, tmp_path, capsys):
+    path = write(tmp_path / "prompts.jsonl", [{"prompt": "why " * 100}])
+    message = refusal(*ppo(folder, tmp_path, prompts=path), capsys)
+    assert "prompts.jsonl" in message
+    assert "max_prompt_tokens" in message
+    message = refusal(*ppo(folder, tmp_path, rollout__max_prompt_tokens=5000), capsys)
+    assert "5000" in message
+    assert "max_prompt_tokens" in message
+
+
+def test_file_that_is_not_utf8(folder, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "q", "response": "caf\xe9"}\n')
+    message = refusal(*sft(folder, tmp_path, demonstrations=path), capsys)
+    assert "UTF-8" in message
+    assert "row 1" in message
+
+
+def test_model_folder_without_weights(folder, tmp_path, capsys):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    message = refusal(*sft(folder, tmp_path, model__path=tmp_path / "model"), capsys)
+    assert "model.safetensors" in message
+
+
+def test_reward_model_folder_without_a_head(folder, tmp_path, capsys):
+    shutil.copytree(folder / "rm", tmp_path / "rm")
+    weights = load_file(tmp_path / "rm" / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, tmp_path / "rm" / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(*ppo(folder, tmp_path, reward__model=tmp_path / "rm"), capsys)
+    assert "no reward head" in message
+
+
+def test_reward_model_folder_without_its_card(folder, tmp_path, capsys):
+    message = refusal(*ppo(folder, tmp_path), capsys)
+    assert "reward.json" in message
+
+
+def test_tokenizer_of_another_model(folder, tmp_path, capsys):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    make_tokenizer(*(f"<more {i}>" for i in range(9))).save_pretrained(tmp_path / "model")
+    message = refusal(*sft(folder, tmp_path, model__path=tmp_path / "model"), capsys)
+    assert "tokenizer of another model" in message
+
+
+def test_misspelt_setting(folder, tmp_path, capsys):
+    message = refusal(*ppo(folder, tmp_path, ppo__kl_coeff=0.1), capsys)
+    assert "ppo.kl_coeff" in message
+    assert "did you mean ppo.kl_coef?" in message
+
+
+def test_folder_that_is_not_there(folder, tmp_path, capsys):
+    message = refusal(*sft(folder, tmp_path, model__path=tmp_path / "nowhere"), capsys)
+    assert "nowhere" in message
+    message = refusal(*ppo(folder, tmp_path, prompts=tmp_path / "nothing.jsonl"), capsys)
+    assert "nothing.jsonl" in message
