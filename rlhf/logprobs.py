@@ -1,6 +1,5 @@
-"""Log-probabilities and entropies of the tokens that were sampled, in fp32."""
+"""Log-probabilities of the tokens that were sampled, in fp32."""
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -19,11 +18,3 @@ def token_logprobs(
     chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return chosen - scaled.logsumexp(-1)
 
-
-@torch.no_grad()
-def token_entropy(
-    logits: Float[Tensor, "*tokens vocab"], temperature: float = 1.0
-) -> Float[Tensor, "*tokens"]:
-    """Entropy of softmax(logits / temperature), in nats; for the log only, without gradient."""
-    probabilities = (logits.float() / temperature).softmax(-1)
-    return torch.special.entr(probabilities).sum(-1)  # 0 where a probability is 0

@@ -13,11 +13,6 @@ def masked_sum(values: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> F
     return values.where(mask, 0.0).sum()
 
 
-def masked_mean(values: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]) -> Float[Tensor, ""]:
-    """Mean over the tokens that count; 0 when none does."""
-    return masked_sum(values, mask) / mask.sum().clamp(min=1)
-
-
 def whitening_sums(
     values: Float[Tensor, "*axes"], mask: Bool[Tensor, "*axes"]
 ) -> Float[Tensor, "3"]:

@@ -321,7 +321,7 @@ def _check_folder(path: str) -> None:
             f"{path} holds no config.json, so it is no model folder; run the stage that makes it, "
             "or give the folder that save_pretrained wrote"
         )
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not folder.exists():
         raise ValueError(
             f"the model folder {path} does not exist; run the stage that makes it first, or give "

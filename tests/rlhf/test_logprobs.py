@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from rlhf.logprobs import token_entropy, token_logprobs
+from rlhf.logprobs import token_logprobs
 
 # Two tokens over a vocabulary of three: softmax (1/8, 2/8, 5/8) and (1/3, 1/3, 1/3).
 LOGITS = torch.tensor([[math.log(1), math.log(2), math.log(5)], [7.0, 7.0, 7.0]])
@@ -41,20 +41,3 @@ def test_half_precision_logits_are_read_in_fp32() -> None:
     logprobs = token_logprobs(logits, torch.tensor([0]))
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs, torch.tensor([-math.log1p(math.exp(-10))]))
-
-
-def test_entropy() -> None:
-    expected = -(1 / 8 * math.log(1 / 8) + 2 / 8 * math.log(2 / 8) + 5 / 8 * math.log(5 / 8))
-    entropy = token_entropy(LOGITS)
-    torch.testing.assert_close(entropy, torch.tensor([expected, math.log(3)]), rtol=0, atol=1e-6)
-    warm = token_entropy(LOGITS, temperature=1e6)
-    torch.testing.assert_close(warm, torch.full((2,), math.log(3)), rtol=0, atol=1e-5)
-
-
-def test_entropy_of_a_certain_token_and_of_an_excluded_one() -> None:
-    logits = torch.tensor([[0.0, -math.inf, 0.0]])
-    torch.testing.assert_close(token_entropy(logits), torch.tensor([math.log(2)]))
-
-
-def test_entropy_takes_no_gradient() -> None:
-    assert not token_entropy(LOGITS.clone().requires_grad_()).requires_grad
