@@ -40,10 +40,10 @@ def train(config: Config) -> None:
     set_seed(config.seed)
     run = open_run(config, stage="ppo", inputs=_inputs(config))
     chat = load_chat(config.policy)
-    episodes = load_episodes(config.prompts, chat, config.rollout.max_prompt_tokens)
+    episodes = _load_episodes(config.prompts, chat, config, accelerator)
     held_out = []
     if config.prompts_held_out is not None:
-        held_out = load_episodes(config.prompts_held_out, chat, config.rollout.max_prompt_tokens)
+        held_out = _load_episodes(config.prompts_held_out, chat, config, accelerator)
         held_out = held_out[: config.num_eval_prompts]
     learner, sampler = _load_models(config, chat, accelerator)
     texts = text_batches(config, chat, accelerator)
@@ -78,12 +78,15 @@ def train(config: Config) -> None:
     run.finish({name.removeprefix("ppo/"): value for name, value in metrics.items()})
 
 
-def load_episodes(path: str, chat: Chat, max_prompt_tokens: int) -> list[Episode]:
+def _load_episodes(
+    path: str, chat: Chat, config: Config, accelerator: Accelerator
+) -> list[Episode]:
     """Prompts that fit; how many were cut at a turn or dropped is printed.
 
     Raises:
         ValueError: no prompt fits.
     """
+    max_prompt_tokens = config.rollout.max_prompt_tokens
     episodes = []
     num_cut = 0
     records = read_records(path, Prompt)
@@ -99,7 +102,7 @@ def load_episodes(path: str, chat: Chat, max_prompt_tokens: int) -> list[Episode
             f"{max_prompt_tokens}; raise it, or give shorter prompts"
         )
     if num_cut or num_dropped:
-        print(
+        accelerator.print(
             f"ppo: of {len(records)} prompts in {path}, {num_cut} lost early turns and "
             f"{num_dropped} were dropped to fit {max_prompt_tokens} tokens"
         )
