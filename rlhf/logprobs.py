@@ -17,4 +17,3 @@ def token_logprobs(
     scaled = logits.float() / temperature
     chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return chosen - scaled.logsumexp(-1)
-
