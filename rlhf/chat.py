@@ -13,7 +13,7 @@ from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.records import Messages, PromptLike
+from rlhf.records import Messages, PromptLike, to_messages
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -27,11 +27,6 @@ DEFAULT_CHAT_TEMPLATE = (
 vocabulary has to grow. The line break before a response keeps its first token free of a space."""
 
 _PROBE = "probe"
-
-
-def as_messages(prompt: PromptLike) -> Messages:
-    """A prompt as a list of messages; a plain string is one user turn."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def add_missing_parts(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -79,7 +74,7 @@ class Chat:
 
     def prompt_ids(self, prompt: PromptLike) -> list[int]:
         """Token ids of a prompt, up to and including the template's generation prompt."""
-        text = _render(self.tokenizer, as_messages(prompt), add_generation_prompt=True)
+        text = _render(self.tokenizer, to_messages(prompt), add_generation_prompt=True)
         return self._encode(text)
 
     def response_ids(self, response: str) -> list[int]:
@@ -109,7 +104,7 @@ class Chat:
         a user's: a prompt cut inside a sentence would be another task. None means that the last
         turn alone is too long; the caller counts and reports these.
         """
-        messages = as_messages(prompt)
+        messages = to_messages(prompt)
         system = messages[:1] if messages[0]["role"] == "system" else []
         turns = messages[len(system) :]
         for start, message in enumerate(turns):
