@@ -88,7 +88,7 @@ def test_warnings_name_what_is_rarely_meant() -> None:
         "1 rows repeat earlier prompts (splits keep equal prompts together)",
         "1 of 6 responses are empty",
         "1 of 3 rankings have all their responses tied or unranked",
-        "1 rankings hold the same response twice with different ranks",
+        "1 rankings hold the same response twice and prefer one of the two",
     ]
     assert list(warnings([Demonstration("a", "b"), Demonstration("c", "d")])) == []
 
