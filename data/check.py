@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from itertools import islice
+from math import comb
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Literal
 
@@ -176,10 +177,11 @@ def _ranking_statistics(rankings: Sequence[Ranking]) -> Iterator[str]:
         for i, j in ranking.pairs()
     ]
     hard = [ranking for ranking in rankings if not ranking.probabilities]
-    ranked = [[rank for rank in ranking.ranks if rank is not None] for ranking in hard]
-    tied = sum(len(ranks) * (len(ranks) - 1) // 2 for ranks in ranked)
-    tied -= sum(len(ranking.pairs()) for ranking in hard)
-    unranked = sum(rank is None for ranking in hard for rank in ranking.ranks)
+    unranked = sum(ranking.ranks.count(None) for ranking in hard)
+    tied = sum(
+        comb(len(ranking.ranks) - ranking.ranks.count(None), 2) - len(ranking.pairs())
+        for ranking in hard
+    )
     yield f"K (responses a ranking): {_histogram(num_responses)}"
     yield f"pairs {len(pairs)}, tied pairs {tied}, unranked responses {unranked}"
     if soft := [p for one in rankings if one.probabilities for _, _, p in one.preferences()]:

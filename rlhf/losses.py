@@ -20,7 +20,7 @@ def ranking_loss(
     preferences: Float[Tensor, "responses responses"],
     tree_index: Int[Tensor, "responses"],
     *,
-    num_prompts: float,
+    num_prompts: int | float,
     weights: Float[Tensor, "responses"] | None = None,
     margins: Float[Tensor, "responses responses"] | None = None,
 ) -> tuple[Float[Tensor, ""], Stats]:
