@@ -65,6 +65,12 @@ def make_rankings(num: int, seed: int = 0) -> list[Ranking]:
     return rankings
 
 
+def soften(ranking: Ranking) -> Ranking:
+    """The same by a judge who is 90 % sure of every pair, and even about responses 0 and 1."""
+    probabilities = ((0, 1, 0.5), *((i, j, 0.9) for i, j in ranking.pairs()))
+    return replace(ranking, ranks=(None,) * len(ranking.ranks), probabilities=probabilities)
+
+
 def make_config(sft: Path, rankings: Sequence[Ranking], **changes: Any) -> Config:
     """Settings of a short run on these rankings, in files beside the model."""
     work = sft.parent
@@ -92,9 +98,8 @@ def make_gold(path: str) -> Any:
 
 @pytest.fixture(scope="module")
 def trained(sft: Path) -> tuple[Config, dict[str, Any]]:
-    config = make_config(
-        sft, make_rankings(140), gold="tests.stages.test_rm:make_gold", gold_path=str(sft)
-    )
+    rankings = [soften(r) if i % 3 == 0 else r for i, r in enumerate(make_rankings(140))]
+    config = make_config(sft, rankings, gold="tests.stages.test_rm:make_gold", gold_path=str(sft))
     train(config)
     return config, json.loads((Path(config.output_dir) / "results.json").read_text())
 
@@ -104,6 +109,7 @@ def test_learns_what_people_prefer(trained: tuple[Config, dict[str, Any]]) -> No
     low, high = results["pair_accuracy_interval"]
     assert results["pair_accuracy"] > 0.9 and low <= results["pair_accuracy"] <= high
     assert results["pair_accuracy_gold"] > 0.8 > results["length_baseline"]
+    assert results["pairs"] == 4 * results["prompts"] > 4 * results["undecided_pairs"] > 0
     assert results["steps"] == 2 * math.ceil(results["train_prompts"] / 8)
     assert set(results["by_source"]) == {"file 0", "file 1"}
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
