@@ -1,4 +1,4 @@
-"""Intervals for the figures that stages report: pair accuracies, win rates, means over prompts.
+"""Figures that stages report, and their intervals: accuracies, win rates, means over prompts.
 
 Samples of one prompt resemble each other, so they are no independent trials: whatever is measured
 several times a prompt gets its interval by drawing whole prompts (the cluster bootstrap, Davison
@@ -7,6 +7,7 @@ and Hinkley 1997, section 3.8), not single values.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -110,3 +111,13 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
         return math.nan, math.nan
     error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return math.fsum(values) / len(values), float(error)
+
+
+def distinct_bigrams(responses: Sequence[Sequence[int]]) -> float:
+    """Different pairs of neighbouring tokens as a share of all pairs (distinct-2, Li et al. 2016).
+
+    It falls with the number of tokens, so compare it only on batches of one size and kind. 0
+    without any pair.
+    """
+    bigrams = [pair for response in responses for pair in pairwise(response)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0

@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from rlhf.statistics import bootstrap_interval, mean_and_error, wilson_interval, win_rate
+from rlhf.statistics import (
+    bootstrap_interval,
+    distinct_bigrams,
+    mean_and_error,
+    wilson_interval,
+    win_rate,
+)
 
 
 @pytest.mark.parametrize(
@@ -89,3 +95,8 @@ def test_mean_and_standard_error() -> None:
     assert mean == 2.5
     assert error == pytest.approx(math.sqrt(5 / 3) / 2, abs=1e-12)
     assert math.isnan(mean_and_error([1.0])[1])
+
+
+def test_distinct_bigrams_by_hand() -> None:
+    assert distinct_bigrams([[1, 2, 1, 2], [1, 0]]) == 3 / 4  # 12, 21, 12, 10
+    assert distinct_bigrams([[1], [2], []]) == 0.0
