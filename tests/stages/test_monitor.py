@@ -20,8 +20,10 @@ import stages.ppo.train
 import stages.ppo.update
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings, OptimSettings
-from rlhf.models import save_policy
-from rlhf.rewards import RewardSettings
+from rlhf.inference import compute_scores
+from rlhf.models import load_scalar, load_tokenizer, packer_for, save_policy
+from rlhf.packing import PromptTree
+from rlhf.rewards import GoldenRow, RewardCard, RewardSettings, rendering_hash
 from stages.ppo.config import Config, MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.monitor import CODES, RULES, Monitor, TrainingStopped
 from stages.ppo.train import train
@@ -333,10 +335,35 @@ def test_a_policy_without_finite_logits_is_told_at_its_first_sample(config: Conf
         train(config)
 
 
+def test_a_reward_model_that_may_be_a_coin(config: Config, tmp_path: Path, capsys):
+    folder = tmp_path / "rm"
+    save_reward_model(Path(config.policy.path), folder, interval=(0.48, 0.55))
+    reward = RewardSettings(model=str(folder), allow_chance_reward=True)
+    alarms = alarms_of(replace(config, reward=reward))
+    assert alarms["PPO_RM_CHANCE"] == {"first_update": 0, "updates": 1}
+    assert "warning PPO_RM_CHANCE at update 0: The reward model" in capsys.readouterr().out
+
+
+def save_reward_model(sft: Path, folder: Path, interval: tuple[float, float]) -> None:
+    model = load_scalar(ModelSettings(path=str(sft)), new_head=True)
+    chat = Chat(load_tokenizer(str(sft)))
+    tree = PromptTree(tuple(chat.prompt_ids("say 1")), (tuple(chat.response_ids("one")),))
+    score = compute_scores(model, [tree], packer_for(model.classifier, 512)).item()
+    model.save(folder, chat.tokenizer)
+    RewardCard(
+        bias=0.0,
+        scale=1.0,
+        pair_accuracy=0.5,
+        interval=interval,
+        golden=(GoldenRow(prompt="say 1", response="one", score=score),),
+        template_hash=chat.template_hash,
+        rendering_hash=rendering_hash(chat),
+    ).save(folder)
+
+
 def test_every_code_has_its_fault_in_this_file():
     tests = Path(__file__).read_text()
-    missing = [code for code in CODES if f"{code}" not in tests and code != "PPO_RM_CHANCE"]
-    assert missing == []  # PPO_RM_CHANCE: tests/test_bad_input.py, where a reward model is
+    assert [code for code in CODES if code not in tests] == []
 
 
 def test_an_unknown_code_is_refused(config: Config):
