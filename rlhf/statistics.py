@@ -1,5 +1,4 @@
-"""Figures that stages and experiments report, and their intervals: pair accuracies, win rates, means
-over prompts and over seeds, best-of-n.
+"""Figures that stages and experiments report, and their intervals: accuracies, win rates, means.
 
 Samples of one prompt resemble each other, so they are no independent trials: whatever is measured
 several times a prompt gets its interval by drawing whole prompts (the cluster bootstrap, Davison
@@ -8,6 +7,7 @@ and Hinkley 1997, section 3.8), not single values.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -163,9 +163,19 @@ def best_of_n(proxy: Sequence[float], values: Sequence[float], n: int) -> float:
 
 
 def best_of_n_kl(n: int) -> float:
-    """ln n - (n - 1) / n, nats from the sampled policy to its best-of-n (Stiennon et al. 2020, G.3).
+    """Nats from the sampled policy to its best-of-n, ln n - (n-1)/n (Stiennon et al. 2020, G.3).
 
     Exact where no two responses have one score; an upper bound for a policy with few different
     responses, whose best-of-n has fewer places to go (Beirami et al. 2024).
     """
     return math.log(n) - (n - 1) / n
+
+
+def distinct_bigrams(responses: Sequence[Sequence[int]]) -> float:
+    """Different pairs of neighbouring tokens as a share of all pairs (distinct-2, Li et al. 2016).
+
+    It falls with the number of tokens, so compare it only on batches of one size and kind. 0
+    without any pair.
+    """
+    bigrams = [pair for response in responses for pair in pairwise(response)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0

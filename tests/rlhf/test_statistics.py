@@ -11,6 +11,7 @@ from rlhf.statistics import (
     best_of_n,
     best_of_n_kl,
     bootstrap_interval,
+    distinct_bigrams,
     mean_and_error,
     t_interval,
     wilson_interval,
@@ -152,3 +153,8 @@ def test_best_of_n_kl_bounds_that_of_a_coin() -> None:
     # Best of 2 fair coins is heads in 3 of 4 cases.
     exact = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert 0 < exact < best_of_n_kl(2)
+
+
+def test_distinct_bigrams_by_hand() -> None:
+    assert distinct_bigrams([[1, 2, 1, 2], [1, 0]]) == 3 / 4  # 12, 21, 12, 10
+    assert distinct_bigrams([[1], [2], []]) == 0.0
