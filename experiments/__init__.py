@@ -1,1 +1,1 @@
-"""Studies over several runs: each a program that trains, compares, and writes a table and a plot."""
+"""Studies over finished runs: each writes the tables and plots that EXPERIMENTS.md shows."""

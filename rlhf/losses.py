@@ -11,6 +11,8 @@ from torch.nn.functional import softplus
 
 from rlhf.masking import masked_sum
 
+MAX_LOG_RATIO = 20.0
+
 Stats = dict[str, Tensor]
 """Detached sums over tokens or pairs; divide by their count to log a mean."""
 
@@ -94,12 +96,14 @@ def policy_loss(
 
         ratio = pi / pi_old;   loss = max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range))
 
+    The log-ratio is cut at +-20, far behind every clip range, so that its exponential is finite.
+
     Returns:
         loss, and sums over tokens: `ratio`, `clipped` (clipped term in force), `approx_kl`
         (k3 of the step's policy from the rollout's), `max_log_ratio` (a maximum, not a sum).
     """
     log_ratio = (logprobs - old_logprobs).where(response_mask, 0.0)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = masked_sum(torch.maximum(unclipped, clipped), response_mask) / num_tokens
