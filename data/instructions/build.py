@@ -55,6 +55,8 @@ class InstructionsConfig:
                 f"num_instructions is {self.num_instructions}; give 1 to {NUM_GROUPS}, since more "
                 "would contradict each other"
             )
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; give a share between 0 and 1")
         for name in ("num_variants", "max_characters"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
