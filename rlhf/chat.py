@@ -113,9 +113,11 @@ class Chat:
             known, text = self.decode(ids[first:whole]), self.decode(ids[first:stop])
             if text.endswith("\ufffd") and stop < end:
                 pieces.append("")
-            else:
-                pieces.append(text[len(known) :])
-                first, whole = whole, stop
+                continue
+            pieces.append(text[len(known) :])
+            if pieces[-1]:
+                first = whole  # else the context would be without text, like the start of one
+            whole = stop
         return [*pieces, *self.tokenizer.convert_ids_to_tokens(ids[end:])]
 
     def fit_prompt(self, prompt: PromptLike, max_tokens: int) -> list[int] | None:

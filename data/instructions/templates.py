@@ -1,9 +1,9 @@
 """Instructions in words, drawn for public prompts.
 
 Those that a model of 135 million parameters follows now and then, since what it never does earns no
-reward to learn from: tried on SmolLM2-135M, capital letters throughout, quotation marks around the
-whole answer and a given last sentence came in none of 16 samples. The checks know them all the
-same, for IFEval's prompts and for larger models.
+reward to learn from: of SmolLM2-135M's samples, 1 in 33 followed one of capital letters throughout,
+quotation marks around the whole answer, a given last sentence or an exact number of bullets. The
+checks know them all the same, for IFEval's prompts and for larger models.
 """
 
 import random
@@ -22,7 +22,6 @@ DRAWS: tuple[tuple[str, Draw], ...] = (
     ("length", lambda rng: {"kind": "words_at_least", "count": rng.choice((15, 20, 25))}),
     ("length", lambda rng: {"kind": "sentences_at_most", "count": rng.choice((1, 2))}),
     ("length", lambda rng: {"kind": "sentences_at_least", "count": rng.choice((2, 3))}),
-    ("length", lambda rng: {"kind": "bullets", "count": rng.choice((2, 3))}),
     ("words", lambda rng: {"kind": "contains", "words": [rng.choice(COMMON_WORDS)]}),
     ("words", lambda rng: {"kind": "avoids", "words": [rng.choice(FREQUENT_WORDS)]}),
     ("characters", lambda _: {"kind": "no_comma"}),
@@ -42,8 +41,6 @@ _SENTENCES = {
     "words_at_least": "Use at least {count} words.",
     "sentences_at_most": "Your answer must have at most {count} sentence{s}.",
     "sentences_at_least": "Your answer must have at least {count} sentences.",
-    "bullets": "Your answer must have exactly {count} bullet points, each in a line that starts "
-    "with * and a space.",
     "contains": 'Your answer must contain the word "{words[0]}".',
     "avoids": 'Do not use the word "{words[0]}".',
     "no_comma": "Do not use any commas.",

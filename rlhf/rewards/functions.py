@@ -147,8 +147,8 @@ def _call(function: Callable[..., Any], name: str, columns: Columns, expected: s
     num_rows = len(columns[0])
     if len(values) != num_rows:
         raise ValueError(
-            f"reward function {name} returned {len(values)} entries for {num_rows} responses, which "
-            f"part at row {min(len(values), num_rows)}; it must return {expected}"
+            f"reward function {name} returned {len(values)} entries for {num_rows} responses, and "
+            f"they part at row {min(len(values), num_rows)}; it must return {expected}"
         )
     return values
 

@@ -14,7 +14,7 @@ from rlhf.config import ModelSettings
 from rlhf.inference import compute_scores
 from rlhf.models import ScalarModel, load_chat, load_scalar, packer_for
 from rlhf.packing import Packer, PromptTree
-from rlhf.records import Prompt, PromptLike, to_messages
+from rlhf.records import Prompt, PromptLike
 from rlhf.rewards.rendering import check_rendering
 from rlhf.rewards.scores import Scored
 
@@ -191,10 +191,9 @@ class TextRewardModel:
         ids = chat.fit_prompt(prompt.prompt, context - num_response_tokens)
         if ids is None:
             raise ValueError(
-                f"the last turn of the prompt of row {i} and its response are "
-                f"{len(chat.prompt_ids(to_messages(prompt.prompt)[-1:])) + num_response_tokens} "
-                f"tokens to the reward model, which reads {context}; give shorter prompts or lower "
-                "max_new_tokens"
+                f"the prompt of row {i} is too long for the reward model, even its last turn "
+                f"alone: the model reads {context} tokens, and the response takes "
+                f"{num_response_tokens} of them; give shorter prompts or lower max_new_tokens"
             )
         return ids
 
