@@ -11,6 +11,7 @@ from accelerate.utils import str_to_bool
 from torch import Tensor
 
 Row = TypeVar("Row")
+Number = TypeVar("Number", int, float)
 
 
 def start_accelerator() -> Accelerator:
@@ -48,11 +49,12 @@ def sum_over_processes(accelerator: Accelerator, value: Tensor | float) -> Tenso
     return accelerator.reduce(tensor.to(accelerator.device, dtype), reduction="sum").cpu().double()
 
 
-def max_over_processes(accelerator: Accelerator, value: int) -> int:
-    """The largest of the processes' numbers."""
+def max_over_processes(accelerator: Accelerator, value: Number) -> Number:
+    """The largest of the processes' numbers; NaN if one of them is."""
     if accelerator.num_processes == 1:
         return value
-    return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())
+    gathered = accelerator.gather(torch.tensor([value], device=accelerator.device))
+    return gathered.max().item()
 
 
 def own_share(accelerator: Accelerator, rows: Sequence[Row]) -> list[Row]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from rlhf.finite import NonFiniteError
+
 COMPACTION = 0.75
 """The batch is compacted once at most this share of its rows is still unfinished."""
 
@@ -37,6 +39,9 @@ def generate(
         batch_size: prompts decoded together, neighbours in length.
         generator: CPU generator of the draws; None: torch's own.
         progress: called with the number of prompts done.
+
+    Raises:
+        NonFiniteError: the policy's logits are no numbers.
 
     Returns:
         responses in the order of the prompts, without padding.
@@ -105,6 +110,8 @@ def _sample(logits: Tensor, temperature: float, generator: torch.Generator | Non
     if temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1).cpu()
+    if probabilities.isnan().any():
+        raise NonFiniteError("logits", "rollout")
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
 
 

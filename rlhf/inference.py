@@ -1,54 +1,68 @@
 """Packed passes without gradient: log-probabilities, values and scores of prompt trees."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.logprobs import token_logprobs
+from rlhf.logprobs import TokenMoments, token_logprobs, token_moments
 from rlhf.models import ScalarModel, response_logits
-from rlhf.packing import Packer, PromptTree, assemble
+from rlhf.packing import PackedRow, Packer, PromptTree, assemble
 
 
-@torch.no_grad()
 def compute_logprobs(
     policy: nn.Module, trees: Sequence[PromptTree], packer: Packer, *, temperature: float = 1.0
 ) -> Tensor:
     """Log-probability in nats of every response token, (responses, time), 0 behind the end."""
-    rows = packer.rows(trees)
-    parts = []
-    for row in rows:
-        row_on_device = row.to(_device(policy))
-        logits = response_logits(policy, row_on_device)
-        logprobs = token_logprobs(logits, row_on_device.targets, temperature)
-        parts.append(row_on_device.unpack(logprobs).cpu())
-    return assemble(rows, parts)
+
+    def logprobs(row: PackedRow) -> list[Tensor]:
+        logits = response_logits(policy, row)
+        return [row.unpack(token_logprobs(logits, row.targets, temperature))]
+
+    return _over_rows(policy, trees, packer, logprobs)[0]
 
 
-@torch.no_grad()
+def compute_moments(
+    policy: nn.Module, trees: Sequence[PromptTree], packer: Packer, *, temperature: float = 1.0
+) -> TokenMoments:
+    """`compute_logprobs`, and each token's entropy and variance, all (responses, time)."""
+
+    def moments(row: PackedRow) -> list[Tensor]:
+        logits = response_logits(policy, row)
+        return [row.unpack(part) for part in token_moments(logits, row.targets, temperature)]
+
+    return TokenMoments(*_over_rows(policy, trees, packer, moments))
+
+
 def compute_values(value_model: ScalarModel, trees: Sequence[PromptTree], packer: Packer) -> Tensor:
     """Value of the state before every response token, (responses, time), 0 behind the end."""
-    rows = packer.rows(trees)
-    parts = []
-    for row in rows:
-        row_on_device = row.to(_device(value_model))
-        values = value_model(row_on_device.predictors, **row_on_device.model_inputs)
-        parts.append(row_on_device.unpack(values).cpu())
-    return assemble(rows, parts)
+
+    def values(row: PackedRow) -> list[Tensor]:
+        return [row.unpack(value_model(row.predictors, **row.model_inputs))]
+
+    return _over_rows(value_model, trees, packer, values)[0]
 
 
-@torch.no_grad()
 def compute_scores(
     reward_model: ScalarModel, trees: Sequence[PromptTree], packer: Packer
 ) -> Tensor:
     """Score of every response, (responses,), read at its last token."""
+
+    def scores(row: PackedRow) -> list[Tensor]:
+        return [reward_model(row.last_tokens, **row.model_inputs)]
+
+    return _over_rows(reward_model, trees, packer, scores)[0]
+
+
+@torch.no_grad()
+def _over_rows(
+    model: nn.Module,
+    trees: Sequence[PromptTree],
+    packer: Packer,
+    compute: Callable[[PackedRow], list[Tensor]],
+) -> list[Tensor]:
+    """What `compute` gives for each packed row, back in the order of the trees, on the CPU."""
+    device = next(model.parameters()).device
     rows = packer.rows(trees)
-    parts = []
-    for row in rows:
-        row_on_device = row.to(_device(reward_model))
-        parts.append(reward_model(row_on_device.last_tokens, **row_on_device.model_inputs).cpu())
-    return assemble(rows, parts)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    parts = [[part.cpu() for part in compute(row.to(device))] for row in rows]
+    return [assemble(rows, column) for column in zip(*parts, strict=True)]

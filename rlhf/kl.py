@@ -51,3 +51,20 @@ def last_token_mask(response_mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "
     """True at each response's last token."""
     following = torch.nn.functional.pad(response_mask[:, 1:], (0, 1))
     return response_mask & ~following
+
+
+def adapt_kl_coef(
+    kl_coef: float, kl: float, *, target: float, num_episodes: int, horizon: int
+) -> float:
+    """The next penalty, raised while the KL is above its target and lowered while below.
+
+        error = clip(kl / target - 1, -0.2, 0.2);  kl_coef <- kl_coef (1 + error episodes / horizon)
+
+    (Ziegler et al. 2019, section 2.2; their code counts episodes against a horizon of 10,000.)
+
+    Args:
+        kl, target: mean nats a response, k1.
+        num_episodes: episodes since the last call.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * num_episodes / horizon)

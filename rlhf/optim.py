@@ -1,7 +1,7 @@
 """Optimizer, learning rate schedule and moving average of weights."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +14,43 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over several modules, each with its own peak learning rate.
 
-    Weight decay is for matrices only; biases and norm weights have none.
+    Weight decay is for matrices only; biases and norm weights have none. Every parameter group has
+    the number of its module under "module".
     """
     parameters = []
-    for module, learning_rate in groups:
+    for number, (module, learning_rate) in enumerate(groups):
         trained = [p for p in module.parameters() if p.requires_grad]
         for chosen, decay in (
             ([p for p in trained if p.ndim >= 2], settings.weight_decay),
             ([p for p in trained if p.ndim < 2], 0.0),
         ):
             if chosen:
-                parameters.append({"params": chosen, "lr": learning_rate, "weight_decay": decay})
+                group = {"params": chosen, "lr": learning_rate, "weight_decay": decay}
+                parameters.append({**group, "module": number})
     return torch.optim.AdamW(parameters, betas=settings.betas, eps=settings.eps)
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, settings: OptimSettings, num_steps: int
+    optimizer: torch.optim.Optimizer,
+    settings: OptimSettings,
+    num_steps: int,
+    first_steps: Mapping[int, int] | None = None,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Scales every group's learning rate by `schedule_factor`, one call of step() a step."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(settings, num_steps))
+    """Scales every group's learning rate by `schedule_factor`, one call of step() a step.
+
+    Args:
+        first_steps: number of a module of `make_optimizer` -> step at which its schedule begins;
+            until then its gradients must be None.
+    """
+    waits = [(first_steps or {}).get(group["module"], 0) for group in optimizer.param_groups]
+    factors = [schedule_factor(settings, num_steps, wait) for wait in waits]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
 
 
-def schedule_factor(settings: OptimSettings, num_steps: int) -> Callable[[int], float]:
-    """Learning rate of a step (0 first) as a share of the peak.
+def schedule_factor(
+    settings: OptimSettings, num_steps: int, first_step: int = 0
+) -> Callable[[int], float]:
+    """Learning rate of a step (0 first) as a share of the peak, on a schedule from `first_step` on.
 
     Linear warm-up from min_lr_ratio (InstructGPT's PPO: a tenth of the peak), then constant, or
     falling to min_lr_ratio on the last step along a line or half a cosine.
@@ -44,11 +58,12 @@ def schedule_factor(settings: OptimSettings, num_steps: int) -> Callable[[int], 
     low = settings.min_lr_ratio
 
     def factor(step: int) -> float:
+        step = max(step - first_step, 0)
         if step < settings.warmup_steps:
             return low + (1 - low) * step / settings.warmup_steps
         if settings.schedule == "constant":
             return 1.0
-        falling = max(num_steps - 1 - settings.warmup_steps, 1)
+        falling = max(num_steps - first_step - 1 - settings.warmup_steps, 1)
         progress = min((step - settings.warmup_steps) / falling, 1.0)
         if settings.schedule == "cosine":
             progress = 0.5 * (1 - math.cos(math.pi * progress))

@@ -1,4 +1,4 @@
-"""Intervals for the figures that stages report: pair accuracies, win rates, means over prompts.
+"""Figures that stages and experiments report, and their intervals: accuracies, win rates, means.
 
 Samples of one prompt resemble each other, so they are no independent trials: whatever is measured
 several times a prompt gets its interval by drawing whole prompts (the cluster bootstrap, Davison
@@ -7,12 +7,19 @@ and Hinkley 1997, section 3.8), not single values.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 Z_95 = 1.959963984540054
 """Quantile 0.975 of the standard normal."""
+
+T_975 = (
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
+)
+"""Quantile 0.975 of Student's t with 1, 2, ... degrees of freedom."""
 
 NUM_RESAMPLES = 2000
 
@@ -110,3 +117,65 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
         return math.nan, math.nan
     error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return math.fsum(values) / len(values), float(error)
+
+
+def t_interval(values: Sequence[float]) -> Estimate:
+    """Mean of a few independent values, such as of one run a seed, and its 95 % t interval.
+
+    The interval is (nan, nan) for a single value.
+
+    Raises:
+        ValueError: there is no value, or there are more than T_975 has quantiles for.
+    """
+    most = len(T_975) + 1
+    if not 1 <= len(values) <= most:
+        raise ValueError(f"{len(values)} values; give 1 to {most}, of more take mean_and_error")
+    mean, error = mean_and_error(values)
+    half_width = math.nan if len(values) == 1 else T_975[len(values) - 2] * error
+    return Estimate(mean, (mean - half_width, mean + half_width))
+
+
+def best_of_n(proxy: Sequence[float], values: Sequence[float], n: int) -> float:
+    """Expected value of the response that the proxy likes best among n of these N.
+
+        R_n = sum_{i=n..N} C(i-1, n-1) / C(N, n) * value(y_i),   y sorted by proxy, worst first
+
+    An unbiased estimate of best-of-n from N >= n samples of one prompt: y_i is the best of
+    C(i-1, n-1) of the C(N, n) subsets (Nakano et al. 2021, appendix I). Among responses that the
+    proxy scores alike the choice is taken to be random: each counts with the mean of its group.
+
+    Args:
+        proxy: (N,) scores that choose.
+        values: (N,) what is wanted of the chosen response: its gold score, its length, its proxy.
+
+    Raises:
+        ValueError: n is not 1 to N.
+    """
+    proxies, wanted = np.asarray(proxy, dtype=float), np.asarray(values, dtype=float)
+    num_samples = len(proxies)
+    if not 1 <= n <= num_samples:
+        raise ValueError(f"n is {n}, with {num_samples} samples; give 1 to {num_samples}")
+    _, group = np.unique(proxies, return_inverse=True)
+    group_means = np.bincount(group, weights=wanted) / np.bincount(group)
+    subsets = math.comb(num_samples, n)
+    weights = [math.comb(i - 1, n - 1) / subsets for i in range(1, num_samples + 1)]
+    return float(np.dot(weights, group_means[np.sort(group)]))
+
+
+def best_of_n_kl(n: int) -> float:
+    """Nats from the sampled policy to its best-of-n, ln n - (n-1)/n (Stiennon et al. 2020, G.3).
+
+    Exact where no two responses have one score; an upper bound for a policy with few different
+    responses, whose best-of-n has fewer places to go (Beirami et al. 2024).
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def distinct_bigrams(responses: Sequence[Sequence[int]]) -> float:
+    """Different pairs of neighbouring tokens as a share of all pairs (distinct-2, Li et al. 2016).
+
+    It falls with the number of tokens, so compare it only on batches of one size and kind. 0
+    without any pair.
+    """
+    bigrams = [pair for response in responses for pair in pairwise(response)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0

@@ -49,7 +49,6 @@ PANELS = (
         {"rm/accuracy": "training", "rm/held_out_accuracy": "held out"},
     ),
     Panel("PPO: score", "reward model", {"ppo/score": ""}),
-    Panel("PPO: gold score", "gold", {"ppo/gold_score": ""}),
     Panel("PPO: KL to SFT", "nats a response", {"ppo/kl": ""}),
     Panel("PPO: response length", "tokens", {"ppo/response_tokens": ""}),
     Panel("PPO: responses that end", "share", {"ppo/eos_rate": ""}),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from rlhf.kl import k1, k3
 from rlhf.packing import Packer, PromptTree
 from rlhf.records import Prompt
 from rlhf.rewards import Reward
-from rlhf.statistics import bootstrap_interval, mean_and_error, win_rate
+from rlhf.statistics import bootstrap_interval, distinct_bigrams, mean_and_error, win_rate
 
 PASSES_BETWEEN_TICKS = 4
 """Passes through the model between two steps of a progress bar."""
@@ -100,15 +100,6 @@ def describe(answers: Answers, end_id: int) -> dict[str, float]:
         "eos_rate": sum(response[-1] == end_id for response in responses) / len(responses),
         "distinct_2": distinct_bigrams(responses),
     }
-
-
-def distinct_bigrams(responses: Sequence[Sequence[int]]) -> float:
-    """Different pairs of neighbouring tokens as a share of all pairs (distinct-2, Li et al. 2016).
-
-    It falls with the number of tokens, so compare it only on the same prompts. 0 without any pair.
-    """
-    bigrams = [pair for response in responses for pair in pairwise(response)]
-    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
 def text_loss(

@@ -31,8 +31,18 @@ class PPOSettings:
     """Episodes an optimizer step, over all processes; divides rollout.batch_size."""
     num_epochs: int = 1
     """Passes over each rollout."""
+    max_step_kl: float | None = None
+    """A step that moved the policy further than this from the one that sampled (mean k3, nats a
+    token) is the last of its update. None means that all steps are taken."""
+    value_warmup_updates: int = 0
+    """First updates in which the value model alone learns; the policy's schedule starts behind."""
     kl_coef: float = 0.02
     """Nats of KL to the reference policy are subtracted from the reward times this (beta)."""
+    kl_target: float | None = None
+    """Nats of KL a response that kl_coef is steered to, update by update (Ziegler et al. 2019,
+    2.2). None means that kl_coef stays as it is."""
+    kl_horizon: int = 10_000
+    """Episodes in which kl_coef can change by a factor of 1.2 at most; read with kl_target only."""
     clip_range: float = 0.2
     """The ratio of new to old probability stops paying outside 1 +- this."""
     value_clip_range: float | None = 0.2
@@ -53,6 +63,10 @@ class PtxSettings:
     """Weight (gamma) of the language modelling loss, which is a mean in nats a token; the policy
     loss it is added to is a mean over response tokens. 0 means plain PPO. InstructGPT's 27.8 is
     tied to its own unstated normaliser; see ppo/ptx_grad_norm against ppo/ppo_grad_norm."""
+    grad_norm_ratio: float | None = None
+    """Norm of the text's gradient as a multiple of the PPO gradient's, both of the policy: in every
+    step the coefficient is what gives it (logged as ppo/ptx_coef). None means that coef is the
+    coefficient. With coef 0 there is no mix at all."""
     text: str | None = None
     """File or folder of text records. Needed unless coef is 0."""
     blocks_per_episode: float = 8.0
@@ -63,6 +77,41 @@ class PtxSettings:
     gradient_norms: bool = True
     """Log the norms of the PPO and the ptx gradient and their cosine, at the cost of one copy of
     the policy's gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorSettings:
+    """When the monitor warns, and when it stops; docs/metrics.md lists the codes."""
+
+    stop_on: list[str] = field(
+        default_factory=lambda: ["PPO_REFERENCE", "PPO_SAMPLER", "PPO_RATIO", "PPO_NEG_KL"]
+    )
+    """Codes of alarms that end the run; all others only warn. PPO_NONFINITE always ends it."""
+    max_kl: float = 50.0
+    """Nats of KL to the reference a response; runs that collapse lie at 50 and more (Huang et al.
+    2024)."""
+    max_update_kl: float = 0.1
+    """Nats a token that the policy may move from the one that sampled, mean over an update."""
+    max_clip_fraction: float = 0.3
+    """Share of tokens whose ratio is clipped."""
+    min_eos_rate: float = 0.5
+    """Share of responses that end by themselves."""
+    max_length_change: float = 3.0
+    """Factor by which the mean length may grow or shrink against the first update."""
+    min_distinct: float = 0.5
+    """Share of different bigrams, against that of the first update."""
+    max_value_loss_growth: float = 10.0
+    """Value loss against the median of the ten updates before."""
+    max_value_error: float = 10.0
+    """Root mean square error of the value model, in units of ppo.value_clip_range."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_kl", "max_update_kl", "max_clip_fraction", "max_value_error")
+        if not min(self.max_length_change, self.max_value_loss_growth) > 1:
+            raise ValueError(
+                f"max_length_change is {self.max_length_change} and max_value_loss_growth is "
+                f"{self.max_value_loss_growth}; both are factors, give more than 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +138,11 @@ class Config:
     """The policy gradient step."""
     ptx: PtxSettings = field(default_factory=PtxSettings)
     """The pretraining mix."""
+    monitor: MonitorSettings = field(default_factory=MonitorSettings)
+    """Limits of a healthy run."""
     optim: OptimSettings = field(
         default_factory=lambda: OptimSettings(
-            learning_rate=9.65e-6, schedule="constant", warmup_steps=80
+            learning_rate=9.65e-6, schedule="constant", warmup_steps=80, eps=1e-5
         )
     )
     """Optimizer of the policy; steps are optimizer steps, 8 an update by default."""
@@ -134,10 +185,34 @@ class Config:
             raise ValueError(f"ema_decay is {self.ema_decay}; give a number in (0, 1), or null")
         if ppo.kl_coef < 0:
             raise ValueError(f"ppo.kl_coef is {ppo.kl_coef}; below 0 it would reward drifting away")
+        if ppo.kl_target is not None:
+            _positive(ppo, "kl_target", "kl_horizon")
+            if ppo.kl_coef == 0:
+                raise ValueError(
+                    f"ppo.kl_target is {ppo.kl_target} but ppo.kl_coef is 0, which no factor can "
+                    "change; give the coefficient to start from, such as 0.05"
+                )
+        if ppo.max_step_kl is not None:
+            _positive(ppo, "max_step_kl")
+        if not 0 <= ppo.value_warmup_updates < self.num_updates:
+            raise ValueError(
+                f"ppo.value_warmup_updates is {ppo.value_warmup_updates} of num_updates "
+                f"{self.num_updates}; give 0 or more, and fewer than all, or the policy learns "
+                "nothing"
+            )
+        if self.ptx.grad_norm_ratio is not None and not self.ptx.grad_norm_ratio > 0:
+            raise ValueError(
+                f"ptx.grad_norm_ratio is {self.ptx.grad_norm_ratio}; give a number above 0, or set "
+                "ptx.coef to 0 for plain PPO"
+            )
 
     @property
     def steps_per_update(self) -> int:
         return self.ppo.num_epochs * self.rollout.batch_size // self.ppo.mini_batch_size
+
+    @property
+    def value_warmup_steps(self) -> int:
+        return self.ppo.value_warmup_updates * self.steps_per_update
 
     @property
     def num_steps(self) -> int:

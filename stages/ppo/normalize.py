@@ -38,8 +38,8 @@ def normalize_scores(
             when all were drawn, and as many as all processes can share equally.
 
     Returns:
-        the sampler with the normalised reward, and the mean and standard deviation found, for the
-        log; the same sampler and nothing where reward.normalize_on is None.
+        the sampler with the normalised reward, and the mean and standard deviation found, for
+        results.json; the same sampler and nothing where reward.normalize_on is None.
 
     Raises:
         ValueError: all samples have the same score.
@@ -67,7 +67,7 @@ def normalize_scores(
         value_model.bias += mean / value_model.scale
         value_model.scale /= std
     normalized = replace(sampler, reward=NormalizedReward(sampler.reward, mean, std))
-    return normalized, {"ppo/raw_score_mean": mean, "ppo/raw_score_std": std}
+    return normalized, {"raw_score_mean": mean, "raw_score_std": std}
 
 
 def _measure(

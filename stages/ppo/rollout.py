@@ -12,14 +12,19 @@ from rlhf.advantages import generalized_advantages
 from rlhf.chat import Chat
 from rlhf.distributed import sum_over_processes
 from rlhf.generation import generate
-from rlhf.inference import compute_logprobs, compute_values
+from rlhf.inference import compute_logprobs, compute_moments, compute_values
 from rlhf.kl import k1, k3, penalized_rewards
+from rlhf.logprobs import TokenMoments
 from rlhf.masking import masked_sum, whiten, whitening_sums
 from rlhf.models import ScalarModel
 from rlhf.packing import Packer, PromptTree, response_batch
 from rlhf.records import Prompt
 from rlhf.rewards import Reward, Scored, adjust_missing_end, clip_scores, penalize_length
+from rlhf.statistics import distinct_bigrams
 from stages.ppo.config import Config
+
+PART = "part "
+"""Before the name of a part of the score, among the sums of a rollout."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,10 @@ class Rollout:
     ends"""
     logprobs: Tensor
     """(batch, time) of the policy that sampled"""
+    entropy: Tensor
+    """(batch, time) of that policy's distribution of each token, nats"""
+    logprob_variance: Tensor
+    """(batch, time) of the log-probability of a token drawn from that distribution, nats^2"""
     ref_logprobs: Tensor
     """(batch, time) of the reference policy"""
     values: Tensor
@@ -132,6 +141,11 @@ class Sampler:
         temperature = self.config.rollout.temperature
         return compute_logprobs(policy, trees, self.packer, temperature=temperature)
 
+    def moments(self, policy: nn.Module, trees: Sequence[PromptTree]) -> TokenMoments:
+        """`logprobs`, and what they should be on average for tokens drawn from the policy."""
+        temperature = self.config.rollout.temperature
+        return compute_moments(policy, trees, self.packer, temperature=temperature)
+
 
 def roll_out(
     policy: PreTrainedModel,
@@ -140,22 +154,25 @@ def roll_out(
     episodes: Sequence[Episode],
     generator: torch.Generator,
     accelerator: Accelerator,
+    kl_coef: float | None = None,
 ) -> Rollout:
     """Sample, score, subtract the KL penalty, estimate advantages.
 
     The log-probabilities come from the same packed pass that trains, not from the sampler, so the
     first ratio is 1 (recipe: checklist 18).
+
+    Args:
+        kl_coef: penalty a nat; None: ppo.kl_coef.
     """
     settings = sampler.config.ppo
+    kl_coef = settings.kl_coef if kl_coef is None else kl_coef
     trees = sampler.sample(policy, episodes, generator)
     scored, finished = sampler.score(episodes, trees)
     _, response_mask = response_batch([tree.responses[0] for tree in trees])
-    logprobs = sampler.logprobs(policy, trees)
+    logprobs, entropy, logprob_variance = sampler.moments(policy, trees)
     ref_logprobs = sampler.logprobs(sampler.ref_policy, trees)
     values = compute_values(value_model, trees, sampler.packer)
-    rewards = penalized_rewards(
-        scored.at_end, logprobs, ref_logprobs, response_mask, settings.kl_coef
-    )
+    rewards = penalized_rewards(scored.at_end, logprobs, ref_logprobs, response_mask, kl_coef)
     if scored.token_rewards is not None:
         rewards = rewards + scored.token_rewards
     advantages, returns = generalized_advantages(
@@ -170,6 +187,8 @@ def roll_out(
         finished=finished,
         scores=scored.scores,
         logprobs=logprobs,
+        entropy=entropy,
+        logprob_variance=logprob_variance,
         ref_logprobs=ref_logprobs,
         values=values,
         rewards=rewards,
@@ -182,46 +201,69 @@ def roll_out(
 def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
     """Sums over this process's episodes and tokens, from which `rollout_metrics` makes means."""
     mask = rollout.response_mask
-    errors = (rollout.returns - rollout.values).where(mask, 0.0)
+    raw_advantages = (rollout.returns - rollout.values).where(mask, 0.0).double()
+    kl = k1(rollout.logprobs, rollout.ref_logprobs, mask).double().sum(1)
+    responses = [tree.responses[0] for tree in rollout.trees]
+    num_bigrams = sum(max(len(response) - 1, 0) for response in responses)
     return {
         "episodes": torch.tensor(float(len(rollout.trees))),
         "tokens": mask.sum(),
         "score": rollout.scores.sum(),
         "score_squares": rollout.scores.double().square().sum(),
         "reward": rollout.rewards.sum(),
-        "kl": k1(rollout.logprobs, rollout.ref_logprobs, mask).sum(),
+        "kl": kl.sum(),
+        "kl_squares": kl.square().sum(),
         "kl_k3": k3(rollout.logprobs, rollout.ref_logprobs, mask).sum(),
         "finished": rollout.finished.sum(),
-        "entropy": -masked_sum(rollout.logprobs, mask),
+        "bigrams": torch.tensor(float(num_bigrams)),
+        "distinct_bigrams": torch.tensor(distinct_bigrams(responses) * num_bigrams),
+        "entropy": masked_sum(rollout.entropy, mask),
+        "excess": masked_sum(-rollout.logprobs.double() - rollout.entropy, mask),
+        "excess_variance": masked_sum(rollout.logprob_variance.double(), mask),
         "value": masked_sum(rollout.values, mask),
         "returns": masked_sum(rollout.returns, mask),
         "return_squares": masked_sum(rollout.returns.double().square(), mask),
-        "error_squares": errors.double().square().sum(),
-        "errors": errors.double().sum(),
-        **{f"part/{name}": part.double().sum() for name, part in rollout.parts.items()},
+        "advantages": raw_advantages.sum(),
+        "advantage_squares": raw_advantages.square().sum(),
+        **{PART + name: part.double().sum() for name, part in rollout.parts.items()},
     }
 
 
 def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Means over the episodes (score and its parts, reward, KL, length) and tokens (the rest) of an
-    update."""
+    """Means over the episodes (score and its parts, reward, KL, length) and tokens (the rest).
+
+    `sampler_excess` is how much less likely sampled tokens were than the policy's distribution
+    says, E[-log pi(token)] - entropy, in nats a token; 0 on average for tokens drawn from it.
+    `sampler_z` is the same in standard errors.
+    """
     episodes, tokens = sums["episodes"], sums["tokens"]
-    mean_score = sums["score"] / episodes
+    mean_score, kl = sums["score"] / episodes, sums["kl"] / episodes
+    kl_variance = max(sums["kl_squares"] / episodes - kl**2, 0.0)
     return_variance = sums["return_squares"] / tokens - (sums["returns"] / tokens) ** 2
-    error_variance = sums["error_squares"] / tokens - (sums["errors"] / tokens) ** 2
+    mean_advantage = sums["advantages"] / tokens
+    advantage_squares = sums["advantage_squares"] / tokens
+    advantage_variance = max(advantage_squares - mean_advantage**2, 0.0)
     return {
         "ppo/score": mean_score,
         "ppo/score_std": max(sums["score_squares"] / episodes - mean_score**2, 0.0) ** 0.5,
         "ppo/reward": sums["reward"] / episodes,
-        "ppo/kl": sums["kl"] / episodes,
+        "ppo/kl": kl,
+        "ppo/kl_error": (kl_variance / episodes) ** 0.5,
         "ppo/kl_k3": sums["kl_k3"] / episodes,
         "ppo/response_tokens": tokens / episodes,
         "ppo/eos_rate": sums["finished"] / episodes,
+        "ppo/distinct_2": sums["distinct_bigrams"] / max(sums["bigrams"], 1.0),
         "ppo/entropy": sums["entropy"] / tokens,
+        "ppo/sampler_excess": sums["excess"] / tokens,
+        "ppo/sampler_z": sums["excess"] / max(sums["excess_variance"], 1e-12) ** 0.5,
         "ppo/value": sums["value"] / tokens,
         "ppo/return": sums["returns"] / tokens,
-        "ppo/explained_variance": 1 - error_variance / max(return_variance, 1e-8),
+        "ppo/advantage_std": advantage_variance**0.5,
+        "ppo/value_error": advantage_squares**0.5,
+        "ppo/explained_variance": 1 - advantage_variance / max(return_variance, 1e-8),
         **{
-            f"ppo/{key}": total / episodes for key, total in sums.items() if key.startswith("part/")
+            f"ppo/part/{key.removeprefix(PART)}": total / episodes
+            for key, total in sums.items()
+            if key.startswith(PART)
         },
     }

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -11,8 +12,14 @@ from tqdm import tqdm
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
-from rlhf.distributed import own_share, start_accelerator, sum_over_processes
-from rlhf.kl import k1
+from rlhf.distributed import (
+    max_over_processes,
+    own_share,
+    start_accelerator,
+    sum_over_processes,
+)
+from rlhf.finite import NonFiniteError, require_finite
+from rlhf.kl import adapt_kl_coef, k1
 from rlhf.models import (
     ScalarModel,
     check_context,
@@ -26,18 +33,29 @@ from rlhf.models import (
 from rlhf.optim import MovingAverage, make_optimizer, make_schedule
 from rlhf.packing import PromptTree, response_batch, text_tree
 from rlhf.records import Prompt, Text
-from rlhf.rewards import load_reward, load_value_model, same_vocabulary
+from rlhf.rewards import RewardCard, load_reward, load_value_model, same_vocabulary
 from rlhf.runs import Run, open_run
 from stages.ppo.config import Config
+from stages.ppo.monitor import (
+    LAST_GOOD,
+    NONFINITE,
+    REPLAY_FILE,
+    RM_CHANCE,
+    TOKEN_NOISE,
+    Monitor,
+    TrainingStopped,
+    write_replay,
+)
 from stages.ppo.normalize import normalize_scores
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out, rollout_metrics, rollout_sums
-from stages.ppo.update import Learner, PolicyAndValue, check_start, update
+from stages.ppo.update import Learner, PolicyAndValue, update
 
 
 def train(config: Config) -> None:
     """One PPO run from its settings to the saved policy and results.json."""
     accelerator = start_accelerator()
     _check_processes(config, accelerator)
+    monitor = Monitor(config, accelerator.print, _token_noise(config, accelerator))
     set_seed(config.seed)
     run = open_run(config, stage="ppo", inputs=_inputs(config))
     chat = load_chat(config.policy)
@@ -47,29 +65,49 @@ def train(config: Config) -> None:
         held_out = _load_episodes(config.prompts_held_out, chat, config, accelerator)
         held_out = held_out[: config.num_eval_prompts]
     learner, sampler = _load_models(config, chat, accelerator)
-    sampler, raw_scale = normalize_scores(
+    _announce(config, accelerator, len(episodes))
+    _warn_of_chance(config, monitor)
+    sampler, raw_scores = normalize_scores(
         sampler, learner.models.value_model, episodes, accelerator
     )
+
     texts = text_batches(config, chat, accelerator)
     order = shuffled(episodes, config.rollout.batch_size, config.seed)
     sampling = torch.Generator().manual_seed(config.seed * 1000 + accelerator.process_index)
     shuffling = torch.Generator().manual_seed(config.seed)
-    _announce(config, accelerator, len(episodes))
-
+    kl_coef = config.ppo.kl_coef
     metrics: dict[str, float] = {}
     bar = tqdm(range(config.num_updates), desc="ppo", disable=not accelerator.is_main_process)
     for number in bar:
         models = learner.models
         batch = own_share(accelerator, next(order))
-        with accelerator.autocast():
-            rollout = roll_out(
-                models.policy, models.value_model, sampler, batch, sampling, accelerator
-            )
-        if number == 0:
-            check_start(rollout, models.policy.dtype)
-        metrics = _rollout_metrics(rollout, accelerator) | raw_scale
-        metrics |= update(learner, rollout, texts, config, shuffling)
+        with _stopping_well(monitor, number, learner, chat, run):
+            with accelerator.autocast():
+                rollout = roll_out(
+                    models.policy,
+                    models.value_model,
+                    sampler,
+                    batch,
+                    sampling,
+                    accelerator,
+                    kl_coef,
+                )
+            metrics = _rollout_metrics(rollout, accelerator)
+            monitor.watch(number, metrics)
+            only_value = number < config.ppo.value_warmup_updates
+            metrics |= update(learner, rollout, texts, config, shuffling, only_value=only_value)
+            monitor.watch(number, metrics)
+        metrics["ppo/kl_coef"] = kl_coef
         metrics["ppo/learning_rate"] = float(learner.schedule.get_last_lr()[0])
+        monitor.end_update(metrics)
+        if config.ppo.kl_target is not None:
+            kl_coef = adapt_kl_coef(
+                kl_coef,
+                metrics["ppo/kl"],
+                target=config.ppo.kl_target,
+                num_episodes=config.rollout.batch_size,
+                horizon=config.ppo.kl_horizon,
+            )
         if held_out and (number % config.eval_every == 0 or number == config.num_updates - 1):
             metrics |= evaluate(learner, sampler, held_out, run, number, config)
         run.log(number, metrics)
@@ -79,7 +117,47 @@ def train(config: Config) -> None:
         learner.average.copy_to(learner.models.policy)
     if accelerator.is_main_process:
         save_policy(learner.models.policy, chat.tokenizer, run.dir)
-    run.finish({name.removeprefix("ppo/"): value for name, value in metrics.items()})
+    results = {name.removeprefix("ppo/"): value for name, value in metrics.items()}
+    run.finish(results | raw_scores | {"alarms": monitor.alarms})
+
+
+@contextmanager
+def _stopping_well(
+    monitor: Monitor, number: int, learner: Learner, chat: Chat, run: Run
+) -> Iterator[None]:
+    """When an alarm ends the run, the weights so far are kept, and the message says where."""
+    try:
+        try:
+            yield
+        except NonFiniteError as error:
+            is_first = learner.accelerator.is_main_process
+            where = write_replay(error, number, chat, run.dir) if is_first else REPLAY_FILE
+            prompt = "" if error.tree is None else f" at prompt {chat.decode(error.tree.prompt)!r}"
+            cause = f"{error.tensor} is not finite in phase {error.phase}{prompt} (see {where})."
+            monitor.raise_alarm(NONFINITE, number, cause)
+    except TrainingStopped as stop:
+        folder = run.dir / LAST_GOOD
+        if learner.accelerator.is_main_process:
+            save_policy(learner.models.policy, chat.tokenizer, folder)
+        raise TrainingStopped(f"{stop} The weights before it are in {folder}.") from stop
+
+
+def _warn_of_chance(config: Config, monitor: Monitor) -> None:
+    """A reward model that may be no better than a coin was let through by the settings."""
+    for path in config.reward.model_paths.values():
+        card = RewardCard.load(path)
+        low, high = card.interval
+        if low <= 0.5:
+            cause = (
+                f"The reward model at {path} orders {card.pair_accuracy:.1%} of held-out pairs "
+                f"right, 95 % interval {low:.1%} to {high:.1%}."
+            )
+            monitor.raise_alarm(RM_CHANCE, 0, cause)
+
+
+def _token_noise(config: Config, accelerator: Accelerator) -> float:
+    is_half = accelerator.mixed_precision != "no" or config.policy.dtype == "bfloat16"
+    return TOKEN_NOISE["bfloat16" if is_half else "float32"]
 
 
 def _load_episodes(
@@ -230,7 +308,8 @@ def _load_models(config: Config, chat: Chat, accelerator: Accelerator) -> tuple[
     average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
     groups = [(policy, config.optim.learning_rate), (value_model, config.value_learning_rate)]
     optimizer = make_optimizer(groups, config.optim)
-    schedule = make_schedule(optimizer, config.optim, config.num_steps)
+    first_steps = {0: config.value_warmup_steps}  # the policy's
+    schedule = make_schedule(optimizer, config.optim, config.num_steps, first_steps)
     model, optimizer = accelerator.prepare(PolicyAndValue(policy, value_model), optimizer)
     learner = Learner(model, optimizer, schedule, average, packer, accelerator)
     return learner, Sampler(chat, ref_policy, reward, packer, config)
@@ -280,10 +359,17 @@ def _inputs(config: Config) -> dict[str, str]:
 
 
 def _rollout_metrics(rollout: Rollout, accelerator: Accelerator) -> dict[str, float]:
+    """Raises NonFiniteError when something of the rollout is not finite, on all processes."""
     sums = rollout_sums(rollout)
-    return rollout_metrics(
-        {name: float(sum_over_processes(accelerator, value)) for name, value in sums.items()}
-    )
+    totals = {name: float(sum_over_processes(accelerator, value)) for name, value in sums.items()}
+    if not all(math.isfinite(total) for total in totals.values()):
+        tensors = {k: v for k, v in vars(rollout).items() if isinstance(v, torch.Tensor)}
+        require_finite(tensors, rollout.trees, "rollout")
+        raise NonFiniteError("a rollout on another process", "rollout")
+    token_kl = k1(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask).abs().max().item()
+    return rollout_metrics(totals) | {
+        "ppo/max_token_kl": max_over_processes(accelerator, token_kl),
+    }
 
 
 def _check_processes(config: Config, accelerator: Accelerator) -> None:

@@ -1,5 +1,6 @@
 """The update: clipped policy and value steps, with the gradient of the text loss summed in."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.distributed import max_over_processes, sum_over_processes
-from rlhf.kl import k1
+from rlhf.finite import NonFiniteError, require_finite
 from rlhf.logprobs import token_logprobs
 from rlhf.losses import policy_loss, value_loss
 from rlhf.models import ScalarModel, response_logits
@@ -21,9 +22,6 @@ from stages.ppo.rollout import Rollout
 
 Sums = dict[str, float]
 """Sums over this process's tokens and steps."""
-
-FIRST_STEP_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""Log-ratio, in nats a token, above which a difference is no longer noise of the arithmetic."""
 
 
 class PolicyAndValue(nn.Module):
@@ -65,30 +63,67 @@ def update(
     texts: Iterator[list[PromptTree]],
     config: Config,
     generator: torch.Generator,
+    *,
+    only_value: bool = False,
 ) -> dict[str, float]:
     """All optimizer steps on one rollout; returns metrics over its tokens and steps.
 
     Args:
         texts: gives the text blocks of one step at a time; empty lists without ptx.
         generator: of the order of episodes.
+        only_value: the policy stays as it is (ppo.value_warmup_updates).
+
+    Raises:
+        NonFiniteError: before a step that would have made the weights NaN.
     """
     total: Sums = {}
+    first_log_ratio = 0.0
+    for batch in _mini_batches(learner, rollout, config, generator):
+        text_batch = [] if only_value else next(texts)
+        step = optimizer_step(learner, batch, text_batch, config, only_value=only_value)
+        max_log_ratio = step.pop("max_log_ratio")
+        if not total:
+            first_log_ratio = max_over_processes(learner.accelerator, max_log_ratio)
+        for name, value in step.items():
+            total[name] = total.get(name, 0.0) + value
+        if _moved_too_far(learner, step, config.ppo.max_step_kl):
+            break
+    sums = {k: float(sum_over_processes(learner.accelerator, v)) for k, v in total.items()}
+    return update_metrics(sums) | {
+        "ppo/first_log_ratio": first_log_ratio,
+        "ppo/steps": total["steps"],
+    }
+
+
+def _mini_batches(
+    learner: Learner, rollout: Rollout, config: Config, generator: torch.Generator
+) -> Iterator[Rollout]:
+    """Every episode once an epoch, each epoch in a new order; this process's share."""
     for _ in range(config.ppo.num_epochs):
         order = torch.randperm(len(rollout.trees), generator=generator)
-        for episodes in order.split(_own_mini_batch(config, learner.accelerator)):
-            step = optimizer_step(learner, rollout.select(episodes), next(texts), config)
-            max_log_ratio = step.pop("max_log_ratio")
-            if not total:
-                _check_ratio(max_log_ratio, learner.models.policy.dtype)
-            for name, value in step.items():
-                total[name] = total.get(name, 0.0) + value
-    return update_metrics(
-        {k: float(sum_over_processes(learner.accelerator, v)) for k, v in total.items()}
+        for episodes in order.split(
+            config.ppo.mini_batch_size // learner.accelerator.num_processes
+        ):
+            yield rollout.select(episodes)
+
+
+def _moved_too_far(learner: Learner, step: Sums, max_step_kl: float | None) -> bool:
+    """Whether this step's policy was further from the rollout's than an update may go."""
+    if max_step_kl is None:
+        return False
+    nats, tokens = (
+        sum_over_processes(learner.accelerator, step[k]) for k in ("approx_kl", "tokens")
     )
+    return float(nats) > max_step_kl * float(tokens)
 
 
 def optimizer_step(
-    learner: Learner, batch: Rollout, texts: Sequence[PromptTree], config: Config
+    learner: Learner,
+    batch: Rollout,
+    texts: Sequence[PromptTree],
+    config: Config,
+    *,
+    only_value: bool = False,
 ) -> Sums:
     """One step on a mini-batch and its text: gradients of both are summed, then the step is taken.
 
@@ -97,33 +132,39 @@ def optimizer_step(
     The first two are means over the response tokens of the mini-batch on all processes. Policy and
     value model share no weight, so the value loss needs no coefficient.
     """
-    accelerator = learner.accelerator
+    policy, value_model = learner.models.policy, learner.models.value_model
+    ratio = config.ptx.grad_norm_ratio
     learner.optimizer.zero_grad()
     sums: Sums = {"steps": 1.0}
-    sums |= _text_pass(learner, texts, config.ptx.coef)
-    watched = list(learner.models.policy.parameters()) if _watch_gradients(config, texts) else []
-    ptx_gradients = [gradient.clone() for gradient in gradients(watched)]
-    sums |= _episode_pass(learner, batch, config)
-    sums |= _gradient_sums(ptx_gradients, list(gradients(watched)))
-    for name, module in (
-        ("policy_grad_norm", learner.models.policy),
-        ("value_grad_norm", learner.models.value_model),
-    ):
-        norm = accelerator.clip_grad_norm_(module.parameters(), config.optim.max_grad_norm)
+    sums |= _text_pass(learner, texts, config.ptx.coef if ratio is None else 1.0)
+    is_watched = bool(texts) and (config.ptx.gradient_norms or ratio is not None)
+    watched = list(policy.parameters()) if is_watched else []
+    text_gradients = [gradient.clone() for gradient in gradients(watched)]
+    sums |= _episode_pass(learner, batch, config, only_value=only_value)
+    sums |= _balance(learner, watched, text_gradients, config)
+    for name, module in (("policy_grad_norm", policy), ("value_grad_norm", value_model)):
+        parameters = module.parameters()
+        norm = learner.accelerator.clip_grad_norm_(parameters, config.optim.max_grad_norm)
         sums[name] = float(norm)
+    if not math.isfinite(sums["policy_grad_norm"] + sums["value_grad_norm"]):
+        raise find_nonfinite(learner, batch, texts, config)
+    if only_value:  # a gradient of 0 would still move it by weight decay and age Adam's moments
+        for parameter in policy.parameters():
+            parameter.grad = None
     learner.optimizer.step()
     learner.schedule.step()
     if learner.average is not None:
-        learner.average.update(learner.models.policy)
+        learner.average.update(policy)
     return sums
 
 
-def _episode_pass(learner: Learner, batch: Rollout, config: Config) -> Sums:
+def _episode_pass(learner: Learner, batch: Rollout, config: Config, *, only_value: bool) -> Sums:
     """Adds the gradient of the policy and the value loss; the last pass synchronises processes."""
     accelerator, ppo = learner.accelerator, config.ppo
     num_tokens = int(sum_over_processes(accelerator, batch.response_mask.sum()))
     rows = learner.packer.rows(batch.trees)
     num_passes = max_over_processes(accelerator, len(rows))
+    policy_weight = float(not only_value)
     sums: Sums = {"tokens": float(batch.response_mask.sum()), "max_log_ratio": 0.0}
     for number in range(num_passes):
         row = rows[min(number, len(rows) - 1)].to(accelerator.device)
@@ -148,7 +189,8 @@ def _episode_pass(learner: Learner, batch: Rollout, config: Config) -> Sums:
                 value_clip_range=ppo.value_clip_range,
                 num_tokens=num_tokens,
             )
-            accelerator.backward((policy + value) * weight * accelerator.num_processes)
+            loss = policy_weight * policy + value
+            accelerator.backward(loss * weight * accelerator.num_processes)
         if weight:
             _add(sums, {"policy_loss": policy, "value_loss": value}, scale=num_tokens)
             sums["max_log_ratio"] = max(
@@ -210,58 +252,62 @@ def update_metrics(total: Sums) -> dict[str, float]:
         metrics["ppo/ptx_grad_norm"] = total["ptx_norm"] / steps
         metrics["ppo/ppo_grad_norm"] = total["ppo_norm"] / steps
         metrics["ppo/grad_cosine"] = total["cosine"] / steps
+        metrics["ppo/ptx_coef"] = total["ptx_coef"] / steps
     return metrics
 
 
-def check_start(rollout: Rollout, dtype: torch.dtype) -> None:
-    """Before the first update the policy is its reference, so their KL is 0 on every token.
+def find_nonfinite(
+    learner: Learner, batch: Rollout, texts: Sequence[PromptTree], config: Config
+) -> NonFiniteError:
+    """What made a gradient NaN or infinite: the passes of the step again, row by row, no gradient.
 
-    Raises:
-        ValueError: it is not, so every later KL would be wrong too.
+    With several processes the fault may lie in another one's rows.
     """
-    kl = k1(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask).abs().max().item()
-    if kl > FIRST_STEP_TOLERANCE[dtype]:
-        raise ValueError(
-            f"before the first update the policy differs from its reference by {kl:.2g} nats on a "
-            f"token (noise stays below {FIRST_STEP_TOLERANCE[dtype]:g}); both must be loaded from "
-            "one folder, in one dtype, with dropout off"
-        )
+    try:
+        for trees, phase in ((batch.trees, "train"), (texts, "ptx")):
+            for row in learner.packer.rows(trees):
+                on_device = row.to(learner.accelerator.device)
+                with torch.no_grad():
+                    logits, values = learner.models(on_device, with_values=phase == "train")
+                tensors = {"logits": row.unpack(logits.float().sum(-1).cpu())}
+                if values is not None:
+                    tensors |= {"values": row.unpack(values.cpu())} | vars(RowBatch.of(batch, row))
+                require_finite(tensors, [trees[i] for i in row.tree_index.tolist()], phase)
+    except NonFiniteError as found:
+        return found
+    return NonFiniteError("gradient", "train")
 
 
-def _check_ratio(max_log_ratio: float, dtype: torch.dtype) -> None:
-    """In the first step on a rollout the policy is still the one that sampled: the ratio is 1."""
-    if max_log_ratio > FIRST_STEP_TOLERANCE[dtype]:
-        raise ValueError(
-            f"in the first step on a rollout the log-ratio of new to old probability reaches "
-            f"{max_log_ratio:.2g} (noise stays below {FIRST_STEP_TOLERANCE[dtype]:g}); dropout or "
-            "mixed precision differs between the rollout and the training pass"
-        )
+def _balance(
+    learner: Learner, parameters: Sequence[nn.Parameter], text: Sequence[Tensor], config: Config
+) -> Sums:
+    """Norms of the two gradients of the policy and their cosine; gives them their wanted ratio.
 
-
-def _gradient_sums(ptx: Sequence[Tensor], both: Sequence[Tensor]) -> Sums:
-    """Norms of the ptx and of the PPO gradient of the policy, and their cosine.
-
-    Under several processes the ptx part is this process's before they are averaged.
+    Args:
+        parameters: with the sum of both gradients, over all processes; empty: not watched.
+        text: this process's gradient of the text, which is part of it.
     """
-    if not ptx:
+    if not parameters:
         return {}
-    ppo = [total - part for total, part in zip(both, ptx, strict=True)]
-    ptx_norm, ppo_norm = _norm(ptx), _norm(ppo)
-    product = sum(float((a * b).sum()) for a, b in zip(ptx, ppo, strict=True))
-    cosine = product / max(ptx_norm * ppo_norm, 1e-30)
-    return {"ptx_norm": ptx_norm, "ppo_norm": ppo_norm, "cosine": cosine}
+    accelerator = learner.accelerator
+    if accelerator.num_processes > 1:
+        text = [accelerator.reduce(gradient, reduction="mean") for gradient in text]
+    ppo = [total - part for total, part in zip(gradients(parameters), text, strict=True)]
+    text_norm, ppo_norm = _norm(text), _norm(ppo)
+    product = sum(float((a * b).sum()) for a, b in zip(text, ppo, strict=True))
+    cosine = product / max(text_norm * ppo_norm, 1e-30)
+    coef, scale = config.ptx.coef, 1.0
+    if config.ptx.grad_norm_ratio is not None:
+        coef = scale = config.ptx.grad_norm_ratio * ppo_norm / max(text_norm, 1e-30)
+        for parameter, gradient in zip(parameters, text, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(gradient, alpha=scale - 1)
+    norms = {"ptx_norm": text_norm * scale, "ppo_norm": ppo_norm}
+    return {**norms, "cosine": cosine, "ptx_coef": coef}
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
     return float(torch.stack([tensor.norm() for tensor in tensors]).norm())
-
-
-def _watch_gradients(config: Config, texts: Sequence[PromptTree]) -> bool:
-    return bool(texts) and config.ptx.gradient_norms
-
-
-def _own_mini_batch(config: Config, accelerator: Accelerator) -> int:
-    return config.ppo.mini_batch_size // accelerator.num_processes
 
 
 def _synchronise(learner: Learner, last: bool) -> AbstractContextManager[None]:

@@ -38,9 +38,9 @@ def pretrain(config: Config) -> None:
 
     def evaluate() -> dict[str, float]:
         model.eval()
-        figures = {"held_out_loss": held_out_loss(model, held_out, config.batch_size)}
+        figures = {"pretrain/held_out_loss": held_out_loss(model, held_out, config.batch_size)}
         if probes:
-            figures["fact_recall"] = fact_recall(model, tokenizer, probes)
+            figures["pretrain/fact_recall"] = fact_recall(model, tokenizer, probes)
         return figures
 
     measured = _train(config, accelerator, run, model, blocks, evaluate)
@@ -48,7 +48,7 @@ def pretrain(config: Config) -> None:
         "num_parameters": model.num_parameters(),
         "vocab_size": len(tokenizer),
         "num_tokens": blocks.numel() * config.num_epochs,
-        **measured,
+        **{name.removeprefix("pretrain/"): value for name, value in measured.items()},
     }
     if accelerator.is_main_process:
         save_policy(model, tokenizer, run.dir)
@@ -139,7 +139,7 @@ def _train(
         schedule.step()
         if step % config.eval_steps == 0 or step == len(batches):
             measured = evaluate()
-            run.log(step, {f"pretrain/{name}": value for name, value in measured.items()})
+            run.log(step, measured)
     return measured
 
 

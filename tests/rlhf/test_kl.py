@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf.kl import k1, k3, last_token_mask, penalized_rewards
+from rlhf.kl import adapt_kl_coef, k1, k3, last_token_mask, penalized_rewards
 
 NAN = math.nan
 MASK = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
@@ -72,3 +72,18 @@ def test_rewards_sum_to_the_objective() -> None:
         log_ratio = (logprobs - ref_logprobs)[response, :length].sum()
         objective = float(scores[response] - 0.3 * log_ratio)
         assert float(rewards[response].sum()) == pytest.approx(objective, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (6.0, 0.15),  # on target
+        (6.6, 0.15 * (1 + 0.1 * 512 / 10_000)),  # 10 % above
+        (60.0, 0.15 * (1 + 0.2 * 512 / 10_000)),  # far above: no more than 20 %
+        (3.0, 0.15 * (1 - 0.2 * 512 / 10_000)),  # half of it
+        (-1.0, 0.15 * (1 - 0.2 * 512 / 10_000)),  # an estimate below 0
+    ],
+)
+def test_adapted_kl_coef_by_hand(kl: float, expected: float) -> None:
+    found = adapt_kl_coef(0.15, kl, target=6.0, num_episodes=512, horizon=10_000)
+    assert found == pytest.approx(expected, rel=1e-12)

@@ -2,7 +2,8 @@ import math
 
 import torch
 
-from rlhf.logprobs import token_logprobs
+import rlhf.logprobs
+from rlhf.logprobs import token_logprobs, token_moments
 
 # Two tokens over a vocabulary of three: softmax (1/8, 2/8, 5/8) and (1/3, 1/3, 1/3).
 LOGITS = torch.tensor([[math.log(1), math.log(2), math.log(5)], [7.0, 7.0, 7.0]])
@@ -41,3 +42,31 @@ def test_half_precision_logits_are_read_in_fp32() -> None:
     logprobs = token_logprobs(logits, torch.tensor([0]))
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs, torch.tensor([-math.log1p(math.exp(-10))]))
+
+
+def test_moments_by_hand() -> None:
+    """Of (1/8, 2/8, 5/8): surprises 3, 2 and 3 - log2 5 bits."""
+    moments = token_moments(LOGITS, torch.tensor([2, 0]))
+    bit = math.log(2)
+    surprises = [3 * bit, 2 * bit, (3 - math.log2(5)) * bit]
+    entropy = sum(p * s for p, s in zip((1 / 8, 2 / 8, 5 / 8), surprises, strict=True))
+    squares = sum(p * s * s for p, s in zip((1 / 8, 2 / 8, 5 / 8), surprises, strict=True))
+    expected = torch.tensor([entropy, math.log(3)])
+    torch.testing.assert_close(moments.entropy, expected, rtol=0, atol=1e-6)
+    expected = torch.tensor([squares - entropy**2, 0.0])
+    torch.testing.assert_close(moments.variance, expected, rtol=0, atol=1e-6)
+    assert torch.equal(moments.logprobs, token_logprobs(LOGITS, torch.tensor([2, 0])))
+
+
+def test_moments_in_chunks_and_with_impossible_tokens(monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(7, 5, generator=generator)
+    logits[:, 3] = -math.inf
+    targets = torch.zeros(7, dtype=torch.long)
+    whole = token_moments(logits, targets, temperature=0.7)
+    monkeypatch.setattr(rlhf.logprobs, "CHUNK_TOKENS", 3)
+    for part, again in zip(whole, token_moments(logits, targets, temperature=0.7), strict=True):
+        assert part.isfinite().all()
+        assert torch.equal(part, again)
+    four = token_moments(logits[:, [0, 1, 2, 4]], targets, temperature=0.7)
+    torch.testing.assert_close(whole, four, rtol=0, atol=1e-6)

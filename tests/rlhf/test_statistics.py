@@ -1,11 +1,22 @@
 """Intervals against numbers worked by hand or taken from tables."""
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
 
-from rlhf.statistics import bootstrap_interval, mean_and_error, wilson_interval, win_rate
+from rlhf.statistics import (
+    T_975,
+    best_of_n,
+    best_of_n_kl,
+    bootstrap_interval,
+    distinct_bigrams,
+    mean_and_error,
+    t_interval,
+    wilson_interval,
+    win_rate,
+)
 
 
 @pytest.mark.parametrize(
@@ -89,3 +100,61 @@ def test_mean_and_standard_error() -> None:
     assert mean == 2.5
     assert error == pytest.approx(math.sqrt(5 / 3) / 2, abs=1e-12)
     assert math.isnan(mean_and_error([1.0])[1])
+
+
+@pytest.mark.parametrize("degrees", range(1, len(T_975) + 1))
+def test_a_fortieth_of_students_t_lies_above_its_quantile(degrees: int) -> None:
+    # t = sqrt(degrees) tan(angle) turns the density into a power of the cosine.
+    angles = np.linspace(-math.pi / 2, math.pi / 2, 400_001)
+    density = np.cos(angles) ** (degrees - 1)
+    above = angles > math.atan(T_975[degrees - 1] / math.sqrt(degrees))
+    assert density[above].sum() / density.sum() == pytest.approx(0.025, abs=1e-5)
+
+
+def test_t_interval_of_three_seeds() -> None:
+    # Mean 4, standard deviation 2, so 4.3027 * 2 / sqrt(3) on either side.
+    value, (low, high) = t_interval([2.0, 4.0, 6.0])
+    assert value == 4.0
+    assert (low, high) == pytest.approx((4 - 4.96833, 4 + 4.96833), abs=1e-4)
+
+
+def test_t_interval_of_one_value_is_unknown_and_of_none_refused() -> None:
+    value, interval = t_interval([2.0])
+    assert value == 2.0
+    assert all(map(math.isnan, interval))
+    with pytest.raises(ValueError, match="0 values; give 1 to 21"):
+        t_interval([])
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+@pytest.mark.parametrize("proxy", [[3, 1, 2, 7, 5, 6, 4], [1, 0, 1, 2, 2, 0, 2], [1] * 7])
+def test_best_of_n_is_the_mean_over_all_subsets(n: int, proxy: list[float]) -> None:
+    gold = [0.3, -1.0, 2.5, 0.0, 4.0, -0.7, 1.1]
+    winners = []
+    for subset in combinations(range(7), n):
+        best = max(proxy[i] for i in subset)
+        tied = [gold[i] for i in subset if proxy[i] == best]
+        winners.append(sum(tied) / len(tied))
+    expected = sum(winners) / len(winners)
+    assert best_of_n(proxy, gold, n) == pytest.approx(expected, abs=1e-12)
+
+
+def test_best_of_n_refuses_more_than_there_are_samples() -> None:
+    with pytest.raises(ValueError, match="n is 3, with 2 samples; give 1 to 2"):
+        best_of_n([0.0, 1.0], [0.0, 1.0], 3)
+
+
+@pytest.mark.parametrize(("n", "nats"), [(1, 0.0), (2, 0.193147), (4, 0.636294), (64, 3.174508)])
+def test_best_of_n_kl(n: int, nats: float) -> None:
+    assert best_of_n_kl(n) == pytest.approx(nats, abs=1e-6)
+
+
+def test_best_of_n_kl_bounds_that_of_a_coin() -> None:
+    # Best of 2 fair coins is heads in 3 of 4 cases.
+    exact = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert 0 < exact < best_of_n_kl(2)
+
+
+def test_distinct_bigrams_by_hand() -> None:
+    assert distinct_bigrams([[1, 2, 1, 2], [1, 0]]) == 3 / 4  # 12, 21, 12, 10
+    assert distinct_bigrams([[1], [2], []]) == 0.0

@@ -23,7 +23,7 @@ from rlhf.rewards import GoldenRow, RewardCard, load_reward_model, rendering_has
 from stages.evaluate.config import Config
 from stages.evaluate.curves import PANELS, find_curves, running_mean
 from stages.evaluate.evaluate import evaluate
-from stages.evaluate.measures import Answers, describe, distinct_bigrams, divergence, score
+from stages.evaluate.measures import Answers, describe, divergence, score
 from stages.evaluate.report import format_results, format_samples
 
 ARCHITECTURE = {
@@ -348,7 +348,6 @@ def test_what_responses_show_worked_by_hand() -> None:
     assert found["response_tokens"] == pytest.approx(7 / 3, abs=1e-12)
     assert found["eos_rate"] == pytest.approx(2 / 3, abs=1e-12)
     assert found["distinct_2"] == pytest.approx(3 / 4, abs=1e-12)  # 12, 21, 12, 10
-    assert distinct_bigrams([[1], [2]]) == 0.0
 
 
 def test_curves_of_two_stages_meet_in_a_panel_and_gaps_are_left_out() -> None:
@@ -413,7 +412,7 @@ def test_inputs_that_cannot_be_leave_the_last_run_alone(finished: Finished, tmp_
         ),
         ({"max_new_tokens": 90}, "is 150, but policy .* reads 96 tokens at most"),
         ({"reports": {"rm": str(tmp_path / "rm")}}, "has no results.json"),
-        ({"gold": broken, "gold_path": None}, "returned 1 scores for 16"),
+        ({"gold": broken, "gold_path": None}, "returned 1 entries for 16"),
         ({"reward_model": config.policies["sft"]}, "no reward head"),
         ({"prompts": str(tmp_path / "none.jsonl")}, "does not exist"),
     ]:

@@ -21,13 +21,7 @@ from rlhf.rewards import RewardSettings, Scored
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out
 from stages.ppo.train import shuffled, text_blocks, train
-from stages.ppo.update import (
-    Learner,
-    PolicyAndValue,
-    check_start,
-    optimizer_step,
-    update,
-)
+from stages.ppo.update import Learner, PolicyAndValue, optimizer_step, update
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 
 END = 1
@@ -72,7 +66,7 @@ def make_learner(config: Config, budget: int = 1000) -> Learner:
     return Learner(
         model=PolicyAndValue(policy, value_model),
         optimizer=optimizer,
-        schedule=make_schedule(optimizer, config.optim, 100),
+        schedule=make_schedule(optimizer, config.optim, 100, {0: config.value_warmup_steps}),
         average=average,
         packer=Packer(budget),
         accelerator=accelerator,
@@ -186,22 +180,62 @@ def test_first_ratio_is_one_for_every_cut_of_the_batch():
         assert first["clipped"] == 0
 
 
-def test_update_stops_when_the_training_pass_is_not_the_policy_that_sampled():
-    config = make_config()
+def test_a_ratio_of_a_gradient_norm_is_what_the_step_takes():
+    with_ratio = make_config(
+        ptx=PtxSettings(coef=1.0, grad_norm_ratio=3.0, text="unused"),
+        optim=OptimSettings(max_grad_norm=math.inf),
+    )
+    learner = make_learner(with_ratio)
+    rollout = make_rollout(learner, with_ratio)
+    found, sums = gradient_and_sums(learner, rollout, with_ratio)
+    assert sums["ptx_norm"] == pytest.approx(3 * sums["ppo_norm"], rel=1e-5)
+    # The same step with the coefficient that was found, given as a coefficient.
+    fixed = replace(with_ratio, ptx=PtxSettings(coef=sums["ptx_coef"], text="unused"))
+    expected, fixed_sums = gradient_and_sums(make_learner(fixed), rollout, fixed)
+    assert sums["ptx_coef"] > 0.01
+    assert fixed_sums["ptx_norm"] == pytest.approx(sums["ptx_norm"], rel=1e-4)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def gradient_and_sums(learner: Learner, rollout: Rollout, config: Config):
+    sums = optimizer_step(learner, rollout, TEXTS, config)
+    return torch.cat([g.flatten().clone() for g in gradients(learner.model.parameters())]), sums
+
+
+def test_value_warmup_moves_the_value_model_alone_and_the_schedule_waits():
+    optim = OptimSettings(learning_rate=1e-2, warmup_steps=4, weight_decay=0.1)
+    ppo = PPOSettings(mini_batch_size=4, value_warmup_updates=1)
+    config = make_config(num_updates=3, optim=optim, ppo=ppo)
     learner = make_learner(config)
     rollout = make_rollout(learner, config)
-    with torch.no_grad():
-        learner.models.policy.lm_head.weight.mul_(1.5)
-    generator = torch.Generator().manual_seed(0)
-    with pytest.raises(ValueError, match="first step on a rollout"):
-        update(learner, rollout, repeat([]), config, generator)
+    models, generator = learner.models, torch.Generator().manual_seed(0)
+    before = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in models.children()]
+    update(learner, rollout, repeat(TEXTS), config, generator, only_value=True)
+    after = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in models.children()]
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+    rates = {group["module"]: group["lr"] for group in learner.optimizer.param_groups}
+    assert rates[0] == pytest.approx(0.1 * 1e-2)  # where a warm-up starts
+    assert rates[1] == pytest.approx((0.1 + 0.9 * 2 / 4) * config.value_learning_rate)
+    update(learner, rollout, repeat([]), config, generator)
+    moved = torch.cat([p.detach().flatten() for p in models.policy.parameters()])
+    assert not torch.equal(before[0], moved)
 
 
-def test_start_stops_when_the_reference_is_another_model():
-    config = make_config()
-    rollout = make_rollout(make_learner(config), config, architecture="gpt2")
-    with pytest.raises(ValueError, match="differs from its reference"):
-        check_start(rollout, torch.float32)
+def test_an_update_ends_with_the_step_that_moved_too_far():
+    config = make_config(
+        ppo=PPOSettings(mini_batch_size=2, num_epochs=2, max_step_kl=1e-4),
+        optim=OptimSettings(learning_rate=1e-2, schedule="constant"),
+    )
+    learner = make_learner(config)
+    rollout = make_rollout(learner, config)
+    stopped = update(learner, rollout, repeat([]), config, torch.Generator().manual_seed(0))
+    assert 1 < stopped["ppo/steps"] < 8  # the first step has not moved yet
+    free = replace(config, ppo=replace(config.ppo, max_step_kl=None))
+    metrics = update(
+        make_learner(free), rollout, repeat([]), free, torch.Generator().manual_seed(0)
+    )
+    assert metrics["ppo/steps"] == 8
 
 
 def test_moving_average_trails_the_policy():
@@ -245,6 +279,16 @@ def test_text_is_joined_behind_its_separator_and_cut_to_full_blocks():
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
         ({"ppo": PPOSettings(mini_batch_size=4, kl_coef=-0.1)}, "kl_coef is -0.1"),
         ({"num_updates": 0}, "num_updates is 0"),
+        (
+            {"ppo": PPOSettings(mini_batch_size=4, value_warmup_updates=2)},
+            "value_warmup_updates is 2 of num_updates 2",
+        ),
+        (
+            {"ppo": PPOSettings(mini_batch_size=4, kl_target=6.0, kl_coef=0.0)},
+            "kl_target is 6.0 but ppo.kl_coef is 0",
+        ),
+        ({"ppo": PPOSettings(mini_batch_size=4, max_step_kl=0.0)}, "max_step_kl is 0"),
+        ({"ptx": PtxSettings(coef=0.0, grad_norm_ratio=-1.0)}, "grad_norm_ratio is -1"),
     ],
 )
 def test_contradictory_settings_are_refused_with_their_values(changes, message):

@@ -1,0 +1,136 @@
+"""python -m experiments.seeds
+
+How sure PPO-ptx is: the figures of all seeds side by side, whether each beats SFT beyond the doubt
+of its prompts, and whether any collapsed by the limits of PPO's monitor. Reads the evaluation in
+each run folder; trains nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.shared import TABLE, markdown_table, mean_cell, over_seeds, read_json
+from rlhf.cli import run_stage
+from rlhf.runs import RESULTS, open_run
+from stages.ppo.config import MonitorSettings
+
+FIGURES = {
+    "sft.eos_rate": ("SFT: responses that end", 3),
+    "rm.pair_accuracy_gold": ("RM: pairs ordered as gold does", 3),
+    "rm.length_baseline": ("the same by length alone", 3),
+    "labelers.agreement": ("agreement of two labelers", 3),
+    "ppo.win_rate_vs_sft": ("PPO: win rate against SFT (gold)", 3),
+    "ppo_ptx.win_rate_vs_sft": ("PPO-ptx: win rate against SFT (gold)", 3),
+    "ppo_ptx.win_rate_vs_sft_interval": ("its 95 % interval", 3),
+    "sft.gold_score": ("gold score: SFT", 3),
+    "ppo.gold_score": ("gold score: PPO", 3),
+    "ppo_ptx.gold_score": ("gold score: PPO-ptx", 3),
+    "sft.fact_recall": ("fact recall: SFT", 3),
+    "ppo.fact_recall": ("fact recall: PPO", 3),
+    "ppo_ptx.fact_recall": ("fact recall: PPO-ptx", 3),
+    "sft.text_loss": ("text loss: SFT", 3),
+    "ppo.text_loss": ("text loss: PPO", 3),
+    "ppo_ptx.text_loss": ("text loss: PPO-ptx", 3),
+    "ppo.kl": ("KL to SFT: PPO", 3),
+    "ppo_ptx.kl": ("KL to SFT: PPO-ptx", 3),
+    "sft.response_tokens": ("tokens a response: SFT", 2),
+    "ppo.response_tokens": ("tokens a response: PPO", 2),
+    "ppo_ptx.response_tokens": ("tokens a response: PPO-ptx", 2),
+    "ppo_ptx.eos_rate": ("PPO-ptx: responses that end", 3),
+    "sft.distinct_2": ("distinct token pairs: SFT", 3),
+    "ppo_ptx.distinct_2": ("distinct token pairs: PPO-ptx", 3),
+}
+"""Key in results.json -> name in the table, digits."""
+JUDGED = "ppo_ptx"
+COMPARED = {"gold_score": "gold score", "fact_recall": "fact recall", "text_loss": "text loss"}
+PAIRS = (("ppo", "sft"), ("ppo_ptx", "sft"), ("ppo_ptx", "ppo"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """PPO-ptx over the runs of several seeds, from their evaluations."""
+
+    runs: list[str] = field(
+        default_factory=lambda: ["runs/tiny", *(f"runs/tiny-seed{seed}" for seed in range(1, 5))]
+    )
+    """Run folders of whole pipelines, one a seed, the evaluation included."""
+    output_dir: str = "runs/seeds"
+    """Folder of table.md and results.json."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("runs is empty; give at least one")
+
+
+def compare_seeds(config: Config) -> None:
+    """Write the table, and what speaks against any seed."""
+    record = open_run(config, stage="seeds", inputs={run: run for run in config.runs})
+    results = [read_json(Path(run) / RESULTS) for run in config.runs]
+    faults = {run: find_faults(of) for run, of in zip(config.runs, results, strict=True)}
+    lines = [f"- {run}: {'; '.join(of) or 'beats SFT, no collapse'}" for run, of in faults.items()]
+    text = "\n".join([format_table(config.runs, results), format_differences(results), *lines, ""])
+    (record.dir / TABLE).write_text(text, encoding="utf-8")
+    figures = {key: [find(of, key) for of in results] for key in FIGURES}
+    numbers = {key: of for key, of in figures.items() if not isinstance(of[0], list)}
+    record.finish({**{key: over_seeds(of) for key, of in numbers.items()}, "faults": faults})
+    print(text)
+
+
+def find_faults(results: Mapping[str, Any]) -> list[str]:
+    """Why PPO-ptx does not beat SFT in this evaluation, or has collapsed; empty if all is well."""
+    limits = MonitorSettings()
+    sft, policy = results["sft"], results[JUDGED]
+    low, high = policy["win_rate_vs_sft_interval"]
+    eos_rate, kl = policy["eos_rate"], policy["kl"]
+    distinct = policy["distinct_2"] / sft["distinct_2"]
+    length = policy["response_tokens"] / sft["response_tokens"]
+    checks = {
+        f"win rate {low:.3f} to {high:.3f}": low > 0.5,
+        f"{eos_rate:.3f} of the responses end": eos_rate >= limits.min_eos_rate,
+        f"{distinct:.2f} of SFT's distinct token pairs": distinct >= limits.min_distinct,
+        f"{length:.2f} times SFT's length": max(length, 1 / length) <= limits.max_length_change,
+        f"{kl:.1f} nats from SFT": kl <= limits.max_kl,
+    }
+    return [fault for fault, is_well in checks.items() if not is_well]
+
+
+def format_table(runs: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a line a figure, a column a run, then mean and half of the 95 % t interval."""
+    header = ["figure", *(Path(run).name for run in runs), "mean"]
+    rows = []
+    for key, (label, digits) in FIGURES.items():
+        values = [find(of, key) for of in results]
+        if isinstance(values[0], list):
+            cells = ["-".join(f"{end:.{digits}f}" for end in interval) for interval in values]
+            rows.append([f"{label} (`{key}`)", *cells, ""])
+        else:
+            cells = [f"{value:.{digits}f}" for value in values]
+            rows.append([f"{label} (`{key}`)", *cells, mean_cell(values, digits)])
+    return markdown_table(header, rows)
+
+
+def format_differences(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: policies of one seed against each other, mean and half of the 95 % t interval."""
+    rows = []
+    for policy, other in PAIRS:
+        differences = {
+            figure: [of[policy][figure] - of[other][figure] for of in results]
+            for figure in COMPARED
+        }
+        rows.append([f"{policy} - {other}", *(mean_cell(of, 3) for of in differences.values())])
+    return markdown_table(["difference", *COMPARED.values()], rows)
+
+
+def find(results: Mapping[str, Any], key: str) -> Any:
+    """What stands at part.name in results.json."""
+    part, name = key.split(".")
+    return results[part][name]
+
+
+def main() -> None:
+    run_stage(compare_seeds, Config)
+
+
+if __name__ == "__main__":
+    main()

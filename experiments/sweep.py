@@ -1,0 +1,308 @@
+"""python -m experiments.sweep
+
+The central ablation of Ouyang et al. 2022 (appendix E.6, figures 33 and 34): what a policy forgets
+while it learns to please, with more and more pretraining mix (the ptx coefficient, at the preset's
+KL coefficient) and with a stronger and stronger KL penalty (without ptx).
+
+Takes run folders of `make pipeline`, one a seed. Plain PPO and PPO-ptx are there already; the other
+policies of both sweeps are made into RUN/sweep, with all other settings as in RUN/ppo, and all
+policies of a run are put through one evaluation, RUN/sweep/evaluation.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.shared import (
+    INK,
+    RUNS,
+    TABLE,
+    find_differences,
+    is_finished,
+    make,
+    markdown_table,
+    mean_cell,
+    over_seeds,
+    read_json,
+    save_figure,
+    settings_of,
+    style_axes,
+    values_cell,
+)
+from rlhf.cli import run_stage
+from rlhf.runs import METRICS, RESULTS, open_run
+from stages.evaluate.config import Config as EvaluateConfig
+from stages.evaluate.curves import COLOURS, read_metrics
+from stages.evaluate.evaluate import evaluate
+from stages.ppo.config import Config as PPOConfig
+from stages.ppo.train import train as train_ppo
+
+KNOBS = {"ptx": "ptx coefficient", "kl": "KL coefficient, without ptx"}
+CONTROLS = {"constant": "constant reward", "flipped": "reward with its sign flipped"}
+"""Folders below RUN/controls -> what they are. They are evaluated too where every run has them."""
+FIGURES = {
+    "gold_score": ("gold score", 3),
+    "win_rate_vs_sft": ("win rate against SFT", 3),
+    "fact_recall": ("fact recall", 3),
+    "text_loss": ("text loss", 3),
+    "kl": ("KL to SFT", 2),
+    "response_tokens": ("tokens", 1),
+    "norm_ratio": ("ptx / PPO gradient norm", 2),
+}
+"""Key of a policy's figures -> name in the tables, digits."""
+COMPARED = ("gold_score", "fact_recall", "text_loss")
+PANELS = {
+    "fact_recall": "fact recall, share of probes",
+    "text_loss": "loss on plain text, nats a token (less is better)",
+}
+
+Figures = dict[str, float]
+"""What was measured of one policy, by the keys of FIGURES; not every policy has all."""
+Folders = dict[str, dict[str, str]]
+"""Part (sft, plain, ptx, kl, controls) -> label -> folder of the policy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sweep the ptx and the KL coefficient over the runs of several seeds."""
+
+    runs: list[str] = field(default_factory=lambda: list(RUNS))
+    """Run folders of whole pipelines, one a seed, the evaluation included."""
+    ptx_coefs: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 27.8])
+    """Values of ptx.coef, at the KL coefficient of RUN/ppo."""
+    kl_coefs: list[float] = field(default_factory=lambda: [0.0, 0.05, 0.15, 0.5, 1.5, 5.0])
+    """Values of ppo.kl_coef, with the ptx coefficient of RUN/ppo, which is 0."""
+    output_dir: str = "runs/sweep"
+    """Folder of table.md and results.json."""
+    plot: str = "docs/experiments/ptx_and_kl_sweep.png"
+    """The PNG to write."""
+
+    def __post_init__(self) -> None:
+        for name in ("runs", "ptx_coefs", "kl_coefs"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; give at least one")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of policy: a line of the tables, a point of the plot."""
+
+    label: str
+    by_run: list[Figures]
+
+    def values(self, figure: str) -> list[float]:
+        """A figure in each run; empty where this kind of policy has none."""
+        return [figures[figure] for figures in self.by_run if figure in figures]
+
+    def mean(self, figure: str) -> float:
+        values = self.values(figure)
+        return sum(values) / len(values)
+
+
+def sweep(config: Config) -> None:
+    """Make what is missing, evaluate, write tables and plot."""
+    study = open_run(config, stage="sweep", inputs={run: run for run in config.runs})
+    controls = find_controls(config.runs)
+    rows: dict[str, list[Row]] = {}
+    for run in config.runs:
+        folders = make_policies(config, run, controls)
+        figures = evaluate_policies(run, folders)
+        for part, by_label in folders.items():
+            part_rows = rows.setdefault(part, [Row(label, []) for label in by_label])
+            for row, folder in zip(part_rows, by_label.values(), strict=True):
+                row.by_run.append(figures[folder])
+    tables = format_tables(config.runs, rows)
+    (study.dir / TABLE).write_text(tables, encoding="utf-8")
+    draw(rows, config.plot)
+    study.finish({part: _report(lines) for part, lines in rows.items()})
+    print(tables)
+
+
+def find_controls(runs: Sequence[str]) -> list[str]:
+    """The controls that are there in every run; the others are named."""
+    found = []
+    for name in CONTROLS:
+        missing = [run for run in runs if not is_finished(f"{run}/controls/{name}")]
+        if missing:
+            print(f"sweep: no finished controls/{name} in {', '.join(missing)}; it is left out")
+        else:
+            found.append(name)
+    return found
+
+
+def make_policies(
+    config: Config, run: str, controls: Sequence[str], train: Callable[..., object] = train_ppo
+) -> Folders:
+    """Where the policies of a run are; those of the sweeps that are missing are made."""
+    knobs = {"ptx": config.ptx_coefs, "kl": config.kl_coefs}
+    folders: Folders = {
+        "sft": {"SFT": settings_of(PPOConfig, f"{run}/ppo").policy.path},
+        "plain": {"plain PPO": f"{run}/ppo"},
+    }
+    for knob, coefs in knobs.items():
+        policies = {f"{coef:g}": policy_config(run, knob, coef) for coef in coefs}
+        for policy in policies.values():
+            make(train, policy)
+        folders[knob] = {label: policy.output_dir for label, policy in policies.items()}
+    folders["controls"] = {CONTROLS[name]: f"{run}/controls/{name}" for name in controls}
+    return folders
+
+
+def policy_config(run: str, knob: str, coef: float) -> PPOConfig:
+    """The settings of RUN/ppo with another coefficient, in a folder of RUN/sweep; those of RUN/ppo
+    or RUN/ppo_ptx where these have that coefficient already."""
+    base = settings_of(PPOConfig, f"{run}/ppo")
+    folder = f"{run}/sweep/{knob}_{coef:g}"
+    if knob == "ptx":
+        wanted = replace(base, ptx=replace(base.ptx, coef=coef), output_dir=folder)
+    else:
+        wanted = replace(base, ppo=replace(base.ppo, kl_coef=coef), output_dir=folder)
+    for existing in (base, settings_of(PPOConfig, f"{run}/ppo_ptx")):
+        if replace(existing, output_dir=folder) == wanted:
+            return existing
+    return wanted
+
+
+def evaluate_policies(
+    run: str, folders: Folders, stage: Callable[[EvaluateConfig], object] = evaluate
+) -> dict[str, Figures]:
+    """Folder -> figures of all policies of a run, measured together; done once for a set of them.
+
+    The evaluation's settings are those of the run's own, so a policy that is in both gets the same
+    figures.
+    """
+    base = settings_of(EvaluateConfig, run)
+    (sft,) = folders["sft"].values()
+    others = {folder for by_label in folders.values() for folder in by_label.values()} - {sft}
+    names = {folder: Path(folder).name.replace(".", "-") for folder in sorted(others)}
+    config = replace(
+        base,
+        policies={"sft": sft, **{name: folder for folder, name in names.items()}},
+        baseline="sft",
+        reports={},
+        stages={},
+        output_dir=f"{run}/sweep/evaluation",
+    )
+    if not is_finished(config.output_dir) or find_differences(config):
+        stage(config)
+    results = read_json(Path(config.output_dir) / RESULTS)
+    return {
+        folder: {**results[name], **_norm_ratio(folder)} for name, folder in config.policies.items()
+    }
+
+
+def format_tables(runs: Sequence[str], rows: dict[str, list[Row]]) -> str:
+    """Markdown: means with their intervals, the values of each seed, differences to plain PPO."""
+    (plain,) = rows["plain"]
+    lines = [
+        *rows["sft"],
+        *(
+            replace(row, label=f"{name} {row.label}")
+            for k, name in KNOBS.items()
+            for row in rows[k]
+        ),
+        *rows["controls"],
+    ]
+    header = ["policy", *(name for name, _ in FIGURES.values())]
+    differences = [
+        [row.label, *(_difference_cell(row, plain, figure) for figure in COMPARED)]
+        for row in lines
+        if row.by_run != plain.by_run
+    ]
+    return "\n".join(
+        [
+            f"Mean over {len(runs)} seeds ± half of its 95 % t interval:\n",
+            markdown_table(header, [_cells(row, mean_cell) for row in lines]),
+            f"Each seed, in the order {', '.join(runs)}:\n",
+            markdown_table(header, [_cells(row, values_cell) for row in lines]),
+            "Difference to plain PPO on the same seed, mean ± half of its 95 % t interval:\n",
+            markdown_table(["policy", *(FIGURES[key][0] for key in COMPARED)], differences),
+        ]
+    )
+
+
+def draw(rows: dict[str, list[Row]], path: str) -> None:
+    """Gold score against what was kept: a path for each knob, its coefficients along it."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(1, len(PANELS), sharey=True)
+    for axes, (kept, label) in zip(panels, PANELS.items(), strict=True):
+        for (knob, name), colour in zip(KNOBS.items(), COLOURS, strict=False):
+            _draw_path(axes, rows[knob], kept, name, colour)
+        _draw_seeds(axes, rows["sft"][0], kept, INK)
+        _mark(axes, rows["sft"][0], kept, "SFT", INK, "*")
+        for control, marker in zip(rows["controls"], "sX", strict=False):
+            _draw_seeds(axes, control, kept, COLOURS[2])
+            _mark(axes, control, kept, control.label, COLOURS[2], marker)
+        style_axes(axes, "", label, "gold score")
+    panels[-1].invert_xaxis()  # better is to the right in both
+    panels[0].legend(frameon=False, fontsize=9, labelcolor=INK)
+    save_figure(figure, path)
+
+
+def _draw_path(axes: Axes, rows: Sequence[Row], kept: str, name: str, colour: str) -> None:
+    points = [(row.mean(kept), row.mean("gold_score")) for row in rows]
+    axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name, linewidth=1.6)
+    for row, point in zip(rows, points, strict=True):
+        _draw_seeds(axes, row, kept, colour)
+        axes.annotate(
+            row.label,
+            point,
+            xytext=(5, 5),
+            textcoords="offset points",
+            fontsize=8,
+            color=colour,
+        )
+
+
+def _draw_seeds(axes: Axes, row: Row, kept: str, colour: str) -> None:
+    axes.scatter(row.values(kept), row.values("gold_score"), color=colour, s=10, alpha=0.3)
+
+
+def _mark(axes: Axes, row: Row, kept: str, label: str, colour: str, marker: str) -> None:
+    axes.plot(
+        row.mean(kept),
+        row.mean("gold_score"),
+        marker=marker,
+        markersize=12,
+        color=colour,
+        linestyle="none",
+        label=label,
+    )
+
+
+def _norm_ratio(folder: str) -> Figures:
+    """Mean over updates of the norm of the ptx gradient as a share of PPO's; none without ptx."""
+    ratios = [
+        row["ppo/ptx_grad_norm"] / row["ppo/ppo_grad_norm"]
+        for row in read_metrics(Path(folder) / METRICS)
+        if "ppo/ptx_grad_norm" in row
+    ]
+    return {"norm_ratio": sum(ratios) / len(ratios)} if ratios else {}
+
+
+def _cells(row: Row, cell: Callable[[Sequence[float], int], str]) -> list[str]:
+    figures = [(row.values(key), digits) for key, (_, digits) in FIGURES.items()]
+    return [row.label, *(cell(values, digits) if values else "" for values, digits in figures)]
+
+
+def _difference_cell(row: Row, plain: Row, figure: str) -> str:
+    pairs = zip(row.values(figure), plain.values(figure), strict=True)
+    return mean_cell([value - of_plain for value, of_plain in pairs], FIGURES[figure][1])
+
+
+def _report(rows: Sequence[Row]) -> dict[str, dict[str, object]]:
+    return {
+        row.label: {key: over_seeds(values) for key in FIGURES if (values := row.values(key))}
+        for row in rows
+    }
+
+
+def main() -> None:
+    run_stage(sweep, Config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""What can go wrong in PPO, seen in its metrics: every alarm has a code, a cause and a remedy.
+
+After each rollout and after each update the monitor looks at the metrics so far. A rule that finds
+a fault tells it in two sentences, and stops the run if its code is in `monitor.stop_on`. The codes
+are stable: scripts may look for them in the output, in metrics.jsonl (`ppo/alarms` counts them) and
+in results.json (`alarms`). docs/metrics.md lists them.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+from rlhf.chat import Chat
+from rlhf.finite import NonFiniteError
+from stages.ppo.config import Config, MonitorSettings
+
+Metrics = Mapping[str, float]
+Check = Callable[[Metrics, "Monitor"], str | None]
+"""(metrics of this update so far, monitor with the updates before) -> cause, or None."""
+
+NONFINITE = "PPO_NONFINITE"
+RM_CHANCE = "PPO_RM_CHANCE"
+REPLAY_FILE = "nonfinite.json"
+LAST_GOOD = "last_good"
+
+TOKEN_NOISE = {"float32": 1e-3, "bfloat16": 0.5}
+"""Log-ratio, in nats a token, above which a difference is no longer noise of the arithmetic."""
+NUM_ERRORS = 4.0
+"""Standard errors below 0 from which a mean KL is not negative by chance."""
+SAMPLER_ERRORS = 6.0
+"""The same for sampled tokens that are likelier or less likely than their distribution says."""
+SAMPLER_EXCESS = 0.02
+"""Nats a token that the difference must reach too: arithmetic may differ by less."""
+HISTORY = 10
+"""Updates before that a value loss is compared with."""
+
+
+class TrainingStopped(ValueError):
+    """An alarm that ends the run."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A fault, how it shows, and what to do about it."""
+
+    code: str
+    needs: tuple[str, ...]
+    """Metrics that must be there; the rule is tried once an update, as soon as they are."""
+    check: Check
+    remedy: str
+
+
+def reference_differs(now: Metrics, monitor: "Monitor") -> str | None:
+    most = now["ppo/max_token_kl"]
+    if monitor.history or not most > monitor.token_noise:
+        return None
+    return (
+        f"Before the first update the policy differs from its reference by {most:.2g} nats on a "
+        f"token, where noise stays below {monitor.token_noise:g}."
+    )
+
+
+def sampler_differs(now: Metrics, monitor: "Monitor") -> str | None:
+    rows = [*monitor.history, now]
+    errors = sum(row["ppo/sampler_z"] for row in rows) / math.sqrt(len(rows))
+    excess = sum(row["ppo/sampler_excess"] for row in rows) / len(rows)
+    if abs(errors) < SAMPLER_ERRORS or abs(excess) < SAMPLER_EXCESS:
+        return None
+    likely = "less likely" if excess > 0 else "likelier"
+    return (
+        f"Sampled tokens are {abs(excess):.3f} nats {likely} than the policy's own distribution "
+        f"makes them, {abs(errors):.0f} standard errors: the sampler draws from another one than "
+        "the scorer computes."
+    )
+
+
+def kl_is_negative(now: Metrics, monitor: "Monitor") -> str | None:
+    kl, error = now["ppo/kl"], now["ppo/kl_error"]
+    if kl > -0.05 or not kl < -NUM_ERRORS * error:
+        return None
+    return (
+        f"The KL to the reference is {kl:.2f} nats a response (standard error {error:.2f}), and a "
+        "true one is never negative."
+    )
+
+
+def kl_is_large(now: Metrics, monitor: "Monitor") -> str | None:
+    kl, most = now["ppo/kl"], monitor.limits.max_kl
+    if kl <= most:
+        return None
+    return f"The KL to the reference is {kl:.1f} nats a response, over monitor.max_kl {most:g}."
+
+
+def few_ends(now: Metrics, monitor: "Monitor") -> str | None:
+    rate, least = now["ppo/eos_rate"], monitor.limits.min_eos_rate
+    most = monitor.config.rollout.max_new_tokens
+    if rate >= least:
+        return None
+    return (
+        f"Only {rate:.0%} of the responses end by themselves within {most} tokens, under "
+        f"monitor.min_eos_rate {least:g}."
+    )
+
+
+def length_collapses(now: Metrics, monitor: "Monitor") -> str | None:
+    if not monitor.history:
+        return None
+    first, tokens = monitor.history[0]["ppo/response_tokens"], now["ppo/response_tokens"]
+    factor = monitor.limits.max_length_change
+    if first / factor <= tokens <= first * factor:
+        return None
+    return (
+        f"Responses have {tokens:.1f} tokens, and had {first:.1f} in the first update: a change by "
+        f"more than monitor.max_length_change {factor:g}."
+    )
+
+
+def responses_repeat(now: Metrics, monitor: "Monitor") -> str | None:
+    if not monitor.history:
+        return None
+    first, share = monitor.history[0]["ppo/distinct_2"], now["ppo/distinct_2"]
+    least = monitor.limits.min_distinct * first
+    if share >= least:
+        return None
+    return (
+        f"Only {share:.1%} of the bigrams in the responses are different ones, and {first:.1%} were"
+        " in the first update: the policy repeats itself."
+    )
+
+
+def advantages_vanish(now: Metrics, monitor: "Monitor") -> str | None:
+    score, spread = now["ppo/score"], now["ppo/score_std"]
+    if now["ppo/advantage_std"] < 1e-6:
+        return "All advantages of the update are equal, so it teaches the policy nothing."
+    if spread > 1e-6 * max(1.0, abs(score)):
+        return None
+    return (
+        f"All responses of the update have the same score, {score:.3g}, so the advantages hold "
+        "nothing but the KL penalty and the errors of the value model."
+    )
+
+
+def ratio_is_not_one(now: Metrics, monitor: "Monitor") -> str | None:
+    most = now["ppo/first_log_ratio"]
+    if not most > monitor.token_noise:
+        return None
+    return (
+        "In the first step on a rollout the log-ratio of new to old probability reaches "
+        f"{most:.2g} nats on a token, where noise stays below {monitor.token_noise:g}."
+    )
+
+
+def many_clipped(now: Metrics, monitor: "Monitor") -> str | None:
+    share, most = now["ppo/clip_fraction"], monitor.limits.max_clip_fraction
+    if share <= most:
+        return None
+    return f"{share:.0%} of the tokens are clipped, over monitor.max_clip_fraction {most:g}."
+
+
+def steps_are_long(now: Metrics, monitor: "Monitor") -> str | None:
+    kl, most = now["ppo/approx_kl"], monitor.limits.max_update_kl
+    if kl <= most:
+        return None
+    return (
+        f"Within one update the policy moves {kl:.3f} nats a token from the one that sampled, over "
+        f"monitor.max_update_kl {most:g}."
+    )
+
+
+def value_loss_explodes(now: Metrics, monitor: "Monitor") -> str | None:
+    losses = [row["ppo/value_loss"] for row in monitor.history[-HISTORY:]]
+    factor = monitor.limits.max_value_loss_growth
+    if len(losses) < 3 or now["ppo/value_loss"] <= factor * median(losses):
+        return None
+    return (
+        f"The value loss is {now['ppo/value_loss']:.3g}, {factor:g} times and more of the "
+        f"{median(losses):.3g} that is the median of the {len(losses)} updates before."
+    )
+
+
+def value_clip_is_tight(now: Metrics, monitor: "Monitor") -> str | None:
+    clip_range, error = monitor.config.ppo.value_clip_range, now["ppo/value_error"]
+    if clip_range is None or error <= monitor.limits.max_value_error * clip_range:
+        return None
+    return (
+        f"The value model is {error:.3g} off (root mean square, in units of the score), and "
+        f"ppo.value_clip_range {clip_range:g} lets it move by no more than that an update."
+    )
+
+
+RULES = (
+    Rule(
+        "PPO_REFERENCE",
+        ("ppo/max_token_kl",),
+        reference_differs,
+        "Load both from one folder in one dtype, with dropout off.",
+    ),
+    Rule(
+        "PPO_SAMPLER",
+        ("ppo/sampler_z", "ppo/sampler_excess"),
+        sampler_differs,
+        "Sample at rollout.temperature without top-k, top-p or penalties, from the weights that "
+        "are scored.",
+    ),
+    Rule(
+        "PPO_NEG_KL",
+        ("ppo/kl", "ppo/kl_error"),
+        kl_is_negative,
+        "Look for what makes sampler, scorer or reference differ: temperature, filters, dtype, "
+        "tokens behind the end.",
+    ),
+    Rule(
+        "PPO_KL",
+        ("ppo/kl",),
+        kl_is_large,
+        "Raise ppo.kl_coef, lower optim.learning_rate, or stop earlier: gold quality usually falls "
+        "long before.",
+    ),
+    Rule(
+        "PPO_NO_EOS",
+        ("ppo/eos_rate",),
+        few_ends,
+        "Raise rollout.max_new_tokens, charge reward.missing_end, or train SFT on responses with "
+        "their end token.",
+    ),
+    Rule(
+        "PPO_LENGTH",
+        ("ppo/response_tokens",),
+        length_collapses,
+        "Read samples.jsonl: the reward may love length or shortness; raise ppo.kl_coef or set a "
+        "length penalty.",
+    ),
+    Rule(
+        "PPO_REPEAT",
+        ("ppo/distinct_2",),
+        responses_repeat,
+        "Read samples.jsonl, raise ppo.kl_coef and train the reward model on such responses too.",
+    ),
+    Rule(
+        "PPO_ZERO_ADV",
+        ("ppo/score", "ppo/score_std", "ppo/advantage_std"),
+        advantages_vanish,
+        "Give a reward that tells responses apart, or prompts that are neither always nor never "
+        "solved.",
+    ),
+    Rule(
+        "PPO_RATIO",
+        ("ppo/first_log_ratio",),
+        ratio_is_not_one,
+        "Make rollout and training pass alike: dropout off, one dtype, one temperature, no weights "
+        "changed in between.",
+    ),
+    Rule(
+        "PPO_CLIP",
+        ("ppo/clip_fraction",),
+        many_clipped,
+        "Lower optim.learning_rate or ppo.num_epochs.",
+    ),
+    Rule(
+        "PPO_UPDATE_KL",
+        ("ppo/approx_kl",),
+        steps_are_long,
+        "Lower optim.learning_rate or ppo.num_epochs, or set ppo.max_step_kl.",
+    ),
+    Rule(
+        "PPO_VALUE",
+        ("ppo/value_loss",),
+        value_loss_explodes,
+        "Lower value_learning_rate, and look whether scores jumped (ppo/score_std).",
+    ),
+    Rule(
+        "PPO_VALUE_CLIP",
+        ("ppo/value_error",),
+        value_clip_is_tight,
+        "Raise ppo.value_clip_range or set it to null, or bring scores to unit variance "
+        "(reward.normalize_on).",
+    ),
+)
+"""In the order in which causes precede effects."""
+
+REMEDIES = {rule.code: rule.remedy for rule in RULES} | {
+    NONFINITE: "Lower the learning rates, hold the weights in float32, and look at the prompt in "
+    f"{REPLAY_FILE}.",
+    RM_CHANCE: "Train the reward model on more rankings: optimising noise makes the policy worse.",
+}
+CODES = tuple(REMEDIES)
+
+
+@dataclass
+class Monitor:
+    """Watches a run; the same on every process, since metrics are means over all of them."""
+
+    config: Config
+    tell: Callable[[str], object]
+    """Prints a line on one process."""
+    token_noise: float
+    """Of TOKEN_NOISE: what arithmetic alone makes of a token's log-ratio, in nats."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Metrics of the updates that ended."""
+    alarms: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Code -> number of the first update with it, and of updates with it."""
+    _tried: set[str] = field(default_factory=set)
+    _active: set[str] = field(default_factory=set)
+    _was_active: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.limits.stop_on) - set(CODES))
+        if unknown:
+            raise ValueError(
+                f"monitor.stop_on has {unknown[0]!r}, which is no code; give some of "
+                f"{', '.join(CODES)}"
+            )
+
+    @property
+    def limits(self) -> MonitorSettings:
+        return self.config.monitor
+
+    def watch(self, update: int, metrics: Metrics) -> None:
+        """Try the rules whose metrics are there and that were not tried yet in this update.
+
+        Raises:
+            TrainingStopped: an alarm of `monitor.stop_on`.
+        """
+        for rule in RULES:
+            if rule.code not in self._tried and all(name in metrics for name in rule.needs):
+                self._tried.add(rule.code)
+                cause = rule.check(metrics, self)
+                if cause is not None:
+                    self.raise_alarm(rule.code, update, cause)
+
+    def raise_alarm(self, code: str, update: int, cause: str) -> None:
+        """Count an alarm, tell it when it was off the update before, stop if it is one to stop on.
+
+        Raises:
+            TrainingStopped: the code is in `monitor.stop_on`, or a value is not finite.
+        """
+        text = f"{code} at update {update}: {cause} {REMEDIES[code]}"
+        self._active.add(code)
+        entry = self.alarms.setdefault(code, {"first_update": update, "updates": 0})
+        entry["updates"] += 1
+        if code == NONFINITE or code in self.config.monitor.stop_on:
+            raise TrainingStopped(text)
+        if code not in self._was_active:
+            self.tell(f"ppo: warning {text}")
+
+    def end_update(self, metrics: dict[str, float]) -> None:
+        """Adds `ppo/alarms`, the number of alarms of this update, and starts the next one."""
+        metrics["ppo/alarms"] = float(len(self._active))
+        self.history.append(metrics)
+        self._was_active, self._active, self._tried = self._active, set(), set()
+
+
+def write_replay(error: NonFiniteError, update: int, chat: Chat, folder: Path) -> Path:
+    """What is needed to see the fault again, as JSON: update, phase, tensor, prompt, response."""
+    replay: dict[str, object] = {
+        "update": update,
+        "phase": error.phase,
+        "tensor": error.tensor,
+    }
+    if error.tree is not None:
+        replay |= asdict(error.tree) | {
+            "prompt_text": chat.decode(list(error.tree.prompt)),
+            "response_texts": [chat.decode(list(ids)) for ids in error.tree.responses],
+        }
+    path = folder / REPLAY_FILE
+    path.write_text(json.dumps(replay, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,374 @@
+"""Faults injected into real runs of the PPO stage: each must be told by its code.
+
+The runs are of a tiny Llama on the CPU; a test breaks one thing and looks for the code in the
+error, or in results.json and the output where the alarm only warns.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rlhf.generation
+import stages.ppo.rollout
+import stages.ppo.train
+import stages.ppo.update
+from rlhf.chat import Chat
+from rlhf.config import ModelSettings, OptimSettings
+from rlhf.inference import compute_scores
+from rlhf.models import load_scalar, load_tokenizer, packer_for, save_policy
+from rlhf.packing import PromptTree
+from rlhf.rewards import GoldenRow, RewardCard, RewardSettings, rendering_hash
+from stages.ppo.config import Config, MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
+from stages.ppo.monitor import CODES, RULES, Monitor, TrainingStopped
+from stages.ppo.train import train
+from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
+
+NUM_UPDATES = 4
+SHARPNESS = 0.3
+"""Factor on the tiny model's logits: neither sure nor uniform."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A policy and prompts."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
+    Chat(tokenizer)
+    policy = tiny_policy_of("llama", vocab_size=len(tokenizer))
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(SHARPNESS)
+    save_policy(policy, tokenizer, folder / "sft")
+    prompts = [{"prompt": f"say {number}"} for number in range(12)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    return folder
+
+
+@pytest.fixture
+def config(inputs: Path, tmp_path: Path) -> Config:
+    """A run in which nothing is wrong."""
+    return Config(
+        output_dir=str(tmp_path / "ppo"),
+        policy=ModelSettings(path=str(inputs / "sft")),
+        prompts=str(inputs / "prompts.jsonl"),
+        reward=RewardSettings(function="tests.stages.test_monitor:some_length"),
+        rollout=RolloutSettings(batch_size=32, max_new_tokens=8),
+        ppo=PPOSettings(mini_batch_size=16, kl_coef=0.02, value_clip_range=None),
+        ptx=PtxSettings(coef=0.0),
+        optim=OptimSettings(learning_rate=1e-3, schedule="constant"),
+        value_learning_rate=1e-3,
+        monitor=MonitorSettings(min_eos_rate=0.0),  # the policy has not learned to end
+        num_updates=NUM_UPDATES,
+        ema_decay=None,
+    )
+
+
+def some_length(prompts, responses, metas):
+    return [len(response) % 5 / 5 for response in responses]
+
+
+def constant(prompts, responses, metas):
+    return [1.0] * len(responses)
+
+
+def huge(prompts, responses, metas):
+    return [1000.0 * (len(response) % 5) for response in responses]
+
+
+def alarms_of(config: Config) -> dict[str, Any]:
+    train(config)
+    return json.loads((Path(config.output_dir) / "results.json").read_text())["alarms"]
+
+
+def break_from(update: int, function: Callable, broken: Callable) -> Callable:
+    """`function` for so many calls, `broken` from then on."""
+    calls = iter(range(10**9))
+    return lambda *args, **kwargs: (function if next(calls) < update else broken)(*args, **kwargs)
+
+
+def test_a_healthy_run_raises_no_alarm(config: Config, capsys):
+    assert alarms_of(config) == {}
+    assert "warning" not in capsys.readouterr().out
+    rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
+    assert [row["ppo/alarms"] for row in rows] == [0.0] * NUM_UPDATES
+    tried = {rule.code for rule in RULES if all(name in rows[-1] for name in rule.needs)}
+    assert tried == {rule.code for rule in RULES}  # no rule waits for a metric that never comes
+
+
+def test_sampled_tokens_of_a_healthy_run_are_as_likely_as_they_should_be(config: Config):
+    train(replace(config, rollout=replace(config.rollout, batch_size=256)))
+    rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
+    assert all(abs(row["ppo/sampler_z"]) < 4 for row in rows)
+    # Standard errors of the right size: their root mean square over updates is about one.
+    assert 0.2 < math.sqrt(sum(row["ppo/sampler_z"] ** 2 for row in rows) / len(rows)) < 2.5
+
+
+def test_a_reference_that_is_another_model(config: Config, monkeypatch):
+    load_policy = stages.ppo.train.load_policy
+    monkeypatch.setattr(
+        stages.ppo.train, "load_policy", break_from(1, load_policy, lambda s: other(load_policy(s)))
+    )
+    with pytest.raises(TrainingStopped, match=r"^PPO_REFERENCE at update 0: .* differs from its"):
+        train(config)
+
+
+def other(policy):
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(1.5)
+    return policy
+
+
+def _top_k(logits, temperature, generator):
+    likeliest = logits.topk(40).indices
+    kept = torch.full_like(logits, -math.inf).scatter(-1, likeliest, logits.gather(-1, likeliest))
+    return torch.multinomial(kept.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+def _top_p(logits, temperature, generator):
+    probabilities, order = logits.softmax(-1).sort(descending=True)
+    probabilities[probabilities.cumsum(-1) - probabilities > 0.8] = 0
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return order.gather(-1, drawn).squeeze(1)
+
+
+def _cold(logits, temperature, generator):
+    return torch.multinomial((logits / 0.5).softmax(-1), 1, generator=generator).squeeze(1)
+
+
+@pytest.mark.parametrize("sample", [_top_k, _top_p, _cold])
+def test_a_sampler_that_is_not_the_policy(sample, config: Config, monkeypatch):
+    monkeypatch.setattr(rlhf.generation, "_sample", sample)
+    with pytest.raises(TrainingStopped, match=r"^PPO_SAMPLER at update \d: .* nats likelier"):
+        train(replace(config, rollout=replace(config.rollout, batch_size=256)))
+
+
+def test_a_kl_below_zero(config: Config, monkeypatch):
+    """The reference's log-probabilities stop being normalised after the first update."""
+    logprobs = stages.ppo.rollout.Sampler.logprobs
+    monkeypatch.setattr(
+        stages.ppo.rollout.Sampler,
+        "logprobs",
+        break_from(1, logprobs, lambda *args: logprobs(*args) + 0.1),
+    )
+    with pytest.raises(TrainingStopped, match=r"^PPO_NEG_KL at update 1: .* never negative"):
+        train(config)
+
+
+def test_a_training_pass_that_is_not_the_policy_that_sampled(config: Config, monkeypatch):
+    token_logprobs = stages.ppo.update.token_logprobs
+    monkeypatch.setattr(
+        stages.ppo.update,
+        "token_logprobs",
+        lambda logits, targets, temperature=1.0: token_logprobs(logits, targets, 1.5),
+    )
+    with pytest.raises(TrainingStopped, match=r"^PPO_RATIO at update 0: .*log-ratio"):
+        train(config)
+    assert (Path(config.output_dir) / "last_good" / "model.safetensors").is_file()
+
+
+def test_a_code_that_is_not_to_stop_warns_once_and_is_counted(config: Config, monkeypatch, capsys):
+    token_logprobs = stages.ppo.update.token_logprobs
+    monkeypatch.setattr(
+        stages.ppo.update,
+        "token_logprobs",
+        lambda logits, targets, temperature=1.0: token_logprobs(logits, targets, 1.5),
+    )
+    alarms = alarms_of(replace(config, monitor=replace(config.monitor, stop_on=[])))
+    assert alarms["PPO_RATIO"] == {"first_update": 0, "updates": NUM_UPDATES}
+    assert capsys.readouterr().out.count("warning PPO_RATIO at update 0") == 1
+
+
+def test_responses_that_never_end(config: Config, monkeypatch):
+    sample = rlhf.generation._sample
+
+    def never_end(logits, *args):
+        logits[:, 1] = -math.inf
+        return sample(logits, *args)
+
+    monkeypatch.setattr(rlhf.generation, "_sample", never_end)
+    monitor = MonitorSettings(stop_on=["PPO_NO_EOS"])
+    with pytest.raises(TrainingStopped, match=r"^PPO_NO_EOS at update 0: Only 0% .* 8 tokens"):
+        train(replace(config, monitor=monitor))
+
+
+def test_scores_that_are_all_equal(config: Config):
+    reward = RewardSettings(function="tests.stages.test_monitor:constant", missing_end="none")
+    alarms = alarms_of(replace(config, reward=reward))
+    assert alarms["PPO_ZERO_ADV"]["updates"] == NUM_UPDATES
+
+
+def test_advantages_that_are_all_zero(config: Config, monkeypatch):
+    advantages = stages.ppo.rollout.generalized_advantages
+    monkeypatch.setattr(
+        stages.ppo.rollout,
+        "generalized_advantages",
+        lambda rewards, values, mask, **kw: (
+            advantages(rewards, values, mask, **kw)[0] * 0,
+            values,
+        ),
+    )
+    assert alarms_of(config)["PPO_ZERO_ADV"]["updates"] == NUM_UPDATES
+
+
+def test_responses_that_shrink(config: Config, monkeypatch):
+    generate = stages.ppo.rollout.generate
+    monkeypatch.setattr(
+        stages.ppo.rollout,
+        "generate",
+        break_from(2, generate, lambda *args, **kwargs: [[5]] * len(args[1])),
+    )
+    monitor = replace(config.monitor, stop_on=["PPO_LENGTH"])
+    with pytest.raises(TrainingStopped, match=r"^PPO_LENGTH at update 2: .*1\.0 tokens"):
+        train(replace(config, monitor=monitor))
+
+
+def test_responses_that_repeat_themselves(config: Config, monkeypatch):
+    generate = stages.ppo.rollout.generate
+    monkeypatch.setattr(
+        stages.ppo.rollout,
+        "generate",
+        break_from(2, generate, lambda *args, **kwargs: [[5, 6] * 4] * len(args[1])),
+    )
+    monitor = replace(config.monitor, stop_on=["PPO_REPEAT"])
+    with pytest.raises(TrainingStopped, match=r"^PPO_REPEAT at update 2: .*repeats itself"):
+        train(replace(config, monitor=monitor))
+
+
+@pytest.mark.parametrize("code", ["PPO_CLIP", "PPO_UPDATE_KL", "PPO_KL"])
+def test_steps_that_are_far_too_long(code: str, config: Config):
+    monitor = replace(
+        config.monitor, stop_on=[code], max_kl=8.0
+    )  # responses of a few tokens cannot get far
+    wild = replace(
+        config,
+        optim=OptimSettings(learning_rate=0.3, schedule="constant"),
+        ppo=replace(config.ppo, num_epochs=4, kl_coef=0.0),
+        monitor=monitor,
+        num_updates=8,
+    )
+    with pytest.raises(TrainingStopped, match=rf"^{code} at update"):
+        train(wild)
+
+
+def test_a_value_loss_that_explodes(config: Config, monkeypatch):
+    score = stages.ppo.rollout.Sampler.score
+
+    def jump(*args):
+        scored, finished = score(*args)
+        return replace(scored, scores=scored.scores + 100), finished
+
+    monkeypatch.setattr(stages.ppo.rollout.Sampler, "score", break_from(3, score, jump))
+    monitor = replace(config.monitor, stop_on=["PPO_VALUE"])
+    with pytest.raises(TrainingStopped, match=r"^PPO_VALUE at update 3: .*10 times"):
+        train(replace(config, monitor=monitor))
+
+
+def test_a_reward_far_beyond_the_value_clip(config: Config):
+    wide = replace(
+        config,
+        reward=RewardSettings(function="tests.stages.test_monitor:huge"),
+        ppo=replace(config.ppo, value_clip_range=0.2),
+        monitor=replace(config.monitor, stop_on=["PPO_VALUE_CLIP"]),
+    )
+    with pytest.raises(TrainingStopped, match=r"^PPO_VALUE_CLIP at update 0: .*value_clip_range"):
+        train(wide)
+
+
+def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(config: Config, monkeypatch):
+    """One row's logits turn NaN in the second update; the weights on disk are those before it."""
+    model_forward = stages.ppo.update.response_logits
+
+    def broken(policy, row):
+        logits = model_forward(policy, row)
+        return logits * torch.where(row.response_index[0] == 0, math.nan, 1.0)
+
+    steps_of_one_update = 2
+    monkeypatch.setattr(
+        stages.ppo.update, "response_logits", break_from(steps_of_one_update, model_forward, broken)
+    )
+    with pytest.raises(TrainingStopped) as stopped:
+        train(config)
+    message = str(stopped.value)
+    assert message.startswith("PPO_NONFINITE at update 1: logits is not finite in phase train")
+    assert "say " in message  # the prompt
+    folder = Path(config.output_dir)
+    assert str(folder / "last_good") in message
+    replay = json.loads((folder / "nonfinite.json").read_text())
+    assert (replay["update"], replay["phase"], replay["tensor"]) == (1, "train", "logits")
+    assert "say " in replay["prompt_text"] and replay["responses"][0]
+    good = stages.ppo.train.load_policy(ModelSettings(path=str(folder / "last_good")))
+    assert all(parameter.isfinite().all() for parameter in good.parameters())
+    start = stages.ppo.train.load_policy(config.policy)
+    assert not torch.equal(good.lm_head.weight, start.lm_head.weight)  # one update was taken
+    assert not (folder / "results.json").exists()
+
+
+@pytest.mark.parametrize("tensor", ["scores", "values", "ref_logprobs"])
+def test_a_nan_in_the_rollout_is_named(tensor: str, config: Config, monkeypatch):
+    roll_out = stages.ppo.train.roll_out
+
+    def broken(*args):
+        rollout = roll_out(*args)
+        spoilt = getattr(rollout, tensor).clone()
+        spoilt[3] = math.nan
+        return replace(rollout, **{tensor: spoilt})
+
+    monkeypatch.setattr(stages.ppo.train, "roll_out", broken)
+    with pytest.raises(TrainingStopped, match=rf"^PPO_NONFINITE at update 0: {tensor} is not"):
+        train(config)
+
+
+def test_a_policy_without_finite_logits_is_told_at_its_first_sample(config: Config, monkeypatch):
+    load_policy = stages.ppo.train.load_policy
+
+    def spoilt(settings):
+        policy = load_policy(settings)
+        with torch.no_grad():
+            policy.lm_head.weight[7] = math.nan
+        return policy
+
+    monkeypatch.setattr(stages.ppo.train, "load_policy", spoilt)
+    with pytest.raises(TrainingStopped, match=r"^PPO_NONFINITE at update 0: logits .*rollout"):
+        train(config)
+
+
+def test_a_reward_model_that_may_be_a_coin(config: Config, tmp_path: Path, capsys):
+    folder = tmp_path / "rm"
+    save_reward_model(Path(config.policy.path), folder, interval=(0.48, 0.55))
+    reward = RewardSettings(model=str(folder), allow_chance_reward=True)
+    alarms = alarms_of(replace(config, reward=reward))
+    assert alarms["PPO_RM_CHANCE"] == {"first_update": 0, "updates": 1}
+    assert "warning PPO_RM_CHANCE at update 0: The reward model" in capsys.readouterr().out
+
+
+def save_reward_model(sft: Path, folder: Path, interval: tuple[float, float]) -> None:
+    model = load_scalar(ModelSettings(path=str(sft)), new_head=True)
+    chat = Chat(load_tokenizer(str(sft)))
+    tree = PromptTree(tuple(chat.prompt_ids("say 1")), (tuple(chat.response_ids("one")),))
+    score = compute_scores(model, [tree], packer_for(model.classifier, 512)).item()
+    model.save(folder, chat.tokenizer)
+    RewardCard(
+        bias=0.0,
+        scale=1.0,
+        pair_accuracy=0.5,
+        interval=interval,
+        golden=(GoldenRow(prompt="say 1", response="one", score=score),),
+        template_hash=chat.template_hash,
+        rendering_hash=rendering_hash(chat),
+    ).save(folder)
+
+
+def test_every_code_has_its_fault_in_this_file():
+    tests = Path(__file__).read_text()
+    assert [code for code in CODES if code not in tests] == []
+
+
+def test_an_unknown_code_is_refused(config: Config):
+    monitor = MonitorSettings(stop_on=["PPO_EOS"])
+    with pytest.raises(ValueError, match=r"stop_on has 'PPO_EOS', which is no code; give some of"):
+        Monitor(replace(config, monitor=monitor), print, 1e-3)
