@@ -214,7 +214,7 @@ class RankingTrainer(Trainer):
             return
         metrics = {**self._metrics, "rm/learning_rate": logs["learning_rate"]}
         if logs.get("grad_norm") is not None:
-            metrics["rm/gradient_norm"] = logs["grad_norm"]
+            metrics["rm/grad_norm"] = logs["grad_norm"]
         self.run.log(self.state.global_step, metrics)
 
     def _score_slopes(
