@@ -100,6 +100,22 @@ def test_a_healthy_run_raises_no_alarm(config: Config, capsys):
     assert tried == {rule.code for rule in RULES}  # no rule waits for a metric that never comes
 
 
+def test_a_seed_gives_the_same_run_bit_for_bit_and_another_seed_another(config: Config, inputs):
+    text = inputs / "text.jsonl"
+    text.write_text(json.dumps({"text": "the cat sat. " * 40}) + "\n")
+    ptx = PtxSettings(coef=0.1, text=str(text), block_tokens=16, blocks_per_episode=0.25)
+    runs = {}
+    for name, seed in (("first", 3), ("again", 3), ("other", 4)):
+        folder = Path(config.output_dir) / name
+        train(replace(config, ptx=ptx, ema_decay=0.9, seed=seed, output_dir=str(folder)))
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        rows = [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in lines]
+        runs[name] = rows, (folder / "model.safetensors").read_bytes()
+    assert runs["first"] == runs["again"]
+    assert len(runs["first"][0]) == NUM_UPDATES
+    assert runs["first"][0][-1]["ppo/kl"] != runs["other"][0][-1]["ppo/kl"]
+
+
 def test_sampled_tokens_of_a_healthy_run_are_as_likely_as_they_should_be(config: Config):
     train(replace(config, rollout=replace(config.rollout, batch_size=256)))
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
