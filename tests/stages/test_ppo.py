@@ -25,6 +25,7 @@ from stages.ppo.update import Learner, PolicyAndValue, optimizer_step, update
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 
 END = 1
+PHASES = "rollout score logprobs reference value ptx train step evaluate update".split()
 TEXTS = [text_tree([5, 9, 13, 17, 21, 25]), text_tree([30, 31, 32])]
 
 
@@ -330,6 +331,10 @@ def test_a_run_learns_and_its_folder_loads(tmp_path: Path):
     first, last = (sum(row["ppo/score"] for row in part) for part in (rows[:3], rows[-3:]))
     assert last > 3 * first
     assert rows[-1]["ppo/ptx_loss"] < rows[0]["ppo/ptx_loss"]
+    phases = [{k: v for k, v in row.items() if k.startswith("seconds/")} for row in rows]
+    assert set(phases[0]) == {f"seconds/{name}" for name in PHASES}
+    wholes = [of_update.pop("seconds/update") for of_update in phases]
+    assert all(sum(p.values()) <= whole for p, whole in zip(phases, wholes, strict=True))
     samples = [json.loads(line) for line in (tmp_path / "ppo/samples.jsonl").open()]
     assert {row["step"] for row in samples} == {0, 6, 11}
     results = json.loads((tmp_path / "ppo/results.json").read_text())
