@@ -226,9 +226,12 @@ def format_table(figures: Figures) -> str:
 
 def draw(figures: Figures, path: str) -> None:
     """A panel a figure: the runs as thin lines, their mean as a thick one."""
-    figure = Figure(figsize=(3.4 * len(figures), 3.1), layout="constrained")
-    panels = figure.subplots(1, len(figures), squeeze=False)[0]
-    for axes, (name, by_arm) in zip(panels, figures.items(), strict=True):
+    num_rows = -(-len(figures) // 2)
+    figure = Figure(figsize=(8.4, 3.1 * num_rows), layout="constrained")
+    panels = figure.subplots(num_rows, 2, squeeze=False).ravel()
+    for axes in panels[len(figures) :]:
+        axes.remove()
+    for axes, (name, by_arm) in zip(panels, figures.items(), strict=False):
         title, unit = FIGURES[name]
         style_axes(axes, title[0].upper() + title[1:], "epoch", unit)
         for colour, (arm, values) in zip(COLOURS, by_arm.items(), strict=False):

@@ -133,7 +133,7 @@ def _stopping_well(
             is_first = learner.accelerator.is_main_process
             where = write_replay(error, number, chat, run.dir) if is_first else REPLAY_FILE
             prompt = "" if error.tree is None else f" at prompt {chat.decode(error.tree.prompt)!r}"
-            cause = f"{error.tensor} is not finite in phase {error.phase}{prompt} (see {where})."
+            cause = f"{error}{prompt} (see {where})."
             monitor.raise_alarm(NONFINITE, number, cause)
     except TrainingStopped as stop:
         folder = run.dir / LAST_GOOD

@@ -45,9 +45,10 @@ def compare(
     pairs = []
     for example, score, judged in zip(examples, scores, preferences, strict=True):
         lengths = [len(response) for response in example.tree.responses]
+        key = example.ranking.key
         pairs += [
             Pair(
-                prompt=example.ranking.key,
+                prompt=key,
                 source=example.ranking.source or "",
                 margin=score[i] - score[j],
                 length_margin=lengths[i] - lengths[j],

@@ -280,26 +280,27 @@ def test_a_reward_far_beyond_the_value_clip(config: Config):
 
 
 def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(config: Config, monkeypatch):
-    """One row's logits turn NaN in the second update; the weights on disk are those before it."""
-    model_forward = stages.ppo.update.response_logits
-
-    def broken(policy, row):
-        logits = model_forward(policy, row)
-        return logits * torch.where(row.response_index[0] == 0, math.nan, 1.0)
-
-    steps_of_one_update = 2
-    monkeypatch.setattr(
-        stages.ppo.update, "response_logits", break_from(steps_of_one_update, model_forward, broken)
-    )
+    """Logits turn NaN in the second update; the weights on disk are those before it."""
+    forward = stages.ppo.update.response_logits
+    passes_of_one_update = 2  # one a step
+    broken = break_from(passes_of_one_update, forward, lambda *args: forward(*args) * math.nan)
+    monkeypatch.setattr(stages.ppo.update, "response_logits", broken)
     with pytest.raises(TrainingStopped) as stopped:
         train(config)
     message = str(stopped.value)
-    assert message.startswith("PPO_NONFINITE at update 1: logits is not finite in phase train")
+    assert message.startswith(
+        "PPO_NONFINITE at update 1: logits is not finite in phase train of step 2 "
+    )
     assert "say " in message  # the prompt
     folder = Path(config.output_dir)
     assert str(folder / "last_good") in message
     replay = json.loads((folder / "nonfinite.json").read_text())
-    assert (replay["update"], replay["phase"], replay["tensor"]) == (1, "train", "logits")
+    assert [replay[key] for key in ("update", "step", "phase", "tensor")] == [
+        1,
+        2,
+        "train",
+        "logits",
+    ]
     assert "say " in replay["prompt_text"] and replay["responses"][0]
     good = stages.ppo.train.load_policy(ModelSettings(path=str(folder / "last_good")))
     assert all(parameter.isfinite().all() for parameter in good.parameters())
