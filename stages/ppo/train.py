@@ -86,6 +86,7 @@ def train(config: Config) -> None:
         started = time.perf_counter()
         models = learner.models
         batch = own_share(accelerator, next(order))
+        only_value = number < config.ppo.value_warmup_updates
         with _stopping_well(monitor, number, learner, chat, run):
             with accelerator.autocast():
                 rollout = roll_out(
@@ -99,13 +100,12 @@ def train(config: Config) -> None:
                 )
             metrics = _rollout_metrics(rollout, accelerator)
             monitor.watch(number, metrics)
-            only_value = number < config.ppo.value_warmup_updates
             metrics |= update(learner, rollout, texts, config, shuffling, only_value=only_value)
             monitor.watch(number, metrics)
         metrics["ppo/kl_coef"] = kl_coef
         metrics["ppo/learning_rate"] = float(learner.schedule.get_last_lr()[0])
         monitor.end_update(metrics)
-        if config.ppo.kl_target is not None:
+        if config.ppo.kl_target is not None and not only_value:
             kl_coef = adapt_kl_coef(
                 kl_coef,
                 metrics["ppo/kl"],

@@ -100,6 +100,17 @@ def test_a_healthy_run_raises_no_alarm(config: Config, capsys):
     assert tried == {rule.code for rule in RULES}  # no rule waits for a metric that never comes
 
 
+def test_the_kl_coefficient_steers_itself_once_the_policy_learns(config: Config):
+    """A KL far below its target lowers it by 20 % of episodes / horizon an update."""
+    ppo = replace(config.ppo, kl_target=50.0, kl_horizon=320, value_warmup_updates=1)
+    train(replace(config, ppo=ppo))
+    rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
+    factor = 1 - 0.2 * 32 / 320
+    expected = [0.02, 0.02, 0.02 * factor, 0.02 * factor**2]
+    assert [row["ppo/kl_coef"] for row in rows] == pytest.approx(expected, rel=1e-9)
+    assert rows[1]["ppo/kl"] == 0.0 < abs(rows[3]["ppo/kl"])
+
+
 def test_a_seed_gives_the_same_run_bit_for_bit_and_another_seed_another(config: Config, inputs):
     text = inputs / "text.jsonl"
     text.write_text(json.dumps({"text": "the cat sat. " * 40}) + "\n")
