@@ -22,7 +22,8 @@ def test_with_a_constant_reward_the_policy_stays_with_its_reference() -> None:
     task.reward = torch.full_like(task.reward, 1.7)
     drift = kl_to_reference(task, run_ppo(task, make_config(NUM_UPDATES), seed=0))
     learned = kl_to_reference(rewarded, run_ppo(rewarded, make_config(NUM_UPDATES), seed=0))
-    assert drift < 0.02 < 0.5 < learned
+    assert drift < 3e-3  # measured: 4e-4 to 6e-4 on three seeds
+    assert learned > 1
 
 
 def test_with_its_sign_flipped_the_reward_falls() -> None:
