@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from itertools import islice
+from math import comb
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Literal
 
@@ -84,7 +85,7 @@ def detect_kind(source: str) -> str:
         if isinstance(row, RecordError) or not isinstance(row, dict):
             break
         names = {match for key in row for match in get_close_matches(key, known, n=1)}
-        if names & {"responses", "ranks"}:
+        if names & {"responses", "ranks", "probabilities"}:
             return Ranking.kind
         if "response" in names:
             return Demonstration.kind
@@ -119,8 +120,8 @@ def warnings(records: Sequence[Record]) -> Iterator[str]:
     rankings = [record for record in records if isinstance(record, Ranking)]
     if orderless := sum(not ranking.pairs() for ranking in rankings):
         yield f"{orderless} of {len(rankings)} rankings have all their responses tied or unranked"
-    if contradictions := sum(_ranks_equal_texts_apart(ranking) for ranking in rankings):
-        yield f"{contradictions} rankings hold the same response twice with different ranks"
+    if contradictions := sum(_judges_equal_texts_apart(ranking) for ranking in rankings):
+        yield f"{contradictions} rankings hold the same response twice and prefer one of the two"
 
 
 def render(record: Record, chat: "Chat | None") -> list[Piece]:
@@ -129,10 +130,13 @@ def render(record: Record, chat: "Chat | None") -> list[Piece]:
     if not isinstance(record, Text):
         pieces.append(Piece(text=_rendered_prompt(record.prompt, chat), trained=False))
     if isinstance(record, Ranking):
-        for rank, response in zip(record.ranks, record.responses, strict=True):
-            label = f"\n--- rank {'none' if rank is None else rank}: "
-            pieces.append(Piece(text=label, trained=False))
+        for i, (rank, response) in enumerate(zip(record.ranks, record.responses, strict=True)):
+            label = f"response {i}" if record.probabilities else f"rank {rank or 'none'}"
+            pieces.append(Piece(text=f"\n--- {label}: ", trained=False))
             pieces.append(Piece(text=_rendered_response(response, chat), trained=True))
+        for i, j, p in record.probabilities:
+            text = f"\n--- response {i} is better than {j} with probability {p:g}"
+            pieces.append(Piece(text=text, trained=False))
     elif isinstance(record, Demonstration):
         pieces.append(Piece(text=_rendered_response(record.response, chat), trained=True))
     elif isinstance(record, Text):
@@ -172,11 +176,22 @@ def _ranking_statistics(rankings: Sequence[Ranking]) -> Iterator[str]:
         for ranking in rankings
         for i, j in ranking.pairs()
     ]
-    ranked = [[rank for rank in ranking.ranks if rank is not None] for ranking in rankings]
-    tied = sum(len(ranks) * (len(ranks) - 1) // 2 for ranks in ranked) - len(pairs)
-    unranked = sum(rank is None for ranking in rankings for rank in ranking.ranks)
+    hard = [ranking for ranking in rankings if not ranking.probabilities]
+    unranked = sum(ranking.ranks.count(None) for ranking in hard)
+    tied = sum(
+        comb(len(ranking.ranks) - ranking.ranks.count(None), 2) - len(ranking.pairs())
+        for ranking in hard
+    )
     yield f"K (responses a ranking): {_histogram(num_responses)}"
     yield f"pairs {len(pairs)}, tied pairs {tied}, unranked responses {unranked}"
+    if soft := [p for one in rankings if one.probabilities for _, _, p in one.preferences()]:
+        yield (
+            f"pairs with a probability {len(soft)}, of which even ones "
+            f"{sum(p == 0.5 for p in soft)}; the likelier response has {fmean(soft):.3f} on average"
+        )
+    weights = [ranking.weight for ranking in rankings]
+    if set(weights) != {1}:
+        yield f"weight: min {min(weights):g}, mean {fmean(weights):g}, max {max(weights):g}"
     if pairs:
         longer = fmean(_longer_wins(better, worse) for better, worse in pairs)
         yield f"the longer response is the better one in {longer:.1%} of pairs"
@@ -190,7 +205,8 @@ def _refuse_orderless(file: str, records: Sequence[Record]) -> None:
     if rankings and not any(ranking.pairs() for ranking in rankings):
         raise ValueError(
             f"{file}: in all {len(rankings)} rankings every response is tied or unranked, so there "
-            "is nothing to learn; give at least two different ranks in a row"
+            "is nothing to learn; give at least two different ranks in a row, or a probability "
+            "other than 0.5"
         )
 
 
@@ -199,7 +215,7 @@ def _longer_wins(better: str, worse: str) -> float:
     return 0.5 * ((len(better) > len(worse)) + (len(better) >= len(worse)))
 
 
-def _ranks_equal_texts_apart(ranking: Ranking) -> bool:
+def _judges_equal_texts_apart(ranking: Ranking) -> bool:
     return any(ranking.responses[i] == ranking.responses[j] for i, j in ranking.pairs())
 
 

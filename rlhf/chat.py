@@ -97,6 +97,29 @@ class Chat:
         assert isinstance(text, str)
         return text
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each token of a response adds; the end token adds its own name.
+
+        Without the end token's, the pieces joined are `decode` of the ids. A character that several
+        tokens spell comes whole with the last of them, and the others add nothing; so do special
+        tokens within the response. The tokens since the last whole character are decoded together
+        with those before them, since what a token reads as may depend on its neighbours.
+        """
+        ids = list(ids)
+        end = ids.index(self.end_id) if self.end_id in ids else len(ids)
+        pieces = []
+        first, whole = 0, 0  # ids[first:whole] are context, all before `whole` is in the pieces
+        for stop in range(1, end + 1):
+            known, text = self.decode(ids[first:whole]), self.decode(ids[first:stop])
+            if text.endswith("\ufffd") and stop < end:
+                pieces.append("")
+                continue
+            pieces.append(text[len(known) :])
+            if pieces[-1]:
+                first = whole  # else the context would be without text, like the start of one
+            whole = stop
+        return [*pieces, *self.tokenizer.convert_ids_to_tokens(ids[end:])]
+
     def fit_prompt(self, prompt: PromptLike, max_tokens: int) -> list[int] | None:
         """The prompt's ids with the oldest turns left out until they fit, or None.
 

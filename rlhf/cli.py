@@ -24,10 +24,14 @@ def run_stage(
     """
     try:
         function(load_config(config_class, args))
+        return
     except (ValueError, OSError) as error:
-        _stop(f"error: {error}", USER_ERROR)
+        message, code = f"error: {error}", USER_ERROR
     except KeyboardInterrupt:
-        _stop("interrupted", INTERRUPTED)
+        message, code = "interrupted", INTERRUPTED
+    # Only here are the frames of the failed call gone, and with them a progress bar whose line the
+    # message would continue.
+    _stop(message, code)
 
 
 def _stop(message: str, code: int) -> NoReturn:

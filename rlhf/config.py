@@ -21,6 +21,11 @@ _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: (--[^\s=]+)")
 _STRAY_WORD = re.compile(r"unrecognized arguments: (\S+)")
 _UNION = re.compile(r"Does not validate .*Subtypes: \[(.*?)\] Errors:.*Given value: (.*)")
 _CLASS = re.compile(r"<class '(?:NoneType'>|(\w+)'>)")
+_KEY = re.compile(r'Parser key "([\w.]+)": (.*)')
+_NOT_ACCEPTED = re.compile(r"Option '(.*?)' is not accepted")
+
+OWN_NAME = "NAME"
+"""Stands in `keys_of` for the names that a user gives to the sections of a mapping."""
 
 
 class ConfigError(ValueError):
@@ -131,12 +136,18 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
 
 
 def keys_of(config_class: type) -> list[str]:
-    """All keys of a settings class, those of its sections dotted: `seed`, `optim.learning_rate`."""
+    """All keys of a settings class, those of its sections dotted: `seed`, `optim.learning_rate`.
+
+    Sections that the user names have NAME in their place: `reward.parts.NAME.weight`.
+    """
     keys = []
     for name, kind in _field_types(config_class).items():
         keys.append(name)
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if _is_section(kind):
             keys += [f"{name}.{key}" for key in keys_of(kind)]
+        elif section := _named_section(kind):
+            keys += [f"{name}.{OWN_NAME}"]
+            keys += [f"{name}.{OWN_NAME}.{key}" for key in keys_of(section)]
     return keys
 
 
@@ -156,22 +167,39 @@ def _field_types(config_class: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
 
 
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _named_section(kind: Any) -> type | None:
+    """The settings class of a mapping from the user's names to sections, dict[str, Section]."""
+    values = typing.get_args(kind)[1:] if typing.get_origin(kind) is dict else ()
+    return values[0] if values and _is_section(values[0]) else None
+
+
 def _check_sections(config_class: type, values: Namespace) -> None:
     """Refuse what jsonargparse lets through: null for any type, a section that is no mapping."""
     for name, kind in _field_types(config_class).items():
         value = values.get(name)
         if value is None and kind is not Any and type(None) not in typing.get_args(kind):
             raise ConfigError(f"{name} is null; give a value of type {_type_name(kind)}")
-        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-            continue
-        if not isinstance(value, Namespace):
-            keys = ", ".join(keys_of(kind))
-            raise ConfigError(f"{name} is {value!r}; give a section with the keys {keys}")
-        try:
-            _check_sections(kind, value)
-            kind(**vars(value))
-        except ValueError as error:
-            raise ConfigError(f"{name}.{error}") from error
+        if _is_section(kind):
+            _check_section(name, kind, value)
+        elif section := _named_section(kind):
+            for own_name, part in value.items():
+                _check_section(f"{name}.{own_name}", section, part)
+
+
+def _check_section(name: str, section: type, value: object) -> None:
+    """Refuse what is no section, or what the section's own checks refuse, by its whole name."""
+    if not isinstance(value, Namespace):
+        keys = ", ".join(keys_of(section))
+        raise ConfigError(f"{name} is {value!r}; give a section with the keys {keys}")
+    try:
+        _check_sections(section, value)
+        section(**vars(value))
+    except ValueError as error:
+        raise ConfigError(f"{name}.{error}") from error
 
 
 def _type_name(kind: Any) -> str:
@@ -198,16 +226,29 @@ def _check_file(path: Path, config_class: type) -> None:
         raise ConfigError(f"{path} holds {settings!r}; write settings as `key: value` lines")
     known = keys_of(config_class)
     for key in _dotted_keys(settings, known):
-        if key not in known:
-            raise ConfigError(f"{path}: unknown setting {key}; {_nearest(key, known)}")
+        named = _with_own_names(known, key)
+        if key not in named:
+            raise ConfigError(f"{path}: unknown setting {key}; {_nearest(key, named)}")
 
 
 def _dotted_keys(settings: dict[Any, Any], known: Sequence[str], prefix: str = "") -> Iterator[str]:
     for name, value in settings.items():
         key = f"{prefix}{name}"
         yield key
-        if isinstance(value, dict) and any(other.startswith(f"{key}.") for other in known):
+        named = _with_own_names(known, key)
+        if isinstance(value, dict) and any(other.startswith(f"{key}.") for other in named):
             yield from _dotted_keys(value, known, f"{key}.")
+
+
+def _with_own_names(known: Sequence[str], key: str) -> list[str]:
+    """Known keys in which the words of `key` stand in the place of NAME."""
+    own = key.split(".")
+
+    def fill(other: str) -> str:
+        words = enumerate(other.split("."))
+        return ".".join(own[i] if word == OWN_NAME and i < len(own) else word for i, word in words)
+
+    return [fill(other) for other in known]
 
 
 def _explain(message: str, config_class: type) -> str:
@@ -218,11 +259,25 @@ def _explain(message: str, config_class: type) -> str:
         return f"unknown setting {key}; {_nearest(key, [*keys_of(config_class), 'config'])}"
     if word := _STRAY_WORD.search(message):
         return f"{word[1]!r} is not an option; settings are given as --key value"
+    if (key := _KEY.search(message)) and f"{key[1]}.{OWN_NAME}" in keys_of(config_class):
+        message = _explain_named(key[1], key[2], keys_of(config_class))
     message = _UNION.sub(r"Expected one of \1. Got value: \2", message)
     return _CLASS.sub(
         lambda found: found[1] or "null",
         message.replace("Parser key ", "setting ").replace("typing.", ""),
     )
+
+
+def _explain_named(key: str, message: str, known: Sequence[str]) -> str:
+    """The library's message about a section that the user named; it does not say which one."""
+    own = f"{key}.{OWN_NAME}"
+    if option := _NOT_ACCEPTED.search(message):
+        wrong = f"{own}.{option[1]}"
+        return f"unknown setting {wrong}; {_nearest(wrong, known)}"
+    if inner := _KEY.search(message):
+        return f'setting "{own}.{inner[1]}": {inner[2]}'
+    keys = [other.removeprefix(f"{own}.") for other in known if other.startswith(f"{own}.")]
+    return f"{key} takes a section for every name, with the keys {', '.join(keys)}"
 
 
 def _nearest(key: str, known: Sequence[str]) -> str:

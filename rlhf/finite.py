@@ -8,13 +8,24 @@ from rlhf.packing import PromptTree
 
 
 class NonFiniteError(ValueError):
-    """A value is NaN or infinite: in which tensor and phase, and for which prompt if known."""
+    """A value is NaN or infinite: in which tensor and phase, and for which prompt if known.
 
-    def __init__(self, tensor: str, phase: str, tree: PromptTree | None = None) -> None:
-        super().__init__(f"{tensor} is not finite in phase {phase}")
+    `step` is the optimizer step, counted over the run from 0; None where none was being taken.
+    """
+
+    def __init__(
+        self,
+        tensor: str,
+        phase: str,
+        tree: PromptTree | None = None,
+        step: int | None = None,
+    ) -> None:
+        place = phase if step is None else f"{phase} of step {step}"
+        super().__init__(f"{tensor} is not finite in phase {place}")
         self.tensor = tensor
         self.phase = phase
         self.tree = tree
+        self.step = step
 
 
 def require_finite(tensors: Mapping[str, Tensor], trees: Sequence[PromptTree], phase: str) -> None:

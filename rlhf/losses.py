@@ -19,51 +19,68 @@ Stats = dict[str, Tensor]
 
 def ranking_loss(
     scores: Float[Tensor, "responses"],
-    ranks: Int[Tensor, "responses"],
+    preferences: Float[Tensor, "responses responses"],
     tree_index: Int[Tensor, "responses"],
     *,
-    num_prompts: int,
+    num_prompts: int | float,
+    weights: Float[Tensor, "responses"] | None = None,
+    margins: Float[Tensor, "responses responses"] | None = None,
 ) -> tuple[Float[Tensor, ""], Stats]:
     """K-choose-2 pairwise loss: all pairs of a prompt together (Ouyang et al. 2022, eq. 1).
 
-        loss = 1 / num_prompts * sum over prompts of
-               1 / pairs * sum over pairs (better, worse) of -log sigmoid(s_better - s_worse)
+        loss = 1 / num_prompts * sum over prompts of weight / pairs * sum over pairs of
+               - P_ij log sigmoid(s_i - s_j - m_ij) - P_ji log sigmoid(s_j - s_i - m_ji)
 
-    Normaliser: each prompt is divided by the pairs it really has. Tied and unranked responses form
-    no pair, so every prompt weighs the same, whatever its K and its ties; a prompt without any
-    pair adds nothing.
+    Normaliser: each prompt is divided by the pairs it really has, so every prompt weighs the same
+    (or what `weights` says), whatever its K, its ties and its unranked responses; a prompt without
+    any pair adds nothing.
 
     Args:
-        ranks: 1 is best, equal ranks are ties, 0 means unranked.
+        preferences: probability P_ij that i is preferred to j. P_ij + P_ji is 1 for a pair, and
+            both are 0 where two responses are not compared. Ranks give 0 and 1, AI and crowd
+            judgements anything between.
         tree_index: responses with the same number belong to the same prompt.
-        num_prompts: prompts with at least one pair in the whole batch.
+        num_prompts: prompts with at least one pair in the whole batch, or the sum of their weights.
+        weights: of each response's prompt, positive; None weighs all prompts 1.
+        margins: m_ij by which s_i shall exceed s_j before the loss is that of equal scores (Touvron
+            et al. 2023, eq. 2); None is 0.
 
     Returns:
-        loss, and sums over pairs: `correct`, `pairs`, `margin`.
+        loss, and sums over the pairs that lean to one side (P is not 1/2): `pairs`, `correct` (the
+        likelier one scores higher, equal scores half), `margin` (score of the likelier one less the
+        other's).
     """
-    better = preference_pairs(ranks, tree_index)
-    margins = (scores[:, None] - scores[None, :]).where(better, 0.0)  # (responses, responses)
+    preferences = preferences.to(scores.dtype)
+    compared = preferences > 0
+    gaps = (scores[:, None] - scores[None, :]).where(compared, 0.0)  # (responses, responses)
     same_prompt = tree_index[:, None] == tree_index[None, :]
-    pairs_of_response = better.sum(1)
-    pairs_of_prompt = (same_prompt * pairs_of_response[None, :]).sum(1)  # (responses,)
-    weights = better / pairs_of_prompt.clamp(min=1)[:, None]
-    loss = (softplus(-margins) * weights).sum() / num_prompts
-    margins = margins.detach()
+    pairs_of_prompt = (same_prompt * preferences.sum(1)[None, :]).sum(1)  # (responses,)
+    shares = preferences / pairs_of_prompt.clamp(min=1)[:, None]
+    if weights is not None:
+        shares = shares * weights[:, None]
+    losses = softplus(-gaps) if margins is None else softplus(margins - gaps)
+    loss = (losses * shares).sum() / num_prompts
+    gaps = gaps.detach()
+    likelier = preferences > 0.5
     stats = {
-        "pairs": better.sum(),
-        "correct": (better & (margins > 0)).sum() + 0.5 * (better & (margins == 0)).sum(),
-        "margin": masked_sum(margins, better),
+        "pairs": likelier.sum(),
+        "correct": (likelier & (gaps > 0)).sum() + 0.5 * (likelier & (gaps == 0)).sum(),
+        "margin": masked_sum(gaps, likelier),
     }
     return loss, stats
 
 
-def preference_pairs(
+def preferences_from_ranks(
     ranks: Int[Tensor, "responses"], tree_index: Int[Tensor, "responses"]
-) -> Bool[Tensor, "responses responses"]:
-    """True at (i, j) where response i is ranked above response j of the same prompt."""
+) -> Float[Tensor, "responses responses"]:
+    """1 at (i, j) where response i is ranked above response j of the same prompt, else 0.
+
+    Ranks: 1 is best, equal ranks are ties, 0 means unranked; neither ties nor unranked responses
+    form a pair.
+    """
     ranked = (ranks[:, None] > 0) & (ranks[None, :] > 0)
     same_prompt = tree_index[:, None] == tree_index[None, :]
-    return ranked & same_prompt & (ranks[:, None] < ranks[None, :])
+    return (ranked & same_prompt & (ranks[:, None] < ranks[None, :])).float()
 
 
 def policy_loss(

@@ -7,13 +7,19 @@ allowed: a policy may well sample one.
 
 import json
 import reprlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from itertools import combinations
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeGuard, TypeVar
 
 Messages = list[dict[str, str]]
 PromptLike = str | Messages
+
+Preference = tuple[int, int, float]
+"""(i, j, p): response i, an index from 0, is better than response j with probability p."""
+
+MAX_WEIGHT = 1e6
+"""Of a ranking, and 1 / the least: sums of weights stay within fp32."""
 
 ROLES = ("system", "user", "assistant")
 
@@ -60,9 +66,10 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Ranking:
-    """A prompt and K >= 2 responses with a labeler's ranks.
+    """A prompt and K >= 2 responses with a labeler's ranks, or with probabilities of pairs.
 
-    Rank 1 is best, equal ranks are ties, None is unranked; a comparison of two is K = 2.
+    Rank 1 is best, equal ranks are ties, None is unranked; a comparison of two is K = 2. Soft
+    labels, of an AI or of a crowd, are `probabilities` instead, and then all ranks are None.
     """
 
     kind: ClassVar[str] = "ranking"
@@ -72,6 +79,9 @@ class Ranking:
     ranks: tuple[int | None, ...]
     source: str | None = None
     labeler: str | None = None
+    probabilities: tuple[Preference, ...] = ()
+    weight: float = 1.0
+    """What this ranking counts in the loss, relative to others: trust in its labeler, say."""
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
@@ -80,6 +90,8 @@ class Ranking:
         for name in ("source", "labeler"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
+        _check_probabilities(self.probabilities, self.ranks)
+        _check_weight(self.weight)
 
     @property
     def key(self) -> str:
@@ -89,15 +101,27 @@ class Ranking:
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
         """Make a record from one JSON object. Raises RecordError."""
-        _check_fields(
-            row, required=("prompt", "responses", "ranks"), optional=("source", "labeler")
-        )
+        is_soft = isinstance(row, dict) and row.get("probabilities") is not None
+        required = ("prompt", "responses") if is_soft else ("prompt", "responses", "ranks")
+        optional = ("ranks", "probabilities", "weight", "source", "labeler")
+        _check_fields(row, required=required, optional=optional)
+        responses = _to_tuple("responses", row["responses"])
+        ranks = row.get("ranks")
+        if is_soft and ranks is None:
+            ranks = [None] * len(responses)
+        probabilities = _to_tuple("probabilities", row["probabilities"]) if is_soft else ()
+        weight = row.get("weight")
         return cls(
             prompt=row["prompt"],
-            responses=_to_tuple("responses", row["responses"]),
-            ranks=_to_tuple("ranks", row["ranks"]),
+            responses=responses,
+            ranks=_to_tuple("ranks", ranks),
             source=row.get("source"),
             labeler=row.get("labeler"),
+            probabilities=tuple(
+                _to_tuple(f"probabilities[{number}]", one)
+                for number, one in enumerate(probabilities)
+            ),
+            weight=1.0 if weight is None else weight,
         )
 
     def to_row(self) -> dict[str, Any]:
@@ -105,21 +129,37 @@ class Ranking:
         row = {
             "prompt": self.prompt,
             "responses": list(self.responses),
-            "ranks": list(self.ranks),
+            "ranks": None if self.probabilities else list(self.ranks),
+            "probabilities": [list(triple) for triple in self.probabilities] or None,
+            "weight": None if self.weight == 1 else self.weight,
             "source": self.source,
             "labeler": self.labeler,
         }
         return {name: value for name, value in row.items() if value is not None}
 
+    def preferences(self) -> list[Preference]:
+        """All compared pairs, p at least 1/2; of ranks p is 1, ties and unranked ones make none."""
+        if not self.probabilities:
+            return preferences_of(self.ranks)
+        return [(i, j, p) if p >= 0.5 else (j, i, 1 - p) for i, j, p in self.probabilities]
+
     def pairs(self) -> list[tuple[int, int]]:
-        """All (better, worse) pairs of indices into `responses`, without ties and unranked ones."""
-        pairs = []
-        for i, j in combinations(range(len(self.ranks)), 2):
-            left, right = self.ranks[i], self.ranks[j]
-            if left is None or right is None or left == right:
-                continue
-            pairs.append((i, j) if left < right else (j, i))
-        return pairs
+        """All (better, worse) pairs of indices into `responses`; without those of p = 1/2."""
+        return [(i, j) for i, j, p in self.preferences() if p > 0.5]
+
+    def restricted_to(self, kept: Sequence[int]) -> Self:
+        """The ranking of these responses alone, in this order."""
+        place = {old: new for new, old in enumerate(kept)}
+        return replace(
+            self,
+            responses=tuple(self.responses[i] for i in kept),
+            ranks=tuple(self.ranks[i] for i in kept),
+            probabilities=tuple(
+                (place[i], place[j], p)
+                for i, j, p in self.probabilities
+                if i in place and j in place
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -224,6 +264,12 @@ def prompt_key(prompt: PromptLike) -> str:
     return json.dumps(turns, ensure_ascii=False)
 
 
+def preferences_of(ranks: Sequence[float | None]) -> list[Preference]:
+    """(better, worse, 1.0) for every two ranks, smaller is better; ties and None make no pair."""
+    ranked = [(i, rank) for i, rank in enumerate(ranks) if rank is not None]
+    return [(i, j, 1.0) for i, left in ranked for j, right in ranked if left < right]
+
+
 def show(value: object) -> str:
     """A short form of a value for an error message."""
     short = reprlib.Repr()
@@ -237,7 +283,7 @@ def show(value: object) -> str:
 def _check_fields(
     row: object, *, required: tuple[str, ...], optional: tuple[str, ...] = ()
 ) -> None:
-    known = required + optional
+    known = tuple(dict.fromkeys(required + optional))
     if not isinstance(row, dict):
         raise RecordError(
             "row",
@@ -392,6 +438,66 @@ def _check_ranks(ranks: tuple[Any, ...], num_responses: int) -> None:
             expected="one rank a response",
             remedy="give every response a rank, null where it has none",
         )
+
+
+def _check_probabilities(probabilities: tuple[Any, ...], ranks: tuple[int | None, ...]) -> None:
+    if probabilities and any(rank is not None for rank in ranks):
+        raise RecordError(
+            "probabilities",
+            found=f"{len(probabilities)} pairs beside ranks {show(list(ranks))}",
+            expected="either ranks or probabilities",
+            remedy="leave one of the two out, or make two rows of it",
+        )
+    seen: set[frozenset[int]] = set()
+    for number, one in enumerate(probabilities):
+        name = f"probabilities[{number}]"
+        if not isinstance(one, tuple) or len(one) != 3:
+            raise RecordError(
+                name,
+                found=show(one),
+                expected="[i, j, p]: two responses, and the probability that the first is better",
+                remedy="write [0, 1, 0.7]",
+            )
+        i, j, p = one
+        for index in (i, j):
+            is_index = isinstance(index, int) and not isinstance(index, bool)
+            if not is_index or not 0 <= index < len(ranks):
+                raise RecordError(
+                    name,
+                    found=f"response {show(index)}",
+                    expected=f"a whole number from 0 to {len(ranks) - 1}",
+                    remedy="count the responses from 0",
+                )
+        if not _is_number(p) or not 0 <= p <= 1:
+            raise RecordError(
+                name,
+                found=f"probability {show(p)}",
+                expected="a number from 0 to 1",
+                remedy="divide a percentage by 100, votes by their number",
+            )
+        pair = frozenset((i, j))
+        if len(pair) == 1 or pair in seen:
+            raise RecordError(
+                name,
+                found=f"response {i} against itself" if i == j else f"the pair {i}, {j} once more",
+                expected="two different responses, every pair at most once",
+                remedy="remove it, or join the judgements of a pair into one probability",
+            )
+        seen.add(pair)
+
+
+def _check_weight(weight: object) -> None:
+    if not _is_number(weight) or not 1 / MAX_WEIGHT <= weight <= MAX_WEIGHT:
+        raise RecordError(
+            "weight",
+            found=show(weight),
+            expected=f"a number from {1 / MAX_WEIGHT:g} to {MAX_WEIGHT:g}",
+            remedy="leave it out for 1; to train without a ranking, remove the row",
+        )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_meta(meta: object) -> None:

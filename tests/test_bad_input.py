@@ -1,6 +1,7 @@
 """What a new user gets wrong, stage by stage: one clear line, exit code 2, nothing half-written."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,30 @@ def make_tokenizer(*more: str) -> Any:
     return Chat(tokenizer).tokenizer
 
 
+def too_few(prompts, responses, metas):
+    return [0.0]
+
+
+def one_not_a_number(prompts, responses, metas):
+    return [0.0, float("nan")] + [0.0] * (len(responses) - 2)
+
+
+def no_list(prompts, responses, metas):
+    return 1.0
+
+
+def failing(prompts, responses, metas):
+    raise KeyError("no such\nkey")
+
+
+def one_token_short(prompts, responses, metas, tokens):
+    return [[0.0] * (len(pieces) - 1) for pieces in tokens]
+
+
+def constant(prompts, responses, metas):
+    return [0.5] * len(responses)
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -55,14 +80,22 @@ def refusal(
     config_class: type,
     args: dict[str, object],
     capsys: pytest.CaptureFixture[str],
+    *,
+    behind_a_bar: bool = False,
 ) -> str:
-    """The one line on stderr of a program that must refuse its input and write nothing."""
+    """The one line on stderr of a program that must refuse its input and write nothing.
+
+    What shows only in the first update stands in one line of its own below the progress bar.
+    """
     words = [word for key, value in args.items() for word in (f"--{key}", str(value))]
     output = Path(str(args["output_dir"]))
     with pytest.raises(SystemExit) as stopped:
         run_stage(function, config_class, words)
     assert stopped.value.code == USER_ERROR
     message = capsys.readouterr().err.strip()
+    if behind_a_bar:
+        bar, message = message.split("\n")
+        assert bar.startswith("ppo: ")
     assert message.startswith("error: ")
     assert "Traceback" not in message
     assert not output.exists(), f"half-written: {list(output.iterdir())}"
@@ -205,3 +238,71 @@ def test_folder_that_is_not_there(folder, tmp_path, capsys):
     assert "nowhere" in message
     message = refusal(*ppo(folder, tmp_path, prompts=tmp_path / "nothing.jsonl"), capsys)
     assert "nothing.jsonl" in message
+
+
+@pytest.fixture
+def rewarded(folder, tmp_path, capsys):
+    """The refusal of a PPO run whose reward comes from these settings, in a YAML file."""
+
+    def run(reward: str, *, behind_a_bar: bool = False, **changes: object) -> str:
+        path = tmp_path / "reward.yaml"
+        path.write_text(f"reward: {reward}\n")
+        train, config_class, args = ppo(folder, tmp_path, config=path, **changes)
+        del args["reward.model"]
+        args |= {"rollout.batch_size": 4, "ppo.mini_batch_size": 4}
+        return refusal(train, config_class, args, capsys, behind_a_bar=behind_a_bar)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("{}", "reward.model is None, function is None, .*give exactly one"),
+        ("{function: 'a:b', parts: {x: {function: 'a:b'}}}", "give exactly one"),
+        ("{part: {x: {function: 'a:b'}}}", "unknown setting reward.part; did you mean reward.par"),
+        ("{parts: {x: {functon: 'a:b'}}}", "reward.parts.x.functon; did you mean .*x.function"),
+        ("{parts: {x: {}}}", "reward.parts.x.model is None and function is None; give exactly"),
+        ("{parts: {x: {function: 'a:b', weight: 0}}}", "reward.parts.x.weight is 0"),
+        ("{parts: {x: 3}}", "reward.parts takes a section for every name, with the keys model"),
+        ("{ensemble: {models: [rm]}}", "reward.ensemble.models has one member"),
+        ("{ensemble: {models: [a, b], combine: median}}", "mean_minus_spread"),
+        ("{ensemble: {model: [a, b]}}", "did you mean reward.ensemble.models"),
+        ("{function: 'a:b', length_penalty: -1}", "reward.length_penalty is -1"),
+        ("{function: 'tests.test_bad_input:shrt'}", "has no function 'shrt'"),
+        ("{function: tests.test_bad_input.failing}", "write package.module:name"),
+        ("{parts: {x: {function: 'nowhere:f'}}}", "cannot import nowhere"),
+        ("{model: no/where/rm}", "no/where/rm"),
+        (
+            "{function: 'tests.test_bad_input:constant', normalize_on: 4}",
+            "all 4 samples for reward.normalize_on score 0.5",
+        ),
+    ],
+)
+def test_rewards_that_cannot_be_had(rewarded, reward, message):
+    assert re.search(message, rewarded(reward))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("too_few", "too_few returned 1 entries for 4 responses, and they part at row 1"),
+        ("one_not_a_number", "one_not_a_number gave nan for row 1"),
+        ("no_list", "no_list returned float; it must return a list with one number a response"),
+        ("failing", r"failing failed on row 0 \(response .*KeyError: 'no such"),
+        ("one_token_short", r"gave \d numbers for row 0, whose response has \d tokens"),
+    ],
+)
+def test_functions_that_give_something_else(rewarded, function, message):
+    per_token = function == "one_token_short"
+    reward = f"{{function: 'tests.test_bad_input:{function}', per_token: {per_token}}}"
+    assert re.search(message, rewarded(reward, behind_a_bar=True))
+
+
+def test_a_value_model_that_cannot_read_the_policys_tokens(folder, tmp_path, rewarded):
+    shutil.copytree(folder / "rm", tmp_path / "rm")
+    byte_tokenizer("<e>", "<p>", eos_token="<e>", pad_token="<p>").save_pretrained(tmp_path / "rm")
+    reward = "{function: 'tests.test_bad_input:constant'}"
+    message = rewarded(reward, value_model=tmp_path / "rm")
+    assert "has another vocabulary than the policy" in message
+    assert "null for a new head on the policy's body" in message

@@ -7,8 +7,12 @@ import shlex
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from rlhf.config import load_config
+from stages.ppo.config import Config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,3 +77,29 @@ def test_module_command_exists(command: str, capsys: pytest.CaptureFixture[str])
         if option in ("--config", "--config_file"):
             assert path == "FILE" or (ROOT / path).is_file()
     assert_options_exist(module, options_of(rest), capsys)
+
+
+def block_of(language: str) -> str:
+    [block] = re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    return block
+
+
+def test_own_rewards_do_what_is_said_of_them() -> None:
+    own: dict[str, Any] = {}
+    exec(block_of("python"), own)
+    batch = (["p", "p"], ["one two three", ""], [{}, {}])
+    assert own["brevity"](*batch) == [-0.3, 0.0]
+    tokens = [["so", " so", " so", "</s>"], ["</s>"]]
+    assert own["no_repeats"](*batch, tokens) == [[0.0, 0.0, -1.0, 0.0], [0.0]]
+
+
+def test_own_reward_settings_load(tmp_path: Path) -> None:
+    path = tmp_path / "reward.yaml"
+    path.write_text(block_of("yaml"), encoding="utf-8")
+    defaults = ["--config", str(ROOT / "configs/ppo/tiny.yaml"), "--reward.model", "null"]
+    reward = load_config(Config, [*defaults, "--config", str(path)]).reward
+    assert {name: part.weight for name, part in reward.parts.items()} == {
+        "helpful": 1.0,
+        "brief": 0.5,
+        "repeats": 0.1,
+    }

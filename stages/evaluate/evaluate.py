@@ -19,7 +19,7 @@ from rlhf.models import check_vocabulary, load_chat, load_policy, packer_for
 from rlhf.packing import Packer, PromptTree, text_tree
 from rlhf.recall import fact_recall
 from rlhf.records import Prompt, Text
-from rlhf.rewards import FunctionReward, Reward, load_function, load_reward_model, same_rendering
+from rlhf.rewards import FunctionReward, Reward, load_function, load_judge, same_rendering
 from rlhf.runs import RESULTS, Run, open_run
 from stages.evaluate.config import Config
 from stages.evaluate.curves import draw_curves
@@ -181,11 +181,11 @@ def _load_judges(config: Config, chat: Chat, device: torch.device) -> dict[str, 
         arguments = () if config.gold_path is None else (config.gold_path,)
         judges["gold"] = _gold_reward(load_function(config.gold)(*arguments), config.gold)
     if config.reward_model is not None:
-        judges["rm"] = load_reward_model(
+        judges["rm"] = load_judge(
             ModelSettings(path=config.reward_model, trust_remote_code=config.trust_remote_code),
+            chat,
             micro_batch_tokens=config.micro_batch_tokens,
             device=device,
-            policy_chat=chat,
             allow_chance_reward=config.allow_chance_reward,
         )
     return judges

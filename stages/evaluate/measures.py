@@ -139,7 +139,7 @@ def score(reward: Reward, questions: Sequence[Prompt], chat: Chat, answers: Answ
         [prompt for _, prompt, _ in rows],
         [response for _, _, response in rows],
         [chat.decode(response) for _, _, response in rows],
-    )
+    ).scores
     return [[float(value) for value in group] for group in _by_prompt(answers, scores)]
 
 

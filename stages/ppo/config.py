@@ -129,8 +129,9 @@ class Config:
     reward: RewardSettings
     """Where scores come from."""
     value_model: str | None = None
-    """Reward model folder that the value model starts from. None means reward.model, or, with a
-    reward function alone, the SFT model with a new head whose weights are 0."""
+    """Reward model folder that the value model starts from, with the policy's vocabulary. None
+    means the reward model, of several the first; where there is none, or it has another vocabulary,
+    the SFT model with a new head whose weights are 0."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """Sampling of responses."""
     ppo: PPOSettings = field(default_factory=PPOSettings)

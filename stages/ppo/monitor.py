@@ -354,10 +354,11 @@ class Monitor:
 
 
 def write_replay(error: NonFiniteError, update: int, chat: Chat, folder: Path) -> Path:
-    """What is needed to see the fault again, as JSON: update, phase, tensor, prompt, response."""
+    """What is needed to see the fault again, as JSON: where it was, prompt, response."""
     replay: dict[str, object] = {
         "update": update,
         "phase": error.phase,
+        "step": error.step,
         "tensor": error.tensor,
     }
     if error.tree is not None:

@@ -1,7 +1,7 @@
 """One rollout: responses sampled from the policy, their rewards and advantages."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -19,9 +19,12 @@ from rlhf.masking import masked_sum, whiten, whitening_sums
 from rlhf.models import ScalarModel
 from rlhf.packing import Packer, PromptTree, response_batch
 from rlhf.records import Prompt
-from rlhf.rewards import Reward, adjust_missing_end, clip_scores
+from rlhf.rewards import Reward, Scored, adjust_missing_end, clip_scores, penalize_length
 from rlhf.statistics import distinct_bigrams
 from stages.ppo.config import Config
+
+PART = "part "
+"""Before the name of a part of the score, among the sums of a rollout."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Rollout:
     finished: Tensor
     """(batch,) True where the response has its end token"""
     scores: Tensor
-    """(batch,) from the reward, after the handling of missing ends and clipping"""
+    """(batch,) from the reward, after the clip, the length penalty and the handling of missing
+    ends"""
     logprobs: Tensor
     """(batch, time) of the policy that sampled"""
     entropy: Tensor
@@ -58,18 +62,21 @@ class Rollout:
     values: Tensor
     """(batch, time) of the state before each token"""
     rewards: Tensor
-    """(batch, time) score on the last token, KL penalty on all"""
+    """(batch, time) score on the last token but for what belongs to others, KL penalty on all"""
     advantages: Tensor
     """(batch, time), whitened if the settings say so"""
     returns: Tensor
     """(batch, time), from unwhitened advantages"""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """(batch,) what the scores are made of, by name, as the reward gave it"""
 
     def select(self, episodes: Tensor) -> "Rollout":
         """Some of the episodes, as a rollout of their own."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         trees = [self.trees[i] for i in episodes.tolist()]
         tensors = {k: value[episodes] for k, value in fields.items() if isinstance(value, Tensor)}
-        return Rollout(trees=trees, **tensors)
+        parts = {name: part[episodes] for name, part in self.parts.items()}
+        return Rollout(trees=trees, parts=parts, **tensors)
 
 
 @dataclass(frozen=True)
@@ -101,24 +108,33 @@ class Sampler:
             for episode, response in zip(episodes, responses, strict=True)
         ]
 
-    def score(
-        self, episodes: Sequence[Episode], trees: Sequence[PromptTree]
-    ) -> tuple[Tensor, Tensor]:
-        """Scores (batch,), and whether each response has its end token (batch,)."""
+    def raw_scores(self, episodes: Sequence[Episode], trees: Sequence[PromptTree]) -> Scored:
+        """Scores (batch,) as the reward gives them."""
         responses = [list(tree.responses[0]) for tree in trees]
-        finished = torch.tensor([response[-1] == self.chat.end_id for response in responses])
-        scores = self.reward.score(
+        return self.reward.score(
             [episode.record for episode in episodes],
             [list(tree.prompt) for tree in trees],
             responses,
             [self.chat.decode(response) for response in responses],
         )
+
+    def score(
+        self, episodes: Sequence[Episode], trees: Sequence[PromptTree]
+    ) -> tuple[Scored, Tensor]:
+        """Scores (batch,), and whether each response has its end token (batch,)."""
         settings = self.config.reward
-        scores = clip_scores(scores, settings.clip)
+        responses = [tree.responses[0] for tree in trees]
+        lengths = torch.tensor([len(response) for response in responses])
+        finished = torch.tensor([response[-1] == self.chat.end_id for response in responses])
+        scored = self.raw_scores(episodes, trees)
+        scores = clip_scores(scored.scores, settings.clip)
+        scores = penalize_length(
+            scores, lengths, settings.length_penalty, settings.length_allowance
+        )
         scores = adjust_missing_end(
             scores, finished, settings.missing_end, settings.missing_end_value
         )
-        return scores, finished
+        return replace(scored, scores=scores), finished
 
     def logprobs(self, policy: nn.Module, trees: Sequence[PromptTree]) -> Tensor:
         """(batch, time) at the sampling temperature."""
@@ -151,12 +167,14 @@ def roll_out(
     settings = sampler.config.ppo
     kl_coef = settings.kl_coef if kl_coef is None else kl_coef
     trees = sampler.sample(policy, episodes, generator)
-    scores, finished = sampler.score(episodes, trees)
+    scored, finished = sampler.score(episodes, trees)
     _, response_mask = response_batch([tree.responses[0] for tree in trees])
     logprobs, entropy, logprob_variance = sampler.moments(policy, trees)
     ref_logprobs = sampler.logprobs(sampler.ref_policy, trees)
     values = compute_values(value_model, trees, sampler.packer)
-    rewards = penalized_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef)
+    rewards = penalized_rewards(scored.at_end, logprobs, ref_logprobs, response_mask, kl_coef)
+    if scored.token_rewards is not None:
+        rewards = rewards + scored.token_rewards
     advantages, returns = generalized_advantages(
         rewards, values, response_mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
     )
@@ -167,7 +185,7 @@ def roll_out(
         trees=trees,
         response_mask=response_mask,
         finished=finished,
-        scores=scores,
+        scores=scored.scores,
         logprobs=logprobs,
         entropy=entropy,
         logprob_variance=logprob_variance,
@@ -176,6 +194,7 @@ def roll_out(
         rewards=rewards,
         advantages=advantages,
         returns=returns,
+        parts=scored.parts,
     )
 
 
@@ -206,11 +225,12 @@ def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
         "return_squares": masked_sum(rollout.returns.double().square(), mask),
         "advantages": raw_advantages.sum(),
         "advantage_squares": raw_advantages.square().sum(),
+        **{PART + name: part.double().sum() for name, part in rollout.parts.items()},
     }
 
 
 def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Means over the episodes (score, reward, KL, length) and tokens (the rest) of an update.
+    """Means over the episodes (score and its parts, reward, KL, length) and tokens (the rest).
 
     `sampler_excess` is how much less likely sampled tokens were than the policy's distribution
     says, E[-log pi(token)] - entropy, in nats a token; 0 on average for tokens drawn from it.
@@ -241,4 +261,9 @@ def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
         "ppo/advantage_std": advantage_variance**0.5,
         "ppo/value_error": advantage_squares**0.5,
         "ppo/explained_variance": 1 - advantage_variance / max(return_variance, 1e-8),
+        **{
+            f"ppo/part/{key.removeprefix(PART)}": total / episodes
+            for key, total in sums.items()
+            if key.startswith(PART)
+        },
     }

@@ -33,7 +33,7 @@ from rlhf.models import (
 from rlhf.optim import MovingAverage, make_optimizer, make_schedule
 from rlhf.packing import PromptTree, response_batch, text_tree
 from rlhf.records import Prompt, Text
-from rlhf.rewards import Reward, RewardModel, load_reward, load_value_model
+from rlhf.rewards import RewardCard, load_reward, load_value_model, same_vocabulary
 from rlhf.runs import Run, open_run
 from stages.ppo.config import Config
 from stages.ppo.monitor import (
@@ -46,6 +46,7 @@ from stages.ppo.monitor import (
     TrainingStopped,
     write_replay,
 )
+from stages.ppo.normalize import normalize_scores
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out, rollout_metrics, rollout_sums
 from stages.ppo.update import Learner, PolicyAndValue, update
 
@@ -65,7 +66,10 @@ def train(config: Config) -> None:
         held_out = held_out[: config.num_eval_prompts]
     learner, sampler = _load_models(config, chat, accelerator)
     _announce(config, accelerator, len(episodes))
-    _warn_of_chance(sampler.reward, monitor)
+    _warn_of_chance(config, monitor)
+    sampler, raw_scores = normalize_scores(
+        sampler, learner.models.value_model, episodes, accelerator
+    )
 
     texts = text_batches(config, chat, accelerator)
     order = shuffled(episodes, config.rollout.batch_size, config.seed)
@@ -114,7 +118,7 @@ def train(config: Config) -> None:
     if accelerator.is_main_process:
         save_policy(learner.models.policy, chat.tokenizer, run.dir)
     results = {name.removeprefix("ppo/"): value for name, value in metrics.items()}
-    run.finish(results | {"alarms": monitor.alarms})
+    run.finish(results | raw_scores | {"alarms": monitor.alarms})
 
 
 @contextmanager
@@ -129,7 +133,7 @@ def _stopping_well(
             is_first = learner.accelerator.is_main_process
             where = write_replay(error, number, chat, run.dir) if is_first else REPLAY_FILE
             prompt = "" if error.tree is None else f" at prompt {chat.decode(error.tree.prompt)!r}"
-            cause = f"{error.tensor} is not finite in phase {error.phase}{prompt} (see {where})."
+            cause = f"{error}{prompt} (see {where})."
             monitor.raise_alarm(NONFINITE, number, cause)
     except TrainingStopped as stop:
         folder = run.dir / LAST_GOOD
@@ -138,16 +142,17 @@ def _stopping_well(
         raise TrainingStopped(f"{stop} The weights before it are in {folder}.") from stop
 
 
-def _warn_of_chance(reward: Reward, monitor: Monitor) -> None:
+def _warn_of_chance(config: Config, monitor: Monitor) -> None:
     """A reward model that may be no better than a coin was let through by the settings."""
-    if isinstance(reward, RewardModel) and reward.card.interval[0] <= 0.5:
-        low, high = reward.card.interval
-        monitor.raise_alarm(
-            RM_CHANCE,
-            0,
-            f"The reward model orders {reward.card.pair_accuracy:.1%} of held-out pairs right, "
-            f"95 % interval {low:.1%} to {high:.1%}.",
-        )
+    for path in config.reward.model_paths.values():
+        card = RewardCard.load(path)
+        low, high = card.interval
+        if low <= 0.5:
+            cause = (
+                f"The reward model at {path} orders {card.pair_accuracy:.1%} of held-out pairs "
+                f"right, 95 % interval {low:.1%} to {high:.1%}."
+            )
+            monitor.raise_alarm(RM_CHANCE, 0, cause)
 
 
 def _token_noise(config: Config, accelerator: Accelerator) -> float:
@@ -255,7 +260,8 @@ def evaluate(
     generator = torch.Generator().manual_seed(config.seed)
     policy = learner.models.policy
     trees = sampler.sample(policy, episodes, generator)
-    scores, finished = sampler.score(episodes, trees)
+    scored, finished = sampler.score(episodes, trees)
+    scores = scored.scores
     _, mask = response_batch([tree.responses[0] for tree in trees])
     kl = k1(sampler.logprobs(policy, trees), sampler.logprobs(sampler.ref_policy, trees), mask)
     run.samples(
@@ -289,9 +295,10 @@ def _load_models(config: Config, chat: Chat, accelerator: Accelerator) -> tuple[
         "rollout.max_new_tokens": config.rollout.max_new_tokens,
     }
     check_context(policy, config.policy.path, limits)
-    reward = load_reward(config.reward, chat, accelerator.device, config.micro_batch_tokens)
-    value_model = _load_value_model(config)
-    check_vocabulary(value_model.classifier, chat, config.value_model or str(config.reward.model))
+    value_model = _load_value_model(config, chat, accelerator)
+    reward = load_reward(
+        config.reward, chat, accelerator.device, config.micro_batch_tokens, accelerator.print
+    )
     ref_policy = load_policy(config.policy).requires_grad_(False).to(accelerator.device)
     packers = [
         packer_for(policy, config.micro_batch_tokens),
@@ -308,12 +315,32 @@ def _load_models(config: Config, chat: Chat, accelerator: Accelerator) -> tuple[
     return learner, Sampler(chat, ref_policy, reward, packer, config)
 
 
-def _load_value_model(config: Config) -> ScalarModel:
+def _load_value_model(config: Config, chat: Chat, accelerator: Accelerator) -> ScalarModel:
     """From the reward model (Ouyang et al. 2022, C.4), else a head of zeros on the policy's body:
-    a random one would give a random baseline (openai/lm-human-preferences)."""
-    path = config.value_model or config.reward.model
-    if path is not None:
-        return load_value_model(ModelSettings(path=path, attention=config.policy.attention))
+    a random one would give a random baseline (openai/lm-human-preferences).
+
+    Raises:
+        ValueError: the folder that value_model names has another vocabulary than the policy.
+    """
+    start = config.reward.value_start if config.value_model is None else (config.value_model, 1.0)
+    if start is not None:
+        path, weight = start
+        settings = ModelSettings(path=path, attention=config.policy.attention)
+        if same_vocabulary(chat, load_chat(settings)):
+            value_model = load_value_model(settings)
+            check_vocabulary(value_model.classifier, chat, path)
+            value_model.scale *= weight
+            return value_model
+        if config.value_model is not None:
+            raise ValueError(
+                f"value_model {path} has another vocabulary than the policy {config.policy.path}, "
+                "whose tokens it must read; give a reward model with the policy's tokenizer, or "
+                "null for a new head on the policy's body"
+            )
+        accelerator.print(
+            f"ppo: the reward model {path} has another vocabulary than the policy, so the value "
+            "model starts as the policy's body with a new head of zeros"
+        )
     value_model = load_scalar(config.policy, new_head=True)
     torch.nn.init.zeros_(value_model.head.weight)
     return value_model
@@ -324,7 +351,7 @@ def _inputs(config: Config) -> dict[str, str]:
         "policy": config.policy.path,
         "prompts": config.prompts,
         "prompts_held_out": config.prompts_held_out,
-        "reward_model": config.reward.model,
+        **{f"reward.{name}": path for name, path in config.reward.model_paths.items()},
         "value_model": config.value_model,
         "text": config.ptx.text if config.ptx.coef else None,
     }

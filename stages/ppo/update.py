@@ -263,6 +263,7 @@ def find_nonfinite(
 
     With several processes the fault may lie in another one's rows.
     """
+    step = learner.schedule.last_epoch
     try:
         for trees, phase in ((batch.trees, "train"), (texts, "ptx")):
             for row in learner.packer.rows(trees):
@@ -274,8 +275,8 @@ def find_nonfinite(
                     tensors |= {"values": row.unpack(values.cpu())} | vars(RowBatch.of(batch, row))
                 require_finite(tensors, [trees[i] for i in row.tree_index.tolist()], phase)
     except NonFiniteError as found:
-        return found
-    return NonFiniteError("gradient", "train")
+        return NonFiniteError(found.tensor, found.phase, found.tree, step)
+    return NonFiniteError("gradient", "train", step=step)
 
 
 def _balance(

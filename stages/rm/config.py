@@ -1,5 +1,6 @@
 """Settings of the rm stage. Defaults are InstructGPT's."""
 
+import math
 from dataclasses import dataclass, field
 
 from rlhf.config import ModelSettings, OptimSettings
@@ -35,7 +36,8 @@ class Config:
     """Most tokens a pass holds on one process; changes no result. A longer ranking is not cut and
     gets a pass of its own."""
     num_epochs: int = 1
-    """Passes over the rankings. More than one overfits quickly."""
+    """Passes over the rankings. More than one overfits quickly: the held-out figures are logged
+    after each."""
     max_prompt_tokens: int = 1024
     """Longer prompts lose their oldest turns; a ranking whose last turn alone is longer is
     dropped, counted and reported."""
@@ -46,6 +48,9 @@ class Config:
     to these two limits."""
     max_responses: int | None = None
     """Responses of a ranking that are trained on, drawn at random. None means all."""
+    margin_per_rank: float = 0.0
+    """Margin of the loss (Touvron et al. 2023, eq. 2) for each rank between two responses: their
+    scores must differ by it before the loss is that of equal scores. Soft labels have none."""
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(learning_rate=9e-6))
     """Optimizer; cosine to a tenth of the peak, without warm-up."""
     gold: str | None = None
@@ -76,6 +81,8 @@ class Config:
             raise ValueError(
                 f"max_responses is {self.max_responses}; a pair needs 2, null means all"
             )
+        if not 0 <= self.margin_per_rank < math.inf:
+            raise ValueError(f"margin_per_rank is {self.margin_per_rank}; give 0 (none) or more")
         if self.max_held_out is not None and not self.held_out_rankings:
             raise ValueError(
                 f"max_held_out is {self.max_held_out} but held_out_rankings is not given; to "

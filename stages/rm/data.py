@@ -8,20 +8,17 @@ from pathlib import Path
 from rlhf.chat import Chat
 from rlhf.datasets import read_records, split_by_prompt
 from rlhf.packing import PromptTree
-from rlhf.records import Demonstration, PromptLike, Ranking, prompt_key
+from rlhf.records import Demonstration, Ranking, prompt_key
 from stages.rm.config import Config
 
 
 @dataclass(frozen=True)
 class Example:
-    """One ranking as ids: a prompt, its responses, and a rank for each."""
+    """One ranking, and its prompt and responses as ids."""
 
     tree: PromptTree
-    ranks: tuple[int, ...]
-    """1 is best, equal ranks are ties, 0 means unranked."""
-    prompt: PromptLike
-    responses: tuple[str, ...]
-    source: str
+    ranking: Ranking
+    """Of the responses that the tree has."""
     is_cut: bool
     """The prompt lost its oldest turns."""
 
@@ -34,7 +31,7 @@ class Counts:
     """Read."""
     kept: int = 0
     without_pairs: int = 0
-    """Dropped: all tied or unranked, or so after long responses went."""
+    """Dropped: no two responses are compared, or none after long responses went."""
     prompts_too_long: int = 0
     """Dropped: the last turn alone is over max_prompt_tokens."""
     prompts_cut: int = 0
@@ -120,12 +117,6 @@ def make_demonstrations(
     return trees
 
 
-def pairs_of(ranks: Sequence[float]) -> list[tuple[int, int]]:
-    """(better, worse) indices for ranks where 0 means unranked and equal ones are ties."""
-    ranked = [i for i, rank in enumerate(ranks) if rank != 0]
-    return [(i, j) for i in ranked for j in ranked if ranks[i] < ranks[j]]
-
-
 def _read_all(sources: Sequence[str], limit: int | None, seed: int) -> list[Ranking]:
     """Up to `limit` records of each source; one that names no source is given its file's name."""
     rankings = []
@@ -157,10 +148,7 @@ def _make_example(
     counts.prompts_cut += is_cut
     return Example(
         tree=PromptTree(tuple(prompt), tuple(responses[i] for i in kept)),
-        ranks=tuple(ranking.ranks[i] or 0 for i in kept),
-        prompt=ranking.prompt,
-        responses=tuple(ranking.responses[i] for i in kept),
-        source=ranking.source or "",
+        ranking=ranking.restricted_to(kept),
         is_cut=is_cut,
     )
 
@@ -171,9 +159,8 @@ def _draw_in_pairs(ranking: Ranking, fitting: list[int], config: Config) -> list
     if config.max_responses is not None and len(fitting) > config.max_responses:
         generator = random.Random(f"{config.seed} {prompt_key(ranking.prompt)}")
         drawn = sorted(generator.sample(fitting, config.max_responses))
-    pairs = [pair for pair in ranking.pairs() if set(pair) <= set(drawn)]
-    in_pairs = {i for pair in pairs for i in pair}
-    return [i for i in drawn if i in in_pairs]
+    pairs = [{i, j} for i, j, _ in ranking.preferences() if {i, j} <= set(drawn)]
+    return [i for i in drawn if any(i in pair for pair in pairs)]
 
 
 def _check_dropped(counts: Counts, config: Config) -> None:

@@ -1,6 +1,6 @@
 """The rm program: read rankings, train, save, and measure what was saved."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from stages.rm.data import (
     make_examples,
     read_rankings,
 )
-from stages.rm.trainer import RankingTrainer
+from stages.rm.trainer import AtEpochEnd, RankingTrainer
 
 
 def train(config: Config) -> None:
@@ -58,16 +58,27 @@ def train(config: Config) -> None:
     )
     if accelerator.is_main_process:
         _report_counts(config, train_counts, held_out_counts)
-    labels = [example.ranks for example in held_out]
-    _refuse_no_pairs(config, train_set, figures.compare(held_out, labels, labels))
+    _refuse_no_pairs(config, train_set, held_out)
+    judges = [figures.label_preferences(held_out)]
+    if gold is not None:
+        judges.append(figures.gold_preferences(held_out, gold))
 
-    first_loss, num_steps = _fit(config, chat, train_set, run)
+    def held_out_pairs(model: ScalarModel, packer: Packer) -> list[list[figures.Pair]]:
+        """The pairs of the labels and, where there is one, those of the gold score."""
+        scores = _score_all(model, [example.tree for example in held_out], packer, accelerator)
+        return [figures.compare(held_out, scores, judge) for judge in judges]
+
+    def measure(model: ScalarModel, packer: Packer, step: int) -> None:
+        model.eval()
+        run.log(step, _held_out_metrics(config, *held_out_pairs(model, packer)))
+
+    first_loss, num_steps = _fit(config, chat, train_set, run, measure)
     model, packer = _load_saved(config, accelerator)
     demonstration_scores = _score_all(model, demonstrations, packer, accelerator)
     model.bias = _mean([score for (score,) in demonstration_scores])
-    scores = _score_all(model, [example.tree for example in held_out], packer, accelerator)
+    pairs = held_out_pairs(model, packer)
     results: dict[str, Any] = {
-        **_measure(config, train_set, held_out, scores, gold),
+        **_measure(config, train_set, *pairs),
         "first_loss": first_loss,
         "steps": num_steps,
         "train_prompts": len(train_set),
@@ -86,13 +97,7 @@ def train(config: Config) -> None:
             allow_chance_reward=True,
         )
     accelerator.wait_for_everyone()
-    run.log(
-        num_steps,
-        {
-            "rm/held_out_accuracy": results["pair_accuracy"],
-            "rm/held_out_loss": results["log_loss"],
-        },
-    )
+    run.log(num_steps, _held_out_metrics(config, *pairs))
     if accelerator.is_main_process:
         _report(results)
     run.finish(results)
@@ -145,23 +150,34 @@ def _load_gold(config: Config) -> Any:
 
 
 def _refuse_no_pairs(
-    config: Config, train_set: Sequence[Example], held_out_pairs: Sequence[figures.Pair]
+    config: Config, train_set: Sequence[Example], held_out: Sequence[Example]
 ) -> None:
-    for name, what in (("training", train_set), ("held-out", held_out_pairs)):
-        if not what:
+    for name, examples in (("training", train_set), ("held-out", held_out)):
+        if not any(example.ranking.pairs() for example in examples):
             raise ValueError(
                 f"no {name} ranking of {', '.join(config.rankings)} orders two responses: all are "
-                "tied, unranked or too long; a reward model needs responses with different ranks"
+                "tied, unranked, even or too long; a reward model needs responses with different "
+                "ranks, or probabilities other than 0.5"
             )
 
 
-def _fit(config: Config, chat: Chat, train_set: Sequence[Example], run: Run) -> tuple[float, int]:
-    """Trains and saves; returns the loss of the first batch and the number of steps."""
+def _fit(
+    config: Config,
+    chat: Chat,
+    train_set: Sequence[Example],
+    run: Run,
+    measure: Callable[[ScalarModel, Packer, int], None],
+) -> tuple[float, int]:
+    """Trains and saves; returns the loss of the first batch and the number of steps.
+
+    Between epochs `measure` gets the model, its packer and the step.
+    """
     set_seed(config.seed)
     model = load_scalar(config.model, new_head=True)
     check_vocabulary(model.classifier, chat, config.model.path)
     packer = packer_for(model.classifier, config.micro_batch_tokens)
     trainer = RankingTrainer(model, train_set, packer, config, run)
+    trainer.add_callback(AtEpochEnd(lambda step: measure(model, packer, step)))
     # A folder with a card is taken for a finished reward model.
     (run.dir / REWARD_FILE).unlink(missing_ok=True)
     trainer.train()
@@ -197,17 +213,28 @@ def _score_all(
     return [scores for _, scores in sorted(gather_object(own))]
 
 
+def _held_out_metrics(
+    config: Config, pairs: Sequence[figures.Pair], gold_pairs: Sequence[figures.Pair] | None = None
+) -> dict[str, float]:
+    metrics = {
+        "rm/held_out_accuracy": figures.accuracy(pairs, config.seed).value,
+        "rm/held_out_loss": figures.log_loss(pairs),
+    }
+    if gold_pairs is not None:
+        metrics["rm/held_out_accuracy_gold"] = figures.accuracy(gold_pairs, config.seed).value
+    return metrics
+
+
 def _measure(
     config: Config,
     train_set: Sequence[Example],
-    held_out: Sequence[Example],
-    scores: Sequence[Sequence[float]],
-    gold: Any,
+    pairs: Sequence[figures.Pair],
+    gold_pairs: Sequence[figures.Pair] | None = None,
 ) -> dict[str, Any]:
     """Held-out figures against the labels and, where there is one, the gold score."""
-    train_ranks = [example.ranks for example in train_set]
-    longer_wins = figures.does_longer_win(figures.compare(train_set, train_ranks, train_ranks))
-    pairs = figures.compare(held_out, scores, [example.ranks for example in held_out])
+    no_scores = [[0.0] * len(example.tree.responses) for example in train_set]
+    train_pairs = figures.compare(train_set, no_scores, figures.label_preferences(train_set))
+    longer_wins = figures.does_longer_win(train_pairs)
     error, table = figures.calibration(pairs)
     baseline = figures.length_accuracy(pairs, longer_wins=longer_wins)
     results = {
@@ -219,12 +246,7 @@ def _measure(
         "calibration": table,
         "by_source": figures.by_source(pairs, config.seed),
     }
-    if gold is not None:
-        values = [
-            gold([example.prompt] * len(example.responses), example.responses)
-            for example in held_out
-        ]
-        gold_pairs = figures.compare(held_out, scores, [figures.gold_ranks(v) for v in values])
+    if gold_pairs is not None:
         share, interval = figures.accuracy(gold_pairs, config.seed)
         gold_baseline = figures.length_accuracy(gold_pairs, longer_wins=longer_wins)
         results |= {
@@ -261,7 +283,9 @@ def _write_card(
         pair_accuracy=results["pair_accuracy"],
         interval=(low, high),
         golden=tuple(
-            GoldenRow(prompt=example.prompt, response=example.responses[0], score=score)
+            GoldenRow(
+                prompt=example.ranking.prompt, response=example.ranking.responses[0], score=score
+            )
             for example, score in zip(golden, scores, strict=True)
         ),
         template_hash=chat.template_hash,

@@ -8,8 +8,8 @@ the budget and not by the batch; the loss's normaliser is the whole batch, over 
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,19 +17,26 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from rlhf.distributed import check_joined, max_over_processes, own_share, sum_over_processes
-from rlhf.losses import Stats, ranking_loss
+from rlhf.losses import Stats, preferences_from_ranks, ranking_loss
 from rlhf.models import ScalarModel
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.packing import PackedRow, Packer, PromptTree
+from rlhf.records import Ranking
 from rlhf.runs import Run
 from stages.rm.config import Config
 from stages.rm.data import Example
 
 Batch = dict[str, Any]
-"""rows: packed rows of one process; ranks: (responses,) of their responses; num_prompts."""
+"""rows: packed rows of one process; comparisons: of their responses; weight: of their rankings."""
 
 _IDLE = -1
 """Response number in a row that only keeps a process in step with the others."""
@@ -57,19 +64,76 @@ class GlobalBatches:
             yield own_share(self.accelerator, order[start : start + self.batch_size])
 
 
+@dataclass(frozen=True)
+class Comparisons:
+    """What `ranking_loss` needs of the responses of a batch, or of a row of it."""
+
+    preferences: Tensor
+    """(responses, responses)"""
+    tree_index: Tensor
+    """(responses,)"""
+    weights: Tensor
+    """(responses,)"""
+    margins: Tensor | None
+    """(responses, responses)"""
+
+    def of(self, row: PackedRow) -> "Comparisons":
+        """Those of a row's responses; an idle row has no preferences."""
+        if _is_idle(row):
+            return Comparisons(torch.zeros(1, 1), row.tree_index, torch.ones(1), None)
+        chosen = row.response_index
+        square = (chosen[:, None], chosen[None, :])
+        margins = None if self.margins is None else self.margins[square]
+        return Comparisons(
+            self.preferences[square], self.tree_index[chosen], self.weights[chosen], margins
+        )
+
+
 class RankingCollator:
     """Lays the rankings of a step into packed rows."""
 
-    def __init__(self, packer: Packer) -> None:
+    def __init__(self, packer: Packer, margin_per_rank: float = 0.0) -> None:
         self.packer = packer
+        self.margin_per_rank = margin_per_rank
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        ranks = [rank for example in examples for rank in example.ranks]
         return {
             "rows": self.packer.rows([example.tree for example in examples]),
-            "ranks": torch.tensor(ranks, dtype=torch.long),
-            "num_prompts": len(examples),
+            "comparisons": make_comparisons(
+                [example.ranking for example in examples], self.margin_per_rank
+            ),
+            "weight": math.fsum(example.ranking.weight for example in examples),
         }
+
+
+def make_comparisons(rankings: Sequence[Ranking], margin_per_rank: float) -> Comparisons:
+    """Comparisons of these rankings, whose responses stand one after another."""
+    trees = [tree for tree, ranking in enumerate(rankings) for _ in ranking.responses]
+    tree_index = torch.tensor(trees, dtype=torch.long)
+    weights = torch.tensor([rankings[tree].weight for tree in trees], dtype=torch.float32)
+    ranks = torch.tensor([rank or 0 for one in rankings for rank in one.ranks], dtype=torch.long)
+    preferences = preferences_from_ranks(ranks, tree_index)
+    start = 0
+    for ranking in rankings:
+        for i, j, probability in ranking.probabilities:
+            preferences[start + i, start + j] = probability
+            preferences[start + j, start + i] = 1 - probability
+        start += len(ranking.responses)
+    margins = margin_per_rank * (ranks[None, :] - ranks[:, None]) if margin_per_rank else None
+    return Comparisons(preferences, tree_index, weights, margins)
+
+
+class AtEpochEnd(TrainerCallback):
+    """Calls a function with the step at the end of every epoch but the last."""
+
+    def __init__(self, function: Callable[[int], None]) -> None:
+        self.function = function
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step < state.max_steps:
+            self.function(state.global_step)
 
 
 class RankingTrainer(Trainer):
@@ -93,7 +157,7 @@ class RankingTrainer(Trainer):
             model=model,
             args=_training_arguments(config, run),
             train_dataset=self.examples,
-            data_collator=RankingCollator(packer),
+            data_collator=RankingCollator(packer, config.margin_per_rank),
         )
         check_joined(self.accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -122,24 +186,24 @@ class RankingTrainer(Trainer):
     ) -> Tensor:
         """Adds the gradient of the whole batch, a packed row at a time; returns the mean loss."""
         model.train()
-        rows, ranks = inputs["rows"], inputs["ranks"]
-        num_prompts = int(sum_over_processes(self.accelerator, inputs["num_prompts"]))
+        rows, comparisons = inputs["rows"], inputs["comparisons"]
+        total_weight = sum_over_processes(self.accelerator, inputs["weight"]).item()
         is_split = max_over_processes(self.accelerator, int(_splits_a_tree(rows)))
         # Processes of a sharded model wait for each other in every pass: all make as many.
         num_passes = max_over_processes(self.accelerator, len(rows))
         rows = [*rows, *[self._idle_row] * (num_passes - len(rows))]
 
         totals = torch.zeros(4, dtype=torch.float64)
-        slopes = torch.zeros(len(ranks))
+        slopes = torch.zeros(len(comparisons.tree_index))
         if is_split:
-            slopes, totals = self._score_slopes(model, rows, ranks, num_prompts)
+            slopes, totals = self._score_slopes(model, rows, comparisons, total_weight)
         for number, row in enumerate(rows, start=1):
             with self._synced_at_last(model, is_last=number == num_passes):
                 scores = self._scores(model, row)
                 if is_split:
                     loss = (scores * _part_of(row, slopes).to(scores.device)).sum()
                 else:
-                    loss, stats = _ranking_loss(scores, row, _part_of(row, ranks), num_prompts)
+                    loss, stats = _ranking_loss(scores, comparisons.of(row), total_weight)
                     totals += _totals(loss, stats)
                 self._backward(loss)
         return self._record(sum_over_processes(self.accelerator, totals))
@@ -150,11 +214,11 @@ class RankingTrainer(Trainer):
             return
         metrics = {**self._metrics, "rm/learning_rate": logs["learning_rate"]}
         if logs.get("grad_norm") is not None:
-            metrics["rm/gradient_norm"] = logs["grad_norm"]
+            metrics["rm/grad_norm"] = logs["grad_norm"]
         self.run.log(self.state.global_step, metrics)
 
     def _score_slopes(
-        self, model: nn.Module, rows: list[PackedRow], ranks: Tensor, num_prompts: int
+        self, model: nn.Module, rows: list[PackedRow], comparisons: Comparisons, total_weight: float
     ) -> tuple[Tensor, Tensor]:
         """d loss / d score (responses,), and totals, where a ranking lies in several rows.
 
@@ -162,16 +226,14 @@ class RankingTrainer(Trainer):
         al. 2021). For models that cannot take the packing mask, and for rankings longer than a
         sliding window.
         """
-        scores = torch.zeros(len(ranks))
-        tree_index = torch.zeros(len(ranks), dtype=torch.long)
+        scores = torch.zeros(len(comparisons.tree_index))
         with torch.no_grad():
             for row in rows:
                 found = self._scores(model, row).float().cpu()
                 if not _is_idle(row):
                     scores[row.response_index] = found
-                    tree_index[row.response_index] = row.tree_index
         scores.requires_grad_()
-        loss, stats = ranking_loss(scores, ranks, tree_index, num_prompts=num_prompts)
+        loss, stats = _ranking_loss(scores, comparisons, total_weight)
         (slopes,) = torch.autograd.grad(loss, scores)
         return slopes, _totals(loss, stats)
 
@@ -215,8 +277,8 @@ class RankingTrainer(Trainer):
             self.first_loss = loss
         self._metrics = {
             "rm/loss": loss,
-            "rm/accuracy": correct / pairs,
-            "rm/margin": margin / pairs,
+            "rm/accuracy": correct / pairs if pairs else math.nan,
+            "rm/margin": margin / pairs if pairs else math.nan,
             "rm/pairs": pairs,
         }
         return torch.tensor(loss, device=self.args.device)
@@ -240,11 +302,16 @@ def _training_arguments(config: Config, run: Run) -> TrainingArguments:
 
 
 def _ranking_loss(
-    scores: Tensor, row: PackedRow, ranks: Tensor, num_prompts: int
+    scores: Tensor, comparisons: Comparisons, total_weight: float
 ) -> tuple[Tensor, Stats]:
     device = scores.device
     return ranking_loss(
-        scores, ranks.to(device), row.tree_index.to(device), num_prompts=num_prompts
+        scores,
+        comparisons.preferences.to(device),
+        comparisons.tree_index.to(device),
+        num_prompts=total_weight,
+        weights=comparisons.weights.to(device),
+        margins=None if comparisons.margins is None else comparisons.margins.to(device),
     )
 
 

@@ -25,6 +25,8 @@ from tests.rlhf.tiny_models import byte_tokenizer
 
 RANKING = {"prompt": "Name a fruit.", "responses": ["fig", "car", "fig."], "ranks": [1, 3, 1]}
 
+SOFT = {"prompt": "Name a fruit.", "responses": ["fig", "car"], "probabilities": [[0, 1, 0.7]]}
+
 
 def write(path: Path, *rows: Any) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -44,6 +46,7 @@ def tokenizer_dir(tmp_path: Path) -> Iterator[str]:
     ("row", "kind"),
     [
         (RANKING, "ranking"),
+        ({"probabilities": [[0, 1, 0.5]]}, "ranking"),
         ({"prompt": "a", "response": "b"}, "demonstration"),
         ({"prompt": "a", "reponse": "b"}, "demonstration"),
         ({"promt": "a", "responses": ["b"], "ranks": [1]}, "ranking"),
@@ -73,6 +76,26 @@ def test_ranking_figures() -> None:
     assert "source: none given 2, x 1" in lines
 
 
+def test_soft_labels_and_weights_are_shown() -> None:
+    soft = Ranking(
+        "a", ("one", "three", "x"), (None,) * 3, probabilities=((0, 1, 0.25), (1, 2, 0.5))
+    )
+    rankings = [soft, Ranking("b", ("y", "z"), (1, None), weight=2.0)]
+    lines = list(statistics(rankings, chat=None))
+    assert "pairs 1, tied pairs 0, unranked responses 1" in lines
+    assert (
+        "pairs with a probability 2, of which even ones 1; the likelier response has 0.625 on "
+        "average"
+    ) in lines
+    assert "weight: min 1, mean 1.5, max 2" in lines
+    assert "the longer response is the better one in 100.0% of pairs" in lines
+    assert mark(render(soft, chat=None), colour=False) == (
+        "user: a\nassistant: \n--- response 0: [[one<end>]]\n--- response 1: [[three<end>]]"
+        "\n--- response 2: [[x<end>]]\n--- response 0 is better than 1 with probability 0.25"
+        "\n--- response 1 is better than 2 with probability 0.5"
+    )
+
+
 def test_equal_lengths_count_half_for_the_longer_response() -> None:
     lines = list(statistics([Ranking("a", ("abc", "xyz"), (1, 2))], chat=None))
     assert "the longer response is the better one in 50.0% of pairs" in lines
@@ -88,7 +111,7 @@ def test_warnings_name_what_is_rarely_meant() -> None:
         "1 rows repeat earlier prompts (splits keep equal prompts together)",
         "1 of 6 responses are empty",
         "1 of 3 rankings have all their responses tied or unranked",
-        "1 rankings hold the same response twice with different ranks",
+        "1 rankings hold the same response twice and prefer one of the two",
     ]
     assert list(warnings([Demonstration("a", "b"), Demonstration("c", "d")])) == []
 
@@ -146,6 +169,7 @@ def test_the_marked_ids_are_the_trained_ids(tokenizer_dir: str) -> None:
         ([{"prompt": "a", "responses": ["b"], "ranks": [1]}], {}, "found 1 (K = 1)"),
         ([RANKING | {"ranks": [1, 1, 1]}] * 2, {}, "in all 2 rankings every response is tied"),
         ([RANKING | {"ranks": [1, None, None]}], {}, "tied or unranked"),
+        ([SOFT | {"probabilities": [[0, 1, 0.5]]}], {}, "a probability other than 0.5"),
         ([RANKING], {"kind": "text"}, "row 1: field 'prompt': found an unknown field"),
         ([RANKING], {"example": 2}, "example is 2; the file has rows 1 to 1"),
         ([RANKING], {"tokenizer": "./none"}, "./none does not exist"),

@@ -25,7 +25,7 @@ from rlhf.masking import masked_sum, whiten
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.packing import Packer, PromptTree, text_tree
 from rlhf.records import Prompt
-from rlhf.rewards import RewardSettings
+from rlhf.rewards import RewardSettings, Scored
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, Sampler
 from stages.ppo.update import Learner, PolicyAndValue, update
@@ -87,7 +87,7 @@ class TableReward:
         self.of = dict(zip(RESPONSES, numbers.tolist(), strict=True))
 
     def score(self, prompts, prompt_ids, response_ids, responses):
-        return torch.tensor([self.of[tuple(ids)] for ids in response_ids])
+        return Scored(torch.tensor([self.of[tuple(ids)] for ids in response_ids]))
 
 
 class TableSampler(Sampler):

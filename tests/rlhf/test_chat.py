@@ -1,10 +1,13 @@
 """The one rendering: templates, the end token, the padding token, prompts that fit."""
 
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.chat import DEFAULT_CHAT_TEMPLATE, Chat, add_missing_parts
 from tests.rlhf.tiny_models import byte_tokenizer
@@ -183,6 +186,43 @@ def test_decode_cuts_at_the_end_token() -> None:
     assert chat.decode(ids_of(chat, "Not finis")) == "Not finis"
     assert chat.decode([chat.end_id]) == ""
     assert chat.decode([]) == ""
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerBase:
+    """As SentencePiece's: a space belongs to the word behind it, and no text starts with one."""
+    words = ["<unk>", "</s>", "<pad>", "\u2581the", "\u2581cat", "s", ".", "\u2581"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def test_pieces_are_what_each_token_adds() -> None:
+    chat = Chat(byte_tokenizer("</s>", "<pad>", eos_token="</s>", pad_token="<pad>"))
+    assert chat.pieces(chat.response_ids("a \u00e9!")) == ["a", " ", "", "\u00e9", "!", "</s>"]
+    whole = chat.response_ids("\U0001f600")[:-1]
+    assert chat.pieces(whole) == ["", "", "", "\U0001f600"]
+    assert chat.pieces(whole[:2]) == ["", "\ufffd"]
+    assert chat.pieces([1, *whole, 1]) == ["", "", "", "", "\U0001f600", ""]
+    assert chat.pieces([]) == []
+    assert Chat(metaspace_tokenizer()).pieces([3, 4, 5, 6, 3, 1]) == [
+        *("the", " cat", "s", ".", " the"),
+        "</s>",
+    ]
+
+
+@pytest.mark.parametrize("make", [gpt2_like, metaspace_tokenizer])
+def test_pieces_joined_are_the_decoded_text(make: Callable[[], PreTrainedTokenizerBase]) -> None:
+    chat = Chat(make())
+    rng = random.Random(0)
+    for _ in range(200):
+        ids = [rng.randrange(len(chat.tokenizer)) for _ in range(rng.randrange(12))]
+        ids = [token for token in ids if token != chat.end_id]
+        pieces = chat.pieces(ids)
+        assert len(pieces) == len(ids)
+        assert "".join(pieces) == chat.decode(ids)
 
 
 def test_refused_roles_are_named() -> None:

@@ -14,6 +14,18 @@ from rlhf.runs import settings_in_force
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """One of several things that a user names."""
+
+    weight: float = 1.0
+    """Weight of the part."""
+
+    def __post_init__(self) -> None:
+        if self.weight == 0:
+            raise ValueError(f"weight is {self.weight}; give another")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """A stage for these tests."""
 
@@ -27,6 +39,8 @@ class Stage:
     """Text records. None means no text."""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """Optimizer."""
+    parts: dict[str, Part] = field(default_factory=dict)
+    """Name -> part."""
 
     def __post_init__(self) -> None:
         if self.num_epochs > 1 and self.text is None:
@@ -92,7 +106,8 @@ def test_numbers_with_an_exponent_are_numbers() -> None:
 
 
 def test_settings_in_force_load_again(tmp_path: Path) -> None:
-    config = load_config(Stage, [*NEEDED, "--optim.betas", "[0.8,0.99]", "--text", "a.jsonl"])
+    words = ["--optim.betas", "[0.8,0.99]", "--text", "a.jsonl", "--parts.x.weight", "2"]
+    config = load_config(Stage, [*NEEDED, *words])
     path = write(tmp_path, "config.yaml", yaml.safe_dump(settings_in_force(config)))
     assert load_config(Stage, ["--config", path]) == config
 
@@ -106,6 +121,9 @@ def test_settings_in_force_load_again(tmp_path: Path) -> None:
             "unknown setting optim.learning_rat; did you mean optim.learning_rate?",
         ),
         ("optim.learning_rat: 1\n", "did you mean optim.learning_rate?"),
+        ("parts: {x: {weigth: 2}}", "unknown setting parts.x.weigth; did you mean parts.x.weight?"),
+        ("parts.x.weigth: 2", "unknown setting parts.x.weigth; did you mean parts.x.weight?"),
+        ("part: {x: {weight: 2}}", "unknown setting part; did you mean parts?"),
         ("zzz: 1\n", "unknown setting zzz; --help lists all settings"),
         ("", "holds None"),
         ("- a\n", "holds ['a']"),
@@ -150,6 +168,10 @@ def test_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         (["--optim.warmup_steps", "-1"], "optim.warmup_steps is -1"),
         (["--optim.max_grad_norm", "0"], "optim.max_grad_norm is 0.0"),
         (["--model.path", ""], "model.path is empty"),
+        (["--parts.x.weight", "0"], "parts.x.weight is 0.0; give another"),
+        (["--parts.x.weight", "much"], 'setting "parts.NAME.weight": Expected a float. Got value'),
+        (["--parts.x.weigth", "2"], "parts.NAME.weigth; did you mean parts.NAME.weight?"),
+        (["--parts.x", "3"], "parts takes a section for every name, with the keys weight"),
     ],
 )
 def test_wrong_setting_is_named(words: list[str], message: str) -> None:
@@ -169,6 +191,10 @@ def test_missing_setting_is_named() -> None:
         ("num_epochs: null\n", "num_epochs is null; give a value of type int"),
         ("optim: {eps: null}\n", "optim.eps is null; give a value of type float"),
         ("text: 5\n", '"text": Expected one of str, null. Got value: 5'),
+        ("parts: {x: {weight: null}}", "parts.x.weight is null; give a value of type float"),
+        ("parts: {x: {weight: 2}, y: 3}", "parts takes a section for every name"),
+        ("parts: [1]", "parts takes a section for every name"),
+        ("parts: null", "parts is null"),
     ],
 )
 def test_wrong_value_in_a_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -182,6 +208,13 @@ def test_keys_of_names_sections_with_dots() -> None:
     assert keys[:2] == ["output_dir", "model"]
     assert "optim.learning_rate" in keys
     assert "learning_rate" not in keys
+    assert keys[-3:] == ["parts", "parts.NAME", "parts.NAME.weight"]
+
+
+def test_sections_that_the_user_names(tmp_path: Path) -> None:
+    path = write(tmp_path, "named.yaml", "parts: {x: {weight: 2}, y: {}}")
+    config = load_config(Stage, [*NEEDED, "--config", path, "--parts.y.weight", "3"])
+    assert config.parts == {"x": Part(weight=2.0), "y": Part(weight=3.0)}
 
 
 def test_program_ends_in_one_line_for_what_a_user_can_mend(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -28,6 +29,11 @@ def ranking_row(**changes: Any) -> dict[str, Any]:
     return {"prompt": "Name a fruit.", "responses": ["fig", "car"], "ranks": [1, 2]} | changes
 
 
+def soft_row(*probabilities: Any, **changes: Any) -> dict[str, Any]:
+    row = {"prompt": "Name a fruit.", "responses": ["fig", "car", "kiwi"]}
+    return row | {"probabilities": list(probabilities)} | changes
+
+
 def demonstration_row(**changes: Any) -> dict[str, Any]:
     return {"prompt": "Name a fruit.", "response": "fig"} | changes
 
@@ -39,6 +45,8 @@ def demonstration_row(**changes: Any) -> dict[str, Any]:
         ("demonstration", demonstration_row(prompt=MESSAGES, response="")),
         ("ranking", ranking_row()),
         ("ranking", ranking_row(ranks=[None, 3], source="hh", labeler="ann")),
+        ("ranking", ranking_row(weight=0.5)),
+        ("ranking", soft_row([1, 0, 0.7], [0, 2, 1], weight=2, labeler="gpt")),
         ("prompt", {"prompt": MESSAGES}),
         ("prompt", {"prompt": "Hello", "meta": {"answer": "18", "kwargs": [{}, None]}}),
         ("text", {"text": "Once upon a time."}),
@@ -51,12 +59,32 @@ def test_a_row_comes_back_as_it_was(kind: str, row: dict[str, Any]) -> None:
 def test_absent_and_null_are_the_same_for_optional_fields() -> None:
     row = ranking_row(source=None, labeler=None)
     assert Ranking.from_row(row) == Ranking.from_row(ranking_row())
+    row = ranking_row(weight=None, probabilities=None)
+    assert Ranking.from_row(row) == Ranking.from_row(ranking_row(weight=1))
+    for ranks in (None, [None, None, None]):
+        row = soft_row([0, 1, 0.7], ranks=ranks)
+        assert Ranking.from_row(row) == Ranking.from_row(soft_row([0, 1, 0.7]))
     assert Prompt.from_row({"prompt": "a", "meta": None}) == Prompt("a")
 
 
 def test_pairs_name_the_better_first_and_leave_ties_and_unranked_out() -> None:
     ranking = Ranking("p", ("a", "b", "c", "d"), (2, 1, 2, None))
     assert ranking.pairs() == [(1, 0), (1, 2)]
+    assert ranking.preferences() == [(1, 0, 1.0), (1, 2, 1.0)]
+
+
+def test_soft_pairs_name_the_likelier_first_and_even_ones_are_no_pair() -> None:
+    ranking = Ranking.from_row(soft_row([0, 1, 0.25], [1, 2, 0.5], [0, 2, 0.75]))
+    assert ranking.preferences() == [(1, 0, 0.75), (1, 2, 0.5), (0, 2, 0.75)]
+    assert ranking.pairs() == [(1, 0), (0, 2)]
+
+
+def test_a_ranking_of_some_of_the_responses() -> None:
+    ranking = Ranking("p", ("a", "b", "c"), (1, None, 2), source="x", weight=3.0)
+    expected = Ranking("p", ("c", "a"), (2, 1), source="x", weight=3.0)
+    assert ranking.restricted_to([2, 0]) == expected
+    soft = Ranking.from_row(soft_row([0, 1, 0.25], [1, 2, 0.5], [0, 2, 0.75]))
+    assert soft.restricted_to([2, 0]).probabilities == ((1, 0, 0.75),)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +99,31 @@ def test_pairs_name_the_better_first_and_leave_ties_and_unranked_out() -> None:
         (Ranking, ranking_row(ranks=[1, 2.0]), "ranks[1]", "2.0"),
         (Ranking, ranking_row(ranks=[True, 2]), "ranks[0]", "True"),
         (Ranking, ranking_row(source=5), "source", "expected a string"),
+        (Ranking, ranking_row(weight=0), "weight", "found 0; expected a number from 1e-06"),
+        (Ranking, ranking_row(weight=float("nan")), "weight", "remove the row"),
+        (Ranking, ranking_row(weight=10**400), "weight", "to 1e+06"),
+        (Ranking, ranking_row(weight="1"), "weight", "found '1'"),
+        (Ranking, ranking_row(weight=True), "weight", "found True"),
+        (Ranking, ranking_row(probabilities=[[0, 1, 1]]), "probabilities", "beside ranks [1, 2]"),
+        (
+            Ranking,
+            soft_row(ranks=[None, 2, 1]) | {"probabilities": [[0, 1, 1]]},
+            "probabilities",
+            "either ranks or probabilities",
+        ),
+        (Ranking, soft_row(probabilities=None), "ranks", "no such field"),
+        (Ranking, soft_row(probabilities=0.7), "probabilities", "expected a list"),
+        (Ranking, soft_row(0.7), "probabilities[0]", "expected a list"),
+        (Ranking, soft_row([0, 1, 0.7], [0, 2]), "probabilities[1]", "write [0, 1, 0.7]"),
+        (Ranking, soft_row([0, 3, 0.7]), "probabilities[0]", "found response 3; expected a whole"),
+        (Ranking, soft_row([-1, 0, 0.7]), "probabilities[0]", "from 0 to 2"),
+        (Ranking, soft_row([0, True, 0.7]), "probabilities[0]", "found response True"),
+        (Ranking, soft_row([0, 1.0, 0.7]), "probabilities[0]", "found response 1.0"),
+        (Ranking, soft_row([0, 1, 70]), "probabilities[0]", "divide a percentage by 100"),
+        (Ranking, soft_row([0, 1, float("nan")]), "probabilities[0]", "found probability nan"),
+        (Ranking, soft_row([0, 1, None]), "probabilities[0]", "found probability None"),
+        (Ranking, soft_row([1, 1, 0.5]), "probabilities[0]", "response 1 against itself"),
+        (Ranking, soft_row([0, 1, 0.7], [1, 0, 0.3]), "probabilities[1]", "pair 1, 0 once more"),
         (Demonstration, {"prompt": "a"}, "response", "the row has prompt"),
         (Demonstration, demonstration_row(response=None), "response", "None (NoneType)"),
         (Demonstration, demonstration_row(response="\ud800"), "response", "surrogate"),
@@ -139,6 +192,11 @@ fields = {
     "responses": st.lists(st.text(), max_size=4) | json_values,
     "ranks": st.lists(st.none() | st.integers(0, 4), max_size=4) | json_values,
     "source": st.text() | json_values,
+    "probabilities": st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 3), st.floats(0, 1)).map(list), max_size=3
+    )
+    | json_values,
+    "weight": st.floats(0) | json_values,
     "meta": json_values,
     "text": st.text() | json_values,
 }
@@ -166,3 +224,41 @@ def test_any_row_gives_a_record_or_a_record_error(case: tuple[type[Record], Any]
     again = record_class.from_row(json.loads(json.dumps(record.to_row())))
     assert again == record
     assert isinstance(record.key, str)
+
+
+@st.composite
+def rankings(draw: st.DrawFn) -> Ranking:
+    """Ranked, or with probabilities of some of its pairs."""
+    num = draw(st.integers(2, 6))
+    ranks: list[int | None] = [None] * num
+    probabilities = []
+    if draw(st.booleans()):
+        ranks = draw(st.lists(st.none() | st.integers(1, 4), min_size=num, max_size=num))
+    else:
+        pairs = draw(st.sets(st.sampled_from(list(combinations(range(num), 2)))))
+        turned = [pair if draw(st.booleans()) else pair[::-1] for pair in sorted(pairs)]
+        probabilities = [(i, j, draw(st.floats(0, 1))) for i, j in turned]
+    return Ranking(
+        prompt="p",
+        responses=tuple(f"response {i}" for i in range(num)),
+        ranks=tuple(ranks),
+        probabilities=tuple(probabilities),
+        weight=draw(st.floats(0.01, 100)),
+    )
+
+
+@given(rankings(), st.data())
+@settings(deadline=None)
+def test_rankings_survive_the_disk_and_a_choice_of_responses(
+    ranking: Ranking, data: st.DataObject
+) -> None:
+    assert Ranking.from_row(json.loads(json.dumps(ranking.to_row()))) == ranking
+    num = len(ranking.responses)
+    kept = data.draw(st.permutations(range(num)))[: data.draw(st.integers(2, num))]
+    some = ranking.restricted_to(kept)
+
+    def named(one: Ranking) -> set[tuple[str, str, float]]:
+        return {(one.responses[i], one.responses[j], p) for i, j, p in one.preferences()}
+
+    chosen = {ranking.responses[i] for i in kept}
+    assert named(some) == {(a, b, p) for a, b, p in named(ranking) if {a, b} <= chosen}

@@ -412,7 +412,7 @@ def test_inputs_that_cannot_be_leave_the_last_run_alone(finished: Finished, tmp_
         ),
         ({"max_new_tokens": 90}, "is 150, but policy .* reads 96 tokens at most"),
         ({"reports": {"rm": str(tmp_path / "rm")}}, "has no results.json"),
-        ({"gold": broken, "gold_path": None}, "returned 1 scores for 16"),
+        ({"gold": broken, "gold_path": None}, "returned 1 entries for 16"),
         ({"reward_model": config.policies["sft"]}, "no reward head"),
         ({"prompts": str(tmp_path / "none.jsonl")}, "does not exist"),
     ]:

@@ -241,7 +241,9 @@ def test_responses_that_repeat_themselves(config: Config, monkeypatch):
 
 @pytest.mark.parametrize("code", ["PPO_CLIP", "PPO_UPDATE_KL", "PPO_KL"])
 def test_steps_that_are_far_too_long(code: str, config: Config):
-    monitor = replace(config.monitor, stop_on=[code], max_kl=20.0)  # 44 is the most 8 tokens can
+    monitor = replace(
+        config.monitor, stop_on=[code], max_kl=8.0
+    )  # responses of a few tokens cannot get far
     wild = replace(
         config,
         optim=OptimSettings(learning_rate=0.3, schedule="constant"),
@@ -257,8 +259,8 @@ def test_a_value_loss_that_explodes(config: Config, monkeypatch):
     score = stages.ppo.rollout.Sampler.score
 
     def jump(*args):
-        scores, finished = score(*args)
-        return scores + 100, finished
+        scored, finished = score(*args)
+        return replace(scored, scores=scored.scores + 100), finished
 
     monkeypatch.setattr(stages.ppo.rollout.Sampler, "score", break_from(3, score, jump))
     monitor = replace(config.monitor, stop_on=["PPO_VALUE"])
@@ -278,26 +280,27 @@ def test_a_reward_far_beyond_the_value_clip(config: Config):
 
 
 def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(config: Config, monkeypatch):
-    """One row's logits turn NaN in the second update; the weights on disk are those before it."""
-    model_forward = stages.ppo.update.response_logits
-
-    def broken(policy, row):
-        logits = model_forward(policy, row)
-        return logits * torch.where(row.response_index[0] == 0, math.nan, 1.0)
-
-    steps_of_one_update = 2
-    monkeypatch.setattr(
-        stages.ppo.update, "response_logits", break_from(steps_of_one_update, model_forward, broken)
-    )
+    """Logits turn NaN in the second update; the weights on disk are those before it."""
+    forward = stages.ppo.update.response_logits
+    passes_of_one_update = 2  # one a step
+    broken = break_from(passes_of_one_update, forward, lambda *args: forward(*args) * math.nan)
+    monkeypatch.setattr(stages.ppo.update, "response_logits", broken)
     with pytest.raises(TrainingStopped) as stopped:
         train(config)
     message = str(stopped.value)
-    assert message.startswith("PPO_NONFINITE at update 1: logits is not finite in phase train")
+    assert message.startswith(
+        "PPO_NONFINITE at update 1: logits is not finite in phase train of step 2 "
+    )
     assert "say " in message  # the prompt
     folder = Path(config.output_dir)
     assert str(folder / "last_good") in message
     replay = json.loads((folder / "nonfinite.json").read_text())
-    assert (replay["update"], replay["phase"], replay["tensor"]) == (1, "train", "logits")
+    assert [replay[key] for key in ("update", "step", "phase", "tensor")] == [
+        1,
+        2,
+        "train",
+        "logits",
+    ]
     assert "say " in replay["prompt_text"] and replay["responses"][0]
     good = stages.ppo.train.load_policy(ModelSettings(path=str(folder / "last_good")))
     assert all(parameter.isfinite().all() for parameter in good.parameters())

@@ -17,7 +17,7 @@ from rlhf.models import save_policy
 from rlhf.optim import MovingAverage, gradients, make_optimizer, make_schedule
 from rlhf.packing import Packer, text_tree
 from rlhf.records import Prompt
-from rlhf.rewards import RewardSettings
+from rlhf.rewards import RewardSettings, Scored
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out
 from stages.ppo.train import shuffled, text_blocks, train
@@ -32,7 +32,8 @@ class CountingReward:
     """One point for every token 7."""
 
     def score(self, prompts, prompt_ids, response_ids, responses):
-        return torch.tensor([float(sum(token == 7 for token in ids)) for ids in response_ids])
+        counts = [float(sum(token == 7 for token in ids)) for ids in response_ids]
+        return Scored(torch.tensor(counts))
 
 
 def share_of_e(prompts, responses, metas):

@@ -65,6 +65,12 @@ def make_rankings(num: int, seed: int = 0) -> list[Ranking]:
     return rankings
 
 
+def soften(ranking: Ranking) -> Ranking:
+    """The same by a judge who is 90 % sure of every pair, and even about responses 0 and 1."""
+    probabilities = ((0, 1, 0.5), *((i, j, 0.9) for i, j in ranking.pairs()))
+    return replace(ranking, ranks=(None,) * len(ranking.ranks), probabilities=probabilities)
+
+
 def make_config(sft: Path, rankings: Sequence[Ranking], **changes: Any) -> Config:
     """Settings of a short run on these rankings, in files beside the model."""
     work = sft.parent
@@ -92,9 +98,8 @@ def make_gold(path: str) -> Any:
 
 @pytest.fixture(scope="module")
 def trained(sft: Path) -> tuple[Config, dict[str, Any]]:
-    config = make_config(
-        sft, make_rankings(140), gold="tests.stages.test_rm:make_gold", gold_path=str(sft)
-    )
+    rankings = [soften(r) if i % 3 == 0 else r for i, r in enumerate(make_rankings(140))]
+    config = make_config(sft, rankings, gold="tests.stages.test_rm:make_gold", gold_path=str(sft))
     train(config)
     return config, json.loads((Path(config.output_dir) / "results.json").read_text())
 
@@ -104,14 +109,47 @@ def test_learns_what_people_prefer(trained: tuple[Config, dict[str, Any]]) -> No
     low, high = results["pair_accuracy_interval"]
     assert results["pair_accuracy"] > 0.9 and low <= results["pair_accuracy"] <= high
     assert results["pair_accuracy_gold"] > 0.8 > results["length_baseline"]
+    assert results["pairs"] == 4 * results["prompts"] > 4 * results["undecided_pairs"] > 0
     assert results["steps"] == 2 * math.ceil(results["train_prompts"] / 8)
     assert set(results["by_source"]) == {"file 0", "file 1"}
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
     assert metrics[0]["rm/loss"] == results["first_loss"] == pytest.approx(math.log(2), abs=0.15)
-    assert metrics[-1]["rm/held_out_accuracy"] == results["pair_accuracy"]
-    rates = [row["rm/learning_rate"] for row in metrics[:-1]]
+    held_out = [row for row in metrics if "rm/held_out_loss" in row]
+    assert [row["step"] for row in held_out] == [results["steps"] // 2, results["steps"]]
+    assert held_out[-1] == {
+        "step": results["steps"],
+        "rm/held_out_accuracy": results["pair_accuracy"],
+        "rm/held_out_loss": results["log_loss"],
+        "rm/held_out_accuracy_gold": results["pair_accuracy_gold"],
+    }
+    rates = [row["rm/learning_rate"] for row in metrics if "rm/learning_rate" in row]
     assert (rates[0], rates[-1]) == (pytest.approx(3e-3), pytest.approx(3e-4))
+
+
+def test_figures_between_epochs_are_of_the_model_then_and_leave_training_alone(
+    sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One epoch at a constant rate ends where two stand between them; unmeasured, two end alike."""
+    optim = OptimSettings(learning_rate=3e-3, schedule="constant")
+    rankings = make_rankings(48)
+    runs = {}
+    for name, num_epochs in (("one", 1), ("two", 2), ("unmeasured", 2)):
+        if name == "unmeasured":
+            monkeypatch.setattr(RankingTrainer, "add_callback", lambda self, callback: None)
+        folder = tmp_path / name
+        train(
+            make_config(sft, rankings, output_dir=str(folder), num_epochs=num_epochs, optim=optim)
+        )
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        runs[name] = [row for row in rows if "rm/held_out_loss" in row], folder
+    (one, _), (two, measured), (unmeasured, plain) = runs.values()
+    assert [len(one), len(two), len(unmeasured)] == [1, 2, 1]
+    assert one[0] == pytest.approx(two[0], abs=1e-6)
+    assert two[1] == unmeasured[0] != two[0]
+    assert (measured / "model.safetensors").read_bytes() == (
+        plain / "model.safetensors"
+    ).read_bytes()
 
 
 def test_any_tool_reads_the_same_scores(trained: tuple[Config, dict[str, Any]]) -> None:
@@ -156,7 +194,8 @@ def gradient(
     model = load_scalar(ModelSettings(path=str(sft)), new_head=True)
     run = open_run(config, stage="rm", inputs={})
     trainer = RankingTrainer(model, examples, packer, config, run)
-    loss = trainer.training_step(model, RankingCollator(packer)(examples))
+    collator = RankingCollator(packer, config.margin_per_rank)
+    loss = trainer.training_step(model, collator(examples))
     parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return loss.item(), torch.cat(parts)
 
@@ -165,12 +204,19 @@ def test_gradient_is_that_of_the_plain_sum_however_it_is_packed(sft: Path, tmp_p
     rankings = [
         Ranking("two", ("bc", "d"), (2, 1)),
         Ranking("five", ("b", "cd", "efg", "bb", "c"), (3, 1, 1, None, 2)),
-        Ranking("three", ("gg", "a", "ff"), (1, 2, 3)),
+        Ranking("three", ("gg", "a", "ff"), (1, 2, 3), weight=2.5),
+        Ranking(
+            "soft",
+            ("c", "ba", "dd", "a"),
+            (None,) * 4,
+            probabilities=((0, 1, 0.3), (3, 1, 0.5), (1, 2, 1.0)),
+            weight=0.5,
+        ),
     ]
-    config = make_config(sft, rankings, output_dir=str(tmp_path / "run"))
+    config = make_config(sft, rankings, output_dir=str(tmp_path / "run"), margin_per_rank=0.4)
     chat = Chat(load_tokenizer(str(sft)))
     examples, _ = make_examples(rankings, chat, config, for_training=True)
-    plain_loss, plain = plain_gradient(sft, chat, rankings)
+    plain_loss, plain = plain_gradient(sft, chat, rankings, margin_per_rank=0.4)
     layouts = [Packer(512), Packer(64), Packer(1), Packer(512, share_prompts=False)]
     for packer in [*layouts, Packer(512, max_depth=max(e.tree.depth for e in examples) - 1)]:
         loss, found = gradient(sft, config, examples, packer)
@@ -179,7 +225,7 @@ def test_gradient_is_that_of_the_plain_sum_however_it_is_packed(sft: Path, tmp_p
 
 
 def plain_gradient(
-    sft: Path, chat: Chat, rankings: Sequence[Ranking]
+    sft: Path, chat: Chat, rankings: Sequence[Ranking], margin_per_rank: float
 ) -> tuple[float, torch.Tensor]:
     """Loss and gradient pair by pair, each response through the model alone."""
     torch.manual_seed(3)
@@ -192,9 +238,15 @@ def plain_gradient(
             ).logits[0, 0]
             for response in ranking.responses
         ]
-        pairs = ranking.pairs()
-        terms = [-logsigmoid(scores[i] - scores[j]) for i, j in pairs]
-        total = total + sum(terms) / len(pairs) / len(rankings)
+        labels = [(i, j, 1.0) for i, j in ranking.pairs()]
+        if ranking.probabilities:
+            labels = [*ranking.probabilities, *((j, i, 1 - p) for i, j, p in ranking.probabilities)]
+        loss = torch.zeros(())
+        for i, j, p in labels:
+            apart = (ranking.ranks[j] or 0) - (ranking.ranks[i] or 0)
+            loss = loss - p * logsigmoid(scores[i] - scores[j] - margin_per_rank * apart)
+        num_pairs = len(ranking.probabilities) or len(labels)
+        total = total + ranking.weight * loss / num_pairs / sum(r.weight for r in rankings)
     total.backward()
     parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return total.item(), torch.cat(parts)
@@ -238,10 +290,27 @@ def test_ties_and_unranked_responses_are_not_trained_on(chat: Chat) -> None:
         Ranking("some", ("a", "b", "c", "d"), (2, None, 1, 2)),
     ]
     (example,), counts = make_examples(rankings, chat, limits(), for_training=True)
-    assert (example.responses, example.ranks) == (("a", "c", "d"), (2, 1, 2))
+    assert example.ranking == Ranking("some", ("a", "c", "d"), (2, 1, 2))
     assert (counts.kept, counts.without_pairs) == (1, 1)
     measured, _ = make_examples(rankings, chat, limits(), for_training=False)
-    assert [example.ranks for example in measured] == [(1, 1, 0), (2, 0, 1, 2)]
+    assert [example.ranking for example in measured] == rankings
+
+
+def test_even_pairs_are_trained_on_and_responses_without_a_probability_are_not(chat: Chat) -> None:
+    soft = Ranking(
+        "soft", ("a", "b", "c", "d"), (None,) * 4, probabilities=((3, 0, 0.5), (3, 2, 0.9))
+    )
+    (example,), _ = make_examples([soft], chat, limits(), for_training=True)
+    assert example.ranking.responses == ("a", "c", "d")
+    assert example.ranking.probabilities == ((2, 0, 0.5), (2, 1, 0.9))
+    config = limits(max_responses=3)
+    for seed in range(8):
+        examples, counts = make_examples(
+            [soft], chat, replace(config, seed=seed), for_training=True
+        )
+        kept = {response for one in examples for response in one.ranking.responses}
+        assert kept in ({"a", "d"}, {"c", "d"}, {"a", "c", "d"}, set())
+        assert counts.without_pairs == (not examples)
 
 
 def test_long_responses_are_left_out_and_counted_never_cut(chat: Chat) -> None:
@@ -252,7 +321,7 @@ def test_long_responses_are_left_out_and_counted_never_cut(chat: Chat) -> None:
     ]
     config = limits(max_prompt_tokens=40, max_response_tokens=6, max_dropped=1.0)
     (example,), counts = make_examples(rankings, chat, config, for_training=True)
-    assert example.responses == ("short", "s")
+    assert example.ranking.responses == ("short", "s")
     assert [len(response) for response in example.tree.responses] == [6, 2]
     assert counts.responses_too_long == counts.rankings_with_long_responses == 2
     assert (counts.prompts_too_long, counts.without_pairs, counts.rankings) == (1, 1, 3)
@@ -274,8 +343,8 @@ def test_no_more_than_max_responses_are_trained_on(chat: Chat) -> None:
     rankings = [Ranking(f"q{i}", tuple("abcdef"), (1, 2, 3, 4, 5, 6)) for i in range(20)]
     config = limits(max_responses=3)
     examples, _ = make_examples(rankings, chat, config, for_training=True)
-    assert {len(example.responses) for example in examples} == {3}
-    assert len({example.responses for example in examples}) > 1
+    assert {len(example.ranking.responses) for example in examples} == {3}
+    assert len({example.ranking.responses for example in examples}) > 1
     assert make_examples(rankings, chat, config, for_training=True)[0] == examples
 
 
@@ -341,14 +410,35 @@ def test_figures_of_four_pairs() -> None:
     assert table["x"]["pair_accuracy"] == 0.5 and table["y"]["pair_accuracy"] == 0.75
 
 
+def test_figures_against_soft_labels() -> None:
+    three = math.log(3)  # sigmoid is 0.75
+    pairs = [
+        Pair("p", "x", margin=three, length_margin=1, probability=0.75),
+        Pair("p", "x", margin=-three, length_margin=1, probability=0.75),
+        Pair("q", "x", margin=0.0, length_margin=-1, probability=0.75),
+        Pair("q", "y", margin=three, length_margin=-1, probability=0.5),
+    ]
+    assert figures.accuracy(pairs, seed=0).value == 0.5
+    assert figures.length_accuracy(pairs, longer_wins=True) == pytest.approx(2 / 3)
+    a, b = -math.log(0.75), -math.log(0.25)
+    expected = [0.75 * a + 0.25 * b, 0.75 * b + 0.25 * a, math.log(2), 0.5 * a + 0.5 * b]
+    assert figures.log_loss(pairs) == pytest.approx(sum(expected) / 4)
+    error, bins = figures.calibration(pairs)
+    assert [(row["pairs"], row["accuracy"]) for row in bins] == [(1, 0.5), (3, 0.5)]
+    assert error == pytest.approx(3 / 4 * 0.25)
+    found = figures.figures_of(pairs, seed=0)
+    assert (found["pairs"], found["undecided_pairs"], found["prompts"]) == (3, 1, 2)
+    assert math.isnan(figures.by_source(pairs, seed=0)["y"]["pair_accuracy"])
+
+
 def test_gold_ties_make_no_pairs() -> None:
     tree = PromptTree((1,), ((2,), (3,), (4, 4)))
-    example = Example(tree, (0, 0, 0), "q", ("a", "b", "c"), "", is_cut=False)
-    ranks = figures.gold_ranks([0.5, 2.0, 0.5])
-    assert ranks == [2.0, 1.0, 2.0]
-    pairs = figures.compare([example], [[0.0, 1.0, 3.0]], [ranks])
+    example = Example(tree, Ranking("q", ("a", "b", "c"), (None,) * 3), is_cut=False)
+    gold = {"a": 0.5, "b": 2.0, "c": 0.5}
+    preferences = figures.gold_preferences([example], lambda _, texts: [gold[t] for t in texts])
+    pairs = figures.compare([example], [[0.0, 1.0, 3.0]], preferences)
     assert [(pair.margin, pair.length_margin) for pair in pairs] == [(1.0, 0), (-2.0, -1)]
-    assert figures.compare([example], [[0.0, 1.0, 3.0]], [example.ranks]) == []
+    assert figures.label_preferences([example]) == [[]]
 
 
 @pytest.mark.parametrize(
@@ -361,6 +451,8 @@ def test_gold_ties_make_no_pairs() -> None:
         ({"gold": "a:b"}, "gold_path is None; give both or neither"),
         ({"max_responses": 1}, "a pair needs 2"),
         ({"max_held_out": 5}, "held_out_rankings is not given"),
+        ({"margin_per_rank": -0.1}, "margin_per_rank is -0.1"),
+        ({"margin_per_rank": math.inf}, "margin_per_rank is inf"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_dropped": 2.0}, "max_dropped is 2.0"),
     ],

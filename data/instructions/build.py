@@ -1,0 +1,114 @@
+"""The program that writes the prompts."""
+
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.convert.formats import CONVERTERS
+from data.convert.program import Counts, convert_rows
+from data.convert.readers import read_source
+from data.instructions.ifeval import known_prompts
+from data.instructions.templates import NUM_GROUPS, draw_instructions, in_words
+from rlhf.datasets import split_by_prompt, write_records
+from rlhf.records import Prompt
+
+RESULTS_FILE = "results.json"
+"""Written last: a folder without it is unfinished."""
+
+OPEN_ASSISTANT = (
+    "open_assistant/en_100_text.jsonl",
+    "open_assistant/prompt_lottery_en_250_text.jsonl",
+)
+IFEVAL = "ifeval/input_data.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionsConfig:
+    """Write prompts whose instructions a program can check (see README, "Your own reward").
+
+    prompts.jsonl and prompts_held_out.jsonl are public prompts with drawn instructions, no public
+    prompt in both; ifeval.jsonl holds those of IFEval's prompts that the checks know.
+    """
+
+    output_dir: str
+    """Folder to write."""
+    shared: str = "../shared/data"
+    """Folder of the public files; its README lists them."""
+    num_variants: int = 3
+    """Times that each public prompt is used, with other instructions."""
+    num_instructions: int = 2
+    """Instructions a prompt."""
+    max_characters: int = 240
+    """Longer public prompts are left out, in characters."""
+    held_out: float = 0.2
+    """Share of the public prompts that is held out."""
+    seed: int = 0
+    """Seed of the split and of the instructions."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_instructions <= NUM_GROUPS:
+            raise ValueError(
+                f"num_instructions is {self.num_instructions}; give 1 to {NUM_GROUPS}, since more "
+                "would contradict each other"
+            )
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; give a share between 0 and 1")
+        for name in ("num_variants", "max_characters"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+
+
+def build(config: InstructionsConfig) -> None:
+    """Write the prompts; every file is whole, results.json comes last."""
+    folder = Path(config.output_dir)
+    public = [prompt for path in OPEN_ASSISTANT for prompt in _read(config, "strings", path)]
+    short = [prompt for prompt in public if _num_characters(prompt) <= config.max_characters]
+    train, held_out = split_by_prompt(short, config.held_out, config.seed, salt="instructions")
+    rng = random.Random(config.seed)
+    files = {
+        "prompts.jsonl": with_instructions(train, config, rng),
+        "prompts_held_out.jsonl": with_instructions(held_out, config, rng),
+        "ifeval.jsonl": list(known_prompts(_read(config, "ifeval", IFEVAL))),
+    }
+    (folder / RESULTS_FILE).unlink(missing_ok=True)
+    for name, prompts in files.items():
+        write_records(folder / name, prompts)
+        print(f"wrote {folder / name}: {len(prompts)} prompts, {_kinds(prompts)}")
+    partial = folder / f".{RESULTS_FILE}.partial"
+    partial.write_text(json.dumps({name: len(rows) for name, rows in files.items()}) + "\n")
+    os.replace(partial, folder / RESULTS_FILE)
+
+
+def with_instructions(
+    prompts: Sequence[Prompt], config: InstructionsConfig, rng: random.Random
+) -> list[Prompt]:
+    """Every prompt, num_variants times, each time with instructions of its own."""
+    made = {}
+    for prompt in prompts:
+        assert isinstance(prompt.prompt, str)
+        for _ in range(config.num_variants):
+            instructions = draw_instructions(rng, config.num_instructions)
+            one = Prompt(in_words(prompt.prompt, instructions), {"instructions": instructions})
+            made[one.key] = one  # the same draw twice is one prompt
+    return list(made.values())
+
+
+def _read(config: InstructionsConfig, layout: str, path: str) -> Iterator[Prompt]:
+    file = str(Path(config.shared) / path)
+    for record in convert_rows(read_source(file), CONVERTERS[layout]["prompt"], Counts()):
+        assert isinstance(record, Prompt)
+        yield record
+
+
+def _num_characters(prompt: Prompt) -> int:
+    assert isinstance(prompt.prompt, str)
+    return len(prompt.prompt)
+
+
+def _kinds(prompts: Sequence[Prompt]) -> str:
+    counts = Counter(one["kind"] for prompt in prompts for one in prompt.meta["instructions"])
+    return ", ".join(f"{kind} {count}" for kind, count in counts.most_common())

@@ -1,0 +1,211 @@
+"""Does a response follow an instruction? One pure function a kind, and the reward made of them.
+
+A response without any word follows nothing; else silence would avoid every comma.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from rlhf.datasets import read_records
+from rlhf.records import Prompt, PromptLike, prompt_key
+
+Instruction = dict[str, Any]
+"""A kind and its arguments: {"kind": "words_at_most", "count": 20}. In meta.instructions."""
+
+_WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
+_STOP = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*]*(?=\s|$)")
+_LAST_WORD = re.compile(r"(?:^|[\s(\"'\u201c])([^\s(\"'\u201c]+)$")
+_INITIALS = re.compile(r"(?:[A-Za-z]\.)*[A-Za-z]")
+_ABBREVIATIONS = {"mr", "mrs", "ms", "dr", "prof", "st", "jr", "sr", "vs", "etc", "no", "approx"}
+_BULLET = re.compile(r"\s*[\"\u201c]?[*\-\u2022] +\S")
+_QUOTES = {'"': '"', "\u201c": "\u201d"}
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits; don't and well-known are one word each."""
+    return _WORD.findall(text)
+
+
+def sentences(text: str) -> list[str]:
+    """Stretches with a word in them, cut behind . ! ? and the quotes and brackets that close there.
+
+    A point does not end a sentence behind an abbreviation or initials (Dr., e.g., J. K.), in the
+    number of a list item, or without white space behind it (3.5). Lines alone end none.
+    """
+    found = []
+    start = 0
+    for stop in _STOP.finditer(text):
+        if stop[0] == "." and _is_abbreviated(text[start : stop.start()]):
+            continue
+        found.append(text[start : stop.end()])
+        start = stop.end()
+    return [one.strip() for one in [*found, text[start:]] if words(one)]
+
+
+def _is_abbreviated(before: str) -> bool:
+    last = _LAST_WORD.search(before)
+    if last is None:
+        return False
+    word = last[1]
+    if word.isdigit():  # "1. First": the number of a list item, which nothing precedes in its line
+        return not before[: last.start(1)].rpartition("\n")[2].strip()
+    return word.lower() in _ABBREVIATIONS or (_INITIALS.fullmatch(word) is not None and word != "I")
+
+
+def count_word(text: str, word: str) -> int:
+    """How often a word or phrase stands in a text by itself, whatever the case."""
+    pattern = rf"(?<!\w){re.escape(word)}(?!\w)"
+    return len(re.findall(pattern, text, flags=re.IGNORECASE))
+
+
+def no_comma(text: str) -> bool:
+    return not any(comma in text for comma in ",\uff0c\u060c\u3001")
+
+
+def lowercase(text: str) -> bool:
+    return text == text.lower() and any(letter.islower() for letter in text)
+
+
+def uppercase(text: str) -> bool:
+    return text == text.upper() and any(letter.isupper() for letter in text)
+
+
+def quoted(text: str) -> bool:
+    """The whole of it stands between double quotation marks."""
+    text = text.strip()
+    return len(text) > 2 and _QUOTES.get(text[0]) == text[-1]
+
+
+def words_at_least(text: str, count: int) -> bool:
+    return len(words(text)) >= count
+
+
+def words_at_most(text: str, count: int) -> bool:
+    return len(words(text)) <= count
+
+
+def sentences_at_least(text: str, count: int) -> bool:
+    return len(sentences(text)) >= count
+
+
+def sentences_at_most(text: str, count: int) -> bool:
+    return len(sentences(text)) <= count
+
+
+def contains(text: str, words: Sequence[str]) -> bool:
+    """Every one of the words stands in it."""
+    return all(count_word(text, word) for word in words)
+
+
+def avoids(text: str, words: Sequence[str]) -> bool:
+    """None of the words stands in it."""
+    return not any(count_word(text, word) for word in words)
+
+
+def times_at_least(text: str, word: str, count: int) -> bool:
+    return count_word(text, word) >= count
+
+
+def times_at_most(text: str, word: str, count: int) -> bool:
+    return count_word(text, word) <= count
+
+
+def characters_at_least(text: str, character: str, count: int) -> bool:
+    return text.lower().count(character.lower()) >= count
+
+
+def characters_at_most(text: str, character: str, count: int) -> bool:
+    return text.lower().count(character.lower()) <= count
+
+
+def ends_with(text: str, phrase: str) -> bool:
+    """It ends with the phrase, whatever the case; closing quotes and white space aside."""
+    return text.rstrip(' \t\n"\u201d').lower().endswith(phrase.rstrip(' "\u201d').lower())
+
+
+def bullets(text: str, count: int) -> bool:
+    """Exactly so many lines begin with a bullet, behind an opening quote if there is one."""
+    return sum(_BULLET.match(line) is not None for line in text.splitlines()) == count
+
+
+CHECKS: dict[str, Callable[..., bool]] = {
+    check.__name__: check
+    for check in (
+        no_comma,
+        lowercase,
+        uppercase,
+        quoted,
+        words_at_least,
+        words_at_most,
+        sentences_at_least,
+        sentences_at_most,
+        contains,
+        avoids,
+        times_at_least,
+        times_at_most,
+        characters_at_least,
+        characters_at_most,
+        ends_with,
+        bullets,
+    )
+}
+"""Kind of an instruction -> its check, called with the response and the instruction's arguments."""
+
+
+def follows_one(response: str, instruction: Instruction) -> bool:
+    """Whether a response follows an instruction.
+
+    Raises:
+        ValueError: there is no such kind, or it takes other arguments.
+    """
+    arguments = dict(instruction)
+    kind = arguments.pop("kind", None)
+    if kind not in CHECKS:
+        nearest = get_close_matches(str(kind), CHECKS, n=1)
+        raise ValueError(
+            f"unknown kind of instruction {kind!r}; "
+            + (f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(CHECKS)}")
+        )
+    if not words(response):
+        return False
+    try:
+        return CHECKS[kind](response, **arguments)
+    except TypeError as error:
+        raise ValueError(f"instruction {instruction}: {error}") from error
+
+
+def share_followed(response: str, instructions: Sequence[Instruction]) -> float:
+    """Share of the instructions that the response follows, 0 to 1."""
+    return sum(follows_one(response, one) for one in instructions) / len(instructions)
+
+
+def follows(
+    prompts: Sequence[PromptLike], responses: Sequence[str], metas: Sequence[dict[str, Any]]
+) -> list[float]:
+    """The rule reward: share of each prompt's instructions that its response follows.
+
+    Raises:
+        ValueError: a prompt has no meta.instructions, or one that no check knows.
+    """
+    scores = []
+    for i, (response, meta) in enumerate(zip(responses, metas, strict=True)):
+        if not meta.get("instructions"):
+            raise ValueError(
+                f"prompt {i} has no meta.instructions; make prompts with "
+                "`python -m data.instructions`"
+            )
+        scores.append(share_followed(response, meta["instructions"]))
+    return scores
+
+
+def make_gold(path: str | Path) -> Callable[[Sequence[PromptLike], Sequence[str]], list[float]]:
+    """`follows` for judges that see no meta: the instructions are those of a file of prompts."""
+    metas = {record.key: record.meta for record in read_records(path, Prompt)}
+
+    def gold(prompts: Sequence[PromptLike], responses: Sequence[str]) -> list[float]:
+        return follows(prompts, responses, [metas[prompt_key(prompt)] for prompt in prompts])
+
+    return gold

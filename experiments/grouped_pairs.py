@@ -1,0 +1,256 @@
+"""python -m experiments.grouped_pairs
+
+Pairs of one prompt kept together, or shuffled as examples of their own: which overfits? Shuffled,
+"a single pass over the dataset caused the reward model to overfit" (Ouyang et al. 2022, section
+3.5), since each of K responses is then in K - 1 steps of an epoch, not in one.
+
+Both arms start from the same model and train on the same pairs, at the same constant learning rate,
+with the same number of pairs a step on average and so the same number of steps. A shuffled pair
+weighs 1 / (pairs of its prompt): both arms have the same objective and differ in nothing but the
+grouping. They are measured on the same other prompts. Only part of the prompts is trained on, since
+overfitting shows better with few, and a shuffled epoch costs several grouped ones.
+
+Takes run folders of `make pipeline`, one a seed: their rankings, and the settings of their reward
+model but for what is named above.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.shared import (
+    INK,
+    RUNS,
+    TABLE,
+    make,
+    markdown_table,
+    mean_cell,
+    over_seeds,
+    save_figure,
+    settings_of,
+    style_axes,
+    values_cell,
+)
+from rlhf.cli import run_stage
+from rlhf.datasets import read_records, write_records
+from rlhf.records import Ranking
+from rlhf.runs import METRICS, open_run
+from stages.evaluate.curves import COLOURS, read_metrics
+from stages.rm.config import Config as RewardModelConfig
+from stages.rm.train import train
+
+ARMS = ("grouped", "shuffled")
+FIGURES = {
+    "loss": ("training loss", "nats a pair"),
+    "held_out_loss": ("held-out loss", "nats a pair"),
+    "held_out_accuracy": ("held-out accuracy by labels", "share of pairs"),
+    "held_out_accuracy_gold": ("held-out accuracy by gold", "share of pairs"),
+}
+"""Metric of the rm stage -> name, unit. The training loss is the mean over an epoch's steps."""
+
+Epochs = list[dict[str, float]]
+"""The figures of one reward model after each epoch."""
+Figures = dict[str, dict[str, list[list[float]]]]
+"""Figure -> arm -> after each epoch its value in every run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Reward models from pairs grouped by prompt and from shuffled pairs, on several seeds."""
+
+    runs: list[str] = field(default_factory=lambda: list(RUNS))
+    """Run folders of pipelines, one a seed, the reward model included."""
+    num_prompts: int = 400
+    """Prompts that are trained on, drawn by the run's seed."""
+    num_held_out: int = 400
+    """Other prompts, drawn likewise, that are measured on."""
+    num_epochs: int = 4
+    """Passes over the pairs; figures are taken after each."""
+    output_dir: str = "runs/grouped_pairs"
+    """Folder of table.md, results.json and, below the name of each run, its split and both arms."""
+    plot: str = "docs/experiments/grouped_pairs.png"
+    """The picture to write."""
+
+    def __post_init__(self) -> None:
+        if len({Path(run).name for run in self.runs}) < max(2, len(self.runs)):
+            raise ValueError(f"runs is {self.runs}; give two or more folders of different names")
+        for name in ("num_prompts", "num_held_out", "num_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+
+
+def compare_groupings(config: Config) -> None:
+    """Train both arms of every run, those that are not there yet; write table, figures and plot.
+
+    Raises:
+        ValueError: a run has too few prompts, or an arm was made with other settings.
+        OSError: files of a run are not there.
+    """
+    record = open_run(config, stage="grouped_pairs", inputs={run: run for run in config.runs})
+    epochs: dict[str, list[Epochs]] = {arm: [] for arm in ARMS}
+    for run in config.runs:
+        for arm, settings in make_arms(run, config).items():
+            make(train, settings)
+            epochs[arm].append(read_epochs(Path(settings.output_dir) / METRICS))
+    figures = over_runs(epochs)
+    table = format_table(figures)
+    (record.dir / TABLE).write_text(table, encoding="utf-8")
+    draw(figures, config.plot)
+    record.finish({name: summarise(*by_arm.values()) for name, by_arm in figures.items()})
+    print(table)
+
+
+def make_arms(run: str, config: Config) -> dict[str, RewardModelConfig]:
+    """Writes a run's split of the rankings for both arms; returns their settings."""
+    base = settings_of(RewardModelConfig, f"{run}/rm")
+    sizes = f"{config.num_prompts}_{config.num_held_out}_prompts"
+    folder = Path(config.output_dir) / Path(run).name / sizes
+    rankings = [one for source in base.rankings for one in read_records(source, Ranking)]
+    grouped, held_out = split(rankings, config.num_prompts, config.num_held_out, base.seed)
+    shuffled = shuffled_pairs(grouped)
+    write_records(folder / "held_out.jsonl", held_out)
+    pairs_of_ranking = len(shuffled) / sum(bool(ranking.preferences()) for ranking in grouped)
+    arms = {}
+    for arm, records, batch_size in (
+        ("grouped", grouped, base.batch_size),
+        ("shuffled", shuffled, round(base.batch_size * pairs_of_ranking)),
+    ):
+        write_records(folder / f"{arm}.jsonl", records)
+        arms[arm] = replace(
+            base,
+            output_dir=str(folder / arm),
+            rankings=[str(folder / f"{arm}.jsonl")],
+            held_out=None,
+            held_out_rankings=[str(folder / "held_out.jsonl")],
+            max_rankings=None,
+            batch_size=batch_size,
+            num_epochs=config.num_epochs,
+            optim=replace(base.optim, schedule="constant"),
+        )
+    return arms
+
+
+def split(
+    rankings: Sequence[Ranking], num_prompts: int, num_held_out: int, seed: int
+) -> tuple[list[Ranking], list[Ranking]]:
+    """Rankings of drawn prompts to train on, and those of others to measure on.
+
+    Raises:
+        ValueError: there are fewer prompts.
+    """
+    keys = sorted({ranking.key for ranking in rankings})
+    if len(keys) < num_prompts + num_held_out:
+        raise ValueError(
+            f"num_prompts {num_prompts} and num_held_out {num_held_out} are more than the "
+            f"{len(keys)} prompts that there are; lower one of them"
+        )
+    drawn = random.Random(seed).sample(keys, num_prompts + num_held_out)
+    trained, measured = set(drawn[:num_prompts]), set(drawn[num_prompts:])
+    return (
+        [ranking for ranking in rankings if ranking.key in trained],
+        [ranking for ranking in rankings if ranking.key in measured],
+    )
+
+
+def shuffled_pairs(rankings: Sequence[Ranking]) -> list[Ranking]:
+    """Every pair as a ranking of two; those of one ranking weigh together what it did."""
+    return [
+        replace(ranking.restricted_to([i, j]), weight=ranking.weight / len(ranking.preferences()))
+        for ranking in rankings
+        for i, j, _ in ranking.preferences()
+    ]
+
+
+def read_epochs(path: Path) -> Epochs:
+    """What a run of the rm stage logged after each epoch, and its training loss in it."""
+    epochs: Epochs = []
+    losses: list[float] = []
+    for row in read_metrics(path):
+        if "rm/loss" in row:
+            losses.append(row["rm/loss"])
+        else:
+            figures = {name: row[f"rm/{name}"] for name in FIGURES if f"rm/{name}" in row}
+            epochs.append({"loss": fmean(losses), **figures})
+            losses = []
+    return epochs
+
+
+def over_runs(epochs: dict[str, list[Epochs]]) -> Figures:
+    """The same figures, those of all runs side by side; without a gold score, not the last."""
+    known = [name for name in FIGURES if name in epochs[ARMS[0]][0][0]]
+    return {
+        name: {
+            arm: [[after[name] for after in of_runs] for of_runs in zip(*epochs[arm], strict=True)]
+            for arm in ARMS
+        }
+        for name in known
+    }
+
+
+def summarise(
+    grouped: Sequence[Sequence[float]], shuffled: Sequence[Sequence[float]]
+) -> list[dict[str, object]]:
+    """After each epoch both arms and what shuffling changes, as mean, interval and values."""
+    return [
+        {
+            "epoch": number,
+            "grouped": over_seeds(left),
+            "shuffled": over_seeds(right),
+            "difference": over_seeds(subtract(right, left)),
+        }
+        for number, (left, right) in enumerate(zip(grouped, shuffled, strict=True), start=1)
+    ]
+
+
+def subtract(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [value - other for value, other in zip(values, others, strict=True)]
+
+
+def format_table(figures: Figures) -> str:
+    """Markdown: means over runs with half of their 95 % t intervals, and the runs' differences."""
+    header = ["figure", "epoch", *ARMS, "shuffled - grouped", "the same by run"]
+    rows = []
+    for name, by_arm in figures.items():
+        for number, (left, right) in enumerate(zip(*by_arm.values(), strict=True), start=1):
+            changes = subtract(right, left)
+            cells = [mean_cell(values, 3) for values in (left, right, changes)]
+            label = ", ".join(FIGURES[name]) if number == 1 else ""
+            rows.append([label, str(number), *cells, values_cell(changes, 3)])
+    return markdown_table(header, rows)
+
+
+def draw(figures: Figures, path: str) -> None:
+    """A panel a figure: the runs as thin lines, their mean as a thick one."""
+    num_rows = -(-len(figures) // 2)
+    figure = Figure(figsize=(8.4, 3.1 * num_rows), layout="constrained")
+    panels = figure.subplots(num_rows, 2, squeeze=False).ravel()
+    for axes in panels[len(figures) :]:
+        axes.remove()
+    for axes, (name, by_arm) in zip(panels, figures.items(), strict=False):
+        title, unit = FIGURES[name]
+        style_axes(axes, title[0].upper() + title[1:], "epoch", unit)
+        for colour, (arm, values) in zip(COLOURS, by_arm.items(), strict=False):
+            _draw_arm(axes, arm, values, colour)
+    panels[0].legend(frameon=False, fontsize=8, labelcolor=INK)
+    save_figure(figure, path)
+
+
+def _draw_arm(axes: Axes, arm: str, values: Sequence[Sequence[float]], colour: str) -> None:
+    epochs = range(1, len(values) + 1)
+    axes.plot(epochs, values, color=colour, alpha=0.35, linewidth=0.8)
+    means = [fmean(of_runs) for of_runs in values]
+    axes.plot(epochs, means, color=colour, linewidth=1.8, marker="o", markersize=4, label=arm)
+    axes.set_xticks(epochs)
+
+
+def main() -> None:
+    run_stage(compare_groupings, Config)
+
+
+if __name__ == "__main__":
+    main()

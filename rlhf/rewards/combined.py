@@ -1,0 +1,102 @@
+"""Rewards made of rewards: weighted parts, ensembles, and scores brought to a common scale."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rlhf.records import Prompt
+from rlhf.rewards.scores import Combination, Reward, Scored, combine_members, spread
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """score = sum of weight * part."""
+
+    parts: Mapping[str, tuple[Reward, float]]
+    """Name -> reward and its weight."""
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        responses: Sequence[str],
+    ) -> Scored:
+        """As Reward.score; `parts` are the scores before their weights."""
+        scored = {
+            name: part.score(prompts, prompt_ids, response_ids, responses)
+            for name, (part, _) in self.parts.items()
+        }
+        weighted = [(weight, scored[name]) for name, (_, weight) in self.parts.items()]
+        token_rewards = [
+            weight * part.token_rewards
+            for weight, part in weighted
+            if part.token_rewards is not None
+        ]
+        return Scored(
+            _sum([weight * part.scores for weight, part in weighted]),
+            token_rewards=_sum(token_rewards) if token_rewards else None,
+            parts={name: part.scores for name, part in scored.items()},
+        )
+
+
+@dataclass(frozen=True)
+class EnsembleReward:
+    """Several rewards as one (Coste et al. 2023); see combine_members."""
+
+    members: Sequence[Reward]
+    combination: Combination
+    spread_coef: float
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        responses: Sequence[str],
+    ) -> Scored:
+        """As Reward.score; `parts` are the members' scores and their spread, a variance."""
+        scores = torch.stack(
+            [
+                member.score(prompts, prompt_ids, response_ids, responses).scores
+                for member in self.members
+            ]
+        )  # (members, batch)
+        return Scored(
+            combine_members(scores, self.combination, self.spread_coef),
+            parts={
+                **{f"member_{i}": of_member for i, of_member in enumerate(scores)},
+                "spread": spread(scores),
+            },
+        )
+
+
+@dataclass(frozen=True)
+class NormalizedReward:
+    """score = (score of the reward - mean) / std; its parts stay as they are."""
+
+    reward: Reward
+    mean: float
+    std: float
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        responses: Sequence[str],
+    ) -> Scored:
+        """As Reward.score; the shift stands at the last token."""
+        scored = self.reward.score(prompts, prompt_ids, response_ids, responses)
+        token_rewards = scored.token_rewards
+        return replace(
+            scored,
+            scores=(scored.scores - self.mean) / self.std,
+            token_rewards=None if token_rewards is None else token_rewards / self.std,
+        )
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum(0)

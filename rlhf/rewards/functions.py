@@ -1,0 +1,191 @@
+"""A user's function as a reward; whatever it gets wrong is told with its row."""
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.chat import Chat
+from rlhf.records import Prompt, PromptLike
+from rlhf.rewards.scores import Scored
+
+RewardFunction = Callable[[list[PromptLike], list[str], list[dict[str, Any]]], Sequence[float]]
+TokenRewardFunction = Callable[
+    [list[PromptLike], list[str], list[dict[str, Any]], list[list[str]]], Sequence[Sequence[float]]
+]
+
+
+class FunctionReward:
+    """A function of prompts, responses and metas that gives one number a response."""
+
+    def __init__(self, function: RewardFunction, name: str) -> None:
+        self.function = function
+        self.name = name
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        responses: Sequence[str],
+    ) -> Scored:
+        """As Reward.score; only prompts and responses are looked at.
+
+        Raises:
+            ValueError: the function failed, gave another number of scores, or one not finite.
+        """
+        columns = (prompts, responses)
+        values = _call(self.function, self.name, columns, "a list with one number a response")
+        return Scored(
+            torch.tensor([_number(value, self.name, f"row {i}") for i, value in enumerate(values)])
+        )
+
+
+class TokenFunctionReward:
+    """A function that gives one number a token; a response's score is the sum of its numbers.
+
+    It is called with prompts, responses, metas and tokens: the texts of each response's tokens (see
+    Chat.pieces), the end token's included.
+    """
+
+    def __init__(self, function: TokenRewardFunction, name: str, chat: Chat) -> None:
+        self.function = function
+        self.name = name
+        self.chat = chat
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        responses: Sequence[str],
+    ) -> Scored:
+        """As Reward.score.
+
+        Raises:
+            ValueError: the function failed, or gave another number of rows, a row of another
+                length than its response, or a number that is not finite.
+        """
+        tokens = [self.chat.pieces(ids) for ids in response_ids]
+        columns = (prompts, responses, tokens)
+        rows = _call(self.function, self.name, columns, "a list of lists, one number a token")
+        rewards = torch.zeros(len(tokens), max(map(len, tokens)))
+        for i, (row, pieces) in enumerate(zip(rows, tokens, strict=True)):
+            rewards[i, : len(pieces)] = self._row(i, row, pieces)
+        return Scored(rewards.sum(1), token_rewards=rewards)
+
+    def _row(self, i: int, row: Any, pieces: list[str]) -> Tensor:
+        """The numbers of one response, (tokens,)."""
+        try:
+            values = list(row)
+        except TypeError:
+            raise ValueError(
+                f"reward function {self.name} gave {row!r} ({type(row).__name__}) for row {i}; "
+                f"it must give a list with one number a token, {len(pieces)} of them"
+            ) from None
+        if len(values) != len(pieces):
+            raise ValueError(
+                f"reward function {self.name} gave {len(values)} numbers for row {i}, whose "
+                f"response has {len(pieces)} tokens ({''.join(pieces)[:60]!r}); it must give one a "
+                "token, the end token included"
+            )
+        places = (f"token {t} of row {i}" for t in range(len(values)))
+        return torch.tensor(
+            [_number(value, self.name, place) for value, place in zip(values, places, strict=True)]
+        )
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """What package.module:name names: a reward function, a labeler's or a gold score's maker.
+
+    Raises:
+        ValueError: the spelling, the module, or the name in it is wrong.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"{name!r} names no function; write package.module:name")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"cannot import {module_name} for {name!r} ({error}); start the program where the "
+            "module lies, or install it"
+        ) from error
+    except Exception as error:
+        raise ValueError(
+            f"cannot import {module_name} for {name!r}: {_describe(error)}; mend the module"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        raise ValueError(
+            f"{module_name} has no function {attribute!r}; it has {', '.join(names) or 'none'}"
+        )
+    return function
+
+
+Columns = Sequence[Sequence[Any]]
+"""Prompt records, responses, and what else a function is to get; each (batch,)."""
+
+
+def _call(function: Callable[..., Any], name: str, columns: Columns, expected: str) -> list[Any]:
+    """What the function returns, one entry a response; `expected` says in words what it should."""
+    try:
+        values = _call_plainly(function, columns)
+    except Exception as error:
+        place = _failing_row(function, columns)
+        raise ValueError(f"reward function {name} failed on {place}: {_describe(error)}") from error
+    try:
+        values = list(values)
+    except TypeError:
+        raise ValueError(
+            f"reward function {name} returned {type(values).__name__}; it must return {expected}"
+        ) from None
+    num_rows = len(columns[0])
+    if len(values) != num_rows:
+        raise ValueError(
+            f"reward function {name} returned {len(values)} entries for {num_rows} responses, and "
+            f"they part at row {min(len(values), num_rows)}; it must return {expected}"
+        )
+    return values
+
+
+def _call_plainly(function: Callable[..., Any], columns: Columns) -> Any:
+    """The function gets lists of its own, which it may change."""
+    prompts, responses, *others = columns
+    return function(
+        [prompt.prompt for prompt in prompts],
+        list(responses),
+        [dict(prompt.meta) for prompt in prompts],
+        *(list(other) for other in others),
+    )
+
+
+def _failing_row(function: Callable[..., Any], columns: Columns) -> str:
+    responses = columns[1]
+    for i, response in enumerate(responses):
+        try:
+            _call_plainly(function, [[column[i]] for column in columns])
+        except Exception:
+            return f"row {i} (response {response[:60]!r})"
+    return f"a batch of {len(responses)} rows, on none of them alone"
+
+
+def _number(value: Any, name: str, place: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(
+            f"reward function {name} gave {value!r} for {place}; it must give a finite number"
+        )
+    return number
+
+
+def _describe(error: Exception) -> str:
+    """Kind and words of an error, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

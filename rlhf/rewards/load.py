@@ -1,0 +1,94 @@
+"""From the settings to a reward that is checked and ready to score."""
+
+from collections.abc import Callable
+
+import torch
+
+from rlhf.chat import Chat
+from rlhf.config import ModelSettings
+from rlhf.rewards.combined import EnsembleReward, WeightedReward
+from rlhf.rewards.functions import FunctionReward, TokenFunctionReward, load_function
+from rlhf.rewards.models import TextRewardModel, load_reward_model
+from rlhf.rewards.rendering import same_rendering
+from rlhf.rewards.scores import Reward
+from rlhf.rewards.settings import RewardSettings
+
+
+def load_reward(
+    settings: RewardSettings,
+    chat: Chat,
+    device: torch.device | str,
+    micro_batch_tokens: int,
+    tell: Callable[[str], object] = print,
+) -> Reward:
+    """The reward of these settings, checked and ready to score; not yet normalised.
+
+    Args:
+        chat: The policy's rendering.
+        micro_batch_tokens: Most tokens of one pass of a reward model.
+        tell: Called with a line for each reward model that reads text instead of the policy's ids.
+
+    Raises:
+        ValueError: What load_judge and load_function refuse.
+    """
+
+    def load(model: str | None, function: str | None, per_token: bool) -> Reward:
+        if function is not None:
+            found = load_function(function)
+            if per_token:
+                return TokenFunctionReward(found, function, chat)
+            return FunctionReward(found, function)
+        assert model is not None
+        return load_judge(
+            ModelSettings(
+                path=model, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
+            ),
+            chat,
+            micro_batch_tokens=micro_batch_tokens,
+            device=device,
+            allow_chance_reward=settings.allow_chance_reward,
+            tell=tell,
+        )
+
+    if settings.parts:
+        return WeightedReward(
+            {
+                name: (load(part.model, part.function, part.per_token), part.weight)
+                for name, part in settings.parts.items()
+            }
+        )
+    ensemble = settings.ensemble
+    if ensemble.models:
+        members = [load(path, None, False) for path in ensemble.models]
+        return EnsembleReward(members, ensemble.combine, ensemble.spread_coef)
+    return load(settings.model, settings.function, settings.per_token)
+
+
+def load_judge(
+    settings: ModelSettings,
+    chat: Chat,
+    *,
+    micro_batch_tokens: int,
+    device: torch.device | str = "cpu",
+    allow_chance_reward: bool = False,
+    tell: Callable[[str], object] = print,
+) -> Reward:
+    """A reward model for a policy's responses: it reads their ids if it renders text as the policy
+    does, else their text.
+
+    Raises:
+        ValueError: What load_reward_model refuses.
+    """
+    reward_model = load_reward_model(
+        settings,
+        micro_batch_tokens=micro_batch_tokens,
+        device=device,
+        allow_chance_reward=allow_chance_reward,
+    )
+    if same_rendering(chat, reward_model.chat):
+        return reward_model
+    tell(
+        f"the reward model reads text: {settings.path} has another tokenizer or chat template than "
+        "the policy, so prompts and decoded responses are rendered anew for it"
+    )
+    return TextRewardModel(reward_model, chat.end_id)

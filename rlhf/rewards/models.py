@@ -1,0 +1,265 @@
+"""Trained reward models: their card, their golden rows, and how they read what a policy wrote."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf.chat import Chat
+from rlhf.config import ModelSettings
+from rlhf.inference import compute_scores
+from rlhf.models import ScalarModel, load_chat, load_scalar, packer_for
+from rlhf.packing import Packer, PromptTree
+from rlhf.records import Prompt, PromptLike
+from rlhf.rewards.rendering import check_rendering
+from rlhf.rewards.scores import Scored
+
+REWARD_FILE = "reward.json"
+"""Beside the weights of a reward model: what the weights cannot hold."""
+
+NUM_GOLDEN = 8
+GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+"""Largest difference of a golden score, relative to max(1, |score|), by type of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenRow:
+    """A prompt, a response and the score that the reward model gave when it was saved."""
+
+    prompt: PromptLike
+    response: str
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardCard:
+    """What reward.json holds.
+
+    score = scale * (raw score of the classifier - bias)
+    """
+
+    bias: float
+    """Mean raw score of the demonstrations, so that these score 0 (Ouyang et al. 2022, 3.5)."""
+    scale: float
+    """1 unless a user sets it: InstructGPT shifts its rewards and does not scale them."""
+    pair_accuracy: float
+    """Share of held-out pairs that the model orders as the labelers do."""
+    interval: tuple[float, float]
+    """95 % interval of pair_accuracy."""
+    golden: tuple[GoldenRow, ...]
+    template_hash: str
+    """SHA-256 of the chat template."""
+    rendering_hash: str
+    """`rendering_hash` of the chat that the model was trained with."""
+
+    def save(self, folder: str | Path) -> None:
+        text = json.dumps(asdict(self), ensure_ascii=False, indent=2, allow_nan=False)
+        path = Path(folder) / REWARD_FILE
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(text + "\n", encoding="utf-8")
+        beside.replace(path)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "RewardCard":
+        """Raises ValueError where the folder holds no readable reward.json."""
+        path = Path(folder) / REWARD_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} has no {REWARD_FILE}, so the zero of its scores is unknown; give the "
+                "folder that the rm stage wrote"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            golden = tuple(GoldenRow(**row) for row in values.pop("golden"))
+            low, high = values.pop("interval")
+            if not golden:
+                raise ValueError("no golden rows")
+            return cls(golden=golden, interval=(low, high), **values)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is no reward card of the rm stage ({error}); run that stage again"
+            ) from error
+
+
+class RewardModel:
+    """A trained reward model with its bias and scale; scores in evaluation mode, no gradient."""
+
+    def __init__(self, model: ScalarModel, card: RewardCard, chat: Chat, packer: Packer) -> None:
+        self.model = model
+        self.card = card
+        self.chat = chat
+        self.packer = packer
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        responses: Sequence[str],
+    ) -> Scored:
+        """As Reward.score; only the ids are looked at."""
+        return Scored(self.scores(prompt_ids, response_ids))
+
+    def scores(
+        self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Scores (batch,), fp32, of responses; neighbours with one prompt share its pass.
+
+        Raises:
+            ValueError: a response has no token at all.
+        """
+        return compute_scores(self.model, trees_of(prompt_ids, response_ids), self.packer).float()
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model can read; None: any number."""
+        return getattr(
+            self.model.classifier.config.get_text_config(), "max_position_embeddings", None
+        )
+
+    def recheck(self) -> None:
+        """Scores the golden rows again.
+
+        Raises:
+            ValueError: a score is not what it was when the model was saved.
+        """
+        golden = self.card.golden
+        found = self.scores(
+            [self.chat.prompt_ids(row.prompt) for row in golden],
+            [self.chat.response_ids(row.response) for row in golden],
+        ).tolist()
+        dtype = str(self.model.classifier.dtype).removeprefix("torch.")
+        tolerance = GOLDEN_TOLERANCE[dtype]
+        for i, (row, score) in enumerate(zip(golden, found, strict=True)):
+            if not abs(score - row.score) <= tolerance * max(1.0, abs(row.score)):
+                raise ValueError(
+                    f"the reward model scores golden row {i} at {score:.4f}, and {row.score:.4f} "
+                    f"when it was saved ({dtype}, tolerance {tolerance}): its weights, "
+                    f"tokenizer or chat template changed since; copy the whole folder again or "
+                    "train it again"
+                )
+
+
+class TextRewardModel:
+    """A reward model whose tokenizer or chat template is not the policy's, so it reads text.
+
+    It sees the prompt record and the decoded response in its own rendering. A response that has
+    its end token gets the reward model's own; one that was cut gets none. Where a prompt and its
+    response are longer than the reward model's context, the oldest turns are left out, whatever the
+    policy could read.
+    """
+
+    def __init__(self, reward_model: RewardModel, policy_end_id: int) -> None:
+        self.reward_model = reward_model
+        self.policy_end_id = policy_end_id
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        responses: Sequence[str],
+    ) -> Scored:
+        """As Reward.score; of the response's ids only the last is looked at: is it the end?
+
+        Raises:
+            ValueError: a prompt's last turn and its response are longer than the model's context.
+        """
+        own_responses = [
+            self._response_ids(text, ended=ids[-1] == self.policy_end_id)
+            for text, ids in zip(responses, response_ids, strict=True)
+        ]
+        own_prompts = [
+            self._prompt_ids(i, prompt, num_response_tokens=len(ids))
+            for i, (prompt, ids) in enumerate(zip(prompts, own_responses, strict=True))
+        ]
+        return Scored(self.reward_model.scores(own_prompts, own_responses))
+
+    def _response_ids(self, text: str, ended: bool) -> list[int]:
+        """A cut response without any text is read as an empty one, since a score needs a token."""
+        ids = self.reward_model.chat.response_ids(text)
+        return ids if ended or len(ids) == 1 else ids[:-1]
+
+    def _prompt_ids(self, i: int, prompt: Prompt, num_response_tokens: int) -> list[int]:
+        chat, context = self.reward_model.chat, self.reward_model.context
+        if context is None:
+            return chat.prompt_ids(prompt.prompt)
+        ids = chat.fit_prompt(prompt.prompt, context - num_response_tokens)
+        if ids is None:
+            raise ValueError(
+                f"the prompt of row {i} is too long for the reward model, even its last turn "
+                f"alone: the model reads {context} tokens, and the response takes "
+                f"{num_response_tokens} of them; give shorter prompts or lower max_new_tokens"
+            )
+        return ids
+
+
+def load_reward_model(
+    settings: ModelSettings,
+    *,
+    micro_batch_tokens: int,
+    device: torch.device | str = "cpu",
+    policy_chat: Chat | None = None,
+    allow_chance_reward: bool = False,
+) -> RewardModel:
+    """A folder of the rm stage, its golden rows scored again.
+
+    Args:
+        policy_chat: Rendering of the policy that is to be scored; None: not compared.
+        allow_chance_reward: Load it even if it may be no better than a coin.
+
+    Raises:
+        ValueError: no head, no reward.json, another rendering than the policy's, an accuracy that
+            may be chance, or golden scores that changed.
+    """
+    model, card = _load_with_card(settings)
+    chat = load_chat(settings)
+    if policy_chat is not None:
+        check_rendering(policy_chat, chat, settings.path)
+    _refuse_chance(settings.path, card, allow_chance_reward)
+    model.to(device).requires_grad_(False)
+    reward = RewardModel(model, card, chat, packer_for(model.classifier, micro_batch_tokens))
+    reward.recheck()
+    return reward
+
+
+def load_value_model(settings: ModelSettings) -> ScalarModel:
+    """The value model that PPO starts from: the reward model, in units of its scores.
+
+    Raises:
+        ValueError: the folder has no head or no reward.json.
+    """
+    return _load_with_card(settings)[0]
+
+
+def trees_of(
+    prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]
+) -> list[PromptTree]:
+    """One tree for each stretch of neighbours with the same prompt; keeps the responses' order."""
+    rows = zip(prompt_ids, response_ids, strict=True)
+    pairs = [(tuple(prompt), tuple(response)) for prompt, response in rows]
+    return [
+        PromptTree(prompt, tuple(response for _, response in group))
+        for prompt, group in groupby(pairs, key=lambda pair: pair[0])
+    ]
+
+
+def _load_with_card(settings: ModelSettings) -> tuple[ScalarModel, RewardCard]:
+    model = load_scalar(settings, new_head=False)
+    card = RewardCard.load(settings.path)
+    model.bias, model.scale = card.bias, card.scale
+    return model, card
+
+
+def _refuse_chance(path: str, card: RewardCard, allowed: bool) -> None:
+    low, high = card.interval
+    if low <= 0.5 and not allowed:
+        raise ValueError(
+            f"the reward model at {path} orders {card.pair_accuracy:.1%} of held-out pairs right, "
+            f"with a 95 % interval of {low:.1%} to {high:.1%}: it may be no better than a coin; "
+            "train it on more rankings, or set allow_chance_reward"
+        )

@@ -1,0 +1,115 @@
+"""What a reward says of a batch of responses, and what is done to its scores."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf.records import Prompt
+
+MissingEnd = Literal["replace", "subtract", "none"]
+Combination = Literal["mean", "worst", "mean_minus_spread"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a reward gives for a batch of responses, before the KL penalty; fp32, on the CPU.
+
+    Example: a response of three tokens with scores [2.0] and token_rewards [[0.5, 0.0, 0.0]] is
+    worth 2.0: 0.5 at its first token, the rest, at_end, at its last one.
+    """
+
+    scores: Tensor
+    """(batch,) what each response is worth in all"""
+    token_rewards: Tensor | None = None
+    """(batch, time) the share of the scores that has its place at single tokens, 0 behind the end;
+    None: none has, the whole score stands at the last token"""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """(batch,) what the score is made of, by name, each before its weight"""
+
+    @property
+    def at_end(self) -> Tensor:
+        """(batch,) the share of each score that stands at the last token."""
+        return (
+            self.scores if self.token_rewards is None else self.scores - self.token_rewards.sum(1)
+        )
+
+
+class Reward(Protocol):
+    """Anything that scores responses."""
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        responses: Sequence[str],
+    ) -> Scored:
+        """Scores of a batch. All four arguments have one entry a response.
+
+        Args:
+            prompt_ids: as the policy read them.
+            response_ids: as the policy wrote them, with the end token where there is one.
+            responses: their text, without the end token.
+        """
+        ...
+
+
+def combine_members(scores: Tensor, combination: Combination, spread_coef: float) -> Tensor:
+    """One score from those of an ensemble (Coste et al. 2023).
+
+        mean                 1/k sum_i R_i
+        worst                min_i R_i                        (worst-case optimisation)
+        mean_minus_spread    mean - spread_coef * variance    (uncertainty-weighted optimisation)
+
+    Args:
+        scores: (members, batch)
+
+    Returns:
+        (batch,)
+    """
+    if combination == "worst":
+        return scores.min(0).values
+    mean = scores.mean(0)
+    return mean if combination == "mean" else mean - spread_coef * spread(scores)
+
+
+def spread(scores: Tensor) -> Tensor:
+    """Variance over the members, 1/k sum_i (R_i - mean)^2: (members, batch) -> (batch,)."""
+    return scores.var(0, correction=0)
+
+
+def clip_scores(scores: Tensor, limit: float | None) -> Tensor:
+    """Scores cut to -limit..limit; None: as they are."""
+    return scores if limit is None else scores.clamp(-limit, limit)
+
+
+def penalize_length(scores: Tensor, lengths: Tensor, penalty: float, allowance: int) -> Tensor:
+    """scores - penalty * (tokens beyond the allowance).
+
+    Args:
+        scores: (batch,)
+        lengths: (batch,) tokens of each response, the end token included.
+    """
+    return scores - penalty * (lengths - allowance).clamp(min=0)
+
+
+def adjust_missing_end(
+    scores: Tensor, finished_mask: Tensor, mode: MissingEnd, value: float
+) -> Tensor:
+    """What a response costs that did not end by itself; without a cost policies run on.
+
+    "replace" puts `value` in place of the score: Huang et al. 2024 (the N+ details) use -1.
+    "subtract" takes `value` off the score: TRL's missing_eos_penalty, usually 1, which keeps the
+    order among unfinished responses. "none" changes nothing.
+
+    Args:
+        scores: (batch,)
+        finished_mask: (batch,) True where the response ends with its end token.
+    """
+    if mode == "none":
+        return scores
+    charged = torch.full_like(scores, value) if mode == "replace" else scores - value
+    return torch.where(finished_mask, scores, charged)

@@ -1,0 +1,170 @@
+"""Settings of the reward."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlhf.rewards.scores import Combination, MissingEnd
+
+_PART_NAME = re.compile(r"[A-Za-z][\w-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartSettings:
+    """One part of a reward: exactly one of model and function."""
+
+    model: str | None = None
+    """Folder that the rm stage wrote. None means that function gives this part."""
+    function: str | None = None
+    """Own reward, as package.module:name. None means that model gives this part."""
+    per_token: bool = False
+    """The function gives a list with one number a token for each response, and is called with the
+    tokens' texts as its fourth argument."""
+    weight: float = 1.0
+    """The part's scores times this are added to the score; below 0 it is a reward on purpose for
+    what the part finds bad."""
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.function is None):
+            raise ValueError(
+                f"model is {self.model!r} and function is {self.function!r}; give exactly one"
+            )
+        _check_per_token(self.per_token, self.function)
+        if not math.isfinite(self.weight) or self.weight == 0:
+            raise ValueError(f"weight is {self.weight}; give a number that is not 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleSettings:
+    """Several reward models as one (Coste et al. 2023)."""
+
+    models: tuple[str, ...] = ()
+    """Folders that the rm stage wrote, best with different seeds. Empty means no ensemble."""
+    combine: Combination = "mean"
+    """The score from those of the members: their mean, the worst (smallest) of them, or their mean
+    minus spread_coef times their variance."""
+    spread_coef: float = 1.0
+    """Weight of the variance over the members in mean_minus_spread."""
+
+    def __post_init__(self) -> None:
+        if len(self.models) == 1:
+            raise ValueError(
+                f"models has one member, {self.models[0]}; give two or more, or set it as "
+                "reward.model"
+            )
+        if not 0 <= self.spread_coef < math.inf:
+            raise ValueError(f"spread_coef is {self.spread_coef}; give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """Where the reward comes from: exactly one of model, function, parts and ensemble.models.
+
+    What follows is done to every score in this order: normalize_on, clip, length_penalty,
+    missing_end.
+    """
+
+    model: str | None = None
+    """Folder that the rm stage wrote. None means that the reward comes from elsewhere."""
+    function: str | None = None
+    """Own reward, as package.module:name of a function (prompts, responses, metas) -> list of
+    numbers, one a response. None means that the reward comes from elsewhere."""
+    per_token: bool = False
+    """The function gives a list with one number a token for each response, and is called with the
+    tokens' texts as its fourth argument."""
+    parts: dict[str, PartSettings] = field(default_factory=dict)
+    """Name -> part, a section with the keys model, function, per_token and weight; the score is the
+    sum of weight * part. Empty means that the reward comes from elsewhere."""
+    ensemble: EnsembleSettings = field(default_factory=EnsembleSettings)
+    """Several reward models as one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the reward models' weights. float32 is what they were measured in."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the reward models. Only for sources that you trust."""
+    allow_chance_reward: bool = False
+    """Use a reward model although the interval of its held-out accuracy reaches down to 0.5."""
+    normalize_on: int | None = None
+    """Samples of the reference policy, drawn before the first update, whose scores get mean 0 and
+    standard deviation 1 (Ziegler et al. 2019). None means scores as they come."""
+    clip: float | None = None
+    """Scores are cut to -clip..clip. None means no clip."""
+    length_penalty: float = 0.0
+    """Taken off the score for every response token beyond length_allowance. 0 means no penalty."""
+    length_allowance: int = 0
+    """Response tokens, the end token included, that length_penalty leaves free."""
+    missing_end: MissingEnd = "subtract"
+    """A response without its end token: replace its score by missing_end_value, subtract
+    missing_end_value from it, or none, leave it."""
+    missing_end_value: float = 1.0
+    """What replaces the score (such as -1) or is subtracted from it (such as 1), in its units."""
+
+    def __post_init__(self) -> None:
+        self._check_source()
+        _check_per_token(self.per_token, self.function)
+        if not math.isfinite(self.missing_end_value):
+            raise ValueError(f"missing_end_value is {self.missing_end_value}; give a number")
+        if self.missing_end == "subtract" and self.missing_end_value < 0:
+            raise ValueError(
+                f"missing_end is subtract and missing_end_value is {self.missing_end_value}, which "
+                "would reward responses without an end; give a positive value, or replace"
+            )
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}; give a positive number, or null for no clip")
+        if not 0 <= self.length_penalty < math.inf:
+            raise ValueError(
+                f"length_penalty is {self.length_penalty}; give 0 or more, since it is taken off "
+                "the score"
+            )
+        if self.length_allowance < 0:
+            raise ValueError(f"length_allowance is {self.length_allowance}; give 0 or more tokens")
+        if self.normalize_on is not None and self.normalize_on < 2:
+            raise ValueError(
+                f"normalize_on is {self.normalize_on}; a standard deviation needs 2 samples or "
+                "more, or give null for scores as they come"
+            )
+
+    def _check_source(self) -> None:
+        given = {
+            "model": self.model,
+            "function": self.function,
+            "parts": list(self.parts) or None,
+            "ensemble.models": list(self.ensemble.models) or None,
+        }
+        if sum(value is not None for value in given.values()) != 1:
+            raise ValueError(
+                f"{', '.join(f'{name} is {value!r}' for name, value in given.items())}; "
+                "give exactly one"
+            )
+        for name in self.parts:
+            if _PART_NAME.fullmatch(name) is None:
+                raise ValueError(
+                    f"parts has the name {name!r}, which becomes a metric's; use letters, digits, "
+                    "_ and -"
+                )
+
+    @property
+    def model_paths(self) -> dict[str, str]:
+        """Folders of all reward models, by the settings that name them."""
+        paths = {"model": self.model}
+        paths |= {f"parts.{name}": part.model for name, part in self.parts.items()}
+        paths |= {f"ensemble.{i}": path for i, path in enumerate(self.ensemble.models)}
+        return {name: path for name, path in paths.items() if path is not None}
+
+    @property
+    def value_start(self) -> tuple[str, float] | None:
+        """The reward model that a value model may start from, the first one, and its weight."""
+        starts = [
+            (self.model, 1.0),
+            *((part.model, part.weight) for part in self.parts.values()),
+            *((path, 1.0) for path in self.ensemble.models),
+        ]
+        return next(((path, weight) for path, weight in starts if path is not None), None)
+
+
+def _check_per_token(per_token: bool, function: str | None) -> None:
+    if per_token and function is None:
+        raise ValueError(
+            f"per_token is {per_token} and function is {function!r}; only a function gives numbers "
+            "a token"
+        )

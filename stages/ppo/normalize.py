@@ -1,0 +1,85 @@
+"""Scores brought to a common scale before the first update."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import cycle, islice
+
+import torch
+from accelerate import Accelerator
+
+from rlhf.distributed import own_share, sum_over_processes
+from rlhf.models import ScalarModel
+from rlhf.rewards import NormalizedReward
+from stages.ppo.rollout import Episode, Sampler
+
+SMALLEST_STD = 1e-6
+"""Relative to the mean, or to 1 where that is larger; a smaller one is noise of the arithmetic."""
+
+SEED_SHIFT = 2
+"""The samples measured are others than those of the first update."""
+
+
+def normalize_scores(
+    sampler: Sampler,
+    value_model: ScalarModel,
+    episodes: Sequence[Episode],
+    accelerator: Accelerator,
+) -> tuple[Sampler, dict[str, float]]:
+    """Scores of the reference policy's samples get mean 0 and standard deviation 1 (Ziegler et al.
+    2019): with rewards on one scale, a KL coefficient means the same for each of them.
+
+    The value model gets the same shift and scale, so that it stays in the units of the scores. One
+    with a head of zeros has none yet: its 0 is what the scores now have as their mean.
+
+    Args:
+        value_model: its bias and scale are changed.
+        episodes: prompts; reward.normalize_on of them are drawn by the seed, again from the first
+            when all were drawn, and as many as all processes can share equally.
+
+    Returns:
+        the sampler with the normalised reward, and the mean and standard deviation found, for
+        results.json; the same sampler and nothing where reward.normalize_on is None.
+
+    Raises:
+        ValueError: all samples have the same score.
+    """
+    config = sampler.config
+    if config.reward.normalize_on is None:
+        return sampler, {}
+    count = accelerator.num_processes
+    num_samples = math.ceil(config.reward.normalize_on / count) * count
+    generator = torch.Generator().manual_seed(config.seed + SEED_SHIFT)
+    order = torch.randperm(len(episodes), generator=generator)
+    chosen = [episodes[i] for i in islice(cycle(order.tolist()), num_samples)]
+    mean, std = _measure(sampler, own_share(accelerator, chosen), num_samples, accelerator)
+    if std <= SMALLEST_STD * max(1.0, abs(mean)):
+        raise ValueError(
+            f"all {num_samples} samples for reward.normalize_on score {mean:.6g}, and a standard "
+            "deviation of 0 cannot be scaled to 1; give a reward that tells responses apart, or "
+            "reward.normalize_on null"
+        )
+    accelerator.print(
+        f"ppo: {num_samples} samples of the reference policy score {mean:.4g} on average, with a "
+        f"standard deviation of {std:.4g}; scores are shifted and scaled to 0 and 1"
+    )
+    if value_model.head.weight.any():
+        value_model.bias += mean / value_model.scale
+        value_model.scale /= std
+    normalized = replace(sampler, reward=NormalizedReward(sampler.reward, mean, std))
+    return normalized, {"raw_score_mean": mean, "raw_score_std": std}
+
+
+def _measure(
+    sampler: Sampler, episodes: Sequence[Episode], num_samples: int, accelerator: Accelerator
+) -> tuple[float, float]:
+    """Mean and (biased) standard deviation of the scores of one sample for each episode, over all
+    processes."""
+    seed = (sampler.config.seed + SEED_SHIFT) * 1000 + accelerator.process_index
+    generator = torch.Generator().manual_seed(seed)
+    with accelerator.autocast():
+        trees = sampler.sample(sampler.ref_policy, episodes, generator)
+        scores = sampler.raw_scores(episodes, trees).scores.double()
+    mean = float(sum_over_processes(accelerator, scores.sum())) / num_samples
+    squares = float(sum_over_processes(accelerator, (scores - mean).square().sum()))
+    return mean, math.sqrt(squares / num_samples)

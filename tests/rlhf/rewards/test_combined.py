@@ -1,0 +1,142 @@
+"""Rewards made of rewards, with numbers by hand and through their settings."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.chat import Chat
+from rlhf.config import ModelSettings
+from rlhf.records import Prompt
+from rlhf.rewards import (
+    EnsembleReward,
+    EnsembleSettings,
+    NormalizedReward,
+    PartSettings,
+    RewardSettings,
+    Scored,
+    WeightedReward,
+    load_reward,
+    load_reward_model,
+)
+from tests.rlhf.rewards.folders import PROMPTS, RESPONSES, base_tokenizer
+
+
+class Fixed:
+    """Says the same of every batch."""
+
+    def __init__(self, *scores: float, tokens: list[list[float]] | None = None) -> None:
+        self.scored = Scored(torch.tensor(scores), None if tokens is None else torch.tensor(tokens))
+
+    def score(self, *_: object) -> Scored:
+        return self.scored
+
+
+def brevity(prompts: list[str], responses: list[str], metas: list[object]) -> list[float]:
+    return [-float(len(response)) for response in responses]
+
+
+def vowels(
+    prompts: list[str], responses: list[str], metas: list[object], tokens: list[list[str]]
+) -> list[list[float]]:
+    return [[float(piece in "aeiou") for piece in pieces] for pieces in tokens]
+
+
+BATCH = ([Prompt("a")] * 2, [[1]] * 2, [[2]] * 2, ["x"] * 2)
+
+
+def close(found: Tensor | None, expected: list[float] | list[list[float]]) -> bool:
+    return found is not None and torch.allclose(found, torch.tensor(expected), atol=1e-6)
+
+
+def test_parts_are_summed_by_their_weights_and_kept_without_them() -> None:
+    tokens = [[1.0, 0.0], [0.0, 3.0]]
+    reward = WeightedReward(
+        {
+            "good": (Fixed(1.0, 2.0), 2.0),
+            "bad": (Fixed(4.0, 0.5), -1.0),
+            "steps": (Fixed(1.0, 3.0, tokens=tokens), 0.5),
+            "flipped": (Fixed(1.0, 3.0, tokens=tokens), -1.0),
+        }
+    )
+    scored = reward.score(*BATCH)
+    assert close(scored.scores, [2 - 4 + 0.5 - 1, 4 - 0.5 + 1.5 - 3])
+    assert close(scored.token_rewards, [[-0.5, 0.0], [0.0, -1.5]])
+    assert close(scored.at_end, [-2.0, 3.5])
+    parts = {name: part.tolist() for name, part in scored.parts.items()}
+    assert parts == {"good": [1, 2], "bad": [4, 0.5], "steps": [1, 3], "flipped": [1, 3]}
+
+
+def test_an_ensemble_tells_its_members_and_their_spread() -> None:
+    reward = EnsembleReward([Fixed(1.0, 5.0), Fixed(3.0, 5.0)], "mean_minus_spread", 2.0)
+    scored = reward.score(*BATCH)
+    assert close(scored.scores, [2.0 - 2.0 * 1.0, 5.0])
+    parts = {name: part.tolist() for name, part in scored.parts.items()}
+    assert parts == {"member_0": [1.0, 5.0], "member_1": [3.0, 5.0], "spread": [1.0, 0.0]}
+
+
+def test_normalising_scales_tokens_and_shifts_the_end() -> None:
+    reward = NormalizedReward(Fixed(4.0, 8.0, tokens=[[1.0, 3.0], [8.0, 0.0]]), mean=6.0, std=2.0)
+    scored = reward.score(*BATCH)
+    assert close(scored.scores, [-1.0, 1.0])
+    assert close(scored.token_rewards, [[0.5, 1.5], [4.0, 0.0]])
+    assert close(scored.at_end, [-3.0, -3.0])
+    assert NormalizedReward(Fixed(4.0, 8.0), 6.0, 2.0).score(*BATCH).token_rewards is None
+
+
+def test_parts_come_from_their_settings(saved: Path) -> None:
+    here = "tests.rlhf.rewards.test_combined"
+    settings = RewardSettings(
+        parts={
+            "helpful": PartSettings(model=str(saved), weight=0.5),
+            "brief": PartSettings(function=f"{here}:brevity", weight=0.125),
+            "vowels": PartSettings(function=f"{here}:vowels", per_token=True, weight=-2.0),
+        }
+    )
+    chat = Chat(base_tokenizer())
+    reward = load_reward(settings, chat, "cpu", 512)
+    prompts = [Prompt(prompt) for prompt in PROMPTS]
+    prompt_ids = [chat.prompt_ids(prompt) for prompt in PROMPTS]
+    response_ids = [chat.response_ids(response) for response in RESPONSES]
+    scored = reward.score(prompts, prompt_ids, response_ids, RESPONSES)
+    alone = load_reward_model(ModelSettings(path=str(saved)), micro_batch_tokens=512)
+    helpful = alone.scores(prompt_ids, response_ids)
+    lengths, counts = torch.tensor([3, 15, 0, 7]), torch.tensor([1, 4, 0, 2])
+    assert torch.allclose(scored.scores, 0.5 * helpful - 0.125 * lengths - 2 * counts, atol=1e-5)
+    assert scored.token_rewards is not None
+    assert scored.token_rewards[3].tolist() == [0, -2, 0, 0, -2, 0, 0, *[0] * 9]
+    assert list(scored.parts) == ["helpful", "brief", "vowels"]
+
+
+@pytest.mark.parametrize("combine", ["mean", "worst"])
+def test_an_ensemble_comes_from_its_settings(saved: Path, other: Path, combine: str) -> None:
+    folders = (str(saved), str(other))
+    settings = RewardSettings(
+        ensemble=EnsembleSettings(models=folders, combine=combine)  # type: ignore[arg-type]
+    )
+    chat = Chat(base_tokenizer())
+    prompt_ids = [chat.prompt_ids(prompt) for prompt in PROMPTS]
+    response_ids = [chat.response_ids(response) for response in RESPONSES]
+    batch = ([Prompt(prompt) for prompt in PROMPTS], prompt_ids, response_ids, RESPONSES)
+    found = load_reward(settings, chat, "cpu", 512).score(*batch).scores.tolist()
+    members = [
+        load_reward_model(ModelSettings(path=path), micro_batch_tokens=512)
+        .scores(prompt_ids, response_ids)
+        .tolist()
+        for path in folders
+    ]
+    assert members[0] != pytest.approx(members[1], abs=0.1)
+    pairs = list(zip(*members, strict=True))
+    expected = [min(pair) if combine == "worst" else sum(pair) / 2 for pair in pairs]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_golden_rows_of_every_member_are_checked(saved: Path, other: Path, tmp_path: Path) -> None:
+    altered = Path(shutil.copytree(other, tmp_path / "altered"))
+    card = (altered / "reward.json").read_text()
+    (altered / "reward.json").write_text(card.replace('"bias": -0.25', '"bias": 0.5'))
+    settings = RewardSettings(ensemble=EnsembleSettings(models=(str(saved), str(altered))))
+    with pytest.raises(ValueError, match="golden row 0"):
+        load_reward(settings, Chat(base_tokenizer()), "cpu", 512)

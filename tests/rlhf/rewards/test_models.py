@@ -1,0 +1,250 @@
+"""Reward models: what a saved one gives back, what is refused, and how one reads text."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from rlhf.chat import Chat
+from rlhf.config import ModelSettings
+from rlhf.models import load_tokenizer
+from rlhf.packing import PromptTree
+from rlhf.records import Prompt
+from rlhf.rewards import (
+    RewardCard,
+    RewardModel,
+    TextRewardModel,
+    check_rendering,
+    load_judge,
+    load_reward_model,
+    load_value_model,
+    same_rendering,
+    same_vocabulary,
+    trees_of,
+)
+from tests.rlhf.rewards.folders import (
+    PROMPTS,
+    RESPONSES,
+    base_tokenizer,
+    merging_tokenizer,
+    save_base,
+    save_reward_model,
+)
+from tests.rlhf.tiny_models import byte_tokenizer
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def load(folder: Path, **options: Any) -> RewardModel:
+    return load_reward_model(
+        ModelSettings(path=str(folder)), micro_batch_tokens=options.pop("tokens", 512), **options
+    )
+
+
+def ids_of(chat: Chat) -> tuple[list[list[int]], list[list[int]]]:
+    prompts = [chat.prompt_ids(prompt) for prompt in PROMPTS]
+    return prompts, [chat.response_ids(response) for response in RESPONSES]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_scores_are_those_of_the_plain_classifier_on_a_padded_batch(saved: Path, side: str) -> None:
+    reward = load(saved)
+    prompts, responses = ids_of(reward.chat)
+    plain = AutoModelForSequenceClassification.from_pretrained(saved).eval()
+    words = load_tokenizer(str(saved))
+    words.padding_side = side
+    rows = [{"input_ids": p + r} for p, r in zip(prompts, responses, strict=True)]
+    batch = words.pad(rows, return_tensors="pt")
+    if side == "left":
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        raw = plain(**batch).logits.squeeze(1)
+    found = reward.scores(prompts, responses)
+    assert found.std() > 0.1
+    torch.testing.assert_close(found, 2.0 * (raw - 0.5), atol=1e-5, rtol=1e-5)
+
+
+def test_a_score_depends_neither_on_its_neighbours_nor_on_the_token_budget(saved: Path) -> None:
+    reward = load(saved)
+    prompts, responses = ids_of(reward.chat)
+    together = reward.scores(prompts, responses)
+    alone = torch.cat([reward.scores([p], [r]) for p, r in zip(prompts, responses, strict=True)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    small = load(saved, tokens=16).scores(prompts[::-1], responses[::-1]).flip(0)
+    torch.testing.assert_close(together, small, atol=1e-5, rtol=1e-5)
+
+
+def test_neighbours_with_one_prompt_become_one_tree() -> None:
+    trees = trees_of([[1], [1], [2], [1]], [[5], [6, 7], [8], [9]])
+    assert trees == [
+        PromptTree((1,), ((5,), (6, 7))),
+        PromptTree((2,), ((8,),)),
+        PromptTree((1,), ((9,),)),
+    ]
+
+
+def test_golden_rows_tell_that_weights_were_altered(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    weights["score.weight"] = weights["score.weight"] + 0.05
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"golden row 0 at .* weights, tokenizer or chat template"):
+        load(copy)
+
+
+def test_a_folder_without_a_card_is_refused(copy: Path) -> None:
+    (copy / "reward.json").unlink()
+    with pytest.raises(ValueError, match=r"has no reward\.json"):
+        load(copy)
+
+
+def test_a_card_that_is_none_is_refused(copy: Path) -> None:
+    (copy / "reward.json").write_text('{"bias": 0.0}')
+    with pytest.raises(ValueError, match="no reward card of the rm stage"):
+        load(copy)
+
+
+def test_a_folder_without_a_head_is_refused(sft: Path, saved: Path, tmp_path: Path) -> None:
+    headless = Path(shutil.copytree(sft, tmp_path / "headless"))
+    shutil.copy(saved / "reward.json", headless)
+    with pytest.raises(ValueError, match=r"no reward head \(score\.weight\)"):
+        load(headless)
+
+
+def test_a_reward_model_that_may_be_chance_needs_leave(copy: Path) -> None:
+    card = json.loads((copy / "reward.json").read_text())
+    card["interval"] = [0.5, 0.6]
+    (copy / "reward.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=r"no better than a coin.*allow_chance_reward"):
+        load(copy)
+    assert load(copy, allow_chance_reward=True).card.interval == (0.5, 0.6)
+
+
+def test_another_template_or_vocabulary_than_the_policys_is_refused(saved: Path) -> None:
+    reward_chat = Chat(load_tokenizer(str(saved)))
+    other = base_tokenizer()
+    other.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"another chat template .*[0-9a-f]{12}.*[0-9a-f]{12}"):
+        load(saved, policy_chat=Chat(other))
+    swapped = byte_tokenizer("<pad>", "<end>", eos_token="<end>", pad_token="<pad>")
+    with pytest.raises(ValueError, match="another tokenizer"):
+        check_rendering(Chat(swapped), reward_chat, "rm")
+    assert same_rendering(Chat(base_tokenizer()), reward_chat)
+
+
+def test_the_value_model_starts_with_the_rewards_bias_and_scale(saved: Path) -> None:
+    value_model = load_value_model(ModelSettings(path=str(saved)))
+    assert (value_model.bias, value_model.scale) == (0.5, 2.0)
+    assert all(parameter.requires_grad for parameter in value_model.parameters())
+
+
+def test_the_card_comes_back_as_it_was(saved: Path, tmp_path: Path) -> None:
+    card = dataclasses.replace(RewardCard.load(saved), bias=-1.25)
+    card.save(tmp_path)
+    assert RewardCard.load(tmp_path) == card
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 reward model of 96 positions whose tokenizer merges bytes."""
+    folder = tmp_path_factory.mktemp("foreign")
+    torch.manual_seed(3)
+    base = save_base(folder / "base", "gpt2", merging_tokenizer())
+    return save_reward_model(folder / "rm", base, seed=4, bias=0.3, scale=1.5)
+
+
+def judge_of(folder: Path, policy_chat: Chat) -> tuple[TextRewardModel, list[str]]:
+    told: list[str] = []
+    settings = ModelSettings(path=str(folder))
+    reward = load_judge(settings, policy_chat, micro_batch_tokens=512, tell=told.append)
+    assert isinstance(reward, TextRewardModel)
+    return reward, told
+
+
+def plain_score(folder: Path, ids: list[int]) -> float:
+    """The score that transformers gives a row of ids, read at its last one."""
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        hidden = plain.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
+        return 1.5 * (float(plain.score(hidden)) - 0.3)
+
+
+def test_a_reward_model_with_another_tokenizer_reads_text(foreign: Path) -> None:
+    policy_chat = Chat(base_tokenizer())
+    reward, told = judge_of(foreign, policy_chat)
+    assert len(told) == 1 and told[0].startswith(f"the reward model reads text: {foreign}")
+    own = reward.reward_model.chat
+    texts = ["yes", "no, rather long", "", "perhaps"]
+    whole = [policy_chat.response_ids(text) for text in texts]
+    cut = [ids[:-1] for ids in whole[:2]]
+    prompts = [Prompt(prompt) for prompt in [*PROMPTS, *PROMPTS[:2]]]
+    prompt_ids = [policy_chat.prompt_ids(prompt.prompt) for prompt in prompts]
+    found = reward.score(prompts, prompt_ids, [*whole, *cut], [*texts, *texts[:2]]).scores
+    end = own.tokenizer.eos_token
+    encode = own.tokenizer.encode
+    expected = [
+        plain_score(foreign, encode(f"User:\n{prompt}\n\nAssistant:\n") + encode(response))
+        for prompt, response in [
+            ("one", f"yes{end}"),
+            ("one", f"no, rather long{end}"),
+            ("two", end),
+            ("three", f"perhaps{end}"),
+            ("one", "yes"),
+            ("one", "no, rather long"),
+        ]
+    ]
+    assert len(own.response_ids("no, rather long")) < len(whole[1])
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_a_cut_response_without_text_is_read_as_an_empty_one(foreign: Path) -> None:
+    reward, _ = judge_of(foreign, Chat(base_tokenizer()))
+    pad = reward.score([Prompt("one")], [[5]], [[1]], [""]).scores
+    empty = reward.score([Prompt("one")], [[5]], [[0]], [""]).scores
+    assert torch.equal(pad, empty)
+
+
+def test_what_its_context_cannot_hold_loses_its_oldest_turns(foreign: Path) -> None:
+    reward, _ = judge_of(foreign, Chat(base_tokenizer()))
+
+    def score(turns: list[str], response: str) -> float:
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        return reward.score([Prompt(messages)], [[5]], [[6, 0]], [response]).scores.item()
+
+    assert score(["x " * 30, "y " * 30, "one"], "yes") == score(["one"], "yes")
+    assert score(["x", "y", "one"], "yes") != score(["one"], "yes")
+    with pytest.raises(ValueError, match=r"row 0 is too long .*reads 96 tokens.*takes \d of"):
+        score(["xq" * 60], "yes")
+
+
+def test_a_reward_model_of_the_policys_rendering_reads_its_ids(saved: Path) -> None:
+    told: list[str] = []
+    settings = ModelSettings(path=str(saved))
+    policy_chat = Chat(base_tokenizer())
+    reward = load_judge(settings, policy_chat, micro_batch_tokens=512, tell=told.append)
+    assert isinstance(reward, RewardModel)
+    assert told == []
+    prompt_ids, response_ids = ids_of(policy_chat)
+    found = reward.score([Prompt("unread")] * 4, prompt_ids, response_ids, ["unread"] * 4)
+    assert torch.equal(found.scores, reward.scores(prompt_ids, response_ids))
+    assert found.token_rewards is None and found.parts == {}
+    other = base_tokenizer()
+    other.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    judge_of(saved, Chat(other))
+
+
+def test_vocabularies_are_the_same_when_ids_mean_the_same() -> None:
+    template = base_tokenizer()
+    template.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    swapped = byte_tokenizer("<pad>", "<end>", eos_token="<end>", pad_token="<pad>")
+    assert same_vocabulary(Chat(base_tokenizer()), Chat(template))
+    assert not same_vocabulary(Chat(base_tokenizer()), Chat(swapped))

@@ -1,0 +1,368 @@
+"""Rewards in PPO: where they stand, what is logged of them, their scale, and the value model."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from rlhf.advantages import generalized_advantages
+from rlhf.chat import Chat
+from rlhf.config import ModelSettings, OptimSettings
+from rlhf.packing import Packer, PromptTree
+from rlhf.records import Prompt
+from rlhf.rewards import (
+    EnsembleSettings,
+    FunctionReward,
+    PartSettings,
+    RewardSettings,
+    Scored,
+    TokenFunctionReward,
+    WeightedReward,
+)
+from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
+from stages.ppo.normalize import normalize_scores
+from stages.ppo.rollout import Episode, Sampler, roll_out, rollout_metrics, rollout_sums
+from stages.ppo.train import _load_value_model, train
+from tests.rlhf.rewards.folders import (
+    base_tokenizer,
+    merging_tokenizer,
+    save_base,
+    save_reward_model,
+)
+from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
+
+ROOT = Path(__file__).parents[2]
+HERE = "tests.stages.test_ppo_rewards"
+END = 1
+
+
+def prompt_length(prompts: list[str], responses: list[str], metas: list[Any]) -> list[float]:
+    return [float(len(prompt)) for prompt in prompts]
+
+
+def length(prompts: list[str], responses: list[str], metas: list[Any]) -> list[float]:
+    return [float(len(response)) for response in responses]
+
+
+def early(
+    prompts: list[str], responses: list[str], metas: list[Any], tokens: list[list[str]]
+) -> list[list[float]]:
+    """1 for the first token, 2 for the second, and so on; -1 for an end."""
+    return [
+        [-1.0 if piece == "</s>" else 1.0 + t for t, piece in enumerate(pieces)]
+        for pieces in tokens
+    ]
+
+
+def constant(prompts: list[str], responses: list[str], metas: list[Any]) -> list[float]:
+    return [0.1] * len(responses)
+
+
+def make_config(**changes: Any) -> Config:
+    settings: dict[str, Any] = {
+        "output_dir": "unused",
+        "policy": ModelSettings(path="unused"),
+        "prompts": "unused",
+        "reward": RewardSettings(function="unused:unused", missing_end="none"),
+        "rollout": RolloutSettings(batch_size=8, max_new_tokens=6, generation_batch_size=8),
+        "ppo": PPOSettings(mini_batch_size=4, kl_coef=0.1),
+        "ptx": PtxSettings(coef=0.0),
+        "optim": OptimSettings(learning_rate=1e-3, schedule="constant"),
+        "num_updates": 2,
+        "ema_decay": None,
+    }
+    return Config(**(settings | changes))
+
+
+def make_sampler(reward: Any, config: Config | None = None) -> Sampler:
+    tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
+    packer = Packer(1000)
+    return Sampler(
+        Chat(tokenizer), tiny_policy_of("llama"), reward, packer, config or make_config()
+    )
+
+
+EPISODES = [
+    Episode(Prompt(f"prompt {'x' * i}"), ids)
+    for i, ids in enumerate([(10, 11, 12), (13,), (14, 15), (16, 17, 18, 19)] * 2)
+]
+
+
+def rollout_of(sampler: Sampler) -> Any:
+    return roll_out(
+        tiny_policy_of("llama"),
+        tiny_scalar_of("llama"),
+        sampler,
+        EPISODES,
+        torch.Generator().manual_seed(0),
+        Accelerator(cpu=True),
+    )
+
+
+def test_rewards_of_tokens_stand_at_them_before_advantages_are_estimated() -> None:
+    unwhitened = PPOSettings(mini_batch_size=4, kl_coef=0.1, whiten_advantages=False)
+    config = make_config(ppo=unwhitened)
+    chat = make_sampler(None).chat
+    reward = WeightedReward(
+        {
+            "steps": (TokenFunctionReward(early, "early", chat), 0.5),
+            "length": (FunctionReward(length, "length"), 2.0),
+        }
+    )
+    rollout = rollout_of(make_sampler(reward, config))
+    assert int(rollout.finished.sum()) in range(1, 8)
+    for i, tree in enumerate(rollout.trees):
+        tokens = tree.responses[0]
+        steps = [-1.0 if token == END else 1.0 + t for t, token in enumerate(tokens)]
+        in_full = 2.0 * len(chat.decode(tokens))
+        expected = torch.tensor([0.5 * step for step in steps])
+        expected[-1] += in_full
+        found = rollout.rewards[i, : len(tokens)]  # no KL before the first update
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert rollout.rewards[i, len(tokens) :].abs().sum() == 0
+        assert rollout.scores[i].item() == pytest.approx(0.5 * sum(steps) + in_full)
+        assert rollout.parts["steps"][i].item() == sum(steps)
+    advantages, returns = generalized_advantages(
+        rollout.rewards, rollout.values, rollout.response_mask, gamma=1.0, gae_lambda=0.95
+    )
+    assert torch.allclose(rollout.advantages, advantages, atol=1e-6)
+    assert torch.allclose(rollout.returns, returns, atol=1e-6)
+
+
+def test_parts_are_logged_as_means_and_follow_their_episodes() -> None:
+    reward = WeightedReward(
+        {
+            "prompt": (FunctionReward(prompt_length, "prompt"), -0.5),
+            "length": (FunctionReward(length, "length"), 1.0),
+        }
+    )
+    rollout = rollout_of(make_sampler(reward))
+    lengths = [float(len(episode.record.prompt)) for episode in EPISODES]
+    assert rollout.parts["prompt"].tolist() == lengths
+    metrics = rollout_metrics({k: float(v) for k, v in rollout_sums(rollout).items()})
+    assert metrics["ppo/part/prompt"] == pytest.approx(sum(lengths) / 8)
+    parts = -0.5 * metrics["ppo/part/prompt"] + metrics["ppo/part/length"]
+    assert metrics["ppo/score"] == pytest.approx(parts, abs=1e-5)
+    some = rollout.select(torch.tensor([5, 2]))
+    assert some.parts["prompt"].tolist() == [lengths[5], lengths[2]]
+
+
+def test_scores_are_clipped_then_charged_for_length_then_for_a_missing_end() -> None:
+    class Fixed:
+        def score(self, *_: object) -> Scored:
+            return Scored(torch.tensor([9.0, 9.0, -9.0, 0.5]))
+
+    trees = [
+        PromptTree((5,), (response,))
+        for response in [(7, 7, 7, 7, END), (7, 7, 7, 7, 7), (7, END), (7,)]
+    ]
+    reward = RewardSettings(
+        function="a:b",
+        clip=2.0,
+        length_penalty=0.25,
+        length_allowance=3,
+        missing_end="subtract",
+        missing_end_value=1.0,
+    )
+    sampler = make_sampler(Fixed(), make_config(reward=reward))
+    scored, finished = sampler.score(EPISODES[:4], trees)
+    assert finished.tolist() == [True, False, True, False]
+    assert scored.scores.tolist() == [2 - 0.5, 2 - 0.5 - 1, -2.0, 0.5 - 1]
+    replacing = replace(reward, missing_end="replace", missing_end_value=-3.0)
+    sampler = make_sampler(Fixed(), make_config(reward=replacing))
+    assert sampler.score(EPISODES[:4], trees)[0].scores.tolist() == [1.5, -3.0, -2.0, -3.0]
+
+
+def normalized(function: Any, num_samples: int, value_model: Any, **changes: Any) -> Any:
+    settings = RewardSettings(function="a:b", missing_end="none", normalize_on=num_samples)
+    sampler = make_sampler(FunctionReward(function, "f"), make_config(reward=settings, **changes))
+    return normalize_scores(sampler, value_model, EPISODES, Accelerator(cpu=True))
+
+
+def test_scores_of_the_reference_policy_get_mean_0_and_standard_deviation_1() -> None:
+    sampler, measured = normalized(length, 400, tiny_scalar_of("llama"))
+    generator = torch.Generator().manual_seed(77)
+    episodes = EPISODES * 50
+    trees = sampler.sample(sampler.ref_policy, episodes, generator)
+    scores = sampler.score(episodes, trees)[0].scores
+    lengths = torch.tensor([float(len(sampler.chat.decode(t.responses[0]))) for t in trees])
+    assert measured["raw_score_mean"] == pytest.approx(float(lengths.mean()), abs=0.3)
+    assert scores.mean().item() == pytest.approx(0.0, abs=0.2)
+    assert scores.std().item() == pytest.approx(1.0, abs=0.15)
+
+
+def test_normalising_measures_each_prompt_in_turn_and_repeats_itself() -> None:
+    lengths = torch.tensor([float(len(e.record.prompt)) for e in EPISODES])
+    _, measured = normalized(prompt_length, 8, tiny_scalar_of("llama"))
+    assert measured["raw_score_mean"] == pytest.approx(lengths.mean().item())
+    assert measured["raw_score_std"] == pytest.approx(lengths.std(correction=0).item())
+    _, twice = normalized(prompt_length, 16, tiny_scalar_of("llama"))
+    assert twice == pytest.approx(measured)
+    first, again = (normalized(length, 7, tiny_scalar_of("llama"))[1] for _ in range(2))
+    assert first == again
+    assert normalized(length, 7, tiny_scalar_of("llama"), seed=5)[1] != first
+
+
+def test_the_value_model_stays_in_the_units_of_the_scores() -> None:
+    value_model = tiny_scalar_of("llama")
+    row = Packer(100).rows([PromptTree((5, 6), ((7, 8, 9),))])[0]
+    with torch.no_grad():
+        before = value_model(row.predictors, **row.model_inputs)
+        _, measured = normalized(length, 16, value_model)
+        after = value_model(row.predictors, **row.model_inputs)
+    mean, std = measured["raw_score_mean"], measured["raw_score_std"]
+    assert abs(mean) > 1 and abs(std - 1) > 0.1
+    assert torch.allclose(after, (before - mean) / std, atol=1e-5)
+    blank = tiny_scalar_of("llama")
+    blank.bias = 0.0
+    with torch.no_grad():
+        blank.head.weight.zero_()
+        normalized(length, 16, blank)
+        assert blank(row.predictors, **row.model_inputs).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_scores_without_any_spread_cannot_be_normalised() -> None:
+    with pytest.raises(ValueError, match=r"all 8 samples .* score 0\.1, .*tells responses apart"):
+        normalized(constant, 8, tiny_scalar_of("llama"))
+
+
+def test_without_the_setting_nothing_is_normalised() -> None:
+    sampler = make_sampler(FunctionReward(length, "length"))
+    same, measured = normalize_scores(
+        sampler, tiny_scalar_of("llama"), EPISODES, Accelerator(cpu=True)
+    )
+    assert same is sampler and measured == {}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sft, its reward models rm and rm2, and a reward model of another vocabulary, foreign."""
+    folder = tmp_path_factory.mktemp("folders")
+    torch.manual_seed(0)
+    save_base(folder / "sft", "llama", base_tokenizer())
+    save_base(folder / "gpt2", "gpt2", merging_tokenizer())
+    save_reward_model(folder / "rm", folder / "sft", seed=1, bias=0.5, scale=2.0)
+    save_reward_model(folder / "rm2", folder / "sft", seed=2, bias=-0.25, scale=1.0)
+    save_reward_model(folder / "foreign", folder / "gpt2", seed=3, bias=0.3, scale=1.5)
+    rows = [{"prompt": "say " + "x" * i} for i in range(8)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def value_model_of(folders: Path, reward: RewardSettings, value_model: str | None = None) -> Any:
+    config = make_config(
+        policy=ModelSettings(path=str(folders / "sft")), reward=reward, value_model=value_model
+    )
+    return _load_value_model(config, Chat(base_tokenizer()), Accelerator(cpu=True))
+
+
+def test_the_value_model_starts_as_the_first_reward_model_times_its_weight(folders: Path) -> None:
+    rm, rm2 = str(folders / "rm"), str(folders / "rm2")
+    single = value_model_of(folders, RewardSettings(model=rm))
+    assert (single.bias, single.scale) == (0.5, 2.0)
+    ensemble = RewardSettings(ensemble=EnsembleSettings(models=(rm2, rm)))
+    assert value_model_of(folders, ensemble).bias == -0.25
+    assert value_model_of(folders, ensemble, value_model=rm).bias == 0.5
+    parts = {"flipped": PartSettings(model=rm, weight=-0.5), "other": PartSettings(model=rm2)}
+    flipped = value_model_of(folders, RewardSettings(parts=parts))
+    assert (flipped.bias, flipped.scale) == (0.5, -1.0)
+    blank = value_model_of(folders, RewardSettings(function="a:b"))
+    assert not blank.head.weight.any()
+
+
+def test_a_value_model_of_another_vocabulary_is_no_start(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = str(folders / "foreign")
+    blank = value_model_of(folders, RewardSettings(model=foreign))
+    assert not blank.head.weight.any()
+    line = capsys.readouterr().out.strip()
+    assert line.count("\n") == 0 and f"{foreign} has another vocabulary than the policy" in line
+    with pytest.raises(ValueError, match=r"value_model .*foreign has another vocabulary"):
+        value_model_of(folders, RewardSettings(model=str(folders / "rm")), value_model=foreign)
+
+
+def run_config(folders: Path, output: Path, reward: RewardSettings) -> Config:
+    return make_config(
+        output_dir=str(output),
+        policy=ModelSettings(path=str(folders / "sft")),
+        prompts=str(folders / "prompts.jsonl"),
+        prompts_held_out=str(folders / "prompts.jsonl"),
+        reward=reward,
+        rollout=RolloutSettings(batch_size=8, max_prompt_tokens=60, max_new_tokens=6),
+    )
+
+
+def test_a_run_with_all_kinds_of_parts(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = RewardSettings(
+        parts={
+            "helpful": PartSettings(model=str(folders / "rm")),
+            "foreign": PartSettings(model=str(folders / "foreign"), weight=0.5),
+            "brief": PartSettings(function=f"{HERE}:length", weight=-0.1),
+            "early": PartSettings(function=f"{HERE}:early", per_token=True, weight=0.01),
+        },
+        normalize_on=8,
+        missing_end="none",
+    )
+    train(run_config(folders, tmp_path / "ppo", reward))
+    assert "the reward model reads text: " in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "ppo/metrics.jsonl").open()]
+    results = json.loads((tmp_path / "ppo/results.json").read_text())
+    for row in rows:
+        parts = {n.removeprefix("ppo/part/"): v for n, v in row.items() if "/part/" in n}
+        assert list(parts) == ["helpful", "foreign", "brief", "early"]
+        raw = parts["helpful"] + 0.5 * parts["foreign"] - 0.1 * parts["brief"]
+        raw += 0.01 * parts["early"]
+        score = (raw - results["raw_score_mean"]) / results["raw_score_std"]
+        assert row["ppo/score"] == pytest.approx(score, abs=1e-4)
+    assert results["part/brief"] == rows[-1]["ppo/part/brief"]
+    lineage = json.loads((tmp_path / "ppo/lineage.json").read_text())
+    assert {"reward.parts.helpful", "reward.parts.foreign"} < set(lineage["inputs"])
+
+
+def test_a_run_with_an_ensemble(folders: Path, tmp_path: Path) -> None:
+    members = (str(folders / "rm"), str(folders / "rm2"))
+    ensemble = EnsembleSettings(models=members, combine="mean_minus_spread", spread_coef=0.5)
+    reward = RewardSettings(ensemble=ensemble, missing_end="none")
+    train(run_config(folders, tmp_path / "ppo", reward))
+    for line in (tmp_path / "ppo/metrics.jsonl").open():
+        row = json.loads(line)
+        mean = (row["ppo/part/member_0"] + row["ppo/part/member_1"]) / 2
+        assert row["ppo/part/spread"] > 0
+        assert row["ppo/score"] == pytest.approx(mean - 0.5 * row["ppo/part/spread"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_same_scale_as_one(folders: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file"]
+    found = []
+    for name in ("cpu", "cpu2"):
+        output = tmp_path / name
+        words = {
+            "output_dir": output,
+            "policy.path": folders / "sft",
+            "prompts": folders / "prompts.jsonl",
+            "reward.function": f"{HERE}:prompt_length",
+            "reward.normalize_on": 8,
+            "ptx.coef": 0,
+            "rollout.batch_size": 8,
+            "rollout.max_prompt_tokens": 60,
+            "rollout.max_new_tokens": 6,
+            "ppo.mini_batch_size": 8,
+            "num_updates": 1,
+        }
+        options = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+        settings = str(ROOT / "configs/accelerate" / f"{name}.yaml")
+        subprocess.run([*launch, settings, "-m", "stages.ppo", *options], cwd=ROOT, check=True)
+        results = json.loads((output / "results.json").read_text())
+        found.append((results["raw_score_mean"], results["raw_score_std"]))
+    assert found[0] == pytest.approx(found[1])
+    assert found[0] == pytest.approx((7.5, (63 / 12) ** 0.5))
