@@ -139,9 +139,13 @@ def test_differences_are_between_policies_of_one_seed() -> None:
     # Of two values the interval's half is 12.7062 times half of their difference.
     assert "| SFT | 2.000 ± 12.706 |" in means
     assert "| SFT | 1.000, 3.000 |" in seeds
-    assert "| ptx coefficient 1 | 1.000 ± 0.000 | 0.000 ± 0.000 |" in differences
-    assert "| SFT | -1.250 ± 3.177 |" in differences
-    assert "KL coefficient" not in differences  # it is plain PPO itself
+    assert "gold score - SFT | fact recall - SFT | text loss - SFT | gold score - plain" in text
+    zero = "0.000 ± 0.000"
+    from_sft = f"2.250 ± 3.177 | {zero} | {zero}"
+    assert f"| ptx coefficient 1 | {from_sft} | 1.000 ± 0.000 | {zero} | {zero} |" in differences
+    assert f"| SFT |  |  |  | -1.250 ± 3.177 | {zero} | {zero} |" in differences
+    from_sft = f"1.250 ± 3.177 | {zero} | {zero}"
+    assert f"0.05 | {from_sft} |  |  |  |" in differences  # it is plain PPO itself
 
 
 def test_the_program_writes_its_tables_and_its_plot(run: str, tmp_path: Path) -> None:
