@@ -43,7 +43,11 @@ from stages.ppo.config import Config as PPOConfig
 from stages.ppo.train import train as train_ppo
 
 KNOBS = {"ptx": "ptx coefficient", "kl": "KL coefficient, without ptx"}
-CONTROLS = {"constant": "constant reward", "flipped": "reward with its sign flipped"}
+CONTROLS = {
+    "constant": "constant reward",
+    "constant_warm": "constant reward, value model first",
+    "flipped": "reward with its sign flipped",
+}
 """Folders below RUN/controls -> what they are. They are evaluated too where every run has them."""
 FIGURES = {
     "gold_score": ("gold score", 3),
