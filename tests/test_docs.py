@@ -8,7 +8,7 @@ from stages.ppo.monitor import CODES
 
 ROOT = Path(__file__).parents[1]
 NAME = re.compile(r"(?:ppo|rm|sft|pretrain)/[a-z0-9_]+")
-FAMILY = re.compile(r"(?:ppo|rm|sft|pretrain)/[a-z0-9_/]*NAME")
+FAMILY = re.compile(r"(?:ppo|rm|sft|pretrain|seconds)/[a-z0-9_/]*NAME")
 
 
 def logged_names() -> set[str]:

@@ -22,8 +22,7 @@ class PartSettings:
     """The function gives a list with one number a token for each response, and is called with the
     tokens' texts as its fourth argument."""
     weight: float = 1.0
-    """The part's scores times this are added to the score; below 0 it is a reward on purpose for
-    what the part finds bad."""
+    """The part's scores times this are added to the score; below 0 it turns the part around."""
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.function is None):

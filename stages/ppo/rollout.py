@@ -21,6 +21,7 @@ from rlhf.packing import Packer, PromptTree, response_batch
 from rlhf.records import Prompt
 from rlhf.rewards import Reward, Scored, adjust_missing_end, clip_scores, penalize_length
 from rlhf.statistics import distinct_bigrams
+from rlhf.timing import Stopwatch
 from stages.ppo.config import Config
 
 PART = "part "
@@ -88,21 +89,23 @@ class Sampler:
     reward: Reward
     packer: Packer
     config: Config
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     def sample(
         self, policy: PreTrainedModel, episodes: Sequence[Episode], generator: torch.Generator
     ) -> list[PromptTree]:
         """One response for every episode."""
         settings = self.config.rollout
-        responses = generate(
-            policy,
-            [episode.prompt_ids for episode in episodes],
-            end_id=self.chat.end_id,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            batch_size=settings.generation_batch_size,
-            generator=generator,
-        )
+        with self.watch.phase("rollout"):
+            responses = generate(
+                policy,
+                [episode.prompt_ids for episode in episodes],
+                end_id=self.chat.end_id,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                batch_size=settings.generation_batch_size,
+                generator=generator,
+            )
         return [
             PromptTree(episode.prompt_ids, (tuple(response),))
             for episode, response in zip(episodes, responses, strict=True)
@@ -111,12 +114,13 @@ class Sampler:
     def raw_scores(self, episodes: Sequence[Episode], trees: Sequence[PromptTree]) -> Scored:
         """Scores (batch,) as the reward gives them."""
         responses = [list(tree.responses[0]) for tree in trees]
-        return self.reward.score(
-            [episode.record for episode in episodes],
-            [list(tree.prompt) for tree in trees],
-            responses,
-            [self.chat.decode(response) for response in responses],
-        )
+        with self.watch.phase("score"):
+            return self.reward.score(
+                [episode.record for episode in episodes],
+                [list(tree.prompt) for tree in trees],
+                responses,
+                [self.chat.decode(response) for response in responses],
+            )
 
     def score(
         self, episodes: Sequence[Episode], trees: Sequence[PromptTree]
@@ -169,9 +173,12 @@ def roll_out(
     trees = sampler.sample(policy, episodes, generator)
     scored, finished = sampler.score(episodes, trees)
     _, response_mask = response_batch([tree.responses[0] for tree in trees])
-    logprobs, entropy, logprob_variance = sampler.moments(policy, trees)
-    ref_logprobs = sampler.logprobs(sampler.ref_policy, trees)
-    values = compute_values(value_model, trees, sampler.packer)
+    with sampler.watch.phase("logprobs"):
+        logprobs, entropy, logprob_variance = sampler.moments(policy, trees)
+    with sampler.watch.phase("reference"):
+        ref_logprobs = sampler.logprobs(sampler.ref_policy, trees)
+    with sampler.watch.phase("value"):
+        values = compute_values(value_model, trees, sampler.packer)
     rewards = penalized_rewards(scored.at_end, logprobs, ref_logprobs, response_mask, kl_coef)
     if scored.token_rewards is not None:
         rewards = rewards + scored.token_rewards

@@ -1,6 +1,7 @@
 """The PPO run: load, then roll out and update, evaluate, save."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -35,6 +36,7 @@ from rlhf.packing import PromptTree, response_batch, text_tree
 from rlhf.records import Prompt, Text
 from rlhf.rewards import RewardCard, load_reward, load_value_model, same_vocabulary
 from rlhf.runs import Run, open_run
+from rlhf.timing import Stopwatch
 from stages.ppo.config import Config
 from stages.ppo.monitor import (
     LAST_GOOD,
@@ -64,7 +66,8 @@ def train(config: Config) -> None:
     if config.prompts_held_out is not None:
         held_out = _load_episodes(config.prompts_held_out, chat, config, accelerator)
         held_out = held_out[: config.num_eval_prompts]
-    learner, sampler = _load_models(config, chat, accelerator)
+    watch = Stopwatch(accelerator.device)
+    learner, sampler = _load_models(config, chat, accelerator, watch)
     _announce(config, accelerator, len(episodes))
     _warn_of_chance(config, monitor)
     sampler, raw_scores = normalize_scores(
@@ -77,10 +80,13 @@ def train(config: Config) -> None:
     shuffling = torch.Generator().manual_seed(config.seed)
     kl_coef = config.ppo.kl_coef
     metrics: dict[str, float] = {}
+    all_seconds: dict[str, float] = {}
     bar = tqdm(range(config.num_updates), desc="ppo", disable=not accelerator.is_main_process)
     for number in bar:
+        started = time.perf_counter()
         models = learner.models
         batch = own_share(accelerator, next(order))
+        only_value = number < config.ppo.value_warmup_updates
         with _stopping_well(monitor, number, learner, chat, run):
             with accelerator.autocast():
                 rollout = roll_out(
@@ -94,13 +100,12 @@ def train(config: Config) -> None:
                 )
             metrics = _rollout_metrics(rollout, accelerator)
             monitor.watch(number, metrics)
-            only_value = number < config.ppo.value_warmup_updates
             metrics |= update(learner, rollout, texts, config, shuffling, only_value=only_value)
             monitor.watch(number, metrics)
         metrics["ppo/kl_coef"] = kl_coef
         metrics["ppo/learning_rate"] = float(learner.schedule.get_last_lr()[0])
         monitor.end_update(metrics)
-        if config.ppo.kl_target is not None:
+        if config.ppo.kl_target is not None and not only_value:
             kl_coef = adapt_kl_coef(
                 kl_coef,
                 metrics["ppo/kl"],
@@ -109,8 +114,12 @@ def train(config: Config) -> None:
                 horizon=config.ppo.kl_horizon,
             )
         if held_out and (number % config.eval_every == 0 or number == config.num_updates - 1):
-            metrics |= evaluate(learner, sampler, held_out, run, number, config)
-        run.log(number, metrics)
+            with watch.phase("evaluate"):
+                metrics |= evaluate(learner, sampler, held_out, run, number, config)
+        seconds = watch.take() | {"update": time.perf_counter() - started}
+        for name, value in seconds.items():
+            all_seconds[name] = all_seconds.get(name, 0.0) + value
+        run.log(number, metrics | {f"seconds/{name}": value for name, value in seconds.items()})
         bar.set_postfix_str(f"score {metrics['ppo/score']:.2f}, kl {metrics['ppo/kl']:.2f}")
 
     if learner.average is not None:
@@ -118,7 +127,8 @@ def train(config: Config) -> None:
     if accelerator.is_main_process:
         save_policy(learner.models.policy, chat.tokenizer, run.dir)
     results = {name.removeprefix("ppo/"): value for name, value in metrics.items()}
-    run.finish(results | raw_scores | {"alarms": monitor.alarms})
+    phases = {name: round(value, 1) for name, value in all_seconds.items()}
+    run.finish(results | raw_scores | {"alarms": monitor.alarms, "phase_seconds": phases})
 
 
 @contextmanager
@@ -287,7 +297,9 @@ def evaluate(
     }
 
 
-def _load_models(config: Config, chat: Chat, accelerator: Accelerator) -> tuple[Learner, Sampler]:
+def _load_models(
+    config: Config, chat: Chat, accelerator: Accelerator, watch: Stopwatch
+) -> tuple[Learner, Sampler]:
     policy = load_policy(config.policy)
     check_vocabulary(policy, chat, config.policy.path)
     limits = {
@@ -311,8 +323,8 @@ def _load_models(config: Config, chat: Chat, accelerator: Accelerator) -> tuple[
     first_steps = {0: config.value_warmup_steps}  # the policy's
     schedule = make_schedule(optimizer, config.optim, config.num_steps, first_steps)
     model, optimizer = accelerator.prepare(PolicyAndValue(policy, value_model), optimizer)
-    learner = Learner(model, optimizer, schedule, average, packer, accelerator)
-    return learner, Sampler(chat, ref_policy, reward, packer, config)
+    learner = Learner(model, optimizer, schedule, average, packer, accelerator, watch)
+    return learner, Sampler(chat, ref_policy, reward, packer, config, watch)
 
 
 def _load_value_model(config: Config, chat: Chat, accelerator: Accelerator) -> ScalarModel:

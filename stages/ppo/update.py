@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,7 @@ from rlhf.losses import policy_loss, value_loss
 from rlhf.models import ScalarModel, response_logits
 from rlhf.optim import MovingAverage, gradients
 from rlhf.packing import PackedRow, Packer, PromptTree
+from rlhf.timing import Stopwatch
 from stages.ppo.config import Config
 from stages.ppo.rollout import Rollout
 
@@ -51,6 +52,7 @@ class Learner:
     average: MovingAverage | None
     packer: Packer
     accelerator: Accelerator
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def models(self) -> PolicyAndValue:
@@ -136,25 +138,28 @@ def optimizer_step(
     ratio = config.ptx.grad_norm_ratio
     learner.optimizer.zero_grad()
     sums: Sums = {"steps": 1.0}
-    sums |= _text_pass(learner, texts, config.ptx.coef if ratio is None else 1.0)
     is_watched = bool(texts) and (config.ptx.gradient_norms or ratio is not None)
     watched = list(policy.parameters()) if is_watched else []
-    text_gradients = [gradient.clone() for gradient in gradients(watched)]
-    sums |= _episode_pass(learner, batch, config, only_value=only_value)
-    sums |= _balance(learner, watched, text_gradients, config)
-    for name, module in (("policy_grad_norm", policy), ("value_grad_norm", value_model)):
-        parameters = module.parameters()
-        norm = learner.accelerator.clip_grad_norm_(parameters, config.optim.max_grad_norm)
-        sums[name] = float(norm)
-    if not math.isfinite(sums["policy_grad_norm"] + sums["value_grad_norm"]):
-        raise find_nonfinite(learner, batch, texts, config)
-    if only_value:  # a gradient of 0 would still move it by weight decay and age Adam's moments
-        for parameter in policy.parameters():
-            parameter.grad = None
-    learner.optimizer.step()
-    learner.schedule.step()
-    if learner.average is not None:
-        learner.average.update(policy)
+    with learner.watch.phase("ptx"):
+        sums |= _text_pass(learner, texts, config.ptx.coef if ratio is None else 1.0)
+        text_gradients = [gradient.clone() for gradient in gradients(watched)]
+    with learner.watch.phase("train"):
+        sums |= _episode_pass(learner, batch, config, only_value=only_value)
+    with learner.watch.phase("step"):
+        sums |= _balance(learner, watched, text_gradients, config)
+        for name, module in (("policy_grad_norm", policy), ("value_grad_norm", value_model)):
+            parameters = module.parameters()
+            norm = learner.accelerator.clip_grad_norm_(parameters, config.optim.max_grad_norm)
+            sums[name] = float(norm)
+        if not math.isfinite(sums["policy_grad_norm"] + sums["value_grad_norm"]):
+            raise find_nonfinite(learner, batch, texts, config)
+        if only_value:  # a gradient of 0 would still move it by weight decay and age Adam's moments
+            for parameter in policy.parameters():
+                parameter.grad = None
+        learner.optimizer.step()
+        learner.schedule.step()
+        if learner.average is not None:
+            learner.average.update(policy)
     return sums
 
 

@@ -21,55 +21,17 @@ import stages.ppo.update
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings, OptimSettings
 from rlhf.inference import compute_scores
-from rlhf.models import load_scalar, load_tokenizer, packer_for, save_policy
+from rlhf.models import load_scalar, load_tokenizer, packer_for
 from rlhf.packing import PromptTree
 from rlhf.rewards import GoldenRow, RewardCard, RewardSettings, rendering_hash
-from stages.ppo.config import Config, MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
+from stages.ppo.config import Config, MonitorSettings
 from stages.ppo.monitor import CODES, RULES, Monitor, TrainingStopped
 from stages.ppo.train import train
-from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
-
-NUM_UPDATES = 4
-SHARPNESS = 0.3
-"""Factor on the tiny model's logits: neither sure nor uniform."""
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    """A policy and prompts."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
-    Chat(tokenizer)
-    policy = tiny_policy_of("llama", vocab_size=len(tokenizer))
-    with torch.no_grad():
-        policy.lm_head.weight.mul_(SHARPNESS)
-    save_policy(policy, tokenizer, folder / "sft")
-    prompts = [{"prompt": f"say {number}"} for number in range(12)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    return folder
 
 
 @pytest.fixture
-def config(inputs: Path, tmp_path: Path) -> Config:
-    """A run in which nothing is wrong."""
-    return Config(
-        output_dir=str(tmp_path / "ppo"),
-        policy=ModelSettings(path=str(inputs / "sft")),
-        prompts=str(inputs / "prompts.jsonl"),
-        reward=RewardSettings(function="tests.stages.test_monitor:some_length"),
-        rollout=RolloutSettings(batch_size=32, max_new_tokens=8),
-        ppo=PPOSettings(mini_batch_size=16, kl_coef=0.02, value_clip_range=None),
-        ptx=PtxSettings(coef=0.0),
-        optim=OptimSettings(learning_rate=1e-3, schedule="constant"),
-        value_learning_rate=1e-3,
-        monitor=MonitorSettings(min_eos_rate=0.0),  # the policy has not learned to end
-        num_updates=NUM_UPDATES,
-        ema_decay=None,
-    )
-
-
-def some_length(prompts, responses, metas):
-    return [len(response) % 5 / 5 for response in responses]
+def config(ppo_config: Config) -> Config:
+    return ppo_config
 
 
 def constant(prompts, responses, metas):
@@ -95,7 +57,7 @@ def test_a_healthy_run_raises_no_alarm(config: Config, capsys):
     assert alarms_of(config) == {}
     assert "warning" not in capsys.readouterr().out
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
-    assert [row["ppo/alarms"] for row in rows] == [0.0] * NUM_UPDATES
+    assert [row["ppo/alarms"] for row in rows] == [0.0] * config.num_updates
     tried = {rule.code for rule in RULES if all(name in rows[-1] for name in rule.needs)}
     assert tried == {rule.code for rule in RULES}  # no rule waits for a metric that never comes
 
@@ -179,7 +141,7 @@ def test_a_code_that_is_not_to_stop_warns_once_and_is_counted(config: Config, mo
         lambda logits, targets, temperature=1.0: token_logprobs(logits, targets, 1.5),
     )
     alarms = alarms_of(replace(config, monitor=replace(config.monitor, stop_on=[])))
-    assert alarms["PPO_RATIO"] == {"first_update": 0, "updates": NUM_UPDATES}
+    assert alarms["PPO_RATIO"] == {"first_update": 0, "updates": config.num_updates}
     assert capsys.readouterr().out.count("warning PPO_RATIO at update 0") == 1
 
 
@@ -199,7 +161,7 @@ def test_responses_that_never_end(config: Config, monkeypatch):
 def test_scores_that_are_all_equal(config: Config):
     reward = RewardSettings(function="tests.stages.test_monitor:constant", missing_end="none")
     alarms = alarms_of(replace(config, reward=reward))
-    assert alarms["PPO_ZERO_ADV"]["updates"] == NUM_UPDATES
+    assert alarms["PPO_ZERO_ADV"]["updates"] == config.num_updates
 
 
 def test_advantages_that_are_all_zero(config: Config, monkeypatch):
@@ -212,7 +174,7 @@ def test_advantages_that_are_all_zero(config: Config, monkeypatch):
             values,
         ),
     )
-    assert alarms_of(config)["PPO_ZERO_ADV"]["updates"] == NUM_UPDATES
+    assert alarms_of(config)["PPO_ZERO_ADV"]["updates"] == config.num_updates
 
 
 def test_responses_that_shrink(config: Config, monkeypatch):

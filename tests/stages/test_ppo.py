@@ -25,6 +25,7 @@ from stages.ppo.update import Learner, PolicyAndValue, optimizer_step, update
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 
 END = 1
+PHASES = "rollout score logprobs reference value ptx train step evaluate update".split()
 TEXTS = [text_tree([5, 9, 13, 17, 21, 25]), text_tree([30, 31, 32])]
 
 
@@ -330,6 +331,10 @@ def test_a_run_learns_and_its_folder_loads(tmp_path: Path):
     first, last = (sum(row["ppo/score"] for row in part) for part in (rows[:3], rows[-3:]))
     assert last > 3 * first
     assert rows[-1]["ppo/ptx_loss"] < rows[0]["ppo/ptx_loss"]
+    phases = [{k: v for k, v in row.items() if k.startswith("seconds/")} for row in rows]
+    assert set(phases[0]) == {f"seconds/{name}" for name in PHASES}
+    wholes = [of_update.pop("seconds/update") for of_update in phases]
+    assert all(sum(p.values()) <= whole for p, whole in zip(phases, wholes, strict=True))
     samples = [json.loads(line) for line in (tmp_path / "ppo/samples.jsonl").open()]
     assert {row["step"] for row in samples} == {0, 6, 11}
     results = json.loads((tmp_path / "ppo/results.json").read_text())
@@ -337,3 +342,32 @@ def test_a_run_learns_and_its_folder_loads(tmp_path: Path):
     saved, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert not torch.equal(saved.lm_head.weight, policy.lm_head.weight)
+
+
+def test_the_kl_coefficient_steers_itself_once_the_policy_learns(ppo_config: Config):
+    """A KL far below its target lowers it by 20 % of episodes / horizon an update."""
+    ppo = replace(ppo_config.ppo, kl_target=50.0, kl_horizon=320, value_warmup_updates=1)
+    train(replace(ppo_config, ppo=ppo))
+    rows = [json.loads(line) for line in (Path(ppo_config.output_dir) / "metrics.jsonl").open()]
+    factor = 1 - 0.2 * 32 / 320
+    expected = [0.02, 0.02, 0.02 * factor, 0.02 * factor**2]
+    assert [row["ppo/kl_coef"] for row in rows] == pytest.approx(expected, rel=1e-9)
+    assert rows[1]["ppo/kl"] == 0.0 < abs(rows[3]["ppo/kl"])
+
+
+def test_a_seed_gives_the_same_run_bit_for_bit_and_another_seed_another(
+    ppo_config: Config, ppo_inputs
+):
+    text = ppo_inputs / "text.jsonl"
+    text.write_text(json.dumps({"text": "the cat sat. " * 40}) + "\n")
+    ptx = PtxSettings(coef=0.1, text=str(text), block_tokens=16, blocks_per_episode=0.25)
+    runs = {}
+    for name, seed in (("first", 3), ("again", 3), ("other", 4)):
+        folder = Path(ppo_config.output_dir) / name
+        train(replace(ppo_config, ptx=ptx, ema_decay=0.9, seed=seed, output_dir=str(folder)))
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        rows = [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in lines]
+        runs[name] = rows, (folder / "model.safetensors").read_bytes()
+    assert runs["first"] == runs["again"]
+    assert len(runs["first"][0]) == ppo_config.num_updates
+    assert runs["first"][0][-1]["ppo/kl"] != runs["other"][0][-1]["ppo/kl"]

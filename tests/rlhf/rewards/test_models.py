@@ -17,11 +17,14 @@ from rlhf.models import load_tokenizer
 from rlhf.packing import PromptTree
 from rlhf.records import Prompt
 from rlhf.rewards import (
+    PartSettings,
     RewardCard,
     RewardModel,
+    RewardSettings,
     TextRewardModel,
     check_rendering,
     load_judge,
+    load_reward,
     load_reward_model,
     load_value_model,
     same_rendering,
@@ -126,6 +129,11 @@ def test_a_reward_model_that_may_be_chance_needs_leave(copy: Path) -> None:
     with pytest.raises(ValueError, match=r"no better than a coin.*allow_chance_reward"):
         load(copy)
     assert load(copy, allow_chance_reward=True).card.interval == (0.5, 0.6)
+    parts = {"x": PartSettings(model=str(copy))}
+    chat = Chat(base_tokenizer())
+    with pytest.raises(ValueError, match="no better than a coin"):
+        load_reward(RewardSettings(parts=parts), chat, "cpu", 512)
+    load_reward(RewardSettings(parts=parts, allow_chance_reward=True), chat, "cpu", 512)
 
 
 def test_another_template_or_vocabulary_than_the_policys_is_refused(saved: Path) -> None:
@@ -222,6 +230,12 @@ def test_what_its_context_cannot_hold_loses_its_oldest_turns(foreign: Path) -> N
 
     assert score(["x " * 30, "y " * 30, "one"], "yes") == score(["one"], "yes")
     assert score(["x", "y", "one"], "yes") != score(["one"], "yes")
+    chat = reward.reward_model.chat
+    turns = [("user", "q"), ("assistant", "y"), ("user", "one")]
+    taken = chat.prompt_ids([{"role": role, "content": text} for role, text in turns])
+    room = 96 - len(taken) - len(chat.response_ids("yes"))  # q is a token, however often
+    assert score(["q" + "q" * room, "y", "one"], "yes") != score(["one"], "yes")
+    assert score(["q" + "q" * (room + 1), "y", "one"], "yes") == score(["one"], "yes")
     with pytest.raises(ValueError, match=r"row 0 is too long .*reads 96 tokens.*takes \d of"):
         score(["xq" * 60], "yes")
 

@@ -1,0 +1,41 @@
+"""Where the time of a run goes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by phase. A phase within another one counts for the outer, so they add up."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Work that is queued there is waited for at both ends of a phase."""
+    _seconds: dict[str, float] = field(default_factory=dict)
+    _is_running: bool = False
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self._is_running:
+            yield
+            return
+        self._is_running = True
+        started = self._now()
+        try:
+            yield
+        finally:
+            self._is_running = False
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def _now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()

@@ -1,0 +1,56 @@
+"""A short run of the PPO stage on a tiny Llama, in which nothing is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf.chat import Chat
+from rlhf.config import ModelSettings, OptimSettings
+from rlhf.models import save_policy
+from rlhf.rewards import RewardSettings
+from stages.ppo.config import Config, MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
+from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
+
+NUM_UPDATES = 4
+SHARPNESS = 0.3
+"""Factor on the tiny model's logits: neither sure nor uniform."""
+
+
+def some_length(prompts, responses, metas):
+    return [len(response) % 5 / 5 for response in responses]
+
+
+@pytest.fixture(scope="module")
+def ppo_inputs(tmp_path_factory) -> Path:
+    """A policy and prompts."""
+    folder = tmp_path_factory.mktemp("ppo")
+    tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
+    Chat(tokenizer)
+    policy = tiny_policy_of("llama", vocab_size=len(tokenizer))
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(SHARPNESS)
+    save_policy(policy, tokenizer, folder / "sft")
+    prompts = [{"prompt": f"say {number}"} for number in range(12)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    return folder
+
+
+@pytest.fixture
+def ppo_config(ppo_inputs: Path, tmp_path: Path) -> Config:
+    """A run in which nothing is wrong."""
+    return Config(
+        output_dir=str(tmp_path / "ppo"),
+        policy=ModelSettings(path=str(ppo_inputs / "sft")),
+        prompts=str(ppo_inputs / "prompts.jsonl"),
+        reward=RewardSettings(function="tests.stages.conftest:some_length"),
+        rollout=RolloutSettings(batch_size=32, max_new_tokens=8),
+        ppo=PPOSettings(mini_batch_size=16, kl_coef=0.02, value_clip_range=None),
+        ptx=PtxSettings(coef=0.0),
+        optim=OptimSettings(learning_rate=1e-3, schedule="constant"),
+        value_learning_rate=1e-3,
+        monitor=MonitorSettings(min_eos_rate=0.0),  # the policy has not learned to end
+        num_updates=NUM_UPDATES,
+        ema_decay=None,
+    )
