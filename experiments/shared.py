@@ -19,6 +19,7 @@ RUNS = ("runs/tiny", "runs/tiny-seed1", "runs/tiny-seed2")
 TABLE = "table.md"
 """In a study's folder, beside results.json: its figures as people read them."""
 INK = "#333333"
+DPI = 130
 
 
 def settings_of(config_class: type[Settings], folder: str | Path) -> Settings:
@@ -96,4 +97,4 @@ def style_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 
 def save_figure(figure: Figure, path: str) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=DPI)

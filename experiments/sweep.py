@@ -15,8 +15,10 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from experiments.shared import (
+    DPI,
     INK,
     RUNS,
     TABLE,
@@ -41,7 +43,11 @@ from stages.ppo.config import Config as PPOConfig
 from stages.ppo.train import train as train_ppo
 
 KNOBS = {"ptx": "ptx coefficient", "kl": "KL coefficient, without ptx"}
-CONTROLS = {"constant": "constant reward", "flipped": "reward with its sign flipped"}
+CONTROLS = {
+    "constant": "constant reward",
+    "constant_warm": "constant reward, value model first",
+    "flipped": "reward with its sign flipped",
+}
 """Folders below RUN/controls -> what they are. They are evaluated too where every run has them."""
 FIGURES = {
     "gold_score": ("gold score", 3),
@@ -58,6 +64,12 @@ PANELS = {
     "fact_recall": "fact recall, share of probes",
     "text_loss": "loss on plain text, nats a token (less is better)",
 }
+LABEL_OFFSETS = [
+    (x, y)
+    for far in (1, 2)
+    for x, y in ((0, 19 * far), (0, -19 * far), (34 * far, 0), (-34 * far, 0))
+]
+"""Pixels from a point to where its label may be, the best place first."""
 
 Figures = dict[str, float]
 """What was measured of one policy, by the keys of FIGURES; not every policy has all."""
@@ -195,10 +207,10 @@ def evaluate_policies(
 
 
 def format_tables(runs: Sequence[str], rows: dict[str, list[Row]]) -> str:
-    """Markdown: means with their intervals, the values of each seed, differences to plain PPO."""
-    (plain,) = rows["plain"]
+    """Markdown: means with their intervals, the values of each seed, differences on each seed."""
+    (plain,), (sft,) = rows["plain"], rows["sft"]
     lines = [
-        *rows["sft"],
+        sft,
         *(
             replace(row, label=f"{name} {row.label}")
             for k, name in KNOBS.items()
@@ -207,70 +219,85 @@ def format_tables(runs: Sequence[str], rows: dict[str, list[Row]]) -> str:
         *rows["controls"],
     ]
     header = ["policy", *(name for name, _ in FIGURES.values())]
-    differences = [
-        [row.label, *(_difference_cell(row, plain, figure) for figure in COMPARED)]
-        for row in lines
-        if row.by_run != plain.by_run
-    ]
     return "\n".join(
         [
             f"Mean over {len(runs)} seeds ± half of its 95 % t interval:\n",
             markdown_table(header, [_cells(row, mean_cell) for row in lines]),
             f"Each seed, in the order {', '.join(runs)}:\n",
             markdown_table(header, [_cells(row, values_cell) for row in lines]),
-            "Difference to plain PPO on the same seed, mean ± half of its 95 % t interval:\n",
-            markdown_table(["policy", *(FIGURES[key][0] for key in COMPARED)], differences),
+            "Difference to another policy of the same seed, mean ± half of its 95 % t interval:\n",
+            _difference_table(lines, [sft, plain]),
         ]
+    )
+
+
+def _difference_table(lines: Sequence[Row], references: Sequence[Row]) -> str:
+    columns = [(reference, key) for reference in references for key in COMPARED]
+    header = ["policy", *(f"{FIGURES[key][0]} - {other.label}" for other, key in columns)]
+    return markdown_table(
+        header,
+        [[row.label, *(_difference_cell(row, *column) for column in columns)] for row in lines],
     )
 
 
 def draw(rows: dict[str, list[Row]], path: str) -> None:
     """Gold score against what was kept: a path for each knob, its coefficients along it."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5.5), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(PANELS), sharey=True)
     for axes, (kept, label) in zip(panels, PANELS.items(), strict=True):
         for (knob, name), colour in zip(KNOBS.items(), COLOURS, strict=False):
-            _draw_path(axes, rows[knob], kept, name, colour)
-        _draw_seeds(axes, rows["sft"][0], kept, INK)
-        _mark(axes, rows["sft"][0], kept, "SFT", INK, "*")
-        for control, marker in zip(rows["controls"], "sX", strict=False):
-            _draw_seeds(axes, control, kept, COLOURS[2])
-            _mark(axes, control, kept, control.label, COLOURS[2], marker)
+            points = [_point(row, kept) for row in rows[knob]]
+            _draw_seeds(axes, rows[knob], kept, colour)
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, linewidth=1.6)
+        single = [*rows["sft"], *rows["controls"]]
+        for row, marker, colour in zip(single, "*sX", (INK, *COLOURS[2:]), strict=False):
+            _draw_seeds(axes, [row], kept, colour)
+            point = _point(row, kept)
+            axes.plot(*point, marker, markersize=10, color=colour, label=row.label)
         style_axes(axes, "", label, "gold score")
+    panels[-1].set_ylabel("")
     panels[-1].invert_xaxis()  # better is to the right in both
     panels[0].legend(frameon=False, fontsize=9, labelcolor=INK)
+    figure.draw_without_rendering()  # from here on the axes stay where they are
+    for axes, kept in zip(panels, PANELS, strict=True):
+        _label_points(axes, rows, kept)
     save_figure(figure, path)
 
 
-def _draw_path(axes: Axes, rows: Sequence[Row], kept: str, name: str, colour: str) -> None:
-    points = [(row.mean(kept), row.mean("gold_score")) for row in rows]
-    axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name, linewidth=1.6)
-    for row, point in zip(rows, points, strict=True):
-        _draw_seeds(axes, row, kept, colour)
+def _point(row: Row, kept: str) -> tuple[float, float]:
+    return row.mean(kept), row.mean("gold_score")
+
+
+def _draw_seeds(axes: Axes, rows: Sequence[Row], kept: str, colour: str) -> None:
+    for row in rows:
+        axes.scatter(row.values(kept), row.values("gold_score"), color=colour, s=9, alpha=0.3)
+
+
+def _label_points(axes: Axes, rows: dict[str, list[Row]], kept: str) -> None:
+    """Each coefficient beside its point, in the first place that is free of points and labels."""
+    labelled = [(row, knob) for knob in KNOBS for row in rows[knob]]
+    centres = axes.transData.transform([_point(row, kept) for row, _ in labelled])
+    taken = [tuple(centre) for centre in centres]
+    colours = dict(zip(KNOBS, COLOURS, strict=False))
+    for (row, knob), (x, y) in zip(labelled, centres, strict=True):
+        places = [(x + dx, y + dy) for dx, dy in LABEL_OFFSETS]
+        free = [place for place in places if not any(_overlap(place, other) for other in taken)]
+        place = next(iter(free), places[0])
+        taken.append(place)
         axes.annotate(
             row.label,
-            point,
-            xytext=(5, 5),
-            textcoords="offset points",
+            place,
+            xycoords="figure pixels",
+            ha="center",
+            va="center",
             fontsize=8,
-            color=colour,
+            color=colours[knob],
+            path_effects=[withStroke(linewidth=3, foreground="white")],
         )
 
 
-def _draw_seeds(axes: Axes, row: Row, kept: str, colour: str) -> None:
-    axes.scatter(row.values(kept), row.values("gold_score"), color=colour, s=10, alpha=0.3)
-
-
-def _mark(axes: Axes, row: Row, kept: str, label: str, colour: str, marker: str) -> None:
-    axes.plot(
-        row.mean(kept),
-        row.mean("gold_score"),
-        marker=marker,
-        markersize=12,
-        color=colour,
-        linestyle="none",
-        label=label,
-    )
+def _overlap(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    return abs(a[0] - b[0]) < 24 and abs(a[1] - b[1]) < 16
 
 
 def _norm_ratio(folder: str) -> Figures:
@@ -288,9 +315,11 @@ def _cells(row: Row, cell: Callable[[Sequence[float], int], str]) -> list[str]:
     return [row.label, *(cell(values, digits) if values else "" for values, digits in figures)]
 
 
-def _difference_cell(row: Row, plain: Row, figure: str) -> str:
-    pairs = zip(row.values(figure), plain.values(figure), strict=True)
-    return mean_cell([value - of_plain for value, of_plain in pairs], FIGURES[figure][1])
+def _difference_cell(row: Row, reference: Row, figure: str) -> str:
+    if row.by_run == reference.by_run:
+        return ""
+    pairs = zip(row.values(figure), reference.values(figure), strict=True)
+    return mean_cell([value - other for value, other in pairs], FIGURES[figure][1])
 
 
 def _report(rows: Sequence[Row]) -> dict[str, dict[str, object]]:

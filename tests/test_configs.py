@@ -40,6 +40,7 @@ def test_launcher_settings_load(path: Path) -> None:
 def test_every_setting_has_a_description() -> None:
     """The text under a field is its --help, and the only place that says what it means."""
     files = [*ROOT.glob("stages/*/config.py"), *ROOT.glob("data/**/config.py")]
+    files += ROOT.glob("experiments/*.py")
     files += [ROOT / "rlhf" / "config.py", ROOT / "rlhf" / "rewards" / "settings.py"]
     bare = [
         f"{path.relative_to(ROOT)}: {name}" for path in files for name in fields_without_text(path)

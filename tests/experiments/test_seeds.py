@@ -1,0 +1,82 @@
+"""Seeds side by side: what counts as beaten and as collapsed, and the table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.seeds import FIGURES, Config, compare_seeds, find_faults
+
+SFT = {
+    "gold_score": 1.0,
+    "fact_recall": 0.9,
+    "text_loss": 0.75,
+    "response_tokens": 12.0,
+    "eos_rate": 1.0,
+    "distinct_2": 0.4,
+}
+HEALTHY = {
+    **SFT,
+    "gold_score": 3.0,
+    "win_rate_vs_sft": 0.8,
+    "win_rate_vs_sft_interval": [0.75, 0.85],
+    "kl": 4.0,
+}
+
+
+def results_of(**changes: Any) -> dict[str, Any]:
+    """An evaluation in which PPO-ptx differs from a healthy policy."""
+    return {
+        "sft": SFT,
+        "ppo": HEALTHY,
+        "ppo_ptx": HEALTHY | changes,
+        "rm": {"pair_accuracy_gold": 0.875, "length_baseline": 0.5},
+        "labelers": {"agreement": 0.75},
+    }
+
+
+def test_a_healthy_seed_has_no_faults() -> None:
+    assert find_faults(results_of()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"win_rate_vs_sft_interval": [0.5, 0.6]}, "win rate 0.500 to 0.600"),
+        ({"eos_rate": 0.4}, "0.400 of the responses end"),
+        ({"distinct_2": 0.1}, "0.25 of SFT's distinct token pairs"),
+        ({"response_tokens": 40.0}, "3.33 times SFT's length"),
+        ({"response_tokens": 3.0}, "0.25 times SFT's length"),
+        ({"kl": 60.0}, "60.0 nats from SFT"),
+    ],
+)
+def test_each_way_to_fail_is_named(changes: dict[str, Any], fault: str) -> None:
+    assert find_faults(results_of(**changes)) == [fault]
+
+
+def test_the_program_puts_seeds_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(tmp_path / "first"), str(tmp_path / "second")]
+    evaluations = [results_of(), results_of(gold_score=4.0, kl=60.0)]
+    for run, results in zip(runs, evaluations, strict=True):
+        Path(run).mkdir()
+        Path(run, "results.json").write_text(json.dumps(results))
+    compare_seeds(Config(runs=runs, output_dir=str(tmp_path / "seeds")))
+    text = (tmp_path / "seeds" / "table.md").read_text()
+    lines = text.splitlines()
+    assert lines[0] == "| figure | first | second | mean |"
+    assert len([line for line in lines if "`" in line]) == len(FIGURES)
+    # Of two values the interval's half is 12.7062 times half of their difference.
+    assert "(`ppo_ptx.gold_score`) | 3.000 | 4.000 | 3.500 ± 6.353 |" in text
+    assert "(`ppo_ptx.win_rate_vs_sft_interval`) | 0.750-0.850 | 0.750-0.850 |  |" in text
+    assert "| ppo_ptx - ppo | 0.500 ± 6.353 | 0.000 ± 0.000 | 0.000 ± 0.000 |" in text
+    assert lines[-2:] == [
+        f"- {runs[0]}: beats SFT, no collapse",
+        f"- {runs[1]}: 60.0 nats from SFT",
+    ]
+    results = json.loads((tmp_path / "seeds" / "results.json").read_text())
+    assert results["faults"] == {runs[0]: [], runs[1]: ["60.0 nats from SFT"]}
+    assert results["ppo_ptx.gold_score"]["values"] == [3.0, 4.0]
+    assert text in capsys.readouterr().out

@@ -1,0 +1,164 @@
+"""The sweep: which policies it makes, when it evaluates them, and its tables."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.sweep import (
+    Config,
+    Row,
+    evaluate_policies,
+    find_controls,
+    format_tables,
+    make_policies,
+    policy_config,
+    sweep,
+)
+from stages.evaluate.config import Config as EvaluateConfig
+from stages.ppo.config import Config as PPOConfig
+from tests.experiments.run_folders import evaluate_config, ppo_config, write_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    """Plain PPO with a KL coefficient of 0.05 and PPO-ptx with a ptx coefficient of 1."""
+    folder = str(tmp_path / "run")
+    write_run(ppo_config(folder), {})
+    norms = [(2.0, 4.0), (9.0, 3.0)]  # ratios 0.5 and 3
+    logged = [{"ppo/ptx_grad_norm": ptx, "ppo/ppo_grad_norm": ppo} for ptx, ppo in norms]
+    write_run(ppo_config(folder, "ppo_ptx", ptx=1.0), {}, [*logged, {"ppo/kl": 0.1}])
+    write_run(evaluate_config(folder), {})
+    return folder
+
+
+def config_of(run: str, tmp_path: Path) -> Config:
+    return Config(
+        runs=[run],
+        ptx_coefs=[0.0, 1.0, 27.8],
+        kl_coefs=[0.0, 0.05],
+        output_dir=str(tmp_path / "sweep"),
+        plot=str(tmp_path / "plots" / "sweep.png"),
+    )
+
+
+def write_evaluation(config: EvaluateConfig) -> None:
+    """Figures that tell policies apart: a policy's gold score is its place among them."""
+    figures = {
+        name: {
+            "gold_score": float(number),
+            "fact_recall": 1.0 - number / 10,
+            "text_loss": 0.5,
+            "response_tokens": 9.0,
+            **({"win_rate_vs_sft": 0.8, "kl": 2.0} if name != "sft" else {}),
+        }
+        for number, name in enumerate(config.policies)
+    }
+    write_run(config, figures)
+
+
+def test_a_coefficient_that_the_pipeline_took_is_not_made_again(run: str) -> None:
+    assert policy_config(run, "ptx", 0.0) == ppo_config(run)
+    assert policy_config(run, "kl", 0.05) == ppo_config(run)
+    assert policy_config(run, "ptx", 1.0) == ppo_config(run, "ppo_ptx", ptx=1.0)
+
+
+def test_other_coefficients_change_nothing_else(run: str) -> None:
+    assert policy_config(run, "ptx", 27.8) == ppo_config(run, "sweep/ptx_27.8", ptx=27.8)
+    assert policy_config(run, "kl", 1.5) == ppo_config(run, "sweep/kl_1.5", kl=1.5)
+
+
+def test_only_missing_policies_are_trained(run: str, tmp_path: Path) -> None:
+    trained = []
+
+    def train(config: PPOConfig) -> None:
+        trained.append(config.output_dir)
+        write_run(config, {})
+
+    for _ in range(2):
+        folders = make_policies(config_of(run, tmp_path), run, [], train)
+    assert trained == [f"{run}/sweep/ptx_27.8", f"{run}/sweep/kl_0"]
+    assert folders["sft"] == {"SFT": f"{run}/sft"}
+    assert folders["ptx"] == {
+        "0": f"{run}/ppo",
+        "1": f"{run}/ppo_ptx",
+        "27.8": f"{run}/sweep/ptx_27.8",
+    }
+    assert folders["kl"] == {"0": f"{run}/sweep/kl_0", "0.05": f"{run}/ppo"}
+
+
+def test_policies_are_evaluated_together_and_once(run: str) -> None:
+    evaluated = []
+
+    def stage(config: EvaluateConfig) -> None:
+        evaluated.append(config)
+        write_evaluation(config)
+
+    folders = {"sft": {"SFT": f"{run}/sft"}, "ptx": {"0": f"{run}/ppo", "1": f"{run}/ppo_ptx"}}
+    folders["kl"] = {"0.05": f"{run}/ppo"}
+    for _ in range(2):
+        figures = evaluate_policies(run, folders, stage)
+    base = evaluate_config(run, reports={}, output_dir=f"{run}/sweep/evaluation", baseline="sft")
+    assert evaluated == [base]  # its policies are these three, under these names
+    assert figures[f"{run}/ppo"]["gold_score"] == 1.0
+    assert figures[f"{run}/ppo_ptx"]["norm_ratio"] == (0.5 + 3.0) / 2
+    assert "norm_ratio" not in figures[f"{run}/ppo"]
+
+    folders["kl"]["0.5"] = f"{run}/sweep/kl_0.5"
+    evaluate_policies(run, folders, stage)
+    more = base.policies | {"kl_0-5": f"{run}/sweep/kl_0.5"}
+    assert evaluated[1:] == [replace(base, policies=more)]
+
+
+def test_controls_count_where_every_run_has_them(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = str(tmp_path / "other")
+    for folder in (run, other):
+        write_run(ppo_config(folder, "controls/constant"), {})
+    write_run(ppo_config(run, "controls/flipped"), {})
+    write_run(ppo_config(other, "controls/flipped"))  # not finished
+    assert find_controls([run, other]) == ["constant"]
+    assert f"no finished controls/flipped in {other}" in capsys.readouterr().out
+
+
+def test_differences_are_between_policies_of_one_seed() -> None:
+    def row(label: str, gold: list[float]) -> Row:
+        return Row(label, [{"gold_score": g, "fact_recall": 0.5, "text_loss": 1.0} for g in gold])
+
+    rows = {
+        "sft": [row("SFT", [1.0, 3.0])],
+        "plain": [row("plain PPO", [2.0, 4.5])],
+        "ptx": [row("0", [2.0, 4.5]), row("1", [3.0, 5.5])],
+        "kl": [row("0.05", [2.0, 4.5])],
+        "controls": [],
+    }
+    text = format_tables(["a", "b"], rows)
+    means, seeds, differences = text.split("| policy |")[1:]
+    # Of two values the interval's half is 12.7062 times half of their difference.
+    assert "| SFT | 2.000 ± 12.706 |" in means
+    assert "| SFT | 1.000, 3.000 |" in seeds
+    assert "gold score - SFT | fact recall - SFT | text loss - SFT | gold score - plain" in text
+    zero = "0.000 ± 0.000"
+    from_sft = f"2.250 ± 3.177 | {zero} | {zero}"
+    assert f"| ptx coefficient 1 | {from_sft} | 1.000 ± 0.000 | {zero} | {zero} |" in differences
+    assert f"| SFT |  |  |  | -1.250 ± 3.177 | {zero} | {zero} |" in differences
+    from_sft = f"1.250 ± 3.177 | {zero} | {zero}"
+    assert f"0.05 | {from_sft} |  |  |  |" in differences  # it is plain PPO itself
+
+
+def test_the_program_writes_its_tables_and_its_plot(run: str, tmp_path: Path) -> None:
+    for name, ptx, kl in (("ptx_27.8", 27.8, 0.05), ("kl_0", 0.0, 0.0)):
+        write_run(ppo_config(run, f"sweep/{name}", ptx=ptx, kl=kl), {})
+    config = config_of(run, tmp_path)
+    evaluate_policies(run, make_policies(config, run, []), write_evaluation)
+    sweep(config)
+    results = json.loads((tmp_path / "sweep" / "results.json").read_text(encoding="utf-8"))
+    # In the evaluation: sft, then the folders by name.
+    places = {"ptx": {"0": 1.0, "1": 2.0, "27.8": 4.0}, "kl": {"0": 3.0, "0.05": 1.0}}
+    for knob, by_coef in places.items():
+        found = {coef: figures["gold_score"]["mean"] for coef, figures in results[knob].items()}
+        assert found == by_coef
+    assert "| ptx coefficient 27.8 | 4.000 |" in (tmp_path / "sweep" / "table.md").read_text()
+    assert Path(config.plot).read_bytes().startswith(b"\x89PNG")
