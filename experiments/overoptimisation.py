@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from experiments.shared import (
     INK,
@@ -317,7 +318,9 @@ def read_curves(config: Config, run: str) -> dict[Key, Curve]:
         curves[name, BEST_OF_N] = _standardise(curve, gold, proxy)
         for kl_coef in config.kl_coefs:
             rows = _read_marked(folder / f"{name}_kl_{kl_coef:g}", run)
-            curves[name, f"PPO, KL {kl_coef:g}"] = _standardise(ppo_curve(rows), gold, proxy)
+            curves[name, f"PPO, KL coefficient {kl_coef:g}"] = _standardise(
+                ppo_curve(rows), gold, proxy
+            )
     return curves
 
 
@@ -426,12 +429,22 @@ def draw(config: Config, curves: dict[Key, list[Curve]]) -> None:
     limits = [limit for axes in panels[:-1] for limit in axes.get_ylim()]
     for axes in panels[:-1]:
         axes.set_ylim(min(limits), max(limits))
-    panels[0].legend(frameon=False, fontsize=8, labelcolor=INK)
     for (proxy, optimiser), of in curves.items():
         distance, tokens = _mean(of, "distance"), _mean(of, "tokens")
         style = "-" if proxy == FULL else ":"
         panels[-1].plot(distance, tokens, style, color=colours[optimiser], linewidth=1.6)
     style_axes(panels[-1], "Length", "sqrt(KL to SFT)", f"tokens (dotted: {config.small} rankings)")
+    handles = [Line2D([], [], color=colours[name], label=name) for name in optimisers]
+    styles = {"-": "gold", "--": "proxy", ":": "gold as fitted to the near half"}
+    handles += [Line2D([], [], color=INK, linestyle=style, label=styles[style]) for style in styles]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
     save_figure(figure, config.plot)
 
 
@@ -439,15 +452,15 @@ def _draw_scores(axes: Axes, of: Sequence[Curve], optimiser: str, colour: str) -
     """Gold solid, proxy dashed, the seeds faint; the fitted curve dotted, mean over seeds."""
     for curve in of:
         axes.plot(curve.distance, curve.gold, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(curve.distance, curve.proxy, "--", color=colour, alpha=0.25, linewidth=0.8)
     distance = _mean(of, "distance")
-    axes.plot(distance, _mean(of, "gold"), color=colour, linewidth=1.8, label=f"{optimiser}: gold")
-    axes.plot(distance, _mean(of, "proxy"), "--", color=colour, linewidth=1.2, label="proxy")
+    axes.plot(distance, _mean(of, "gold"), ".-", color=colour, linewidth=1.8, markersize=5)
+    axes.plot(distance, _mean(of, "proxy"), "--", color=colour, linewidth=1.3)
     form = own_form(optimiser)
     # The forms are linear in their coefficients: the mean coefficients give the mean curve.
     coefficients = np.mean([fit_all(curve)[form].coefficients for curve in of], axis=0)
     grid = np.linspace(np.sqrt(MIN_KL), distance.max(), 100)
-    fitted = FORMS[form](grid) @ coefficients
-    axes.plot(grid, fitted, ":", color=colour, linewidth=1.4, label="fitted to the near half")
+    axes.plot(grid, FORMS[form](grid) @ coefficients, ":", color=colour, linewidth=1.5)
 
 
 def _mean(curves: Sequence[Curve], name: str) -> np.ndarray:

@@ -64,6 +64,8 @@ PANELS = {
     "fact_recall": "fact recall, share of probes",
     "text_loss": "loss on plain text, nats a token (less is better)",
 }
+MARKS = (("*", INK), ("s", COLOURS[2]), ("X", COLOURS[3]), ("v", COLOURS[4]))
+"""Marker and colour of SFT and of each control."""
 LABEL_OFFSETS = [
     (x, y)
     for far in (1, 2)
@@ -83,9 +85,9 @@ class Config:
 
     runs: list[str] = field(default_factory=lambda: list(RUNS))
     """Run folders of whole pipelines, one a seed, the evaluation included."""
-    ptx_coefs: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 27.8])
+    ptx_coefs: list[float] = field(default_factory=lambda: [0.0, 0.3, 1.0, 3.0, 10.0, 27.8])
     """Values of ptx.coef, at the KL coefficient of RUN/ppo."""
-    kl_coefs: list[float] = field(default_factory=lambda: [0.0, 0.05, 0.15, 0.5, 1.5, 5.0])
+    kl_coefs: list[float] = field(default_factory=lambda: [0.0, 0.05, 0.5, 1.5, 5.0])
     """Values of ppo.kl_coef, with the ptx coefficient of RUN/ppo, which is 0."""
     output_dir: str = "runs/sweep"
     """Folder of table.md and results.json."""
@@ -249,11 +251,11 @@ def draw(rows: dict[str, list[Row]], path: str) -> None:
             points = [_point(row, kept) for row in rows[knob]]
             _draw_seeds(axes, rows[knob], kept, colour)
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, linewidth=1.6)
-        single = [*rows["sft"], *rows["controls"]]
-        for row, marker, colour in zip(single, "*sX", (INK, *COLOURS[2:]), strict=False):
+        for number, row in enumerate([*rows["sft"], *rows["controls"]]):
+            marker, colour = MARKS[number]
             _draw_seeds(axes, [row], kept, colour)
             point = _point(row, kept)
-            axes.plot(*point, marker, markersize=10, color=colour, label=row.label)
+            axes.plot(*point, marker, markersize=9, color=colour, label=row.label)
         style_axes(axes, "", label, "gold score")
     panels[-1].set_ylabel("")
     panels[-1].invert_xaxis()  # better is to the right in both

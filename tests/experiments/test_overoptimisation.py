@@ -111,8 +111,8 @@ def test_the_peak_is_that_of_the_mean_over_seeds() -> None:
     # Means 0, 2, 1.5, 1: the second point, although the first seed is highest on the third.
     first = curve_of([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 3.0, 1.0])
     second = curve_of([1.0, 4.0, 5.0, 6.0], [0.0, 2.0, 0.0, 1.0])
-    row = curve_table({(FULL, "PPO, KL 0"): [first, second]}).splitlines()[-1]
-    assert row.startswith("| full | PPO, KL 0 | 3.0 | 2.00 ± 0.00 | 5.0 ± 12.7 |")
+    row = curve_table({(FULL, "PPO, KL coefficient 0"): [first, second]}).splitlines()[-1]
+    assert row.startswith("| full | PPO, KL coefficient 0 | 3.0 | 2.00 ± 0.00 | 5.0 ± 12.7 |")
     assert "| 1.00 ± 0.00 | -1.00 ± 0.00 |" in row
 
 
@@ -234,7 +234,7 @@ def test_the_program_from_rankings_to_fits(pipeline: str) -> None:
     assert best_of_n["proxy"] == sorted(best_of_n["proxy"])
     assert best_of_n["gold"][0] == pytest.approx(0.0, abs=1e-9)  # centred on SFT itself
     marks = np.array([2.0 * row["response"].count("e") for row in rows])
-    (curve,) = results["6/PPO, KL 0"]["curves"]
+    (curve,) = results["6/PPO, KL coefficient 0"]["curves"]
     kept = [json.loads(line) for line in (folder / "6_kl_0" / "samples.jsonl").open()]
     last = [2.0 * row["response"].count("e") for row in kept if row["step"] == 23]
     assert len(last) == 12
@@ -243,4 +243,4 @@ def test_the_program_from_rankings_to_fits(pipeline: str) -> None:
 
 
 def optimisers() -> list[str]:
-    return [BEST_OF_N, "PPO, KL 0", "PPO, KL 0.05"]
+    return [BEST_OF_N, "PPO, KL coefficient 0", "PPO, KL coefficient 0.05"]
