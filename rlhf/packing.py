@@ -91,10 +91,10 @@ class PackedRow:
         """
         if self.plain:
             return None
-        same_tree = self.tree[:, None] == self.tree[None, :]
-        own_branch = (self.branch[None, :] == 0) | (self.branch[:, None] == self.branch[None, :])
-        not_later = torch.ones_like(same_tree).tril()
-        allowed = (same_tree & own_branch & not_later)[None, None]
+        prompt = self.tree * (self.branch.max() + 1)  # (length,) a number for each tree's prompt
+        segment = prompt + self.branch  # and one for each of its responses
+        allowed = (segment[:, None] == segment) | (prompt[:, None] == segment)
+        allowed = allowed.tril()[None, None]
         if self.mask_dtype is None:
             return allowed
         lowest = torch.finfo(self.mask_dtype).min

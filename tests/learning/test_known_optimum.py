@@ -7,6 +7,7 @@ rollout, rewards, advantages, losses and steps, is the code that trains language
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import repeat
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +24,12 @@ from rlhf.kl import k1, k3, last_token_mask, penalized_rewards
 from rlhf.losses import policy_loss
 from rlhf.masking import masked_sum, whiten
 from rlhf.optim import make_optimizer, make_schedule
-from rlhf.packing import Packer, PromptTree, text_tree
+from rlhf.packing import Packer, PromptTree, response_batch, text_tree
 from rlhf.records import Prompt
 from rlhf.rewards import RewardSettings, Scored
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, Sampler
-from stages.ppo.update import Learner, PolicyAndValue, update
+from stages.ppo.update import Learner, PolicyAndValue, RowBatch, update
 
 VOCAB, END, TIME, BETA = 4, 0, 3, 0.3
 PROMPT = (1,)  # what it is does not matter: states are counted from behind it
@@ -48,6 +49,11 @@ def all_responses() -> list[tuple[int, ...]]:
 
 
 RESPONSES = all_responses()
+TOKENS, MASK = response_batch(RESPONSES)
+"""(40, 3) each, zeros and False behind the end"""
+PLACES = VOCAB ** torch.arange(TIME)
+STATES = (TOKENS * PLACES).cumsum(1) - TOKENS * PLACES
+"""(40, 3) state before each token"""
 
 
 class Table(nn.Module):
@@ -61,9 +67,9 @@ class Table(nn.Module):
     def states(self, positions: Tensor, inputs: dict[str, Any]) -> Tensor:
         ids, places, mask = (inputs[k] for k in ("input_ids", "position_ids", "attention_mask"))
         length = ids.shape[1]
-        seen = torch.ones(length, length).tril() if mask is None else mask[0, 0].float()
-        digit = torch.where(places[0] > 0, float(VOCAB) ** (places[0] - 1), 0.0)
-        return (seen[positions] @ (digit * ids[0])).long()
+        seen = torch.ones(length, length).tril() if mask is None else mask[0, 0]
+        digits = torch.where(places[0] > 0, float(VOCAB) ** (places[0] - 1) * ids[0], 0.0)
+        return (seen[positions].float() @ digits).long()
 
 
 class TablePolicy(Table):
@@ -91,36 +97,22 @@ class TableReward:
 
 
 class TableSampler(Sampler):
-    """Samples from the table, whose state needs no cache."""
+    """Draws every response as often as its probability says, to the next whole number up or down.
+
+    So the draws are as unbiased as independent ones, and fewer of them tell as much.
+    """
 
     def sample(self, policy, episodes, generator):
-        probabilities = policy.numbers.detach().softmax(-1)
-        state = torch.zeros(len(episodes), dtype=torch.long)
-        tokens = []
-        for t in range(TIME):
-            drawn = torch.multinomial(probabilities[state], 1, generator=generator).squeeze(1)
-            tokens.append(drawn)
-            state = state + drawn * VOCAB**t
-            state = state.where(drawn != END, 0).clamp(max=NUM_STATES - 1)
-        rows = torch.stack(tokens, 1).tolist()
-        return [PromptTree(PROMPT, (cut(row),)) for row in rows]
-
-
-def cut(row: list[int]) -> tuple[int, ...]:
-    return tuple(row[: row.index(END) + 1] if END in row else row)
+        cumulative = exact_logprobs(policy.numbers.detach()).exp().cumsum(0)
+        shift = torch.rand((), generator=generator, dtype=torch.float64)
+        places = (torch.arange(len(episodes)) + shift) / len(episodes)
+        drawn = torch.searchsorted(cumulative, places).clamp(max=len(RESPONSES) - 1)
+        return [PromptTree(PROMPT, (RESPONSES[i],)) for i in drawn.tolist()]
 
 
 def exact_logprobs(numbers: Tensor) -> Tensor:
     """log pi(y) of all 40 responses, fp64, with gradient."""
-    logprobs = numbers.double().log_softmax(-1)
-    total = []
-    for response in RESPONSES:
-        state, place, terms = 0, 1, []
-        for token in response:
-            terms.append(logprobs[state, token])
-            state, place = state + token * place, place * VOCAB
-        total.append(torch.stack(terms).sum())
-    return torch.stack(total)
+    return (numbers.double().log_softmax(-1)[STATES, TOKENS] * MASK).sum(1)
 
 
 class Task:
@@ -145,19 +137,29 @@ class Task:
         return float((logprobs.exp() * (logprobs - self.best)).sum())
 
 
-def make_config(num_updates: int, learning_rate: float = 0.03, **ppo: Any) -> Config:
+def make_config(num_updates: int, **ppo: Any) -> Config:
+    """Two passes over each rollout, in halves; learning rates that fall to 0.
+
+    A slow second moment and a tight gradient clip keep single draws of rare responses from throwing
+    their logits away, which so few updates could not bring back.
+    """
+    settings = {"mini_batch_size": 256, "num_epochs": 2, "kl_coef": BETA, "value_clip_range": None}
     return Config(
         output_dir="unused",
         policy=ModelSettings(path="unused"),
         prompts="unused",
         reward=RewardSettings(function="unused:unused", missing_end="none"),
         rollout=RolloutSettings(batch_size=512, max_new_tokens=TIME),
-        ppo=PPOSettings(
-            **({"mini_batch_size": 128, "kl_coef": BETA, "value_clip_range": None} | ppo)
-        ),
+        ppo=PPOSettings(**(settings | ppo)),
         ptx=PtxSettings(coef=0.0),
-        optim=OptimSettings(learning_rate=learning_rate, schedule="linear", min_lr_ratio=0.0),
-        value_learning_rate=learning_rate,
+        optim=OptimSettings(
+            learning_rate=0.15,
+            schedule="linear",
+            min_lr_ratio=0.0,
+            betas=(0.8, 0.99),
+            max_grad_norm=0.1,
+        ),
+        value_learning_rate=0.45,
         num_updates=num_updates,
         ema_decay=None,
     )
@@ -206,13 +208,15 @@ def test_objective_is_beta_log_z_minus_beta_kl_to_the_optimum_for_any_policy():
 
 @pytest.mark.slow
 def test_ppo_reaches_the_optimum():
-    """Measured: KL(pi, pi*) 0.8e-4, 11e-4 and 4.5e-4, from 0.5 and more before the first update."""
+    """KL(pi, pi*) falls from 2.7 and more to about 2e-4, the mean of three seeds."""
+    distances = []
     for seed in range(3):
         task = Task(seed)
-        assert task.kl_to_best(task.ref) > 0.5
-        numbers = run_ppo(task, make_config(num_updates=200, learning_rate=0.1), seed)
-        assert task.kl_to_best(numbers) < 2e-3
+        numbers = run_ppo(task, make_config(num_updates=150), seed)
         assert abs(float(task.objective(numbers)) - float(BETA * task.log_z)) < 1e-3
+        distances.append(task.kl_to_best(numbers))
+        assert task.kl_to_best(task.ref) > 1
+    assert sum(distances) / len(distances) < 6e-4
 
 
 @pytest.mark.slow
@@ -220,14 +224,13 @@ def test_ppo_ptx_reaches_the_stationary_point_of_the_summed_objective():
     task = Task(0)
     coef, document = 0.2, (2, 3)
     # Whitening would weigh the two terms by the spread of the advantages, which changes.
-    config = make_config(num_updates=200, whiten_advantages=False, gae_lambda=1.0)
+    config = make_config(num_updates=120, whiten_advantages=False, gae_lambda=1.0)
     with_text = Config(**{**vars(config), "ptx": PtxSettings(coef=coef, text="unused")})
     texts = repeat([text_tree((*PROMPT, *document))])
     found = run_ppo(task, with_text, seed=0, texts=texts)
 
     # PPO's loss is a mean over tokens, so its objective a token is J / E[length] (see below).
     numbers = task.ref.double().clone().requires_grad_()
-    lengths = torch.tensor([len(response) for response in RESPONSES]).double()
     mean_length = 1.0
 
     def loss() -> Tensor:
@@ -239,7 +242,7 @@ def test_ppo_ptx_reaches_the_stationary_point_of_the_summed_objective():
         return value
 
     for _ in range(20):  # the weight of J depends on the policy's own length: a fixed point
-        mean_length = float((exact_logprobs(numbers.detach()).exp() * lengths).sum())
+        mean_length = float((exact_logprobs(numbers.detach()).exp() * MASK.sum(1)).sum())
         optimizer = torch.optim.LBFGS(
             [numbers], lr=0.5, max_iter=100, line_search_fn="strong_wolfe"
         )
@@ -251,6 +254,26 @@ def test_ppo_ptx_reaches_the_stationary_point_of_the_summed_objective():
     assert task.kl_to_best(numbers.detach()) > 0.01  # the text moved the optimum
 
 
+# Mistakes ----------------------------------------------------------------------------------------
+# Task 9, whose best responses differ in length: a bias a token, as whitening with the mean kept
+# brings, moves no optimum where all are equally long.
+
+
+NEAR, FAR = 0.02, 0.1
+"""KL(pi, pi*), nats, after the short run: 0.008 without a mistake, 0.2 with the nearest one."""
+
+
+def distance_after_a_short_run() -> float:
+    task = Task(9)
+    return task.kl_to_best(run_ppo(task, make_config(num_updates=15), seed=9))
+
+
+@pytest.mark.slow
+def test_without_a_mistake_the_short_run_comes_near_the_optimum():
+    assert Task(9).kl_to_best(Task(9).ref) > 1
+    assert distance_after_a_short_run() < NEAR
+
+
 def whitened_with_mean(scores, logprobs, ref_logprobs, response_mask, kl_coef):
     rewards = penalized_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef)
     mean = masked_sum(rewards, response_mask) / response_mask.sum()
@@ -258,66 +281,68 @@ def whitened_with_mean(scores, logprobs, ref_logprobs, response_mask, kl_coef):
 
 
 def score_behind_the_end(scores, logprobs, ref_logprobs, response_mask, kl_coef):
+    """Advantages read nothing behind the end, so the score is lost.
+
+    Where they did, the optimum would be the right one, and this test blind: the score's place is
+    held by tests/rlhf/test_kl.py and, in a rollout, by tests/stages/test_ppo.py.
+    """
     penalty = -kl_coef * k1(logprobs, ref_logprobs, response_mask)
     behind = torch.roll(last_token_mask(response_mask), 1, dims=1)
     behind[:, 0] = False
     return penalty + scores[:, None] * behind
 
 
-def k2_in_reward(scores, logprobs, ref_logprobs, response_mask, kl_coef):
-    penalty = -kl_coef * k1(logprobs, ref_logprobs, response_mask).square() / 2
-    return penalty + scores[:, None] * last_token_mask(response_mask)
-
-
-def k3_in_reward(scores, logprobs, ref_logprobs, response_mask, kl_coef):
-    penalty = -kl_coef * k3(logprobs, ref_logprobs, response_mask)
-    return penalty + scores[:, None] * last_token_mask(response_mask)
-
-
 def flipped(scores, logprobs, ref_logprobs, response_mask, kl_coef):
     return penalized_rewards(scores, logprobs, ref_logprobs, response_mask, -kl_coef)
 
 
-def no_penalty(scores, logprobs, ref_logprobs, response_mask, kl_coef):
+def without_penalty(scores, logprobs, ref_logprobs, response_mask, kl_coef):
     return penalized_rewards(scores, logprobs, ref_logprobs, response_mask, 0.0)
 
 
-def short_run_distance() -> float:
-    """KL(pi, pi*) after 100 updates on task 0; without a mistake 2.5e-4 was measured."""
-    task = Task(0)
-    return task.kl_to_best(run_ppo(task, make_config(num_updates=100, learning_rate=0.1), seed=0))
+def k2(logprobs, ref_logprobs, response_mask):
+    return k1(logprobs, ref_logprobs, response_mask).square() / 2
 
 
-@pytest.mark.slow
-def test_without_a_mistake_the_same_short_run_passes():
-    assert short_run_distance() < 1e-3
+def in_reward(estimator, scores, logprobs, ref_logprobs, response_mask, kl_coef):
+    penalty = -kl_coef * estimator(logprobs, ref_logprobs, response_mask)
+    return penalty + scores[:, None] * last_token_mask(response_mask)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mistake",
-    [whitened_with_mean, score_behind_the_end, k2_in_reward, k3_in_reward, flipped, no_penalty],
+    [
+        pytest.param(whitened_with_mean, id="whitened with the mean kept"),
+        pytest.param(score_behind_the_end, id="score behind the end"),
+        pytest.param(flipped, id="sign flipped"),
+        pytest.param(without_penalty, id="beta dropped"),
+        pytest.param(partial(in_reward, k2), id="k2 in the reward"),
+        pytest.param(partial(in_reward, k3), id="k3 in the reward"),
+    ],
 )
 def test_mistakes_in_the_reward_are_caught(mistake, monkeypatch):
     monkeypatch.setattr(rollout_module, "penalized_rewards", mistake)
-    assert short_run_distance() > 2e-3
+    assert distance_after_a_short_run() > FAR
 
 
 @pytest.mark.slow
-def test_k1_as_a_loss_is_caught(monkeypatch):
-    """Its gradient is 0 on average, so it regularises nothing."""
+@pytest.mark.parametrize("estimator", [k1, k2, k3])
+def test_a_penalty_in_the_loss_instead_of_the_reward_is_caught(estimator, monkeypatch):
+    """k1 has a gradient of 0 on average, k3 that of the other KL, and all miss later tokens."""
+    ref_logprobs = torch.empty(0)
 
-    def with_k1(logprobs, old_logprobs, advantages, response_mask, *, clip_range, num_tokens):
-        loss, stats = policy_loss(
-            logprobs,
-            old_logprobs,
-            advantages,
-            response_mask,
-            clip_range=clip_range,
-            num_tokens=num_tokens,
-        )
-        return loss + BETA * masked_sum(logprobs, response_mask) / num_tokens, stats
+    def of(batch, row):
+        nonlocal ref_logprobs
+        ref_logprobs = row.select(batch.ref_logprobs)
+        return RowBatch.of(batch, row)
 
-    monkeypatch.setattr(update_module, "policy_loss", with_k1)
-    monkeypatch.setattr(rollout_module, "penalized_rewards", no_penalty)
-    assert short_run_distance() > 2e-3
+    def with_penalty(logprobs, old_logprobs, advantages, response_mask, **options):
+        loss, stats = policy_loss(logprobs, old_logprobs, advantages, response_mask, **options)
+        penalty = masked_sum(estimator(logprobs, ref_logprobs, response_mask), response_mask)
+        return loss + BETA * penalty / options["num_tokens"], stats
+
+    monkeypatch.setattr(rollout_module, "penalized_rewards", without_penalty)
+    monkeypatch.setattr(update_module, "policy_loss", with_penalty)
+    monkeypatch.setattr(update_module, "RowBatch", SimpleNamespace(of=of))
+    assert distance_after_a_short_run() > FAR

@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import replace
-from itertools import islice, repeat
+from itertools import cycle, islice, repeat
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings, OptimSettings
+from rlhf.inference import compute_logprobs, compute_values
 from rlhf.models import save_policy
 from rlhf.optim import MovingAverage, gradients, make_optimizer, make_schedule
 from rlhf.packing import Packer, text_tree
@@ -58,9 +59,9 @@ def make_config(**changes) -> Config:
     return Config(**(settings | changes))
 
 
-def make_learner(config: Config, budget: int = 1000) -> Learner:
+def make_learner(config: Config, budget: int = 1000, architecture: str = "llama") -> Learner:
     accelerator = Accelerator(cpu=True)
-    policy, value_model = tiny_policy_of("llama"), tiny_scalar_of("llama")
+    policy, value_model = tiny_policy_of(architecture), tiny_scalar_of(architecture)
     groups = [(policy, config.optim.learning_rate), (value_model, config.value_learning_rate)]
     optimizer = make_optimizer(groups, config.optim)
     average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
@@ -74,14 +75,16 @@ def make_learner(config: Config, budget: int = 1000) -> Learner:
     )
 
 
-def make_rollout(learner: Learner, config: Config, architecture: str = "llama") -> Rollout:
+def make_rollout(learner: Learner, config: Config) -> Rollout:
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     chat = Chat(tokenizer)
-    ref_policy = tiny_policy_of(architecture)
-    sampler = Sampler(chat, ref_policy, CountingReward(), learner.packer, config)
-    prompts = [(10, 11, 12), (13,), (14, 15), (16, 17, 18, 19)] * 2
-    episodes = [Episode(Prompt(prompt="unused"), ids) for ids in prompts]
     models = learner.models
+    ref_policy = tiny_policy_of(models.policy.config.model_type)
+    sampler = Sampler(chat, ref_policy, CountingReward(), learner.packer, config)
+    prompts = cycle([(10, 11, 12), (13,), (14, 15), (16, 17, 18, 19)])
+    episodes = [
+        Episode(Prompt(prompt="unused"), ids) for ids in islice(prompts, config.rollout.batch_size)
+    ]
     generator = torch.Generator().manual_seed(0)
     return roll_out(
         models.policy, models.value_model, sampler, episodes, generator, learner.accelerator
@@ -122,15 +125,64 @@ def test_returns_come_from_advantages_before_whitening():
     assert not torch.allclose(kept, plain.advantages[plain.response_mask])
 
 
-def test_gradient_does_not_depend_on_the_micro_batch():
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_gradient_does_not_depend_on_the_micro_batch(architecture):
     config = make_config(ptx=PtxSettings(coef=0.7, text="unused"))
-    whole, pieces = make_learner(config, budget=1000), make_learner(config, budget=12)
+    whole = make_learner(config, 1000, architecture)
     rollout = make_rollout(whole, config)
-    assert len(pieces.packer.rows(rollout.trees)) > len(whole.packer.rows(rollout.trees)) == 1
-    a = gradient_after_step(whole, rollout, TEXTS, config)
-    b = gradient_after_step(pieces, rollout, TEXTS, config)
-    assert a.norm() > 0.1
-    assert torch.allclose(a, b, atol=1e-5)
+    expected = gradient_after_step(whole, rollout, TEXTS, config)
+    assert expected.norm() > 0.1
+    num_rows = {len(whole.packer.rows(rollout.trees))}
+    for budget in (40, 20, 10, 1):
+        pieces = make_learner(config, budget, architecture)
+        num_rows.add(len(pieces.packer.rows(rollout.trees)))
+        found = gradient_after_step(pieces, rollout, TEXTS, config)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert len(num_rows) > 3 and min(num_rows) == 1
+
+
+def test_what_stands_behind_the_end_changes_no_bit_of_a_step():
+    """Of the rollout's numbers; of tokens there are none, since rows hold no padding."""
+    config = make_config()
+    learner = make_learner(config)
+    rollout = make_rollout(learner, config)
+    tensors = {
+        name: tensor
+        for name, tensor in vars(rollout).items()
+        if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.ndim == 2
+    }
+    assert len(tensors) == 8 and not rollout.response_mask.all()
+    expected = gradient_after_step(learner, rollout, [], config)
+    for rubbish in (math.nan, math.inf, -1e30):
+        dirty = {k: x.where(rollout.response_mask, rubbish) for k, x in tensors.items()}
+        found = gradient_after_step(make_learner(config), replace(rollout, **dirty), [], config)
+        assert torch.equal(found, expected)
+
+
+def test_the_order_of_episodes_changes_nothing():
+    """Up to rounding: 1e-6 in a log-probability or value, 1e-6 of a sum, 1e-5 in a gradient."""
+    config = make_config()
+    learner, other = make_learner(config, budget=30), make_learner(config, budget=30)
+    rollout = make_rollout(learner, config)
+    order = torch.tensor([5, 2, 7, 0, 3, 6, 1, 4])
+    permuted = rollout.select(order)
+    for compute, model in (
+        (compute_logprobs, learner.models.policy),
+        (compute_values, learner.models.value_model),
+    ):
+        rows = compute(model, rollout.trees, learner.packer)
+        assert rows.abs().sum() > 1
+        found = compute(model, permuted.trees, learner.packer)
+        torch.testing.assert_close(found, rows[order], rtol=1e-6, atol=1e-6)
+    with torch.no_grad():  # a policy that moved since, so that ratios are not 1
+        for models in (learner.models, other.models):
+            models.policy.lm_head.weight.mul_(1.1)
+    sums = optimizer_step(learner, rollout, [], config)
+    assert sums["clipped"] > 0
+    assert optimizer_step(other, permuted, [], config) == pytest.approx(sums, rel=1e-6, abs=1e-6)
+    expected, found = (gradients(one.model.parameters()) for one in (learner, other))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_ptx_adds_coef_times_the_gradient_of_the_mean_text_loss():
@@ -171,14 +223,25 @@ def test_gradient_norms_and_cosine_are_those_of_the_two_parts():
     assert sums["policy_grad_norm"] == pytest.approx(total**0.5, rel=1e-4)
 
 
-def test_first_ratio_is_one_for_every_cut_of_the_batch():
-    for mini_batch, budget in ((8, 1000), (4, 12), (2, 1000), (1, 30)):
-        config = make_config(ppo=PPOSettings(mini_batch_size=mini_batch, kl_coef=0.1))
-        learner = make_learner(config, budget)
-        rollout = make_rollout(learner, config)
-        first = optimizer_step(learner, rollout.select(torch.arange(mini_batch)), [], config)
-        assert first["max_log_ratio"] < 1e-4
-        assert first["clipped"] == 0
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("num_episodes", [8, 12])
+@pytest.mark.parametrize(
+    "packer", [Packer(1), Packer(12), Packer(30), Packer(1000), Packer(1000, share_prompts=False)]
+)
+def test_first_ratio_is_one_for_every_cut_of_the_batch(architecture, num_episodes, packer):
+    config = make_config(
+        rollout=RolloutSettings(batch_size=num_episodes, max_new_tokens=6),
+        optim=OptimSettings(learning_rate=1e-30),  # so that every step is the first
+        value_learning_rate=1e-3,
+    )
+    learner = replace(make_learner(config, architecture=architecture), packer=packer)
+    rollout = make_rollout(learner, config)
+    order = torch.randperm(num_episodes, generator=torch.Generator().manual_seed(1))
+    for mini_batch_size in (1, 2, 3, 5, num_episodes):
+        sums = optimizer_step(learner, rollout.select(order[:mini_batch_size]), [], config)
+        assert sums["max_log_ratio"] < 1e-4
+        assert sums["clipped"] == 0
+        assert abs(sums["approx_kl"]) / sums["tokens"] < 1e-7
 
 
 def test_a_ratio_of_a_gradient_norm_is_what_the_step_takes():
