@@ -435,8 +435,11 @@ def draw(config: Config, curves: dict[Key, list[Curve]]) -> None:
         panels[-1].plot(distance, tokens, style, color=colours[optimiser], linewidth=1.6)
     style_axes(panels[-1], "Length", "sqrt(KL to SFT)", f"tokens (dotted: {config.small} rankings)")
     handles = [Line2D([], [], color=colours[name], label=name) for name in optimisers]
-    styles = {"-": "gold", "--": "proxy", ":": "gold as fitted to the near half"}
-    handles += [Line2D([], [], color=INK, linestyle=style, label=styles[style]) for style in styles]
+    handles += [
+        Line2D([], [], color=INK, linestyle="-", label="gold"),
+        Line2D([], [], color=INK, linestyle="--", label="proxy"),
+        Line2D([], [], color=INK, linestyle=":", label="gold as fitted to the near half"),
+    ]
     figure.legend(
         handles=handles,
         loc="outside lower center",
