@@ -137,7 +137,7 @@ class Task:
         return float((logprobs.exp() * (logprobs - self.best)).sum())
 
 
-def make_config(num_updates: int, **ppo: Any) -> Config:
+def make_config(num_updates: int, batch_size: int = 512, **ppo: Any) -> Config:
     """Two passes over each rollout, in halves; learning rates that fall to 0.
 
     A slow second moment and a tight gradient clip keep single draws of rare responses from throwing
@@ -149,7 +149,7 @@ def make_config(num_updates: int, **ppo: Any) -> Config:
         policy=ModelSettings(path="unused"),
         prompts="unused",
         reward=RewardSettings(function="unused:unused", missing_end="none"),
-        rollout=RolloutSettings(batch_size=512, max_new_tokens=TIME),
+        rollout=RolloutSettings(batch_size=batch_size, max_new_tokens=TIME),
         ppo=PPOSettings(**(settings | ppo)),
         ptx=PtxSettings(coef=0.0),
         optim=OptimSettings(
@@ -208,11 +208,15 @@ def test_objective_is_beta_log_z_minus_beta_kl_to_the_optimum_for_any_policy():
 
 @pytest.mark.slow
 def test_ppo_reaches_the_optimum():
-    """KL(pi, pi*) falls from 2.7 and more to about 2e-4, the mean of three seeds."""
+    """KL(pi, pi*) falls from 2.7 and more to about 2e-4, the mean of three seeds.
+
+    Of 1024 draws a response that the optimum gives a thousandth is one; with half as many draws and
+    twice as many updates, one run in seven lost such a response and ended at 10e-4.
+    """
     distances = []
     for seed in range(3):
         task = Task(seed)
-        numbers = run_ppo(task, make_config(num_updates=150), seed)
+        numbers = run_ppo(task, make_config(num_updates=75, batch_size=1024), seed)
         assert abs(float(task.objective(numbers)) - float(BETA * task.log_z)) < 1e-3
         distances.append(task.kl_to_best(numbers))
         assert task.kl_to_best(task.ref) > 1
