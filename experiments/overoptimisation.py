@@ -32,7 +32,6 @@ from experiments.shared import (
     TABLE,
     make,
     markdown_table,
-    mean_cell,
     read_json,
     save_figure,
     settings_of,
@@ -188,7 +187,7 @@ def study(config: Config) -> None:
         [
             f"Reward models, each of the seeds {', '.join(config.runs)}:\n",
             _reward_model_table(config),
-            "Scores in standard deviations of SFT's, KL in nats; means over seeds:\n",
+            "Scores in standard deviations of SFT's, KL in nats, of each seed:\n",
             curve_table(curves),
             "Fitted to the low-KL half; a and b of the optimiser's own form, in bold, and the root "
             "mean squared error of each form on the high-KL half:\n",
@@ -373,39 +372,35 @@ def fit_all(curve: Curve) -> dict[str, Fit]:
 
 
 def curve_table(curves: dict[Key, list[Curve]]) -> str:
-    """Where gold is highest on the mean over seeds, and where each curve ends."""
-    header = ["proxy", "optimiser", "KL there", "gold at its peak", "KL at the end"]
+    """Each seed where gold is highest on the mean over seeds, and where the curves end."""
+    header = ["proxy", "optimiser", "KL at the peak of gold", "gold there", "KL at the end"]
     header += ["proxy at the end", "gold at the end", "end - peak", "tokens at the end"]
     rows = []
     for (proxy, optimiser), of in curves.items():
-        peak = int(np.argmax(np.mean([curve.gold for curve in of], axis=0)))
-        falls = [curve.gold[-1] - curve.gold[peak] for curve in of]
-        rows.append(
-            [
-                proxy,
-                optimiser,
-                f"{np.mean([curve.kl[peak] for curve in of]):.1f}",
-                mean_cell([curve.gold[peak] for curve in of], 2),
-                mean_cell([curve.kl[-1] for curve in of], 1),
-                mean_cell([curve.proxy[-1] for curve in of], 2),
-                mean_cell([curve.gold[-1] for curve in of], 2),
-                mean_cell(falls, 2),
-                mean_cell([curve.tokens[-1] for curve in of], 1),
-            ]
-        )
+        peak = int(np.argmax(_mean(of, "gold")))
+        cells = [
+            values_cell([curve.kl[peak] for curve in of], 1),
+            values_cell([curve.gold[peak] for curve in of], 2),
+            values_cell([curve.kl[-1] for curve in of], 1),
+            values_cell([curve.proxy[-1] for curve in of], 2),
+            values_cell([curve.gold[-1] for curve in of], 2),
+            values_cell([curve.gold[-1] - curve.gold[peak] for curve in of], 2),
+            values_cell([curve.tokens[-1] for curve in of], 1),
+        ]
+        rows.append([proxy, optimiser, *cells])
     return markdown_table(header, rows)
 
 
 def fit_table(curves: dict[Key, list[Curve]]) -> str:
-    """a and b of each optimiser's own form, and the held-out error of all forms."""
+    """a and b of each optimiser's own form, and the held-out error of all forms, of each seed."""
     rows = []
     for (proxy, optimiser), of in curves.items():
         fits = [fit_all(curve) for curve in of]
         own = own_form(optimiser)
         a, b = zip(*(of_seed[own].coefficients for of_seed in fits), strict=True)
-        errors = {name: mean_cell([f[name].error for f in fits], 2) for name in FORMS}
+        errors = {name: values_cell([of_seed[name].error for of_seed in fits], 2) for name in FORMS}
         errors[own] = f"**{errors[own]}**"
-        rows.append([proxy, optimiser, mean_cell(a, 2), mean_cell(b, 2), *errors.values()])
+        rows.append([proxy, optimiser, values_cell(a, 2), values_cell(b, 2), *errors.values()])
     return markdown_table(["proxy", "optimiser", "a", "b", *FORMS], rows)
 
 

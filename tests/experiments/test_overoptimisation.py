@@ -112,8 +112,8 @@ def test_the_peak_is_that_of_the_mean_over_seeds() -> None:
     first = curve_of([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 3.0, 1.0])
     second = curve_of([1.0, 4.0, 5.0, 6.0], [0.0, 2.0, 0.0, 1.0])
     row = curve_table({(FULL, "PPO, KL coefficient 0"): [first, second]}).splitlines()[-1]
-    assert row.startswith("| full | PPO, KL coefficient 0 | 3.0 | 2.00 ± 0.00 | 5.0 ± 12.7 |")
-    assert "| 1.00 ± 0.00 | -1.00 ± 0.00 |" in row
+    assert row.startswith("| full | PPO, KL coefficient 0 | 2.0, 4.0 | 2.00, 2.00 | 4.0, 6.0 |")
+    assert "| 1.00, 1.00 | -1.00, -1.00 |" in row
 
 
 def test_long_ppo_changes_what_the_study_is_about_only(tmp_path: Path) -> None:
