@@ -81,6 +81,7 @@ def train(config: Config) -> None:
     kl_coef = config.ppo.kl_coef
     metrics: dict[str, float] = {}
     all_seconds: dict[str, float] = {}
+    watch.take()  # what came before the first update is none of its phases
     bar = tqdm(range(config.num_updates), desc="ppo", disable=not accelerator.is_main_process)
     for number in bar:
         started = time.perf_counter()

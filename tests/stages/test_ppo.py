@@ -437,3 +437,11 @@ def test_a_seed_gives_the_same_run_bit_for_bit_and_another_seed_another(
     assert runs["first"] == runs["again"]
     assert len(runs["first"][0]) == ppo_config.num_updates
     assert runs["first"][0][-1]["ppo/kl"] != runs["other"][0][-1]["ppo/kl"]
+
+
+def test_phases_of_the_first_update_hold_nothing_from_before_it(ppo_config: Config):
+    reward = replace(ppo_config.reward, normalize_on=1024)  # far more samples than an update's
+    train(replace(ppo_config, reward=reward, num_updates=1))
+    (row,) = map(json.loads, (Path(ppo_config.output_dir) / "metrics.jsonl").open())
+    phases = {name: value for name, value in row.items() if name.startswith("seconds/")}
+    assert sum(phases.values()) <= 2 * phases["seconds/update"]  # the update is one of them
