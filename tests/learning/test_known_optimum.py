@@ -138,7 +138,7 @@ class Task:
 
 
 def make_config(num_updates: int, batch_size: int = 512, **ppo: Any) -> Config:
-    """Two passes over each rollout, in halves; learning rates that fall to 0.
+    """Two passes over each rollout, in steps of 256 episodes; learning rates that fall to 0.
 
     A slow second moment and a tight gradient clip keep single draws of rare responses from throwing
     their logits away, which so few updates could not bring back.
@@ -211,7 +211,7 @@ def test_ppo_reaches_the_optimum():
     """KL(pi, pi*) falls from 2.7 and more to about 2e-4, the mean of three seeds.
 
     Of 1024 draws a response that the optimum gives a thousandth is one; with half as many draws and
-    twice as many updates, one run in seven lost such a response and ended at 10e-4.
+    twice as many updates, one run in seven lost such a response and ended near 10e-4.
     """
     distances = []
     for seed in range(3):
@@ -228,7 +228,7 @@ def test_ppo_ptx_reaches_the_stationary_point_of_the_summed_objective():
     task = Task(0)
     coef, document = 0.2, (2, 3)
     # Whitening would weigh the two terms by the spread of the advantages, which changes.
-    config = make_config(num_updates=120, whiten_advantages=False, gae_lambda=1.0)
+    config = make_config(40, batch_size=1024, whiten_advantages=False, gae_lambda=1.0)
     with_text = Config(**{**vars(config), "ptx": PtxSettings(coef=coef, text="unused")})
     texts = repeat([text_tree((*PROMPT, *document))])
     found = run_ppo(task, with_text, seed=0, texts=texts)
