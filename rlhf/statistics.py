@@ -12,9 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-Z_95 = 1.959963984540054
-"""Quantile 0.975 of the standard normal."""
-
 T_975 = (
     *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
     *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
@@ -29,29 +26,6 @@ class Estimate(NamedTuple):
 
     value: float
     interval: tuple[float, float]
-
-
-def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Interval of a share from n independent trials (Wilson 1927), within 0 and 1 at any n.
-
-    Args:
-        successes: 0 to n; a half counts a tie.
-        n: number of trials; with none the interval is the whole of 0 to 1.
-        z: normal quantile of the interval's upper end.
-
-    Raises:
-        ValueError: successes are not within 0 and n.
-    """
-    if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes in {n} trials; give 0 to {n} of them")
-    if n == 0:
-        return 0.0, 1.0
-    share = successes / n
-    centre = share + z * z / (2 * n)
-    half_width = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    low, high = (centre - half_width) / scale, (centre + half_width) / scale
-    return max(0.0, low), min(1.0, high)
 
 
 def bootstrap_interval(

@@ -14,34 +14,8 @@ from rlhf.statistics import (
     distinct_bigrams,
     mean_and_error,
     t_interval,
-    wilson_interval,
     win_rate,
 )
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    [
-        (15, 148, 0.0624, 0.1605),  # Newcombe 1998, table I, method 3
-        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
-        (0, 20, 0.0, 0.1611),  # Newcombe 1998, table I, method 3
-        (1, 29, 0.0061, 0.1718),  # Newcombe 1998, table I, method 3
-        (0, 0, 0.0, 1.0),
-    ],
-)
-def test_wilson_interval_of_the_literature(successes: int, n: int, low: float, high: float) -> None:
-    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_wilson_interval_is_symmetric_in_success_and_failure() -> None:
-    low, high = wilson_interval(7, 31)
-    assert wilson_interval(24, 31) == pytest.approx((1 - high, 1 - low), abs=1e-12)
-
-
-@pytest.mark.parametrize("successes", [-1, 11])
-def test_wilson_interval_refuses_impossible_counts(successes: int) -> None:
-    with pytest.raises(ValueError, match=f"{successes} successes in 10 trials"):
-        wilson_interval(successes, 10)
 
 
 def test_bootstrap_of_two_clusters_reaches_each_of_them() -> None:
