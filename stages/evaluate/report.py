@@ -112,7 +112,22 @@ def _report_rows(report: Mapping[str, Any]) -> Rows:
             rows.append((name, [_interval(value, 3)]))
         elif isinstance(value, int | float) and not isinstance(value, bool):
             rows.append((label, [_number(value, 3)]))
-    return rows
+    return rows + _phase_rows(report.get("phase_seconds", {}))
+
+
+def _phase_rows(phases: Mapping[str, float]) -> Rows:
+    """Where the time of a stage's updates went: seconds and shares of the whole."""
+    whole = phases.get("update", 0.0)
+    parts = {name: seconds for name, seconds in phases.items() if name != "update"}
+    if whole <= 0:
+        return []
+    shares = [
+        (name, seconds, f"{seconds:.1f} s, {seconds / whole:4.0%}")
+        for name, seconds in parts.items()
+    ]
+    return [
+        (f"time: {name}", [cell]) for name, seconds, cell in sorted(shares, key=lambda x: -x[1])
+    ]
 
 
 def _seconds_rows(seconds: Mapping[str, float]) -> Rows:

@@ -81,7 +81,8 @@ def update(
     total: Sums = {}
     first_log_ratio = 0.0
     for batch in _mini_batches(learner, rollout, config, generator):
-        text_batch = [] if only_value else next(texts)
+        with learner.watch.phase("ptx"):  # the first one reads and tokenises the file
+            text_batch = [] if only_value else next(texts)
         step = optimizer_step(learner, batch, text_batch, config, only_value=only_value)
         max_log_ratio = step.pop("max_log_ratio")
         if not total:
