@@ -118,15 +118,11 @@ def _report_rows(report: Mapping[str, Any]) -> Rows:
 def _phase_rows(phases: Mapping[str, float]) -> Rows:
     """Where the time of a stage's updates went: seconds and shares of the whole."""
     whole = phases.get("update", 0.0)
-    parts = {name: seconds for name, seconds in phases.items() if name != "update"}
-    if whole <= 0:
-        return []
-    shares = [
-        (name, seconds, f"{seconds:.1f} s, {seconds / whole:4.0%}")
-        for name, seconds in parts.items()
-    ]
+    longest_first = sorted(phases.items(), key=lambda phase: -phase[1])
     return [
-        (f"time: {name}", [cell]) for name, seconds, cell in sorted(shares, key=lambda x: -x[1])
+        (f"time: {name}", [f"{seconds:.1f} s, {seconds / whole:4.0%}"])
+        for name, seconds in longest_first
+        if name != "update" and whole > 0
     ]
 
 

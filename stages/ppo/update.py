@@ -135,9 +135,10 @@ def optimizer_step(
     The first two are means over the response tokens of the mini-batch on all processes. Policy and
     value model share no weight, so the value loss needs no coefficient.
     """
-    policy, value_model = learner.models.policy, learner.models.value_model
+    with learner.watch.phase("step"):  # also unwrapping takes milliseconds
+        policy, value_model = learner.models.policy, learner.models.value_model
+        learner.optimizer.zero_grad()
     ratio = config.ptx.grad_norm_ratio
-    learner.optimizer.zero_grad()
     sums: Sums = {"steps": 1.0}
     is_watched = bool(texts) and (config.ptx.gradient_norms or ratio is not None)
     watched = list(policy.parameters()) if is_watched else []
