@@ -99,6 +99,17 @@ class OptimSettings:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How responses are sampled; changes no result but by floating point and the order of draws."""
+
+    batch_size: int = 64
+    """Responses sampled side by side on each process; bounds the memory of the KV cache."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "give 1 or more")
+
+
 def load_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
     """Settings from the dataclass's defaults, then --config files in their order, then options.
 

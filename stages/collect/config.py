@@ -1,8 +1,8 @@
 """Settings of collecting comparisons."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from rlhf.config import ModelSettings
+from rlhf.config import GenerationSettings, ModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +41,15 @@ class Config:
     """Responses without an end token are cut here."""
     temperature: float = 1.0
     """Temperature of the samples."""
-    generation_batch_size: int = 64
-    """Samples generated together on each device."""
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    """How samples are generated."""
     seed: int = 0
     """Root of every random choice."""
     output_dir: str
     """Folder to write."""
 
     def __post_init__(self) -> None:
-        for name in ("max_prompt_tokens", "max_new_tokens", "generation_batch_size"):
+        for name in ("max_prompt_tokens", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.num_prompts is not None and self.num_prompts < 1:

@@ -79,7 +79,7 @@ def sample_responses(
             end_id=chat.end_id,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
-            batch_size=config.generation_batch_size,
+            batch_size=config.generation.batch_size,
             generator=torch.Generator().manual_seed(config.seed * num_processes + rank),
             progress=bar.update,
         )

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf.config import GenerationSettings
+
 RESERVED = ("baseline", "judge", "policies", "prompts", "seconds")
 """Keys of results.json that no policy and no report can take."""
 
@@ -31,8 +33,8 @@ class Config:
     """A response without its end token is cut here."""
     temperature: float = 1.0
     """Sampling temperature; KL is between the policies at this temperature."""
-    generation_batch_size: int = 64
-    """Responses sampled side by side; bounds the memory of the KV cache."""
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    """How responses are sampled."""
     micro_batch_tokens: int = 1024
     """Most tokens of one pass over whole responses or texts; changes no result. Attention costs its
     square, so short responses are read fastest at some hundred tokens on a CPU."""
@@ -83,7 +85,7 @@ class Config:
             raise ValueError(f"gold_path is {self.gold_path} but gold is null; name the maker too")
         least = {"num_prompts": 2, "max_text_tokens": 2, "num_shown": 0}
         counts = ("samples_per_prompt", "max_prompt_tokens", "max_new_tokens", "num_texts")
-        least |= dict.fromkeys((*counts, "generation_batch_size", "micro_batch_tokens"), 1)
+        least |= dict.fromkeys((*counts, "micro_batch_tokens"), 1)
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; give {lowest} or more")

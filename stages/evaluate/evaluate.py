@@ -238,7 +238,7 @@ def _answer(
         samples_per_prompt=config.samples_per_prompt,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
-        batch_size=config.generation_batch_size,
+        batch_size=config.generation.batch_size,
         seed=config.seed,
         label=f"{name} answers",
     )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rlhf.config import ModelSettings, OptimSettings
+from rlhf.config import GenerationSettings, ModelSettings, OptimSettings
 from rlhf.rewards import RewardSettings
 
 
@@ -19,8 +19,6 @@ class RolloutSettings:
     """A response without its end token is cut here."""
     temperature: float = 1.0
     """Sampling temperature; log-probabilities everywhere in PPO are at this temperature."""
-    generation_batch_size: int = 64
-    """Responses sampled side by side on each process; bounds the memory of the KV cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +132,8 @@ class Config:
     the SFT model with a new head whose weights are 0."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """Sampling of responses."""
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    """How responses are sampled."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
     """The policy gradient step."""
     ptx: PtxSettings = field(default_factory=PtxSettings)
@@ -181,7 +181,6 @@ class Config:
             )
         _positive(self, "num_updates", "micro_batch_tokens", "eval_every", "value_learning_rate")
         _positive(rollout, "batch_size", "max_prompt_tokens", "max_new_tokens", "temperature")
-        _positive(rollout, "generation_batch_size")
         _positive(ppo, "mini_batch_size", "num_epochs", "clip_range")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; give a number in (0, 1), or null")

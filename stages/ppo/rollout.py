@@ -103,7 +103,7 @@ class Sampler:
                 end_id=self.chat.end_id,
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
-                batch_size=settings.generation_batch_size,
+                batch_size=self.config.generation.batch_size,
                 generator=generator,
             )
         return [

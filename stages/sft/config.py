@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.config import ModelSettings, OptimSettings
+from rlhf.config import GenerationSettings, ModelSettings, OptimSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,8 @@ class Config:
     """Held-out prompts, at most, that are answered by sampling."""
     temperature: float = 1.0
     """Temperature of the samples; 0 takes the likeliest token."""
-    generation_batch_size: int = 64
-    """Samples generated together."""
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    """How samples are generated."""
     seed: int = 0
     """Root of every random choice."""
     output_dir: str
@@ -72,7 +72,7 @@ class Config:
     def __post_init__(self) -> None:
         for name in (
             "max_held_out max_prompt_tokens max_response_tokens num_epochs batch_size "
-            "micro_batch_size micro_batch_tokens eval_every num_samples generation_batch_size"
+            "micro_batch_size micro_batch_tokens eval_every num_samples"
         ).split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")

@@ -49,7 +49,7 @@ def draw_samples(
         end_id=chat.end_id,
         max_new_tokens=config.max_response_tokens,
         temperature=config.temperature,
-        batch_size=config.generation_batch_size,
+        batch_size=config.generation.batch_size,
         generator=torch.Generator().manual_seed(config.seed),
     )
     return [

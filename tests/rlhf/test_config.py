@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.config import ConfigError, ModelSettings, OptimSettings, keys_of, load_config
+from rlhf.config import (
+    ConfigError,
+    GenerationSettings,
+    ModelSettings,
+    OptimSettings,
+    keys_of,
+    load_config,
+)
 from rlhf.runs import settings_in_force
 
 
@@ -39,6 +46,8 @@ class Stage:
     """Text records. None means no text."""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """Optimizer."""
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    """How responses are sampled."""
     parts: dict[str, Part] = field(default_factory=dict)
     """Name -> part."""
 
@@ -168,6 +177,7 @@ def test_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         (["--optim.warmup_steps", "-1"], "optim.warmup_steps is -1"),
         (["--optim.max_grad_norm", "0"], "optim.max_grad_norm is 0.0"),
         (["--model.path", ""], "model.path is empty"),
+        (["--generation.batch_size", "0"], "generation.batch_size is 0; give 1 or more"),
         (["--parts.x.weight", "0"], "parts.x.weight is 0.0; give another"),
         (["--parts.x.weight", "much"], 'setting "parts.NAME.weight": Expected a float. Got value'),
         (["--parts.x.weigth", "2"], "parts.NAME.weigth; did you mean parts.NAME.weight?"),

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.chat import Chat
-from rlhf.config import ModelSettings
+from rlhf.config import GenerationSettings, ModelSettings
 from rlhf.inference import compute_scores
 from rlhf.models import load_policy, load_scalar, load_tokenizer, new_policy, save_policy
 from rlhf.packing import Packer, PromptTree
@@ -115,7 +115,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
             max_prompt_tokens=60,
             max_new_tokens=8,
             max_text_tokens=20,
-            generation_batch_size=5,
+            generation=GenerationSettings(batch_size=5),
             micro_batch_tokens=200,
             reward_model=str(folder / "rm"),
             gold="judge_of_evaluate_test:make_judge",

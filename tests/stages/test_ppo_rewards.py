@@ -70,7 +70,7 @@ def make_config(**changes: Any) -> Config:
         "policy": ModelSettings(path="unused"),
         "prompts": "unused",
         "reward": RewardSettings(function="unused:unused", missing_end="none"),
-        "rollout": RolloutSettings(batch_size=8, max_new_tokens=6, generation_batch_size=8),
+        "rollout": RolloutSettings(batch_size=8, max_new_tokens=6),
         "ppo": PPOSettings(mini_batch_size=4, kl_coef=0.1),
         "ptx": PtxSettings(coef=0.0),
         "optim": OptimSettings(learning_rate=1e-3, schedule="constant"),
