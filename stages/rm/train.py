@@ -18,6 +18,7 @@ from rlhf.lora import HEAD
 from rlhf.models import (
     ScalarModel,
     check_vocabulary,
+    checkpoint_activations,
     load_chat,
     load_scalar,
     packer_for,
@@ -184,6 +185,8 @@ def _fit(
     model = load_scalar(config.model, new_head=True, lora=config.lora)
     check_vocabulary(model.classifier, chat, config.model.path)
     packer = packer_for(model.classifier, config.micro_batch_tokens)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model.classifier)
     trainer = RankingTrainer(model, train_set, packer, config, run)
     trainer.add_callback(AtEpochEnd(lambda step: measure(model, packer, step)))
     # A folder with a card is taken for a finished reward model.

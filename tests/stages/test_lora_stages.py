@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.config import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
+from rlhf.config import LoraSettings, ModelSettings, OptimSettings
 from rlhf.datasets import write_records
 from rlhf.lora import read_adapter, weights_sha256
 from rlhf.models import load_policy, load_scalar, new_policy, save_policy
@@ -64,7 +64,7 @@ def sft_config(work: Path, name: str, **changes: Any) -> SftConfig:
         "micro_batch_size": 2,
         "num_epochs": 3,
         "optim": OptimSettings(learning_rate=1e-2),
-        "generation": GenerationSettings(max_new_tokens=8),
+        "max_response_tokens": 8,
         "num_samples": 2,
         "output_dir": str(work / name),
     }
