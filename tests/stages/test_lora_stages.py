@@ -64,6 +64,7 @@ def sft_config(work: Path, name: str, **changes: Any) -> SftConfig:
         "micro_batch_size": 2,
         "num_epochs": 3,
         "optim": OptimSettings(learning_rate=1e-2),
+        "max_prompt_tokens": 64,
         "max_response_tokens": 8,
         "num_samples": 2,
         "output_dir": str(work / name),
