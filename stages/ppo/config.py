@@ -155,6 +155,8 @@ class Config:
     as the aligned policy. None means that the last weights are."""
     micro_batch_tokens: int = 4096
     """Most tokens a forward or backward pass holds on one process; changes no result."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
     eval_every: int = 10
     """Updates between evaluations on prompts_held_out."""
     num_eval_prompts: int = 64
@@ -208,6 +210,13 @@ class Config:
     @property
     def steps_per_update(self) -> int:
         return self.ppo.num_epochs * self.rollout.batch_size // self.ppo.mini_batch_size
+
+    @property
+    def text_blocks_per_step(self) -> int:
+        """Of all processes; a number that they cannot share equally is rounded up."""
+        if self.ptx.coef == 0:
+            return 0
+        return max(1, round(self.ptx.blocks_per_episode * self.ppo.mini_batch_size))
 
     @property
     def value_warmup_steps(self) -> int:

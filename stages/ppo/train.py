@@ -26,6 +26,7 @@ from rlhf.models import (
     ScalarModel,
     check_context,
     check_vocabulary,
+    checkpoint_activations,
     load_chat,
     load_policy,
     load_scalar,
@@ -51,6 +52,7 @@ from stages.ppo.monitor import (
 )
 from stages.ppo.normalize import normalize_scores
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out, rollout_metrics, rollout_sums
+from stages.ppo.speed import Speedometer
 from stages.ppo.update import Learner, PolicyAndValue, update
 
 
@@ -82,6 +84,7 @@ def train(config: Config) -> None:
     kl_coef = config.ppo.kl_coef
     metrics: dict[str, float] = {}
     all_seconds: dict[str, float] = {}
+    speed = Speedometer(learner.models, sampler, accelerator, config, _dtype(config, accelerator))
     watch.take()  # what came before the first update is none of its phases
     bar = tqdm(range(config.num_updates), desc="ppo", disable=not accelerator.is_main_process)
     for number in bar:
@@ -100,7 +103,8 @@ def train(config: Config) -> None:
                     accelerator,
                     kl_coef,
                 )
-            metrics = _rollout_metrics(rollout, accelerator)
+            with watch.phase("metrics"):
+                metrics = _rollout_metrics(rollout, accelerator)
             monitor.watch(number, metrics)
             metrics |= update(learner, rollout, texts, config, shuffling, only_value=only_value)
             monitor.watch(number, metrics)
@@ -119,6 +123,7 @@ def train(config: Config) -> None:
             with watch.phase("evaluate"):
                 metrics |= evaluate(learner, sampler, held_out, run, number, config)
         seconds = watch.take() | {"update": time.perf_counter() - started}
+        metrics |= speed.measure(rollout, metrics, seconds)
         for name, value in seconds.items():
             all_seconds[name] = all_seconds.get(name, 0.0) + value
         run.log(number, metrics | {f"seconds/{name}": value for name, value in seconds.items()})
@@ -128,6 +133,7 @@ def train(config: Config) -> None:
         learner.average.copy_to(learner.models.policy)
     if accelerator.is_main_process:
         save_policy(learner.models.policy, chat.tokenizer, run.dir)
+    metrics |= speed.mean()
     results = {name.removeprefix("ppo/"): value for name, value in metrics.items()}
     phases = {name: round(value, 1) for name, value in all_seconds.items()}
     run.finish(results | raw_scores | {"alarms": monitor.alarms, "phase_seconds": phases})
@@ -168,8 +174,14 @@ def _warn_of_chance(config: Config, monitor: Monitor) -> None:
 
 
 def _token_noise(config: Config, accelerator: Accelerator) -> float:
-    is_half = accelerator.mixed_precision != "no" or config.policy.dtype == "bfloat16"
+    is_half = _dtype(config, accelerator) != torch.float32
     return TOKEN_NOISE["bfloat16" if is_half else "float32"]
+
+
+def _dtype(config: Config, accelerator: Accelerator) -> torch.dtype:
+    """Of the products in a forward pass."""
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return mixed.get(accelerator.mixed_precision, getattr(torch, config.policy.dtype))
 
 
 def _load_episodes(
@@ -227,8 +239,8 @@ def text_batches(
             yield []
     assert config.ptx.text is not None
     blocks = text_blocks([t.text for t in read_records(config.ptx.text, Text)], chat, config)
-    num_blocks = max(1, round(config.ptx.blocks_per_episode * config.ppo.mini_batch_size))
-    num_blocks = math.ceil(num_blocks / accelerator.num_processes) * accelerator.num_processes
+    num_processes = accelerator.num_processes
+    num_blocks = math.ceil(config.text_blocks_per_step / num_processes) * num_processes
     generator = torch.Generator().manual_seed(config.seed + 1)
     batch: list[PromptTree] = []
     while True:
@@ -319,6 +331,9 @@ def _load_models(
         packer_for(value_model.classifier, config.micro_batch_tokens),
     ]
     packer = min(packers, key=lambda packer: packer.share_prompts)  # what both models can take
+    if config.gradient_checkpointing:
+        checkpoint_activations(policy)
+        checkpoint_activations(value_model.classifier)
     average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
     groups = [(policy, config.optim.learning_rate), (value_model, config.value_learning_rate)]
     optimizer = make_optimizer(groups, config.optim)
