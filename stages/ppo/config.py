@@ -159,6 +159,8 @@ class Config:
     """Updates between checkpoints, from which a run that was cut off goes on when the same command
     is given again. Each holds both models, the optimizer and the average: four to five times the
     weights. None writes none."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
     eval_every: int = 10
     """Updates between evaluations on prompts_held_out."""
     num_eval_prompts: int = 64
@@ -214,6 +216,13 @@ class Config:
     @property
     def steps_per_update(self) -> int:
         return self.ppo.num_epochs * self.rollout.batch_size // self.ppo.mini_batch_size
+
+    @property
+    def text_blocks_per_step(self) -> int:
+        """Of all processes; a number that they cannot share equally is rounded up."""
+        if self.ptx.coef == 0:
+            return 0
+        return max(1, round(self.ptx.blocks_per_episode * self.ppo.mini_batch_size))
 
     @property
     def value_warmup_steps(self) -> int:

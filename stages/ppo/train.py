@@ -26,6 +26,7 @@ from rlhf.models import (
     ScalarModel,
     check_context,
     check_vocabulary,
+    checkpoint_activations,
     load_chat,
     load_policy,
     load_scalar,
@@ -54,6 +55,7 @@ from stages.ppo.monitor import (
 )
 from stages.ppo.normalize import normalize_scores
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out, rollout_metrics, rollout_sums
+from stages.ppo.speed import Speedometer
 from stages.ppo.update import Learner, PolicyAndValue, update
 
 
@@ -85,9 +87,15 @@ def train(config: Config) -> None:
     order = ShuffledBatches(episodes, config.rollout.batch_size, config.seed)
     sampling = torch.Generator().manual_seed(config.seed * 1000 + accelerator.process_index)
     shuffling = torch.Generator().manual_seed(config.seed)
+    speed = Speedometer(learner.models, sampler, accelerator, config, _dtype(config, accelerator))
     progress = Progress(kl_coef=config.ppo.kl_coef, raw_scores=raw_scores)
-    parts: dict[str, Stateful] = {"prompts": order, "texts": text_order, "monitor": monitor}
-    parts["progress"] = Fields(progress, *vars(progress))
+    parts: dict[str, Stateful] = {
+        "prompts": order,
+        "texts": text_order,
+        "monitor": monitor,
+        "progress": Fields(progress, *vars(progress)),
+        "speed": Fields(speed, "totals"),
+    }
     generators = Generators(sampling=sampling, shuffling=shuffling)
     last = checkpoints.restore(parts | learner.parts(), generators)
     numbers = range(0 if last is None else last + 1, config.num_updates)
@@ -99,8 +107,8 @@ def train(config: Config) -> None:
         total=config.num_updates,
         disable=not accelerator.is_main_process,
     )
+    started = time.perf_counter()
     for number in bar:
-        started = time.perf_counter()
         models = learner.models
         batch = own_share(accelerator, next(order))
         only_value = number < config.ppo.value_warmup_updates
@@ -115,7 +123,8 @@ def train(config: Config) -> None:
                     accelerator,
                     progress.kl_coef,
                 )
-            metrics = _rollout_metrics(rollout, accelerator)
+            with watch.phase("metrics"):
+                metrics = _rollout_metrics(rollout, accelerator)
             monitor.watch(number, metrics)
             metrics |= update(learner, rollout, texts, config, shuffling, only_value=only_value)
             monitor.watch(number, metrics)
@@ -134,6 +143,8 @@ def train(config: Config) -> None:
             with watch.phase("evaluate"):
                 metrics |= evaluate(learner, sampler, held_out, run, number, config)
         seconds = watch.take() | {"update": time.perf_counter() - started}
+        started = time.perf_counter()  # saving counts for the update behind it
+        metrics |= speed.measure(rollout, metrics, seconds)
         run.log(number, metrics | {f"seconds/{name}": value for name, value in seconds.items()})
         bar.set_postfix_str(f"score {metrics['ppo/score']:.2f}, kl {metrics['ppo/kl']:.2f}")
         progress.note(metrics, seconds)
@@ -145,7 +156,8 @@ def train(config: Config) -> None:
         learner.average.copy_to(learner.models.policy)
     if accelerator.is_main_process:
         save_policy(learner.models.policy, chat.tokenizer, run.dir)
-    results = {name.removeprefix("ppo/"): value for name, value in progress.metrics.items()}
+    results = progress.metrics | speed.mean()
+    results = {name.removeprefix("ppo/"): value for name, value in results.items()}
     phases = {name: round(value, 1) for name, value in progress.seconds.items()}
     run.finish(results | raw_scores | {"alarms": monitor.alarms, "phase_seconds": phases})
 
@@ -205,8 +217,14 @@ def _warn_of_chance(config: Config, monitor: Monitor) -> None:
 
 
 def _token_noise(config: Config, accelerator: Accelerator) -> float:
-    is_half = accelerator.mixed_precision != "no" or config.policy.dtype == "bfloat16"
+    is_half = _dtype(config, accelerator) != torch.float32
     return TOKEN_NOISE["bfloat16" if is_half else "float32"]
+
+
+def _dtype(config: Config, accelerator: Accelerator) -> torch.dtype:
+    """Of the products in a forward pass."""
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return mixed.get(accelerator.mixed_precision, getattr(torch, config.policy.dtype))
 
 
 def _load_episodes(
@@ -251,8 +269,8 @@ def shuffled_text(
         return ShuffledBatches([], 0, config.seed)
     assert config.ptx.text is not None
     blocks = text_blocks([t.text for t in read_records(config.ptx.text, Text)], chat, config)
-    num_blocks = max(1, round(config.ptx.blocks_per_episode * config.ppo.mini_batch_size))
-    num_blocks = math.ceil(num_blocks / accelerator.num_processes) * accelerator.num_processes
+    num_processes = accelerator.num_processes
+    num_blocks = math.ceil(config.text_blocks_per_step / num_processes) * num_processes
     return ShuffledBatches(blocks, num_blocks, config.seed + 1)
 
 
@@ -336,6 +354,9 @@ def _load_models(
         packer_for(value_model.classifier, config.micro_batch_tokens),
     ]
     packer = min(packers, key=lambda packer: packer.share_prompts)  # what both models can take
+    if config.gradient_checkpointing:
+        checkpoint_activations(policy)
+        checkpoint_activations(value_model.classifier)
     average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
     groups = [(policy, config.optim.learning_rate), (value_model, config.value_learning_rate)]
     optimizer = make_optimizer(groups, config.optim)

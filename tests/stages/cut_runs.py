@@ -21,9 +21,10 @@ import yaml
 
 from rlhf.cli import run_stage
 from rlhf.runs import settings_in_force
+from tests.stages.conftest import is_timing
 
 KILLED = -signal.SIGKILL
-TIMED = ("seconds/", "seconds", "phase_seconds", "tokens_per_second")
+RESULTS_OF_TIME = ("seconds", "phase_seconds", "tokens_per_second", "model_flops_utilisation")
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.stages.cut_runs", "stages.ppo.train"])
 
@@ -79,7 +80,11 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def _without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if not name.startswith(TIMED)}
+    return {
+        name: value
+        for name, value in row.items()
+        if not is_timing(name) and name not in RESULTS_OF_TIME
+    }
 
 
 def _run(stage: str, settings: Path, log: Path, cut: Cut | None) -> None:

@@ -1,6 +1,7 @@
 """A run that is killed at any moment and started again is the run that was not, to the bit."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from rlhf.cli import INTERRUPTED
 from rlhf.config import OptimSettings
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
-from tests.stages.cut_runs import Cut, outcome, run_command, run_to_the_end
+from tests.stages.cut_runs import KILLED, Cut, outcome, run_command, run_to_the_end
 
 
 @pytest.fixture
