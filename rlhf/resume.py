@@ -206,6 +206,6 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
 
 
 def _content(run: Mapping[str, Any], name: str) -> Any:
-    """Hashes of an input's files, or its hub id."""
+    """An input without its place and the story of how it was made: hashes, or a hub id."""
     described = run["inputs"].get(name, {})
-    return described.get("sha256", described.get("hub"))
+    return [described.get(key) for key in ("sha256", "base", "hub")]
