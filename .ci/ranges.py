@@ -1,8 +1,8 @@
 """Constraints for pip that hold the packages of pyproject.toml at one end of their ranges.
 
-`python .ci/ranges.py lowest` prints every declared lower bound as the only version, `newest` leaves
-the ranges as they are. In both torch stays at the build of the environment that this runs in: another
-one is gigabytes.
+`python .ci/ranges.py lowest` prints every declared lower bound as the only version, `newest`
+leaves the ranges as they are. In both torch stays at the build of the environment that this runs
+in: another one is gigabytes.
 """
 
 import sys
