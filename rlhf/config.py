@@ -54,6 +54,39 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Train a low-rank adapter over frozen weights instead of all of them (Hu et al. 2021).
+
+    There is no dropout: with it the first ratio of PPO would not be 1.
+    """
+
+    rank: int = 0
+    """Rank of the adapter; 0 trains all weights. A model folder that is an adapter already is
+    trained on if it has this rank, and merged into its base with 0."""
+    alpha: float = 16.0
+    """The adapter's output is scaled by alpha / rank."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the linear layers that get an adapter, such as [q_proj, v_proj]; all-linear: every
+    one but the output layer, or those of the adapter that is trained on."""
+    quantize: Literal["none", "4bit"] = "none"
+    """How the frozen weights are held: as model.dtype says, or in 4 bits (QLoRA, Dettmers et al.
+    2023), which needs the package bitsandbytes."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, "rank", self.rank, "give 0 (all weights) or more, such as 16")
+        _require(
+            0 < self.alpha < math.inf, "alpha", self.alpha, "give a positive number, such as 16"
+        )
+        if not self.target_modules:
+            raise ValueError("target_modules is empty; name linear layers, or give all-linear")
+        if self.quantize != "none" and self.rank == 0:
+            raise ValueError(
+                f"quantize is {self.quantize} and rank is 0; quantised weights cannot be trained, "
+                "only an adapter over them; give a rank, such as 16"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimSettings:
     """AdamW, its learning rate schedule and the gradient clip."""
 

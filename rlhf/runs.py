@@ -4,6 +4,7 @@ config.yaml     settings in force; --config of the same program takes it again
 lineage.json    hashes of the inputs, results of the runs that made them, commit, versions
 metrics.jsonl   one object a logged step: {"step": 10, "sft/loss": 2.1}
 samples.jsonl   texts that the model wrote, one object a row
+base.json       of an adapter: path and hash of the full model that it belongs over (rlhf.lora)
 results.json    final figures; written last, so its presence says that the run is complete
 """
 
@@ -28,11 +29,13 @@ LINEAGE = "lineage.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 RESULTS = "results.json"
+BASE_FILE = "base.json"
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
 _HASHED = (
     "config.json",
     "generation_config.json",
+    "adapter_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -198,6 +201,8 @@ def _describe_input(path: str) -> dict[str, Any]:
         "path": path,
         "sha256": {file.name: _sha256(file) for file in files},
     }
+    if (folder / BASE_FILE).is_file():
+        described["base"] = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
     if (folder / RESULTS).is_file() and (folder / LINEAGE).is_file():
         described["results"] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         described["lineage_sha256"] = _sha256(folder / LINEAGE)
