@@ -138,6 +138,8 @@ class OptimSettings:
 class GenerationSettings:
     """How responses are sampled; changes no result but by floating point and the order of draws."""
 
+    engine: Literal["hf"] = "hf"
+    """hf: our own loop over the model's cache."""
     batch_size: int = 64
     """Responses sampled side by side on each process; bounds the memory of the KV cache."""
 

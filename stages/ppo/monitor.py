@@ -28,6 +28,8 @@ LAST_GOOD = "last_good"
 
 TOKEN_NOISE = {"float32": 1e-3, "bfloat16": 0.5}
 """Log-ratio, in nats a token, above which a difference is no longer noise of the arithmetic."""
+ENGINE_NOISE = {"hf": 0.0, "continuous": 0.0, "vllm": 0.5}
+"""What the kernels of a generation engine may add to it: the first two run the trainer's model."""
 NUM_ERRORS = 4.0
 """Standard errors below 0 from which a mean KL is not negative by chance."""
 SAMPLER_ERRORS = 6.0
@@ -64,6 +66,15 @@ def reference_differs(now: Metrics, monitor: "Monitor") -> str | None:
 
 
 def sampler_differs(now: Metrics, monitor: "Monitor") -> str | None:
+    """What the sampler says of its tokens, and then what they are: a sampler may draw from another
+    distribution than the one it reports, which only many tokens show."""
+    most = now["ppo/sampler_difference"]
+    noise = monitor.token_noise + ENGINE_NOISE[monitor.config.generation.engine]
+    if not most <= noise:
+        return (
+            f"Sampler and trainer are {most:.2g} nats apart on the log-probability of a sampled "
+            f"token, where noise stays below {noise:g}."
+        )
     rows = [*monitor.history, now]
     errors = sum(row["ppo/sampler_z"] for row in rows) / math.sqrt(len(rows))
     excess = sum(row["ppo/sampler_excess"] for row in rows) / len(rows)
@@ -200,7 +211,7 @@ RULES = (
     ),
     Rule(
         "PPO_SAMPLER",
-        ("ppo/sampler_z", "ppo/sampler_excess"),
+        ("ppo/sampler_difference", "ppo/sampler_z", "ppo/sampler_excess"),
         sampler_differs,
         "Sample at rollout.temperature without top-k, top-p or penalties, from the weights that "
         "are scored.",

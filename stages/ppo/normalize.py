@@ -78,7 +78,7 @@ def _measure(
     seed = (sampler.config.seed + SEED_SHIFT) * 1000 + accelerator.process_index
     generator = torch.Generator().manual_seed(seed)
     with accelerator.autocast():
-        trees = sampler.sample(sampler.ref_policy, episodes, generator)
+        trees, _ = sampler.sample(sampler.ref_policy, episodes, generator)
         scores = sampler.raw_scores(episodes, trees).scores.double()
     mean = float(sum_over_processes(accelerator, scores.sum())) / num_samples
     squares = float(sum_over_processes(accelerator, (scores - mean).square().sum()))

@@ -20,6 +20,7 @@ from rlhf.distributed import (
     sum_over_processes,
 )
 from rlhf.finite import NonFiniteError, require_finite
+from rlhf.generation import make_engine
 from rlhf.kl import adapt_kl_coef, k1
 from rlhf.models import (
     ScalarModel,
@@ -282,7 +283,7 @@ def evaluate(
     episodes = own_share(learner.accelerator, held_out)
     generator = torch.Generator().manual_seed(config.seed)
     policy = learner.models.policy
-    trees = sampler.sample(policy, episodes, generator)
+    trees, _ = sampler.sample(policy, episodes, generator)
     scored, finished = sampler.score(episodes, trees)
     scores = scored.scores
     _, mask = response_batch([tree.responses[0] for tree in trees])
@@ -340,7 +341,8 @@ def _load_models(
     schedule = make_schedule(optimizer, config.optim, config.num_steps, first_steps)
     model, optimizer = accelerator.prepare(PolicyAndValue(policy, value_model), optimizer)
     learner = Learner(model, optimizer, schedule, average, packer, accelerator, watch)
-    return learner, Sampler(chat, ref_policy, reward, packer, config, watch)
+    engine = make_engine(config.generation)
+    return learner, Sampler(chat, ref_policy, reward, packer, config, watch, engine)
 
 
 def _load_value_model(config: Config, chat: Chat, accelerator: Accelerator) -> ScalarModel:
@@ -394,9 +396,13 @@ def _rollout_metrics(rollout: Rollout, accelerator: Accelerator) -> dict[str, fl
         tensors = {k: v for k, v in vars(rollout).items() if isinstance(v, torch.Tensor)}
         require_finite(tensors, rollout.trees, "rollout")
         raise NonFiniteError("a rollout on another process", "rollout")
-    token_kl = k1(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask).abs().max().item()
+    largest = {
+        "ppo/max_token_kl": k1(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask),
+        "ppo/sampler_difference": rollout.logprobs - rollout.sampler_logprobs,
+    }
     return rollout_metrics(totals) | {
-        "ppo/max_token_kl": max_over_processes(accelerator, token_kl),
+        name: max_over_processes(accelerator, difference.abs().max().item())
+        for name, difference in largest.items()
     }
 
 
