@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from rlhf.chat import Chat
 from rlhf.finite import NonFiniteError
@@ -362,6 +363,18 @@ class Monitor:
         metrics["ppo/alarms"] = float(len(self._active))
         self.history.append(metrics)
         self._was_active, self._active, self._tried = self._active, set(), set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Between two updates."""
+        return {
+            "history": self.history,
+            "alarms": self.alarms,
+            "was_active": sorted(self._was_active),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history, self.alarms = state["history"], state["alarms"]
+        self._was_active, self._active, self._tried = set(state["was_active"]), set(), set()
 
 
 def write_replay(error: NonFiniteError, update: int, chat: Chat, folder: Path) -> Path:
