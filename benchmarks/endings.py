@@ -23,13 +23,16 @@ def end_responses_at(
     (probability 0, or 1 at the target).
 
     Args:
-        model: a causal LM whose forward takes position_ids.
+        model: a causal LM whose forward is called with position_ids; a call without, such as a
+            probe of the model, is left as it is.
     """
     ends = torch.tensor(list(positions or []), dtype=torch.long)
 
     def set_logits(_: nn.Module, __: Any, inputs: dict[str, Any], output: Any) -> None:
+        where = inputs.get("position_ids")
+        if where is None:
+            return
         logits = output.logits.detach()
-        where = inputs["position_ids"]
         keep = inputs.get("logits_to_keep", 0)
         if isinstance(keep, Tensor):
             where = where[:, keep]
