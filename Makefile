@@ -55,7 +55,7 @@ $(error ARGS are for a stage or a benchmark: make sft ARGS="--optim.learning_rat
 endif
 endif
 
-.PHONY: help setup check test pipeline clean anew $(STAGES) $(BENCHMARKS)
+.PHONY: help setup check test test-lowest test-newest pipeline clean anew $(STAGES) $(BENCHMARKS)
 .DELETE_ON_ERROR:
 
 help: ## Show this list.
@@ -73,6 +73,11 @@ check: $(SETUP) ## Format, lint, types and import rules; no network, no accelera
 
 test: check ## Checks, then all tests.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores)
+
+test-lowest: .venv-lowest/.installed ## All tests on the lowest versions that pyproject.toml declares.
+test-newest: .venv-newest/.installed ## All tests on the newest versions that it allows.
+test-lowest test-newest: test-%:
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(cores)
 
 pipeline: $(RUN)/results.json ## All stages from the data to the table of results.
 	@echo "results: $(RUN)/results.json"
@@ -98,6 +103,12 @@ bench-roofline: $(SETUP) ## How close each phase comes to what the machine can d
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or later is needed; make PYTHON=python3.12 names one")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+.venv-%/.installed: pyproject.toml .ci/ranges.py | $(SETUP)
+	$(PYTHON) -m venv --clear $(@D)
+	$(BIN)/python .ci/ranges.py $* > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable ".[dev]"
 	@touch $@
 
 configs/%.yaml:

@@ -16,11 +16,11 @@ from accelerate.utils import set_seed
 from benchmarks.endings import end_responses_at, greedy_draws
 from benchmarks.gate import EpochGate
 from benchmarks.protocol import Link
-from benchmarks.workload import LEARNING_RATE, Workload
+from benchmarks.workload import LEARNING_RATE, Workload, text_blocks
 from rlhf.config import ModelSettings, OptimSettings
 from rlhf.distributed import start_accelerator
 from rlhf.models import load_chat, load_scalar, packer_for
-from rlhf.packing import PromptTree
+from rlhf.packing import PromptTree, text_tree
 from rlhf.records import Prompt, Ranking
 from rlhf.rewards import RewardSettings
 from rlhf.runs import open_run
@@ -105,7 +105,8 @@ def run_ppo(link: Link, output_dir: str) -> None:
         figures = loop.update()
 
 
-def ppo_config(work: Workload, output_dir: str, ptx: PtxSettings | None = None) -> PPOConfig:
+def ppo_config(work: Workload, output_dir: str) -> PPOConfig:
+    has_text = work.text_blocks > 0
     return PPOConfig(
         output_dir=output_dir,
         policy=ModelSettings(path=work.policy),
@@ -117,7 +118,7 @@ def ppo_config(work: Workload, output_dir: str, ptx: PtxSettings | None = None) 
             max_new_tokens=work.new_tokens,
         ),
         ppo=PPOSettings(mini_batch_size=len(work.prompts), kl_coef=0.05),
-        ptx=ptx or PtxSettings(coef=0.0),
+        ptx=PtxSettings(coef=float(has_text), text="given in code" if has_text else None),
         optim=OPTIM,
         value_learning_rate=LEARNING_RATE,
         micro_batch_tokens=work.micro_batch_tokens,
@@ -145,7 +146,9 @@ class PPOLoop:
             Episode(Prompt(prompt=f"prompt {number}"), tuple(ids))
             for number, ids in enumerate(work.prompts)
         ]
-        self.texts: Iterator[list[PromptTree]] = repeat([])
+        num_ids = len(chat.tokenizer)
+        texts = [text_tree(block) for block in text_blocks(work.text_blocks, num_ids)]
+        self.texts: Iterator[list[PromptTree]] = repeat(texts)
         self.draws = torch.Generator().manual_seed(0)
         self.order = torch.Generator().manual_seed(0)
 

@@ -14,6 +14,7 @@ DType = Literal["float32", "bfloat16"]
 FIRST_ID = 100
 """Ids below are left to special tokens."""
 LEARNING_RATE = 1e-6
+TEXT_BLOCK_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Workload:
     end_positions: list[int] | None = None
     """PPO: a response has its end token at the first of these positions behind its prompt, the
     prompt's first token being at 0. None: no response ends before `new_tokens`."""
+    text_blocks: int = 0
+    """PPO, ours only: blocks of text of the ptx term in an update."""
     dtype: DType = "float32"
     """float32, or bfloat16 autocast over float32 weights."""
     micro_batch: int = 1
@@ -53,8 +56,8 @@ class Workload:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the data, every prompt and every response once."""
-        prompts = sum(map(len, self.prompts))
+        """Tokens of the data, every prompt, response and block of text once."""
+        prompts = sum(map(len, self.prompts)) + TEXT_BLOCK_TOKENS * self.text_blocks
         if self.kind == "ppo":
             return prompts + sum(self.response_lengths)
         return prompts + sum(len(one) for responses in self.responses for one in responses)
@@ -77,6 +80,11 @@ def rm_data(
         [_ids(draw, response_tokens, vocab_size) for _ in range(k)] for _ in range(num_prompts)
     ]
     return prompts, responses
+
+
+def text_blocks(count: int, vocab_size: int) -> list[list[int]]:
+    draw = random.Random(2)
+    return [_ids(draw, TEXT_BLOCK_TOKENS, vocab_size) for _ in range(count)]
 
 
 def ppo_prompts(*, lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
