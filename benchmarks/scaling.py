@@ -1,8 +1,8 @@
 """python -m benchmarks.scaling [--shape 9M] [--threads 2]
 
-What our stages cost as the work grows: an epoch of the reward model over K, a PPO update over batch,
-response length and text blocks an episode, and both over the model's size. Writes scaling.json and
-scaling.png.
+What our stages cost as the work grows: an epoch of the reward model over K, a PPO update over its
+batch, response length and text blocks an episode, and both over the model's size. Writes
+scaling.json and scaling.png.
 """
 
 import argparse
