@@ -26,7 +26,8 @@ from tests.stages.conftest import is_timing
 KILLED = -signal.SIGKILL
 RESULTS_OF_TIME = ("seconds", "phase_seconds", "tokens_per_second", "model_flops_utilisation")
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.stages.cut_runs", "stages.ppo.train"])
+STAGES = ("ppo", "rm", "sft")
+_SERVER.set_forkserver_preload(["tests.stages.cut_runs", *(f"stages.{s}.train" for s in STAGES)])
 
 
 @dataclass(frozen=True)

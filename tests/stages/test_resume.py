@@ -1,17 +1,23 @@
 """A run that is killed at any moment and started again is the run that was not, to the bit."""
 
 import json
+import random
 import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf.cli import INTERRUPTED
-from rlhf.config import OptimSettings
+from rlhf.config import ModelSettings, OptimSettings
+from rlhf.datasets import write_records
+from rlhf.records import Demonstration, Ranking, Text
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
+from stages.rm.config import Config as RewardModelConfig
+from stages.sft.config import Config as SFTConfig
 from tests.stages.cut_runs import KILLED, Cut, outcome, run_command, run_to_the_end
 
 
@@ -48,20 +54,101 @@ PPO_CUTS = [
 ]
 
 
-def test_ppo_killed_again_and_again_is_the_run_that_was_not(full_ppo: PPOConfig, tmp_path: Path):
-    whole = replace(full_ppo, output_dir=str(tmp_path / "whole"))
-    killed = replace(full_ppo, output_dir=str(tmp_path / "killed"))
-    run_to_the_end("ppo", whole, [])
-    printed = run_to_the_end("ppo", killed, PPO_CUTS)
-    assert "ppo: resumes after update" in printed
-    expected, found = outcome(tmp_path / "whole"), outcome(tmp_path / "killed")
-    assert expected.keys() == {
-        "model.safetensors", "metrics.jsonl", "samples.jsonl", "results.json"
-    }  # fmt: skip
-    assert len(expected["metrics.jsonl"]) == 6 and expected["metrics.jsonl"][-1]["ppo/kl"] > 0
-    for name in expected:
-        assert found[name] == expected[name], name
-    assert not (tmp_path / "killed" / "checkpoints").exists()
+def test_ppo_killed_again_and_again_is_the_run_that_was_not(full_ppo: PPOConfig):
+    rows = same_when_killed("ppo", full_ppo, PPO_CUTS)
+    assert [row["step"] for row in rows] == list(range(6))
+    assert rows[-1]["ppo/kl"] > 0 and rows[-1]["ppo/kl_coef"] != rows[0]["ppo/kl_coef"]
+
+
+@pytest.fixture
+def full_rm(ppo_inputs: Path, tmp_path: Path) -> RewardModelConfig:
+    """Two epochs of eight steps."""
+    generator = random.Random(0)
+    answers = ["".join(generator.choices("abcdef", k=1 + i % 5)) for i in range(200)]
+    rankings = [Ranking(f"q{i}", tuple(answers[3 * i : 3 * i + 3]), (1, 2, 3)) for i in range(40)]
+    write_records(ppo_inputs / "rankings.jsonl", rankings)
+    demonstrations = [Demonstration(r.prompt, r.responses[0]) for r in rankings]
+    write_records(ppo_inputs / "demonstrations.jsonl", demonstrations)
+    return RewardModelConfig(
+        output_dir=str(tmp_path / "rm"),
+        model=ModelSettings(path=str(ppo_inputs / "sft")),
+        rankings=[str(ppo_inputs / "rankings.jsonl")],
+        held_out=0.25,
+        demonstrations=str(ppo_inputs / "demonstrations.jsonl"),
+        batch_size=4,
+        num_epochs=2,
+        optim=OptimSettings(learning_rate=3e-3, warmup_steps=3),
+        checkpoint_every=3,
+    )
+
+
+RM_CUTS = [
+    Cut("stages.rm.trainer", "ranking_loss", 6),
+    Cut("rlhf.checkpoint", "save_file", 2),  # in the middle of the second checkpoint
+    Cut("stages.rm.trainer", "AtEpochEnd.on_epoch_end", 1),
+    Cut("rlhf.resume", "remove_others", 2),
+    Cut("stages.rm.train", "save_scalar", 1),
+]
+
+
+def test_a_reward_model_killed_again_and_again_is_the_one_that_was_not(
+    full_rm: RewardModelConfig,
+):
+    rows = same_when_killed("rm", full_rm, RM_CUTS)
+    assert [row["step"] for row in rows if "rm/loss" in row] == list(range(1, 17))
+    assert [row["step"] for row in rows if "rm/held_out_loss" in row] == [8, 16]
+
+
+@pytest.fixture
+def full_sft(full_rm: RewardModelConfig, ppo_inputs: Path, tmp_path: Path) -> SFTConfig:
+    text = [Text(f"{i} cats sat on {i} mats and sang. " * 2) for i in range(30)]
+    write_records(ppo_inputs / "sft_text.jsonl", text)
+    return SFTConfig(
+        output_dir=str(tmp_path / "sft"),
+        model=full_rm.model,
+        demonstrations=full_rm.demonstrations,
+        text=str(ppo_inputs / "sft_text.jsonl"),
+        held_out=0.2,
+        max_text_tokens=32,
+        max_response_tokens=8,
+        batch_size=4,
+        micro_batch_size=2,
+        optim=OptimSettings(learning_rate=3e-3),
+        num_samples=2,
+        eval_every=2,
+        checkpoint_every=3,
+    )
+
+
+SFT_CUTS = [
+    Cut("stages.sft.trainer", "_Keeper.on_log", 2),
+    Cut("rlhf.checkpoint", "save_file", 1),
+    Cut("stages.sft.trainer", "save_weights", 3),  # in the middle of keeping the best
+    Cut("stages.sft.trainer", "_Keeper.on_step_end", 3),
+    Cut("rlhf.resume", "remove_others", 1),
+    Cut("stages.sft.train", "save_policy", 1),
+]
+
+
+def test_sft_killed_again_and_again_is_the_run_that_was_not(full_sft: SFTConfig):
+    rows = same_when_killed("sft", full_sft, SFT_CUTS)
+    steps = [row["step"] for row in rows if "sft/loss" in row]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 12
+    assert [row["step"] for row in rows if "sft/held_out_loss" in row][:3] == [0, 2, 4]
+
+
+def same_when_killed(stage: str, config: Any, cuts: list[Cut]) -> list[dict[str, Any]]:
+    """A run that is left alone and one that is cut off leave the same; returns its rows."""
+    folder = Path(config.output_dir)
+    whole, killed = (replace(config, output_dir=str(folder / n)) for n in ("whole", "killed"))
+    run_to_the_end(stage, whole, [])
+    assert f"{stage}: resumes after" in run_to_the_end(stage, killed, cuts)
+    expected, found = outcome(folder / "whole"), outcome(folder / "killed")
+    assert {"model.safetensors", "metrics.jsonl", "results.json"} <= expected.keys()
+    for name in expected.keys() | found.keys():
+        assert found.get(name) == expected.get(name), name
+    assert not (folder / "killed" / "checkpoints").exists()
+    return expected["metrics.jsonl"]
 
 
 def test_what_does_not_fit_the_run_stops_it_and_says_how_to_go_on(

@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from rlhf.chat import Chat
 from rlhf.config import GenerationSettings, ModelSettings, OptimSettings, load_config
 from rlhf.datasets import write_records
+from rlhf.distributed import start_accelerator
 from rlhf.generation import generate
 from rlhf.inference import compute_scores
 from rlhf.models import load_policy, load_scalar, new_policy, save_policy
 from rlhf.packing import Packer, PromptTree, text_tree
 from rlhf.records import Demonstration, Text
+from rlhf.resume import Checkpoints
 from rlhf.rewards import GoldenRow, RewardCard, rendering_hash
 from rlhf.runs import open_run
 from stages.sft import train as train_module
@@ -127,7 +129,9 @@ def test_first_step_logs_the_mean_loss_of_its_batchs_trained_tokens(
     policy = load_policy(config.model)
     expected = mean_loss(policy, trees, Packer(512))
     run = open_run(config, stage="sft", inputs={})
-    fit(policy, chat.tokenizer, trees, config, run, lambda policy, step: {"sft/held_out_loss": 1.0})
+    checkpoints = Checkpoints(run, start_accelerator(), None)
+    measure = lambda policy, step: {"sft/held_out_loss": 1.0}  # noqa: E731
+    fit(policy, chat.tokenizer, trees, config, run, checkpoints, {}, measure)
     logged = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
     (first,) = [row for row in logged if "sft/loss" in row]
     assert first["sft/loss"] == pytest.approx(expected, abs=1e-5)
