@@ -138,8 +138,9 @@ class OptimSettings:
 class GenerationSettings:
     """How responses are sampled; changes no result but by floating point and the order of draws."""
 
-    engine: Literal["hf"] = "hf"
-    """hf: our own loop over the model's cache."""
+    engine: Literal["hf", "continuous"] = "hf"
+    """hf: our own loop over the model's cache. continuous: continuous batching of transformers,
+    where ended responses make room for waiting prompts; for many more prompts than batch_size."""
     batch_size: int = 64
     """Responses sampled side by side on each process; bounds the memory of the KV cache."""
 

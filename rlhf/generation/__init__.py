@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.config import GenerationSettings
+from rlhf.generation.continuous import ContinuousEngine
 from rlhf.generation.interface import Engine, Samples
 from rlhf.generation.loop import LoopEngine
 
@@ -19,7 +20,9 @@ __all__ = ["Engine", "Samples", "generate", "make_engine"]
 
 def make_engine(settings: GenerationSettings) -> Engine:
     """The engine that the settings name; it has no weights before `refresh`."""
-    return LoopEngine(settings.batch_size)
+    if settings.engine == "continuous":
+        return ContinuousEngine(settings)
+    return LoopEngine(settings)
 
 
 def generate(
