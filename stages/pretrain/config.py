@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf.config import OptimSettings
+from rlhf.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,8 @@ class Config:
     given again. Each takes three times the weights. None writes none."""
     eval_steps: int = 100
     """Steps between two measurements of held-out loss and fact recall; the end is always one."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """Where metrics and samples go besides metrics.jsonl and samples.jsonl: tensorboard, wandb."""
     seed: int = 0
     """Seed of the weights and of the order of the rows."""
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from rlhf.config import LoraSettings, ModelSettings, OptimSettings
+from rlhf.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ class Config:
     it gives a function (prompts, responses) -> scores. None means that there is no gold score."""
     gold_path: str | None = None
     """What the maker of the gold score is called with, such as a data folder."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """Where metrics and samples go besides metrics.jsonl and samples.jsonl: tensorboard, wandb."""
     seed: int = 0
     """Seed of the new head, of the order of rankings, of the split and of all that is drawn."""
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf.config import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
+from rlhf.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,8 @@ class Config:
     """Temperature of the samples; 0 takes the likeliest token."""
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     """How samples are generated."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """Where metrics and samples go besides metrics.jsonl and samples.jsonl: tensorboard, wandb."""
     seed: int = 0
     """Root of every random choice."""
     output_dir: str

@@ -142,6 +142,9 @@ class _PlainTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: a checkpoint is ours alone, and the card asks the hub."""
 
+    def _send_telemetry(self) -> None:
+        """None: who trains what on their own files is nobody else's."""
+
 
 class _Keeper(TrainerCallback):
     """Logs, shows progress, measures, and has the best checkpoint so far saved."""
