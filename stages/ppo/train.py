@@ -338,6 +338,7 @@ def evaluate(
 def _load_models(
     config: Config, chat: Chat, accelerator: Accelerator, watch: Stopwatch
 ) -> tuple[Learner, Sampler]:
+    engine = make_engine(config.generation, accelerator.print)
     policy = load_policy(config.policy)
     check_vocabulary(policy, chat, config.policy.path)
     limits = {
@@ -365,7 +366,6 @@ def _load_models(
     schedule = make_schedule(optimizer, config.optim, config.num_steps, first_steps)
     model, optimizer = accelerator.prepare(PolicyAndValue(policy, value_model), optimizer)
     learner = Learner(model, optimizer, schedule, average, packer, accelerator, watch)
-    engine = make_engine(config.generation)
     return learner, Sampler(chat, ref_policy, reward, packer, config, watch, engine)
 
 
