@@ -55,7 +55,7 @@ $(error ARGS are for a stage or a benchmark: make sft ARGS="--optim.learning_rat
 endif
 endif
 
-.PHONY: help setup check test test-lowest test-newest pipeline clean anew $(STAGES) $(BENCHMARKS)
+.PHONY: help setup check test test-resume test-lowest test-newest pipeline clean anew $(STAGES)
 .DELETE_ON_ERROR:
 
 help: ## Show this list.
@@ -74,6 +74,9 @@ check: $(SETUP) ## Format, lint, types and import rules; no network, no accelera
 test: check ## Checks, then all tests.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores)
 
+test-resume: $(SETUP) ## Kill runs at KILLS random moments (30) and compare; about five minutes.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.kill_points --kill-points $(or $(KILLS),30)
+
 test-lowest: .venv-lowest/.installed ## All tests on the lowest versions that pyproject.toml declares.
 test-newest: .venv-newest/.installed ## All tests on the newest versions that it allows.
 test-lowest test-newest: test-%:
@@ -85,6 +88,7 @@ pipeline: $(RUN)/results.json ## All stages from the data to the table of result
 clean: ## Remove the preset's runs.
 	rm -rf $(RUN)
 
+.PHONY: $(BENCHMARKS)
 bench: $(SETUP) $(PEERS) ## Speed and memory against TRL, alternately; ARGS=--quick for a first look.
 	$(BIN)/python -m benchmarks $(ARGS)
 
