@@ -2,10 +2,12 @@
 
 Ours against TRL's RewardTrainer and PPOTrainer, alternately, on the same weights and data; `make
 bench` makes the environment of the peers first. Writes benchmarks/results/results.json and
-results.md; --quick runs one pair of smaller samples and writes to runs/benchmarks/quick instead.
+results.md; --quick runs one pair of smaller samples, and writes to runs/benchmarks/quick as does
+--shape with a smaller model.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -16,15 +18,17 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.compare import compare
-from benchmarks.folders import VOCAB_SIZES, policy_folder, reward_folder
+from benchmarks.folders import SHAPES, VOCAB_SIZES, policy_folder, reward_folder
 from benchmarks.report import TABLE, TARGETS, write
-from benchmarks.workload import Workload, every, ppo_prompts, rm_data, spread_lengths
+from benchmarks.workload import DType, Workload, every, ppo_prompts, rm_data, spread_lengths
 from rlhf.runs import commit
 
 WORK_DIR = Path("runs/benchmarks")
 RESULTS_DIR = Path("benchmarks/results")
 PEERS_PYTHON = Path(".venv-peers/bin/python")
 
+REAL = "135M"
+"""Shape of the model that the table is about."""
 NUM_PAIRS = 5
 PROMPT_TOKENS, RESPONSE_TOKENS = 200, 60
 RM_PROMPTS = {9: 1, 4: 4, 2: 12}
@@ -43,10 +47,11 @@ def main(args: Sequence[str] | None = None) -> None:
     if not PEERS_PYTHON.exists():
         sys.exit(f"error: {PEERS_PYTHON} does not exist; make bench makes it")
     started = time.monotonic()
-    folder = WORK_DIR / "quick" if options.quick else RESULTS_DIR
+    is_real = not options.quick and options.shape == REAL
+    folder = RESULTS_DIR if is_real else WORK_DIR / "quick"
     dtype, reason = machine.best_dtype()
     for name in options.rows:
-        work = workload(name, dtype, quick=options.quick)
+        work = workload(name, dtype, quick=options.quick, shape=options.shape)
         if name == "ppo_best" and work.dtype == "float32" and "ppo_fp32" in options.rows:
             row = _as_best(folder, reason)
         else:
@@ -56,15 +61,15 @@ def main(args: Sequence[str] | None = None) -> None:
     print(f"bench: wrote {folder} in {time.monotonic() - started:.0f} s")
 
 
-def workload(name: str, best: Any, *, quick: bool = False) -> Workload:
+def workload(name: str, best: DType, *, quick: bool = False, shape: str = REAL) -> Workload:
     """What a row is about; smaller samples if quick, of the same shapes."""
-    policy = policy_folder(WORK_DIR)
+    policy = policy_folder(WORK_DIR, shape)
     folders: dict[str, Any] = {
         "name": name,
         "policy": str(policy),
         "reward_model": str(reward_folder(policy, WORK_DIR)),
     }
-    vocab_size = VOCAB_SIZES["135M"]
+    vocab_size = VOCAB_SIZES[shape]
     if name.startswith("rm_k"):
         k = int(name.removeprefix("rm_k"))
         prompts, responses = rm_data(
@@ -117,8 +122,6 @@ def _measure(work: Workload, options: argparse.Namespace) -> dict[str, Any]:
 
 def _as_best(folder: Path, reason: str) -> dict[str, Any]:
     """The row of float32 again, where that is the best type of both."""
-    import json
-
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     (row,) = (row for row in rows if row["name"] == "ppo_fp32")
     note = f"ppo_best is ppo_fp32: float32 is the faster type here; {reason}"
@@ -128,6 +131,7 @@ def _as_best(folder: Path, reason: str) -> dict[str, Any]:
 def _circumstances(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "quick": options.quick,
+        "shape": options.shape,
         "machine": machine.describe(options.threads),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
@@ -144,6 +148,9 @@ def _options(args: Sequence[str] | None) -> argparse.Namespace:
         type=lambda text: text.split(","),
         default=list(TARGETS),
         help=f"comma-separated, of {','.join(TARGETS)}; all by default",
+    )
+    parser.add_argument(
+        "--shape", default=REAL, choices=SHAPES, help="a smaller model, to try the programs"
     )
     parser.add_argument("--pairs", type=int, help=f"pairs of samples; {NUM_PAIRS}, or 1 if quick")
     parser.add_argument(

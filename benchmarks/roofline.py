@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,36 +129,27 @@ def describe(
     name: str, phases: Sequence[Phase], rate: float, bandwidth: float
 ) -> tuple[str, list[dict[str, Any]]]:
     """The table of a program with its largest gap in words, and its rows."""
-    rows = []
-    for phase in phases:
-        limit = phase.limit(rate, bandwidth)
-        rows.append(
-            {
-                "phase": phase.name,
-                "seconds": phase.seconds,
-                "flops": phase.flops,
-                "bytes": phase.num_bytes,
-                "limit_seconds": limit,
-                "share_of_limit": limit / phase.seconds,
-            }
+    limits = [phase.limit(rate, bandwidth) for phase in phases]
+    cells, rows = [], []
+    for phase, limit in zip(phases, limits, strict=True):
+        rows.append({**asdict(phase), "limit": limit, "share_of_limit": limit / phase.seconds})
+        cells.append(
+            [
+                phase.name,
+                f"{phase.seconds:.2f}",
+                f"{phase.flops / phase.seconds / 1e9:.0f}",
+                f"{limit:.2f}",
+                f"{limit / phase.seconds:.0%}",
+            ]
         )
-    cells = [
-        [
-            row["phase"],
-            f"{row['seconds']:.2f}",
-            f"{row['flops'] / row['seconds'] / 1e9:.0f}",
-            f"{row['limit_seconds']:.2f}",
-            f"{row['share_of_limit']:.0%}",
-        ]
-        for row in rows
-    ]
-    largest = max(rows, key=lambda row: row["seconds"] - row["limit_seconds"])
-    lost = largest["seconds"] - largest["limit_seconds"]
-    cause = CAUSES.get(largest["phase"], OTHER_CAUSE)
+    gaps = [phase.seconds - limit for phase, limit in zip(phases, limits, strict=True)]
+    lost = max(gaps)
+    largest = phases[gaps.index(lost)].name
+    cause = CAUSES.get(largest, OTHER_CAUSE)
     header = ("phase", "seconds", "GFLOP/s", "limit, s", "of the limit")
     return (
         f"{name}:\n\n{markdown_table(header, cells)}\n"
-        f"The largest gap is in {largest['phase']}: {lost:.2f} s over its limit. Likely cause: "
+        f"The largest gap is in {largest}: {lost:.2f} s over its limit. Likely cause: "
         f"{cause}.\n\n"
     ), rows
 
