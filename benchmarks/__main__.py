@@ -38,7 +38,7 @@ RM_MICRO_BATCH = {9: 4, 4: 3, 2: 1}
 NUM_PROMPTS, SHORTEST_PROMPT, LONGEST_PROMPT, NEW_TOKENS = 16, 16, 128, 48
 PPO_MICRO_BATCH = 4
 """Sequences a pass of PPOTrainer, its fastest here."""
-MICRO_BATCH_TOKENS = 1024
+MICRO_BATCH_TOKENS = 512
 """Our tokens a pass in PPO, our fastest here."""
 
 
