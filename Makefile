@@ -53,7 +53,7 @@ $(error ARGS are for a stage: make sft ARGS="--optim.learning_rate 1e-5"; one of
 endif
 endif
 
-.PHONY: help setup check test test-lowest test-newest pipeline clean anew $(STAGES)
+.PHONY: help setup check test test-resume test-lowest test-newest pipeline clean anew $(STAGES)
 .DELETE_ON_ERROR:
 
 help: ## Show this list.
@@ -71,6 +71,9 @@ check: $(SETUP) ## Format, lint, types and import rules; no network, no accelera
 
 test: check ## Checks, then all tests.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores)
+
+test-resume: $(SETUP) ## Kill runs at KILLS random moments (30) and compare; about five minutes.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.kill_points --kill-points $(or $(KILLS),30)
 
 test-lowest: .venv-lowest/.installed ## All tests on the lowest versions that pyproject.toml declares.
 test-newest: .venv-newest/.installed ## All tests on the newest versions that it allows.

@@ -98,13 +98,13 @@ def train(config: Config) -> None:
         "speed": Fields(speed, "totals"),
     }
     generators = Generators(sampling=sampling, shuffling=shuffling)
-    last = checkpoints.restore(parts | learner.parts(), generators)
-    numbers = range(0 if last is None else last + 1, config.num_updates)
+    checkpoints.restore(parts | learner.parts(), generators)
+    first = 0 if checkpoints.step is None else checkpoints.step + 1
     watch.take()  # what came before the first update is none of its phases
     bar = tqdm(
-        numbers,
+        range(first, config.num_updates),
         desc="ppo",
-        initial=numbers.start,
+        initial=first,
         total=config.num_updates,
         disable=not accelerator.is_main_process,
     )
