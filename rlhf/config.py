@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from rlhf.records import show
+
 Config = TypeVar("Config")
 
 _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: (--[^\s=]+)")
@@ -136,6 +138,9 @@ class OptimSettings:
 class GenerationSettings:
     """How responses are sampled; changes no result but by floating point and the order of draws."""
 
+    engine: Literal["hf", "continuous"] = "hf"
+    """hf: our own loop over the model's cache. continuous: continuous batching of transformers,
+    where ended responses make room for waiting prompts; for many more prompts than batch_size."""
     batch_size: int = 64
     """Responses sampled side by side on each process; bounds the memory of the KV cache."""
 
@@ -261,13 +266,17 @@ def _check_file(path: Path, config_class: type) -> None:
     if not path.is_file():
         raise ConfigError(f"--config {path} does not exist or is no file; correct the path")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        has_alias = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text))
+        settings = None if has_alias else yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {_one_line(str(error))}") from error
+    if has_alias:  # ten lines of them can stand for more values than fit in memory
+        raise ConfigError(f"{path} holds a YAML alias (*name); write the value out in its place")
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path} holds {settings!r}; write settings as `key: value` lines")
+        raise ConfigError(f"{path} holds {show(settings)}; write settings as `key: value` lines")
     known = keys_of(config_class)
     for key in _dotted_keys(settings, known):
         named = _with_own_names(known, key)

@@ -1,5 +1,5 @@
-"""`python -m rlhf.export --folder runs/mine/ppo --output_dir merged`: an adapter and its base as one
-full model, for tools that do not know adapters."""
+"""`python -m rlhf.export --folder runs/mine/ppo --output_dir merged`: an adapter and its base as
+one full model, for tools that do not know adapters."""
 
 import shutil
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Merge an adapter into its base and write plain full weights, a policy's or a reward model's."""
+    """Merge an adapter into its base and write the full weights of a policy or a reward model."""
 
     folder: str
     """Folder that a stage wrote with lora.rank above 0."""

@@ -424,6 +424,7 @@ def load_full(
             dtype=_dtype(settings),
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,  # a .bin is a pickle, which runs code of its own
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, each by its name
             **arguments,
@@ -494,13 +495,16 @@ def _four_bits(settings: ModelSettings) -> Any:
 
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """Says in transformers' errors which model was meant; some of them do not."""
+    """Says which model was meant in whatever transformers makes of files that it cannot use."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         place = "" if Path(path).exists() else " (no folder here, so taken for a hub id)"
-        raise kind(f"cannot load {path}{place}: {error}") from error
+        name = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise kind(f"cannot load {path}{place}: {name}{error}") from error
 
 
 def _dtype(settings: ModelSettings) -> torch.dtype:
@@ -522,6 +526,17 @@ def _check_folder(path: str) -> None:
         raise ValueError(
             f"the model folder {path} does not exist; run the stage that makes it first, or give "
             "a hub id (owner/name)"
+        )
+    _refuse_pickles(folder)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = sorted(folder.glob("*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise OSError(
+            f"{folder}: {pickles[0].name} is pickled and could run any code, so it is not read; if "
+            "you trust whoever made it, convert it: load the model with from_pretrained, then "
+            "save_pretrained writes safetensors"
         )
 
 

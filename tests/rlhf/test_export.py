@@ -46,9 +46,7 @@ def test_merged_policy_has_the_live_ones_logits(work: Path) -> None:
     change(live)
     save_policy(live, AutoTokenizer.from_pretrained(settings.path), work / "ppo")
     export(Config(folder=str(work / "ppo"), output_dir=str(work / "merged")))
-    merged, report = AutoModelForCausalLM.from_pretrained(
-        work / "merged", output_loading_info=True
-    )
+    merged, report = AutoModelForCausalLM.from_pretrained(work / "merged", output_loading_info=True)
     assert not any(report.values()), report
     with torch.no_grad():
         expected, base = live(input_ids=IDS).logits, load_policy(settings)(input_ids=IDS).logits
@@ -102,7 +100,5 @@ def test_weights_that_a_coarse_type_cannot_hold_are_refused(
     save_policy(live, AutoTokenizer.from_pretrained(work / "base"), work / "ppo")
     monkeypatch.setitem(export.__globals__["TOLERANCE"], "bfloat16", 1e-6)
     with pytest.raises(ValueError, match=r"merged weights differ .* more than 1e-06 \(bfloat16\)"):
-        export(
-            Config(folder=str(work / "ppo"), output_dir=str(work / "merged"), dtype="bfloat16")
-        )
+        export(Config(folder=str(work / "ppo"), output_dir=str(work / "merged"), dtype="bfloat16"))
     assert not (work / "merged").exists()
