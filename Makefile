@@ -53,7 +53,7 @@ $(error ARGS are for a stage: make sft ARGS="--optim.learning_rate 1e-5"; one of
 endif
 endif
 
-.PHONY: help setup check test pipeline clean anew $(STAGES)
+.PHONY: help setup check test test-resume test-lowest test-newest pipeline clean anew $(STAGES)
 .DELETE_ON_ERROR:
 
 help: ## Show this list.
@@ -72,6 +72,14 @@ check: $(SETUP) ## Format, lint, types and import rules; no network, no accelera
 test: check ## Checks, then all tests.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores)
 
+test-resume: $(SETUP) ## Kill runs at KILLS random moments (30) and compare; about five minutes.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.kill_points --kill-points $(or $(KILLS),30)
+
+test-lowest: .venv-lowest/.installed ## All tests on the lowest versions that pyproject.toml declares.
+test-newest: .venv-newest/.installed ## All tests on the newest versions that it allows.
+test-lowest test-newest: test-%:
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(cores)
+
 pipeline: $(RUN)/results.json ## All stages from the data to the table of results.
 	@echo "results: $(RUN)/results.json"
 
@@ -82,6 +90,12 @@ clean: ## Remove the preset's runs.
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or later is needed; make PYTHON=python3.12 names one")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+.venv-%/.installed: pyproject.toml .ci/ranges.py | $(SETUP)
+	$(PYTHON) -m venv --clear $(@D)
+	$(BIN)/python .ci/ranges.py $* > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable ".[dev]"
 	@touch $@
 
 configs/%.yaml:

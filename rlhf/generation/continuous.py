@@ -72,9 +72,8 @@ class ContinuousEngine:
         temperature: float,
         generator: torch.Generator | None,
     ) -> ContinuousBatchingManager:
-        # Filters that the model's own generation_config may hold are switched off by name.
-        filters = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-        sampling = {"temperature": temperature, **filters} if temperature > 0 else {}
+        # A new one: the model's own may hold filters.
+        sampling = {"temperature": temperature} if temperature > 0 else {}
         generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=end_id,

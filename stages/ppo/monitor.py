@@ -29,8 +29,8 @@ LAST_GOOD = "last_good"
 
 TOKEN_NOISE = {"float32": 1e-3, "bfloat16": 0.5}
 """Log-ratio, in nats a token, above which a difference is no longer noise of the arithmetic."""
-ENGINE_NOISE = {"hf": 0.0, "continuous": 0.0, "vllm": 0.5}
-"""What the kernels of a generation engine may add to it: the first two run the trainer's model."""
+ENGINE_NOISE = {"hf": 0.0, "continuous": 0.0, "auto": 0.0, "vllm": 0.5}
+"""What the kernels of a generation engine may add to it: all but vLLM run the trainer's model."""
 NUM_ERRORS = 4.0
 """Standard errors below 0 from which a mean KL is not negative by chance."""
 SAMPLER_ERRORS = 6.0

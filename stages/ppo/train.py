@@ -107,13 +107,13 @@ def train(config: Config) -> None:
         "speed": Fields(speed, "totals"),
     }
     generators = Generators(sampling=sampling, shuffling=shuffling)
-    last = checkpoints.restore(parts | learner.parts(), generators)
-    numbers = range(0 if last is None else last + 1, config.num_updates)
+    checkpoints.restore(parts | learner.parts(), generators)
+    first = 0 if checkpoints.step is None else checkpoints.step + 1
     watch.take()  # what came before the first update is none of its phases
     bar = tqdm(
-        numbers,
+        range(first, config.num_updates),
         desc="ppo",
-        initial=numbers.start,
+        initial=first,
         total=config.num_updates,
         disable=not accelerator.is_main_process,
     )
@@ -347,6 +347,7 @@ def evaluate(
 def _load_models(
     config: Config, chat: Chat, accelerator: Accelerator, watch: Stopwatch
 ) -> tuple[Learner, Sampler]:
+    engine = make_engine(config.generation, accelerator.print)
     bases = _shared_bases(config, accelerator)
     policy = load_policy(config.policy, config.lora, bases)
     check_vocabulary(policy, chat, config.policy.path)
@@ -377,7 +378,6 @@ def _load_models(
     schedule = make_schedule(optimizer, config.optim, config.num_steps, first_steps)
     model, optimizer = accelerator.prepare(PolicyAndValue(policy, value_model), optimizer)
     learner = Learner(model, optimizer, schedule, average, packer, accelerator, watch)
-    engine = make_engine(config.generation)
     return learner, Sampler(chat, ref_policy, reward, packer, config, watch, engine)
 
 

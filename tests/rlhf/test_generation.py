@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import re
+import time
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +12,15 @@ from transformers import DynamicCache
 
 from rlhf.config import GenerationSettings
 from rlhf.finite import NonFiniteError
-from rlhf.generation import Samples, generate
+from rlhf.generation import Samples, generate, make_engine
+from rlhf.generation.auto import FastestEngine
 from rlhf.inference import compute_logprobs
 from rlhf.packing import Packer, PromptTree
 from tests.rlhf.tiny_models import VOCAB, tiny_policy_of
 
 ENGINES = ["hf", "continuous"]
 """Those that run here; vllm has a test of its own."""
+ARGUMENTS: dict[str, Any] = {"end_id": 7, "max_new_tokens": 16, "temperature": 1.0}
 ARCHITECTURES = ["llama", "gpt2", "gpt_neox", "mistral", "gemma3_text", "opt"]
 
 
@@ -179,7 +184,7 @@ def test_second_tokens_follow_the_first() -> None:
 def sample(
     policy, prompts: list[list[int]], engine="hf", batch_size: int = 6, seed: int = 0, **arguments
 ) -> Samples:
-    arguments = {"end_id": 7, "max_new_tokens": 16, "temperature": 1.0} | arguments
+    arguments = ARGUMENTS | arguments
     generator = torch.Generator().manual_seed(seed)
     settings = GenerationSettings(engine=engine, batch_size=batch_size)
     return generate(policy, prompts, settings, generator=generator, **arguments)
@@ -248,3 +253,45 @@ def test_no_prompts_and_no_tokens(engine: str) -> None:
     policy = tiny_policy_of("llama")
     assert greedy(policy, [], engine) == []
     assert greedy(policy, [[5], [6, 7]], engine, max_new_tokens=0) == [[], []]
+
+
+class SlowEngine:
+    """Takes the given seconds, once they are over 0, and answers with its own token."""
+
+    def __init__(self, seconds: list[float], token: int) -> None:
+        self.seconds, self.token = seconds, token
+        self.prompts: list[int] = []
+        self.refreshed = 0
+
+    def refresh(self, policy) -> None:
+        self.refreshed += 1
+
+    def generate(self, prompts, **arguments) -> Samples:
+        self.prompts.append(len(prompts))
+        time.sleep(self.seconds.pop(0) if self.seconds else 0.0)
+        return Samples([[self.token]] * len(prompts), [[0.0]] * len(prompts))
+
+
+def test_the_engine_that_is_faster_the_second_time_samples_from_then_on() -> None:
+    first, second = SlowEngine([0.0, 0.2], token=5), SlowEngine([0.3, 0.0], token=6)
+    lines: list[str] = []
+    engine = FastestEngine({"one": first, "two": second}, batch_size=2, tell=lines.append)
+    for _ in range(2):
+        engine.refresh(tiny_policy_of("llama"))
+        assert engine.generate([[5]] * 9, **ARGUMENTS).responses == [[6]] * 9
+    assert (first.prompts, second.prompts) == ([4, 4], [4, 4, 9, 9])
+    assert (first.refreshed, second.refreshed) == (1, 2)
+    [line] = lines
+    assert re.fullmatch(
+        r"generation: 4 responses took one 0\.2\d s, two 0\.0\d s; two samples", line
+    )
+
+
+def test_the_trial_takes_no_draw_of_the_run() -> None:
+    policy, lines = tiny_policy_of("llama"), []
+    engine = make_engine(GenerationSettings(engine="auto", batch_size=2), lines.append)
+    engine.refresh(policy)
+    generator = torch.Generator().manual_seed(0)
+    responses = engine.generate(uneven_prompts(), generator=generator, **ARGUMENTS).responses
+    [name] = re.findall(r"; (\w+) samples", lines[0])
+    assert responses == sample(policy, uneven_prompts(), name, batch_size=2).responses
