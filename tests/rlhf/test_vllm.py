@@ -168,9 +168,9 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
         engine.generate(PROMPTS, **ARGUMENTS)
 
 
-def test_another_architecture_is_refused() -> None:
+def test_a_model_of_another_shape_is_refused() -> None:
     generate(tiny_policy_of("llama"), PROMPTS, SETTINGS, **ARGUMENTS)
-    with pytest.raises(ValueError, match="one architecture a process"):
+    with pytest.raises(ValueError, match="models of one shape in a process"):
         generate(tiny_policy_of("llama", num_hidden_layers=1), PROMPTS, SETTINGS, **ARGUMENTS)
 
 
