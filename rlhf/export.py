@@ -92,6 +92,7 @@ def _outputs(model: PreTrainedModel) -> Tensor:
     ids = torch.arange(8) * (embeddings.num_embeddings // 8)
     hidden = model.base_model(input_ids=ids[None], use_cache=False)[0]
     head = model.get_output_embeddings() or model.score
+    assert isinstance(head, torch.nn.Module)
     return head(hidden).float()
 
 
