@@ -137,7 +137,8 @@ class VllmEngine:
 
 
 def full_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by its name in a full model, that of LoRA layers as W + alpha / rank * B A."""
+    """Every weight by its name in a full model, that of LoRA layers as W + alpha / rank * B A
+    of the adapters that are on."""
     layers = {
         f"{name}.weight": layer
         for name, layer in policy.named_modules()
@@ -145,8 +146,8 @@ def full_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     }
     for name, parameter in _plain_parameters(policy):
         weight = parameter.detach()
-        if name in layers:
-            layer: Any = layers[name]
+        layer: Any = layers.get(name)
+        if layer is not None and not layer.disable_adapters:
             weight = weight + sum(map(layer.get_delta_weight, layer.active_adapters))
         yield name, weight
 

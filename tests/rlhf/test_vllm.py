@@ -149,6 +149,10 @@ def test_lora_layers_give_the_weights_of_the_model_that_they_make() -> None:
         difference = policy(input_ids=ids).logits - plain(input_ids=ids).logits
         assert difference.abs().max() < 1e-4
         untouched = tiny_policy_of(architecture)
+        policy.disable_adapters()
+        for (_, weight), base in zip(full_weights(policy), untouched.parameters(), strict=True):
+            assert torch.equal(weight, base)
+        policy.enable_adapters()
         assert (policy(input_ids=ids).logits - untouched(input_ids=ids).logits).abs().max() > 0.1
 
 
