@@ -84,7 +84,7 @@ def train(config: Config) -> None:
         held_out = _load_episodes(config.prompts_held_out, chat, config, accelerator)
         held_out = held_out[: config.num_eval_prompts]
     watch = Stopwatch(accelerator.device)
-    learner, sampler = _load_models(config, chat, accelerator, watch)
+    learner, sampler = load_models(config, chat, accelerator, watch)
     _announce(config, accelerator, len(episodes))
     _warn_of_chance(config, monitor)
     before = checkpoints.saved("progress") or {}
@@ -344,7 +344,7 @@ def evaluate(
     }
 
 
-def _load_models(
+def load_models(
     config: Config, chat: Chat, accelerator: Accelerator, watch: Stopwatch
 ) -> tuple[Learner, Sampler]:
     engine = make_engine(config.generation, accelerator.print)
