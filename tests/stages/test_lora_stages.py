@@ -23,7 +23,7 @@ from rlhf.timing import Stopwatch
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, roll_out
-from stages.ppo.train import _load_models
+from stages.ppo.train import load_models
 from stages.ppo.train import train as train_ppo
 from stages.ppo.update import optimizer_step
 from stages.rm.config import Config as RmConfig
@@ -224,7 +224,7 @@ def test_a_step_of_ppo_touches_two_adapters_and_the_value_head(
 ) -> None:
     config = ppo_config(work, "sft", "rm", "unused", ptx=PtxSettings(coef=0.5, text="unused"))
     accelerator = Accelerator(cpu=True)
-    learner, sampler = _load_models(
+    learner, sampler = load_models(
         config, load_chat(config.policy), accelerator, Stopwatch(accelerator.device)
     )
     models = learner.models
@@ -261,7 +261,7 @@ def test_gradients_of_ppo_are_the_same_with_activations_computed_again(
     for is_checkpointed in (False, True):
         config = ppo_config(work, "sft", "rm", "unused", gradient_checkpointing=is_checkpointed)
         accelerator = Accelerator(cpu=True)
-        learner, _ = _load_models(
+        learner, _ = load_models(
             config, load_chat(config.policy), accelerator, Stopwatch(accelerator.device)
         )
         learner.models.train(is_checkpointed)
