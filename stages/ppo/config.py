@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rlhf.config import GenerationSettings, ModelSettings, OptimSettings
+from rlhf.config import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
 from rlhf.rewards import RewardSettings
 from rlhf.trackers import Tracker
 
@@ -127,6 +127,9 @@ class Config:
     """Prompts for the regular evaluation. None means that none is done."""
     reward: RewardSettings
     """Where scores come from."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Train an adapter on the policy, and on the value model one that starts as the reward model's
+    and keeps its rank. Models over the same frozen weights hold them once."""
     value_model: str | None = None
     """Reward model folder that the value model starts from, with the policy's vocabulary. None
     means the reward model, of several the first; where there is none, or it has another vocabulary,
