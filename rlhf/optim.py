@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config import OptimSettings
+from rlhf.state import copy_into
 
 
 def make_optimizer(
@@ -87,6 +88,12 @@ class MovingAverage:
     def update(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
             self.average[name].lerp_(parameter.detach().float(), 1 - self.decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.average
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        copy_into(self.average, state)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

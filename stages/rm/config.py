@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from rlhf.config import ModelSettings, OptimSettings
+from rlhf.config import LoraSettings, ModelSettings, OptimSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,8 @@ class Config:
     margin_per_rank: float = 0.0
     """Margin of the loss (Touvron et al. 2023, eq. 2) for each rank between two responses: their
     scores must differ by it before the loss is that of equal scores. Soft labels have none."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Train an adapter and the new head instead of all weights."""
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(learning_rate=9e-6))
     """Optimizer; cosine to a tenth of the peak, without warm-up."""
     gold: str | None = None

@@ -14,6 +14,7 @@ from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
 from rlhf.distributed import own_share, start_accelerator
 from rlhf.inference import compute_scores
+from rlhf.lora import HEAD
 from rlhf.models import (
     ScalarModel,
     check_vocabulary,
@@ -21,6 +22,7 @@ from rlhf.models import (
     load_chat,
     load_scalar,
     packer_for,
+    save_weights,
 )
 from rlhf.packing import Packer, PromptTree
 from rlhf.records import Demonstration
@@ -121,7 +123,7 @@ def save_scalar(trainer: RankingTrainer, chat: Chat, folder: Path) -> None:
         assert isinstance(trainer.model, ScalarModel)
         prefix = "classifier."
         weights = {name.removeprefix(prefix): value for name, value in state.items()}
-        trainer.model.classifier.save_pretrained(folder, state_dict=weights)
+        save_weights(trainer.model.classifier, folder, weights)
         chat.tokenizer.save_pretrained(folder)
         check_saved_head(folder, trainer.model.head.in_features)
     trainer.accelerator.wait_for_everyone()
@@ -132,11 +134,11 @@ def check_saved_head(folder: Path, width: int) -> None:
     shapes = []
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            if "score.weight" in file.keys():  # noqa: SIM118 (not a mapping)
-                shapes.append(tuple(file.get_slice("score.weight").get_shape()))
+            heads = [name for name in file.keys() if name.endswith(HEAD)]  # noqa: SIM118 (no mapping)
+            shapes += [tuple(file.get_slice(name).get_shape()) for name in heads]
     if shapes != [(1, width)]:
         raise ValueError(
-            f"{folder} was written without the reward head: score.weight has shape "
+            f"{folder} was written without the reward head: {HEAD} has shape "
             f"{shapes or 'none'}, expected (1, {width}); the folder cannot be used"
         )
 
@@ -180,7 +182,7 @@ def _fit(
     Between epochs `measure` gets the model, its packer and the step.
     """
     set_seed(config.seed)
-    model = load_scalar(config.model, new_head=True)
+    model = load_scalar(config.model, new_head=True, lora=config.lora)
     check_vocabulary(model.classifier, chat, config.model.path)
     packer = packer_for(model.classifier, config.micro_batch_tokens)
     if config.gradient_checkpointing:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.config import GenerationSettings, ModelSettings, OptimSettings
+from rlhf.config import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,8 @@ class Config:
     """Most tokens of one packed pass when held-out rows and samples are measured."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Train an adapter instead of all weights."""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """Optimizer."""
     eval_every: int = 50

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
@@ -33,7 +33,8 @@ def train(config: Config) -> None:
     accelerator = start_accelerator()
     chat = load_chat(config.model)
     rows = load_rows(config, chat)
-    policy = load_policy(config.model)
+    set_seed(config.seed)  # of a new adapter, the same on all processes
+    policy = load_policy(config.model, config.lora)
     check_vocabulary(policy, chat, config.model.path)
     limits = {name: getattr(config, name) for name in ("max_prompt_tokens", "max_response_tokens")}
     check_context(policy, config.model.path, limits)
@@ -54,7 +55,8 @@ def train(config: Config) -> None:
     checkpoint, step = fit(policy, chat.tokenizer, laid, config, run, judge.measure)
     if not accelerator.is_main_process:
         return
-    chosen = load_policy(replace(config.model, path=str(checkpoint))).to(accelerator.device)
+    chosen = load_policy(replace(config.model, path=str(checkpoint)), config.lora)
+    chosen.to(accelerator.device)
     figures = judge.final(chosen)
     print(f"sft: chose step {step}: {figures_line(figures)}", flush=True)
     save_policy(chosen, chat.tokenizer, run.dir)

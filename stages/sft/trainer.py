@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from rlhf.distributed import check_joined
+from rlhf.models import save_weights
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.packing import PromptTree
 from rlhf.runs import Run
@@ -119,6 +120,15 @@ def to_row(tree: PromptTree) -> dict[str, list[int]]:
 
 
 class _PlainTrainer(SFTTrainer):
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Weights and tokenizer as every stage saves them, so without the pickled arguments."""
+        if not self.args.should_save:
+            return
+        assert output_dir is not None and isinstance(self.model, PreTrainedModel)
+        assert isinstance(self.processing_class, PreTrainedTokenizerBase)
+        save_weights(self.model, output_dir, state_dict)
+        self.processing_class.save_pretrained(output_dir)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: a checkpoint is ours alone, and the card asks the hub."""
 

@@ -4,8 +4,12 @@ import itertools
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from rlhf.generation import generate
+from rlhf.config import GenerationSettings
+from rlhf.generation import Samples, generate
+from rlhf.inference import compute_logprobs
+from rlhf.packing import Packer, PromptTree
 from tests.rlhf.tiny_models import VOCAB, tiny_policy_of
 
 ARCHITECTURES = ["llama", "gpt2", "gpt_neox", "mistral", "gemma3_text", "opt"]
@@ -29,9 +33,11 @@ def greedy_of_transformers(policy, prompt: list[int], end_id: int, num_tokens: i
     return output[0, len(prompt) :].tolist()
 
 
-def greedy(policy, prompts: list[list[int]], **settings) -> list[list[int]]:
-    settings = {"end_id": 1, "max_new_tokens": 12, "batch_size": 8, "temperature": 0} | settings
-    return generate(policy, prompts, **settings)
+def greedy(policy, prompts: list[list[int]], batch_size: int = 8, **arguments) -> list[list[int]]:
+    arguments = {"end_id": 1, "max_new_tokens": 12, "temperature": 0} | arguments
+    return generate(
+        policy, prompts, GenerationSettings(batch_size=batch_size), **arguments
+    ).responses
 
 
 def frequent_end(policy) -> int:
@@ -72,26 +78,49 @@ def test_compaction_and_batch_size_change_nothing(
     assert sum(response[-1] == end_id for response in expected) >= 2
     for batch_size in (1, 3, 100):
         assert greedy(policy, prompts, end_id=end_id, batch_size=batch_size) == expected
-    for share in (0.0, 1.0):
-        monkeypatch.setattr("rlhf.generation.COMPACTION", share)
+    for cost in (0.0, 1e9):
+        monkeypatch.setattr("rlhf.generation.loop.COPY_COST", cost)
         assert greedy(policy, prompts, end_id=end_id) == expected
 
 
-def test_finished_rows_leave_the_batch() -> None:
+def test_finished_responses_stop_costing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows decoded and rows copied stay within 1.5 times the tokens of the responses, which no loop
+    can do without, and decoding ends with the longest response."""
     policy = tiny_policy_of("llama")
-    prompts = uneven_prompts()
-    batch_sizes = []
+    decoded, copied = [], []
     policy.register_forward_pre_hook(
-        lambda _, args, inputs: batch_sizes.append(len(inputs["input_ids"])), with_kwargs=True
+        lambda _, args, inputs: decoded.append(len(inputs["input_ids"])), with_kwargs=True
     )
-    responses = greedy(policy, prompts, end_id=frequent_end(policy))
-    sizes = batch_sizes[-max(map(len, responses)) :]
-    assert sizes[0] == 8
-    for step, size in enumerate(sizes):
-        unfinished = sum(len(response) > step for response in responses)
-        assert unfinished <= size
-        assert size == 8 or unfinished > 0.5 * size
-    assert sizes[-1] < 8
+    select = DynamicCache.batch_select_indices
+    monkeypatch.setattr(
+        DynamicCache,
+        "batch_select_indices",
+        lambda cache, rows: copied.append(len(rows)) or select(cache, rows),
+    )
+    responses = sample(policy, [[5, 6, 7]] * 48, end_id=7, max_new_tokens=60, batch_size=48)[0]
+    lengths = [len(response) for response in responses]
+    assert len(decoded) == max(lengths) == 60
+    assert max(lengths) * len(lengths) > 1.7 * sum(lengths)  # what a loop without the care costs
+    assert sum(lengths) <= sum(decoded) <= 1.2 * sum(lengths)
+    assert sum(decoded) + sum(copied) <= 1.5 * sum(lengths)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_logprobs_are_those_of_a_packed_pass(architecture: str, temperature: float) -> None:
+    policy = tiny_policy_of(architecture)
+    prompts = uneven_prompts()
+    end_id = frequent_end(policy)
+    samples = sample(policy, prompts, end_id=end_id, temperature=temperature)
+    assert len({len(response) for response in samples.responses}) > 2
+    trees = [
+        PromptTree(tuple(prompt), (tuple(response),))
+        for prompt, response in zip(prompts, samples.responses, strict=True)
+    ]
+    expected = compute_logprobs(policy, trees, Packer(1000), temperature=temperature or 1.0)
+    for row, logprobs in zip(expected, samples.logprobs, strict=True):
+        assert torch.tensor(logprobs) == pytest.approx(row[: len(logprobs)], abs=2e-5)
+        assert not row[len(logprobs) :].any()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -99,15 +128,10 @@ def test_first_tokens_follow_the_softmax(temperature: float) -> None:
     policy = tiny_policy_of("llama")
     prompts = [[5, 6, 7], [30, 8, 9, 12, 11]]
     num_samples = 3000
-    responses = generate(
-        policy,
-        [prompt for prompt in prompts for _ in range(num_samples)],
-        end_id=1,
-        max_new_tokens=1,
-        temperature=temperature,
-        batch_size=1000,
-        generator=torch.Generator().manual_seed(0),
-    )
+    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+    responses = sample(
+        policy, repeated, max_new_tokens=1, temperature=temperature, batch_size=1000
+    ).responses
     tokens = torch.tensor(responses).view(2, num_samples)
     for prompt, sampled in zip(prompts, tokens, strict=True):
         with torch.no_grad():
@@ -131,11 +155,15 @@ def test_second_tokens_follow_the_first() -> None:
     assert cold == greedy(policy, prompts)
 
 
-def sampled(seed: int, **settings) -> list[list[int]]:
-    settings = {"end_id": 7, "max_new_tokens": 16, "batch_size": 6} | settings
+def sample(policy, prompts: list[list[int]], batch_size: int = 6, seed=0, **arguments) -> Samples:
+    arguments = {"end_id": 7, "max_new_tokens": 16, "temperature": 1.0} | arguments
     generator = torch.Generator().manual_seed(seed)
-    policy = tiny_policy_of("llama")
-    return generate(policy, uneven_prompts() * 2, temperature=1.0, generator=generator, **settings)
+    settings = GenerationSettings(batch_size=batch_size)
+    return generate(policy, prompts, settings, generator=generator, **arguments)
+
+
+def sampled(seed: int, **arguments) -> list[list[int]]:
+    return sample(tiny_policy_of("llama"), uneven_prompts() * 2, seed=seed, **arguments).responses
 
 
 def test_same_seed_same_tokens() -> None:

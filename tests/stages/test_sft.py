@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlhf.chat import Chat
-from rlhf.config import ModelSettings, OptimSettings, load_config
+from rlhf.config import GenerationSettings, ModelSettings, OptimSettings, load_config
 from rlhf.datasets import write_records
 from rlhf.generation import generate
 from rlhf.inference import compute_scores
@@ -153,9 +153,10 @@ def test_micro_batches_do_not_change_the_weights(
 
 def greedy(policy: PreTrainedModel, chat: Chat, prompts: str) -> list[str]:
     ids = [chat.prompt_ids(prompt) for prompt in prompts]
+    settings = GenerationSettings(batch_size=4)
     responses = generate(
-        policy, ids, end_id=chat.end_id, max_new_tokens=8, temperature=0, batch_size=4
-    )
+        policy, ids, settings, end_id=chat.end_id, max_new_tokens=8, temperature=0
+    ).responses
     assert all(response[-1] == chat.end_id for response in responses)
     return [chat.decode(response) for response in responses]
 
