@@ -150,9 +150,11 @@ def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
     plan.hold_trained({"policy": policy, "value model": value_model})
     if config.ema_decay is not None:
         plan.held["policy: moving average"] = _bytes(policy, as_type=torch.float32)
-    plan.held["reference"] = _bytes(policy)
+    resting = plan.waiting if config.offload and launch.device != "cpu" else plan.held
+    resting["reference"] = _bytes(policy)
     for name, model in rewards.items():
-        plan.held[f"reward.{name}"] = _bytes(model)
+        resting[f"reward.{name}"] = _bytes(model)
+    visit = {name: size if resting is plan.waiting else 0 for name, size in resting.items()}
 
     prompt, response = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
     own_episodes = config.rollout.batch_size // launch.num_processes
@@ -160,10 +162,12 @@ def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
     sampling, plan.parts["KV cache of a rollout"] = dry.sampling(policy, batch, prompt, response)
     row = _row(config.policy, prompt, response, budget, own_episodes)
     plan.add_phase("rollout", sampling)
-    for model in rewards.values():
-        plan.add_phase("score", dry.values(model, row))
+    if rewards:  # all of them come for the phase
+        visitors = sum(visit[f"reward.{name}"] for name in rewards)
+        passes = [dry.values(model, row) for model in rewards.values()]
+        plan.add_phase("score", visitors, max(passes))
     plan.add_phase("logprobs", dry.moments(policy, row))
-    plan.add_phase("reference", dry.logprobs(policy, row))
+    plan.add_phase("reference", visit["reference"], dry.logprobs(policy, row))
     plan.add_phase("value", dry.values(value_model, row))
 
     own_step = config.ppo.mini_batch_size // launch.num_processes

@@ -161,6 +161,9 @@ class Config:
     weights. None writes none."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
+    offload: bool = False
+    """The reference and the reward models wait in CPU memory and are on the device only while they
+    are used. Room for their weights against the seconds of moving them; nothing on a CPU."""
     eval_every: int = 10
     """Updates between evaluations on prompts_held_out."""
     num_eval_prompts: int = 64

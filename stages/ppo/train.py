@@ -75,7 +75,8 @@ def train(config: Config) -> None:
         held_out = _load_episodes(config.prompts_held_out, chat, config, accelerator)
         held_out = held_out[: config.num_eval_prompts]
     watch = Stopwatch(accelerator.device)
-    learner, sampler = _load_models(config, chat, accelerator, watch)
+    with watch.phase("load"):
+        learner, sampler = _load_models(config, chat, accelerator, watch)
     _announce(config, accelerator, len(episodes))
     _warn_of_chance(config, monitor)
     before = checkpoints.saved("progress") or {}
@@ -311,7 +312,7 @@ def evaluate(
     scored, finished = sampler.score(episodes, trees)
     scores = scored.scores
     _, mask = response_batch([tree.responses[0] for tree in trees])
-    kl = k1(sampler.logprobs(policy, trees), sampler.logprobs(sampler.ref_policy, trees), mask)
+    kl = k1(sampler.logprobs(policy, trees), sampler.ref_logprobs(trees), mask)
     run.samples(
         [
             {
@@ -346,10 +347,11 @@ def _load_models(
     }
     check_context(policy, config.policy.path, limits)
     value_model = _load_value_model(config, chat, accelerator)
+    resting_device = torch.device("cpu") if config.offload else accelerator.device
     reward = load_reward(
-        config.reward, chat, accelerator.device, config.micro_batch_tokens, accelerator.print
+        config.reward, chat, resting_device, config.micro_batch_tokens, accelerator.print
     )
-    ref_policy = load_policy(config.policy).requires_grad_(False).to(accelerator.device)
+    ref_policy = load_policy(config.policy).requires_grad_(False).to(resting_device)
     packers = [
         packer_for(policy, config.micro_batch_tokens),
         packer_for(value_model.classifier, config.micro_batch_tokens),

@@ -88,3 +88,24 @@ def measured_peak(folder: Path, config: Config) -> int:
         text=True,
     )
     return int(output.split()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (SMALL, {}),
+        (LARGE, {}),
+        (SMALL, {"ptx": PTX, "ema_decay": 0.9, "micro_batch_tokens": 512}),
+        (SMALL, {"gradient_checkpointing": True, "micro_batch_tokens": 512}),
+    ],
+    ids=["6.6M", "22M", "6.6M text", "6.6M checkpointing"],
+)
+def test_the_peak_of_a_run_is_what_was_planned(
+    size: dict[str, int], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    inputs = write_inputs(tmp_path / "inputs", **size)
+    config = run_config(inputs, tmp_path / "run", **changes)
+    config = replace(config, ptx=replace(config.ptx, text=str(inputs / "text.jsonl")))
+    planned = make_plan(config, Launch()).peak
+    assert measured_peak(tmp_path, config) == pytest.approx(planned, rel=TOLERANCE)
