@@ -31,10 +31,12 @@ from rlhf.lora import (
     Adapter,
     adapter_of,
     check_same,
+    empty_adapter,
     find_adapter,
     load_adapter,
     merge_adapter,
     new_adapter,
+    read_adapter,
     save_adapter,
 )
 from rlhf.packing import PackedRow, Packer, PromptTree
@@ -200,21 +202,21 @@ def load_scalar(
     return model
 
 
-def empty_policy(settings: ModelSettings) -> PreTrainedModel:
+def empty_policy(settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS) -> PreTrainedModel:
     """The causal LM that load_policy gives, from its config alone: no weights are read. Under
     torch's FakeTensorMode it takes no memory.
 
     Raises:
         ValueError, OSError: the config cannot be read.
     """
-    model = _empty(AutoModelForCausalLM, settings)
+    model = _empty(AutoModelForCausalLM, settings, lora)
     _plain_heads[model] = _passes_logits_on(model)
     return model
 
 
-def empty_scalar(settings: ModelSettings) -> ScalarModel:
+def empty_scalar(settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS) -> ScalarModel:
     """The scalar model that load_scalar gives, as `empty_policy`."""
-    return ScalarModel(_empty(AutoModelForSequenceClassification, settings, num_labels=1))
+    return ScalarModel(_empty(AutoModelForSequenceClassification, settings, lora, num_labels=1))
 
 
 def save_policy(
@@ -369,10 +371,12 @@ def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
     )
 
 
-def _empty(auto_class: Any, settings: ModelSettings, **arguments: Any) -> Any:
+def _empty(auto_class: Any, settings: ModelSettings, lora: LoraSettings, **arguments: Any) -> Any:
     path, source = settings.path, {}
     if path.endswith(".gguf"):
         path, source = str(Path(path).parent), {"gguf_file": Path(path).name}
+    elif (Path(path) / CONFIG_FILE).is_file():
+        path = read_adapter(path).base
     else:
         _check_folder(path)
     with _naming(settings.path):
@@ -385,6 +389,8 @@ def _empty(auto_class: Any, settings: ModelSettings, **arguments: Any) -> Any:
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
         )
+    if lora.rank:
+        empty_adapter(model, lora)
     return disable_dropout(model)
 
 

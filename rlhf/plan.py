@@ -114,11 +114,12 @@ class Plan:
         launch = self.launch
         halved = launch.zero_stage > 0 and launch.mixed_precision != "no"
         for name, model in models.items():
-            full = _bytes(model)
+            full, trained = _bytes(model), _trained_bytes(model)
             self.held[f"{name}: weights"] = launch.share(full // 2 if halved else full, 3)
-            self.held[f"{name}: optimizer"] = launch.share(3 * full if halved else 2 * full, 1)
+            moments = 2 * trained
+            self.held[f"{name}: optimizer"] = launch.share(moments + trained * halved, 1)
             if launch.num_processes > 1 and not launch.zero_stage:
-                self.held[f"{name}: exchange of gradients"] = full
+                self.held[f"{name}: exchange of gradients"] = trained
 
 
 def make_plan(config: Config, launch: Launch) -> Plan:
@@ -173,7 +174,9 @@ def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
     own_step = config.ppo.mini_batch_size // launch.num_processes
     own_blocks = math.ceil(config.text_blocks_per_step / launch.num_processes)
     row = _row(config.policy, prompt, response, budget, own_step)
-    of_policy, of_value = (launch.share(_bytes(model), 2) for model in (policy, value_model))
+    of_policy, of_value = (
+        launch.share(_trained_bytes(model), 2) for model in (policy, value_model)
+    )
     is_watched = config.ptx.gradient_norms or config.ptx.grad_norm_ratio is not None
     of_text = of_policy if own_blocks and is_watched else 0
     if own_blocks:
@@ -210,13 +213,13 @@ def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
 
 def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
     """A pass of a full row; a longer ranking, which is not cut, needs more."""
-    model = dry.scalar(_dry(config.model))
+    model = dry.scalar(_dry(config.model), config.lora)
     if config.gradient_checkpointing:
         checkpoint_activations(model.classifier)
     plan.hold_trained({"reward model": model})
     lengths = config.max_prompt_tokens, config.max_response_tokens
     row = _row(config.model, *lengths, config.micro_batch_tokens, config.batch_size)
-    gradients = plan.launch.share(_bytes(model), 2)
+    gradients = plan.launch.share(_trained_bytes(model), 2)
     a_pass = dry.training(row, None, model, [model])
     plan.add_phase("train", gradients, a_pass)
     plan.add_phase("step", gradients, _step_bytes(plan.launch, model))
@@ -233,7 +236,7 @@ def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
 
 def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
     """A padded batch with all of its logits, as TRL trains."""
-    policy = dry.policy(_dry(config.model))
+    policy = dry.policy(_dry(config.model), config.lora)
     plan.hold_trained({"policy": policy})
     if config.reward_model is not None:
         path = _with_config(config.reward_model, config.model.path)
@@ -245,7 +248,7 @@ def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
     rows, length = config.micro_batch_size, prompt + response
-    gradients = plan.launch.share(_bytes(policy), 2)
+    gradients = plan.launch.share(_trained_bytes(policy), 2)
     accumulates = [policy] if config.batch_size > rows * plan.launch.num_processes else []
     a_pass = dry.batch_training(policy, rows, length, accumulates)
     plan.add_phase("train", gradients * bool(accumulates), a_pass)
@@ -312,15 +315,20 @@ def _bytes(model: nn.Module, as_type: torch.dtype | None = None) -> int:
     return sum(p.numel() * (p.dtype if as_type is None else as_type).itemsize for p in weights)
 
 
+def _trained_bytes(model: nn.Module) -> int:
+    """Of the weights that learn, and so of their gradients."""
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
 def _largest(*models: nn.Module) -> int:
-    return max(p.nbytes for model in models for p in model.parameters())
+    return max(p.nbytes for model in models for p in model.parameters() if p.requires_grad)
 
 
 def _step_bytes(launch: Launch, *models: nn.Module) -> int:
     """Temporaries of AdamW."""
     if launch.device == "cpu":
         return 2 * _largest(*models)
-    return launch.share(max(_bytes(model) for model in models), 1)
+    return launch.share(max(_trained_bytes(model) for model in models), 1)
 
 
 def _logits_bytes(policy: nn.Module, tokens: int) -> int:
