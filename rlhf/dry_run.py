@@ -23,9 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf.config import LoraSettings, ModelSettings
+from rlhf.config import ModelSettings
 from rlhf.models import (
-    ALL_WEIGHTS,
     ScalarModel,
     empty_policy,
     empty_scalar,
@@ -78,13 +77,13 @@ class DryRun:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._autocast = autocast
 
-    def policy(self, settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS) -> PreTrainedModel:
+    def policy(self, settings: ModelSettings) -> PreTrainedModel:
         with self._fake:
-            return empty_policy(settings, lora)
+            return empty_policy(settings)
 
-    def scalar(self, settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS) -> ScalarModel:
+    def scalar(self, settings: ModelSettings) -> ScalarModel:
         with self._fake:
-            return empty_scalar(settings, lora)
+            return empty_scalar(settings)
 
     def sampling(
         self, policy: PreTrainedModel, batch: int, prompt_tokens: int, new_tokens: int
@@ -172,8 +171,7 @@ class DryRun:
     ) -> int:
         with self._fake:
             for parameter in (p for model in accumulates for p in model.parameters()):
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter)
         for model in models:
             model.train()
 

@@ -170,20 +170,6 @@ def new_adapter(model: PreTrainedModel, base: str, settings: LoraSettings) -> No
     _inject(model, adapter)
 
 
-def empty_adapter(model: PreTrainedModel, settings: LoraSettings) -> None:
-    """`new_adapter` on a model without data, whose base is not read."""
-    targets = tuple(_targets(model, settings))
-    adapter = Adapter(
-        base="",
-        base_sha256=None,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        target_modules=targets,
-        has_head=hasattr(model, "score"),
-    )
-    _inject(model, adapter)
-
-
 def load_adapter(
     model: PreTrainedModel, folder: str, adapter: Adapter, *, new_head: bool = False
 ) -> None:

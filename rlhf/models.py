@@ -31,7 +31,6 @@ from rlhf.lora import (
     Adapter,
     adapter_of,
     check_same,
-    empty_adapter,
     find_adapter,
     load_adapter,
     merge_adapter,
@@ -202,21 +201,21 @@ def load_scalar(
     return model
 
 
-def empty_policy(settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS) -> PreTrainedModel:
+def empty_policy(settings: ModelSettings) -> PreTrainedModel:
     """The causal LM that load_policy gives, from its config alone: no weights are read. Under
     torch's FakeTensorMode it takes no memory.
 
     Raises:
         ValueError, OSError: the config cannot be read.
     """
-    model = _empty(AutoModelForCausalLM, settings, lora)
+    model = _empty(AutoModelForCausalLM, settings)
     _plain_heads[model] = _passes_logits_on(model)
     return model
 
 
-def empty_scalar(settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS) -> ScalarModel:
+def empty_scalar(settings: ModelSettings) -> ScalarModel:
     """The scalar model that load_scalar gives, as `empty_policy`."""
-    return ScalarModel(_empty(AutoModelForSequenceClassification, settings, lora, num_labels=1))
+    return ScalarModel(_empty(AutoModelForSequenceClassification, settings, num_labels=1))
 
 
 def save_policy(
@@ -371,7 +370,7 @@ def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
     )
 
 
-def _empty(auto_class: Any, settings: ModelSettings, lora: LoraSettings, **arguments: Any) -> Any:
+def _empty(auto_class: Any, settings: ModelSettings, **arguments: Any) -> Any:
     path, source = settings.path, {}
     if path.endswith(".gguf"):
         path, source = str(Path(path).parent), {"gguf_file": Path(path).name}
@@ -389,8 +388,6 @@ def _empty(auto_class: Any, settings: ModelSettings, lora: LoraSettings, **argum
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
         )
-    if lora.rank:
-        empty_adapter(model, lora)
     return disable_dropout(model)
 
 

@@ -114,20 +114,25 @@ class Plan:
         launch = self.launch
         halved = launch.zero_stage > 0 and launch.mixed_precision != "no"
         for name, model in models.items():
-            full, trained = _bytes(model), _trained_bytes(model)
+            full = _bytes(model)
             self.held[f"{name}: weights"] = launch.share(full // 2 if halved else full, 3)
-            moments = 2 * trained
-            self.held[f"{name}: optimizer"] = launch.share(moments + trained * halved, 1)
+            self.held[f"{name}: optimizer"] = launch.share((2 + halved) * full, 1)
             if launch.num_processes > 1 and not launch.zero_stage:
-                self.held[f"{name}: exchange of gradients"] = trained
+                self.held[f"{name}: exchange of gradients"] = full
 
 
 def make_plan(config: Config, launch: Launch) -> Plan:
     """The plan of a stage's settings.
 
     Raises:
-        ValueError, OSError: a model's config cannot be read.
+        ValueError, OSError: a model's config cannot be read, or an adapter is to be trained.
     """
+    lora = getattr(config, "lora", None)  # which not every stage has
+    if lora is not None and lora.rank:
+        raise ValueError(
+            f"lora.rank is {lora.rank}, and the plan knows no adapters; give --lora.rank 0 for what "
+            "the run would need without, which is more"
+        )
     dry, plan = DryRun(TYPES[launch.mixed_precision]), Plan(launch)
     if isinstance(config, PPOConfig):
         _plan_ppo(plan, dry, config)
@@ -174,9 +179,7 @@ def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
     own_step = config.ppo.mini_batch_size // launch.num_processes
     own_blocks = math.ceil(config.text_blocks_per_step / launch.num_processes)
     row = _row(config.policy, prompt, response, budget, own_step)
-    of_policy, of_value = (
-        launch.share(_trained_bytes(model), 2) for model in (policy, value_model)
-    )
+    of_policy, of_value = (launch.share(_bytes(model), 2) for model in (policy, value_model))
     is_watched = config.ptx.gradient_norms or config.ptx.grad_norm_ratio is not None
     of_text = of_policy if own_blocks and is_watched else 0
     if own_blocks:
@@ -213,13 +216,13 @@ def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
 
 def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
     """A pass of a full row; a longer ranking, which is not cut, needs more."""
-    model = dry.scalar(_dry(config.model), config.lora)
+    model = dry.scalar(_dry(config.model))
     if config.gradient_checkpointing:
         checkpoint_activations(model.classifier)
     plan.hold_trained({"reward model": model})
     lengths = config.max_prompt_tokens, config.max_response_tokens
     row = _row(config.model, *lengths, config.micro_batch_tokens, config.batch_size)
-    gradients = plan.launch.share(_trained_bytes(model), 2)
+    gradients = plan.launch.share(_bytes(model), 2)
     a_pass = dry.training(row, None, model, [model])
     plan.add_phase("train", gradients, a_pass)
     plan.add_phase("step", gradients, _step_bytes(plan.launch, model))
@@ -236,7 +239,7 @@ def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
 
 def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
     """A padded batch with all of its logits, as TRL trains."""
-    policy = dry.policy(_dry(config.model), config.lora)
+    policy = dry.policy(_dry(config.model))
     plan.hold_trained({"policy": policy})
     if config.reward_model is not None:
         path = _with_config(config.reward_model, config.model.path)
@@ -248,7 +251,7 @@ def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
     rows, length = config.micro_batch_size, prompt + response
-    gradients = plan.launch.share(_trained_bytes(policy), 2)
+    gradients = plan.launch.share(_bytes(policy), 2)
     accumulates = [policy] if config.batch_size > rows * plan.launch.num_processes else []
     a_pass = dry.batch_training(policy, rows, length, accumulates)
     plan.add_phase("train", gradients * bool(accumulates), a_pass)
@@ -315,20 +318,15 @@ def _bytes(model: nn.Module, as_type: torch.dtype | None = None) -> int:
     return sum(p.numel() * (p.dtype if as_type is None else as_type).itemsize for p in weights)
 
 
-def _trained_bytes(model: nn.Module) -> int:
-    """Of the weights that learn, and so of their gradients."""
-    return sum(p.nbytes for p in model.parameters() if p.requires_grad)
-
-
 def _largest(*models: nn.Module) -> int:
-    return max(p.nbytes for model in models for p in model.parameters() if p.requires_grad)
+    return max(p.nbytes for model in models for p in model.parameters())
 
 
 def _step_bytes(launch: Launch, *models: nn.Module) -> int:
     """Temporaries of AdamW."""
     if launch.device == "cpu":
         return 2 * _largest(*models)
-    return launch.share(max(_trained_bytes(model) for model in models), 1)
+    return launch.share(max(_bytes(model) for model in models), 1)
 
 
 def _logits_bytes(policy: nn.Module, tokens: int) -> int:

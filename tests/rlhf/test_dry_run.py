@@ -55,7 +55,7 @@ def test_a_dry_pass_needs_what_a_real_one_needs(folder: Path, checkpointing: boo
         response_logprobs(policy, row).sum().backward()
     planned = dry.training(row, empty, None, [empty])
     assert live.peak > 100_000
-    assert planned == pytest.approx(live.peak, rel=0.01)
+    assert planned == pytest.approx(live.peak, rel=0.02)
 
 
 def test_the_cache_of_sampling_holds_keys_and_values_of_all_tokens(folder: Path) -> None:
