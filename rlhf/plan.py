@@ -130,8 +130,8 @@ def make_plan(config: Config, launch: Launch) -> Plan:
     lora = getattr(config, "lora", None)  # which not every stage has
     if lora is not None and lora.rank:
         raise ValueError(
-            f"lora.rank is {lora.rank}, and the plan knows no adapters; give --lora.rank 0 for what "
-            "the run would need without, which is more"
+            f"lora.rank is {lora.rank}, and the plan knows no adapters; give --lora.rank 0 for "
+            "what the run would need without one, which is more"
         )
     dry, plan = DryRun(TYPES[launch.mixed_precision]), Plan(launch)
     if isinstance(config, PPOConfig):
