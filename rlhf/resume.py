@@ -1,13 +1,14 @@
 """Going on where a run was cut off, to the same bits: when checkpoints are written, and whether one
 that is found is of this run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf.checkpoint import (
     Manifest,
@@ -22,7 +23,7 @@ from rlhf.checkpoint import (
 from rlhf.distributed import max_over_processes
 from rlhf.interrupts import Interrupted, interrupts
 from rlhf.runs import Run, flat_settings
-from rlhf.state import Generators, State, Stateful, check_names
+from rlhf.state import Generators, OptimizerState, State, Stateful, Weights, check_names
 
 UNIMPORTANT = ("output_dir", "checkpoint_every")
 """Settings that change nothing of what a run computes."""
@@ -38,8 +39,9 @@ class Checkpoints:
     """The checkpoints of one run; only the last one is kept.
 
         checkpoints = Checkpoints(run, accelerator, every)
-        step = checkpoints.restore(parts, generators)   # None: from the start
-        ...
+        checkpoints.restore(parts, generators)
+        for step in ...:  # those behind checkpoints.step
+            ...
             checkpoints.end_step(step)
         checkpoints.close()
 
@@ -70,59 +72,66 @@ class Checkpoints:
                 f"no checkpoints are written: {accelerator.distributed_type.value} cuts the "
                 "optimizer up between processes, and a run under it cannot be resumed"
             )
-        self._step: int | None = None
+        self.step: int | None = None
+        """The step that the run goes on behind; None: it begins."""
         self._states: dict[str, State] = {}
         if accelerator.is_main_process:
-            self._step, self._states = self._find()
+            self.step, self._states = self._find()
         if accelerator.num_processes > 1:
-            (self._step,) = broadcast_object_list([self._step])
-            if self._step is not None and not accelerator.is_main_process:
-                self._states = read_states(checkpoint_folder(run.checkpoints, self._step))
+            (self.step,) = broadcast_object_list([self.step])
+            if self.step is not None and not accelerator.is_main_process:
+                self._states = read_states(checkpoint_folder(run.checkpoints, self.step))
+
+    @property
+    def are_written(self) -> bool:
+        """Whether this run writes any."""
+        return self._every is not None
 
     def saved(self, part: str) -> State | None:
         """The state of a part in the checkpoint that was found; None if there is none."""
         return self._states.get(part)
 
-    def restore(self, parts: Mapping[str, Stateful], generators: Generators) -> int | None:
-        """Give the parts the states of the checkpoint that was found, and keep them for the next.
-
-        From here until `close`, an interrupt waits for the end of a step.
-
-        Returns:
-            the step of the checkpoint, the last that was done; None if there is none.
-        """
+    def restore(self, parts: Mapping[str, Stateful], generators: Generators) -> None:
+        """Give the parts the states of the checkpoint that was found, if one was, and keep them for
+        the next one. From here until `close`, an interrupt waits for the end of a step."""
         self._parts, self._generators = parts, generators
-        step, states, self._states = self._step, self._states, {}
-        if step is not None:
+        states, self._states = self._states, {}
+        if self.step is not None:
             check_names(states, [*parts, _GENERATORS], "parts")
             for name, part in parts.items():
                 part.load_state_dict(states[name])
             generators.load_state_dict(states[_GENERATORS][str(self._accelerator.process_index)])
-        interrupts.are_deferred = self._every is not None
-        return step
+        interrupts.are_deferred = self.are_written
 
-    def end_step(self, step: int) -> None:
+    def end_step(self, step: int) -> bool:
         """Note that a step was done and logged; save if it is time, or if the run is to end.
+
+        Returns:
+            whether it was saved.
 
         Raises:
             Interrupted: a signal asked for the end.
             OSError: the checkpoint could not be written; the one before it is still there.
         """
         if self._every is None:
-            return
+            return False
         self._num_since += 1
         is_to_end = bool(max_over_processes(self._accelerator, int(interrupts.is_pending)))
-        if is_to_end or self._num_since >= self._every:
+        is_time = is_to_end or self._num_since >= self._every
+        if is_time:
             self._save(step)
         if is_to_end:
             raise Interrupted(
                 f"{self._run.stage}: interrupted after {self._unit} {step}; the same command goes "
                 f"on from {checkpoint_folder(self._run.checkpoints, step)}"
             )
+        return is_time
 
     def close(self) -> None:
-        """The last step is done: an interrupt ends the program at once again."""
+        """The last step is done: an interrupt, also one that waited, ends the program at once."""
         interrupts.are_deferred = False
+        if interrupts.is_pending:
+            raise KeyboardInterrupt
 
     def _find(self) -> tuple[int | None, dict[str, State]]:
         """The step and the states to go on from, on the first process; None if there are none."""
@@ -191,6 +200,66 @@ class Checkpoints:
 
     def _print(self, text: str) -> None:
         self._accelerator.print(f"{self._run.stage}: {text}", flush=True)
+
+
+class ResumeCallback(TrainerCallback):
+    """The same for a transformers Trainer, which gets only the batches behind `checkpoints.step`.
+
+    A step is saved when the next one begins: by then all that follows it is logged, the figures of
+    its epoch too, and nothing of the next has drawn a random number but the loading of its batch.
+    Trainer's own checkpoints are pickles.
+
+    Args:
+        parts: what the run carries beside the model, its optimizer and its schedule.
+        after_save: called when a checkpoint was written.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        trainer: Trainer,
+        parts: Mapping[str, Stateful],
+        after_save: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._trainer = trainer
+        self._parts = parts
+        self._after_save = after_save
+        self._generators = Generators()
+        self._before_first_step: State | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        trainer = self._trainer
+        assert trainer.model is not None
+        assert trainer.optimizer is not None and trainer.lr_scheduler is not None
+        parts: dict[str, Stateful] = {
+            "model": Weights(trainer.model),
+            "optimizer": OptimizerState(trainer.optimizer, trainer.model),
+            "schedule": trainer.lr_scheduler,
+            **self._parts,
+        }
+        self._checkpoints.restore(parts, self._generators)
+        step = self._checkpoints.step
+        if step is not None:
+            state.global_step = step
+            trainer._globalstep_last_logged = step  # what it takes the mean loss since
+            self._before_first_step = self._generators.state_dict()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._before_first_step is not None:  # the Trainer has drawn numbers to begin an epoch
+            self._generators.load_state_dict(self._before_first_step)
+            self._before_first_step = None
+        elif state.global_step > 0 and self._checkpoints.end_step(state.global_step):
+            self._after_save()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._checkpoints.close()
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

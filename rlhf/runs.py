@@ -4,6 +4,7 @@ config.yaml     settings in force; --config of the same program takes it again
 lineage.json    hashes of the inputs, results of the runs that made them, commit, versions
 metrics.jsonl   one object a logged step: {"step": 10, "sft/loss": 2.1}
 samples.jsonl   texts that the model wrote, one object a row
+trackers/       the same for TensorBoard and W&B, where the settings ask for them
 base.json       of an adapter: path and hash of the full model that it belongs over (rlhf.lora)
 results.json    final figures; written last, so its presence says that the run is complete
 checkpoints/    while the run is not: what it goes on from when it is started again
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
+
+from rlhf.trackers import TRACKERS, Tracker, Trackers, check_trackers
 
 CONFIG = "config.yaml"
 LINEAGE = "lineage.json"
@@ -70,6 +73,7 @@ class Run:
     _started: float
     _resume_step: int | None = None
     _begun: bool = False
+    _trackers: Trackers | None = None
 
     @property
     def dir(self) -> Path:
@@ -115,11 +119,16 @@ class Run:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one object to metrics.jsonl; keys are "stage/thing", values numbers."""
         self._append(METRICS, [{"step": step, **metrics}])
+        if self._trackers is not None:
+            self._trackers.log(step, _plain(metrics))
 
     def samples(self, rows: Iterable[Mapping[str, Any]], step: int | None = None) -> None:
         """Append texts to samples.jsonl, each with the step if there is one."""
         mark = {} if step is None else {"step": step}
-        self._append(SAMPLES, [{**mark, **row} for row in rows])
+        marked = [{**mark, **row} for row in rows]
+        self._append(SAMPLES, marked)
+        if self._trackers is not None:
+            self._trackers.samples(step, marked)
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write results.json and "seconds" since open_run in it: the run is complete, and its
@@ -134,6 +143,8 @@ class Run:
         others = results.get("seconds")
         total = seconds if others is None else {**others, self.stage: seconds}
         _write_json(self._dir / RESULTS, {**results, "seconds": total})
+        if self._trackers is not None:
+            self._trackers.finish()
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         print(f"{self.stage}: wrote {self._dir} in {seconds} s", flush=True)
 
@@ -156,6 +167,16 @@ class Run:
         text = yaml.safe_dump(settings_in_force(self._config), sort_keys=False, allow_unicode=True)
         _write(self._dir / CONFIG, text)
         _write_json(self._dir / LINEAGE, self._lineage)
+        self._trackers = self._start_trackers()
+
+    def _start_trackers(self) -> Trackers | None:
+        names = _trackers_of(self._config)
+        folder = self._dir / TRACKERS
+        if self._resume_step is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        first_step = None if self._resume_step is None else self._resume_step + 1
+        settings = settings_in_force(self._config)
+        return Trackers(names, folder, self.stage, settings, first_step) if names else None
 
 
 def open_run(
@@ -167,17 +188,19 @@ def open_run(
     """Print the settings in force and what is read and written; note where the inputs come from.
 
     Args:
-        config: The stage's settings, a dataclass with `output_dir`.
+        config: The stage's settings, a dataclass with `output_dir`; `trackers` if it has any.
         stage: Name of the stage.
         inputs: What is read, by name: files, folders, or hub ids.
 
     Raises:
         FileNotFoundError: An input is neither there nor a possible hub id.
+        ValueError: A tracker's package is not installed.
     """
     started = time.monotonic()
     sources = {name: str(path) for name, path in inputs.items()}
     for name, path in sources.items():
         _check_input(stage, name, path)
+    check_trackers(_trackers_of(config))
     output = Path(config.output_dir)
     lineage: dict[str, Any] = {}
     if _is_first_process():
@@ -185,10 +208,14 @@ def open_run(
         lineage = {
             "stage": stage,
             "inputs": {name: _describe_input(path) for name, path in sources.items()},
-            "commit": _commit(),
+            "commit": commit(),
             "versions": _versions(),
         }
     return Run(stage, output, config, lineage, started)
+
+
+def _trackers_of(config: RunSettings) -> list[Tracker]:
+    return getattr(config, "trackers", [])
 
 
 def settings_in_force(config: Any) -> dict[str, Any]:
@@ -274,7 +301,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of this source tree, marked when files differ from it; None outside a git tree."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:

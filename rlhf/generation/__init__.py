@@ -5,21 +5,39 @@ repetition penalty: with one, the log-probabilities that PPO computes would not 
 policy that sampled (recipe: checklist 15).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from rlhf.config import GenerationSettings
+from rlhf.generation.auto import FastestEngine
+from rlhf.generation.continuous import ContinuousEngine
 from rlhf.generation.interface import Engine, Samples
 from rlhf.generation.loop import LoopEngine
 
 __all__ = ["Engine", "Samples", "generate", "make_engine"]
 
 
-def make_engine(settings: GenerationSettings) -> Engine:
-    """The engine that the settings name; it has no weights before `refresh`."""
-    return LoopEngine(settings.batch_size)
+def make_engine(settings: GenerationSettings, tell: Callable[[str], object] = print) -> Engine:
+    """The engine that the settings name; it has no weights before `refresh`.
+
+    Args:
+        tell: prints a line.
+
+    Raises:
+        ValueError: vLLM is asked for and not installed, or there is no GPU for it.
+    """
+    if settings.engine == "vllm":
+        return _only_vllm(settings)
+    engines: dict[str, Engine] = {
+        "hf": LoopEngine(settings),
+        "continuous": ContinuousEngine(settings),
+    }
+    if settings.engine == "auto":
+        return FastestEngine(engines, settings.batch_size, tell)
+    return engines[settings.engine]
 
 
 def generate(
@@ -44,3 +62,11 @@ def generate(
         generator=generator,
         progress=progress,
     )
+
+
+@functools.cache
+def _only_vllm(settings: GenerationSettings) -> Engine:
+    """vLLM does not give a GPU's memory back within a process, so there is one to a process."""
+    from rlhf.generation.vllm import VllmEngine
+
+    return VllmEngine(settings)

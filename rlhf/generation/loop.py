@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from rlhf.config import GenerationSettings
 from rlhf.finite import NonFiniteError
 from rlhf.generation.interface import Samples
 
@@ -22,8 +23,8 @@ class LoopEngine:
     log-probabilities.
     """
 
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
+    def __init__(self, settings: GenerationSettings) -> None:
+        self.batch_size = settings.batch_size
         self.policy: PreTrainedModel
 
     def refresh(self, policy: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from rlhf.config import GenerationSettings, ModelSettings, OptimSettings
 from rlhf.rewards import RewardSettings
+from rlhf.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +171,8 @@ class Config:
     """Prompts of the regular evaluation."""
     num_samples: int = 8
     """Held-out prompts whose responses go to samples.jsonl at each evaluation."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """Where metrics and samples go besides metrics.jsonl and samples.jsonl: tensorboard, wandb."""
     seed: int = 0
     """Seed of sampling, of the order of prompts and text, and of new heads."""
 

@@ -76,7 +76,7 @@ def train(config: Config) -> None:
         held_out = held_out[: config.num_eval_prompts]
     watch = Stopwatch(accelerator.device)
     with watch.phase("load"):
-        learner, sampler = _load_models(config, chat, accelerator, watch)
+        learner, sampler = load_models(config, chat, accelerator, watch)
     _announce(config, accelerator, len(episodes))
     _warn_of_chance(config, monitor)
     before = checkpoints.saved("progress") or {}
@@ -99,13 +99,13 @@ def train(config: Config) -> None:
         "speed": Fields(speed, "totals"),
     }
     generators = Generators(sampling=sampling, shuffling=shuffling)
-    last = checkpoints.restore(parts | learner.parts(), generators)
-    numbers = range(0 if last is None else last + 1, config.num_updates)
+    checkpoints.restore(parts | learner.parts(), generators)
+    first = 0 if checkpoints.step is None else checkpoints.step + 1
     watch.take()  # what came before the first update is none of its phases
     bar = tqdm(
-        numbers,
+        range(first, config.num_updates),
         desc="ppo",
-        initial=numbers.start,
+        initial=first,
         total=config.num_updates,
         disable=not accelerator.is_main_process,
     )
@@ -336,9 +336,10 @@ def evaluate(
     }
 
 
-def _load_models(
+def load_models(
     config: Config, chat: Chat, accelerator: Accelerator, watch: Stopwatch
 ) -> tuple[Learner, Sampler]:
+    engine = make_engine(config.generation, accelerator.print)
     policy = load_policy(config.policy)
     check_vocabulary(policy, chat, config.policy.path)
     limits = {
@@ -367,7 +368,6 @@ def _load_models(
     schedule = make_schedule(optimizer, config.optim, config.num_steps, first_steps)
     model, optimizer = accelerator.prepare(PolicyAndValue(policy, value_model), optimizer)
     learner = Learner(model, optimizer, schedule, average, packer, accelerator, watch)
-    engine = make_engine(config.generation)
     return learner, Sampler(chat, ref_policy, reward, packer, config, watch, engine)
 
 

@@ -15,7 +15,9 @@ from rlhf.models import new_policy, save_policy
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.recall import fact_recall
 from rlhf.records import Prompt, Text
+from rlhf.resume import Checkpoints
 from rlhf.runs import Run, open_run, settings_in_force
+from rlhf.state import Generators, OptimizerState, Stateful, Weights
 from stages.pretrain.config import Config
 from stages.pretrain.tokenizer import train_tokenizer
 
@@ -27,6 +29,7 @@ def pretrain(config: Config) -> None:
         inputs["facts"] = config.facts_path
     run = open_run(config, stage="pretrain", inputs=inputs)
     accelerator = start_accelerator()
+    checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     texts = _read_texts(config.text_path)
     probes = [] if config.facts_path is None else read_records(config.facts_path, Prompt)
     tokenizer = train_tokenizer(texts, config.vocab_size)
@@ -43,7 +46,7 @@ def pretrain(config: Config) -> None:
             figures["pretrain/fact_recall"] = fact_recall(model, tokenizer, probes)
         return figures
 
-    measured = _train(config, accelerator, run, model, blocks, evaluate)
+    measured = _train(config, accelerator, run, checkpoints, model, blocks, evaluate)
     results = {
         "num_parameters": model.num_parameters(),
         "vocab_size": len(tokenizer),
@@ -107,6 +110,7 @@ def _train(
     config: Config,
     accelerator: Accelerator,
     run: Run,
+    checkpoints: Checkpoints,
     model: nn.Module,
     blocks: Tensor,
     evaluate: Callable[[], dict[str, float]],
@@ -117,9 +121,22 @@ def _train(
     optimizer = make_optimizer([(model, config.optim.learning_rate)], config.optim)
     schedule = make_schedule(optimizer, config.optim, len(batches))
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    parts: dict[str, Stateful] = {
+        "model": Weights(model),
+        "optimizer": OptimizerState(optimizer, model),
+        "schedule": schedule,
+    }
+    checkpoints.restore(parts, Generators())
+    first = checkpoints.step or 0
     measured: dict[str, float] = {}
-    progress = tqdm(batches, desc="pretrain", disable=not accelerator.is_main_process)
-    for step, rows in enumerate(progress, start=1):
+    progress = tqdm(
+        batches[first:],
+        desc="pretrain",
+        initial=first,
+        total=len(batches),
+        disable=not accelerator.is_main_process,
+    )
+    for step, rows in enumerate(progress, start=first + 1):
         wrapped.train()
         batch = blocks[own_share(accelerator, rows)].to(accelerator.device)
         loss = language_model_loss(wrapped, batch)
@@ -140,6 +157,9 @@ def _train(
         if step % config.eval_steps == 0 or step == len(batches):
             measured = evaluate()
             run.log(step, measured)
+        if step < len(batches):
+            checkpoints.end_step(step)
+    checkpoints.close()
     return measured
 
 

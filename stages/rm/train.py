@@ -27,6 +27,7 @@ from rlhf.models import (
 )
 from rlhf.packing import Packer, PromptTree
 from rlhf.records import Demonstration
+from rlhf.resume import Checkpoints, ResumeCallback
 from rlhf.rewards import (
     NUM_GOLDEN,
     REWARD_FILE,
@@ -37,6 +38,7 @@ from rlhf.rewards import (
     rendering_hash,
 )
 from rlhf.runs import Run, open_run
+from rlhf.state import Fields
 from stages.rm import figures
 from stages.rm.config import Config
 from stages.rm.data import (
@@ -58,6 +60,7 @@ def train(config: Config) -> None:
     """
     accelerator = start_accelerator()
     run = open_run(config, stage="rm", inputs=_inputs(config))
+    checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     gold = _load_gold(config)
     train_rankings, held_out_rankings = read_rankings(config)
     chat = load_chat(config.model)
@@ -82,7 +85,7 @@ def train(config: Config) -> None:
         model.eval()
         run.log(step, _held_out_metrics(config, *held_out_pairs(model, packer)))
 
-    first_loss, num_steps = _fit(config, chat, train_set, run, measure)
+    first_loss, num_steps = _fit(config, chat, train_set, run, checkpoints, measure)
     model, packer = _load_saved(config, accelerator)
     demonstration_scores = _score_all(model, demonstrations, packer, accelerator)
     model.bias = _mean([score for (score,) in demonstration_scores])
@@ -176,6 +179,7 @@ def _fit(
     chat: Chat,
     train_set: Sequence[Example],
     run: Run,
+    checkpoints: Checkpoints,
     measure: Callable[[ScalarModel, Packer, int], None],
 ) -> tuple[float, int]:
     """Trains and saves; returns the loss of the first batch and the number of steps.
@@ -189,7 +193,9 @@ def _fit(
     packer = packer_for(model.classifier, config.micro_batch_tokens)
     if config.gradient_checkpointing:
         checkpoint_activations(model.classifier)
-    trainer = RankingTrainer(model, train_set, packer, config, run)
+    trainer = RankingTrainer(model, train_set, packer, config, run, checkpoints.step or 0)
+    parts = {"trainer": Fields(trainer, "first_loss")}
+    trainer.add_callback(ResumeCallback(checkpoints, trainer, parts))
     trainer.add_callback(AtEpochEnd(lambda step: measure(model, packer, step)))
     # A folder with a card is taken for a finished reward model.
     (run.dir / REWARD_FILE).unlink(missing_ok=True)

@@ -20,8 +20,10 @@ from rlhf.models import (
     save_policy,
 )
 from rlhf.packing import Packer
+from rlhf.resume import Checkpoints
 from rlhf.rewards import RewardModel, load_reward_model
 from rlhf.runs import Run, open_run
+from rlhf.state import Fields
 from stages.sft.config import Config
 from stages.sft.measure import Sample, draw_samples, mean_loss, sample_rows, score_samples
 from stages.sft.rows import Rows, lay_out, load_rows
@@ -32,6 +34,7 @@ def train(config: Config) -> None:
     """Fine-tunes a policy on demonstrations and writes its folder."""
     run = open_run(config, stage="sft", inputs=_inputs(config))
     accelerator = start_accelerator()
+    checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     chat = load_chat(config.model)
     rows = load_rows(config, chat)
     set_seed(config.seed)  # of a new adapter, the same on all processes
@@ -54,7 +57,10 @@ def train(config: Config) -> None:
     )
     trees = [*(one.tree for one in rows.train), *rows.text]
     laid = lay_out(trees, config.num_epochs, config.batch_size, config.seed)
-    checkpoint, step = fit(policy, chat.tokenizer, laid, config, run, judge.measure)
+    parts = {"judge": Fields(judge, "base")}
+    checkpoint, step = fit(
+        policy, chat.tokenizer, laid, config, run, checkpoints, parts, judge.measure
+    )
     if not accelerator.is_main_process:
         return
     chosen = load_policy(replace(config.model, path=str(checkpoint)), config.lora)

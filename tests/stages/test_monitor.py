@@ -20,7 +20,7 @@ import stages.ppo.rollout
 import stages.ppo.train
 import stages.ppo.update
 from rlhf.chat import Chat
-from rlhf.config import ModelSettings, OptimSettings
+from rlhf.config import GenerationSettings, ModelSettings, OptimSettings
 from rlhf.generation import Samples
 from rlhf.generation.loop import LoopEngine
 from rlhf.inference import compute_scores
@@ -56,7 +56,9 @@ def break_from(update: int, function: Callable, broken: Callable) -> Callable:
     return lambda *args, **kwargs: (function if next(calls) < update else broken)(*args, **kwargs)
 
 
-def test_a_healthy_run_raises_no_alarm(config: Config, capsys):
+@pytest.mark.parametrize("engine", ["hf", "continuous"])
+def test_a_healthy_run_raises_no_alarm(engine: str, config: Config, capsys):
+    config = replace(config, generation=GenerationSettings(engine=engine))
     assert alarms_of(config) == {}
     assert "warning" not in capsys.readouterr().out
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]

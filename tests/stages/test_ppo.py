@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import stages.ppo.rollout
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings, OptimSettings
+from rlhf.generation.loop import LoopEngine
 from rlhf.inference import compute_logprobs, compute_values
 from rlhf.models import save_policy
 from rlhf.optim import MovingAverage, gradients, make_optimizer, make_schedule
@@ -95,6 +96,18 @@ def make_rollout(learner: Learner, config: Config) -> Rollout:
     return roll_out(
         models.policy, models.value_model, sampler, episodes, generator, learner.accelerator
     )
+
+
+def test_the_engine_gets_the_weights_once_a_rollout_and_before_it(monkeypatch):
+    calls = []
+    for name in ("refresh", "generate"):
+        method = getattr(LoopEngine, name)
+        monkeypatch.setattr(
+            LoopEngine, name, lambda *a, _n=name, _m=method, **k: calls.append(_n) or _m(*a, **k)
+        )
+    config = make_config()
+    make_rollout(make_learner(config), config)
+    assert calls == ["refresh", "generate"]
 
 
 def gradient_after_step(learner: Learner, rollout: Rollout, texts, config: Config) -> torch.Tensor:
