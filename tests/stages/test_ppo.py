@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import stages.ppo.rollout
 from rlhf.chat import Chat
-from rlhf.config import ModelSettings, OptimSettings
+from rlhf.config import LoraSettings, ModelSettings, OptimSettings
 from rlhf.generation.loop import LoopEngine
 from rlhf.inference import compute_logprobs, compute_values
 from rlhf.models import save_policy
@@ -384,6 +384,7 @@ def test_text_is_joined_behind_its_separator_and_cut_to_full_blocks():
         ),
         ({"ppo": PPOSettings(mini_batch_size=4, max_step_kl=0.0)}, "max_step_kl is 0"),
         ({"ptx": PtxSettings(coef=0.0, grad_norm_ratio=-1.0)}, "grad_norm_ratio is -1"),
+        ({"offload": True, "lora": LoraSettings(rank=4)}, "offload is True and lora.rank is 4"),
     ],
 )
 def test_contradictory_settings_are_refused_with_their_values(changes, message):
