@@ -182,9 +182,11 @@ def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
     of_policy, of_value = (launch.share(_bytes(model), 2) for model in (policy, value_model))
     is_watched = config.ptx.gradient_norms or config.ptx.grad_norm_ratio is not None
     of_text = of_policy if own_blocks and is_watched else 0
+    accumulates: list[nn.Module] = []
     if own_blocks:
         blocks = _text_row(config.policy, config.ptx.block_tokens, budget, own_blocks)
-        accumulates = [policy] if own_blocks * config.ptx.block_tokens > budget else []
+        if own_blocks * config.ptx.block_tokens > budget:
+            accumulates = [policy]
         a_pass = dry.training(blocks, policy, None, accumulates)
         plan.add_phase("ptx", of_policy * bool(accumulates), a_pass)
     is_one_row = own_step * (prompt + response) <= budget

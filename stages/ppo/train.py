@@ -362,8 +362,8 @@ def load_models(
     reward = load_reward(
         config.reward, chat, resting_device, config.micro_batch_tokens, accelerator.print, bases
     )
-    ref_policy = load_policy(config.policy, bases=bases)
-    ref_policy.requires_grad_(False).to(resting_device)
+    ref_policy = load_policy(config.policy, bases=bases).requires_grad_(False)
+    ref_policy.to(resting_device)  # type: ignore[arg-type]  # a wrapper hides the types
     _announce_weights(config, accelerator, [policy, value_model, ref_policy], reward)
     packers = [
         packer_for(policy, config.micro_batch_tokens),
