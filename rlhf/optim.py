@@ -74,7 +74,7 @@ def schedule_factor(
 
 
 class MovingAverage:
-    """Exponential moving average of a module's weights, in fp32: avg <- d avg + (1 - d) weight.
+    """Exponential moving average of the trained weights, in fp32: avg <- d avg + (1 - d) weight.
 
     InstructGPT evaluates the average with decay 0.992 (Ouyang et al. 2022, C.4); the paper does not
     say how often it is updated, here it is once an optimizer step.
@@ -82,11 +82,11 @@ class MovingAverage:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.average = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+        self.average = {name: p.detach().float().clone() for name, p in _trained(module)}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters():
+        for name, parameter in _trained(module):
             self.average[name].lerp_(parameter.detach().float(), 1 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -97,8 +97,12 @@ class MovingAverage:
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters():
+        for name, parameter in _trained(module):
             parameter.copy_(self.average[name])
+
+
+def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
 
 def gradients(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:

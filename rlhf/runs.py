@@ -208,7 +208,7 @@ def open_run(
         lineage = {
             "stage": stage,
             "inputs": {name: _describe_input(path) for name, path in sources.items()},
-            "commit": _commit(),
+            "commit": commit(),
             "versions": _versions(),
         }
     return Run(stage, output, config, lineage, started)
@@ -301,7 +301,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of this source tree, marked when files differ from it; None outside a git tree."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:

@@ -51,20 +51,20 @@ class VllmEngine:
         self.vllm: Any = vllm
         self.settings = settings
         self.llm: Any = None
-        self.architecture: dict[str, Any] = {}
+        self.shapes: dict[str, torch.Size] = {}
 
     def refresh(self, policy: PreTrainedModel) -> None:
         """Copies the weights; the first call starts vLLM.
 
         Raises:
-            ValueError: a policy of another architecture than the first one's.
+            ValueError: a policy of another shape than the first one's.
         """
-        architecture = policy.config.to_diff_dict()
+        shapes = {name: parameter.shape for name, parameter in _plain_parameters(policy)}
         if self.llm is None:
-            self.llm, self.architecture = self._start(policy), architecture
-        elif architecture != self.architecture:
+            self.llm, self.shapes = self._start(policy), shapes
+        elif shapes != self.shapes:
             raise ValueError(
-                "generation.engine is vllm, which holds one architecture a process, and this "
+                "generation.engine is vllm, which holds models of one shape in a process, and this "
                 f"policy's is another ({policy.config.name_or_path}); choose hf"
             )
         weights = full_weights(policy)
@@ -137,17 +137,23 @@ class VllmEngine:
 
 
 def full_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by its name in a full model, that of LoRA layers as W + alpha / rank * B A."""
+    """Every weight by its name in a full model, that of LoRA layers as W + alpha / rank * B A
+    of the adapters that are on."""
     layers = {
-        f"{name}.base_layer.weight": layer
+        f"{name}.weight": layer
         for name, layer in policy.named_modules()
         if isinstance(layer, LoraLayer)
     }
-    for name, parameter in policy.named_parameters():
-        if ".lora_" in name:
-            continue
+    for name, parameter in _plain_parameters(policy):
         weight = parameter.detach()
-        if name in layers:
-            layer: Any = layers[name]
+        layer: Any = layers.get(name)
+        if layer is not None and not layer.disable_adapters:
             weight = weight + sum(map(layer.get_delta_weight, layer.active_adapters))
-        yield name.replace(".base_layer.", "."), weight
+        yield name, weight
+
+
+def _plain_parameters(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the model under the LoRA layers, by their names without them."""
+    for name, parameter in policy.named_parameters():
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), parameter

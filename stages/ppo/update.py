@@ -104,6 +104,7 @@ def update(
         if _moved_too_far(learner, step, config.ppo.max_step_kl):
             break
     learner.model.eval()
+    learner.optimizer.zero_grad()  # the next rollout needs the room
     sums = {k: float(sum_over_processes(learner.accelerator, v)) for k, v in total.items()}
     return update_metrics(sums) | {
         "ppo/first_log_ratio": first_log_ratio,
@@ -154,7 +155,7 @@ def optimizer_step(
     ratio = config.ptx.grad_norm_ratio
     sums: Sums = {"steps": 1.0}
     is_watched = bool(texts) and (config.ptx.gradient_norms or ratio is not None)
-    watched = list(policy.parameters()) if is_watched else []
+    watched = [p for p in policy.parameters() if p.requires_grad and is_watched]
     with learner.watch.phase("ptx"):
         sums |= _text_pass(learner, texts, config.ptx.coef if ratio is None else 1.0)
         text_gradients = [gradient.clone() for gradient in gradients(watched)]

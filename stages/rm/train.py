@@ -15,6 +15,7 @@ from rlhf.datasets import read_records
 from rlhf.distributed import own_share, start_accelerator
 from rlhf.inference import compute_scores
 from rlhf.lora import HEAD
+from rlhf.memory import memory_of
 from rlhf.models import (
     ScalarModel,
     check_vocabulary,
@@ -186,7 +187,8 @@ def _fit(
     Between epochs `measure` gets the model, its packer and the step.
     """
     set_seed(config.seed)
-    model = load_scalar(config.model, new_head=True, lora=config.lora)
+    with memory_of("load"):
+        model = load_scalar(config.model, new_head=True, lora=config.lora)
     check_vocabulary(model.classifier, chat, config.model.path)
     packer = packer_for(model.classifier, config.micro_batch_tokens)
     if config.gradient_checkpointing:
@@ -197,7 +199,8 @@ def _fit(
     trainer.add_callback(AtEpochEnd(lambda step: measure(model, packer, step)))
     # A folder with a card is taken for a finished reward model.
     (run.dir / REWARD_FILE).unlink(missing_ok=True)
-    trainer.train()
+    with memory_of("train"):
+        trainer.train()
     save_scalar(trainer, chat, run.dir)
     return trainer.first_loss, trainer.state.global_step
 

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from rlhf.distributed import check_joined
+from rlhf.memory import memory_of
 from rlhf.models import save_weights
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.packing import PromptTree
@@ -80,7 +81,8 @@ def fit(
         trainer.args.save_total_limit = None
     trainer.add_callback(ResumeCallback(checkpoints, trainer, parts, keeper.remove_others))
     trainer.add_callback(keeper)
-    trainer.train()
+    with memory_of("sft training"):
+        trainer.train()
     if keeper.best_step is None:
         raise ValueError(
             f"{config.choose_by} is not a number at any measured step; lower "
@@ -230,7 +232,8 @@ class _Keeper(TrainerCallback):
     def _measure_and_log(self, model: PreTrainedModel, step: int) -> Metrics:
         """The first process's figures, so that all processes choose alike."""
         model.eval()
-        metrics = broadcast_object_list([self._measure(model, step)])[0]
+        with memory_of("evaluate"):
+            metrics = broadcast_object_list([self._measure(model, step)])[0]
         model.train()
         self._run.log(step, metrics)
         if self._bar is not None and not self._bar.disable:

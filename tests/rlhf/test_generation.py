@@ -304,6 +304,8 @@ def test_the_trial_takes_no_draw_of_the_run() -> None:
     engine = make_engine(GenerationSettings(engine="auto", batch_size=2), lines.append)
     engine.refresh(policy)
     generator = torch.Generator().manual_seed(0)
+    before = torch.get_rng_state()
     responses = engine.generate(uneven_prompts(), generator=generator, **ARGUMENTS).responses
+    assert torch.equal(torch.get_rng_state(), before)
     [name] = re.findall(r"; (\w+) samples", lines[0])
     assert responses == sample(policy, uneven_prompts(), name, batch_size=2).responses

@@ -149,6 +149,10 @@ def test_lora_layers_give_the_weights_of_the_model_that_they_make() -> None:
         difference = policy(input_ids=ids).logits - plain(input_ids=ids).logits
         assert difference.abs().max() < 1e-4
         untouched = tiny_policy_of(architecture)
+        policy.disable_adapters()
+        for (_, weight), base in zip(full_weights(policy), untouched.parameters(), strict=True):
+            assert torch.equal(weight, base)
+        policy.enable_adapters()
         assert (policy(input_ids=ids).logits - untouched(input_ids=ids).logits).abs().max() > 0.1
 
 
@@ -168,9 +172,9 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
         engine.generate(PROMPTS, **ARGUMENTS)
 
 
-def test_another_architecture_is_refused() -> None:
+def test_a_model_of_another_shape_is_refused() -> None:
     generate(tiny_policy_of("llama"), PROMPTS, SETTINGS, **ARGUMENTS)
-    with pytest.raises(ValueError, match="one architecture a process"):
+    with pytest.raises(ValueError, match="models of one shape in a process"):
         generate(tiny_policy_of("llama", num_hidden_layers=1), PROMPTS, SETTINGS, **ARGUMENTS)
 
 
