@@ -99,7 +99,7 @@ def test_settings_that_change_nothing_may_change_and_others_may_not(tmp_path: Pa
 def test_other_code_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints, _ = start(tmp_path, checkpoint_every=1)
     checkpoints.end_step(7)
-    monkeypatch.setattr(runs, "_commit", lambda: "abc")
+    monkeypatch.setattr(runs, "commit", lambda: "abc")
     accelerator = OneProcess()
     start(tmp_path, accelerator)
     assert "and this is abc; the rest of the run may differ" in accelerator.printed[0]
