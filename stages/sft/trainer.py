@@ -29,7 +29,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
-from rlhf.distributed import check_joined
+from rlhf.distributed import (
+    TRAINER_STATE,
+    check_launch,
+    load_models_whole,
+    use_accelerator_at_work,
+)
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.packing import PromptTree
 from rlhf.runs import Run
@@ -104,7 +109,8 @@ def make_trainer(
         processing_class=tokenizer,
         optimizers=(optimizer, make_schedule(optimizer, config.optim, num_steps)),
     )
-    check_joined(trainer.accelerator.num_processes, _num_launched())
+    check_launch(trainer.accelerator)
+    load_models_whole()
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -222,7 +228,7 @@ def _num_launched() -> int:
 
 
 def _arguments(config: Config, checkpoint_dir: str) -> SFTConfig:
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=checkpoint_dir,
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=accumulation_steps(config),
@@ -245,4 +251,7 @@ def _arguments(config: Config, checkpoint_dir: str) -> SFTConfig:
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config=TRAINER_STATE,
     )
+    use_accelerator_at_work(arguments)
+    return arguments
