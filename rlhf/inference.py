@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from rlhf.logprobs import TokenMoments, token_logprobs, token_moments
-from rlhf.models import ScalarModel, response_logits
+from rlhf.logprobs import TokenMoments
+from rlhf.models import ScalarModel, response_logprobs, response_moments
 from rlhf.packing import PackedRow, Packer, PromptTree, assemble
 
 
@@ -16,8 +16,7 @@ def compute_logprobs(
     """Log-probability in nats of every response token, (responses, time), 0 behind the end."""
 
     def logprobs(row: PackedRow) -> list[Tensor]:
-        logits = response_logits(policy, row)
-        return [row.unpack(token_logprobs(logits, row.targets, temperature))]
+        return [row.unpack(response_logprobs(policy, row, temperature))]
 
     return _over_rows(policy, trees, packer, logprobs)[0]
 
@@ -28,8 +27,7 @@ def compute_moments(
     """`compute_logprobs`, and each token's entropy and variance, all (responses, time)."""
 
     def moments(row: PackedRow) -> list[Tensor]:
-        logits = response_logits(policy, row)
-        return [row.unpack(part) for part in token_moments(logits, row.targets, temperature)]
+        return [row.unpack(part) for part in response_moments(policy, row, temperature)]
 
     return TokenMoments(*_over_rows(policy, trees, packer, moments))
 

@@ -1,13 +1,18 @@
 """Log-probabilities of the tokens that were sampled, and how likely sampled tokens should be."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 1024
-"""Tokens whose whole distribution is in memory at once where no gradient is needed."""
+Head = Callable[[Tensor], Tensor]
+"""Features (tokens, model) -> logits (tokens, vocab)."""
+
+CHUNK_TOKENS = 512
+"""Tokens whose whole distribution is in memory at once."""
 
 
 class TokenMoments(NamedTuple):
@@ -36,23 +41,51 @@ def token_logprobs(
     return chosen - scaled.logsumexp(-1)
 
 
-@torch.no_grad()
-def token_moments(
-    logits: Float[Tensor, "tokens vocab"],
+def chunked_logprobs(
+    features: Float[Tensor, "tokens model"],
     targets: Int[Tensor, "tokens"],
+    head: Head,
+    temperature: float = 1.0,
+) -> Float[Tensor, "tokens"]:
+    """`token_logprobs` of head(features), at most CHUNK_TOKENS tokens' logits at a time.
+
+    The backward pass makes each chunk's logits again, so a vocabulary of 256k costs no more memory
+    for 100,000 tokens than for 512; the price is one more product with the unembedding.
+    """
+
+    def logprobs(some_features: Tensor, some_targets: Tensor) -> Tensor:
+        return token_logprobs(head(some_features), some_targets, temperature)
+
+    parts = [
+        checkpoint(logprobs, *chunk, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled()
+        else logprobs(*chunk)
+        for chunk in _chunks(features, targets)
+    ]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def chunked_moments(
+    features: Float[Tensor, "tokens model"],
+    targets: Int[Tensor, "tokens"],
+    head: Head,
     temperature: float = 1.0,
 ) -> TokenMoments:
-    """`token_logprobs`, with mean and variance of what it would be for a token drawn from pi.
+    """`chunked_logprobs`, with mean and variance of what it would be for a token drawn from pi.
 
     A token the policy gives no probability (logit -inf) adds nothing to either.
     """
     parts = [
-        _moments(some_logits, some_targets, temperature)
-        for some_logits, some_targets in zip(
-            logits.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True
-        )
+        _moments(head(some_features), some_targets, temperature)
+        for some_features, some_targets in _chunks(features, targets)
     ]
     return TokenMoments(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _chunks(features: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    split = features.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS)
+    return list(zip(*split, strict=True))
 
 
 def _moments(logits: Tensor, targets: Tensor, temperature: float) -> TokenMoments:

@@ -155,6 +155,8 @@ class Config:
     as the aligned policy. None means that the last weights are."""
     micro_batch_tokens: int = 4096
     """Most tokens a forward or backward pass holds on one process; changes no result."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
     eval_every: int = 10
     """Updates between evaluations on prompts_held_out."""
     num_eval_prompts: int = 64

@@ -25,6 +25,7 @@ from rlhf.models import (
     ScalarModel,
     check_context,
     check_vocabulary,
+    checkpoint_activations,
     load_chat,
     load_policy,
     load_scalar,
@@ -318,6 +319,9 @@ def _load_models(
         packer_for(value_model.classifier, config.micro_batch_tokens),
     ]
     packer = min(packers, key=lambda packer: packer.share_prompts)  # what both models can take
+    if config.gradient_checkpointing:
+        checkpoint_activations(policy)
+        checkpoint_activations(value_model.classifier)
     average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
     groups = [(policy, config.optim.learning_rate), (value_model, config.value_learning_rate)]
     optimizer = make_optimizer(groups, config.optim)

@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 
 from rlhf.distributed import max_over_processes, sum_over_processes
 from rlhf.finite import NonFiniteError, require_finite
-from rlhf.logprobs import token_logprobs
 from rlhf.losses import policy_loss, value_loss
-from rlhf.models import ScalarModel, response_logits
+from rlhf.models import ScalarModel, response_logprobs
 from rlhf.optim import MovingAverage, gradients
 from rlhf.packing import PackedRow, Packer, PromptTree
 from rlhf.timing import Stopwatch
@@ -33,12 +32,14 @@ class PolicyAndValue(nn.Module):
         self.policy = policy
         self.value_model = value_model
 
-    def forward(self, row: PackedRow, with_values: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Logits (tokens, vocab) and values (tokens,) at every response token of a packed row."""
-        logits = response_logits(self.policy, row)
+    def forward(
+        self, row: PackedRow, temperature: float = 1.0, with_values: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities and values of every response token of a packed row, (tokens,) each."""
+        logprobs = response_logprobs(self.policy, row, temperature)
         if not with_values:
-            return logits, None
-        return logits, self.value_model(row.predictors, **row.model_inputs)
+            return logprobs, None
+        return logprobs, self.value_model(row.predictors, **row.model_inputs)
 
 
 @dataclass
@@ -80,6 +81,7 @@ def update(
     """
     total: Sums = {}
     first_log_ratio = 0.0
+    learner.model.train()  # dropout is off; activations are checkpointed in this mode only
     for batch in _mini_batches(learner, rollout, config, generator):
         text_batch = [] if only_value else next(texts)
         step = optimizer_step(learner, batch, text_batch, config, only_value=only_value)
@@ -90,6 +92,7 @@ def update(
             total[name] = total.get(name, 0.0) + value
         if _moved_too_far(learner, step, config.ppo.max_step_kl):
             break
+    learner.model.eval()
     sums = {k: float(sum_over_processes(learner.accelerator, v)) for k, v in total.items()}
     return update_metrics(sums) | {
         "ppo/first_log_ratio": first_log_ratio,
@@ -176,8 +179,7 @@ def _episode_pass(learner: Learner, batch: Rollout, config: Config, *, only_valu
         weight = float(number < len(rows))  # a process with fewer rows repeats one at weight 0
         part = RowBatch.of(batch, row)
         with _synchronise(learner, number == num_passes - 1):
-            logits, values = learner.model(row)
-            logprobs = token_logprobs(logits, row.targets, config.rollout.temperature)
+            logprobs, values = learner.model(row, config.rollout.temperature)
             policy, policy_stats = policy_loss(
                 row.unpack(logprobs),
                 part.logprobs,
@@ -216,8 +218,8 @@ def _text_pass(learner: Learner, texts: Sequence[PromptTree], coef: float) -> Su
     for row_on_cpu in learner.packer.rows(texts):
         row = row_on_cpu.to(accelerator.device)
         with _synchronise(learner, False):
-            logits, _ = learner.model(row, with_values=False)
-            nats = -token_logprobs(logits, row.targets).sum()
+            logprobs, _ = learner.model(row, with_values=False)
+            nats = -logprobs.sum()
             accelerator.backward(nats * (coef * accelerator.num_processes / num_tokens))
         _add(sums, {"ptx_nats": nats})
     return sums
@@ -274,10 +276,10 @@ def find_nonfinite(
             for row in learner.packer.rows(trees):
                 on_device = row.to(learner.accelerator.device)
                 with torch.no_grad():
-                    logits, values = learner.models(on_device, with_values=phase == "train")
-                tensors = {"logits": row.unpack(logits.float().sum(-1).cpu())}
+                    logprobs, values = learner.models(on_device, with_values=phase == "train")
+                tensors = {"logprobs": row.unpack(logprobs.cpu())}
                 if values is not None:
-                    tensors |= {"values": row.unpack(values.cpu())} | vars(RowBatch.of(batch, row))
+                    tensors |= {"values": row.unpack(values.cpu())}
                 require_finite(tensors, [trees[i] for i in row.tree_index.tolist()], phase)
     except NonFiniteError as found:
         return NonFiniteError(found.tensor, found.phase, found.tree, step)

@@ -35,6 +35,8 @@ class Config:
     micro_batch_tokens: int = 4096
     """Most tokens a pass holds on one process; changes no result. A longer ranking is not cut and
     gets a pass of its own."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
     num_epochs: int = 1
     """Passes over the rankings. More than one overfits quickly: the held-out figures are logged
     after each."""

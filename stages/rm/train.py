@@ -14,7 +14,14 @@ from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
 from rlhf.distributed import own_share, start_accelerator
 from rlhf.inference import compute_scores
-from rlhf.models import ScalarModel, check_vocabulary, load_chat, load_scalar, packer_for
+from rlhf.models import (
+    ScalarModel,
+    check_vocabulary,
+    checkpoint_activations,
+    load_chat,
+    load_scalar,
+    packer_for,
+)
 from rlhf.packing import Packer, PromptTree
 from rlhf.records import Demonstration
 from rlhf.rewards import (
@@ -176,6 +183,8 @@ def _fit(
     model = load_scalar(config.model, new_head=True)
     check_vocabulary(model.classifier, chat, config.model.path)
     packer = packer_for(model.classifier, config.micro_batch_tokens)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model.classifier)
     trainer = RankingTrainer(model, train_set, packer, config, run)
     trainer.add_callback(AtEpochEnd(lambda step: measure(model, packer, step)))
     # A folder with a card is taken for a finished reward model.

@@ -7,8 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf.inference import compute_logprobs, compute_scores, compute_values
-from rlhf.logprobs import token_logprobs
-from rlhf.models import ScalarModel, packer_for, response_logits, supports_packing
+from rlhf.models import (
+    ScalarModel,
+    checkpoint_activations,
+    has_plain_head,
+    packer_for,
+    response_logprobs,
+    supports_packing,
+)
 from rlhf.packing import (
     PackedRow,
     Packer,
@@ -141,7 +147,7 @@ def test_packed_logprobs_and_gradients_equal_separate(architecture: str, attenti
     loss = sum((part * weight).sum() for part, weight in zip(expected, weights, strict=True))
     expected_gradients = gradients(policy, loss)
 
-    parts = [row.unpack(token_logprobs(response_logits(policy, row), row.targets)) for row in rows]
+    parts = [row.unpack(response_logprobs(policy, row)) for row in rows]
     packed = assemble(rows, parts)
     for response, part in enumerate(expected):
         torch.testing.assert_close(packed[response, : len(part)], part, rtol=0, atol=1e-5)
@@ -157,6 +163,48 @@ def test_packed_logprobs_and_gradients_equal_separate(architecture: str, attenti
             packed_gradients[name], gradient, rtol=0, atol=1e-5 * scale, msg=name
         )
     torch.testing.assert_close(compute_logprobs(policy, trees, packer), packed.detach())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [("gemma2", {"final_logit_softcapping": 2.0}), ("granite", {"logits_scaling": 8.0})],
+)
+def test_logits_that_are_scaled_or_capped_after_the_head(architecture: str, changes) -> None:
+    policy = tiny_policy_of(architecture, **changes)
+    assert not has_plain_head(policy)
+    trees = random_trees()
+    found = compute_logprobs(policy, trees, Packer(1, share_prompts=False))
+    for response, part in enumerate(separate_logprobs(policy, trees)):
+        torch.testing.assert_close(found[response, : len(part)], part, rtol=0, atol=1e-5)
+
+
+def test_logits_that_are_the_heads() -> None:
+    assert all(has_plain_head(tiny_policy_of(name)) for name in ("llama", "gpt2", "gpt_neox"))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_checkpointed_activations_change_no_gradient_and_are_not_kept(architecture: str) -> None:
+    (row,) = Packer(1000).rows(random_trees())
+
+    def gradients_and_bytes(policy) -> tuple[dict[str, Tensor], int]:
+        num_bytes = 0
+
+        def keep(tensor: Tensor) -> Tensor:
+            nonlocal num_bytes
+            num_bytes += tensor.nbytes
+            return tensor
+
+        policy.train()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = response_logprobs(policy, row).sum()
+        return gradients(policy, loss), num_bytes
+
+    expected, all_bytes = gradients_and_bytes(tiny_policy_of(architecture))
+    policy = tiny_policy_of(architecture)
+    checkpoint_activations(policy)
+    found, kept_bytes = gradients_and_bytes(policy)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert kept_bytes < all_bytes / 2
 
 
 @pytest.mark.parametrize(("architecture", "attention"), PACKED)

@@ -33,7 +33,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {**_LLAMA, "head_dim": 8},
     "opt": {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
     "mistral": {**_LLAMA, "sliding_window": 64},
+    "gemma2": {**_GEMMA3, "attn_logit_softcapping": None},
     "gemma3_text": _GEMMA3,
+    "granite": _LLAMA,
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
     "gpt_neo": {
@@ -46,7 +48,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 
-_WITHOUT_SDPA = ("bloom", "mamba", "gpt_neo")
+_WITHOUT_SDPA = ("bloom", "mamba", "gpt_neo", "gemma2")
 
 
 def tiny_policy_of(architecture: str, *, attention: str | None = None, **changes: Any) -> Any:

@@ -122,11 +122,11 @@ def test_a_kl_below_zero(config: Config, monkeypatch):
 
 
 def test_a_training_pass_that_is_not_the_policy_that_sampled(config: Config, monkeypatch):
-    token_logprobs = stages.ppo.update.token_logprobs
+    logprobs = stages.ppo.update.response_logprobs
     monkeypatch.setattr(
         stages.ppo.update,
-        "token_logprobs",
-        lambda logits, targets, temperature=1.0: token_logprobs(logits, targets, 1.5),
+        "response_logprobs",
+        lambda policy, row, temperature: logprobs(policy, row, 1.5),
     )
     with pytest.raises(TrainingStopped, match=r"^PPO_RATIO at update 0: .*log-ratio"):
         train(config)
@@ -134,11 +134,11 @@ def test_a_training_pass_that_is_not_the_policy_that_sampled(config: Config, mon
 
 
 def test_a_code_that_is_not_to_stop_warns_once_and_is_counted(config: Config, monkeypatch, capsys):
-    token_logprobs = stages.ppo.update.token_logprobs
+    logprobs = stages.ppo.update.response_logprobs
     monkeypatch.setattr(
         stages.ppo.update,
-        "token_logprobs",
-        lambda logits, targets, temperature=1.0: token_logprobs(logits, targets, 1.5),
+        "response_logprobs",
+        lambda policy, row, temperature: logprobs(policy, row, 1.5),
     )
     alarms = alarms_of(replace(config, monitor=replace(config.monitor, stop_on=[])))
     assert alarms["PPO_RATIO"] == {"first_update": 0, "updates": config.num_updates}
@@ -242,16 +242,16 @@ def test_a_reward_far_beyond_the_value_clip(config: Config):
 
 
 def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(config: Config, monkeypatch):
-    """Logits turn NaN in the second update; the weights on disk are those before it."""
-    forward = stages.ppo.update.response_logits
+    """Log-probabilities turn NaN in the second update; the weights on disk are those before it."""
+    forward = stages.ppo.update.response_logprobs
     passes_of_one_update = 2  # one a step
     broken = break_from(passes_of_one_update, forward, lambda *args: forward(*args) * math.nan)
-    monkeypatch.setattr(stages.ppo.update, "response_logits", broken)
+    monkeypatch.setattr(stages.ppo.update, "response_logprobs", broken)
     with pytest.raises(TrainingStopped) as stopped:
         train(config)
     message = str(stopped.value)
     assert message.startswith(
-        "PPO_NONFINITE at update 1: logits is not finite in phase train of step 2 "
+        "PPO_NONFINITE at update 1: logprobs is not finite in phase train of step 2 "
     )
     assert "say " in message  # the prompt
     folder = Path(config.output_dir)
@@ -261,7 +261,7 @@ def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(config: Con
         1,
         2,
         "train",
-        "logits",
+        "logprobs",
     ]
     assert "say " in replay["prompt_text"] and replay["responses"][0]
     good = stages.ppo.train.load_policy(ModelSettings(path=str(folder / "last_good")))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings, OptimSettings
@@ -445,3 +446,25 @@ def test_phases_of_the_first_update_hold_nothing_from_before_it(ppo_config: Conf
     (row,) = map(json.loads, (Path(ppo_config.output_dir) / "metrics.jsonl").open())
     phases = {name: value for name, value in row.items() if name.startswith("seconds/")}
     assert sum(phases.values()) <= 2 * phases["seconds/update"]  # the update is one of them
+
+
+def test_gradient_checkpointing_changes_no_result(ppo_config: Config, monkeypatch):
+    """Each of the 4 updates has 2 steps of one row, whose 2 layers run once more in each model."""
+    num_calls = 0
+    forward = LlamaMLP.forward
+
+    def count(*args):
+        nonlocal num_calls
+        num_calls += 1
+        return forward(*args)
+
+    monkeypatch.setattr(LlamaMLP, "forward", count)
+    runs = {}
+    for checkpointing in (False, True):
+        num_calls = 0
+        folder = Path(ppo_config.output_dir) / str(checkpointing)
+        train(replace(ppo_config, gradient_checkpointing=checkpointing, output_dir=str(folder)))
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        runs[checkpointing] = [row["ppo/value_loss"] for row in rows], num_calls
+    assert runs[True][0] == pytest.approx(runs[False][0], rel=1e-4)
+    assert runs[True][1] == runs[False][1] + 4 * 2 * 2 * 2

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, modeling_utils
 
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings, OptimSettings
@@ -150,6 +151,20 @@ def test_figures_between_epochs_are_of_the_model_then_and_leave_training_alone(
     assert (measured / "model.safetensors").read_bytes() == (
         plain / "model.safetensors"
     ).read_bytes()
+
+
+def test_gradient_checkpointing_changes_no_result(sft: Path, tmp_path: Path) -> None:
+    rankings = make_rankings(24)
+    losses = []
+    for checkpointing in (False, True):
+        changes = {"output_dir": str(tmp_path / "rm"), "gradient_checkpointing": checkpointing}
+        config = make_config(sft, rankings, num_epochs=1, **changes)
+        with patch.object(modeling_utils, "checkpoint", wraps=modeling_utils.checkpoint) as calls:
+            train(config)
+        assert bool(calls.call_count) == checkpointing
+        rows = [json.loads(line) for line in (tmp_path / "rm/metrics.jsonl").open()]
+        losses.append([row["rm/loss"] for row in rows if "rm/loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_any_tool_reads_the_same_scores(trained: tuple[Config, dict[str, Any]]) -> None:
