@@ -16,7 +16,7 @@ run under it only.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,18 +92,38 @@ def clip_gradients(
     parameters = list(parameters)
     if not shards_gradients(accelerator):
         return float(accelerator.clip_grad_norm_(parameters, max_norm))
-    norm = norm_over_processes(accelerator, local_gradients(parameters))
-    if norm > max_norm:
-        scale_gradients(parameters, max_norm / (norm + 1e-6))  # as torch's clip_grad_norm_ does
-    return norm
+    before = norm(accelerator, local_gradients(parameters))
+    if before > max_norm:
+        scale_gradients(parameters, max_norm / (before + 1e-6))  # as torch's clip_grad_norm_ does
+    return before
 
 
-def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
-    """One step of the optimizer. DeepSpeed forgets the gradients, else they are still there."""
-    if is_deepspeed(accelerator):
-        model.step()  # type: ignore[operator]
-    else:
+def take_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    frozen: Mapping[int, nn.Module] | None = None,
+) -> None:
+    """One step of the optimizer. DeepSpeed forgets the gradients, else they are still there.
+
+    Args:
+        frozen: modules that stay as they are, by their number in `make_optimizer`: a gradient of 0
+            would still move them by weight decay and age Adam's moments.
+    """
+    frozen = frozen or {}
+    parameters = [parameter for module in frozen.values() for parameter in module.parameters()]
+    if not is_deepspeed(accelerator):
+        for parameter in parameters:
+            parameter.grad = None
         optimizer.step()
+        return
+    scale_gradients(parameters, 0.0)
+    for group in optimizer.param_groups:
+        if group["module"] in frozen:
+            group["lr"] = 0.0  # until the schedule's next step
+    model.step()  # type: ignore[operator]
+    if frozen:
+        _forget_empty_steps(model)
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -117,6 +137,8 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 def set_local_gradients(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
     """The inverse of `local_gradients`; what has no gradient gets none."""
     for parameter, value in zip(parameters, values, strict=True):
+        if not parameter.requires_grad:
+            continue
         if hasattr(parameter, "ds_id"):
             from deepspeed.utils import safe_set_local_grad
 
@@ -135,18 +157,15 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
     set_local_gradients(parameters, scaled)
 
 
-def norm_over_processes(accelerator: Accelerator, shards: Iterable[Tensor]) -> float:
-    """The norm of what all processes' shards make up."""
-    return math.sqrt(dot_over_processes(accelerator, list(shards), None))
+def norm(accelerator: Accelerator, gradients: Sequence[Tensor]) -> float:
+    """Of what `local_gradients` gave on all processes, in full."""
+    return math.sqrt(dot(accelerator, gradients, gradients))
 
 
-def dot_over_processes(
-    accelerator: Accelerator, shards: list[Tensor], others: list[Tensor] | None
-) -> float:
-    """The inner product of what two lists of shards make up, of the first with itself if None."""
-    others = shards if others is None else others
-    own = sum(float((a.double() * b.double()).sum()) for a, b in zip(shards, others, strict=True))
-    return float(sum_over_processes(accelerator, own))
+def dot(accelerator: Accelerator, some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Inner product of two gradients that `local_gradients` gave, in full."""
+    own = sum(float((a.double() * b.double()).sum()) for a, b in zip(some, others, strict=True))
+    return float(sum_over_processes(accelerator, own)) if shards_gradients(accelerator) else own
 
 
 @contextmanager
@@ -201,6 +220,8 @@ def set_local_weights(parameters: Iterable[nn.Parameter], values: Iterable[Tenso
 
 
 def _local_gradient(parameter: nn.Parameter) -> Tensor:
+    if not parameter.requires_grad:
+        return torch.zeros(0, device=parameter.device)
     if hasattr(parameter, "ds_id"):
         from deepspeed.utils import safe_get_local_grad
 
@@ -223,6 +244,13 @@ def _place_of_gradient(parameter: nn.Parameter) -> Tensor | None:
         return mapping.get_lp_grad_fragment(parameter._index_in_param_group)
     gradient = parameter.grad
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _forget_empty_steps(engine: Any) -> None:
+    """Sets Adam's count of steps back where its moments saw zeros only, as if there were none."""
+    for state in engine.optimizer.optimizer.state.values():
+        if "exp_avg_sq" in state and not state["exp_avg_sq"].any():
+            state["step"].zero_()
 
 
 @contextmanager
