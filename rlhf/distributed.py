@@ -24,7 +24,7 @@ Row = TypeVar("Row")
 Number = TypeVar("Number", int, float)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""A process that waits longer than this for another one gives up; the longest rollout is shorter."""
+"""A process that waits for another one gives up after this; the longest rollout is shorter."""
 
 _LOST = ("timed out", "timeout", "connection closed", "connection reset", "connection refused")
 """Words in the errors of torch's backends that say that another process is late or gone."""

@@ -145,12 +145,18 @@ def load_scalar(settings: ModelSettings, *, new_head: bool = False) -> ScalarMod
 
 
 def save_policy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer load as it is.
 
     Generation stops at the end-of-response token by the saved generation_config, and the sampling
     settings that the base model brought along go: they would distort later rollouts.
+
+    Args:
+        weights: what to write where the model holds a shard of each only; None: the model's own.
     """
     end_id = Chat(tokenizer).end_id
     generation = type(model.generation_config)(
@@ -159,7 +165,7 @@ def save_policy(
         pad_token_id=tokenizer.pad_token_id,
     )
     model.generation_config = generation
-    _save(model, tokenizer, folder)
+    _save(model, tokenizer, folder, weights)
 
 
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -322,9 +328,14 @@ def _features(model: PreTrainedModel, row: PackedRow) -> Tensor:
     return hidden[0, row.predictors].float()
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
         tokenizer.save_pretrained(folder)
 
 

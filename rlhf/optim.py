@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config import OptimSettings
+from rlhf.sharding import local_weights, set_local_weights
 
 
 def make_optimizer(
@@ -80,18 +81,20 @@ class MovingAverage:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
+        """The module as the optimizer knows it: where its weights are in shards, so is this."""
         self.decay = decay
-        self.average = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+        names = [name for name, _ in module.named_parameters()]
+        weights = local_weights(module.parameters())
+        self.average = {name: w.clone() for name, w in zip(names, weights, strict=True)}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters():
-            self.average[name].lerp_(parameter.detach().float(), 1 - self.decay)
+        weights = local_weights(module.parameters())
+        for average, weight in zip(self.average.values(), weights, strict=True):
+            average.lerp_(weight, 1 - self.decay)
 
-    @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters():
-            parameter.copy_(self.average[name])
+        set_local_weights(module.parameters(), self.average.values())
 
 
 def gradients(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:

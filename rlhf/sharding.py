@@ -148,7 +148,7 @@ def set_local_gradients(parameters: Iterable[nn.Parameter], values: Iterable[Ten
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Multiplies gradients, or this process's shards of them; 0 makes zeros of what is no number."""
+    """Multiplies gradients, or this process's shards of them; 0 makes zeros of NaN too."""
     parameters = list(parameters)
     scaled = [
         torch.zeros_like(gradient) if factor == 0 else gradient * factor
@@ -235,13 +235,12 @@ def _local_gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(weight, dtype=torch.float32).flatten()
 
 
-def _place_of_gradient(parameter: nn.Parameter) -> Tensor | None:
+def _place_of_gradient(parameter: Any) -> Tensor | None:
     """The tensor that holds the gradient, or this process's shard of it, where there is one."""
     if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2; None: the parameter is another process's
-        mapping: Any = parameter._hp_mapping
-        if mapping is None:
+        if parameter._hp_mapping is None:
             return None
-        return mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+        return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
     gradient = parameter.grad
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 

@@ -39,3 +39,17 @@ class Stopwatch:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second of a square product of this type here: the best of five, as an estimate of
+    what the machine can do at most. Tens of milliseconds on a CPU; what else runs there counts."""
+    length = 512 if device.type == "cpu" else 8192
+    matrix = torch.ones(length, length, device=device, dtype=dtype)
+    watch = Stopwatch(device)
+    seconds = []
+    for _ in range(6):  # the first one also starts threads and loads kernels
+        with watch.phase("product"):
+            matrix @ matrix
+        seconds.append(watch.take()["product"])
+    return 2.0 * length**3 / min(seconds[1:])

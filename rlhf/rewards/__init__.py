@@ -12,7 +12,7 @@ The clip comes first, or it could swallow the penalties.
 
 from rlhf.rewards.combined import EnsembleReward, NormalizedReward, WeightedReward
 from rlhf.rewards.functions import FunctionReward, TokenFunctionReward, load_function
-from rlhf.rewards.load import load_judge, load_reward
+from rlhf.rewards.load import load_judge, load_reward, reward_models_of
 from rlhf.rewards.models import (
     NUM_GOLDEN,
     REWARD_FILE,
@@ -69,6 +69,7 @@ __all__ = [
     "load_value_model",
     "penalize_length",
     "rendering_hash",
+    "reward_models_of",
     "same_rendering",
     "same_vocabulary",
     "spread",

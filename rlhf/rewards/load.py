@@ -6,9 +6,10 @@ import torch
 
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
-from rlhf.rewards.combined import EnsembleReward, WeightedReward
+from rlhf.models import ScalarModel
+from rlhf.rewards.combined import EnsembleReward, NormalizedReward, WeightedReward
 from rlhf.rewards.functions import FunctionReward, TokenFunctionReward, load_function
-from rlhf.rewards.models import TextRewardModel, load_reward_model
+from rlhf.rewards.models import RewardModel, TextRewardModel, load_reward_model
 from rlhf.rewards.rendering import same_rendering
 from rlhf.rewards.scores import Reward
 from rlhf.rewards.settings import RewardSettings
@@ -92,3 +93,21 @@ def load_judge(
         "the policy, so prompts and decoded responses are rendered anew for it"
     )
     return TextRewardModel(reward_model, chat.end_id)
+
+
+def reward_models_of(reward: Reward) -> list[ScalarModel]:
+    """The models that a reward runs; none for a function."""
+    match reward:
+        case RewardModel():
+            return [reward.model]
+        case TextRewardModel():
+            return [reward.reward_model.model]
+        case NormalizedReward():
+            return reward_models_of(reward.reward)
+        case WeightedReward():
+            members = [part for part, _ in reward.parts.values()]
+        case EnsembleReward():
+            members = list(reward.members)
+        case _:
+            return []
+    return [model for member in members for model in reward_models_of(member)]

@@ -55,6 +55,7 @@ PANELS = (
     Panel("PPO: entropy", "nats a token", {"ppo/entropy": ""}),
     Panel("PPO: pretraining loss", "nats a token", {"ppo/ptx_loss": ""}),
     Panel("PPO: variance explained", "share", {"ppo/explained_variance": ""}, floor=-1.0),
+    Panel("PPO: tokens a second", "episode tokens", {"ppo/tokens_per_second": ""}),
     Panel("PPO: clipped tokens", "share", {"ppo/clip_fraction": ""}),
 )
 

@@ -112,7 +112,18 @@ def _report_rows(report: Mapping[str, Any]) -> Rows:
             rows.append((name, [_interval(value, 3)]))
         elif isinstance(value, int | float) and not isinstance(value, bool):
             rows.append((label, [_number(value, 3)]))
-    return rows
+    return rows + _phase_rows(report.get("phase_seconds", {}))
+
+
+def _phase_rows(phases: Mapping[str, float]) -> Rows:
+    """Where the time of a stage's updates went: seconds and shares of the whole."""
+    whole = phases.get("update", 0.0)
+    longest_first = sorted(phases.items(), key=lambda phase: -phase[1])
+    return [
+        (f"time: {name}", [f"{seconds:.1f} s, {seconds / whole:4.0%}"])
+        for name, seconds in longest_first
+        if name != "update" and whole > 0
+    ]
 
 
 def _seconds_rows(seconds: Mapping[str, float]) -> Rows:

@@ -212,6 +212,13 @@ class Config:
         return self.ppo.num_epochs * self.rollout.batch_size // self.ppo.mini_batch_size
 
     @property
+    def text_blocks_per_step(self) -> int:
+        """Of all processes; a number that they cannot share equally is rounded up."""
+        if self.ptx.coef == 0:
+            return 0
+        return max(1, round(self.ptx.blocks_per_episode * self.ppo.mini_batch_size))
+
+    @property
     def value_warmup_steps(self) -> int:
         return self.ppo.value_warmup_updates * self.steps_per_update
 

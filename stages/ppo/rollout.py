@@ -179,15 +179,16 @@ def roll_out(
         ref_logprobs = sampler.logprobs(sampler.ref_policy, trees)
     with sampler.watch.phase("value"):
         values = compute_values(value_model, trees, sampler.packer)
-    rewards = penalized_rewards(scored.at_end, logprobs, ref_logprobs, response_mask, kl_coef)
-    if scored.token_rewards is not None:
-        rewards = rewards + scored.token_rewards
-    advantages, returns = generalized_advantages(
-        rewards, values, response_mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
-    )
-    if settings.whiten_advantages:
-        sums = sum_over_processes(accelerator, whitening_sums(advantages, response_mask))
-        advantages = whiten(advantages, response_mask, sums)
+    with sampler.watch.phase("advantages"):
+        rewards = penalized_rewards(scored.at_end, logprobs, ref_logprobs, response_mask, kl_coef)
+        if scored.token_rewards is not None:
+            rewards = rewards + scored.token_rewards
+        advantages, returns = generalized_advantages(
+            rewards, values, response_mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
+        )
+        if settings.whiten_advantages:
+            sums = sum_over_processes(accelerator, whitening_sums(advantages, response_mask))
+            advantages = whiten(advantages, response_mask, sums)
     return Rollout(
         trees=trees,
         response_mask=response_mask,

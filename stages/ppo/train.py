@@ -4,12 +4,14 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
+from rlhf import sharding
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
@@ -51,7 +53,8 @@ from stages.ppo.monitor import (
 )
 from stages.ppo.normalize import normalize_scores
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out, rollout_metrics, rollout_sums
-from stages.ppo.update import Learner, PolicyAndValue, update
+from stages.ppo.speed import Speedometer
+from stages.ppo.update import POLICY, Learner, PolicyAndValue, update
 
 
 def train(config: Config) -> None:
@@ -71,9 +74,10 @@ def train(config: Config) -> None:
     learner, sampler = _load_models(config, chat, accelerator, watch)
     _announce(config, accelerator, len(episodes))
     _warn_of_chance(config, monitor)
-    sampler, raw_scores = normalize_scores(
-        sampler, learner.models.value_model, episodes, accelerator
-    )
+    with sharding.whole_weights(accelerator, learner.model):
+        sampler, raw_scores = normalize_scores(
+            sampler, learner.models.value_model, episodes, accelerator
+        )
 
     texts = text_batches(config, chat, accelerator)
     order = shuffled(episodes, config.rollout.batch_size, config.seed)
@@ -82,6 +86,7 @@ def train(config: Config) -> None:
     kl_coef = config.ppo.kl_coef
     metrics: dict[str, float] = {}
     all_seconds: dict[str, float] = {}
+    speed = Speedometer(learner.models, sampler, accelerator, config, _dtype(config, accelerator))
     watch.take()  # what came before the first update is none of its phases
     bar = tqdm(range(config.num_updates), desc="ppo", disable=not accelerator.is_main_process)
     for number in bar:
@@ -90,7 +95,7 @@ def train(config: Config) -> None:
         batch = own_share(accelerator, next(order))
         only_value = number < config.ppo.value_warmup_updates
         with _stopping_well(monitor, number, learner, chat, run):
-            with accelerator.autocast():
+            with sharding.whole_weights(accelerator, learner.model), accelerator.autocast():
                 rollout = roll_out(
                     models.policy,
                     models.value_model,
@@ -100,7 +105,8 @@ def train(config: Config) -> None:
                     accelerator,
                     kl_coef,
                 )
-            metrics = _rollout_metrics(rollout, accelerator)
+            with watch.phase("metrics"):
+                metrics = _rollout_metrics(rollout, accelerator)
             monitor.watch(number, metrics)
             metrics |= update(learner, rollout, texts, config, shuffling, only_value=only_value)
             monitor.watch(number, metrics)
@@ -116,9 +122,10 @@ def train(config: Config) -> None:
                 horizon=config.ppo.kl_horizon,
             )
         if held_out and (number % config.eval_every == 0 or number == config.num_updates - 1):
-            with watch.phase("evaluate"):
+            with watch.phase("evaluate"), sharding.whole_weights(accelerator, learner.model):
                 metrics |= evaluate(learner, sampler, held_out, run, number, config)
         seconds = watch.take() | {"update": time.perf_counter() - started}
+        metrics |= speed.measure(rollout, metrics, seconds)
         for name, value in seconds.items():
             all_seconds[name] = all_seconds.get(name, 0.0) + value
         run.log(number, metrics | {f"seconds/{name}": value for name, value in seconds.items()})
@@ -126,8 +133,8 @@ def train(config: Config) -> None:
 
     if learner.average is not None:
         learner.average.copy_to(learner.models.policy)
-    if accelerator.is_main_process:
-        save_policy(learner.models.policy, chat.tokenizer, run.dir)
+    save_learned(learner, chat, run.dir)
+    metrics |= speed.mean()
     results = {name.removeprefix("ppo/"): value for name, value in metrics.items()}
     phases = {name: round(value, 1) for name, value in all_seconds.items()}
     run.finish(results | raw_scores | {"alarms": monitor.alarms, "phase_seconds": phases})
@@ -149,9 +156,19 @@ def _stopping_well(
             monitor.raise_alarm(NONFINITE, number, cause)
     except TrainingStopped as stop:
         folder = run.dir / LAST_GOOD
-        if learner.accelerator.is_main_process:
-            save_policy(learner.models.policy, chat.tokenizer, folder)
+        save_learned(learner, chat, folder)
         raise TrainingStopped(f"{stop} The weights before it are in {folder}.") from stop
+
+
+def save_learned(learner: Learner, chat: Chat, folder: Path) -> None:
+    """Writes the policy as a plain model folder; all processes take part."""
+    accelerator = learner.accelerator
+    weights = None
+    if sharding.shards_weights(accelerator):
+        weights = sharding.whole_state(accelerator, learner.model, "policy")
+    if accelerator.is_main_process:
+        save_policy(learner.models.policy, chat.tokenizer, folder, weights)
+    accelerator.wait_for_everyone()
 
 
 def _warn_of_chance(config: Config, monitor: Monitor) -> None:
@@ -168,8 +185,14 @@ def _warn_of_chance(config: Config, monitor: Monitor) -> None:
 
 
 def _token_noise(config: Config, accelerator: Accelerator) -> float:
-    is_half = accelerator.mixed_precision != "no" or config.policy.dtype == "bfloat16"
+    is_half = _dtype(config, accelerator) != torch.float32
     return TOKEN_NOISE["bfloat16" if is_half else "float32"]
+
+
+def _dtype(config: Config, accelerator: Accelerator) -> torch.dtype:
+    """Of the products in a forward pass."""
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return mixed.get(accelerator.mixed_precision, getattr(torch, config.policy.dtype))
 
 
 def _load_episodes(
@@ -227,8 +250,8 @@ def text_batches(
             yield []
     assert config.ptx.text is not None
     blocks = text_blocks([t.text for t in read_records(config.ptx.text, Text)], chat, config)
-    num_blocks = max(1, round(config.ptx.blocks_per_episode * config.ppo.mini_batch_size))
-    num_blocks = math.ceil(num_blocks / accelerator.num_processes) * accelerator.num_processes
+    num_processes = accelerator.num_processes
+    num_blocks = math.ceil(config.text_blocks_per_step / num_processes) * num_processes
     generator = torch.Generator().manual_seed(config.seed + 1)
     batch: list[PromptTree] = []
     while True:
@@ -269,6 +292,26 @@ def evaluate(
 ) -> dict[str, float]:
     """Score, KL, length and ends on held-out prompts, by the same draws every time."""
     episodes = own_share(learner.accelerator, held_out)
+    # Fewer prompts than processes leave some without any.
+    sums = _answer(learner, sampler, episodes, run, number, config) if episodes else torch.zeros(4)
+    score, nats, tokens, ended = sum_over_processes(learner.accelerator, sums).tolist()
+    return {
+        "ppo/held_out_score": score / len(held_out),
+        "ppo/held_out_kl": nats / len(held_out),
+        "ppo/held_out_tokens": tokens / len(held_out),
+        "ppo/held_out_eos_rate": ended / len(held_out),
+    }
+
+
+def _answer(
+    learner: Learner,
+    sampler: Sampler,
+    episodes: Sequence[Episode],
+    run: Run,
+    number: int,
+    config: Config,
+) -> torch.Tensor:
+    """Sums over this process's held-out prompts, (4,): score, KL, tokens, responses that end."""
     generator = torch.Generator().manual_seed(config.seed)
     policy = learner.models.policy
     trees = sampler.sample(policy, episodes, generator)
@@ -289,14 +332,7 @@ def evaluate(
         ][: config.num_samples],
         step=number,
     )
-    sums = torch.stack([scores.sum(), kl.sum(), mask.sum(), finished.sum()]).double()
-    score, nats, tokens, ended = sum_over_processes(learner.accelerator, sums).tolist()
-    return {
-        "ppo/held_out_score": score / len(held_out),
-        "ppo/held_out_kl": nats / len(held_out),
-        "ppo/held_out_tokens": tokens / len(held_out),
-        "ppo/held_out_eos_rate": ended / len(held_out),
-    }
+    return torch.stack([scores.sum(), kl.sum(), mask.sum(), finished.sum()]).double()
 
 
 def _load_models(
@@ -322,13 +358,14 @@ def _load_models(
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
         checkpoint_activations(value_model.classifier)
-    average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
     groups = [(policy, config.optim.learning_rate), (value_model, config.value_learning_rate)]
     optimizer = make_optimizer(groups, config.optim)
-    first_steps = {0: config.value_warmup_steps}  # the policy's
+    first_steps = {POLICY: config.value_warmup_steps}
     schedule = make_schedule(optimizer, config.optim, config.num_steps, first_steps)
-    model, optimizer = accelerator.prepare(PolicyAndValue(policy, value_model), optimizer)
-    learner = Learner(model, optimizer, schedule, average, packer, accelerator, watch)
+    both = PolicyAndValue(policy, value_model)
+    model, prepared = sharding.prepare(accelerator, both, optimizer)
+    average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
+    learner = Learner(model, prepared, schedule, average, packer, accelerator, watch)
     return learner, Sampler(chat, ref_policy, reward, packer, config, watch)
 
 

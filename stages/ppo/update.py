@@ -86,7 +86,8 @@ def update(
     first_log_ratio = 0.0
     learner.model.train()  # dropout is off; activations are checkpointed in this mode only
     for batch in _mini_batches(learner, rollout, config, generator):
-        text_batch = [] if only_value else next(texts)
+        with learner.watch.phase("ptx"):  # the first one reads and tokenises the file
+            text_batch = [] if only_value else next(texts)
         step = optimizer_step(learner, batch, text_batch, config, only_value=only_value)
         max_log_ratio = step.pop("max_log_ratio")
         if not total:
@@ -140,10 +141,11 @@ def optimizer_step(
     The first two are means over the response tokens of the mini-batch on all processes. Policy and
     value model share no weight, so the value loss needs no coefficient.
     """
-    policy, value_model = learner.models.policy, learner.models.value_model
     accelerator = learner.accelerator
+    with learner.watch.phase("step"):  # also unwrapping takes milliseconds
+        policy, value_model = learner.models.policy, learner.models.value_model
+        learner.optimizer.zero_grad()
     ratio = config.ptx.grad_norm_ratio
-    learner.optimizer.zero_grad()
     sums: Sums = {"steps": 1.0}
     is_watched = bool(texts) and (
         config.ptx.gradient_norms or ratio is not None or sharding.shards_gradients(accelerator)
@@ -293,18 +295,23 @@ def find_nonfinite(
     """
     step = learner.schedule.last_epoch
     try:
-        for trees, phase in ((batch.trees, "train"), (texts, "ptx")):
-            for row in learner.packer.rows(trees):
-                on_device = row.to(learner.accelerator.device)
-                with torch.no_grad():
-                    logprobs, values = learner.models(on_device, with_values=phase == "train")
-                tensors = {"logprobs": row.unpack(logprobs.cpu())}
-                if values is not None:
-                    tensors |= {"values": row.unpack(values.cpu())}
-                require_finite(tensors, [trees[i] for i in row.tree_index.tolist()], phase)
+        with sharding.whole_weights(learner.accelerator, learner.model):
+            _find_nonfinite(learner, batch, texts)
     except NonFiniteError as found:
         return NonFiniteError(found.tensor, found.phase, found.tree, step)
     return NonFiniteError("gradient", "train", step=step)
+
+
+def _find_nonfinite(learner: Learner, batch: Rollout, texts: Sequence[PromptTree]) -> None:
+    for trees, phase in ((batch.trees, "train"), (texts, "ptx")):
+        for row in learner.packer.rows(trees):
+            on_device = row.to(learner.accelerator.device)
+            with torch.no_grad():
+                logprobs, values = learner.models(on_device, with_values=phase == "train")
+            tensors = {"logprobs": row.unpack(logprobs.cpu())}
+            if values is not None:
+                tensors |= {"values": row.unpack(values.cpu())}
+            require_finite(tensors, [trees[i] for i in row.tree_index.tolist()], phase)
 
 
 def _set_aside(learner: Learner, watched: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -1,8 +1,9 @@
 import time
 
 import pytest
+import torch
 
-from rlhf.timing import Stopwatch
+from rlhf.timing import Stopwatch, matrix_rate
 
 
 @pytest.fixture
@@ -42,3 +43,16 @@ def test_a_phase_that_fails_is_counted_and_ends(clock: list[float]) -> None:
     with watch.phase("value"):
         clock[0] += 1.0
     assert watch.take() == {"score": 1.0, "value": 1.0}
+
+
+def test_the_matrix_rate_is_that_of_the_fastest_product(clock, monkeypatch) -> None:
+    """Products of 2 * 512^3 FLOPs that take 1, 4, 2, ... seconds; the first is a warm-up."""
+    seconds = iter([1.0, 4.0, 2.0, 4.0, 4.0, 4.0])
+    product = torch.Tensor.__matmul__
+
+    def slow(a, b):
+        clock[0] += next(seconds)
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", slow)
+    assert matrix_rate(torch.device("cpu"), torch.float32) == 512**3

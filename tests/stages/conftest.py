@@ -18,6 +18,14 @@ SHARPNESS = 0.3
 """Factor on the tiny model's logits: neither sure nor uniform."""
 
 
+def is_timing(metric: str) -> bool:
+    """Whether two equal runs log different values of this metric."""
+    return metric.startswith("seconds/") or metric in (
+        "ppo/tokens_per_second",
+        "ppo/model_flops_utilisation",
+    )
+
+
 def some_length(prompts, responses, metas):
     return [len(response) % 5 / 5 for response in responses]
 

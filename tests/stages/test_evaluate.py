@@ -253,6 +253,24 @@ def test_table_shows_every_policy_in_a_column(finished: Finished) -> None:
     assert max(map(len, table)) <= 100
 
 
+def test_table_shows_where_the_time_of_a_stage_went() -> None:
+    report = {"phase_seconds": {"rollout": 2.0, "train": 5.5, "update": 10.0}}
+    results = {
+        "policies": [],
+        "baseline": "sft",
+        "judge": None,
+        "prompts": {"used": 2, "samples_per_prompt": 1, "temperature": 1.0},
+        "ppo": report,
+        "seconds": {"ppo": 12.0},
+    }
+    lines = [line.split() for line in format_results(results).splitlines()]
+    start = lines.index(["Report:", "ppo"])
+    assert lines[start + 2 : start + 4] == [
+        ["time:", "train", "5.5", "s,", "55%"],
+        ["time:", "rollout", "2.0", "s,", "20%"],
+    ]
+
+
 def test_samples_stand_side_by_side(finished: Finished) -> None:
     text = (finished.folder / "samples.md").read_text(encoding="utf-8")
     assert text.count("\n## Prompt") == 3

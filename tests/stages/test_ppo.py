@@ -25,9 +25,12 @@ from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out
 from stages.ppo.train import shuffled, text_blocks, train
 from stages.ppo.update import Learner, PolicyAndValue, optimizer_step, update
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
+from tests.stages.conftest import is_timing
 
 END = 1
-PHASES = "rollout score logprobs reference value ptx train step evaluate update".split()
+PHASES = (
+    "rollout score logprobs reference value advantages metrics ptx train step evaluate update"
+).split()
 TEXTS = [text_tree([5, 9, 13, 17, 21, 25]), text_tree([30, 31, 32])]
 
 
@@ -400,8 +403,9 @@ def test_a_run_learns_and_its_folder_loads(tmp_path: Path):
     assert rows[-1]["ppo/ptx_loss"] < rows[0]["ppo/ptx_loss"]
     phases = [{k: v for k, v in row.items() if k.startswith("seconds/")} for row in rows]
     assert set(phases[0]) == {f"seconds/{name}" for name in PHASES}
-    wholes = [of_update.pop("seconds/update") for of_update in phases]
-    assert all(sum(p.values()) <= whole for p, whole in zip(phases, wholes, strict=True))
+    whole = sum(of_update.pop("seconds/update") for of_update in phases)
+    parts = sum(seconds for of_update in phases for seconds in of_update.values())
+    assert 0.95 * whole < parts < whole
     samples = [json.loads(line) for line in (tmp_path / "ppo/samples.jsonl").open()]
     assert {row["step"] for row in samples} == {0, 6, 11}
     results = json.loads((tmp_path / "ppo/results.json").read_text())
@@ -433,7 +437,7 @@ def test_a_seed_gives_the_same_run_bit_for_bit_and_another_seed_another(
         folder = Path(ppo_config.output_dir) / name
         train(replace(ppo_config, ptx=ptx, ema_decay=0.9, seed=seed, output_dir=str(folder)))
         lines = (folder / "metrics.jsonl").read_text().splitlines()
-        rows = [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in lines]
+        rows = [{k: v for k, v in json.loads(line).items() if not is_timing(k)} for line in lines]
         runs[name] = rows, (folder / "model.safetensors").read_bytes()
     assert runs["first"] == runs["again"]
     assert len(runs["first"][0]) == ppo_config.num_updates

@@ -1,0 +1,76 @@
+"""How fast a run is: tokens a second, and how much of the machine's matrix rate it uses."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+
+from rlhf.distributed import sum_over_processes
+from rlhf.flops import Work, size_of, text_work, update_flops, work_of
+from rlhf.rewards import reward_models_of
+from rlhf.timing import matrix_rate
+from stages.ppo.config import Config
+from stages.ppo.rollout import Rollout, Sampler
+from stages.ppo.update import PolicyAndValue
+
+NOT_TRAINING = ("evaluate", "save")
+"""Phases of an update whose seconds do not count."""
+
+
+@dataclass
+class Speedometer:
+    """Measures updates, and adds them up for the whole run."""
+
+    models: PolicyAndValue
+    sampler: Sampler
+    accelerator: Accelerator
+    config: Config
+    dtype: torch.dtype
+    """of the products in a forward pass"""
+    _totals: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._rate = matrix_rate(self.accelerator.device, self.dtype)
+        self._sizes = (
+            size_of(self.models.policy),
+            size_of(self.models.value_model.classifier),
+            [size_of(model.classifier) for model in reward_models_of(self.sampler.reward)],
+        )
+
+    def measure(
+        self, rollout: Rollout, metrics: Mapping[str, float], seconds: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Of an update, all processes together.
+
+        Args:
+            metrics: of the update.
+            seconds: by phase, with the whole update under "update".
+        """
+        config = self.config
+        num_steps = round(metrics["ppo/steps"])
+        num_epochs = num_steps / config.steps_per_update * config.ppo.num_epochs
+        episodes, texts = work_of(rollout.trees), Work()
+        if "ppo/ptx_loss" in metrics:
+            num_blocks = math.ceil(config.text_blocks_per_step / self.accelerator.num_processes)
+            texts = text_work(config.ptx.block_tokens) * (num_steps * num_blocks)
+        flops = sum(update_flops(*self._sizes, episodes, texts, num_epochs).values())
+        own = torch.tensor([float(episodes.tokens), flops], dtype=torch.float64)
+        tokens, flops = sum_over_processes(self.accelerator, own).tolist()
+        trained = seconds["update"] - sum(seconds.get(name, 0.0) for name in NOT_TRAINING)
+        update = {"tokens": tokens, "flops": flops, "seconds": trained}
+        for name, value in update.items():
+            self._totals[name] = self._totals.get(name, 0.0) + value
+        return self._speeds(update)
+
+    def mean(self) -> dict[str, float]:
+        """Of all updates so far."""
+        return self._speeds(self._totals)
+
+    def _speeds(self, sums: Mapping[str, float]) -> dict[str, float]:
+        rate = self._rate * self.accelerator.num_processes
+        return {
+            "ppo/tokens_per_second": sums["tokens"] / sums["seconds"],
+            "ppo/model_flops_utilisation": sums["flops"] / sums["seconds"] / rate,
+        }
