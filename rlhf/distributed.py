@@ -40,7 +40,7 @@ def start_accelerator() -> Accelerator:
     Raises:
         ValueError: The processes did not join, or the plugin that was asked for is not at work.
     """
-    deepspeed = _is_asked_for("ACCELERATE_USE_DEEPSPEED")
+    deepspeed = is_asked_for("ACCELERATE_USE_DEEPSPEED")
     if deepspeed and not is_deepspeed_available():
         raise ValueError(
             "the launcher asked for DeepSpeed, which is not installed: pip install deepspeed, or "
@@ -49,6 +49,7 @@ def start_accelerator() -> Accelerator:
     on_cpu = not torch.accelerator.is_available()
     if deepspeed and on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _reduce_by_gloo()
     if deepspeed and is_initialized():  # by a stage before, in this same process
         AcceleratorState._reset_state()
     group = InitProcessGroupKwargs(
@@ -61,6 +62,7 @@ def start_accelerator() -> Accelerator:
         kwargs_handlers=[group],
     )
     check_launch(accelerator)
+    load_models_whole()
     return accelerator
 
 
@@ -96,13 +98,13 @@ def check_plugin(distributed_type: DistributedType) -> None:
             "configs/accelerate/cpu2_zero3.yaml",
         ),
     ):
-        if _is_asked_for(variable) and distributed_type != wanted:
+        if is_asked_for(variable) and distributed_type != wanted:
             raise ValueError(
                 f"the launcher asked for {wanted.value} but {distributed_type.value} is at work: "
                 f"{remedy}"
             )
     version = os.environ.get("FSDP_VERSION", "1")
-    if _is_asked_for("ACCELERATE_USE_FSDP") and version != "2":
+    if is_asked_for("ACCELERATE_USE_FSDP") and version != "2":
         raise ValueError(
             f"fsdp_version is {version}; give 2, as configs/accelerate/fsdp2.yaml does"
         )
@@ -124,14 +126,15 @@ def use_accelerator_at_work(arguments: Any) -> None:
 def load_models_whole() -> None:
     """Has from_pretrained load whole weights on the calling process, also under ZeRO-3.
 
-    A Trainer tells transformers that ZeRO-3 is at work; from then on each from_pretrained is a
-    joint act of all processes that gives each a piece, the plain load of a finished folder too.
+    accelerate and the Trainer tell transformers that ZeRO-3 is at work; from then on every new
+    model is split as it is made, by all processes together, the reference policy and the plain
+    load of a finished folder too.
     """
     unset_hf_deepspeed_config()
 
 
 @contextmanager
-def naming_the_place(accelerator: Accelerator, place: Callable[[], str]) -> Iterator[None]:
+def naming(accelerator: Accelerator, place: Callable[[], str]) -> Iterator[None]:
     """Says where this process stood when the others did not answer.
 
     On GPUs, NCCL ends the process by itself, and its own words must do.
@@ -173,7 +176,8 @@ def own_share(accelerator: Accelerator, rows: Sequence[Row]) -> list[Row]:
     return list(rows[accelerator.process_index :: accelerator.num_processes])
 
 
-def _is_asked_for(variable: str) -> bool:
+def is_asked_for(variable: str) -> bool:
+    """Whether accelerate's launcher said so: ACCELERATE_USE_DEEPSPEED, ACCELERATE_USE_FSDP."""
     return bool(str_to_bool(os.environ.get(variable, "false")))
 
 
@@ -189,3 +193,11 @@ def _deepspeed_plugin() -> DeepSpeedPlugin:
         zero3_init_flag=False,
         zero3_save_16bit_model=True,
     )
+
+
+def _reduce_by_gloo() -> None:
+    """On CPUs DeepSpeed would reduce through shared memory, by C++ that it compiles at the first
+    start: minutes, and a start that is cut short leaves a lock for which all later ones wait."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -185,15 +185,19 @@ def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
             yield
 
 
-def whole_state(accelerator: Accelerator, model: nn.Module, part: str = "") -> dict[str, Tensor]:
-    """Names and whole weights of a part of the model, "policy" for example, to be saved.
+def whole_state(
+    accelerator: Accelerator, model: nn.Module, part: str = ""
+) -> dict[str, Tensor] | None:
+    """Names and whole weights of a part of the model, such as "policy", to be saved by the first
+    process; None where each process has them all and the model saves itself.
 
-    All processes take part; only the first one gets something where weights are in shards.
+    All processes take part, and only the first one gets anything.
     """
-    state = accelerator.get_state_dict(model) or {}
+    if not shards_weights(accelerator):
+        return None
     prefix = f"{part}." if part else ""
-    found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    return dict(found)
+    state = accelerator.get_state_dict(model) or {}
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def local_weights(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
@@ -255,7 +259,7 @@ def _forget_empty_steps(engine: Any) -> None:
 @contextmanager
 def _gathered_by_deepspeed(engine: Any) -> Iterator[None]:
     """DeepSpeed's hooks would drop each module's weights behind its first use."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     offload = engine.optimizer.parameter_offload
     with GatheredParameters(list(engine.module.parameters())):
@@ -286,7 +290,7 @@ def _gathered_by_torch(model: nn.Module) -> Iterator[None]:
 
 
 def _set_deepspeed_shard(parameter: Any, value: Tensor) -> None:
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     count = torch.distributed.get_world_size()
     whole = value.new_empty(count * value.numel())

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
 from rlhf.distributed import (
     max_over_processes,
+    naming,
     own_share,
     start_accelerator,
     sum_over_processes,
@@ -94,7 +96,8 @@ def train(config: Config) -> None:
         models = learner.models
         batch = own_share(accelerator, next(order))
         only_value = number < config.ppo.value_warmup_updates
-        with _stopping_well(monitor, number, learner, chat, run):
+        place = partial(_place, watch, number)
+        with _stopping_well(monitor, number, learner, chat, run), naming(accelerator, place):
             with sharding.whole_weights(accelerator, learner.model), accelerator.autocast():
                 rollout = roll_out(
                     models.policy,
@@ -160,12 +163,14 @@ def _stopping_well(
         raise TrainingStopped(f"{stop} The weights before it are in {folder}.") from stop
 
 
+def _place(watch: Stopwatch, update: int) -> str:
+    return f"phase {watch.last_phase} of update {update}"
+
+
 def save_learned(learner: Learner, chat: Chat, folder: Path) -> None:
     """Writes the policy as a plain model folder; all processes take part."""
     accelerator = learner.accelerator
-    weights = None
-    if sharding.shards_weights(accelerator):
-        weights = sharding.whole_state(accelerator, learner.model, "policy")
+    weights = sharding.whole_state(accelerator, learner.model, "policy")
     if accelerator.is_main_process:
         save_policy(learner.models.policy, chat.tokenizer, folder, weights)
     accelerator.wait_for_everyone()

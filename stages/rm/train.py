@@ -9,10 +9,11 @@ from accelerate.utils import gather_object
 from safetensors import safe_open
 from transformers import set_seed
 
+from rlhf import sharding
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
-from rlhf.distributed import own_share, start_accelerator
+from rlhf.distributed import naming, own_share, start_accelerator
 from rlhf.inference import compute_scores
 from rlhf.models import (
     ScalarModel,
@@ -116,11 +117,9 @@ def save_scalar(trainer: RankingTrainer, chat: Chat, folder: Path) -> None:
     Raises:
         ValueError: the file holds no head of shape (1, model).
     """
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    weights = sharding.whole_state(trainer.accelerator, trainer.model_wrapped, "classifier")
     if trainer.accelerator.is_main_process:
         assert isinstance(trainer.model, ScalarModel)
-        prefix = "classifier."
-        weights = {name.removeprefix(prefix): value for name, value in state.items()}
         trainer.model.classifier.save_pretrained(folder, state_dict=weights)
         chat.tokenizer.save_pretrained(folder)
         check_saved_head(folder, trainer.model.head.in_features)
@@ -186,10 +185,16 @@ def _fit(
     if config.gradient_checkpointing:
         checkpoint_activations(model.classifier)
     trainer = RankingTrainer(model, train_set, packer, config, run)
-    trainer.add_callback(AtEpochEnd(lambda step: measure(model, packer, step)))
+
+    def measure_whole(step: int) -> None:
+        with sharding.whole_weights(trainer.accelerator, trainer.model_wrapped):
+            measure(model, packer, step)
+
+    trainer.add_callback(AtEpochEnd(measure_whole))
     # A folder with a card is taken for a finished reward model.
     (run.dir / REWARD_FILE).unlink(missing_ok=True)
-    trainer.train()
+    with naming(trainer.accelerator, lambda: f"phase train of step {trainer.state.global_step}"):
+        trainer.train()
     save_scalar(trainer, chat, run.dir)
     return trainer.first_loss, trainer.state.global_step
 

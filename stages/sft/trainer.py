@@ -29,10 +29,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
+from rlhf import sharding
 from rlhf.distributed import (
     TRAINER_STATE,
     check_launch,
     load_models_whole,
+    naming,
     use_accelerator_at_work,
 )
 from rlhf.optim import make_optimizer, make_schedule
@@ -75,9 +77,10 @@ def fit(
     if PartialState().is_main_process:
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer = make_trainer(policy, tokenizer, trees, config, str(checkpoints))
-    keeper = _Keeper(config, run, measure)
+    keeper = _Keeper(config, run, measure, trainer)
     trainer.add_callback(keeper)
-    trainer.train()
+    with naming(trainer.accelerator, lambda: f"phase train of step {trainer.state.global_step}"):
+        trainer.train()
     if keeper.best_step is None:
         raise ValueError(
             f"{config.choose_by} is not a number at any measured step; lower "
@@ -132,12 +135,13 @@ class _PlainTrainer(SFTTrainer):
 class _Keeper(TrainerCallback):
     """Logs, shows progress, measures, and has the best checkpoint so far saved."""
 
-    def __init__(self, config: Config, run: Run, measure: Measure) -> None:
+    def __init__(self, config: Config, run: Run, measure: Measure, trainer: SFTTrainer) -> None:
         self.best_step: int | None = None
         self._best = math.inf
         self._config = config
         self._run = run
         self._measure = measure
+        self._trainer = trainer
         self._bar: tqdm | None = None
 
     def on_train_begin(
@@ -198,7 +202,8 @@ class _Keeper(TrainerCallback):
     def _measure_and_log(self, model: PreTrainedModel, step: int) -> Metrics:
         """The first process's figures, so that all processes choose alike."""
         model.eval()
-        metrics = broadcast_object_list([self._measure(model, step)])[0]
+        with sharding.whole_weights(self._trainer.accelerator, self._trainer.model_wrapped):
+            metrics = broadcast_object_list([self._measure(model, step)])[0]
         model.train()
         self._run.log(step, metrics)
         if self._bar is not None and not self._bar.disable:
