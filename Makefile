@@ -7,8 +7,10 @@ PYTHON ?= python3
 ARGS ?=
 
 STAGES := pretrain sft collect rm ppo ppo-ptx evaluate
+BENCHMARKS := bench bench-scaling bench-roofline
 BIN := .venv/bin
 SETUP := .venv/.installed
+PEERS := .venv-peers/.installed
 PREPARED :=
 BASE :=
 RANKINGS :=
@@ -48,18 +50,18 @@ options = --config $<$(seed)$(if $(2), $(2))$(if $(call args,$(1)), $(call args,
 note_args = @printf '%s\n' $(call quoted,$(strip $(call args,$(1)))) > $(RUN)/$(2)/make.args
 
 ifneq ($(strip $(ARGS)),)
-ifeq ($(filter $(STAGES),$(MAKECMDGOALS)),)
-$(error ARGS are for a stage: make sft ARGS="--optim.learning_rate 1e-5"; one of $(STAGES))
+ifeq ($(filter $(STAGES) $(BENCHMARKS),$(MAKECMDGOALS)),)
+$(error ARGS are for a stage or a benchmark: make sft ARGS="--optim.learning_rate 1e-5"; one of $(STAGES) $(BENCHMARKS))
 endif
 endif
 
-.PHONY: help setup check test pipeline clean anew $(STAGES)
+.PHONY: help setup check test test-resume test-lowest test-newest pipeline clean anew $(STAGES)
 .DELETE_ON_ERROR:
 
 help: ## Show this list.
 	@echo "make TARGET [PRESET=tiny] [SEED=1] [ACCELERATE=configs/accelerate/gpu.yaml] [ARGS=\"--key value\"]"
 	@echo
-	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s%s\n", $$1, $$2}'
 
 setup: $(SETUP) ## Make .venv with the tested versions of all packages.
 
@@ -72,16 +74,45 @@ check: $(SETUP) ## Format, lint, types and import rules; no network, no accelera
 test: check ## Checks, then all tests.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores)
 
+test-resume: $(SETUP) ## Kill runs at KILLS random moments (30) and compare; about five minutes.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.kill_points --kill-points $(or $(KILLS),30)
+
+test-lowest: .venv-lowest/.installed ## All tests on the lowest versions that pyproject.toml declares.
+test-newest: .venv-newest/.installed ## All tests on the newest versions that it allows.
+test-lowest test-newest: test-%:
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(cores)
+
 pipeline: $(RUN)/results.json ## All stages from the data to the table of results.
 	@echo "results: $(RUN)/results.json"
 
 clean: ## Remove the preset's runs.
 	rm -rf $(RUN)
 
+.PHONY: $(BENCHMARKS)
+bench: $(SETUP) $(PEERS) ## Speed and memory against TRL, alternately; ARGS=--quick for a first look.
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-scaling: $(SETUP) ## Our cost over K, batch, length, ptx ratio and model size.
+	$(BIN)/python -m benchmarks.scaling $(ARGS)
+
+bench-roofline: $(SETUP) ## How close each phase comes to what the machine can do.
+	$(BIN)/python -m benchmarks.roofline $(ARGS)
+
+.venv-peers/.installed: benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or later is needed; make PYTHON=python3.12 names one")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+.venv-%/.installed: pyproject.toml .ci/ranges.py | $(SETUP)
+	$(PYTHON) -m venv --clear $(@D)
+	$(BIN)/python .ci/ranges.py $* > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable ".[dev]"
 	@touch $@
 
 configs/%.yaml:

@@ -22,7 +22,7 @@ from data.convert.program import Counts, convert_rows
 from data.convert.readers import read_source, read_texts
 from rlhf.chat import Chat
 from rlhf.cli import run_stage
-from rlhf.config import ModelSettings
+from rlhf.config import GenerationSettings, ModelSettings
 from rlhf.datasets import split_by_prompt, write_records
 from rlhf.generation import generate
 from rlhf.gguf import load_gguf
@@ -183,15 +183,15 @@ def write_base(gguf: Path, folder: Path) -> None:
 
 def greedy_answer(model: PreTrainedModel, chat: Chat, question: str) -> str:
     """The likeliest response, token by token, of at most 32 tokens."""
-    [response] = generate(
+    samples = generate(
         model,
         [chat.prompt_ids(question)],
+        GenerationSettings(),
         end_id=chat.end_id,
         max_new_tokens=32,
         temperature=0,
-        batch_size=1,
     )
-    return chat.decode(response)
+    return chat.decode(samples.responses[0])
 
 
 def _read(config: Smollm2Config, sources: tuple[Source, ...]) -> Iterator[Record]:

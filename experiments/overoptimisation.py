@@ -290,7 +290,7 @@ def sample(config: SampleConfig) -> None:
     ]
     episodes = [one for one in fitted[: config.num_prompts] for _ in range(config.num_samples)]
     sampling = torch.Generator().manual_seed(ppo.seed)
-    trees = samplers[FULL].sample(policy, episodes, sampling)
+    trees, _ = samplers[FULL].sample(policy, episodes, sampling)
     scores = {name: one.score(episodes, trees)[0].scores.tolist() for name, one in samplers.items()}
     run.samples(
         {

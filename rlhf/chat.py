@@ -49,6 +49,8 @@ def add_missing_parts(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
             f"the tokenizer at {tokenizer.name_or_path!r} has no end-of-sequence token, and "
             "responses must end with one; set eos_token in its tokenizer_config.json"
         )
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = _default_template(tokenizer)
     if not tokenizer.chat_template:
         start = "{{ bos_token }}" if _adds_bos(tokenizer) else ""
         tokenizer.chat_template = start + DEFAULT_CHAT_TEMPLATE
@@ -156,14 +158,27 @@ def _render(
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program of its own, which may fail in any way
         roles = ", ".join(message["role"] for message in messages)
+        name = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         raise ValueError(
-            f"the chat template refuses a prompt with the turns {roles}: {error}; change the "
+            f"the chat template refuses a prompt with the turns {roles}: {name}{error}; change the "
             "prompt or the chat template of the tokenizer"
         ) from error
     assert isinstance(text, str)
     return text
+
+
+def _default_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of several templates the one that all prompts are rendered with, so the only one to save."""
+    templates = tokenizer.chat_template
+    if "default" not in templates:
+        raise ValueError(
+            f"the tokenizer at {tokenizer.name_or_path!r} has several chat templates "
+            f"({', '.join(templates)}) and none is named default; leave one in its "
+            "chat_template.jinja"
+        )
+    return templates["default"]
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -176,6 +191,11 @@ def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     question: Messages = [{"role": "user", "content": _PROBE}]
     answer = {"role": "assistant", "content": _PROBE}
     text = _render(tokenizer, [*question, answer], add_generation_prompt=False)
+    if text.count(_PROBE) < 2:
+        raise ValueError(
+            f"the chat template of the tokenizer at {tokenizer.name_or_path!r} leaves out what the "
+            "assistant said, so no response could end; change the template"
+        )
     tail = tokenizer(text[text.rindex(_PROBE) + len(_PROBE) :], add_special_tokens=False).input_ids
     special = {tokenizer.convert_tokens_to_ids(token) for token in _special_tokens(tokenizer)}
     return next((token for token in tail if token in special), tokenizer.eos_token_id)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
 from rlhf.config import load_config
+from rlhf.interrupts import interrupts
 
 Config = TypeVar("Config")
 
@@ -20,15 +21,17 @@ def run_stage(
     """Load the settings and call `function` with them.
 
     ValueError (settings, records) and OSError (files) end the program with `error: ...` on stderr
-    and exit code 2, an interrupt with 130; anything else is our mistake and keeps its traceback.
+    and exit code 2, an interrupt (Ctrl-C, SIGTERM) with 130; anything else is our mistake
+    and keeps its traceback.
     """
     try:
-        function(load_config(config_class, args))
+        with interrupts.caught():
+            function(load_config(config_class, args))
         return
     except (ValueError, OSError) as error:
         message, code = f"error: {error}", USER_ERROR
-    except KeyboardInterrupt:
-        message, code = "interrupted", INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        message, code = str(interrupt) or "interrupted", INTERRUPTED
     # Only here are the frames of the failed call gone, and with them a progress bar whose line the
     # message would continue.
     _stop(message, code)

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from rlhf.records import show
+
 Config = TypeVar("Config")
 
 _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: (--[^\s=]+)")
@@ -49,6 +51,39 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if not self.path.strip():
             raise ValueError("path is empty; give a model folder, a hub id or a .gguf file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Train a low-rank adapter over frozen weights instead of all of them (Hu et al. 2021).
+
+    There is no dropout: with it the first ratio of PPO would not be 1.
+    """
+
+    rank: int = 0
+    """Rank of the adapter; 0 trains all weights. A model folder that is an adapter already is
+    trained on if it has this rank, and merged into its base with 0."""
+    alpha: float = 16.0
+    """The adapter's output is scaled by alpha / rank."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the linear layers that get an adapter, such as [q_proj, v_proj]; all-linear: every
+    one but the output layer, or those of the adapter that is trained on."""
+    quantize: Literal["none", "4bit"] = "none"
+    """How the frozen weights are held: as model.dtype says, or in 4 bits (QLoRA, Dettmers et al.
+    2023), which needs the package bitsandbytes."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, "rank", self.rank, "give 0 (all weights) or more, such as 16")
+        _require(
+            0 < self.alpha < math.inf, "alpha", self.alpha, "give a positive number, such as 16"
+        )
+        if not self.target_modules:
+            raise ValueError("target_modules is empty; name linear layers, or give all-linear")
+        if self.quantize != "none" and self.rank == 0:
+            raise ValueError(
+                f"quantize is {self.quantize} and rank is 0; quantised weights cannot be trained, "
+                "only an adapter over them; give a rank, such as 16"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +138,20 @@ class OptimSettings:
 class GenerationSettings:
     """How responses are sampled; changes no result but by floating point and the order of draws."""
 
+    engine: Literal["hf", "continuous", "auto", "vllm"] = "hf"
+    """hf: our own loop over the model's cache. continuous: continuous batching of transformers,
+    where ended responses make room for waiting prompts; for many more prompts than batch_size.
+    auto: the faster of the two, timed on the first prompts. vllm: vLLM on the GPU that trains,
+    given the weights before every rollout; not yet tried out."""
     batch_size: int = 64
     """Responses sampled side by side on each process; bounds the memory of the KV cache."""
+    vllm_memory_share: float = 0.3
+    """Share of the GPU's memory that vllm takes, for its copy of the weights and its cache."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "give 1 or more")
+        share = self.vllm_memory_share
+        _require(0 < share < 1, "vllm_memory_share", share, "give a number in (0, 1), such as 0.3")
 
 
 def load_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
@@ -228,13 +272,17 @@ def _check_file(path: Path, config_class: type) -> None:
     if not path.is_file():
         raise ConfigError(f"--config {path} does not exist or is no file; correct the path")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        has_alias = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text))
+        settings = None if has_alias else yaml.safe_load(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {_one_line(str(error))}") from error
+    if has_alias:  # ten lines of them can stand for more values than fit in memory
+        raise ConfigError(f"{path} holds a YAML alias (*name); write the value out in its place")
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path} holds {settings!r}; write settings as `key: value` lines")
+        raise ConfigError(f"{path} holds {show(settings)}; write settings as `key: value` lines")
     known = keys_of(config_class)
     for key in _dotted_keys(settings, known):
         named = _with_own_names(known, key)

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -15,6 +16,7 @@ from rlhf.records import RecordError, RecordT
 HUB = "hub:"
 FILE_ENDINGS = (".jsonl", ".jsonl.gz")
 NUM_SHOWN_ERRORS = 5
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class NoRecordsError(ValueError):
@@ -203,7 +205,7 @@ def _parse(line: bytes) -> Any:
 
 def _read_hub(source: str) -> Iterator[tuple[str, Any]]:
     name, _, rest = source.removeprefix(HUB).partition(":")
-    if name.count("/") > 1 or not name:
+    if _HUB_NAME.fullmatch(name) is None or ".." in rest.split("/"):
         raise ValueError(f"{source}: expected {HUB}owner/name[:split[:subset]]")
     if rest.endswith(FILE_ENDINGS):
         from huggingface_hub import hf_hub_download

@@ -1,10 +1,12 @@
 """The common model loader: tokenizer, policy (causal LM), and scalar models (reward and value)."""
 
+import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,9 +22,29 @@ from transformers import (
 from transformers.utils import logging
 
 from rlhf.chat import Chat, add_missing_parts
-from rlhf.config import ModelSettings
+from rlhf.config import LoraSettings, ModelSettings
 from rlhf.logprobs import Head, TokenMoments, chunked_logprobs, chunked_moments
+from rlhf.lora import (
+    CONFIG_FILE,
+    HEAD,
+    WEIGHTS_FILE,
+    Adapter,
+    adapter_of,
+    check_same,
+    find_adapter,
+    load_adapter,
+    merge_adapter,
+    new_adapter,
+    save_adapter,
+)
 from rlhf.packing import PackedRow, Packer, PromptTree
+from rlhf.runs import BASE_FILE
+
+if TYPE_CHECKING:
+    from rlhf.roles import SharedBases
+
+ALL_WEIGHTS = LoraSettings()
+"""No adapter: one that a folder holds is merged into its base."""
 
 PACKING_TOLERANCE = 1e-3
 """Largest difference of a logit between packed and plain passes that the probe accepts."""
@@ -48,19 +70,41 @@ def load_chat(settings: ModelSettings) -> Chat:
     return Chat(load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code))
 
 
-def load_policy(settings: ModelSettings) -> PreTrainedModel:
+def load_policy(
+    settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, bases: "SharedBases | None" = None
+) -> PreTrainedModel:
     """A causal LM in evaluation mode with dropout off, every weight of it from the file.
 
+    Args:
+        lora: with a rank, the model has an adapter to be trained over frozen weights: the one that
+            the folder holds, or a new one where it holds a full model. Without, all weights can be
+            trained: an adapter is merged into its base.
+        bases: holds the frozen weights for several models; without a rank in `lora` the model is
+            frozen, and its adapter stays beside its base.
+
     Raises:
-        ValueError: weights are missing, or do not fit the architecture.
+        ValueError: weights are missing or do not fit the architecture; an adapter's base is not
+            the one it was trained over, or `lora` asks for another adapter.
         OSError: the folder or the hub id cannot be read.
     """
     if settings.path.endswith(".gguf"):
         from rlhf.gguf import load_gguf
 
+        if lora.rank:
+            raise ValueError(
+                f"{settings.path}: an adapter's base is a model folder; convert the GGUF file "
+                "first with rlhf.models.save_policy, as data/smollm2.py does, or give lora.rank 0"
+            )
         model, _ = load_gguf(settings.path, dtype=_dtype(settings))
         return disable_dropout(model)
-    return _load(AutoModelForCausalLM, settings)
+    adapter = find_adapter(settings.path)
+    if adapter is not None and adapter.has_head:
+        raise ValueError(
+            f"{settings.path} is the adapter of a reward model; give the folder of a policy"
+        )
+    model = _load_base(AutoModelForCausalLM, settings, adapter, lora, bases)
+    _adapt(model, settings.path, adapter, lora, is_shared=bases is not None)
+    return model
 
 
 def new_policy(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -115,16 +159,25 @@ class ScalarModel(nn.Module):
         _save(self.classifier, tokenizer, folder)
 
 
-def load_scalar(settings: ModelSettings, *, new_head: bool = False) -> ScalarModel:
+def load_scalar(
+    settings: ModelSettings,
+    *,
+    new_head: bool = False,
+    lora: LoraSettings = ALL_WEIGHTS,
+    bases: "SharedBases | None" = None,
+) -> ScalarModel:
     """A scalar model in evaluation mode with dropout off.
 
     Args:
         new_head: True puts a new head N(0, 1/(d+1)) on the body of any causal LM (Stiennon et al.
             2020, B.1; the variance 1/(d+1) keeps first scores of order 1), from torch's generator.
             False needs the head in the folder: a random one would score at random in silence.
+        lora: as in load_policy; with a rank, the head is trained beside the adapter.
+        bases: as in load_policy.
 
     Raises:
-        ValueError: weights are missing, the head included unless it is to be new.
+        ValueError: weights are missing, the head included unless it is to be new; or as in
+            load_policy.
     """
     path = settings.path
     if path.endswith(".gguf"):
@@ -132,12 +185,15 @@ def load_scalar(settings: ModelSettings, *, new_head: bool = False) -> ScalarMod
             f"{path}: a scalar model starts from a model folder; convert the GGUF file first with "
             "rlhf.models.save_policy, as data/smollm2.py does"
         )
-    new_weights = ("score.weight",) if new_head else ()
-    classifier = _load(
-        AutoModelForSequenceClassification, settings, new_weights=new_weights, num_labels=1
+    adapter = find_adapter(path)
+    if adapter is not None and not (adapter.has_head or new_head):
+        _refuse_no_head(path)
+    classifier = _load_base(
+        AutoModelForSequenceClassification, settings, adapter, lora, bases, new_head=new_head
     )
     tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
     classifier.config.pad_token_id = tokenizer.pad_token_id
+    _adapt(classifier, path, adapter, lora, is_shared=bases is not None, new_head=new_head)
     model = ScalarModel(classifier)
     if new_head:
         nn.init.normal_(model.head.weight, std=(model.head.in_features + 1) ** -0.5)
@@ -148,7 +204,7 @@ def save_policy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
-    weights: Mapping[str, Tensor] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer load as it is.
 
@@ -166,6 +222,7 @@ def save_policy(
     )
     model.generation_config = generation
     _save(model, tokenizer, folder, weights)
+    generation.save_pretrained(folder)  # an adapter's save does not write it
 
 
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -332,24 +389,53 @@ def _save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
-    weights: Mapping[str, Tensor] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     with quiet():
-        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
+        save_weights(model, folder, weights)
         tokenizer.save_pretrained(folder)
 
 
-def _load(
-    auto_class: Any, settings: ModelSettings, *, new_weights: Sequence[str] = (), **arguments: Any
+def save_weights(
+    model: PreTrainedModel, folder: str | Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Writes the adapter of a model that has one, else all weights with their config.json.
+
+    Args:
+        state: the model's state dict, where it had to be gathered; None: its own.
+    """
+    folder = Path(folder)
+    if adapter_of(model) is not None:
+        save_adapter(model, folder, state)
+        old = [folder / "config.json", *folder.glob("model*.safetensors*")]
+    else:
+        model.save_pretrained(folder, state_dict=state)
+        old = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, BASE_FILE)]
+    for path in old:  # what an earlier run of the other kind left would be taken for this one
+        path.unlink(missing_ok=True)
+
+
+def load_full(
+    auto_class: Any,
+    settings: ModelSettings,
+    *,
+    new_weights: Sequence[str] = (),
+    quantize: str = "none",
 ) -> Any:
-    """A model with every weight from its folder, but for those that are to be new."""
+    """A full model with every weight from its folder, but for those that are to be new."""
     _check_folder(settings.path)
+    arguments: dict[str, Any] = {}
+    if auto_class is AutoModelForSequenceClassification:
+        arguments["num_labels"] = 1
+    if quantize == "4bit":
+        arguments["quantization_config"] = _four_bits(settings)
     with quiet(), _naming(settings.path):
         model, report = auto_class.from_pretrained(
             settings.path,
             dtype=_dtype(settings),
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,  # a .bin is a pickle, which runs code of its own
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, each by its name
             **arguments,
@@ -358,15 +444,78 @@ def _load(
     return disable_dropout(model)
 
 
+def _load_base(
+    auto_class: Any,
+    settings: ModelSettings,
+    adapter: Adapter | None,
+    lora: LoraSettings,
+    bases: "SharedBases | None",
+    *,
+    new_head: bool = False,
+) -> Any:
+    """The full model that a folder's adapter, or a new one, belongs over; else the folder's own."""
+    if adapter is not None:
+        settings = replace(settings, path=adapter.base)
+    has_own_head = new_head or (adapter is not None and adapter.has_head)
+    is_classifier = auto_class is AutoModelForSequenceClassification
+    new_weights = (HEAD,) if is_classifier and has_own_head else ()
+    if bases is not None:
+        is_base = adapter is not None or lora.rank > 0
+        return bases.share(auto_class, settings, new_weights=new_weights, is_base=is_base)
+    return load_full(auto_class, settings, new_weights=new_weights, quantize=lora.quantize)
+
+
+def _adapt(
+    model: PreTrainedModel,
+    path: str,
+    adapter: Adapter | None,
+    lora: LoraSettings,
+    *,
+    is_shared: bool,
+    new_head: bool = False,
+) -> None:
+    """Puts the adapter that `load_policy` promises on its base."""
+    if adapter is None and lora.rank:
+        new_adapter(model, path, lora)
+    elif adapter is not None:
+        if lora.rank:
+            check_same(path, adapter, lora)
+        load_adapter(model, path, adapter, new_head=new_head)
+        if not (lora.rank or is_shared):
+            merge_adapter(model)
+    if is_shared and not lora.rank:
+        model.requires_grad_(False)
+
+
+def _four_bits(settings: ModelSettings) -> Any:
+    """NF4 with double quantisation (Dettmers et al. 2023)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "lora.quantize is 4bit, which needs bitsandbytes: pip install bitsandbytes; or give "
+            "none"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_dtype(settings),
+    )
+
+
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """Says in transformers' errors which model was meant; some of them do not."""
+    """Says which model was meant in whatever transformers makes of files that it cannot use."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         place = "" if Path(path).exists() else " (no folder here, so taken for a hub id)"
-        raise kind(f"cannot load {path}{place}: {error}") from error
+        name = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise kind(f"cannot load {path}{place}: {name}{error}") from error
 
 
 def _dtype(settings: ModelSettings) -> torch.dtype:
@@ -376,7 +525,9 @@ def _dtype(settings: ModelSettings) -> torch.dtype:
 def _check_folder(path: str) -> None:
     """A local path that is not there would else be taken for a hub id, with a puzzling message."""
     folder = Path(path)
-    if folder.exists() and not (folder / "config.json").exists():
+    if folder.exists() and not any(
+        (folder / name).exists() for name in ("config.json", CONFIG_FILE)
+    ):
         raise ValueError(
             f"{path} holds no config.json, so it is no model folder; run the stage that makes it, "
             "or give the folder that save_pretrained wrote"
@@ -387,16 +538,31 @@ def _check_folder(path: str) -> None:
             f"the model folder {path} does not exist; run the stage that makes it first, or give "
             "a hub id (owner/name)"
         )
+    _refuse_pickles(folder)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = sorted(folder.glob("*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise OSError(
+            f"{folder}: {pickles[0].name} is pickled and could run any code, so it is not read; if "
+            "you trust whoever made it, convert it: load the model with from_pretrained, then "
+            "save_pretrained writes safetensors"
+        )
+
+
+def _refuse_no_head(path: str) -> NoReturn:
+    raise ValueError(
+        f"{path} has no reward head ({HEAD}), so its scores would be random; give the folder that "
+        "the rm stage wrote"
+    )
 
 
 def _refuse_missing(path: str, report: dict[str, Any], allowed: Sequence[str]) -> None:
     missing = sorted(set(report["missing_keys"]) - set(allowed))
     mismatched = sorted({entry[0] for entry in report["mismatched_keys"]} - set(allowed))
-    if "score.weight" in missing:
-        raise ValueError(
-            f"{path} has no reward head (score.weight), so its scores would be random; give the "
-            "folder that the rm stage wrote"
-        )
+    if HEAD in missing:
+        _refuse_no_head(path)
     if missing or mismatched:
         raise ValueError(
             f"{path} does not hold these weights in the right shape: "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rlhf.config import OptimSettings
 from rlhf.sharding import local_weights, set_local_weights
+from rlhf.state import copy_into
 
 
 def make_optimizer(
@@ -92,6 +93,12 @@ class MovingAverage:
         weights = local_weights(module.parameters())
         for average, weight in zip(self.average.values(), weights, strict=True):
             average.lerp_(weight, 1 - self.decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.average
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        copy_into(self.average, state)
 
     def copy_to(self, module: nn.Module) -> None:
         set_local_weights(module.parameters(), self.average.values())

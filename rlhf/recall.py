@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.config import GenerationSettings
 from rlhf.generation import generate
 from rlhf.records import Prompt
 
@@ -55,12 +56,12 @@ def _continue_greedily(
     batch_size: int,
 ) -> list[str]:
     answers = [tokenizer(probe.meta["answer"], add_special_tokens=False) for probe in probes]
-    responses = generate(
+    samples = generate(
         model,
         [tokenizer(probe.meta["text"]).input_ids for probe in probes],
+        GenerationSettings(batch_size=batch_size),
         end_id=tokenizer.eos_token_id,
         max_new_tokens=max(len(answer.input_ids) for answer in answers) + 2,
         temperature=0.0,
-        batch_size=batch_size,
     )
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in responses]
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in samples.responses]

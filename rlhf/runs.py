@@ -4,7 +4,10 @@ config.yaml     settings in force; --config of the same program takes it again
 lineage.json    hashes of the inputs, results of the runs that made them, commit, versions
 metrics.jsonl   one object a logged step: {"step": 10, "sft/loss": 2.1}
 samples.jsonl   texts that the model wrote, one object a row
+trackers/       the same for TensorBoard and W&B, where the settings ask for them
+base.json       of an adapter: path and hash of the full model that it belongs over (rlhf.lora)
 results.json    final figures; written last, so its presence says that the run is complete
+checkpoints/    while the run is not: what it goes on from when it is started again
 """
 
 import dataclasses
@@ -14,25 +17,31 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 
+from rlhf.trackers import TRACKERS, Tracker, Trackers, check_trackers
+
 CONFIG = "config.yaml"
 LINEAGE = "lineage.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 RESULTS = "results.json"
+CHECKPOINTS = "checkpoints"
+BASE_FILE = "base.json"
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
 _HASHED = (
     "config.json",
     "generation_config.json",
+    "adapter_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -61,9 +70,10 @@ class Run:
     _dir: Path
     _config: RunSettings
     _lineage: dict[str, Any]
-    _resume_step: int | None
     _started: float
+    _resume_step: int | None = None
     _begun: bool = False
+    _trackers: Trackers | None = None
 
     @property
     def dir(self) -> Path:
@@ -72,27 +82,70 @@ class Run:
         self._begin()
         return self._dir
 
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints of this run lie, whether or not there are any."""
+        return self._dir / CHECKPOINTS
+
+    @property
+    def is_finished(self) -> bool:
+        """The folder holds the results of an earlier run, which is about to be done anew."""
+        return not self._begun and (self._dir / RESULTS).is_file()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this run so far, that before a resume included."""
+        return time.monotonic() - self._started
+
+    def identity(self) -> dict[str, Any]:
+        """What the run does, as plain values: a checkpoint is of this run if it agrees. Only the
+        first process knows its inputs."""
+        return {"stage": self.stage, "settings": settings_in_force(self._config), **self._lineage}
+
+    def resume(self, step: int, seconds: float) -> None:
+        """Go on behind a step: rows of later ones are dropped, the seconds count as taken."""
+        assert not self._begun
+        self._resume_step = step
+        self._started -= seconds
+
+    def sync(self) -> None:
+        """All rows so far are on the disk, not only with the system."""
+        self._begin()
+        if _is_first_process():
+            for path in (self._dir / METRICS, self._dir / SAMPLES, self._dir):
+                if path.exists():
+                    sync_to_disk(path)
+
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one object to metrics.jsonl; keys are "stage/thing", values numbers."""
         self._append(METRICS, [{"step": step, **metrics}])
+        if self._trackers is not None:
+            self._trackers.log(step, _plain(metrics))
 
     def samples(self, rows: Iterable[Mapping[str, Any]], step: int | None = None) -> None:
         """Append texts to samples.jsonl, each with the step if there is one."""
         mark = {} if step is None else {"step": step}
-        self._append(SAMPLES, [{**mark, **row} for row in rows])
+        marked = [{**mark, **row} for row in rows]
+        self._append(SAMPLES, marked)
+        if self._trackers is not None:
+            self._trackers.samples(step, marked)
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write results.json and "seconds" since open_run in it: the run is complete.
+        """Write results.json and "seconds" since open_run in it: the run is complete, and its
+        checkpoints go.
 
         Where the results have the "seconds" of other stages by name, this stage's join them.
         """
         self._begin()
-        seconds = round(time.monotonic() - self._started, 1)
+        seconds = round(self.seconds, 1)
         if not _is_first_process():
             return
         others = results.get("seconds")
         total = seconds if others is None else {**others, self.stage: seconds}
         _write_json(self._dir / RESULTS, {**results, "seconds": total})
+        if self._trackers is not None:
+            self._trackers.finish()
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
         print(f"{self.stage}: wrote {self._dir} in {seconds} s", flush=True)
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
@@ -106,12 +159,24 @@ class Run:
             return
         self._begun = True
         self._dir.mkdir(parents=True, exist_ok=True)
+        if self._resume_step is None:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
         (self._dir / RESULTS).unlink(missing_ok=True)
         for name in (METRICS, SAMPLES):
             _keep_until(self._dir / name, self._resume_step)
         text = yaml.safe_dump(settings_in_force(self._config), sort_keys=False, allow_unicode=True)
         _write(self._dir / CONFIG, text)
         _write_json(self._dir / LINEAGE, self._lineage)
+        self._trackers = self._start_trackers()
+
+    def _start_trackers(self) -> Trackers | None:
+        names = _trackers_of(self._config)
+        folder = self._dir / TRACKERS
+        if self._resume_step is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        first_step = None if self._resume_step is None else self._resume_step + 1
+        settings = settings_in_force(self._config)
+        return Trackers(names, folder, self.stage, settings, first_step) if names else None
 
 
 def open_run(
@@ -119,23 +184,23 @@ def open_run(
     *,
     stage: str,
     inputs: Mapping[str, str | Path],
-    resume_step: int | None = None,
 ) -> Run:
     """Print the settings in force and what is read and written; note where the inputs come from.
 
     Args:
-        config: The stage's settings, a dataclass with `output_dir`.
+        config: The stage's settings, a dataclass with `output_dir`; `trackers` if it has any.
         stage: Name of the stage.
         inputs: What is read, by name: files, folders, or hub ids.
-        resume_step: Metrics and samples of later steps are dropped; None drops all of them.
 
     Raises:
         FileNotFoundError: An input is neither there nor a possible hub id.
+        ValueError: A tracker's package is not installed.
     """
     started = time.monotonic()
     sources = {name: str(path) for name, path in inputs.items()}
     for name, path in sources.items():
         _check_input(stage, name, path)
+    check_trackers(_trackers_of(config))
     output = Path(config.output_dir)
     lineage: dict[str, Any] = {}
     if _is_first_process():
@@ -143,15 +208,42 @@ def open_run(
         lineage = {
             "stage": stage,
             "inputs": {name: _describe_input(path) for name, path in sources.items()},
-            "commit": _commit(),
+            "commit": commit(),
             "versions": _versions(),
         }
-    return Run(stage, output, config, lineage, resume_step, started)
+    return Run(stage, output, config, lineage, started)
+
+
+def _trackers_of(config: RunSettings) -> list[Tracker]:
+    return getattr(config, "trackers", [])
 
 
 def settings_in_force(config: Any) -> dict[str, Any]:
     """A settings dataclass as plain YAML values, sections as mappings."""
     return _plain(dataclasses.asdict(config))
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of every setting, names of sections before a point."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from flat_settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def sync_to_disk(path: Path) -> None:
+    """What was written to a file, or renamed in a folder, is on the disk, not only with the system.
+
+    Windows can sync neither folders nor files that were opened for reading.
+    """
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_first_process() -> bool:
@@ -162,19 +254,11 @@ def _is_first_process() -> bool:
 
 def _announce(stage: str, config: RunSettings, sources: dict[str, str], output: Path) -> None:
     print(f"{stage}: settings in force")
-    for key, value in _flat(settings_in_force(config)):
+    for key, value in flat_settings(settings_in_force(config)):
         print(f"  {key}: {value}")
     for name, path in sources.items():
         print(f"{stage}: reads {name} from {path}")
     print(f"{stage}: writes {output}", flush=True)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _check_input(stage: str, name: str, path: str) -> None:
@@ -196,11 +280,13 @@ def _describe_input(path: str) -> dict[str, Any]:
     files = sorted(_hashed_files(place)) if place.is_dir() else [place]
     described: dict[str, Any] = {
         "path": path,
-        "sha256": {file.name: _sha256(file) for file in files},
+        "sha256": {file.name: sha256_of(file) for file in files},
     }
+    if (folder / BASE_FILE).is_file():
+        described["base"] = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
     if (folder / RESULTS).is_file() and (folder / LINEAGE).is_file():
         described["results"] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        described["lineage_sha256"] = _sha256(folder / LINEAGE)
+        described["lineage_sha256"] = sha256_of(folder / LINEAGE)
     return described
 
 
@@ -209,12 +295,13 @@ def _hashed_files(folder: Path) -> set[Path]:
     return {file for file in found if file.name not in _RUN_FILES}
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of this source tree, marked when files differ from it; None outside a git tree."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
@@ -241,9 +328,9 @@ def _keep_until(path: Path, step: int | None) -> None:
 
 
 def _step_of(line: str) -> float:
-    """A row without a step stays; a line cut off by an interrupt goes."""
+    """A row without a step is of the end of a run: it goes, as does a line that was cut off."""
     try:
-        return json.loads(line).get("step", -math.inf)
+        return json.loads(line).get("step", math.inf)
     except json.JSONDecodeError:
         return math.inf
 
@@ -280,4 +367,5 @@ def _write(path: Path, text: str) -> None:
     """Written beside and renamed: a reader sees the old file or the whole new one."""
     beside = path.with_name(path.name + ".part")
     beside.write_text(text, encoding="utf-8")
+    sync_to_disk(beside)
     beside.replace(path)

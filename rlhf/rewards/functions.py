@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,6 +108,11 @@ def load_function(name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise ValueError(f"{name!r} names no function; write package.module:name")
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(
+            f"{name} is of Python's own library, of which no function can do this; name one that "
+            "was written for it"
+        )
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

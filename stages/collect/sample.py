@@ -73,19 +73,19 @@ def sample_responses(
     repeated = [(i, one.ids) for i, one in enumerate(questions) for _ in range(one.num_samples)]
     mine = own_share(accelerator, repeated)
     with tqdm(total=len(mine), desc="collect", unit="sample", disable=rank > 0) as bar:
-        responses = generate(
+        drawn = generate(
             policy,
             [ids for _, ids in mine],
+            config.generation,
             end_id=chat.end_id,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
-            batch_size=config.generation.batch_size,
             generator=torch.Generator().manual_seed(config.seed * num_processes + rank),
             progress=bar.update,
         )
     samples: list[list[Sample]] = [[] for _ in questions]
-    drawn = [(i, response) for (i, _), response in zip(mine, responses, strict=True)]
-    for i, response in gather_object(drawn):
+    numbered = [(i, response) for (i, _), response in zip(mine, drawn.responses, strict=True)]
+    for i, response in gather_object(numbered):
         ended = response[-1] == chat.end_id
         text = chat.decode(response)
         samples[i].append(Sample(text=text, num_tokens=len(response), ended=ended))

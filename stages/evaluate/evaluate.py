@@ -234,11 +234,11 @@ def _answer(
     trees = sample(
         policy,
         exam.prompt_ids,
+        config.generation,
         end_id=exam.chat.end_id,
         samples_per_prompt=config.samples_per_prompt,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
-        batch_size=config.generation.batch_size,
         seed=config.seed,
         label=f"{name} answers",
     )

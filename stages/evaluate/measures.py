@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rlhf.chat import Chat
+from rlhf.config import GenerationSettings
 from rlhf.generation import generate
 from rlhf.inference import compute_logprobs
 from rlhf.kl import k1, k3
@@ -44,30 +45,29 @@ class Answers:
 def sample(
     policy: PreTrainedModel,
     prompt_ids: Sequence[tuple[int, ...]],
+    settings: GenerationSettings,
     *,
     end_id: int,
     samples_per_prompt: int,
     max_new_tokens: int,
     temperature: float,
-    batch_size: int,
     seed: int,
     label: str,
 ) -> list[PromptTree]:
     """A tree a prompt with its sampled responses; equal policies with equal seeds give the same."""
     repeated = [ids for ids in prompt_ids for _ in range(samples_per_prompt)]
     with _bar(label, len(repeated)) as bar:
-        responses = iter(
-            generate(
-                policy,
-                repeated,
-                end_id=end_id,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                batch_size=batch_size,
-                generator=torch.Generator().manual_seed(seed),
-                progress=bar.update,
-            )
+        samples = generate(
+            policy,
+            repeated,
+            settings,
+            end_id=end_id,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=torch.Generator().manual_seed(seed),
+            progress=bar.update,
         )
+    responses = iter(samples.responses)
     return [
         PromptTree(ids, tuple(tuple(one) for one in islice(responses, samples_per_prompt)))
         for ids in prompt_ids

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from rlhf.config import GenerationSettings, ModelSettings, OptimSettings
 from rlhf.rewards import RewardSettings
+from rlhf.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +156,10 @@ class Config:
     as the aligned policy. None means that the last weights are."""
     micro_batch_tokens: int = 4096
     """Most tokens a forward or backward pass holds on one process; changes no result."""
+    checkpoint_every: int | None = 10
+    """Updates between checkpoints, from which a run that was cut off goes on when the same command
+    is given again. Each holds both models, the optimizer and the average: four to five times the
+    weights. None writes none."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     eval_every: int = 10
@@ -163,6 +168,8 @@ class Config:
     """Prompts of the regular evaluation."""
     num_samples: int = 8
     """Held-out prompts whose responses go to samples.jsonl at each evaluation."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """Where metrics and samples go besides metrics.jsonl and samples.jsonl: tensorboard, wandb."""
     seed: int = 0
     """Seed of sampling, of the order of prompts and text, and of new heads."""
 
@@ -180,6 +187,8 @@ class Config:
                 "records, or set ptx.coef to 0 for plain PPO"
             )
         _positive(self, "num_updates", "micro_batch_tokens", "eval_every", "value_learning_rate")
+        if self.checkpoint_every is not None:
+            _positive(self, "checkpoint_every")
         _positive(rollout, "batch_size", "max_prompt_tokens", "max_new_tokens", "temperature")
         _positive(ppo, "mini_batch_size", "num_epochs", "clip_range")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

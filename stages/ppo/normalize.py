@@ -1,7 +1,7 @@
 """Scores brought to a common scale before the first update."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 
@@ -25,6 +25,7 @@ def normalize_scores(
     value_model: ScalarModel,
     episodes: Sequence[Episode],
     accelerator: Accelerator,
+    known: Mapping[str, float] | None = None,
 ) -> tuple[Sampler, dict[str, float]]:
     """Scores of the reference policy's samples get mean 0 and standard deviation 1 (Ziegler et al.
     2019): with rewards on one scale, a KL coefficient means the same for each of them.
@@ -36,6 +37,7 @@ def normalize_scores(
         value_model: its bias and scale are changed.
         episodes: prompts; reward.normalize_on of them are drawn by the seed, again from the first
             when all were drawn, and as many as all processes can share equally.
+        known: what was found when the run that is resumed began; None: it is measured.
 
     Returns:
         the sampler with the normalised reward, and the mean and standard deviation found, for
@@ -44,9 +46,25 @@ def normalize_scores(
     Raises:
         ValueError: all samples have the same score.
     """
-    config = sampler.config
-    if config.reward.normalize_on is None:
+    if sampler.config.reward.normalize_on is None:
         return sampler, {}
+    if known is None:
+        mean, std = _find_scale(sampler, episodes, accelerator)
+    else:
+        mean, std = known["raw_score_mean"], known["raw_score_std"]
+    if value_model.head.weight.any():
+        value_model.bias += mean / value_model.scale
+        value_model.scale /= std
+    normalized = replace(sampler, reward=NormalizedReward(sampler.reward, mean, std))
+    return normalized, {"raw_score_mean": mean, "raw_score_std": std}
+
+
+def _find_scale(
+    sampler: Sampler, episodes: Sequence[Episode], accelerator: Accelerator
+) -> tuple[float, float]:
+    """Mean and standard deviation of the raw scores, measured and told."""
+    config = sampler.config
+    assert config.reward.normalize_on is not None
     count = accelerator.num_processes
     num_samples = math.ceil(config.reward.normalize_on / count) * count
     generator = torch.Generator().manual_seed(config.seed + SEED_SHIFT)
@@ -63,11 +81,7 @@ def normalize_scores(
         f"ppo: {num_samples} samples of the reference policy score {mean:.4g} on average, with a "
         f"standard deviation of {std:.4g}; scores are shifted and scaled to 0 and 1"
     )
-    if value_model.head.weight.any():
-        value_model.bias += mean / value_model.scale
-        value_model.scale /= std
-    normalized = replace(sampler, reward=NormalizedReward(sampler.reward, mean, std))
-    return normalized, {"raw_score_mean": mean, "raw_score_std": std}
+    return mean, std
 
 
 def _measure(
@@ -78,7 +92,7 @@ def _measure(
     seed = (sampler.config.seed + SEED_SHIFT) * 1000 + accelerator.process_index
     generator = torch.Generator().manual_seed(seed)
     with accelerator.autocast():
-        trees = sampler.sample(sampler.ref_policy, episodes, generator)
+        trees, _ = sampler.sample(sampler.ref_policy, episodes, generator)
         scores = sampler.raw_scores(episodes, trees).scores.double()
     mean = float(sum_over_processes(accelerator, scores.sum())) / num_samples
     squares = float(sum_over_processes(accelerator, (scores - mean).square().sum()))

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from rlhf.advantages import generalized_advantages
 from rlhf.chat import Chat
+from rlhf.config import GenerationSettings
 from rlhf.distributed import sum_over_processes
-from rlhf.generation import generate
+from rlhf.generation import Engine, make_engine
 from rlhf.inference import compute_logprobs, compute_moments, compute_values
 from rlhf.kl import k1, k3, penalized_rewards
 from rlhf.logprobs import TokenMoments
@@ -54,6 +56,8 @@ class Rollout:
     ends"""
     logprobs: Tensor
     """(batch, time) of the policy that sampled"""
+    sampler_logprobs: Tensor
+    """(batch, time) the same as the sampler saw them, drawing token by token"""
     entropy: Tensor
     """(batch, time) of that policy's distribution of each token, nats"""
     logprob_variance: Tensor
@@ -90,26 +94,28 @@ class Sampler:
     packer: Packer
     config: Config
     watch: Stopwatch = field(default_factory=Stopwatch)
+    engine: Engine = field(default_factory=lambda: make_engine(GenerationSettings()))
 
     def sample(
         self, policy: PreTrainedModel, episodes: Sequence[Episode], generator: torch.Generator
-    ) -> list[PromptTree]:
-        """One response for every episode."""
+    ) -> tuple[list[PromptTree], Tensor]:
+        """One response for every episode, and its log-probabilities (batch, time)."""
         settings = self.config.rollout
         with self.watch.phase("rollout"):
-            responses = generate(
-                policy,
+            self.engine.refresh(policy)
+            samples = self.engine.generate(
                 [episode.prompt_ids for episode in episodes],
                 end_id=self.chat.end_id,
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
-                batch_size=self.config.generation.batch_size,
                 generator=generator,
             )
-        return [
+        trees = [
             PromptTree(episode.prompt_ids, (tuple(response),))
-            for episode, response in zip(episodes, responses, strict=True)
+            for episode, response in zip(episodes, samples.responses, strict=True)
         ]
+        logprobs = [torch.tensor(nats) for nats in samples.logprobs]
+        return trees, pad_sequence(logprobs, batch_first=True)
 
     def raw_scores(self, episodes: Sequence[Episode], trees: Sequence[PromptTree]) -> Scored:
         """Scores (batch,) as the reward gives them."""
@@ -162,15 +168,15 @@ def roll_out(
 ) -> Rollout:
     """Sample, score, subtract the KL penalty, estimate advantages.
 
-    The log-probabilities come from the same packed pass that trains, not from the sampler, so the
-    first ratio is 1 (recipe: checklist 18).
+    The log-probabilities come from the same packed pass that trains, so the first ratio is 1
+    (recipe: checklist 18); those of the sampler are kept only to be compared with them.
 
     Args:
         kl_coef: penalty a nat; None: ppo.kl_coef.
     """
     settings = sampler.config.ppo
     kl_coef = settings.kl_coef if kl_coef is None else kl_coef
-    trees = sampler.sample(policy, episodes, generator)
+    trees, sampler_logprobs = sampler.sample(policy, episodes, generator)
     scored, finished = sampler.score(episodes, trees)
     _, response_mask = response_batch([tree.responses[0] for tree in trees])
     with sampler.watch.phase("logprobs"):
@@ -195,6 +201,7 @@ def roll_out(
         finished=finished,
         scores=scored.scores,
         logprobs=logprobs,
+        sampler_logprobs=sampler_logprobs,
         entropy=entropy,
         logprob_variance=logprob_variance,
         ref_logprobs=ref_logprobs,

@@ -29,7 +29,8 @@ class Speedometer:
     config: Config
     dtype: torch.dtype
     """of the products in a forward pass"""
-    _totals: dict[str, float] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
+    """tokens, FLOPs and seconds of all updates so far"""
 
     def __post_init__(self) -> None:
         self._rate = matrix_rate(self.accelerator.device, self.dtype)
@@ -61,12 +62,12 @@ class Speedometer:
         trained = seconds["update"] - sum(seconds.get(name, 0.0) for name in NOT_TRAINING)
         update = {"tokens": tokens, "flops": flops, "seconds": trained}
         for name, value in update.items():
-            self._totals[name] = self._totals.get(name, 0.0) + value
+            self.totals[name] = self.totals.get(name, 0.0) + value
         return self._speeds(update)
 
     def mean(self) -> dict[str, float]:
         """Of all updates so far."""
-        return self._speeds(self._totals)
+        return self._speeds(self.totals)
 
     def _speeds(self, sums: Mapping[str, float]) -> dict[str, float]:
         rate = self._rate * self.accelerator.num_processes

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from rlhf.distributed import (
     sum_over_processes,
 )
 from rlhf.finite import NonFiniteError, require_finite
+from rlhf.generation import make_engine
 from rlhf.kl import adapt_kl_coef, k1
 from rlhf.models import (
     ScalarModel,
@@ -37,10 +39,13 @@ from rlhf.models import (
     save_policy,
 )
 from rlhf.optim import MovingAverage, make_optimizer, make_schedule
+from rlhf.order import ShuffledBatches
 from rlhf.packing import PromptTree, response_batch, text_tree
 from rlhf.records import Prompt, Text
+from rlhf.resume import Checkpoints
 from rlhf.rewards import RewardCard, load_reward, load_value_model, same_vocabulary
 from rlhf.runs import Run, open_run
+from rlhf.state import Fields, Generators, Stateful
 from rlhf.timing import Stopwatch
 from stages.ppo.config import Config
 from stages.ppo.monitor import (
@@ -66,6 +71,7 @@ def train(config: Config) -> None:
     monitor = Monitor(config, accelerator.print, _token_noise(config, accelerator))
     set_seed(config.seed)
     run = open_run(config, stage="ppo", inputs=_inputs(config))
+    checkpoints = Checkpoints(run, accelerator, config.checkpoint_every, unit="update")
     chat = load_chat(config.policy)
     episodes = _load_episodes(config.prompts, chat, config, accelerator)
     held_out = []
@@ -73,26 +79,42 @@ def train(config: Config) -> None:
         held_out = _load_episodes(config.prompts_held_out, chat, config, accelerator)
         held_out = held_out[: config.num_eval_prompts]
     watch = Stopwatch(accelerator.device)
-    learner, sampler = _load_models(config, chat, accelerator, watch)
+    learner, sampler = load_models(config, chat, accelerator, watch)
     _announce(config, accelerator, len(episodes))
     _warn_of_chance(config, monitor)
+    before = checkpoints.saved("progress") or {}
     with sharding.whole_weights(accelerator, learner.model):
         sampler, raw_scores = normalize_scores(
-            sampler, learner.models.value_model, episodes, accelerator
+            sampler, learner.models.value_model, episodes, accelerator, before.get("raw_scores")
         )
 
-    texts = text_batches(config, chat, accelerator)
-    order = shuffled(episodes, config.rollout.batch_size, config.seed)
+    text_order = shuffled_text(config, chat, accelerator)
+    texts = (own_share(accelerator, batch) for batch in text_order)
+    order = ShuffledBatches(episodes, config.rollout.batch_size, config.seed)
     sampling = torch.Generator().manual_seed(config.seed * 1000 + accelerator.process_index)
     shuffling = torch.Generator().manual_seed(config.seed)
-    kl_coef = config.ppo.kl_coef
-    metrics: dict[str, float] = {}
-    all_seconds: dict[str, float] = {}
     speed = Speedometer(learner.models, sampler, accelerator, config, _dtype(config, accelerator))
+    progress = Progress(kl_coef=config.ppo.kl_coef, raw_scores=raw_scores)
+    parts: dict[str, Stateful] = {
+        "prompts": order,
+        "texts": text_order,
+        "monitor": monitor,
+        "progress": Fields(progress, *vars(progress)),
+        "speed": Fields(speed, "totals"),
+    }
+    generators = Generators(sampling=sampling, shuffling=shuffling)
+    checkpoints.restore(parts | learner.parts(), generators)
+    first = 0 if checkpoints.step is None else checkpoints.step + 1
     watch.take()  # what came before the first update is none of its phases
-    bar = tqdm(range(config.num_updates), desc="ppo", disable=not accelerator.is_main_process)
+    bar = tqdm(
+        range(first, config.num_updates),
+        desc="ppo",
+        initial=first,
+        total=config.num_updates,
+        disable=not accelerator.is_main_process,
+    )
+    started = time.perf_counter()
     for number in bar:
-        started = time.perf_counter()
         models = learner.models
         batch = own_share(accelerator, next(order))
         only_value = number < config.ppo.value_warmup_updates
@@ -106,19 +128,19 @@ def train(config: Config) -> None:
                     batch,
                     sampling,
                     accelerator,
-                    kl_coef,
+                    progress.kl_coef,
                 )
             with watch.phase("metrics"):
                 metrics = _rollout_metrics(rollout, accelerator)
             monitor.watch(number, metrics)
             metrics |= update(learner, rollout, texts, config, shuffling, only_value=only_value)
             monitor.watch(number, metrics)
-        metrics["ppo/kl_coef"] = kl_coef
+        metrics["ppo/kl_coef"] = progress.kl_coef
         metrics["ppo/learning_rate"] = float(learner.schedule.get_last_lr()[0])
         monitor.end_update(metrics)
         if config.ppo.kl_target is not None and not only_value:
-            kl_coef = adapt_kl_coef(
-                kl_coef,
+            progress.kl_coef = adapt_kl_coef(
+                progress.kl_coef,
                 metrics["ppo/kl"],
                 target=config.ppo.kl_target,
                 num_episodes=config.rollout.batch_size,
@@ -128,19 +150,42 @@ def train(config: Config) -> None:
             with watch.phase("evaluate"), sharding.whole_weights(accelerator, learner.model):
                 metrics |= evaluate(learner, sampler, held_out, run, number, config)
         seconds = watch.take() | {"update": time.perf_counter() - started}
+        started = time.perf_counter()  # saving counts for the update behind it
         metrics |= speed.measure(rollout, metrics, seconds)
-        for name, value in seconds.items():
-            all_seconds[name] = all_seconds.get(name, 0.0) + value
         run.log(number, metrics | {f"seconds/{name}": value for name, value in seconds.items()})
         bar.set_postfix_str(f"score {metrics['ppo/score']:.2f}, kl {metrics['ppo/kl']:.2f}")
+        progress.note(metrics, seconds)
+        with watch.phase("save"):
+            checkpoints.end_step(number)
+    checkpoints.close()
 
     if learner.average is not None:
         learner.average.copy_to(learner.models.policy)
     save_learned(learner, chat, run.dir)
-    metrics |= speed.mean()
-    results = {name.removeprefix("ppo/"): value for name, value in metrics.items()}
-    phases = {name: round(value, 1) for name, value in all_seconds.items()}
+    results = progress.metrics | speed.mean()
+    results = {name.removeprefix("ppo/"): value for name, value in results.items()}
+    phases = {name: round(value, 1) for name, value in progress.seconds.items()}
     run.finish(results | raw_scores | {"alarms": monitor.alarms, "phase_seconds": phases})
+
+
+@dataclass
+class Progress:
+    """What the run has come to, beside what it learned."""
+
+    kl_coef: float
+    """Of the next update."""
+    raw_scores: dict[str, float]
+    """Mean and standard deviation before reward.normalize_on; empty without."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last update."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of all updates, by phase."""
+
+    def note(self, metrics: dict[str, float], seconds: dict[str, float]) -> None:
+        """An update was done."""
+        self.metrics = metrics
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
 
 
 @contextmanager
@@ -231,40 +276,20 @@ def _load_episodes(
     return episodes
 
 
-def shuffled(episodes: Sequence[Episode], batch_size: int, seed: int) -> Iterator[list[Episode]]:
-    """Batches without end; every prompt comes once a pass, each pass in a new order."""
-    generator = torch.Generator().manual_seed(seed)
-    batch: list[Episode] = []
-    while True:
-        for i in torch.randperm(len(episodes), generator=generator).tolist():
-            batch.append(episodes[i])
-            if len(batch) == batch_size:
-                yield batch
-                batch = []
-
-
-def text_batches(
+def shuffled_text(
     config: Config, chat: Chat, accelerator: Accelerator
-) -> Iterator[list[PromptTree]]:
-    """The text blocks of one optimizer step at a time, this process's share; [] without ptx.
+) -> ShuffledBatches[PromptTree]:
+    """The text blocks of one optimizer step at a time, on all processes; [] without ptx.
 
     Documents are joined and cut to blocks of `ptx.block_tokens` tokens without a template.
     """
     if config.ptx.coef == 0:
-        while True:
-            yield []
+        return ShuffledBatches([], 0, config.seed)
     assert config.ptx.text is not None
     blocks = text_blocks([t.text for t in read_records(config.ptx.text, Text)], chat, config)
     num_processes = accelerator.num_processes
     num_blocks = math.ceil(config.text_blocks_per_step / num_processes) * num_processes
-    generator = torch.Generator().manual_seed(config.seed + 1)
-    batch: list[PromptTree] = []
-    while True:
-        for i in torch.randperm(len(blocks), generator=generator).tolist():
-            batch.append(blocks[i])
-            if len(batch) == num_blocks:
-                yield own_share(accelerator, batch)
-                batch = []
+    return ShuffledBatches(blocks, num_blocks, config.seed + 1)
 
 
 def text_blocks(texts: Sequence[str], chat: Chat, config: Config) -> list[PromptTree]:
@@ -319,7 +344,7 @@ def _answer(
     """Sums over this process's held-out prompts, (4,): score, KL, tokens, responses that end."""
     generator = torch.Generator().manual_seed(config.seed)
     policy = learner.models.policy
-    trees = sampler.sample(policy, episodes, generator)
+    trees, _ = sampler.sample(policy, episodes, generator)
     scored, finished = sampler.score(episodes, trees)
     scores = scored.scores
     _, mask = response_batch([tree.responses[0] for tree in trees])
@@ -340,9 +365,10 @@ def _answer(
     return torch.stack([scores.sum(), kl.sum(), mask.sum(), finished.sum()]).double()
 
 
-def _load_models(
+def load_models(
     config: Config, chat: Chat, accelerator: Accelerator, watch: Stopwatch
 ) -> tuple[Learner, Sampler]:
+    engine = make_engine(config.generation, accelerator.print)
     policy = load_policy(config.policy)
     check_vocabulary(policy, chat, config.policy.path)
     limits = {
@@ -371,7 +397,7 @@ def _load_models(
     model, prepared = sharding.prepare(accelerator, both, optimizer)
     average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
     learner = Learner(model, prepared, schedule, average, packer, accelerator, watch)
-    return learner, Sampler(chat, ref_policy, reward, packer, config, watch)
+    return learner, Sampler(chat, ref_policy, reward, packer, config, watch, engine)
 
 
 def _load_value_model(config: Config, chat: Chat, accelerator: Accelerator) -> ScalarModel:
@@ -425,9 +451,13 @@ def _rollout_metrics(rollout: Rollout, accelerator: Accelerator) -> dict[str, fl
         tensors = {k: v for k, v in vars(rollout).items() if isinstance(v, torch.Tensor)}
         require_finite(tensors, rollout.trees, "rollout")
         raise NonFiniteError("a rollout on another process", "rollout")
-    token_kl = k1(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask).abs().max().item()
+    largest = {
+        "ppo/max_token_kl": k1(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask),
+        "ppo/sampler_difference": rollout.logprobs - rollout.sampler_logprobs,
+    }
     return rollout_metrics(totals) | {
-        "ppo/max_token_kl": max_over_processes(accelerator, token_kl),
+        name: max_over_processes(accelerator, difference.abs().max().item())
+        for name, difference in largest.items()
     }
 
 

@@ -16,6 +16,7 @@ from rlhf.losses import policy_loss, value_loss
 from rlhf.models import ScalarModel, response_logprobs
 from rlhf.optim import MovingAverage
 from rlhf.packing import PackedRow, Packer, PromptTree
+from rlhf.state import OptimizerState, Stateful, Weights
 from rlhf.timing import Stopwatch
 from stages.ppo.config import Config
 from stages.ppo.rollout import Rollout
@@ -61,6 +62,15 @@ class Learner:
     @property
     def models(self) -> PolicyAndValue:
         return self.accelerator.unwrap_model(self.model)
+
+    def parts(self) -> dict[str, Stateful]:
+        """What of it a checkpoint holds."""
+        parts: dict[str, Stateful] = {
+            "models": Weights(self.models),
+            "optimizer": OptimizerState(self.optimizer, self.models),
+            "schedule": self.schedule,
+        }
+        return parts if self.average is None else {**parts, "average": self.average}
 
 
 def update(

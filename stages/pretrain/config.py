@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf.config import OptimSettings
+from rlhf.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +67,21 @@ class Config:
     """Optimizer."""
     log_steps: int = 10
     """Steps between two rows of metrics.jsonl."""
+    checkpoint_every: int | None = 100
+    """Steps between checkpoints, from which a run that was cut off goes on when the same command is
+    given again. Each takes three times the weights. None writes none."""
     eval_steps: int = 100
     """Steps between two measurements of held-out loss and fact recall; the end is always one."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """Where metrics and samples go besides metrics.jsonl and samples.jsonl: tensorboard, wandb."""
     seed: int = 0
     """Seed of the weights and of the order of the rows."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_epochs", "log_steps", "eval_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        for name in ("batch_size", "num_epochs", "log_steps", "checkpoint_every", "eval_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; give 1 or more")
         longest = self.architecture.max_position_embeddings
         if not 2 <= self.block_length <= longest:
             raise ValueError(

@@ -16,7 +16,9 @@ from rlhf.models import new_policy, save_policy
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.recall import fact_recall
 from rlhf.records import Prompt, Text
+from rlhf.resume import Checkpoints
 from rlhf.runs import Run, open_run, settings_in_force
+from rlhf.state import Generators, OptimizerState, Stateful, Weights
 from stages.pretrain.config import Config
 from stages.pretrain.tokenizer import train_tokenizer
 
@@ -28,6 +30,7 @@ def pretrain(config: Config) -> None:
         inputs["facts"] = config.facts_path
     run = open_run(config, stage="pretrain", inputs=inputs)
     accelerator = start_accelerator()
+    checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     texts = _read_texts(config.text_path)
     probes = [] if config.facts_path is None else read_records(config.facts_path, Prompt)
     tokenizer = train_tokenizer(texts, config.vocab_size)
@@ -45,7 +48,7 @@ def pretrain(config: Config) -> None:
         return figures
 
     num_parameters = model.num_parameters()
-    measured, weights = _train(config, accelerator, run, model, blocks, evaluate)
+    measured, weights = _train(config, accelerator, run, checkpoints, model, blocks, evaluate)
     results = {
         "num_parameters": num_parameters,
         "vocab_size": len(tokenizer),
@@ -109,6 +112,7 @@ def _train(
     config: Config,
     accelerator: Accelerator,
     run: Run,
+    checkpoints: Checkpoints,
     model: nn.Module,
     blocks: Tensor,
     evaluate: Callable[[], dict[str, float]],
@@ -132,9 +136,22 @@ def _train(
     optimizer = make_optimizer([(model, config.optim.learning_rate)], config.optim)
     schedule = make_schedule(optimizer, config.optim, len(batches))
     wrapped, prepared = sharding.prepare(accelerator, model, optimizer)
+    parts: dict[str, Stateful] = {
+        "model": Weights(model),
+        "optimizer": OptimizerState(prepared, model),
+        "schedule": schedule,
+    }
+    checkpoints.restore(parts, Generators())
+    first = checkpoints.step or 0
     measured: dict[str, float] = {}
-    progress = tqdm(batches, desc="pretrain", disable=not accelerator.is_main_process)
-    for step, rows in enumerate(progress, start=1):
+    progress = tqdm(
+        batches[first:],
+        desc="pretrain",
+        initial=first,
+        total=len(batches),
+        disable=not accelerator.is_main_process,
+    )
+    for step, rows in enumerate(progress, start=first + 1):
         wrapped.train()
         batch = blocks[own_share(accelerator, rows)].to(accelerator.device)
         with sharding.one_pass(accelerator, wrapped, is_last=True):
@@ -159,6 +176,9 @@ def _train(
             with sharding.whole_weights(accelerator, wrapped):
                 measured = evaluate()
             run.log(step, measured)
+        if step < len(batches):
+            checkpoints.end_step(step)
+    checkpoints.close()
     return measured, sharding.whole_state(accelerator, wrapped)
 
 

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-from rlhf.config import ModelSettings, OptimSettings
+from rlhf.config import LoraSettings, ModelSettings, OptimSettings
+from rlhf.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,11 @@ class Config:
     margin_per_rank: float = 0.0
     """Margin of the loss (Touvron et al. 2023, eq. 2) for each rank between two responses: their
     scores must differ by it before the loss is that of equal scores. Soft labels have none."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Train an adapter and the new head instead of all weights."""
+    checkpoint_every: int | None = 50
+    """Optimizer steps between checkpoints, from which a run that was cut off goes on when the same
+    command is given again. Each takes three times the weights that learn. None writes none."""
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(learning_rate=9e-6))
     """Optimizer; cosine to a tenth of the peak, without warm-up."""
     gold: str | None = None
@@ -60,6 +66,8 @@ class Config:
     it gives a function (prompts, responses) -> scores. None means that there is no gold score."""
     gold_path: str | None = None
     """What the maker of the gold score is called with, such as a data folder."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """Where metrics and samples go besides metrics.jsonl and samples.jsonl: tensorboard, wandb."""
     seed: int = 0
     """Seed of the new head, of the order of rankings, of the split and of all that is drawn."""
 
@@ -97,6 +105,7 @@ class Config:
             "batch_size",
             "micro_batch_tokens",
             "num_epochs",
+            "checkpoint_every",
             "max_prompt_tokens",
             "max_response_tokens",
         ):

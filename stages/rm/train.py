@@ -15,6 +15,7 @@ from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
 from rlhf.distributed import naming, own_share, start_accelerator
 from rlhf.inference import compute_scores
+from rlhf.lora import HEAD
 from rlhf.models import (
     ScalarModel,
     check_vocabulary,
@@ -22,9 +23,11 @@ from rlhf.models import (
     load_chat,
     load_scalar,
     packer_for,
+    save_weights,
 )
 from rlhf.packing import Packer, PromptTree
 from rlhf.records import Demonstration
+from rlhf.resume import Checkpoints, ResumeCallback
 from rlhf.rewards import (
     NUM_GOLDEN,
     REWARD_FILE,
@@ -35,6 +38,7 @@ from rlhf.rewards import (
     rendering_hash,
 )
 from rlhf.runs import Run, open_run
+from rlhf.state import Fields
 from stages.rm import figures
 from stages.rm.config import Config
 from stages.rm.data import (
@@ -56,6 +60,7 @@ def train(config: Config) -> None:
     """
     accelerator = start_accelerator()
     run = open_run(config, stage="rm", inputs=_inputs(config))
+    checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     gold = _load_gold(config)
     train_rankings, held_out_rankings = read_rankings(config)
     chat = load_chat(config.model)
@@ -80,7 +85,7 @@ def train(config: Config) -> None:
         model.eval()
         run.log(step, _held_out_metrics(config, *held_out_pairs(model, packer)))
 
-    first_loss, num_steps = _fit(config, chat, train_set, run, measure)
+    first_loss, num_steps = _fit(config, chat, train_set, run, checkpoints, measure)
     model, packer = _load_saved(config, accelerator)
     demonstration_scores = _score_all(model, demonstrations, packer, accelerator)
     model.bias = _mean([score for (score,) in demonstration_scores])
@@ -120,7 +125,7 @@ def save_scalar(trainer: RankingTrainer, chat: Chat, folder: Path) -> None:
     weights = sharding.whole_state(trainer.accelerator, trainer.model_wrapped, "classifier")
     if trainer.accelerator.is_main_process:
         assert isinstance(trainer.model, ScalarModel)
-        trainer.model.classifier.save_pretrained(folder, state_dict=weights)
+        save_weights(trainer.model.classifier, folder, weights)
         chat.tokenizer.save_pretrained(folder)
         check_saved_head(folder, trainer.model.head.in_features)
     trainer.accelerator.wait_for_everyone()
@@ -131,11 +136,11 @@ def check_saved_head(folder: Path, width: int) -> None:
     shapes = []
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            if "score.weight" in file.keys():  # noqa: SIM118 (not a mapping)
-                shapes.append(tuple(file.get_slice("score.weight").get_shape()))
+            heads = [name for name in file.keys() if name.endswith(HEAD)]  # noqa: SIM118 (no mapping)
+            shapes += [tuple(file.get_slice(name).get_shape()) for name in heads]
     if shapes != [(1, width)]:
         raise ValueError(
-            f"{folder} was written without the reward head: score.weight has shape "
+            f"{folder} was written without the reward head: {HEAD} has shape "
             f"{shapes or 'none'}, expected (1, {width}); the folder cannot be used"
         )
 
@@ -172,6 +177,7 @@ def _fit(
     chat: Chat,
     train_set: Sequence[Example],
     run: Run,
+    checkpoints: Checkpoints,
     measure: Callable[[ScalarModel, Packer, int], None],
 ) -> tuple[float, int]:
     """Trains and saves; returns the loss of the first batch and the number of steps.
@@ -179,12 +185,14 @@ def _fit(
     Between epochs `measure` gets the model, its packer and the step.
     """
     set_seed(config.seed)
-    model = load_scalar(config.model, new_head=True)
+    model = load_scalar(config.model, new_head=True, lora=config.lora)
     check_vocabulary(model.classifier, chat, config.model.path)
     packer = packer_for(model.classifier, config.micro_batch_tokens)
     if config.gradient_checkpointing:
         checkpoint_activations(model.classifier)
-    trainer = RankingTrainer(model, train_set, packer, config, run)
+    trainer = RankingTrainer(model, train_set, packer, config, run, checkpoints.step or 0)
+    parts = {"trainer": Fields(trainer, "first_loss")}
+    trainer.add_callback(ResumeCallback(checkpoints, trainer, parts))
 
     def measure_whole(step: int) -> None:
         with sharding.whole_weights(trainer.accelerator, trainer.model_wrapped):

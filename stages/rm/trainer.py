@@ -50,25 +50,35 @@ _IDLE = -1
 
 
 class GlobalBatches:
-    """Indices of this process's share of every global batch, shuffled anew every epoch.
+    """Indices of this process's share of every global batch, shuffled anew every epoch; the first
+    pass of all begins behind `first_step` steps of the run.
 
     A last batch that is not full stays as small as it is: no ranking is seen twice, none is left
     out, and a process may get none at all.
     """
 
-    def __init__(self, num_examples: int, config: Config, accelerator: Accelerator) -> None:
+    def __init__(
+        self, num_examples: int, config: Config, accelerator: Accelerator, first_step: int = 0
+    ) -> None:
         self.num_examples = num_examples
         self.batch_size = config.batch_size
         self.accelerator = accelerator
         self.generator = torch.Generator().manual_seed(config.seed)
+        num_passes, self.num_skipped = divmod(first_step, len(self))
+        for _ in range(num_passes):
+            self._draw()
 
     def __len__(self) -> int:
         return math.ceil(self.num_examples / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(self.num_examples, generator=self.generator).tolist()
-        for start in range(0, self.num_examples, self.batch_size):
+        order, first = self._draw(), self.num_skipped * self.batch_size
+        self.num_skipped = 0
+        for start in range(first, self.num_examples, self.batch_size):
             yield own_share(self.accelerator, order[start : start + self.batch_size])
+
+    def _draw(self) -> list[int]:
+        return torch.randperm(self.num_examples, generator=self.generator).tolist()
 
 
 @dataclass(frozen=True)
@@ -153,9 +163,11 @@ class RankingTrainer(Trainer):
         packer: Packer,
         config: Config,
         run: Run,
+        first_step: int = 0,
     ) -> None:
         self.config = config
         self.run = run
+        self.first_step = first_step
         self.examples = list(examples)
         self.first_loss = math.nan
         self._metrics: dict[str, float] = {}
@@ -171,7 +183,7 @@ class RankingTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Not accelerate's loader, which repeats rankings to give every process as many."""
-        batches = GlobalBatches(len(self.examples), self.config, self.accelerator)
+        batches = GlobalBatches(len(self.examples), self.config, self.accelerator, self.first_step)
         collator = self.data_collator
         return DataLoader(self.examples, batch_sampler=batches, collate_fn=collator)  # type: ignore[arg-type]
 

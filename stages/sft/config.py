@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.config import GenerationSettings, ModelSettings, OptimSettings
+from rlhf.config import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
+from rlhf.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,13 @@ class Config:
     """Most tokens of one packed pass when held-out rows and samples are measured."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """Train an adapter instead of all weights."""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """Optimizer."""
+    checkpoint_every: int | None = 50
+    """Optimizer steps between checkpoints, from which a run that was cut off goes on when the same
+    command is given again. Each takes three times the weights that learn. None writes none."""
     eval_every: int = 50
     """Optimizer steps between measurements; the last step is always measured."""
     choose_by: Literal["held_out_loss", "reward_score"] = "held_out_loss"
@@ -64,6 +70,8 @@ class Config:
     """Temperature of the samples; 0 takes the likeliest token."""
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     """How samples are generated."""
+    trackers: list[Tracker] = field(default_factory=list)
+    """Where metrics and samples go besides metrics.jsonl and samples.jsonl: tensorboard, wandb."""
     seed: int = 0
     """Root of every random choice."""
     output_dir: str
@@ -72,10 +80,11 @@ class Config:
     def __post_init__(self) -> None:
         for name in (
             "max_held_out max_prompt_tokens max_response_tokens num_epochs batch_size "
-            "micro_batch_size micro_batch_tokens eval_every num_samples"
+            "micro_batch_size micro_batch_tokens checkpoint_every eval_every num_samples"
         ).split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; give 1 or more")
         if self.num_demonstrations is not None and self.num_demonstrations < 2:
             raise ValueError(
                 f"num_demonstrations is {self.num_demonstrations}; give 2 or more (one to train "

@@ -43,13 +43,13 @@ def draw_samples(
     chosen = list({prompt_key(one.record.prompt): one for one in examples}.values())
     chosen = chosen[: config.num_samples]
     prompts = [list(one.tree.prompt) for one in chosen]
-    responses = generate(
+    samples = generate(
         policy,
         prompts,
+        config.generation,
         end_id=chat.end_id,
         max_new_tokens=config.max_response_tokens,
         temperature=config.temperature,
-        batch_size=config.generation.batch_size,
         generator=torch.Generator().manual_seed(config.seed),
     )
     return [
@@ -60,7 +60,7 @@ def draw_samples(
             text=chat.decode(response),
             ended=response[-1] == chat.end_id,
         )
-        for one, prompt, response in zip(chosen, prompts, responses, strict=True)
+        for one, prompt, response in zip(chosen, prompts, samples.responses, strict=True)
     ]
 
 

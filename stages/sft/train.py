@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
@@ -19,8 +19,10 @@ from rlhf.models import (
     save_policy,
 )
 from rlhf.packing import Packer
+from rlhf.resume import Checkpoints
 from rlhf.rewards import RewardModel, load_reward_model
 from rlhf.runs import Run, open_run
+from rlhf.state import Fields
 from stages.sft.config import Config
 from stages.sft.measure import Sample, draw_samples, mean_loss, sample_rows, score_samples
 from stages.sft.rows import Rows, lay_out, load_rows
@@ -31,9 +33,11 @@ def train(config: Config) -> None:
     """Fine-tunes a policy on demonstrations and writes its folder."""
     run = open_run(config, stage="sft", inputs=_inputs(config))
     accelerator = start_accelerator()
+    checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     chat = load_chat(config.model)
     rows = load_rows(config, chat)
-    policy = load_policy(config.model)
+    set_seed(config.seed)  # of a new adapter, the same on all processes
+    policy = load_policy(config.model, config.lora)
     check_vocabulary(policy, chat, config.model.path)
     limits = {name: getattr(config, name) for name in ("max_prompt_tokens", "max_response_tokens")}
     check_context(policy, config.model.path, limits)
@@ -51,10 +55,14 @@ def train(config: Config) -> None:
     )
     trees = [*(one.tree for one in rows.train), *rows.text]
     laid = lay_out(trees, config.num_epochs, config.batch_size, config.seed)
-    checkpoint, step = fit(policy, chat.tokenizer, laid, config, run, judge.measure)
+    parts = {"judge": Fields(judge, "base")}
+    checkpoint, step = fit(
+        policy, chat.tokenizer, laid, config, run, checkpoints, parts, judge.measure
+    )
     if not accelerator.is_main_process:
         return
-    chosen = load_policy(replace(config.model, path=str(checkpoint))).to(accelerator.device)
+    chosen = load_policy(replace(config.model, path=str(checkpoint)), config.lora)
+    chosen.to(accelerator.device)
     figures = judge.final(chosen)
     print(f"sft: chose step {step}: {figures_line(figures)}", flush=True)
     save_policy(chosen, chat.tokenizer, run.dir)

@@ -37,9 +37,12 @@ from rlhf.distributed import (
     naming,
     use_accelerator_at_work,
 )
+from rlhf.models import save_weights
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.packing import PromptTree
+from rlhf.resume import Checkpoints, ResumeCallback
 from rlhf.runs import Run
+from rlhf.state import Fields, Stateful
 from stages.sft.config import Config
 
 Metrics = dict[str, float]
@@ -61,23 +64,28 @@ def fit(
     trees: Sequence[PromptTree],
     config: Config,
     run: Run,
+    checkpoints: Checkpoints,
+    parts: Mapping[str, Stateful],
     measure: Measure,
 ) -> tuple[Path, int]:
     """Trains on the trees in their order; returns the chosen checkpoint's folder and step.
 
     Args:
         trees: rows of all epochs, batch after batch (see lay_out).
+        parts: what the caller carries through the run, for checkpoints.
         measure: called before training, every eval_every steps and after the last one.
 
     Raises:
         ValueError: batch_size does not divide over the processes, or every measurement is nan.
     """
     accumulation_steps(config)  # refuses before the run's folder is touched
-    checkpoints = run.dir / "checkpoints"
-    if PartialState().is_main_process:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    trainer = make_trainer(policy, tokenizer, trees, config, str(checkpoints))
+    first_step = checkpoints.step or 0
+    trainer = make_trainer(policy, tokenizer, trees, config, str(run.checkpoints), first_step)
     keeper = _Keeper(config, run, measure, trainer)
+    parts = {**parts, "keeper": Fields(keeper, "best_step", "best")}
+    if checkpoints.are_written:  # the best of the last checkpoint is not to go before the next one
+        trainer.args.save_total_limit = None
+    trainer.add_callback(ResumeCallback(checkpoints, trainer, parts, keeper.remove_others))
     trainer.add_callback(keeper)
     with naming(trainer.accelerator, lambda: f"phase train of step {trainer.state.global_step}"):
         trainer.train()
@@ -86,7 +94,7 @@ def fit(
             f"{config.choose_by} is not a number at any measured step; lower "
             f"optim.learning_rate {config.optim.learning_rate}"
         )
-    return checkpoints / f"checkpoint-{keeper.best_step}", keeper.best_step
+    return keeper.best_folder, keeper.best_step
 
 
 def make_trainer(
@@ -95,20 +103,23 @@ def make_trainer(
     trees: Sequence[PromptTree],
     config: Config,
     checkpoint_dir: str,
+    first_step: int = 0,
 ) -> SFTTrainer:
-    """The trainer, ready to train; it takes the rows in the order given and once."""
+    """The trainer, ready to train; it takes the rows in the order given and once, but for those of
+    the steps before `first_step`."""
     datasets.disable_progress_bars()  # of building labels and writing checkpoints: they only
     transformers_logging.disable_progress_bar()  # break the line of the bar that matters
     with warnings.catch_warnings():
         # the name that TRL's own SFTConfig still defines and sets
         warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
-        arguments = _arguments(config, checkpoint_dir)
+        num_steps = math.ceil(len(trees) / config.batch_size)
+        arguments = _arguments(config, checkpoint_dir, num_steps)
     optimizer = make_optimizer([(policy, config.optim.learning_rate)], config.optim)
-    num_steps = math.ceil(len(trees) / config.batch_size)
+    rows = [to_row(tree) for tree in trees[first_step * config.batch_size :]]
     trainer = _PlainTrainer(
         model=policy,
         args=arguments,
-        train_dataset=datasets.Dataset.from_list([to_row(tree) for tree in trees]),
+        train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
         optimizers=(optimizer, make_schedule(optimizer, config.optim, num_steps)),
     )
@@ -128,8 +139,20 @@ def to_row(tree: PromptTree) -> dict[str, list[int]]:
 
 
 class _PlainTrainer(SFTTrainer):
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Weights and tokenizer as every stage saves them, so without the pickled arguments."""
+        if not self.args.should_save:
+            return
+        assert output_dir is not None and isinstance(self.model, PreTrainedModel)
+        assert isinstance(self.processing_class, PreTrainedTokenizerBase)
+        save_weights(self.model, output_dir, state_dict)
+        self.processing_class.save_pretrained(output_dir)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: a checkpoint is ours alone, and the card asks the hub."""
+
+    def _send_telemetry(self) -> None:
+        """None: who trains what on their own files is nobody else's."""
 
 
 class _Keeper(TrainerCallback):
@@ -137,12 +160,22 @@ class _Keeper(TrainerCallback):
 
     def __init__(self, config: Config, run: Run, measure: Measure, trainer: SFTTrainer) -> None:
         self.best_step: int | None = None
-        self._best = math.inf
+        self.best = math.inf
         self._config = config
         self._run = run
         self._measure = measure
         self._trainer = trainer
         self._bar: tqdm | None = None
+
+    @property
+    def best_folder(self) -> Path:
+        return self._run.checkpoints / f"checkpoint-{self.best_step}"
+
+    def remove_others(self) -> None:
+        """All that were the best once go."""
+        for folder in self._run.checkpoints.glob("checkpoint-*"):
+            if folder != self.best_folder and PartialState().is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def on_train_begin(
         self,
@@ -152,9 +185,14 @@ class _Keeper(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._bar = tqdm(
-            total=state.max_steps, desc="sft", unit="step", disable=not state.is_world_process_zero
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="sft",
+            unit="step",
+            disable=not state.is_world_process_zero,
         )
-        self._measure_and_log(kwargs["model"], 0)
+        if state.global_step == 0:
+            self._measure_and_log(kwargs["model"], 0)
 
     def on_step_end(
         self,
@@ -171,8 +209,8 @@ class _Keeper(TrainerCallback):
         metrics = self._measure_and_log(kwargs["model"], step)
         value = metrics[f"sft/{self._config.choose_by}"]
         loss = value if self._config.choose_by == "held_out_loss" else -value
-        if loss < self._best:
-            self._best, self.best_step = loss, step
+        if loss < self.best:
+            self.best, self.best_step = loss, step
             control.should_save = True
 
     def on_log(
@@ -232,12 +270,12 @@ def _num_launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _arguments(config: Config, checkpoint_dir: str) -> SFTConfig:
+def _arguments(config: Config, checkpoint_dir: str, num_steps: int) -> SFTConfig:
     arguments = SFTConfig(
         output_dir=checkpoint_dir,
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=accumulation_steps(config),
-        num_train_epochs=1,
+        max_steps=num_steps,
         train_sampling_strategy="sequential",
         shuffle_dataset=False,
         completion_only_loss=True,

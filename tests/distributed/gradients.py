@@ -122,6 +122,7 @@ def make_rollout(
         finished=torch.ones(8, dtype=torch.bool),
         scores=torch.zeros(8),
         logprobs=logprobs,
+        sampler_logprobs=logprobs,
         entropy=zeros,
         logprob_variance=zeros,
         ref_logprobs=logprobs,

@@ -107,12 +107,20 @@ class TableSampler(Sampler):
         shift = torch.rand((), generator=generator, dtype=torch.float64)
         places = (torch.arange(len(episodes)) + shift) / len(episodes)
         drawn = torch.searchsorted(cumulative, places).clamp(max=len(RESPONSES) - 1)
-        return [PromptTree(PROMPT, (RESPONSES[i],)) for i in drawn.tolist()]
+        logprobs = token_logprobs(policy.numbers.detach())[drawn]
+        longest = int(MASK[drawn].sum(1).max())
+        trees = [PromptTree(PROMPT, (RESPONSES[i],)) for i in drawn.tolist()]
+        return trees, logprobs[:, :longest].float()
 
 
 def exact_logprobs(numbers: Tensor) -> Tensor:
     """log pi(y) of all 40 responses, fp64, with gradient."""
-    return (numbers.double().log_softmax(-1)[STATES, TOKENS] * MASK).sum(1)
+    return token_logprobs(numbers).sum(1)
+
+
+def token_logprobs(numbers: Tensor) -> Tensor:
+    """(40, 3) of their tokens, fp64, 0 behind the end."""
+    return numbers.double().log_softmax(-1)[STATES, TOKENS] * MASK
 
 
 class Task:

@@ -178,6 +178,7 @@ def test_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         (["--optim.max_grad_norm", "0"], "optim.max_grad_norm is 0.0"),
         (["--model.path", ""], "model.path is empty"),
         (["--generation.batch_size", "0"], "generation.batch_size is 0; give 1 or more"),
+        (["--generation.vllm_memory_share", "1"], "vllm_memory_share is 1.0; give a number in"),
         (["--parts.x.weight", "0"], "parts.x.weight is 0.0; give another"),
         (["--parts.x.weight", "much"], 'setting "parts.NAME.weight": Expected a float. Got value'),
         (["--parts.x.weigth", "2"], "parts.NAME.weigth; did you mean parts.NAME.weight?"),

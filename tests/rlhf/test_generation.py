@@ -1,13 +1,26 @@
 """The sampler against transformers' own, and its distribution against the softmax."""
 
 import itertools
+import math
+import re
+import time
+from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from rlhf.generation import generate
+from rlhf.config import GenerationSettings
+from rlhf.finite import NonFiniteError
+from rlhf.generation import Samples, generate, make_engine
+from rlhf.generation.auto import FastestEngine
+from rlhf.inference import compute_logprobs
+from rlhf.packing import Packer, PromptTree
 from tests.rlhf.tiny_models import VOCAB, tiny_policy_of
 
+ENGINES = ["hf", "continuous"]
+"""Those that run here; vllm has a test of its own."""
+ARGUMENTS: dict[str, Any] = {"end_id": 7, "max_new_tokens": 16, "temperature": 1.0}
 ARCHITECTURES = ["llama", "gpt2", "gpt_neox", "mistral", "gemma3_text", "opt"]
 
 
@@ -29,9 +42,12 @@ def greedy_of_transformers(policy, prompt: list[int], end_id: int, num_tokens: i
     return output[0, len(prompt) :].tolist()
 
 
-def greedy(policy, prompts: list[list[int]], **settings) -> list[list[int]]:
-    settings = {"end_id": 1, "max_new_tokens": 12, "batch_size": 8, "temperature": 0} | settings
-    return generate(policy, prompts, **settings)
+def greedy(
+    policy, prompts: list[list[int]], engine="hf", batch_size: int = 8, **arguments
+) -> list[list[int]]:
+    arguments = {"end_id": 1, "max_new_tokens": 12, "temperature": 0} | arguments
+    settings = GenerationSettings(engine=engine, batch_size=batch_size)
+    return generate(policy, prompts, settings, **arguments).responses
 
 
 def frequent_end(policy) -> int:
@@ -72,42 +88,76 @@ def test_compaction_and_batch_size_change_nothing(
     assert sum(response[-1] == end_id for response in expected) >= 2
     for batch_size in (1, 3, 100):
         assert greedy(policy, prompts, end_id=end_id, batch_size=batch_size) == expected
-    for share in (0.0, 1.0):
-        monkeypatch.setattr("rlhf.generation.COMPACTION", share)
+    for cost in (0.0, 1e9):
+        monkeypatch.setattr("rlhf.generation.loop.COPY_COST", cost)
         assert greedy(policy, prompts, end_id=end_id) == expected
 
 
-def test_finished_rows_leave_the_batch() -> None:
+def test_finished_responses_stop_costing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows decoded and rows copied stay within 1.5 times the tokens of the responses, which no loop
+    can do without, and decoding ends with the longest response."""
     policy = tiny_policy_of("llama")
-    prompts = uneven_prompts()
-    batch_sizes = []
+    decoded, copied = [], []
     policy.register_forward_pre_hook(
-        lambda _, args, inputs: batch_sizes.append(len(inputs["input_ids"])), with_kwargs=True
+        lambda _, args, inputs: decoded.append(len(inputs["input_ids"])), with_kwargs=True
     )
-    responses = greedy(policy, prompts, end_id=frequent_end(policy))
-    sizes = batch_sizes[-max(map(len, responses)) :]
-    assert sizes[0] == 8
-    for step, size in enumerate(sizes):
-        unfinished = sum(len(response) > step for response in responses)
-        assert unfinished <= size
-        assert size == 8 or unfinished > 0.5 * size
-    assert sizes[-1] < 8
+    select = DynamicCache.batch_select_indices
+    monkeypatch.setattr(
+        DynamicCache,
+        "batch_select_indices",
+        lambda cache, rows: copied.append(len(rows)) or select(cache, rows),
+    )
+    responses = sample(policy, [[5, 6, 7]] * 48, end_id=7, max_new_tokens=60, batch_size=48)[0]
+    lengths = [len(response) for response in responses]
+    assert len(decoded) == max(lengths) == 60
+    assert max(lengths) * len(lengths) > 1.7 * sum(lengths)  # what a loop without the care costs
+    assert sum(lengths) <= sum(decoded) <= 1.2 * sum(lengths)
+    assert sum(decoded) + sum(copied) <= 1.5 * sum(lengths)
 
 
+@pytest.mark.parametrize("batch_size", [3, 100])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
+def test_continuous_batching_takes_the_same_tokens(architecture: str, batch_size: int) -> None:
+    policy = tiny_policy_of(architecture)
+    prompts = uneven_prompts()
+    end_id = frequent_end(policy)
+    arguments = {"end_id": end_id, "batch_size": batch_size}
+    assert greedy(policy, prompts, "continuous", **arguments) == greedy(
+        policy, prompts, **arguments
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_logprobs_are_those_of_a_packed_pass(
+    architecture: str, temperature: float, engine: str
+) -> None:
+    policy = tiny_policy_of(architecture)
+    prompts = uneven_prompts()
+    end_id = frequent_end(policy)
+    samples = sample(policy, prompts, engine, end_id=end_id, temperature=temperature)
+    assert len({len(response) for response in samples.responses}) > 2
+    trees = [
+        PromptTree(tuple(prompt), (tuple(response),))
+        for prompt, response in zip(prompts, samples.responses, strict=True)
+    ]
+    expected = compute_logprobs(policy, trees, Packer(1000), temperature=temperature or 1.0)
+    for row, logprobs in zip(expected, samples.logprobs, strict=True):
+        assert torch.tensor(logprobs) == pytest.approx(row[: len(logprobs)], abs=2e-5)
+        assert not row[len(logprobs) :].any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_first_tokens_follow_the_softmax(temperature: float) -> None:
+def test_first_tokens_follow_the_softmax(temperature: float, engine: str) -> None:
     policy = tiny_policy_of("llama")
     prompts = [[5, 6, 7], [30, 8, 9, 12, 11]]
     num_samples = 3000
-    responses = generate(
-        policy,
-        [prompt for prompt in prompts for _ in range(num_samples)],
-        end_id=1,
-        max_new_tokens=1,
-        temperature=temperature,
-        batch_size=1000,
-        generator=torch.Generator().manual_seed(0),
-    )
+    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+    responses = sample(
+        policy, repeated, engine, max_new_tokens=1, temperature=temperature, batch_size=1000
+    ).responses
     tokens = torch.tensor(responses).view(2, num_samples)
     for prompt, sampled in zip(prompts, tokens, strict=True):
         with torch.no_grad():
@@ -131,22 +181,31 @@ def test_second_tokens_follow_the_first() -> None:
     assert cold == greedy(policy, prompts)
 
 
-def sampled(seed: int, **settings) -> list[list[int]]:
-    settings = {"end_id": 7, "max_new_tokens": 16, "batch_size": 6} | settings
+def sample(
+    policy, prompts: list[list[int]], engine="hf", batch_size: int = 6, seed: int = 0, **arguments
+) -> Samples:
+    arguments = ARGUMENTS | arguments
     generator = torch.Generator().manual_seed(seed)
-    policy = tiny_policy_of("llama")
-    return generate(policy, uneven_prompts() * 2, temperature=1.0, generator=generator, **settings)
+    settings = GenerationSettings(engine=engine, batch_size=batch_size)
+    return generate(policy, prompts, settings, generator=generator, **arguments)
 
 
-def test_same_seed_same_tokens() -> None:
-    first = sampled(0)
+def sampled(seed: int, engine: str = "hf", **arguments) -> list[list[int]]:
+    prompts = uneven_prompts() * 2
+    return sample(tiny_policy_of("llama"), prompts, engine, seed=seed, **arguments).responses
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_same_seed_same_tokens(engine: str) -> None:
+    first = sampled(0, engine)
     torch.rand(3)
-    assert sampled(0) == first
-    assert sampled(1) != first
+    assert sampled(0, engine) == first
+    assert sampled(1, engine) != first
 
 
-def test_end_token_is_last_and_length_is_cut() -> None:
-    responses = sampled(0)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_end_token_is_last_and_length_is_cut(engine: str) -> None:
+    responses = sampled(0, engine)
     finished = [response for response in responses if response[-1] == 7]
     cut = [response for response in responses if response[-1] != 7]
     assert len(finished) > 3
@@ -156,21 +215,85 @@ def test_end_token_is_last_and_length_is_cut() -> None:
     assert all(len(response) <= 16 for response in finished)
 
 
-def test_draws_take_the_given_generator_only() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_draws_take_the_given_generator_only(engine: str) -> None:
     policy = tiny_policy_of("llama")
     before = torch.get_rng_state()
-    generator = torch.Generator().manual_seed(0)
-    greedy(policy, [[5, 6]], temperature=1.0, generator=generator)
+    sample(policy, [[5, 6]], engine)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_progress_counts_every_prompt() -> None:
-    done: list[int] = []
-    sampled(0, progress=done.append)
-    assert done == [6, 6, 4]
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_model_stays_as_it_was(engine: str) -> None:
+    policy = tiny_policy_of("gpt2", attention="eager")
+    sample(policy, [[5, 6]], engine)
+    assert policy.config._attn_implementation == "eager"
+    assert all(parameter.requires_grad for parameter in policy.parameters())
 
 
-def test_no_prompts_and_no_tokens() -> None:
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_logits_that_are_no_numbers_are_refused(engine: str, temperature: float) -> None:
     policy = tiny_policy_of("llama")
-    assert greedy(policy, []) == []
-    assert greedy(policy, [[5], [6, 7]], max_new_tokens=0) == [[], []]
+    with torch.no_grad():
+        policy.lm_head.weight[7] = math.nan
+    with pytest.raises(NonFiniteError, match="logits is not finite in phase rollout"):
+        sample(policy, [[5, 6]], engine, temperature=temperature)
+
+
+@pytest.mark.parametrize(("engine", "steps"), [("hf", [6, 6, 4]), ("continuous", [1] * 16)])
+def test_progress_counts_every_prompt(engine: str, steps: list[int]) -> None:
+    done: list[int] = []
+    sampled(0, engine, progress=done.append)
+    assert done == steps
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_prompts_and_no_tokens(engine: str) -> None:
+    policy = tiny_policy_of("llama")
+    assert greedy(policy, [], engine) == []
+    assert greedy(policy, [[5], [6, 7]], engine, max_new_tokens=0) == [[], []]
+
+
+class SlowEngine:
+    """Takes the given seconds, once they are over 0, and answers with its own token."""
+
+    def __init__(self, seconds: list[float], token: int) -> None:
+        self.seconds, self.token = seconds, token
+        self.prompts: list[int] = []
+        self.refreshed = 0
+
+    def refresh(self, policy) -> None:
+        self.refreshed += 1
+
+    def generate(self, prompts, **arguments) -> Samples:
+        self.prompts.append(len(prompts))
+        time.sleep(self.seconds.pop(0) if self.seconds else 0.0)
+        return Samples([[self.token]] * len(prompts), [[0.0]] * len(prompts))
+
+
+def test_the_engine_that_is_faster_the_second_time_samples_from_then_on() -> None:
+    first, second = SlowEngine([0.0, 0.2], token=5), SlowEngine([0.3, 0.0], token=6)
+    lines: list[str] = []
+    engine = FastestEngine({"one": first, "two": second}, batch_size=2, tell=lines.append)
+    for _ in range(2):
+        engine.refresh(tiny_policy_of("llama"))
+        assert engine.generate([[5]] * 9, **ARGUMENTS).responses == [[6]] * 9
+    assert (first.prompts, second.prompts) == ([4, 4], [4, 4, 9, 9])
+    assert (first.refreshed, second.refreshed) == (1, 2)
+    [line] = lines
+    assert re.fullmatch(
+        r"generation: 4 responses took one 0\.2\d s, two 0\.0\d s; two samples", line
+    )
+
+
+def test_the_trial_takes_no_draw_of_the_run() -> None:
+    policy, lines = tiny_policy_of("llama"), []
+    engine = make_engine(GenerationSettings(engine="auto", batch_size=2), lines.append)
+    engine.refresh(policy)
+    generator = torch.Generator().manual_seed(0)
+    before = torch.get_rng_state()
+    responses = engine.generate(uneven_prompts(), generator=generator, **ARGUMENTS).responses
+    assert torch.equal(torch.get_rng_state(), before)
+    [name] = re.findall(r"; (\w+) samples", lines[0])
+    assert responses == sample(policy, uneven_prompts(), name, batch_size=2).responses

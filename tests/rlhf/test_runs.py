@@ -102,11 +102,34 @@ def test_resumed_run_keeps_rows_up_to_its_step(tmp_path: Path) -> None:
     run = start(tmp_path)
     for step in (1, 2, 3):
         run.log(step, {"ppo/kl": 0.1})
+        run.samples([{"response": "a"}], step=step)
+    run.samples([{"response": "of the finished model"}])
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "ppo')
-    start(tmp_path, resume_step=2).log(3, {"ppo/kl": 0.3})
+    again = start(tmp_path)
+    again.resume(2, seconds=100.0)
+    again.log(3, {"ppo/kl": 0.3})
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert rows(tmp_path / "metrics.jsonl")[-1]["ppo/kl"] == 0.3
+    assert [row["step"] for row in rows(tmp_path / "samples.jsonl")] == [1, 2]
+    again.finish({})
+    assert 100 <= load(tmp_path / "results.json")["seconds"] < 200
+
+
+def test_checkpoints_go_when_a_run_is_finished_or_begins_anew(tmp_path: Path) -> None:
+    run = start(tmp_path)
+    run.log(1, {"ppo/kl": 0.1})
+    (run.checkpoints / "step-1").mkdir(parents=True)
+    resumed = start(tmp_path)
+    resumed.resume(1, seconds=1.0)
+    resumed.log(2, {"ppo/kl": 0.1})
+    assert (run.checkpoints / "step-1").exists()
+    resumed.finish({})
+    assert not run.checkpoints.exists()
+    assert start(tmp_path).is_finished
+    (run.checkpoints / "step-1").mkdir(parents=True)
+    start(tmp_path).log(1, {"ppo/kl": 0.1})
+    assert not run.checkpoints.exists()
 
 
 def test_lineage_hashes_inputs_and_names_what_made_them(tmp_path: Path) -> None:

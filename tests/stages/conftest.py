@@ -34,6 +34,11 @@ def some_length(prompts, responses, metas):
 def ppo_inputs(tmp_path_factory) -> Path:
     """A policy and prompts."""
     folder = tmp_path_factory.mktemp("ppo")
+    write_ppo_inputs(folder)
+    return folder
+
+
+def write_ppo_inputs(folder: Path) -> None:
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     Chat(tokenizer)
     policy = tiny_policy_of("llama", vocab_size=len(tokenizer))
@@ -42,16 +47,19 @@ def ppo_inputs(tmp_path_factory) -> Path:
     save_policy(policy, tokenizer, folder / "sft")
     prompts = [{"prompt": f"say {number}"} for number in range(12)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    return folder
 
 
 @pytest.fixture
 def ppo_config(ppo_inputs: Path, tmp_path: Path) -> Config:
     """A run in which nothing is wrong."""
+    return make_ppo_config(ppo_inputs, tmp_path / "ppo")
+
+
+def make_ppo_config(inputs: Path, output_dir: Path) -> Config:
     return Config(
-        output_dir=str(tmp_path / "ppo"),
-        policy=ModelSettings(path=str(ppo_inputs / "sft")),
-        prompts=str(ppo_inputs / "prompts.jsonl"),
+        output_dir=str(output_dir),
+        policy=ModelSettings(path=str(inputs / "sft")),
+        prompts=str(inputs / "prompts.jsonl"),
         reward=RewardSettings(function="tests.stages.conftest:some_length"),
         rollout=RolloutSettings(batch_size=32, max_new_tokens=8),
         ppo=PPOSettings(mini_batch_size=16, kl_coef=0.02, value_clip_range=None),

@@ -7,6 +7,7 @@ error, or in results.json and the output where the alarm only warns.
 import json
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-import rlhf.generation
+import rlhf.generation.loop
 import stages.ppo.rollout
 import stages.ppo.train
 import stages.ppo.update
 from rlhf.chat import Chat
-from rlhf.config import ModelSettings, OptimSettings
+from rlhf.config import GenerationSettings, ModelSettings, OptimSettings
+from rlhf.generation import Samples
+from rlhf.generation.loop import LoopEngine
 from rlhf.inference import compute_scores
 from rlhf.models import load_scalar, load_tokenizer, packer_for
 from rlhf.packing import PromptTree
@@ -53,7 +56,9 @@ def break_from(update: int, function: Callable, broken: Callable) -> Callable:
     return lambda *args, **kwargs: (function if next(calls) < update else broken)(*args, **kwargs)
 
 
-def test_a_healthy_run_raises_no_alarm(config: Config, capsys):
+@pytest.mark.parametrize("engine", ["hf", "continuous"])
+def test_a_healthy_run_raises_no_alarm(engine: str, config: Config, capsys):
+    config = replace(config, generation=GenerationSettings(engine=engine))
     assert alarms_of(config) == {}
     assert "warning" not in capsys.readouterr().out
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
@@ -66,6 +71,7 @@ def test_sampled_tokens_of_a_healthy_run_are_as_likely_as_they_should_be(config:
     train(replace(config, rollout=replace(config.rollout, batch_size=256)))
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
     assert all(abs(row["ppo/sampler_z"]) < 4 for row in rows)
+    assert all(0 < row["ppo/sampler_difference"] < 1e-5 for row in rows)  # not the same pass
     # Standard errors of the right size: their root mean square over updates is about one.
     assert 0.2 < math.sqrt(sum(row["ppo/sampler_z"] ** 2 for row in rows) / len(rows)) < 2.5
 
@@ -85,28 +91,62 @@ def other(policy):
     return policy
 
 
-def _top_k(logits, temperature, generator):
+def top_k(logits, temperature):
     likeliest = logits.topk(40).indices
     kept = torch.full_like(logits, -math.inf).scatter(-1, likeliest, logits.gather(-1, likeliest))
-    return torch.multinomial(kept.softmax(-1), 1, generator=generator).squeeze(1)
+    return kept.softmax(-1)
 
 
-def _top_p(logits, temperature, generator):
+def top_p(logits, temperature):
     probabilities, order = logits.softmax(-1).sort(descending=True)
     probabilities[probabilities.cumsum(-1) - probabilities > 0.8] = 0
-    drawn = torch.multinomial(probabilities, 1, generator=generator)
-    return order.gather(-1, drawn).squeeze(1)
+    return torch.zeros_like(logits).scatter(-1, order, probabilities)
 
 
-def _cold(logits, temperature, generator):
-    return torch.multinomial((logits / 0.5).softmax(-1), 1, generator=generator).squeeze(1)
+def cold(logits, temperature):
+    return (logits / 0.5).softmax(-1)
 
 
-@pytest.mark.parametrize("sample", [_top_k, _top_p, _cold])
-def test_a_sampler_that_is_not_the_policy(sample, config: Config, monkeypatch):
-    monkeypatch.setattr(rlhf.generation, "_sample", sample)
+def sampler(distribution: Callable, *, is_honest: bool) -> Callable:
+    """Draws from `distribution`, and says so or gives the log-probabilities of the softmax."""
+
+    def sample(logits, temperature, generator):
+        drawn_from = distribution(logits, temperature)
+        drawn_from = drawn_from / drawn_from.sum(-1, keepdim=True)
+        tokens = torch.multinomial(drawn_from, 1, generator=generator)
+        reported = drawn_from if is_honest else logits.softmax(-1)
+        return tokens.squeeze(1), reported.gather(-1, tokens).squeeze(1).log()
+
+    return sample
+
+
+@pytest.mark.parametrize("distribution", [top_k, top_p, cold])
+def test_a_sampler_that_is_not_the_policy(distribution, config: Config, monkeypatch):
+    sample = sampler(distribution, is_honest=True)
+    monkeypatch.setattr(rlhf.generation.loop, "_sample", sample)
+    with pytest.raises(TrainingStopped, match=r"^PPO_SAMPLER at update 0: Sampler and trainer are"):
+        train(config)
+
+
+@pytest.mark.parametrize("distribution", [top_k, top_p, cold])
+def test_a_sampler_that_says_it_is_the_policy(distribution, config: Config, monkeypatch):
+    sample = sampler(distribution, is_honest=False)
+    monkeypatch.setattr(rlhf.generation.loop, "_sample", sample)
     with pytest.raises(TrainingStopped, match=r"^PPO_SAMPLER at update \d: .* nats likelier"):
         train(replace(config, rollout=replace(config.rollout, batch_size=256)))
+
+
+def test_a_sampler_whose_weights_are_one_update_old(config: Config, monkeypatch):
+    """It refreshes at the first rollout only."""
+    refresh = LoopEngine.refresh
+
+    def refresh_once(engine, policy):
+        if not hasattr(engine, "policy"):
+            refresh(engine, deepcopy(policy))
+
+    monkeypatch.setattr(LoopEngine, "refresh", refresh_once)
+    with pytest.raises(TrainingStopped, match=r"^PPO_SAMPLER at update 1: Sampler and trainer are"):
+        train(config)
 
 
 def test_a_kl_below_zero(config: Config, monkeypatch):
@@ -146,13 +186,13 @@ def test_a_code_that_is_not_to_stop_warns_once_and_is_counted(config: Config, mo
 
 
 def test_responses_that_never_end(config: Config, monkeypatch):
-    sample = rlhf.generation._sample
+    sample = rlhf.generation.loop._sample
 
     def never_end(logits, *args):
         logits[:, 1] = -math.inf
         return sample(logits, *args)
 
-    monkeypatch.setattr(rlhf.generation, "_sample", never_end)
+    monkeypatch.setattr(rlhf.generation.loop, "_sample", never_end)
     monitor = MonitorSettings(stop_on=["PPO_NO_EOS"])
     with pytest.raises(TrainingStopped, match=r"^PPO_NO_EOS at update 0: Only 0% .* 8 tokens"):
         train(replace(config, monitor=monitor))
@@ -177,25 +217,27 @@ def test_advantages_that_are_all_zero(config: Config, monkeypatch):
     assert alarms_of(config)["PPO_ZERO_ADV"]["updates"] == config.num_updates
 
 
+def always(response: list[int]) -> Callable:
+    """An engine that has one answer to everything."""
+
+    def generate(engine, prompts, **settings):
+        logprobs = [[0.0] * len(response)] * len(prompts)
+        return Samples([response] * len(prompts), logprobs)
+
+    return generate
+
+
 def test_responses_that_shrink(config: Config, monkeypatch):
-    generate = stages.ppo.rollout.generate
-    monkeypatch.setattr(
-        stages.ppo.rollout,
-        "generate",
-        break_from(2, generate, lambda *args, **kwargs: [[5]] * len(args[1])),
-    )
+    generate = LoopEngine.generate
+    monkeypatch.setattr(LoopEngine, "generate", break_from(2, generate, always([5])))
     monitor = replace(config.monitor, stop_on=["PPO_LENGTH"])
     with pytest.raises(TrainingStopped, match=r"^PPO_LENGTH at update 2: .*1\.0 tokens"):
         train(replace(config, monitor=monitor))
 
 
 def test_responses_that_repeat_themselves(config: Config, monkeypatch):
-    generate = stages.ppo.rollout.generate
-    monkeypatch.setattr(
-        stages.ppo.rollout,
-        "generate",
-        break_from(2, generate, lambda *args, **kwargs: [[5, 6] * 4] * len(args[1])),
-    )
+    generate = LoopEngine.generate
+    monkeypatch.setattr(LoopEngine, "generate", break_from(2, generate, always([5, 6] * 4)))
     monitor = replace(config.monitor, stop_on=["PPO_REPEAT"])
     with pytest.raises(TrainingStopped, match=r"^PPO_REPEAT at update 2: .*repeats itself"):
         train(replace(config, monitor=monitor))

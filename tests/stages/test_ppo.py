@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings, OptimSettings
+from rlhf.generation.loop import LoopEngine
 from rlhf.inference import compute_logprobs, compute_values
 from rlhf.models import save_policy
 from rlhf.optim import MovingAverage, gradients, make_optimizer, make_schedule
@@ -22,7 +23,7 @@ from rlhf.records import Prompt
 from rlhf.rewards import RewardSettings, Scored
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out
-from stages.ppo.train import shuffled, text_blocks, train
+from stages.ppo.train import text_blocks, train
 from stages.ppo.update import Learner, PolicyAndValue, optimizer_step, update
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 from tests.stages.conftest import is_timing
@@ -95,6 +96,18 @@ def make_rollout(learner: Learner, config: Config) -> Rollout:
     )
 
 
+def test_the_engine_gets_the_weights_once_a_rollout_and_before_it(monkeypatch):
+    calls = []
+    for name in ("refresh", "generate"):
+        method = getattr(LoopEngine, name)
+        monkeypatch.setattr(
+            LoopEngine, name, lambda *a, _n=name, _m=method, **k: calls.append(_n) or _m(*a, **k)
+        )
+    config = make_config()
+    make_rollout(make_learner(config), config)
+    assert calls == ["refresh", "generate"]
+
+
 def gradient_after_step(learner: Learner, rollout: Rollout, texts, config: Config) -> torch.Tensor:
     optimizer_step(learner, rollout, texts, config)
     return torch.cat([g.flatten().clone() for g in gradients(learner.model.parameters())])
@@ -155,7 +168,7 @@ def test_what_stands_behind_the_end_changes_no_bit_of_a_step():
         for name, tensor in vars(rollout).items()
         if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.ndim == 2
     }
-    assert len(tensors) == 8 and not rollout.response_mask.all()
+    assert len(tensors) == 9 and not rollout.response_mask.all()
     expected_sums = optimizer_step(learner, rollout, [], config)
     expected = list(gradients(learner.model.parameters()))
     for rubbish in (math.nan, math.inf, -1e30):
@@ -321,15 +334,6 @@ def test_moving_average_trails_the_policy():
     assert torch.allclose(average, (before + weight) / 2, atol=1e-7)
 
 
-def test_every_prompt_comes_once_a_pass_in_a_new_order():
-    episodes = [Episode(Prompt(prompt=str(i)), (i,)) for i in range(7)]
-    batches = list(islice(shuffled(episodes, 3, seed=0), 7))
-    seen = [episode.prompt_ids[0] for batch in batches for episode in batch]
-    passes = [seen[:7], seen[7:14], seen[14:21]]
-    assert all(sorted(one) == list(range(7)) for one in passes)
-    assert passes[0] != passes[1]
-
-
 def test_text_is_joined_behind_its_separator_and_cut_to_full_blocks():
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", bos_token="<s>")
     chat = Chat(tokenizer)
@@ -403,6 +407,7 @@ def test_a_run_learns_and_its_folder_loads(tmp_path: Path):
     assert rows[-1]["ppo/ptx_loss"] < rows[0]["ppo/ptx_loss"]
     phases = [{k: v for k, v in row.items() if k.startswith("seconds/")} for row in rows]
     assert set(phases[0]) == {f"seconds/{name}" for name in PHASES}
+    assert phases[10]["seconds/save"] > 0  # of the checkpoint after ten updates
     whole = sum(of_update.pop("seconds/update") for of_update in phases)
     parts = sum(seconds for of_update in phases for seconds in of_update.values())
     assert 0.95 * whole < parts < whole

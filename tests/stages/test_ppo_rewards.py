@@ -189,7 +189,7 @@ def test_scores_of_the_reference_policy_get_mean_0_and_standard_deviation_1() ->
     sampler, measured = normalized(length, 400, tiny_scalar_of("llama"))
     generator = torch.Generator().manual_seed(77)
     episodes = EPISODES * 50
-    trees = sampler.sample(sampler.ref_policy, episodes, generator)
+    trees, _ = sampler.sample(sampler.ref_policy, episodes, generator)
     scores = sampler.score(episodes, trees)[0].scores
     lengths = torch.tensor([float(len(sampler.chat.decode(t.responses[0]))) for t in trees])
     assert measured["raw_score_mean"] == pytest.approx(float(lengths.mean()), abs=0.3)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlhf.chat import Chat
-from rlhf.config import OptimSettings, load_config
+from rlhf.config import GenerationSettings, OptimSettings, load_config
 from rlhf.datasets import write_records
 from rlhf.generation import generate
 from rlhf.records import Prompt, Text
@@ -106,7 +106,9 @@ def test_greedy_text_before_saving_equals_text_after_loading(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     prompt = AutoTokenizer.from_pretrained(tmp_path)("The blue hat").input_ids
     texts = [
-        generate(model, [prompt], end_id=5, max_new_tokens=12, temperature=0.0, batch_size=1)
+        generate(
+            model, [prompt], GenerationSettings(), end_id=5, max_new_tokens=12, temperature=0.0
+        )
         for model in (kept[0], loaded)
     ]
     assert texts[0] == texts[1]

@@ -10,21 +10,23 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlhf.chat import Chat
-from rlhf.config import ModelSettings, OptimSettings, load_config
+from rlhf.config import GenerationSettings, ModelSettings, OptimSettings, load_config
 from rlhf.datasets import write_records
+from rlhf.distributed import start_accelerator
 from rlhf.generation import generate
 from rlhf.inference import compute_scores
 from rlhf.models import load_policy, load_scalar, new_policy, save_policy
 from rlhf.packing import Packer, PromptTree, text_tree
 from rlhf.records import Demonstration, Text
+from rlhf.resume import Checkpoints
 from rlhf.rewards import GoldenRow, RewardCard, rendering_hash
-from rlhf.runs import open_run
+from rlhf.runs import Run, open_run
 from stages.sft import train as train_module
 from stages.sft.config import Config
 from stages.sft.measure import draw_samples, mean_loss
 from stages.sft.rows import cut_text, lay_out, load_rows, render
 from stages.sft.train import train
-from stages.sft.trainer import accumulation_steps, fit, make_trainer
+from stages.sft.trainer import Measure, accumulation_steps, fit, make_trainer
 from tests.rlhf.tiny_models import byte_tokenizer
 
 LLAMA = {
@@ -115,6 +117,14 @@ def test_text_is_learnt_whole_but_for_the_token_that_is_given(
     assert found == sorted([ids[1:5], ids[6:8]])
 
 
+def fit_alone(
+    policy: PreTrainedModel, chat: Chat, trees: Any, config: Config, run: Run, measure: Measure
+) -> tuple[Path, int]:
+    """fit in a run that writes no checkpoints."""
+    checkpoints = Checkpoints(run, start_accelerator(), None)
+    return fit(policy, chat.tokenizer, trees, config, run, checkpoints, {}, measure)
+
+
 def test_first_step_logs_the_mean_loss_of_its_batchs_trained_tokens(
     base: Path, chat: Chat, demonstrations: Path, tmp_path: Path
 ) -> None:
@@ -127,7 +137,7 @@ def test_first_step_logs_the_mean_loss_of_its_batchs_trained_tokens(
     policy = load_policy(config.model)
     expected = mean_loss(policy, trees, Packer(512))
     run = open_run(config, stage="sft", inputs={})
-    fit(policy, chat.tokenizer, trees, config, run, lambda policy, step: {"sft/held_out_loss": 1.0})
+    fit_alone(policy, chat, trees, config, run, lambda policy, step: {"sft/held_out_loss": 1.0})
     logged = [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]
     (first,) = [row for row in logged if "sft/loss" in row]
     assert first["sft/loss"] == pytest.approx(expected, abs=1e-5)
@@ -153,9 +163,10 @@ def test_micro_batches_do_not_change_the_weights(
 
 def greedy(policy: PreTrainedModel, chat: Chat, prompts: str) -> list[str]:
     ids = [chat.prompt_ids(prompt) for prompt in prompts]
+    settings = GenerationSettings(batch_size=4)
     responses = generate(
-        policy, ids, end_id=chat.end_id, max_new_tokens=8, temperature=0, batch_size=4
-    )
+        policy, ids, settings, end_id=chat.end_id, max_new_tokens=8, temperature=0
+    ).responses
     assert all(response[-1] == chat.end_id for response in responses)
     return [chat.decode(response) for response in responses]
 
@@ -207,7 +218,7 @@ def test_keeps_the_best_measured_checkpoint(
     trees = [text_tree(chat.text_ids(letter * 4)) for letter in "abcdefghijklmnopqr"]
     run = open_run(config, stage="sft", inputs={})
     policy = load_policy(config.model)
-    folder, step = fit(policy, chat.tokenizer, trees, config, run, measure)
+    folder, step = fit_alone(policy, chat, trees, config, run, measure)
     assert step == best and sorted(weights) == sorted(values)
     kept = next(load_policy(ModelSettings(path=str(folder))).parameters())
     assert torch.equal(kept, weights[best])
@@ -221,9 +232,9 @@ def test_a_loss_that_is_never_a_number_stops(
     run = open_run(config, stage="sft", inputs={})
     trees = [text_tree(chat.text_ids("abc"))]
     with pytest.raises(ValueError, match=r"not a number.*learning_rate 0\.01"):
-        fit(
+        fit_alone(
             load_policy(config.model),
-            chat.tokenizer,
+            chat,
             trees,
             config,
             run,

@@ -1,0 +1,87 @@
+"""The weights that all sides start from: one policy folder and one reward model folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.chat import Chat
+from rlhf.config import ModelSettings
+from rlhf.inference import compute_scores
+from rlhf.models import load_chat, load_scalar, new_policy, packer_for, save_policy
+from rlhf.packing import PromptTree
+from rlhf.rewards import REWARD_FILE, GoldenRow, RewardCard, rendering_hash
+from stages.pretrain.tokenizer import train_tokenizer
+
+SMOLLM2 = "runs/smollm2/base"
+"""Real weights, where `make pipeline PRESET=smollm2` has converted them."""
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "1M": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 6},
+    "9M": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 12},
+    "35M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16},
+    "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
+}
+"""Llamas; the last is SmolLM2-135M."""
+HEADS = {"1M": (3, 1), "9M": (3, 1), "35M": (6, 2), "135M": (9, 3)}
+"""Attention heads, of the queries and of the keys and values."""
+VOCAB_SIZES = {"1M": 4096, "9M": 16384, "35M": 32768, "135M": 49152}
+CONTEXT = 2048
+
+
+def policy_folder(work_dir: Path, shape: str = "135M") -> Path:
+    """SmolLM2-135M where it is, else a random Llama of that shape, or of a smaller one."""
+    if shape == "135M" and Path(SMOLLM2, "config.json").exists():
+        return Path(SMOLLM2)
+    folder = work_dir / f"policy-{shape}"
+    if not (folder / "config.json").exists():
+        tokenizer = _small_tokenizer()
+        torch.manual_seed(0)
+        policy = new_policy(architecture(shape), tokenizer)
+        policy.resize_token_embeddings(VOCAB_SIZES[shape])
+        save_policy(policy, tokenizer, folder)
+    return folder
+
+
+def architecture(shape: str) -> dict[str, Any]:
+    heads, kv_heads = HEADS[shape]
+    return {
+        "model_type": "llama",
+        **SHAPES[shape],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": True,
+    }
+
+
+def reward_folder(policy: Path, work_dir: Path) -> Path:
+    """A reward model on the policy's body: a random head, and a card that vouches for it."""
+    folder = work_dir / f"reward-of-{policy.parent.name}-{policy.name}"
+    if (folder / REWARD_FILE).exists():
+        return folder
+    settings = ModelSettings(path=str(policy))
+    chat = load_chat(settings)
+    torch.manual_seed(0)
+    model = load_scalar(settings, new_head=True)
+    model.save(folder, chat.tokenizer)
+    prompt, response = "Name three fruits.", "Apples, pears and plums."
+    tree = PromptTree(tuple(chat.prompt_ids(prompt)), (tuple(chat.response_ids(response)),))
+    scores = compute_scores(model, [tree], packer_for(model.classifier, CONTEXT))
+    RewardCard(
+        bias=0.0,
+        scale=1.0,
+        pair_accuracy=1.0,
+        interval=(0.9, 1.0),
+        golden=(GoldenRow(prompt=prompt, response=response, score=float(scores[0])),),
+        template_hash=chat.template_hash,
+        rendering_hash=rendering_hash(chat),
+    ).save(folder)
+    return folder
+
+
+def _small_tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = train_tokenizer(["Apples, pears and plums."], vocab_size=300)
+    Chat(tokenizer)
+    return tokenizer

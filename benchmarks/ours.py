@@ -1,0 +1,181 @@
+"""Our side of the comparison: one sample of a workload through the stages' own code.
+
+python -m benchmarks.ours    (started by the benchmark, which talks to it; see protocol.py)
+"""
+
+import os
+from collections.abc import Iterator
+from itertools import repeat
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from benchmarks.endings import end_responses_at, greedy_draws
+from benchmarks.gate import EpochGate
+from benchmarks.protocol import Link
+from benchmarks.workload import LEARNING_RATE, Workload, text_blocks
+from rlhf.config import ModelSettings, OptimSettings
+from rlhf.distributed import start_accelerator
+from rlhf.models import load_chat, load_scalar, packer_for
+from rlhf.packing import PromptTree, text_tree
+from rlhf.records import Prompt, Ranking
+from rlhf.rewards import RewardSettings
+from rlhf.runs import open_run
+from rlhf.timing import Stopwatch
+from stages.ppo.config import Config as PPOConfig
+from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
+from stages.ppo.rollout import Episode, Sampler, roll_out, rollout_metrics, rollout_sums
+from stages.ppo.train import load_models
+from stages.ppo.update import Learner, update
+from stages.rm.config import Config as RMConfig
+from stages.rm.data import Example
+from stages.rm.trainer import RankingTrainer
+
+MANY = 10_000
+"""Epochs or updates to plan for; the benchmark ends the worker before."""
+OPTIM = OptimSettings(learning_rate=LEARNING_RATE, schedule="constant", betas=(0.9, 0.999))
+
+
+def main() -> None:
+    link = Link()
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if link.work.dtype == "bfloat16" else "no"
+    with TemporaryDirectory() as folder:
+        if link.work.kind == "rm":
+            run_rm(link, folder)
+        else:
+            run_ppo(link, folder)
+
+
+def run_rm(link: Link, output_dir: str) -> None:
+    """A sample is an epoch of RankingTrainer over the rankings, a step for each."""
+    work = link.work
+    config = rm_config(work, output_dir)
+    set_seed(0)
+    model = load_scalar(config.model)
+    packer = packer_for(model.classifier, config.micro_batch_tokens)
+    run = open_run(config, stage="rm", inputs={})
+    trainer = RankingTrainer(model, rankings(work), packer, config, run)
+    settings = f"{work.dtype}, all responses of a prompt in one pass"
+    gate = EpochGate(link, lambda: {"loss": trainer.first_loss}, settings)
+    trainer.add_callback(gate)
+    trainer.train()
+
+
+def rm_config(work: Workload, output_dir: str) -> RMConfig:
+    return RMConfig(
+        output_dir=output_dir,
+        model=ModelSettings(path=work.reward_model),
+        rankings=["given in code"],
+        held_out=0.1,
+        demonstrations="none",
+        batch_size=1,
+        micro_batch_tokens=work.micro_batch_tokens,
+        num_epochs=MANY,
+        optim=OPTIM,
+    )
+
+
+def rankings(work: Workload) -> list[Example]:
+    """As stages.rm.data makes them, from ids."""
+    examples = []
+    for number, (prompt, responses) in enumerate(zip(work.prompts, work.responses, strict=True)):
+        ids = tuple(tuple(response) for response in responses)
+        ranking = Ranking(
+            prompt=f"prompt {number}",
+            responses=tuple(f"response {i}" for i in range(len(ids))),
+            ranks=tuple(range(1, len(ids) + 1)),
+        )
+        examples.append(Example(PromptTree(tuple(prompt), ids), ranking, is_cut=False))
+    return examples
+
+
+def run_ppo(link: Link, output_dir: str) -> None:
+    """A sample is one update of stages.ppo: rollout, scores, all passes, the optimizer's step."""
+    work = link.work
+    loop = PPOLoop(work, ppo_config(work, output_dir))
+    settings = f"{work.dtype}, passes of {work.micro_batch_tokens} tokens"
+    link.ready(device=str(loop.accelerator.device), settings=settings)
+    with greedy_draws():
+        figures = loop.update()
+    while True:
+        link.done(**figures)
+        figures = loop.update()
+
+
+def ppo_config(work: Workload, output_dir: str) -> PPOConfig:
+    has_text = work.text_blocks > 0
+    return PPOConfig(
+        output_dir=output_dir,
+        policy=ModelSettings(path=work.policy),
+        prompts="given in code",
+        reward=RewardSettings(model=work.reward_model, missing_end="none"),
+        rollout=RolloutSettings(
+            batch_size=len(work.prompts),
+            max_prompt_tokens=max(map(len, work.prompts)),
+            max_new_tokens=work.new_tokens,
+        ),
+        ppo=PPOSettings(mini_batch_size=len(work.prompts), kl_coef=0.05),
+        ptx=PtxSettings(coef=float(has_text), text="given in code" if has_text else None),
+        optim=OPTIM,
+        value_learning_rate=LEARNING_RATE,
+        micro_batch_tokens=work.micro_batch_tokens,
+        num_updates=MANY,
+        ema_decay=None,
+    )
+
+
+class PPOLoop:
+    """The models of stages.ppo and its update, one at a time."""
+
+    def __init__(self, work: Workload, config: PPOConfig) -> None:
+        set_seed(0)
+        self.accelerator: Accelerator = start_accelerator()
+        self.config = config
+        chat = load_chat(config.policy)
+        self.watch = Stopwatch(self.accelerator.device)
+        self.learner: Learner
+        self.sampler: Sampler
+        self.learner, self.sampler = load_models(config, chat, self.accelerator, self.watch)
+        for policy in (self.learner.models.policy, self.sampler.ref_policy):
+            pad_id = chat.tokenizer.pad_token_id
+            end_responses_at(policy, work.end_positions, chat.end_id, pad_id)
+        self.episodes = [
+            Episode(Prompt(prompt=f"prompt {number}"), tuple(ids))
+            for number, ids in enumerate(work.prompts)
+        ]
+        num_ids = len(chat.tokenizer)
+        texts = [text_tree(block) for block in text_blocks(work.text_blocks, num_ids)]
+        self.texts: Iterator[list[PromptTree]] = repeat(texts)
+        self.draws = torch.Generator().manual_seed(0)
+        self.order = torch.Generator().manual_seed(0)
+
+    def update(self) -> dict[str, Any]:
+        """One update on all prompts; its figures and the seconds of its phases."""
+        self.watch.take()
+        models = self.learner.models
+        with self.accelerator.autocast():
+            rollout = roll_out(
+                models.policy,
+                models.value_model,
+                self.sampler,
+                self.episodes,
+                self.draws,
+                self.accelerator,
+            )
+        sums = {name: float(value) for name, value in rollout_sums(rollout).items()}
+        metrics = rollout_metrics(sums)
+        metrics |= update(self.learner, rollout, self.texts, self.config, self.order)
+        return {
+            "new_tokens": int(sums["tokens"]),
+            "score": metrics["ppo/score"],
+            "value_loss": metrics["ppo/value_loss"],
+            "ratio": metrics["ppo/ratio"],
+            "phases": self.watch.take(),
+        }
+
+
+if __name__ == "__main__":
+    main()

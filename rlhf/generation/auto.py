@@ -1,0 +1,84 @@
+"""Engine `auto`: the faster one on this model and this machine."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.generation.interface import Engine, Samples
+
+TRIAL_BATCHES = 2
+"""Batches of the first prompts that every engine answers in the trial."""
+
+
+class FastestEngine:
+    """All engines answer the first prompts twice; who is quickest the second time answers the rest.
+
+    The trial has draws of its own. As engines draw in different orders, two runs that choose
+    differently have different samples of the same distribution.
+    """
+
+    def __init__(
+        self, engines: Mapping[str, Engine], batch_size: int, tell: Callable[[str], object]
+    ) -> None:
+        self.engines = engines
+        self.batch_size = batch_size
+        self.tell = tell
+        self.chosen: Engine | None = None
+
+    def refresh(self, policy: PreTrainedModel) -> None:
+        for engine in self.engines.values() if self.chosen is None else [self.chosen]:
+            engine.refresh(policy)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        end_id: int,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Samples:
+        """See `Engine.generate`."""
+        if self.chosen is None:
+            trial = prompts[: TRIAL_BATCHES * self.batch_size]
+            seconds = {
+                name: _seconds(engine, trial, end_id, max_new_tokens, temperature)
+                for name, engine in self.engines.items()
+            }
+            fastest = min(seconds, key=lambda name: seconds[name])
+            times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+            self.tell(f"generation: {len(trial)} responses took {times}; {fastest} samples")
+            self.chosen = self.engines[fastest]
+        return self.chosen.generate(
+            prompts,
+            end_id=end_id,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=generator,
+            progress=progress,
+        )
+
+
+def _seconds(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    end_id: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> float:
+    """Of the second of two equal calls: the first one also compiles and allocates."""
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        engine.generate(
+            prompts,
+            end_id=end_id,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            generator=torch.Generator().manual_seed(0),
+        )
+        seconds = time.perf_counter() - started
+    return seconds

@@ -1,0 +1,48 @@
+"""What every engine takes and returns."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+
+class Samples(NamedTuple):
+    """One response a prompt, in the order of the prompts, without padding."""
+
+    responses: list[list[int]]
+    """Token ids; the last one is the end token where the response finished."""
+    logprobs: list[list[float]]
+    """Log-probability in nats of each token as the engine saw it, at the sampling temperature
+    (greedy: at temperature 1)."""
+
+
+class Engine(Protocol):
+    """A way to sample. The choice changes no result but by floating point and the draws."""
+
+    def refresh(self, policy: PreTrainedModel) -> None:
+        """Sample from these weights from now on; to be called after every change of them."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        end_id: int,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Samples:
+        """One response a prompt.
+
+        Args:
+            prompts: token ids; repeat a prompt to get several samples of it.
+            end_id: the end-of-response token.
+            max_new_tokens: a response without its end token is cut here.
+            temperature: logits are divided by it; 0 takes the likeliest token (greedy).
+            generator: CPU generator of the draws; None: torch's own.
+            progress: called with the number of prompts done since the last call.
+
+        Raises:
+            NonFiniteError: the policy's logits are no numbers.
+        """

@@ -1,0 +1,142 @@
+"""Engine `hf`: our own loop over the model's cache, in which finished responses stop costing."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from rlhf.config import GenerationSettings
+from rlhf.finite import NonFiniteError
+from rlhf.generation.interface import Samples
+
+COPY_COST = 1.0
+"""Cost of copying a row of the cache, in decoded tokens of a row. Between 0.5 and 2 the sum of both
+costs stays within 3 % for responses of 16 to 256 tokens."""
+
+
+class LoopEngine:
+    """Prompts of like length are decoded side by side until the last of them is finished.
+
+    Rows leave the batch as their responses end; a waiting prompt does not take their place, which
+    the engine `continuous` does. No scores are kept: of each step only the tokens and their
+    log-probabilities.
+    """
+
+    def __init__(self, settings: GenerationSettings) -> None:
+        self.batch_size = settings.batch_size
+        self.policy: PreTrainedModel
+
+    def refresh(self, policy: PreTrainedModel) -> None:
+        self.policy = policy
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        end_id: int,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Samples:
+        """See `Engine.generate`."""
+        device = next(self.policy.parameters()).device
+        draws = _on_device(generator, device)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        samples = Samples([[] for _ in prompts], [[] for _ in prompts])
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            some_prompts = [prompts[i] for i in chosen]
+            batch = _generate_batch(
+                self.policy, some_prompts, end_id, max_new_tokens, temperature, draws
+            )
+            for i, response, logprobs in zip(chosen, *batch, strict=True):
+                samples.responses[i], samples.logprobs[i] = response, logprobs
+            if progress is not None:
+                progress(len(chosen))
+        return samples
+
+
+def _generate_batch(
+    policy: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    end_id: int,
+    max_new_tokens: int,
+    temperature: float,
+    generator: torch.Generator | None,
+) -> Samples:
+    device = next(policy.parameters()).device
+    ids, attention_mask = (tensor.to(device) for tensor in _left_pad(prompts))
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=policy.config)
+    samples = Samples([[] for _ in prompts], [[] for _ in prompts])
+    active = list(range(len(prompts)))  # rows of the batch -> prompts
+    unfinished = set(active)
+    num_wasted = 0  # tokens decoded in finished rows since rows last left
+    for step in range(max_new_tokens):
+        logits = policy(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        tokens, logprobs = _sample(logits, temperature, generator)
+        for prompt, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
+            if prompt in unfinished:
+                samples.responses[prompt].append(token)
+                samples.logprobs[prompt].append(logprob)
+                if token == end_id:
+                    unfinished.remove(prompt)
+        if not unfinished or step == max_new_tokens - 1:
+            break
+        positions = positions[:, -1:] + 1
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
+        # Like renting until the rent has reached the price: never more than twice the best cost,
+        # whatever the lengths of the responses.
+        num_wasted += len(active) - len(unfinished)
+        if num_wasted >= COPY_COST * len(unfinished):
+            kept = [row for row, prompt in enumerate(active) if prompt in unfinished]
+            active, num_wasted = [active[row] for row in kept], 0
+            rows = torch.tensor(kept, device=device)
+            cache.batch_select_indices(rows)
+            tokens, positions = tokens[rows], positions[rows]
+            attention_mask = attention_mask[rows]
+        ids = tokens[:, None]
+    return samples
+
+
+def _sample(
+    logits: Tensor, temperature: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-probability, both (rows,)."""
+    probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
+    if probabilities.isnan().any():
+        raise NonFiniteError("logits", "rollout")
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(1).log()
+
+
+def _on_device(generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
+    """A generator where the probabilities are, so that they need not come to the CPU; the given
+    one's state still decides all draws."""
+    if device.type == "cpu":
+        return generator
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids with zeros in front, (batch, time), so that the next token follows every prompt."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
+    mask = torch.arange(longest) >= longest - lengths[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.tensor([token for prompt in prompts for token in prompt])
+    return ids, mask.long()

@@ -1,0 +1,159 @@
+"""Engine `vllm`: vLLM in the same process and on the same GPU as training."""
+
+import copy
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.config import GenerationSettings
+from rlhf.finite import NonFiniteError
+from rlhf.generation.interface import Samples
+
+ALONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",  # any that is free
+}
+"""What a launcher would say of a single process."""
+
+
+class VllmEngine:
+    """Every process has a vLLM of its own, with a copy of the weights in the type of the pass.
+
+    Untested: no machine that this project was built on has a GPU. Its tests run against a stand-in
+    for the module, written from the interface of vLLM 0.22 to 0.31. Draws are seeded one by one
+    from the given generator; kernels whose result depends on the batch can still make two runs
+    differ. Log-probabilities differ from the trainer's more than those of the other engines.
+    """
+
+    def __init__(self, settings: GenerationSettings) -> None:
+        """Raises ValueError where vLLM cannot run."""
+        try:
+            import vllm
+        except ImportError as error:
+            raise ValueError(
+                "generation.engine is vllm, which is not installed; pip install "
+                "'instruct-rlhf[vllm]', or choose hf"
+            ) from error
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "generation.engine is vllm, and there is no CUDA GPU that it could use; choose hf"
+            )
+        self.vllm: Any = vllm
+        self.settings = settings
+        self.llm: Any = None
+        self.shapes: dict[str, torch.Size] = {}
+
+    def refresh(self, policy: PreTrainedModel) -> None:
+        """Copies the weights; the first call starts vLLM.
+
+        Raises:
+            ValueError: a policy of another shape than the first one's.
+        """
+        shapes = {name: parameter.shape for name, parameter in _plain_parameters(policy)}
+        if self.llm is None:
+            self.llm, self.shapes = self._start(policy), shapes
+        elif shapes != self.shapes:
+            raise ValueError(
+                "generation.engine is vllm, which holds models of one shape in a process, and this "
+                f"policy's is another ({policy.config.name_or_path}); choose hf"
+            )
+        weights = full_weights(policy)
+        self.llm.apply_model(lambda model: model.load_weights(weights))
+        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        end_id: int,
+        max_new_tokens: int,
+        temperature: float,
+        generator: torch.Generator | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Samples:
+        """See `Engine.generate`."""
+        if not prompts or max_new_tokens == 0:
+            return Samples([[] for _ in prompts], [[] for _ in prompts])
+        seeds = torch.randint(2**31, (len(prompts),), generator=generator).tolist()
+        sampling = [
+            self.vllm.SamplingParams(
+                temperature=temperature,
+                max_tokens=max_new_tokens,
+                stop_token_ids=[end_id],
+                ignore_eos=True,  # the end of a response is end_id alone
+                logprobs=0,  # of the sampled token and no other
+                detokenize=False,
+                seed=seed,
+            )
+            for seed in seeds
+        ]
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = [one.outputs[0] for one in self.llm.generate(inputs, sampling, use_tqdm=False)]
+        if progress is not None:
+            progress(len(prompts))
+        responses = [list(output.token_ids) for output in outputs]
+        logprobs = [
+            [step[token].logprob for token, step in zip(response, output.logprobs, strict=True)]
+            for response, output in zip(responses, outputs, strict=True)
+        ]
+        if any(math.isnan(nats) for row in logprobs for nats in row):
+            raise NonFiniteError("logits", "rollout")
+        return Samples(responses, logprobs)
+
+    def _start(self, policy: PreTrainedModel) -> Any:
+        """A vLLM for this architecture whose weights mean nothing yet."""
+        # In this process: weights are then copied from tensor to tensor. The launcher has set the
+        # other variables where there are several processes.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        for name, value in ALONE.items():
+            os.environ.setdefault(name, value)
+        config = copy.deepcopy(policy.config)
+        config.architectures = [type(policy).__name__]
+        is_mixed = torch.is_autocast_enabled("cuda")
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            return self.vllm.LLM(
+                model=folder,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # no filters that a model's folder may ask for
+                dtype=torch.get_autocast_dtype("cuda") if is_mixed else policy.dtype,
+                distributed_executor_backend="external_launcher",
+                gpu_memory_utilization=self.settings.vllm_memory_share,
+                max_num_seqs=self.settings.batch_size,
+                max_model_len=-1,  # the model's context, or what the memory holds of it
+                logprobs_mode="processed_logprobs",  # at the sampling temperature
+            )
+
+
+def full_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every weight by its name in a full model, that of LoRA layers as W + alpha / rank * B A
+    of the adapters that are on."""
+    layers = {
+        f"{name}.weight": layer
+        for name, layer in policy.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    for name, parameter in _plain_parameters(policy):
+        weight = parameter.detach()
+        layer: Any = layers.get(name)
+        if layer is not None and not layer.disable_adapters:
+            weight = weight + sum(map(layer.get_delta_weight, layer.active_adapters))
+        yield name, weight
+
+
+def _plain_parameters(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the model under the LoRA layers, by their names without them."""
+    for name, parameter in policy.named_parameters():
+        if ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), parameter

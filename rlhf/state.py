@@ -1,0 +1,151 @@
+"""What a run carries from step to step, as states that a checkpoint can hold: tensors and plain
+values by name. Loading is strict: all names, and the same shapes."""
+
+import random
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+State = dict[str, Any]
+"""Name -> tensor, plain JSON value, or another State."""
+
+
+class Stateful(Protocol):
+    """A part of what a run carries, by torch's names for saving and loading it."""
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State, /) -> object: ...
+
+
+class Weights:
+    """The weights that learn; frozen ones, such as those below an adapter, come from their source.
+
+    Loading writes into them, so that an optimizer goes on holding them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def state_dict(self) -> State:
+        return trained_parameters(self._module)
+
+    def load_state_dict(self, state: State) -> None:
+        copy_into(trained_parameters(self._module), state)
+
+
+class OptimizerState:
+    """The optimizer's, by the names of the module's parameters, since their numbers may change."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+        self._optimizer = optimizer
+        of_parameter = {id(p): name for name, p in trained_parameters(module).items()}
+        groups = optimizer.param_groups
+        self._names = [of_parameter[id(p)] for group in groups for p in group["params"]]
+
+    def state_dict(self) -> State:
+        """A parameter that has not been stepped yet has no moments."""
+        state = self._optimizer.state_dict()
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in state["param_groups"]
+        ]
+        moments = {self._names[number]: of_one for number, of_one in state["state"].items()}
+        return {"moments": moments, "groups": groups}
+
+    def load_state_dict(self, state: State) -> None:
+        numbers = {name: number for number, name in enumerate(self._names)}
+        present = self._optimizer.state_dict()["param_groups"]
+        check_names(set(state["moments"]) - set(numbers), set(), "optimizer state")
+        groups = [
+            {**saved, "params": group["params"]}
+            for saved, group in zip(state["groups"], present, strict=True)
+        ]
+        moments = {numbers[name]: of_one for name, of_one in state["moments"].items()}
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+class Generators:
+    """All generators of random numbers of this process: the global ones, and some by name."""
+
+    def __init__(self, **named: torch.Generator) -> None:
+        self._named = named
+
+    def state_dict(self) -> State:
+        version, numbers, next_normal = random.getstate()
+        state: State = {
+            "torch": torch.get_rng_state(),
+            "python": {"version": version, "numbers": list(numbers), "next_normal": next_normal},
+            "numpy": _plain(np.random.get_state(legacy=False)),
+            "named": {name: one.get_state() for name, one in self._named.items()},
+        }
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def load_state_dict(self, state: State) -> None:
+        check_names(state, self.state_dict(), "generators")
+        check_names(state["named"], self._named, "generators")
+        torch.set_rng_state(state["torch"])
+        python = state["python"]
+        random.setstate((python["version"], tuple(python["numbers"]), python["next_normal"]))
+        np.random.set_state(state["numpy"])
+        for name, generator in self._named.items():
+            generator.set_state(state["named"][name])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+class Fields:
+    """Some attributes of an object, by name; they hold plain values."""
+
+    def __init__(self, owner: object, *names: str) -> None:
+        self._owner = owner
+        self._names = names
+
+    def state_dict(self) -> State:
+        return {name: getattr(self._owner, name) for name in self._names}
+
+    def load_state_dict(self, state: State) -> None:
+        check_names(state, self._names, type(self._owner).__name__)
+        for name in self._names:
+            setattr(self._owner, name, state[name])
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, each once."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Writes the values of a state into tensors of the same names and shapes."""
+    check_names(state, tensors, "weights")
+    for name, tensor in tensors.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(state[name].shape)} in the checkpoint and "
+                f"{tuple(tensor.shape)} in this run; {_REMEDY}"
+            )
+        tensor.copy_(state[name])
+
+
+def check_names(found: Iterable[str], expected: Iterable[str], what: str) -> None:
+    """ValueError unless a state has exactly these names."""
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    for names, how in ((missing, "not in the checkpoint"), (unknown, "only in the checkpoint")):
+        if names:
+            raise ValueError(f"{what}: {', '.join(names[:3])} {how}; {_REMEDY}")
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's arrays, in mappings, as lists."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+_REMEDY = "go on with the version of the program that wrote it, or delete it to start anew"

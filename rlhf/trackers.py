@@ -1,0 +1,115 @@
+"""TensorBoard and Weights & Biases, fed with what a run writes to metrics.jsonl and samples.jsonl.
+
+They are a view: nothing is read back from them. What they write lies in the run's folder below
+trackers/. Without a login, W&B runs offline; `wandb sync FOLDER` sends it later.
+"""
+
+import importlib.util
+import netrc
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+
+TRACKERS = "trackers"
+SAMPLES_TABLE = "samples"
+
+Tracker = Literal["tensorboard", "wandb"]
+
+
+class Trackers:
+    """The trackers of one run, in its first process."""
+
+    def __init__(
+        self,
+        names: Sequence[Tracker],
+        folder: Path,
+        stage: str,
+        settings: Mapping[str, Any],
+        first_step: int | None = None,
+    ) -> None:
+        """Start them.
+
+        Args:
+            folder: Where they write.
+            settings: In force, for W&B's table of runs.
+            first_step: A run that goes on from a checkpoint logs steps from here: TensorBoard shows
+                later ones of the interrupted run no more, W&B gets a run of its own.
+        """
+        self._trackers: list[GeneralTracker] = []
+        for name in names:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            if name == "tensorboard":
+                tracker: GeneralTracker = TensorBoardTracker(
+                    "", folder / name, purge_step=first_step
+                )
+            else:
+                tracker = WandBTracker(stage, **_wandb_settings(folder, settings))
+            tracker.start()
+            self._trackers.append(tracker)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The numbers of one step."""
+        numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
+        for tracker in self._trackers:
+            tracker.log(numbers, step=step)
+
+    def samples(self, step: int | None, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Texts of one step as a table."""
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        cells = [[str(row.get(name, "")) for name in columns] for row in rows]
+        for tracker in self._trackers:
+            if isinstance(tracker, WandBTracker):
+                tracker.log_table(SAMPLES_TABLE, columns=columns, data=cells, step=step)
+            else:
+                tracker.log({SAMPLES_TABLE: _markdown(columns, cells)}, step=step)
+
+    def finish(self) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError for a tracker whose package is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"trackers has {name}, which is not installed; run `pip install {name}`, or leave "
+                "it out: metrics.jsonl holds the same figures"
+            )
+
+
+def is_logged_in_to_wandb() -> bool:
+    """A key is there, in the environment or where `wandb login` puts it; asks no server."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    path = os.environ.get("NETRC", Path.home() / ".netrc")
+    try:
+        return netrc.netrc(path).authenticators(str(host)) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _wandb_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # of its own errors, to its makers
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE", "online" if is_logged_in_to_wandb() else "offline")
+    return {
+        "dir": str(folder / "wandb"),
+        "name": folder.parent.name,
+        "config": dict(settings),
+        "mode": mode,
+        "settings": wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
+    }
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as TensorBoard shows it; line breaks and bars would end a cell."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    safe = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in safe)

@@ -1,0 +1,187 @@
+"""A run that is killed at any moment and started again is the run that was not, to the bit."""
+
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.cli import INTERRUPTED
+from tests.stages.cut_runs import (
+    KILLED,
+    Cut,
+    make_configs,
+    outcome,
+    run_command,
+    run_to_the_end,
+)
+
+
+@pytest.fixture
+def configs(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "inputs").mkdir()
+    return make_configs(tmp_path / "inputs", tmp_path)
+
+
+PPO_CUTS = [
+    Cut("stages.ppo.update", "policy_loss", 5),  # before the first checkpoint
+    Cut("rlhf.checkpoint", "save_file", 2),  # in the middle of the first
+    Cut("stages.ppo.train", "update", 3),  # behind the first
+    Cut("rlhf.checkpoint", "Path.rename", 1),  # the second is whole, and has not its name yet
+    Cut("rlhf.resume", "remove_others", 1),  # it has, and the first is still there
+    Cut("stages.ppo.train", "save_policy", 1),
+]
+
+
+def test_ppo_killed_again_and_again_is_the_run_that_was_not(configs: dict[str, Any]):
+    rows = same_when_killed("ppo", configs["ppo"], PPO_CUTS)
+    assert [row["step"] for row in rows] == list(range(6))
+    assert rows[-1]["ppo/kl"] > 0 and rows[-1]["ppo/kl_coef"] != rows[0]["ppo/kl_coef"]
+
+
+RM_CUTS = [
+    Cut("stages.rm.trainer", "ranking_loss", 6),
+    Cut("rlhf.checkpoint", "save_file", 2),  # in the middle of the second checkpoint
+    Cut("stages.rm.trainer", "AtEpochEnd.on_epoch_end", 1),
+    Cut("rlhf.resume", "remove_others", 2),
+    Cut("stages.rm.train", "save_scalar", 1),
+]
+
+
+def test_a_reward_model_killed_again_and_again_is_the_one_that_was_not(
+    configs: dict[str, Any],
+):
+    rows = same_when_killed("rm", configs["rm"], RM_CUTS)
+    assert [row["step"] for row in rows if "rm/loss" in row] == list(range(1, 17))
+    assert [row["step"] for row in rows if "rm/held_out_loss" in row] == [8, 16]
+
+
+SFT_CUTS = [
+    Cut("stages.sft.trainer", "_Keeper.on_log", 2),
+    Cut("rlhf.checkpoint", "save_file", 1),
+    Cut("stages.sft.trainer", "save_weights", 3),  # in the middle of keeping the best
+    Cut("stages.sft.trainer", "_Keeper.on_step_end", 3),
+    Cut("rlhf.resume", "remove_others", 1),
+    Cut("stages.sft.train", "save_policy", 1),
+]
+
+
+def test_sft_killed_again_and_again_is_the_run_that_was_not(configs: dict[str, Any]):
+    rows = same_when_killed("sft", configs["sft"], SFT_CUTS)
+    steps = [row["step"] for row in rows if "sft/loss" in row]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 12
+    assert [row["step"] for row in rows if "sft/held_out_loss" in row][:3] == [0, 2, 4]
+
+
+PRETRAIN_CUTS = [
+    Cut("stages.pretrain.train", "language_model_loss", 8),
+    Cut("rlhf.resume", "remove_others", 1),
+    Cut("stages.pretrain.train", "save_policy", 1),
+]
+
+
+def test_pretraining_killed_again_and_again_is_the_run_that_was_not(configs: dict[str, Any]):
+    rows = same_when_killed("pretrain", configs["pretrain"], PRETRAIN_CUTS)
+    assert [row["step"] for row in rows if "pretrain/held_out_loss" in row][:2] == [5, 10]
+
+
+def test_two_processes_go_on_from_one_checkpoint(
+    configs: dict[str, Any],
+):
+    cuts = [
+        Cut("stages.ppo.train", "update", 4),  # the second process, in the middle of an update
+        Cut("rlhf.resume", "gather_object", 1),  # before it gives its part of a checkpoint
+    ]
+    rows = same_when_killed("ppo", configs["ppo"], cuts, num_processes=2)
+    assert [row["step"] for row in rows] == list(range(6))
+
+
+def test_another_number_of_processes_is_refused(configs: dict[str, Any]):
+    config = configs["ppo"]
+    code, printed = run_command("ppo", config, Cut("stages.ppo.train", "update", 4))
+    assert code == KILLED, printed
+    code, printed = run_command("ppo", config, num_processes=2)
+    assert code == 2 and "step-1 was written by 1 processes" in printed, printed[-2000:]
+
+
+def same_when_killed(
+    stage: str, config: Any, cuts: list[Cut], num_processes: int = 1
+) -> list[dict[str, Any]]:
+    """A run that is left alone and one that is cut off leave the same; returns its rows."""
+    folder = Path(config.output_dir)
+    whole, killed = (replace(config, output_dir=str(folder / n)) for n in ("whole", "killed"))
+    run_to_the_end(stage, whole, [], num_processes=num_processes)
+    printed = run_to_the_end(stage, killed, cuts, num_processes=num_processes)
+    assert f"{stage}: resumes after" in printed
+    expected, found = outcome(folder / "whole"), outcome(folder / "killed")
+    assert {"model.safetensors", "metrics.jsonl", "results.json"} <= expected.keys()
+    for name in expected.keys() | found.keys():
+        assert found.get(name) == expected.get(name), name
+    assert not (folder / "killed" / "checkpoints").exists()
+    return expected["metrics.jsonl"]
+
+
+def test_what_does_not_fit_the_run_stops_it_and_says_how_to_go_on(
+    configs: dict[str, Any], tmp_path: Path
+):
+    config = replace(configs["ppo"], output_dir=str(tmp_path / "run"))
+    code, _ = run_command("ppo", config, Cut("stages.ppo.train", "update", 4))
+    assert code == KILLED
+    step = tmp_path / "run" / "checkpoints" / "step-1"
+    other = replace(config, seed=7, ppo=replace(config.ppo, kl_target=2.0), checkpoint_every=3)
+    expected = f"error: {step} is of another run: ppo.kl_target was 1.0 and is 2.0; seed was 0 and "
+    refused(other, expected + f"is 7; start it as before to go on, or delete {step.parent} ")
+    prompts = tmp_path / "inputs" / "prompts.jsonl"
+    content = prompts.read_text()
+    prompts.write_text(content.replace("say 3", "say 4"))
+    refused(config, f"{step} is of another run: what prompts names was other data; what prompts_")
+    prompts.write_text(content)
+    weights = step / "models.safetensors"
+    content_of_weights = weights.read_bytes()
+    weights.write_bytes(content_of_weights[:-1] + b"?")
+    refused(config, f"error: {weights} is altered (sha256 ")
+    weights.unlink()
+    refused(config, f"error: {weights} is missing; put it back, or delete {step} to start anew")
+    weights.write_bytes(content_of_weights)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-1")
+    assert "resumes" not in run_to_the_end("ppo", config, [])
+
+
+def refused(config: Any, message: str) -> None:
+    code, printed = run_command("ppo", config)
+    assert code == 2 and message in printed, printed[-2000:]
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_step_and_saves_it(
+    configs: dict[str, Any], tmp_path: Path, number: int
+):
+    config = replace(configs["ppo"], output_dir=str(tmp_path / "run"), checkpoint_every=100)
+    code, printed = run_command("ppo", config, Cut("stages.ppo.train", "update", 3, number))
+    step = tmp_path / "run" / "checkpoints" / "step-2"
+    assert code == INTERRUPTED
+    assert printed.splitlines()[-1] == (
+        f"ppo: interrupted after update 2; the same command goes on from {step}"
+    )
+    assert step.is_dir()
+    assert "ppo: resumes after update 2 from" in run_to_the_end("ppo", config, [])
+    whole = replace(configs["ppo"], output_dir=str(tmp_path / "whole"))
+    run_to_the_end("ppo", whole, [])
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_an_interrupt_outside_of_steps_and_a_second_one_end_at_once(
+    configs: dict[str, Any], tmp_path: Path
+):
+    config = replace(configs["ppo"], output_dir=str(tmp_path / "run"))
+    before = Cut("stages.ppo.train", "normalize_scores", 1, signal.SIGINT)
+    code, printed = run_command("ppo", config, before)
+    assert (code, printed.splitlines()[-1]) == (INTERRUPTED, "interrupted")
+    twice = Cut("stages.ppo.update", "policy_loss", 1, signal.SIGINT, times=2)
+    code, printed = run_command("ppo", config, twice)
+    assert (code, printed.splitlines()[-1]) == (INTERRUPTED, "interrupted")
+    assert "once more ends at once" in printed
+    assert not (tmp_path / "run" / "checkpoints").exists()
