@@ -35,6 +35,7 @@ from rlhf.lora import (
     load_adapter,
     merge_adapter,
     new_adapter,
+    read_adapter,
     save_adapter,
 )
 from rlhf.packing import PackedRow, Packer, PromptTree
@@ -200,6 +201,23 @@ def load_scalar(
     return model
 
 
+def empty_policy(settings: ModelSettings) -> PreTrainedModel:
+    """The causal LM that load_policy gives, from its config alone: no weights are read. Under
+    torch's FakeTensorMode it takes no memory.
+
+    Raises:
+        ValueError, OSError: the config cannot be read.
+    """
+    model = _empty(AutoModelForCausalLM, settings)
+    _plain_heads[model] = _passes_logits_on(model)
+    return model
+
+
+def empty_scalar(settings: ModelSettings) -> ScalarModel:
+    """The scalar model that load_scalar gives, as `empty_policy`."""
+    return ScalarModel(_empty(AutoModelForSequenceClassification, settings, num_labels=1))
+
+
 def save_policy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -356,6 +374,45 @@ def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
         max_depth=min((window for window in windows if window), default=None),
         mask_dtype=_mask_dtype(model),
     )
+
+
+def _empty(auto_class: Any, settings: ModelSettings, **arguments: Any) -> Any:
+    path, source = settings.path, {}
+    if path.endswith(".gguf"):
+        path, source = str(Path(path).parent), {"gguf_file": Path(path).name}
+    elif (Path(path) / CONFIG_FILE).is_file():
+        path = read_adapter(path).base
+    else:
+        _check_folder(path)
+    with _naming(settings.path):
+        config = AutoConfig.from_pretrained(
+            path, trust_remote_code=settings.trust_remote_code, **source, **arguments
+        )
+        model = auto_class.from_config(
+            config,
+            dtype=_dtype(settings),
+            attn_implementation=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    return disable_dropout(model)
+
+
+@torch.no_grad()
+def _passes_logits_on(policy: PreTrainedModel) -> bool:
+    """What `has_plain_head` asks, of a model without data: is what the head gives what comes out,
+    and what the body gives what the head gets?"""
+    seen: list[Tensor] = []
+    head = policy.get_output_embeddings()
+    hooks = [
+        policy.base_model.register_forward_hook(lambda module, _, output: seen.append(output[0])),
+        head.register_forward_hook(lambda module, inputs, output: seen.extend([*inputs, output])),
+    ]
+    logits = policy(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    *hidden, read, given = (tensor.untyped_storage()._cdata for tensor in seen)
+    # OPT goes round its own body's forward, so that there is no hidden to compare.
+    return all(one == read for one in hidden) and given == logits.untyped_storage()._cdata
 
 
 def _features_and_head(policy: nn.Module, row: PackedRow) -> tuple[Tensor, Head]:

@@ -75,7 +75,7 @@ def schedule_factor(
 
 
 class MovingAverage:
-    """Exponential moving average of a module's weights, in fp32: avg <- d avg + (1 - d) weight.
+    """Exponential moving average of the trained weights, in fp32: avg <- d avg + (1 - d) weight.
 
     InstructGPT evaluates the average with decay 0.992 (Ouyang et al. 2022, C.4); the paper does not
     say how often it is updated, here it is once an optimizer step.
@@ -84,13 +84,13 @@ class MovingAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         """The module as the optimizer knows it: where its weights are in shards, so is this."""
         self.decay = decay
-        names = [name for name, _ in module.named_parameters()]
-        weights = local_weights(module.parameters())
+        names = [name for name, _ in _trained(module)]
+        weights = local_weights(p for _, p in _trained(module))
         self.average = {name: w.clone() for name, w in zip(names, weights, strict=True)}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        weights = local_weights(module.parameters())
+        weights = local_weights(p for _, p in _trained(module))
         for average, weight in zip(self.average.values(), weights, strict=True):
             average.lerp_(weight, 1 - self.decay)
 
@@ -101,7 +101,11 @@ class MovingAverage:
         copy_into(self.average, state)
 
     def copy_to(self, module: nn.Module) -> None:
-        set_local_weights(module.parameters(), self.average.values())
+        set_local_weights((p for _, p in _trained(module)), self.average.values())
+
+
+def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
 
 def gradients(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rlhf.memory import memory_of
+
 
 @dataclass
 class Stopwatch:
@@ -21,6 +23,12 @@ class Stopwatch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Counts the seconds inside; memory that runs out there is told with the name."""
+        with memory_of(name), self._counted(name):
+            yield
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
         if self._is_running:
             yield
             return

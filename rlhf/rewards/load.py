@@ -13,6 +13,7 @@ from rlhf.rewards.models import RewardModel, TextRewardModel, load_reward_model
 from rlhf.rewards.rendering import same_rendering
 from rlhf.rewards.scores import Reward
 from rlhf.rewards.settings import RewardSettings
+from rlhf.roles import SharedBases
 
 
 def load_reward(
@@ -21,6 +22,7 @@ def load_reward(
     device: torch.device | str,
     micro_batch_tokens: int,
     tell: Callable[[str], object] = print,
+    bases: SharedBases | None = None,
 ) -> Reward:
     """The reward of these settings, checked and ready to score; not yet normalised.
 
@@ -28,6 +30,7 @@ def load_reward(
         chat: The policy's rendering.
         micro_batch_tokens: Most tokens of one pass of a reward model.
         tell: Called with a line for each reward model that reads text instead of the policy's ids.
+        bases: Holds frozen weights for several models; None: each model's weights are its own.
 
     Raises:
         ValueError: What load_judge and load_function refuse.
@@ -49,6 +52,7 @@ def load_reward(
             device=device,
             allow_chance_reward=settings.allow_chance_reward,
             tell=tell,
+            bases=bases,
         )
 
     if settings.parts:
@@ -73,6 +77,7 @@ def load_judge(
     device: torch.device | str = "cpu",
     allow_chance_reward: bool = False,
     tell: Callable[[str], object] = print,
+    bases: SharedBases | None = None,
 ) -> Reward:
     """A reward model for a policy's responses: it reads their ids if it renders text as the policy
     does, else their text.
@@ -85,6 +90,7 @@ def load_judge(
         micro_batch_tokens=micro_batch_tokens,
         device=device,
         allow_chance_reward=allow_chance_reward,
+        bases=bases,
     )
     if same_rendering(chat, reward_model.chat):
         return reward_model

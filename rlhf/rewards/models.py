@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from rlhf.chat import Chat
-from rlhf.config import ModelSettings
+from rlhf.config import LoraSettings, ModelSettings
 from rlhf.inference import compute_scores
-from rlhf.models import ScalarModel, load_chat, load_scalar, packer_for
+from rlhf.lora import find_adapter
+from rlhf.models import ALL_WEIGHTS, ScalarModel, load_chat, load_scalar, packer_for
 from rlhf.packing import Packer, PromptTree
 from rlhf.records import Prompt, PromptLike
 from rlhf.rewards.rendering import check_rendering
 from rlhf.rewards.scores import Scored
+from rlhf.roles import SharedBases
 
 REWARD_FILE = "reward.json"
 """Beside the weights of a reward model: what the weights cannot hold."""
@@ -205,18 +207,20 @@ def load_reward_model(
     device: torch.device | str = "cpu",
     policy_chat: Chat | None = None,
     allow_chance_reward: bool = False,
+    bases: SharedBases | None = None,
 ) -> RewardModel:
     """A folder of the rm stage, its golden rows scored again.
 
     Args:
         policy_chat: Rendering of the policy that is to be scored; None: not compared.
         allow_chance_reward: Load it even if it may be no better than a coin.
+        bases: Holds frozen weights for several models; None: the model's weights are its own.
 
     Raises:
         ValueError: no head, no reward.json, another rendering than the policy's, an accuracy that
             may be chance, or golden scores that changed.
     """
-    model, card = _load_with_card(settings)
+    model, card = _load_with_card(settings, bases=bases)
     chat = load_chat(settings)
     if policy_chat is not None:
         check_rendering(policy_chat, chat, settings.path)
@@ -227,13 +231,22 @@ def load_reward_model(
     return reward
 
 
-def load_value_model(settings: ModelSettings) -> ScalarModel:
+def load_value_model(
+    settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, bases: SharedBases | None = None
+) -> ScalarModel:
     """The value model that PPO starts from: the reward model, in units of its scores.
+
+    Args:
+        lora: As in load_policy, but an adapter that the folder holds keeps its own settings.
+        bases: As in load_reward_model.
 
     Raises:
         ValueError: the folder has no head or no reward.json.
     """
-    return _load_with_card(settings)[0]
+    adapter = find_adapter(settings.path)
+    if adapter is not None and lora.rank:
+        lora = replace(lora, rank=adapter.rank, alpha=adapter.alpha, target_modules="all-linear")
+    return _load_with_card(settings, lora, bases)[0]
 
 
 def trees_of(
@@ -248,8 +261,10 @@ def trees_of(
     ]
 
 
-def _load_with_card(settings: ModelSettings) -> tuple[ScalarModel, RewardCard]:
-    model = load_scalar(settings, new_head=False)
+def _load_with_card(
+    settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, bases: SharedBases | None = None
+) -> tuple[ScalarModel, RewardCard]:
+    model = load_scalar(settings, new_head=False, lora=lora, bases=bases)
     card = RewardCard.load(settings.path)
     model.bias, model.scale = card.bias, card.scale
     return model, card

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
+from torch import nn
 from tqdm import tqdm
 
 from rlhf import sharding
@@ -43,7 +44,15 @@ from rlhf.order import ShuffledBatches
 from rlhf.packing import PromptTree, response_batch, text_tree
 from rlhf.records import Prompt, Text
 from rlhf.resume import Checkpoints
-from rlhf.rewards import RewardCard, load_reward, load_value_model, same_vocabulary
+from rlhf.rewards import (
+    Reward,
+    RewardCard,
+    load_reward,
+    load_value_model,
+    reward_models_of,
+    same_vocabulary,
+)
+from rlhf.roles import SharedBases, weight_bytes
 from rlhf.runs import Run, open_run
 from rlhf.state import Fields, Generators, Stateful
 from rlhf.timing import Stopwatch
@@ -79,7 +88,8 @@ def train(config: Config) -> None:
         held_out = _load_episodes(config.prompts_held_out, chat, config, accelerator)
         held_out = held_out[: config.num_eval_prompts]
     watch = Stopwatch(accelerator.device)
-    learner, sampler = load_models(config, chat, accelerator, watch)
+    with watch.phase("load"):
+        learner, sampler = load_models(config, chat, accelerator, watch)
     _announce(config, accelerator, len(episodes))
     _warn_of_chance(config, monitor)
     before = checkpoints.saved("progress") or {}
@@ -348,7 +358,7 @@ def _answer(
     scored, finished = sampler.score(episodes, trees)
     scores = scored.scores
     _, mask = response_batch([tree.responses[0] for tree in trees])
-    kl = k1(sampler.logprobs(policy, trees), sampler.logprobs(sampler.ref_policy, trees), mask)
+    kl = k1(sampler.logprobs(policy, trees), sampler.ref_logprobs(trees), mask)
     run.samples(
         [
             {
@@ -369,18 +379,22 @@ def load_models(
     config: Config, chat: Chat, accelerator: Accelerator, watch: Stopwatch
 ) -> tuple[Learner, Sampler]:
     engine = make_engine(config.generation, accelerator.print)
-    policy = load_policy(config.policy)
+    bases = _shared_bases(config, accelerator)
+    policy = load_policy(config.policy, config.lora, bases)
     check_vocabulary(policy, chat, config.policy.path)
     limits = {
         "rollout.max_prompt_tokens": config.rollout.max_prompt_tokens,
         "rollout.max_new_tokens": config.rollout.max_new_tokens,
     }
     check_context(policy, config.policy.path, limits)
-    value_model = _load_value_model(config, chat, accelerator)
+    value_model = _load_value_model(config, chat, accelerator, bases)
+    resting_device = torch.device("cpu") if config.offload else accelerator.device
     reward = load_reward(
-        config.reward, chat, accelerator.device, config.micro_batch_tokens, accelerator.print
+        config.reward, chat, resting_device, config.micro_batch_tokens, accelerator.print, bases
     )
-    ref_policy = load_policy(config.policy).requires_grad_(False).to(accelerator.device)
+    ref_policy = load_policy(config.policy, bases=bases).requires_grad_(False)
+    ref_policy.to(resting_device)  # type: ignore[arg-type]  # a wrapper hides the types
+    _announce_weights(config, accelerator, [policy, value_model, ref_policy], reward)
     packers = [
         packer_for(policy, config.micro_batch_tokens),
         packer_for(value_model.classifier, config.micro_batch_tokens),
@@ -400,7 +414,42 @@ def load_models(
     return learner, Sampler(chat, ref_policy, reward, packer, config, watch, engine)
 
 
-def _load_value_model(config: Config, chat: Chat, accelerator: Accelerator) -> ScalarModel:
+def _shared_bases(config: Config, accelerator: Accelerator) -> SharedBases | None:
+    """None where every model has weights of its own: all are trained, or ZeRO-3 or FSDP takes those
+    of the trained models apart, which the frozen ones read as they are."""
+    plugin = accelerator.state.deepspeed_plugin
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP or (
+        plugin is not None and plugin.zero_stage == 3
+    )
+    if not config.lora.rank or is_sharded:
+        return None
+    return SharedBases(accelerator.device, config.lora.quantize)
+
+
+def _announce_weights(
+    config: Config, accelerator: Accelerator, roles: Sequence[nn.Module], reward: Reward
+) -> None:
+    """How much memory the weights take, and which reward models share none of the policy's."""
+    reward_models = reward_models_of(reward)
+    held = weight_bytes(*roles, *reward_models)
+    alone = sum(weight_bytes(model) for model in [*roles, *reward_models])
+    accelerator.print(
+        f"ppo: weights of policy, value, reference and reward models: {held / 1e6:.1f} MB, "
+        f"{alone / 1e6:.1f} MB if each held its own"
+    )
+    policy = roles[0]
+    for path, model in zip(config.reward.model_paths.values(), reward_models, strict=True):
+        together = weight_bytes(policy, model)
+        if config.lora.rank and together == weight_bytes(policy) + weight_bytes(model):
+            accelerator.print(
+                f"ppo: the reward model {path} is no adapter over the policy's base, so its "
+                "weights are its own"
+            )
+
+
+def _load_value_model(
+    config: Config, chat: Chat, accelerator: Accelerator, bases: SharedBases | None
+) -> ScalarModel:
     """From the reward model (Ouyang et al. 2022, C.4), else a head of zeros on the policy's body:
     a random one would give a random baseline (openai/lm-human-preferences).
 
@@ -412,7 +461,7 @@ def _load_value_model(config: Config, chat: Chat, accelerator: Accelerator) -> S
         path, weight = start
         settings = ModelSettings(path=path, attention=config.policy.attention)
         if same_vocabulary(chat, load_chat(settings)):
-            value_model = load_value_model(settings)
+            value_model = load_value_model(settings, config.lora, bases)
             check_vocabulary(value_model.classifier, chat, path)
             value_model.scale *= weight
             return value_model
@@ -426,7 +475,7 @@ def _load_value_model(config: Config, chat: Chat, accelerator: Accelerator) -> S
             f"ppo: the reward model {path} has another vocabulary than the policy, so the value "
             "model starts as the policy's body with a new head of zeros"
         )
-    value_model = load_scalar(config.policy, new_head=True)
+    value_model = load_scalar(config.policy, new_head=True, lora=config.lora, bases=bases)
     torch.nn.init.zeros_(value_model.head.weight)
     return value_model
 

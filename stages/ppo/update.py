@@ -107,6 +107,7 @@ def update(
         if _moved_too_far(learner, step, config.ppo.max_step_kl):
             break
     learner.model.eval()
+    learner.optimizer.zero_grad()  # the next rollout needs the room
     sums = {k: float(sum_over_processes(learner.accelerator, v)) for k, v in total.items()}
     return update_metrics(sums) | {
         "ppo/first_log_ratio": first_log_ratio,

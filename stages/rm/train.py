@@ -1,6 +1,7 @@
 """The rm program: read rankings, train, save, and measure what was saved."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rlhf.datasets import read_records
 from rlhf.distributed import naming, own_share, start_accelerator
 from rlhf.inference import compute_scores
 from rlhf.lora import HEAD
+from rlhf.memory import memory_of
 from rlhf.models import (
     ScalarModel,
     check_vocabulary,
@@ -185,7 +187,8 @@ def _fit(
     Between epochs `measure` gets the model, its packer and the step.
     """
     set_seed(config.seed)
-    model = load_scalar(config.model, new_head=True, lora=config.lora)
+    with memory_of("load"):
+        model = load_scalar(config.model, new_head=True, lora=config.lora)
     check_vocabulary(model.classifier, chat, config.model.path)
     packer = packer_for(model.classifier, config.micro_batch_tokens)
     if config.gradient_checkpointing:
@@ -201,10 +204,15 @@ def _fit(
     trainer.add_callback(AtEpochEnd(measure_whole))
     # A folder with a card is taken for a finished reward model.
     (run.dir / REWARD_FILE).unlink(missing_ok=True)
-    with naming(trainer.accelerator, lambda: f"phase train of step {trainer.state.global_step}"):
+    place = partial(_place, trainer)
+    with memory_of("train"), naming(trainer.accelerator, place):
         trainer.train()
     save_scalar(trainer, chat, run.dir)
     return trainer.first_loss, trainer.state.global_step
+
+
+def _place(trainer: RankingTrainer) -> str:
+    return f"phase train of step {trainer.state.global_step}"
 
 
 def _saved(config: Config) -> ModelSettings:

@@ -9,6 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from rlhf.distributed import (
     naming,
     use_accelerator_at_work,
 )
+from rlhf.memory import memory_of
 from rlhf.models import save_weights
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.packing import PromptTree
@@ -87,7 +89,8 @@ def fit(
         trainer.args.save_total_limit = None
     trainer.add_callback(ResumeCallback(checkpoints, trainer, parts, keeper.remove_others))
     trainer.add_callback(keeper)
-    with naming(trainer.accelerator, lambda: f"phase train of step {trainer.state.global_step}"):
+    place = partial(_place, trainer)
+    with memory_of("sft training"), naming(trainer.accelerator, place):
         trainer.train()
     if keeper.best_step is None:
         raise ValueError(
@@ -240,13 +243,18 @@ class _Keeper(TrainerCallback):
     def _measure_and_log(self, model: PreTrainedModel, step: int) -> Metrics:
         """The first process's figures, so that all processes choose alike."""
         model.eval()
-        with sharding.whole_weights(self._trainer.accelerator, self._trainer.model_wrapped):
+        whole = sharding.whole_weights(self._trainer.accelerator, self._trainer.model_wrapped)
+        with memory_of("evaluate"), whole:
             metrics = broadcast_object_list([self._measure(model, step)])[0]
         model.train()
         self._run.log(step, metrics)
         if self._bar is not None and not self._bar.disable:
             self._bar.write(f"sft: step {step}: {figures_line(metrics)}")
         return metrics
+
+
+def _place(trainer: SFTTrainer) -> str:
+    return f"phase train of step {trainer.state.global_step}"
 
 
 def figures_line(metrics: Mapping[str, float]) -> str:

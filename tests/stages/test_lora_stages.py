@@ -1,20 +1,31 @@
 """All stages with adapters, one after the other through their folders, and mixed with full ones."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from rlhf.config import LoraSettings, ModelSettings, OptimSettings
 from rlhf.datasets import write_records
 from rlhf.lora import read_adapter, weights_sha256
-from rlhf.models import load_policy, load_scalar, new_policy, save_policy
-from rlhf.records import Demonstration, Ranking
-from rlhf.rewards import load_reward_model
+from rlhf.models import load_chat, load_policy, load_scalar, new_policy, save_policy
+from rlhf.optim import gradients
+from rlhf.packing import PromptTree, text_tree
+from rlhf.records import Demonstration, Prompt, Ranking
+from rlhf.rewards import RewardSettings, load_reward_model
+from rlhf.timing import Stopwatch
+from stages.ppo.config import Config as PPOConfig
+from stages.ppo.config import MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
+from stages.ppo.rollout import Episode, roll_out
+from stages.ppo.train import load_models
+from stages.ppo.train import train as train_ppo
+from stages.ppo.update import optimizer_step
 from stages.rm.config import Config as RmConfig
 from stages.rm.train import train as train_rm
 from stages.sft.config import Config as SftConfig
@@ -110,11 +121,6 @@ def test_sft_learns_and_writes_an_adapter_over_the_base(work: Path, sft: Path) -
     assert results["held_out_loss"] < 0.8 * results["base_held_out_loss"]
     assert read_adapter(sft).base == str(work / "base")
     assert not (sft / "model.safetensors").exists()
-    checkpoint = sft / "checkpoints" / f"checkpoint-{results['chosen_step']}"
-    assert read_adapter(checkpoint) == read_adapter(sft)
-    names = ("adapter_model.safetensors",)
-    one, other = (load_file(folder / names[0]) for folder in (sft, checkpoint))
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_run_gives_the_same_adapter_twice(work: Path, sft: Path) -> None:
@@ -164,3 +170,122 @@ def test_full_stages_go_on_from_adapters_and_adapters_from_full_models(
 def test_another_rank_than_the_adapters_is_refused(work: Path, sft: Path) -> None:
     with pytest.raises(ValueError, match=r"lora\.rank is 8, but .*sft holds an adapter with 4"):
         train_rm(rm_config(work, "sft", "rm_refused", lora=LoraSettings(rank=8)))
+
+
+# PPO: four roles on one base ---------------------------------------------------------------------
+
+
+def ppo_config(work: Path, sft: str, rm: str, name: str, **changes: Any) -> PPOConfig:
+    prompts = work / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i} b"}) + "\n" for i in range(8)))
+    settings: dict[str, Any] = {
+        "output_dir": str(work / name),
+        "policy": ModelSettings(path=str(work / sft)),
+        "lora": LORA,
+        "prompts": str(prompts),
+        "reward": RewardSettings(model=str(work / rm), allow_chance_reward=True),
+        "rollout": RolloutSettings(batch_size=8, max_prompt_tokens=64, max_new_tokens=6),
+        "ppo": PPOSettings(mini_batch_size=4),
+        "ptx": PtxSettings(coef=0.0),
+        "monitor": MonitorSettings(min_eos_rate=0.0),
+        "optim": OptimSettings(learning_rate=3e-3, schedule="constant"),
+        "value_learning_rate": 3e-3,
+        "num_updates": 2,
+    }
+    return PPOConfig(**{**settings, **changes})
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_ppo_trains_the_policys_adapter_on_from_no_kl(
+    work: Path, sft: Path, rm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_ppo(ppo_config(work, "sft", "rm", "ppo"))
+    first, second = rows_of(work / "ppo")
+    assert abs(first["ppo/kl"]) < 1e-6 and first["ppo/max_token_kl"] < 1e-6
+    assert abs(second["ppo/kl"]) > 1e-4
+    assert read_adapter(work / "ppo") == read_adapter(sft)
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (sft, work / "ppo"))
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    told = re.search(r"reward models: (\S+) MB, (\S+) MB if each", capsys.readouterr().out)
+    assert told is not None and 2 * float(told[1]) < float(told[2])
+
+
+def test_a_step_of_ppo_touches_two_adapters_and_the_value_head(
+    work: Path, sft: Path, rm: Path
+) -> None:
+    config = ppo_config(work, "sft", "rm", "unused", ptx=PtxSettings(coef=0.5, text="unused"))
+    accelerator = Accelerator(cpu=True)
+    learner, sampler = load_models(
+        config, load_chat(config.policy), accelerator, Stopwatch(accelerator.device)
+    )
+    models = learner.models
+    before = {name: p.clone() for name, p in models.named_parameters()}
+    frozen = [*sampler.ref_policy.parameters(), *sampler.reward.model.parameters()]  # type: ignore[attr-defined]
+    kept = [p.clone() for p in frozen]
+    episodes = [Episode(Prompt(prompt="b"), (5 + i, 9, 13)) for i in range(4)]
+    rollout = roll_out(
+        models.policy,
+        models.value_model,
+        sampler,
+        episodes,
+        torch.Generator().manual_seed(0),
+        accelerator,
+    )
+    optimizer_step(learner, rollout, [text_tree([5, 9, 13, 17, 21])], config)
+    trained = {name: p for name, p in models.named_parameters() if p.requires_grad}
+    changed = {n for n, p in models.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == set(trained) and len(changed) == 28 + 28 + 1
+    with_state = {id(p) for p in learner.optimizer.state}
+    assert with_state == {id(p) for p in trained.values()}
+    assert {n for n, p in models.named_parameters() if p.grad is not None} == set(trained)
+    assert learner.average is not None
+    assert {f"policy.{name}" for name in learner.average.average} == {
+        name for name in trained if name.startswith("policy.")
+    }
+    assert all(torch.equal(p, old) for p, old in zip(frozen, kept, strict=True))
+
+
+def test_gradients_of_ppo_are_the_same_with_activations_computed_again(
+    work: Path, sft: Path, rm: Path
+) -> None:
+    found = []
+    for is_checkpointed in (False, True):
+        config = ppo_config(work, "sft", "rm", "unused", gradient_checkpointing=is_checkpointed)
+        accelerator = Accelerator(cpu=True)
+        learner, _ = load_models(
+            config, load_chat(config.policy), accelerator, Stopwatch(accelerator.device)
+        )
+        learner.models.train(is_checkpointed)
+        row = learner.packer.rows([PromptTree((5, 9, 13), ((17, 21, 25),))])[0]
+        logprobs, values = learner.model(row)
+        (logprobs.square().sum() + values.square().sum()).backward()
+        found.append(torch.cat([g.flatten() for g in gradients(learner.models.parameters())]))
+    assert found[0].norm() > 1
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+
+
+def test_ppo_over_full_models_and_mixed_ones(
+    work: Path, sft: Path, rm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Full SFT with adapters over it; an adapter with a full reward model; all weights."""
+    train_sft(sft_config(work, "sft_full2", lora=LoraSettings(), num_epochs=1))
+    train_rm(rm_config(work, "sft_full2", "rm_over_full2", num_epochs=1))
+    train_rm(rm_config(work, "sft", "rm_full2", lora=LoraSettings(), num_epochs=1))
+    own = "rm_full2 is no adapter over the policy's base"
+    capsys.readouterr()
+    for sft_name, rm_name, lora in (
+        ("sft_full2", "rm_over_full2", LORA),
+        ("sft", "rm_full2", LORA),
+        ("sft", "rm", LoraSettings()),
+    ):
+        name = f"ppo_{rm_name}"
+        train_ppo(ppo_config(work, sft_name, rm_name, name, lora=lora, num_updates=1))
+        (row,) = rows_of(work / name)
+        assert abs(row["ppo/kl"]) < 1e-6
+        assert (work / name / "adapter_config.json").exists() == (lora.rank > 0)
+        assert (own in capsys.readouterr().out) == (rm_name == "rm_full2")
+    assert read_adapter(work / "ppo_rm_over_full2").base == str(work / "sft_full2")
