@@ -219,12 +219,18 @@ def empty_scalar(settings: ModelSettings) -> ScalarModel:
 
 
 def save_policy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer load as it is.
 
     Generation stops at the end-of-response token by the saved generation_config, and the sampling
     settings that the base model brought along go: they would distort later rollouts.
+
+    Args:
+        weights: what to write where the model holds a shard of each only; None: the model's own.
     """
     end_id = Chat(tokenizer).end_id
     generation = type(model.generation_config)(
@@ -233,7 +239,7 @@ def save_policy(
         pad_token_id=tokenizer.pad_token_id,
     )
     model.generation_config = generation
-    _save(model, tokenizer, folder)
+    _save(model, tokenizer, folder, weights)
     generation.save_pretrained(folder)  # an adapter's save does not write it
 
 
@@ -436,9 +442,14 @@ def _features(model: PreTrainedModel, row: PackedRow) -> Tensor:
     return hidden[0, row.predictors].float()
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
     with quiet():
-        save_weights(model, folder)
+        save_weights(model, folder, weights)
         tokenizer.save_pretrained(folder)
 
 

@@ -42,9 +42,15 @@ class OptimizerState:
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
         self._optimizer = optimizer
-        of_parameter = {id(p): name for name, p in trained_parameters(module).items()}
-        groups = optimizer.param_groups
-        self._names = [of_parameter[id(p)] for group in groups for p in group["params"]]
+        self._module = module
+
+    @property
+    def _names(self) -> list[str]:
+        """Asked for when it is saved or loaded only: DeepSpeed's optimizers, which are not, hold
+        other parameters than the module's."""
+        of_parameter = {id(p): name for name, p in trained_parameters(self._module).items()}
+        groups = self._optimizer.param_groups
+        return [of_parameter[id(p)] for group in groups for p in group["params"]]
 
     def state_dict(self) -> State:
         """A parameter that has not been stepped yet has no moments."""
@@ -53,7 +59,8 @@ class OptimizerState:
             {key: value for key, value in group.items() if key != "params"}
             for group in state["param_groups"]
         ]
-        moments = {self._names[number]: of_one for number, of_one in state["state"].items()}
+        names = self._names
+        moments = {names[number]: of_one for number, of_one in state["state"].items()}
         return {"moments": moments, "groups": groups}
 
     def load_state_dict(self, state: State) -> None:

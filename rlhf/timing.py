@@ -16,6 +16,8 @@ class Stopwatch:
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Work that is queued there is waited for at both ends of a phase."""
+    last_phase: str = "start"
+    """The phase that runs, or the one that ran before."""
     _seconds: dict[str, float] = field(default_factory=dict)
     _is_running: bool = False
 
@@ -31,6 +33,7 @@ class Stopwatch:
             yield
             return
         self._is_running = True
+        self.last_phase = name
         started = self._now()
         try:
             yield
