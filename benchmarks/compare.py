@@ -45,6 +45,7 @@ def compare(
         for side in SIDES:
             log = log_dir / f"{work.name}-{side}.log"
             workers[side] = Worker(commands[side], work, num_threads=num_threads, log=log)
+        facts = {side: workers[side].facts for side in SIDES}  # both are loaded
         first = {side: workers[side].run() for side in SIDES}
         checked = check_same_work(work, first["ours"], first["theirs"])
         samples: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
@@ -56,7 +57,6 @@ def compare(
                 f"{work.name}: pair {number} of {num_pairs}: ours {ours:.2f} s, theirs "
                 f"{theirs:.2f} s, {theirs / ours:.2f} times"
             )
-        facts = {side: workers[side].facts for side in SIDES}
     finally:
         for worker in workers.values():
             worker.close()

@@ -18,6 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -92,7 +93,12 @@ class Worker:
                 env=os.environ | environment(num_threads),
             )
         self._send(work.to_json())
-        self.facts: dict[str, Any] = self._receive("ready")
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the worker says of itself; waits until its models are loaded, so that several
+        workers can load at a time."""
+        return self._receive("ready")
 
     def run(self) -> dict[str, Any]:
         """One sample: its seconds, peak_bytes and figures.
@@ -100,6 +106,7 @@ class Worker:
         Raises:
             WorkerError: with the last lines that the worker printed.
         """
+        assert self.facts is not None  # loaded
         self._send(json.dumps({"run": 1}))
         return self._receive("done")
 

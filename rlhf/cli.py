@@ -4,8 +4,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
+from safetensors import SafetensorError
+
 from rlhf.config import load_config
 from rlhf.interrupts import interrupts
+from rlhf.memory import explain, is_out_of_memory
 
 Config = TypeVar("Config")
 
@@ -20,16 +23,20 @@ def run_stage(
 ) -> None:
     """Load the settings and call `function` with them.
 
-    ValueError (settings, records) and OSError (files) end the program with `error: ...` on stderr
-    and exit code 2, an interrupt (Ctrl-C, SIGTERM) with 130; anything else is our mistake
-    and keeps its traceback.
+    ValueError (settings, records), OSError (files) and a lack of memory end the program with
+    `error: ...` on stderr and exit code 2, an interrupt (Ctrl-C, SIGTERM) with 130; anything else
+    is our mistake and keeps its traceback.
     """
     try:
         with interrupts.caught():
             function(load_config(config_class, args))
         return
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last one where a disk is full
         message, code = f"error: {error}", USER_ERROR
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message, code = f"error: {explain(error)}", USER_ERROR
     except KeyboardInterrupt as interrupt:
         message, code = str(interrupt) or "interrupted", INTERRUPTED
     # Only here are the frames of the failed call gone, and with them a progress bar whose line the

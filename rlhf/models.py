@@ -35,6 +35,7 @@ from rlhf.lora import (
     load_adapter,
     merge_adapter,
     new_adapter,
+    read_adapter,
     save_adapter,
 )
 from rlhf.packing import PackedRow, Packer, PromptTree
@@ -200,13 +201,36 @@ def load_scalar(
     return model
 
 
+def empty_policy(settings: ModelSettings) -> PreTrainedModel:
+    """The causal LM that load_policy gives, from its config alone: no weights are read. Under
+    torch's FakeTensorMode it takes no memory.
+
+    Raises:
+        ValueError, OSError: the config cannot be read.
+    """
+    model = _empty(AutoModelForCausalLM, settings)
+    _plain_heads[model] = _passes_logits_on(model)
+    return model
+
+
+def empty_scalar(settings: ModelSettings) -> ScalarModel:
+    """The scalar model that load_scalar gives, as `empty_policy`."""
+    return ScalarModel(_empty(AutoModelForSequenceClassification, settings, num_labels=1))
+
+
 def save_policy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer load as it is.
 
     Generation stops at the end-of-response token by the saved generation_config, and the sampling
     settings that the base model brought along go: they would distort later rollouts.
+
+    Args:
+        weights: what to write where the model holds a shard of each only; None: the model's own.
     """
     end_id = Chat(tokenizer).end_id
     generation = type(model.generation_config)(
@@ -215,7 +239,7 @@ def save_policy(
         pad_token_id=tokenizer.pad_token_id,
     )
     model.generation_config = generation
-    _save(model, tokenizer, folder)
+    _save(model, tokenizer, folder, weights)
     generation.save_pretrained(folder)  # an adapter's save does not write it
 
 
@@ -352,6 +376,45 @@ def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
     )
 
 
+def _empty(auto_class: Any, settings: ModelSettings, **arguments: Any) -> Any:
+    path, source = settings.path, {}
+    if path.endswith(".gguf"):
+        path, source = str(Path(path).parent), {"gguf_file": Path(path).name}
+    elif (Path(path) / CONFIG_FILE).is_file():
+        path = read_adapter(path).base
+    else:
+        _check_folder(path)
+    with _naming(settings.path):
+        config = AutoConfig.from_pretrained(
+            path, trust_remote_code=settings.trust_remote_code, **source, **arguments
+        )
+        model = auto_class.from_config(
+            config,
+            dtype=_dtype(settings),
+            attn_implementation=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    return disable_dropout(model)
+
+
+@torch.no_grad()
+def _passes_logits_on(policy: PreTrainedModel) -> bool:
+    """What `has_plain_head` asks, of a model without data: is what the head gives what comes out,
+    and what the body gives what the head gets?"""
+    seen: list[Tensor] = []
+    head = policy.get_output_embeddings()
+    hooks = [
+        policy.base_model.register_forward_hook(lambda module, _, output: seen.append(output[0])),
+        head.register_forward_hook(lambda module, inputs, output: seen.extend([*inputs, output])),
+    ]
+    logits = policy(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    *hidden, read, given = (tensor.untyped_storage()._cdata for tensor in seen)
+    # OPT goes round its own body's forward, so that there is no hidden to compare.
+    return all(one == read for one in hidden) and given == logits.untyped_storage()._cdata
+
+
 def _features_and_head(policy: nn.Module, row: PackedRow) -> tuple[Tensor, Head]:
     """What predicts each response token (tokens, ...), and what makes logits of it."""
     if has_plain_head(policy):
@@ -379,9 +442,14 @@ def _features(model: PreTrainedModel, row: PackedRow) -> Tensor:
     return hidden[0, row.predictors].float()
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
     with quiet():
-        save_weights(model, folder)
+        save_weights(model, folder, weights)
         tokenizer.save_pretrained(folder)
 
 

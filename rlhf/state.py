@@ -28,13 +28,13 @@ class Weights:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self._parameters = trained_parameters(module)
 
     def state_dict(self) -> State:
-        return trained_parameters(self._module)
+        return {**self._parameters}
 
     def load_state_dict(self, state: State) -> None:
-        copy_into(trained_parameters(self._module), state)
+        copy_into(self._parameters, state)
 
 
 class OptimizerState:
@@ -42,9 +42,15 @@ class OptimizerState:
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
         self._optimizer = optimizer
-        of_parameter = {id(p): name for name, p in trained_parameters(module).items()}
-        groups = optimizer.param_groups
-        self._names = [of_parameter[id(p)] for group in groups for p in group["params"]]
+        self._module = module
+
+    @property
+    def _names(self) -> list[str]:
+        """Asked for when it is saved or loaded only: DeepSpeed's optimizers, which are not, hold
+        other parameters than the module's."""
+        of_parameter = {id(p): name for name, p in trained_parameters(self._module).items()}
+        groups = self._optimizer.param_groups
+        return [of_parameter[id(p)] for group in groups for p in group["params"]]
 
     def state_dict(self) -> State:
         """A parameter that has not been stepped yet has no moments."""
@@ -53,7 +59,8 @@ class OptimizerState:
             {key: value for key, value in group.items() if key != "params"}
             for group in state["param_groups"]
         ]
-        moments = {self._names[number]: of_one for number, of_one in state["state"].items()}
+        names = self._names
+        moments = {names[number]: of_one for number, of_one in state["state"].items()}
         return {"moments": moments, "groups": groups}
 
     def load_state_dict(self, state: State) -> None:
@@ -97,6 +104,18 @@ class Generators:
             generator.set_state(state["named"][name])
         if "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"])
+
+
+class Together(dict[str, Stateful]):
+    """Several parts, by name, as one."""
+
+    def state_dict(self) -> State:
+        return {name: part.state_dict() for name, part in self.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        check_names(state, self, "parts")
+        for name, part in self.items():
+            part.load_state_dict(state[name])
 
 
 class Fields:

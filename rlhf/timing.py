@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rlhf.memory import memory_of
+
 
 @dataclass
 class Stopwatch:
@@ -14,15 +16,24 @@ class Stopwatch:
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Work that is queued there is waited for at both ends of a phase."""
+    last_phase: str = "start"
+    """The phase that runs, or the one that ran before."""
     _seconds: dict[str, float] = field(default_factory=dict)
     _is_running: bool = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Counts the seconds inside; memory that runs out there is told with the name."""
+        with memory_of(name), self._counted(name):
+            yield
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
         if self._is_running:
             yield
             return
         self._is_running = True
+        self.last_phase = name
         started = self._now()
         try:
             yield

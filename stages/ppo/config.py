@@ -165,6 +165,9 @@ class Config:
     weights. None writes none."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
+    offload: bool = False
+    """The reference and the reward models wait in CPU memory and are on the device only while they
+    are used. Room for their weights against the seconds of moving them; nothing on a CPU."""
     eval_every: int = 10
     """Updates between evaluations on prompts_held_out."""
     num_eval_prompts: int = 64
@@ -196,6 +199,11 @@ class Config:
         _positive(ppo, "mini_batch_size", "num_epochs", "clip_range")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; give a number in (0, 1), or null")
+        if self.offload and self.lora.rank:
+            raise ValueError(
+                f"offload is {self.offload} and lora.rank is {self.lora.rank}: with adapters the "
+                "reference is the policy's own weights, which cannot leave; set offload to false"
+            )
         if ppo.kl_coef < 0:
             raise ValueError(f"ppo.kl_coef is {ppo.kl_coef}; below 0 it would reward drifting away")
         if ppo.kl_target is not None:

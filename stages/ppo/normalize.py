@@ -92,7 +92,8 @@ def _measure(
     seed = (sampler.config.seed + SEED_SHIFT) * 1000 + accelerator.process_index
     generator = torch.Generator().manual_seed(seed)
     with accelerator.autocast():
-        trees, _ = sampler.sample(sampler.ref_policy, episodes, generator)
+        with sampler.reference_at_hand():
+            trees, _ = sampler.sample(sampler.ref_policy, episodes, generator)
         scores = sampler.raw_scores(episodes, trees).scores.double()
     mean = float(sum_over_processes(accelerator, scores.sum())) / num_samples
     squares = float(sum_over_processes(accelerator, (scores - mean).square().sum()))

@@ -1,6 +1,7 @@
 """One rollout: responses sampled from the policy, their rewards and advantages."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,10 +19,18 @@ from rlhf.inference import compute_logprobs, compute_moments, compute_values
 from rlhf.kl import k1, k3, penalized_rewards
 from rlhf.logprobs import TokenMoments
 from rlhf.masking import masked_sum, whiten, whitening_sums
+from rlhf.memory import on_device
 from rlhf.models import ScalarModel
 from rlhf.packing import Packer, PromptTree, response_batch
 from rlhf.records import Prompt
-from rlhf.rewards import Reward, Scored, adjust_missing_end, clip_scores, penalize_length
+from rlhf.rewards import (
+    Reward,
+    Scored,
+    adjust_missing_end,
+    clip_scores,
+    penalize_length,
+    reward_models_of,
+)
 from rlhf.statistics import distinct_bigrams
 from rlhf.timing import Stopwatch
 from stages.ppo.config import Config
@@ -120,7 +129,10 @@ class Sampler:
     def raw_scores(self, episodes: Sequence[Episode], trees: Sequence[PromptTree]) -> Scored:
         """Scores (batch,) as the reward gives them."""
         responses = [list(tree.responses[0]) for tree in trees]
-        with self.watch.phase("score"):
+        with (
+            self.watch.phase("score"),
+            on_device(reward_models_of(self.reward), self.watch.device, self.config.offload),
+        ):
             return self.reward.score(
                 [episode.record for episode in episodes],
                 [list(tree.prompt) for tree in trees],
@@ -150,6 +162,15 @@ class Sampler:
         """(batch, time) at the sampling temperature."""
         temperature = self.config.rollout.temperature
         return compute_logprobs(policy, trees, self.packer, temperature=temperature)
+
+    def ref_logprobs(self, trees: Sequence[PromptTree]) -> Tensor:
+        """`logprobs` of the reference policy."""
+        with self.reference_at_hand():
+            return self.logprobs(self.ref_policy, trees)
+
+    def reference_at_hand(self) -> AbstractContextManager[None]:
+        """Inside, the reference policy is on the device."""
+        return on_device([self.ref_policy], self.watch.device, self.config.offload)
 
     def moments(self, policy: nn.Module, trees: Sequence[PromptTree]) -> TokenMoments:
         """`logprobs`, and what they should be on average for tokens drawn from the policy."""
@@ -182,7 +203,7 @@ def roll_out(
     with sampler.watch.phase("logprobs"):
         logprobs, entropy, logprob_variance = sampler.moments(policy, trees)
     with sampler.watch.phase("reference"):
-        ref_logprobs = sampler.logprobs(sampler.ref_policy, trees)
+        ref_logprobs = sampler.ref_logprobs(trees)
     with sampler.watch.phase("value"):
         values = compute_values(value_model, trees, sampler.packer)
     with sampler.watch.phase("advantages"):

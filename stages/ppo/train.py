@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -12,17 +14,19 @@ from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from tqdm import tqdm
 
+from rlhf import sharding
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
 from rlhf.distributed import (
     max_over_processes,
+    naming,
     own_share,
     start_accelerator,
     sum_over_processes,
 )
 from rlhf.finite import NonFiniteError, require_finite
-from rlhf.generation import make_engine
+from rlhf.generation import FastestEngine, make_engine
 from rlhf.kl import adapt_kl_coef, k1
 from rlhf.models import (
     ScalarModel,
@@ -66,7 +70,7 @@ from stages.ppo.monitor import (
 from stages.ppo.normalize import normalize_scores
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out, rollout_metrics, rollout_sums
 from stages.ppo.speed import Speedometer
-from stages.ppo.update import Learner, PolicyAndValue, update
+from stages.ppo.update import POLICY, Learner, PolicyAndValue, update
 
 
 def train(config: Config) -> None:
@@ -84,13 +88,15 @@ def train(config: Config) -> None:
         held_out = _load_episodes(config.prompts_held_out, chat, config, accelerator)
         held_out = held_out[: config.num_eval_prompts]
     watch = Stopwatch(accelerator.device)
-    learner, sampler = load_models(config, chat, accelerator, watch)
+    with watch.phase("load"):
+        learner, sampler = load_models(config, chat, accelerator, watch)
     _announce(config, accelerator, len(episodes))
     _warn_of_chance(config, monitor)
     before = checkpoints.saved("progress") or {}
-    sampler, raw_scores = normalize_scores(
-        sampler, learner.models.value_model, episodes, accelerator, before.get("raw_scores")
-    )
+    with sharding.whole_weights(accelerator, learner.model):
+        sampler, raw_scores = normalize_scores(
+            sampler, learner.models.value_model, episodes, accelerator, before.get("raw_scores")
+        )
 
     text_order = shuffled_text(config, chat, accelerator)
     texts = (own_share(accelerator, batch) for batch in text_order)
@@ -106,8 +112,10 @@ def train(config: Config) -> None:
         "progress": Fields(progress, *vars(progress)),
         "speed": Fields(speed, "totals"),
     }
-    generators = Generators(sampling=sampling, shuffling=shuffling)
-    checkpoints.restore(parts | learner.parts(), generators)
+    own: dict[str, Stateful] = {"generators": Generators(sampling=sampling, shuffling=shuffling)}
+    if isinstance(sampler.engine, FastestEngine):  # the choice was made by the clock
+        own["engine"] = sampler.engine
+    checkpoints.restore(parts | learner.parts(), own)
     first = 0 if checkpoints.step is None else checkpoints.step + 1
     watch.take()  # what came before the first update is none of its phases
     bar = tqdm(
@@ -122,8 +130,9 @@ def train(config: Config) -> None:
         models = learner.models
         batch = own_share(accelerator, next(order))
         only_value = number < config.ppo.value_warmup_updates
-        with _stopping_well(monitor, number, learner, chat, run):
-            with accelerator.autocast():
+        place = partial(_place, watch, number)
+        with _stopping_well(monitor, number, learner, chat, run), naming(accelerator, place):
+            with sharding.whole_weights(accelerator, learner.model), accelerator.autocast():
                 rollout = roll_out(
                     models.policy,
                     models.value_model,
@@ -150,7 +159,7 @@ def train(config: Config) -> None:
                 horizon=config.ppo.kl_horizon,
             )
         if held_out and (number % config.eval_every == 0 or number == config.num_updates - 1):
-            with watch.phase("evaluate"):
+            with watch.phase("evaluate"), sharding.whole_weights(accelerator, learner.model):
                 metrics |= evaluate(learner, sampler, held_out, run, number, config)
         seconds = watch.take() | {"update": time.perf_counter() - started}
         started = time.perf_counter()  # saving counts for the update behind it
@@ -164,8 +173,7 @@ def train(config: Config) -> None:
 
     if learner.average is not None:
         learner.average.copy_to(learner.models.policy)
-    if accelerator.is_main_process:
-        save_policy(learner.models.policy, chat.tokenizer, run.dir)
+    save_learned(learner, chat, run.dir)
     results = progress.metrics | speed.mean()
     results = {name.removeprefix("ppo/"): value for name, value in results.items()}
     phases = {name: round(value, 1) for name, value in progress.seconds.items()}
@@ -208,9 +216,21 @@ def _stopping_well(
             monitor.raise_alarm(NONFINITE, number, cause)
     except TrainingStopped as stop:
         folder = run.dir / LAST_GOOD
-        if learner.accelerator.is_main_process:
-            save_policy(learner.models.policy, chat.tokenizer, folder)
+        save_learned(learner, chat, folder)
         raise TrainingStopped(f"{stop} The weights before it are in {folder}.") from stop
+
+
+def _place(watch: Stopwatch, update: int) -> str:
+    return f"phase {watch.last_phase} of update {update}"
+
+
+def save_learned(learner: Learner, chat: Chat, folder: Path) -> None:
+    """Writes the policy as a plain model folder; all processes take part."""
+    accelerator = learner.accelerator
+    weights = sharding.whole_state(accelerator, learner.model, "policy")
+    if accelerator.is_main_process:
+        save_policy(learner.models.policy, chat.tokenizer, folder, weights)
+    accelerator.wait_for_everyone()
 
 
 def _warn_of_chance(config: Config, monitor: Monitor) -> None:
@@ -314,13 +334,33 @@ def evaluate(
 ) -> dict[str, float]:
     """Score, KL, length and ends on held-out prompts, by the same draws every time."""
     episodes = own_share(learner.accelerator, held_out)
+    # Fewer prompts than processes leave some without any.
+    sums = _answer(learner, sampler, episodes, run, number, config) if episodes else torch.zeros(4)
+    score, nats, tokens, ended = sum_over_processes(learner.accelerator, sums).tolist()
+    return {
+        "ppo/held_out_score": score / len(held_out),
+        "ppo/held_out_kl": nats / len(held_out),
+        "ppo/held_out_tokens": tokens / len(held_out),
+        "ppo/held_out_eos_rate": ended / len(held_out),
+    }
+
+
+def _answer(
+    learner: Learner,
+    sampler: Sampler,
+    episodes: Sequence[Episode],
+    run: Run,
+    number: int,
+    config: Config,
+) -> torch.Tensor:
+    """Sums over this process's held-out prompts, (4,): score, KL, tokens, responses that end."""
     generator = torch.Generator().manual_seed(config.seed)
     policy = learner.models.policy
     trees, _ = sampler.sample(policy, episodes, generator)
     scored, finished = sampler.score(episodes, trees)
     scores = scored.scores
     _, mask = response_batch([tree.responses[0] for tree in trees])
-    kl = k1(sampler.logprobs(policy, trees), sampler.logprobs(sampler.ref_policy, trees), mask)
+    kl = k1(sampler.logprobs(policy, trees), sampler.ref_logprobs(trees), mask)
     run.samples(
         [
             {
@@ -334,14 +374,7 @@ def evaluate(
         ][: config.num_samples],
         step=number,
     )
-    sums = torch.stack([scores.sum(), kl.sum(), mask.sum(), finished.sum()]).double()
-    score, nats, tokens, ended = sum_over_processes(learner.accelerator, sums).tolist()
-    return {
-        "ppo/held_out_score": score / len(held_out),
-        "ppo/held_out_kl": nats / len(held_out),
-        "ppo/held_out_tokens": tokens / len(held_out),
-        "ppo/held_out_eos_rate": ended / len(held_out),
-    }
+    return torch.stack([scores.sum(), kl.sum(), mask.sum(), finished.sum()]).double()
 
 
 def load_models(
@@ -357,11 +390,12 @@ def load_models(
     }
     check_context(policy, config.policy.path, limits)
     value_model = _load_value_model(config, chat, accelerator, bases)
+    resting_device = torch.device("cpu") if config.offload else accelerator.device
     reward = load_reward(
-        config.reward, chat, accelerator.device, config.micro_batch_tokens, accelerator.print, bases
+        config.reward, chat, resting_device, config.micro_batch_tokens, accelerator.print, bases
     )
-    ref_policy = load_policy(config.policy, bases=bases)
-    ref_policy.requires_grad_(False).to(accelerator.device)
+    ref_policy = load_policy(config.policy, bases=bases).requires_grad_(False)
+    ref_policy.to(resting_device)  # type: ignore[arg-type]  # a wrapper hides the types
     _announce_weights(config, accelerator, [policy, value_model, ref_policy], reward)
     packers = [
         packer_for(policy, config.micro_batch_tokens),
@@ -371,13 +405,14 @@ def load_models(
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
         checkpoint_activations(value_model.classifier)
-    average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
     groups = [(policy, config.optim.learning_rate), (value_model, config.value_learning_rate)]
     optimizer = make_optimizer(groups, config.optim)
-    first_steps = {0: config.value_warmup_steps}  # the policy's
+    first_steps = {POLICY: config.value_warmup_steps}
     schedule = make_schedule(optimizer, config.optim, config.num_steps, first_steps)
-    model, optimizer = accelerator.prepare(PolicyAndValue(policy, value_model), optimizer)
-    learner = Learner(model, optimizer, schedule, average, packer, accelerator, watch)
+    both = PolicyAndValue(policy, value_model)
+    model, prepared = sharding.prepare(accelerator, both, optimizer)
+    average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
+    learner = Learner(model, prepared, schedule, average, packer, accelerator, watch)
     return learner, Sampler(chat, ref_policy, reward, packer, config, watch, engine)
 
 

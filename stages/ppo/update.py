@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -10,16 +9,20 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf import sharding
 from rlhf.distributed import max_over_processes, sum_over_processes
 from rlhf.finite import NonFiniteError, require_finite
 from rlhf.losses import policy_loss, value_loss
 from rlhf.models import ScalarModel, response_logprobs
-from rlhf.optim import MovingAverage, gradients
+from rlhf.optim import MovingAverage
 from rlhf.packing import PackedRow, Packer, PromptTree
 from rlhf.state import OptimizerState, Stateful, Weights
 from rlhf.timing import Stopwatch
 from stages.ppo.config import Config
 from stages.ppo.rollout import Rollout
+
+POLICY = 0
+"""Number of the policy among the modules of the optimizer (see make_optimizer)."""
 
 Sums = dict[str, float]
 """Sums over this process's tokens and steps."""
@@ -104,6 +107,7 @@ def update(
         if _moved_too_far(learner, step, config.ppo.max_step_kl):
             break
     learner.model.eval()
+    learner.optimizer.zero_grad()  # the next rollout needs the room
     sums = {k: float(sum_over_processes(learner.accelerator, v)) for k, v in total.items()}
     return update_metrics(sums) | {
         "ppo/first_log_ratio": first_log_ratio,
@@ -148,34 +152,43 @@ def optimizer_step(
     The first two are means over the response tokens of the mini-batch on all processes. Policy and
     value model share no weight, so the value loss needs no coefficient.
     """
+    accelerator = learner.accelerator
     with learner.watch.phase("step"):  # also unwrapping takes milliseconds
         policy, value_model = learner.models.policy, learner.models.value_model
         learner.optimizer.zero_grad()
     ratio = config.ptx.grad_norm_ratio
     sums: Sums = {"steps": 1.0}
-    is_watched = bool(texts) and (config.ptx.gradient_norms or ratio is not None)
-    watched = [p for p in policy.parameters() if p.requires_grad and is_watched]
+    is_watched = bool(texts) and (
+        config.ptx.gradient_norms or ratio is not None or sharding.shards_gradients(accelerator)
+    )
+    watched = trained_parameters(policy) if is_watched else []
     with learner.watch.phase("ptx"):
         sums |= _text_pass(learner, texts, config.ptx.coef if ratio is None else 1.0)
-        text_gradients = [gradient.clone() for gradient in gradients(watched)]
+        text_gradients = _set_aside(learner, watched)
     with learner.watch.phase("train"):
         sums |= _episode_pass(learner, batch, config, only_value=only_value)
     with learner.watch.phase("step"):
         sums |= _balance(learner, watched, text_gradients, config)
         for name, module in (("policy_grad_norm", policy), ("value_grad_norm", value_model)):
-            parameters = module.parameters()
-            norm = learner.accelerator.clip_grad_norm_(parameters, config.optim.max_grad_norm)
-            sums[name] = float(norm)
+            sums[name] = sharding.clip_gradients(
+                accelerator, trained_parameters(module), config.optim.max_grad_norm
+            )
         if not math.isfinite(sums["policy_grad_norm"] + sums["value_grad_norm"]):
             raise find_nonfinite(learner, batch, texts, config)
-        if only_value:  # a gradient of 0 would still move it by weight decay and age Adam's moments
-            for parameter in policy.parameters():
-                parameter.grad = None
-        learner.optimizer.step()
+        sharding.take_step(
+            accelerator,
+            learner.model,
+            learner.optimizer,
+            frozen={POLICY: policy} if only_value else {},
+        )
         learner.schedule.step()
         if learner.average is not None:
             learner.average.update(policy)
     return sums
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _episode_pass(learner: Learner, batch: Rollout, config: Config, *, only_value: bool) -> Sums:
@@ -190,7 +203,7 @@ def _episode_pass(learner: Learner, batch: Rollout, config: Config, *, only_valu
         row = rows[min(number, len(rows) - 1)].to(accelerator.device)
         weight = float(number < len(rows))  # a process with fewer rows repeats one at weight 0
         part = RowBatch.of(batch, row)
-        with _synchronise(learner, number == num_passes - 1):
+        with sharding.one_pass(accelerator, learner.model, is_last=number == num_passes - 1):
             logprobs, values = learner.model(row, config.rollout.temperature)
             policy, policy_stats = policy_loss(
                 row.unpack(logprobs),
@@ -209,7 +222,8 @@ def _episode_pass(learner: Learner, batch: Rollout, config: Config, *, only_valu
                 num_tokens=num_tokens,
             )
             loss = policy_weight * policy + value
-            accelerator.backward(loss * weight * accelerator.num_processes)
+            loss = loss * weight * accelerator.num_processes
+            sharding.backward(accelerator, learner.model, loss)
         if weight:
             _add(sums, {"policy_loss": policy, "value_loss": value}, scale=num_tokens)
             sums["max_log_ratio"] = max(
@@ -220,20 +234,28 @@ def _episode_pass(learner: Learner, batch: Rollout, config: Config, *, only_valu
 
 
 def _text_pass(learner: Learner, texts: Sequence[PromptTree], coef: float) -> Sums:
-    """Adds coef times the gradient of the mean language modelling loss; not yet synchronised."""
+    """Adds coef times the gradient of the mean language modelling loss.
+
+    Whole gradients are synchronised later, with those of the episodes.
+    """
     if not texts:
         return {}
     accelerator = learner.accelerator
     own_tokens = sum(len(response) for tree in texts for response in tree.responses)
     num_tokens = int(sum_over_processes(accelerator, own_tokens))
+    rows = learner.packer.rows(texts)
+    num_passes = max_over_processes(accelerator, len(rows))
     sums: Sums = {"ptx_tokens": float(own_tokens)}
-    for row_on_cpu in learner.packer.rows(texts):
-        row = row_on_cpu.to(accelerator.device)
-        with _synchronise(learner, False):
+    for number in range(num_passes):
+        row = rows[min(number, len(rows) - 1)].to(accelerator.device)
+        weight = float(number < len(rows))  # as in the episodes' pass
+        is_last = number == num_passes - 1 and sharding.shards_gradients(accelerator)
+        with sharding.one_pass(accelerator, learner.model, is_last=is_last):
             logprobs, _ = learner.model(row, with_values=False)
             nats = -logprobs.sum()
-            accelerator.backward(nats * (coef * accelerator.num_processes / num_tokens))
-        _add(sums, {"ptx_nats": nats})
+            loss = nats * (weight * coef * accelerator.num_processes / num_tokens)
+            sharding.backward(accelerator, learner.model, loss)
+        _add(sums, {"ptx_nats": nats}, scale=weight)
     return sums
 
 
@@ -284,55 +306,62 @@ def find_nonfinite(
     """
     step = learner.schedule.last_epoch
     try:
-        for trees, phase in ((batch.trees, "train"), (texts, "ptx")):
-            for row in learner.packer.rows(trees):
-                on_device = row.to(learner.accelerator.device)
-                with torch.no_grad():
-                    logprobs, values = learner.models(on_device, with_values=phase == "train")
-                tensors = {"logprobs": row.unpack(logprobs.cpu())}
-                if values is not None:
-                    tensors |= {"values": row.unpack(values.cpu())}
-                require_finite(tensors, [trees[i] for i in row.tree_index.tolist()], phase)
+        with sharding.whole_weights(learner.accelerator, learner.model):
+            _find_nonfinite(learner, batch, texts)
     except NonFiniteError as found:
         return NonFiniteError(found.tensor, found.phase, found.tree, step)
     return NonFiniteError("gradient", "train", step=step)
 
 
+def _find_nonfinite(learner: Learner, batch: Rollout, texts: Sequence[PromptTree]) -> None:
+    for trees, phase in ((batch.trees, "train"), (texts, "ptx")):
+        for row in learner.packer.rows(trees):
+            on_device = row.to(learner.accelerator.device)
+            with torch.no_grad():
+                logprobs, values = learner.models(on_device, with_values=phase == "train")
+            tensors = {"logprobs": row.unpack(logprobs.cpu())}
+            if values is not None:
+                tensors |= {"values": row.unpack(values.cpu())}
+            require_finite(tensors, [trees[i] for i in row.tree_index.tolist()], phase)
+
+
+def _set_aside(learner: Learner, watched: Sequence[nn.Parameter]) -> list[Tensor]:
+    """A copy of the text's gradient. Where gradients are in shards they are then set to zero, since
+    DeepSpeed may or may not add what comes later to what is there."""
+    text = [gradient.clone() for gradient in sharding.local_gradients(watched)]
+    if text and sharding.shards_gradients(learner.accelerator):
+        sharding.scale_gradients(trained_parameters(learner.models), 0.0)
+    return text
+
+
 def _balance(
-    learner: Learner, parameters: Sequence[nn.Parameter], text: Sequence[Tensor], config: Config
+    learner: Learner, parameters: Sequence[nn.Parameter], text: list[Tensor], config: Config
 ) -> Sums:
     """Norms of the two gradients of the policy and their cosine; gives them their wanted ratio.
 
     Args:
-        parameters: with the sum of both gradients, over all processes; empty: not watched.
-        text: this process's gradient of the text, which is part of it.
+        parameters: with the sum of both gradients, over all processes; where gradients are in
+            shards, with that of the episodes alone. Empty: not watched.
+        text: this process's gradient of the text; where gradients are in shards, its shard of it.
     """
     if not parameters:
         return {}
     accelerator = learner.accelerator
-    if accelerator.num_processes > 1:
-        text = [accelerator.reduce(gradient, reduction="mean") for gradient in text]
-    ppo = [total - part for total, part in zip(gradients(parameters), text, strict=True)]
-    text_norm, ppo_norm = _norm(text), _norm(ppo)
-    product = sum(float((a * b).sum()) for a, b in zip(text, ppo, strict=True))
-    cosine = product / max(text_norm * ppo_norm, 1e-30)
+    ppo = sharding.local_gradients(parameters)
+    if not sharding.shards_gradients(accelerator):
+        if accelerator.num_processes > 1:
+            text = [accelerator.reduce(gradient, reduction="mean") for gradient in text]
+        ppo = [total - part for total, part in zip(ppo, text, strict=True)]
+    text_norm, ppo_norm = (sharding.norm(accelerator, gradient) for gradient in (text, ppo))
+    cosine = sharding.dot(accelerator, text, ppo) / max(text_norm * ppo_norm, 1e-30)
     coef, scale = config.ptx.coef, 1.0
     if config.ptx.grad_norm_ratio is not None:
         coef = scale = config.ptx.grad_norm_ratio * ppo_norm / max(text_norm, 1e-30)
-        for parameter, gradient in zip(parameters, text, strict=True):
-            if parameter.grad is not None:
-                parameter.grad.add_(gradient, alpha=scale - 1)
+    if scale != 1.0 or sharding.shards_gradients(accelerator):
+        total = [own.add(part, alpha=scale) for own, part in zip(ppo, text, strict=True)]
+        sharding.set_local_gradients(parameters, total)
     norms = {"ptx_norm": text_norm * scale, "ppo_norm": ppo_norm}
     return {**norms, "cosine": cosine, "ptx_coef": coef}
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([tensor.norm() for tensor in tensors]).norm())
-
-
-def _synchronise(learner: Learner, last: bool) -> AbstractContextManager[None]:
-    """Gradients are exchanged between processes in the last pass of a step only."""
-    return nullcontext() if last else learner.accelerator.no_sync(learner.model)
 
 
 def _add(sums: Sums, more: Mapping[str, Tensor], scale: float = 1.0) -> None:

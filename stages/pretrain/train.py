@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from rlhf import sharding
 from rlhf.datasets import read_records
 from rlhf.distributed import own_share, start_accelerator, sum_over_processes
 from rlhf.models import new_policy, save_policy
@@ -46,15 +47,16 @@ def pretrain(config: Config) -> None:
             figures["pretrain/fact_recall"] = fact_recall(model, tokenizer, probes)
         return figures
 
-    measured = _train(config, accelerator, run, checkpoints, model, blocks, evaluate)
+    num_parameters = model.num_parameters()
+    measured, weights = _train(config, accelerator, run, checkpoints, model, blocks, evaluate)
     results = {
-        "num_parameters": model.num_parameters(),
+        "num_parameters": num_parameters,
         "vocab_size": len(tokenizer),
         "num_tokens": blocks.numel() * config.num_epochs,
         **{name.removeprefix("pretrain/"): value for name, value in measured.items()},
     }
     if accelerator.is_main_process:
-        save_policy(model, tokenizer, run.dir)
+        save_policy(model, tokenizer, run.dir, weights)
     accelerator.wait_for_everyone()
     run.finish(results)
 
@@ -114,19 +116,32 @@ def _train(
     model: nn.Module,
     blocks: Tensor,
     evaluate: Callable[[], dict[str, float]],
-) -> dict[str, float]:
-    """Trains `model` in place, logs `evaluate` every eval_steps steps and returns its last."""
+) -> tuple[dict[str, float], dict[str, Tensor] | None]:
+    """Trains `model` in place and logs `evaluate` every eval_steps steps.
+
+    Returns:
+        the last of these figures, and the weights where the model itself holds shards only.
+
+    Raises:
+        ValueError: the processes cannot share a batch equally.
+    """
     batch_size = min(config.batch_size, len(blocks))
+    if batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"batches of {batch_size} rows cannot be shared equally by "
+            f"{accelerator.num_processes} processes; give a batch_size that is a multiple, and "
+            "enough text for one"
+        )
     batches = list(draw_batches(len(blocks), batch_size, config.num_epochs, config.seed))
     optimizer = make_optimizer([(model, config.optim.learning_rate)], config.optim)
     schedule = make_schedule(optimizer, config.optim, len(batches))
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped, prepared = sharding.prepare(accelerator, model, optimizer)
     parts: dict[str, Stateful] = {
         "model": Weights(model),
-        "optimizer": OptimizerState(optimizer, model),
+        "optimizer": OptimizerState(prepared, model),
         "schedule": schedule,
     }
-    checkpoints.restore(parts, Generators())
+    checkpoints.restore(parts, {"generators": Generators()})
     first = checkpoints.step or 0
     measured: dict[str, float] = {}
     progress = tqdm(
@@ -139,11 +154,14 @@ def _train(
     for step, rows in enumerate(progress, start=first + 1):
         wrapped.train()
         batch = blocks[own_share(accelerator, rows)].to(accelerator.device)
-        loss = language_model_loss(wrapped, batch)
-        accelerator.backward(loss)
-        grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.optim.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        with sharding.one_pass(accelerator, wrapped, is_last=True):
+            loss = language_model_loss(wrapped, batch)
+            sharding.backward(accelerator, wrapped, loss)
+        grad_norm = sharding.clip_gradients(
+            accelerator, model.parameters(), config.optim.max_grad_norm
+        )
+        sharding.take_step(accelerator, wrapped, prepared)
+        prepared.zero_grad()
         if step % config.log_steps == 0 or step == len(batches):
             mean_loss = sum_over_processes(accelerator, loss.detach()) / accelerator.num_processes
             progress.set_postfix(loss=f"{mean_loss:.3f}")
@@ -155,12 +173,13 @@ def _train(
             run.log(step, metrics)
         schedule.step()
         if step % config.eval_steps == 0 or step == len(batches):
-            measured = evaluate()
+            with sharding.whole_weights(accelerator, wrapped):
+                measured = evaluate()
             run.log(step, measured)
         if step < len(batches):
             checkpoints.end_step(step)
     checkpoints.close()
-    return measured
+    return measured, sharding.whole_state(accelerator, wrapped)
 
 
 def _read_texts(path: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The rm program: read rankings, train, save, and measure what was saved."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ from accelerate.utils import gather_object
 from safetensors import safe_open
 from transformers import set_seed
 
+from rlhf import sharding
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
-from rlhf.distributed import own_share, start_accelerator
+from rlhf.distributed import naming, own_share, start_accelerator
 from rlhf.inference import compute_scores
 from rlhf.lora import HEAD
+from rlhf.memory import memory_of
 from rlhf.models import (
     ScalarModel,
     check_vocabulary,
@@ -121,11 +124,9 @@ def save_scalar(trainer: RankingTrainer, chat: Chat, folder: Path) -> None:
     Raises:
         ValueError: the file holds no head of shape (1, model).
     """
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    weights = sharding.whole_state(trainer.accelerator, trainer.model_wrapped, "classifier")
     if trainer.accelerator.is_main_process:
         assert isinstance(trainer.model, ScalarModel)
-        prefix = "classifier."
-        weights = {name.removeprefix(prefix): value for name, value in state.items()}
         save_weights(trainer.model.classifier, folder, weights)
         chat.tokenizer.save_pretrained(folder)
         check_saved_head(folder, trainer.model.head.in_features)
@@ -186,7 +187,8 @@ def _fit(
     Between epochs `measure` gets the model, its packer and the step.
     """
     set_seed(config.seed)
-    model = load_scalar(config.model, new_head=True, lora=config.lora)
+    with memory_of("load"):
+        model = load_scalar(config.model, new_head=True, lora=config.lora)
     check_vocabulary(model.classifier, chat, config.model.path)
     packer = packer_for(model.classifier, config.micro_batch_tokens)
     if config.gradient_checkpointing:
@@ -194,12 +196,23 @@ def _fit(
     trainer = RankingTrainer(model, train_set, packer, config, run, checkpoints.step or 0)
     parts = {"trainer": Fields(trainer, "first_loss")}
     trainer.add_callback(ResumeCallback(checkpoints, trainer, parts))
-    trainer.add_callback(AtEpochEnd(lambda step: measure(model, packer, step)))
+
+    def measure_whole(step: int) -> None:
+        with sharding.whole_weights(trainer.accelerator, trainer.model_wrapped):
+            measure(model, packer, step)
+
+    trainer.add_callback(AtEpochEnd(measure_whole))
     # A folder with a card is taken for a finished reward model.
     (run.dir / REWARD_FILE).unlink(missing_ok=True)
-    trainer.train()
+    place = partial(_place, trainer)
+    with memory_of("train"), naming(trainer.accelerator, place):
+        trainer.train()
     save_scalar(trainer, chat, run.dir)
     return trainer.first_loss, trainer.state.global_step
+
+
+def _place(trainer: RankingTrainer) -> str:
+    return f"phase train of step {trainer.state.global_step}"
 
 
 def _saved(config: Config) -> ModelSettings:

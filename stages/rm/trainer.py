@@ -7,7 +7,6 @@ the budget and not by the batch; the loss's normaliser is the whole batch, over 
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +24,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf.distributed import check_joined, max_over_processes, own_share, sum_over_processes
+from rlhf.distributed import (
+    TRAINER_STATE,
+    check_launch,
+    load_models_whole,
+    max_over_processes,
+    own_share,
+    sum_over_processes,
+    use_accelerator_at_work,
+)
 from rlhf.losses import Stats, preferences_from_ranks, ranking_loss
 from rlhf.models import ScalarModel
 from rlhf.optim import make_optimizer, make_schedule
@@ -171,7 +178,8 @@ class RankingTrainer(Trainer):
             train_dataset=self.examples,
             data_collator=RankingCollator(packer, config.margin_per_rank),
         )
-        check_joined(self.accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1")))
+        check_launch(self.accelerator)
+        load_models_whole()
 
     def get_train_dataloader(self) -> DataLoader:
         """Not accelerate's loader, which repeats rankings to give every process as many."""
@@ -297,7 +305,7 @@ class RankingTrainer(Trainer):
 
 
 def _training_arguments(config: Config, run: Run) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run.dir),
         num_train_epochs=config.num_epochs,
         max_grad_norm=config.optim.max_grad_norm,
@@ -309,8 +317,11 @@ def _training_arguments(config: Config, run: Run) -> TrainingArguments:
         report_to="none",
         remove_unused_columns=False,
         use_cpu=not torch.accelerator.is_available(),
+        accelerator_config=TRAINER_STATE,
         ddp_find_unused_parameters=False,
     )
+    use_accelerator_at_work(arguments)
+    return arguments
 
 
 def _ranking_loss(

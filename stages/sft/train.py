@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, set_seed
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.distributed import start_accelerator
+from rlhf.memory import memory_of
 from rlhf.models import (
     check_context,
     check_vocabulary,
@@ -37,7 +38,8 @@ def train(config: Config) -> None:
     chat = load_chat(config.model)
     rows = load_rows(config, chat)
     set_seed(config.seed)  # of a new adapter, the same on all processes
-    policy = load_policy(config.model, config.lora)
+    with memory_of("load"):
+        policy = load_policy(config.model, config.lora)
     check_vocabulary(policy, chat, config.model.path)
     limits = {name: getattr(config, name) for name in ("max_prompt_tokens", "max_response_tokens")}
     check_context(policy, config.model.path, limits)

@@ -9,6 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
-from rlhf.distributed import check_joined
+from rlhf import sharding
+from rlhf.distributed import (
+    TRAINER_STATE,
+    check_launch,
+    load_models_whole,
+    naming,
+    use_accelerator_at_work,
+)
+from rlhf.memory import memory_of
 from rlhf.models import save_weights
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.packing import PromptTree
@@ -74,13 +83,15 @@ def fit(
     accumulation_steps(config)  # refuses before the run's folder is touched
     first_step = checkpoints.step or 0
     trainer = make_trainer(policy, tokenizer, trees, config, str(run.checkpoints), first_step)
-    keeper = _Keeper(config, run, measure)
+    keeper = _Keeper(config, run, measure, trainer)
     parts = {**parts, "keeper": Fields(keeper, "best_step", "best")}
     if checkpoints.are_written:  # the best of the last checkpoint is not to go before the next one
         trainer.args.save_total_limit = None
     trainer.add_callback(ResumeCallback(checkpoints, trainer, parts, keeper.remove_others))
     trainer.add_callback(keeper)
-    trainer.train()
+    place = partial(_place, trainer)
+    with memory_of("sft training"), naming(trainer.accelerator, place):
+        trainer.train()
     if keeper.best_step is None:
         raise ValueError(
             f"{config.choose_by} is not a number at any measured step; lower "
@@ -115,7 +126,8 @@ def make_trainer(
         processing_class=tokenizer,
         optimizers=(optimizer, make_schedule(optimizer, config.optim, num_steps)),
     )
-    check_joined(trainer.accelerator.num_processes, _num_launched())
+    check_launch(trainer.accelerator)
+    load_models_whole()
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -149,12 +161,13 @@ class _PlainTrainer(SFTTrainer):
 class _Keeper(TrainerCallback):
     """Logs, shows progress, measures, and has the best checkpoint so far saved."""
 
-    def __init__(self, config: Config, run: Run, measure: Measure) -> None:
+    def __init__(self, config: Config, run: Run, measure: Measure, trainer: SFTTrainer) -> None:
         self.best_step: int | None = None
         self.best = math.inf
         self._config = config
         self._run = run
         self._measure = measure
+        self._trainer = trainer
         self._bar: tqdm | None = None
 
     @property
@@ -230,12 +243,18 @@ class _Keeper(TrainerCallback):
     def _measure_and_log(self, model: PreTrainedModel, step: int) -> Metrics:
         """The first process's figures, so that all processes choose alike."""
         model.eval()
-        metrics = broadcast_object_list([self._measure(model, step)])[0]
+        whole = sharding.whole_weights(self._trainer.accelerator, self._trainer.model_wrapped)
+        with memory_of("evaluate"), whole:
+            metrics = broadcast_object_list([self._measure(model, step)])[0]
         model.train()
         self._run.log(step, metrics)
         if self._bar is not None and not self._bar.disable:
             self._bar.write(f"sft: step {step}: {figures_line(metrics)}")
         return metrics
+
+
+def _place(trainer: SFTTrainer) -> str:
+    return f"phase train of step {trainer.state.global_step}"
 
 
 def figures_line(metrics: Mapping[str, float]) -> str:
@@ -260,7 +279,7 @@ def _num_launched() -> int:
 
 
 def _arguments(config: Config, checkpoint_dir: str, num_steps: int) -> SFTConfig:
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=checkpoint_dir,
         per_device_train_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=accumulation_steps(config),
@@ -283,4 +302,7 @@ def _arguments(config: Config, checkpoint_dir: str, num_steps: int) -> SFTConfig
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config=TRAINER_STATE,
     )
+    use_accelerator_at_work(arguments)
+    return arguments

@@ -55,8 +55,11 @@ def test_a_worker_that_fails_is_quoted(tmp_path: Path) -> None:
 
 
 def test_a_program_that_does_not_start_is_quoted(tmp_path: Path) -> None:
-    with pytest.raises(WorkerError, match="no_such_module"):
-        start("import no_such_module", tmp_path)
+    with (
+        pytest.raises(WorkerError, match="no_such_module"),
+        start("import no_such_module", tmp_path) as worker,
+    ):
+        worker.run()
 
 
 def test_sides_run_in_turn_behind_a_warm_up(tmp_path: Path) -> None:

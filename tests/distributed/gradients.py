@@ -1,24 +1,21 @@
-"""The gradient of one global batch, of PPO with ptx and of the reward model, by however many
-processes run this program; the first one writes it.
+"""The gradient of one global batch, of PPO with ptx, of the reward model and of SFT, by however
+many processes call `all_gradients` and whatever is split between them."""
 
-    accelerate launch --config_file configs/accelerate/cpu2.yaml tests/distributed/gradients.py FILE
-"""
-
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from accelerate import Accelerator
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
+from rlhf import sharding
 from rlhf.config import ModelSettings, OptimSettings
-from rlhf.distributed import own_share, start_accelerator
+from rlhf.distributed import is_asked_for, own_share, start_accelerator
 from rlhf.inference import compute_logprobs, compute_values
-from rlhf.optim import gradients, make_optimizer, make_schedule
+from rlhf.optim import make_optimizer, make_schedule
 from rlhf.packing import Packer, PromptTree, response_batch, text_tree
 from rlhf.records import Ranking
 from rlhf.rewards import RewardSettings
@@ -29,14 +26,52 @@ from stages.ppo.update import Learner, PolicyAndValue, optimizer_step
 from stages.rm.config import Config as RewardModelConfig
 from stages.rm.data import Example
 from stages.rm.trainer import RankingTrainer
-from tests.rlhf.tiny_models import VOCAB, tiny_policy_of, tiny_scalar_of
+from stages.sft.config import Config as FineTuningConfig
+from stages.sft.trainer import make_trainer
+from tests.rlhf.tiny_models import VOCAB, byte_tokenizer, tiny_policy_of, tiny_scalar_of
 
 OPTIM = OptimSettings(learning_rate=1e-3, max_grad_norm=float("inf"))
 BUDGET = 40
 """Tokens a pass: the first process's episodes need more passes than the second's."""
 
 
-def ppo_gradient(ptx: PtxSettings) -> dict[str, Tensor]:
+Gradients = dict[str, Tensor]
+"""Name of a parameter -> its gradient, of the global batch and in full."""
+
+
+@contextmanager
+def recorded(module: nn.Module) -> Iterator[Gradients]:
+    """The gradients with which the module's step is taken."""
+    found: Gradients = {}
+
+    def record(*_: object) -> None:
+        parameters = dict(module.named_parameters())
+        own = sharding.local_gradients(parameters.values())
+        for (name, parameter), gradient in zip(parameters.items(), own, strict=True):
+            found[name] = whole_gradient(parameter, gradient).clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if is_asked_for("ACCELERATE_USE_DEEPSPEED"):
+            import deepspeed
+
+            patch.setattr(deepspeed.DeepSpeedEngine, "step", record)
+            yield found
+        else:
+            handle = register_optimizer_step_pre_hook(record)
+            yield found
+            handle.remove()
+    assert found
+
+
+def whole_gradient(parameter: nn.Parameter, own: Tensor) -> Tensor:
+    if is_asked_for("ACCELERATE_USE_DEEPSPEED"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+    return own.view(parameter.shape)
+
+
+def ppo_gradient(ptx: PtxSettings) -> Gradients:
     """Of policy and value loss on eight episodes, and of the text loss on four pieces of text."""
     accelerator = start_accelerator()
     config = Config(
@@ -57,13 +92,14 @@ def ppo_gradient(ptx: PtxSettings) -> dict[str, Tensor]:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     optimizer = make_optimizer([(policy, 1e-3), (value_model, 1e-3)], OPTIM)
     schedule = make_schedule(optimizer, OPTIM, 10)
-    model, optimizer = accelerator.prepare(PolicyAndValue(policy, value_model), optimizer)
-    learner = Learner(model, optimizer, schedule, None, packer, accelerator)
+    both = PolicyAndValue(policy, value_model)
+    model, prepared = sharding.prepare(accelerator, both, optimizer)
+    learner = Learner(model, prepared, schedule, None, packer, accelerator)
     texts = [text_tree(random_ids(generator, length)) for length in (9, 12, 5, 7)]
     share = torch.tensor(own_share(accelerator, range(8)))
-    optimizer_step(learner, rollout.select(share), own_share(accelerator, texts), config)
-    names = [name for name, _ in learner.models.named_parameters()]
-    return dict(zip(names, gradients(learner.models.parameters()), strict=True))
+    with recorded(both) as found:
+        optimizer_step(learner, rollout.select(share), own_share(accelerator, texts), config)
+    return found
 
 
 def make_rollout(
@@ -101,8 +137,9 @@ def random_ids(generator: torch.Generator, length: int) -> tuple[int, ...]:
     return tuple(torch.randint(3, VOCAB, (length,), generator=generator).tolist())
 
 
-def ranking_gradient(folder: Path) -> dict[str, Tensor]:
+def ranking_gradient(folder: Path) -> Gradients:
     """Of the ranking loss on five rankings of two to six responses, of uneven weights."""
+    start_accelerator()
     generator = torch.Generator().manual_seed(1)
     examples = []
     for number, size in enumerate((6, 2, 5, 3, 4)):
@@ -124,35 +161,47 @@ def ranking_gradient(folder: Path) -> dict[str, Tensor]:
         optim=OPTIM,
     )
     run = open_run(config, stage="rm", inputs={})
-    trainer = RankingTrainer(tiny_scalar_of("llama"), examples, Packer(BUDGET), config, run)
-    model = trainer.accelerator.prepare(trainer.model)
-    collate, share = trainer.data_collator, own_share(trainer.accelerator, examples)
-    trainer.training_step(model, collate(share))
-    parameters = dict(trainer.accelerator.unwrap_model(model).named_parameters())
-    return dict(zip(parameters, gradients(parameters.values()), strict=True))
+    model = tiny_scalar_of("llama")
+    trainer = RankingTrainer(model, examples, Packer(BUDGET), config, run)
+    with recorded(model) as found:
+        trainer.train()
+    return found
 
 
-def all_gradients(folder: Path) -> dict[str, Tensor]:
+def fine_tuning_gradient(folder: Path) -> Gradients:
+    """Of the SFT loss on eight demonstrations of uneven lengths, two at a time."""
+    start_accelerator()
+    generator = torch.Generator().manual_seed(2)
+    trees = [
+        PromptTree(random_ids(generator, 3), (random_ids(generator, length),))
+        for length in (12, 1, 9, 2, 14, 3, 10, 1)
+    ]
+    config = FineTuningConfig(
+        output_dir=str(folder / "sft"),
+        model=ModelSettings(path="unused"),
+        demonstrations="unused",
+        batch_size=8,
+        micro_batch_size=2,
+        optim=OPTIM,
+    )
+    policy = tiny_policy_of("llama")
+    tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
+    trainer = make_trainer(policy, tokenizer, trees, config, str(folder / "checkpoints"))
+    with recorded(policy) as found:
+        trainer.train()
+    return found
+
+
+def all_gradients(folder: Path) -> Gradients:
     """By loss and name of the parameter."""
     found = {
         "ppo": ppo_gradient(PtxSettings(coef=0.7, text="unused")),
         "ratio": ppo_gradient(PtxSettings(coef=1.0, grad_norm_ratio=2.0, text="unused")),
         "rm": ranking_gradient(folder),
+        "sft": fine_tuning_gradient(folder),
     }
     return {
-        f"{loss}/{name}": gradient.clone()
+        f"{loss}/{name}": gradient
         for loss, by_name in found.items()
         for name, gradient in by_name.items()
     }
-
-
-def main() -> None:
-    path = Path(sys.argv[1])
-    found = all_gradients(path.parent)
-    if Accelerator().is_main_process:
-        processes = torch.tensor(Accelerator().num_processes)
-        save_file({**found, "processes": processes}, path)
-
-
-if __name__ == "__main__":
-    main()

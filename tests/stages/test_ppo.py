@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice, repeat
 from pathlib import Path
@@ -12,8 +13,9 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+import stages.ppo.rollout
 from rlhf.chat import Chat
-from rlhf.config import ModelSettings, OptimSettings
+from rlhf.config import LoraSettings, ModelSettings, OptimSettings
 from rlhf.generation.loop import LoopEngine
 from rlhf.inference import compute_logprobs, compute_values
 from rlhf.models import save_policy
@@ -127,6 +129,24 @@ def test_rewards_of_a_rollout_hold_the_score_once_and_no_kl_before_the_first_upd
     assert torch.equal(
         rollout.finished, torch.tensor([tree.responses[0][-1] == END for tree in rollout.trees])
     )
+
+
+def test_reference_and_reward_models_come_only_for_their_use(monkeypatch):
+    visits = []
+
+    @contextmanager
+    def note(models, device, offload):
+        visits.append((list(models), device.type, offload))
+        yield
+
+    monkeypatch.setattr(stages.ppo.rollout, "on_device", note)
+    reward_model = tiny_scalar_of("llama")
+    monkeypatch.setattr(stages.ppo.rollout, "reward_models_of", lambda reward: [reward_model])
+    config = make_config(offload=True)
+    make_rollout(make_learner(config), config)
+    (scoring, reading) = visits
+    assert scoring == ([reward_model], "cpu", True)
+    assert type(reading[0][0]).__name__ == "LlamaForCausalLM" and reading[1:] == ("cpu", True)
 
 
 def test_returns_come_from_advantages_before_whitening():
@@ -364,6 +384,7 @@ def test_text_is_joined_behind_its_separator_and_cut_to_full_blocks():
         ),
         ({"ppo": PPOSettings(mini_batch_size=4, max_step_kl=0.0)}, "max_step_kl is 0"),
         ({"ptx": PtxSettings(coef=0.0, grad_norm_ratio=-1.0)}, "grad_norm_ratio is -1"),
+        ({"offload": True, "lora": LoraSettings(rank=4)}, "offload is True and lora.rank is 4"),
     ],
 )
 def test_contradictory_settings_are_refused_with_their_values(changes, message):

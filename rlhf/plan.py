@@ -1,0 +1,401 @@
+"""What a run will need, before anything is loaded: bytes by what holds them, and seconds.
+
+    python -m rlhf.plan --config configs/ppo/tiny.yaml [--accelerate FILE] [--KEY VALUE]...
+
+Of the models only config.json is read. The peak of a phase is what is held all the time, plus what
+is held in this phase, plus what its passes allocate at most:
+
+    held       weights of all models; Adam's two moments of each trained weight, of its type; the
+               moving average, fp32; the buffers in which several processes exchange gradients
+    train      gradients of both models, the text's gradients if they are watched, and a pass with
+               its backward pass over a row of micro_batch_tokens (`rlhf.dry_run`)
+    ptx        gradients of the policy, and such a pass of it alone over text
+    step       gradients, the text's, and PPO's own beside them to be compared; or the optimizer's
+               temporaries: two of the largest weight, and on a GPU, where a model's weights are
+               stepped at once, one of each
+    rollout    prompts of max_prompt_tokens read at once, or the last step with the whole cache
+    others     a pass without gradient over a row of micro_batch_tokens
+
+DDP holds all of this in every process. ZeRO-2 splits optimizer and gradients over the processes,
+ZeRO-3 the trained weights too; with mixed precision DeepSpeed keeps fp32 weights beside halved
+ones. tests/rlhf/test_plan.py holds the peak of real runs on a CPU to it; GPUs and ZeRO were never
+measured. Lengths are the settings' limits: shorter data need less in the rollout, and less time.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from rlhf.cli import run_stage
+from rlhf.config import ModelSettings
+from rlhf.dry_run import DryRun
+from rlhf.flops import BACKWARD, Work, forward_flops, size_of, text_work, update_flops, work_of
+from rlhf.logprobs import CHUNK_TOKENS
+from rlhf.models import checkpoint_activations
+from rlhf.packing import PackedRow, Packer, PromptTree, text_tree
+from rlhf.timing import matrix_rate
+from stages.ppo.config import Config as PPOConfig
+from stages.rm.config import Config as RMConfig
+from stages.sft.config import Config as SFTConfig
+
+Config = PPOConfig | RMConfig | SFTConfig
+STAGES: dict[str, Any] = {"ppo": PPOConfig, "rm": RMConfig, "sft": SFTConfig}
+TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Of the launcher's settings what memory depends on."""
+
+    num_processes: int = 1
+    zero_stage: int = 0
+    mixed_precision: str = "no"
+    device: str = "cpu"
+
+    @classmethod
+    def read(cls, path: Path | None) -> "Launch":
+        """A file that `accelerate config` wrote; None: one process on the device that is there.
+
+        Raises:
+            ValueError, OSError: the file cannot be used.
+        """
+        settings = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} holds no settings; give a file of configs/accelerate")
+        is_parallel = settings.get("distributed_type", "NO") != "NO"
+        has_gpu = torch.cuda.is_available() or is_parallel
+        return cls(
+            num_processes=settings.get("num_processes", 1),
+            zero_stage=settings.get("deepspeed_config", {}).get("zero_stage", 0),
+            mixed_precision=settings.get("mixed_precision", "no"),
+            device="cuda" if has_gpu and not settings.get("use_cpu", False) else "cpu",
+        )
+
+    def share(self, num_bytes: int, from_zero_stage: int) -> int:
+        """What a process holds of them, which ZeRO splits from this stage on."""
+        return num_bytes // self.num_processes if self.zero_stage >= from_zero_stage else num_bytes
+
+
+@dataclass
+class Plan:
+    """Bytes of one process, and the FLOPs of its work."""
+
+    launch: Launch
+    held: dict[str, int] = field(default_factory=dict)
+    """All the time, on the device."""
+    waiting: dict[str, int] = field(default_factory=dict)
+    """In CPU memory between uses."""
+    parts: dict[str, int] = field(default_factory=dict)
+    """What stands out of what the phases need."""
+    phases: dict[str, int] = field(default_factory=dict)
+    """Peak of each phase, with all that is held."""
+    work: str = "an update"
+    """What the FLOPs are of."""
+    flops: dict[str, float] = field(default_factory=dict)
+    """By phase."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    def add_phase(self, name: str, *parts: int) -> None:
+        self.phases[name] = sum(self.held.values()) + sum(parts)
+
+    def hold_trained(self, models: dict[str, nn.Module]) -> None:
+        """Weights and optimizer of models that learn."""
+        launch = self.launch
+        halved = launch.zero_stage > 0 and launch.mixed_precision != "no"
+        for name, model in models.items():
+            full = _bytes(model)
+            self.held[f"{name}: weights"] = launch.share(full // 2 if halved else full, 3)
+            self.held[f"{name}: optimizer"] = launch.share((2 + halved) * full, 1)
+            if launch.num_processes > 1 and not launch.zero_stage:
+                self.held[f"{name}: exchange of gradients"] = full
+
+
+def make_plan(config: Config, launch: Launch) -> Plan:
+    """The plan of a stage's settings.
+
+    Raises:
+        ValueError, OSError: a model's config cannot be read, or an adapter is to be trained.
+    """
+    lora = getattr(config, "lora", None)  # which not every stage has
+    if lora is not None and lora.rank:
+        raise ValueError(
+            f"lora.rank is {lora.rank}, and the plan knows no adapters; give --lora.rank 0 for "
+            "what the run would need without one, which is more"
+        )
+    dry, plan = DryRun(TYPES[launch.mixed_precision]), Plan(launch)
+    if isinstance(config, PPOConfig):
+        _plan_ppo(plan, dry, config)
+    elif isinstance(config, RMConfig):
+        _plan_rm(plan, dry, config)
+    else:
+        _plan_sft(plan, dry, config)
+    return plan
+
+
+def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
+    launch, budget = plan.launch, config.micro_batch_tokens
+    policy, value_model = dry.policy(_dry(config.policy)), dry.scalar(_dry(config.policy))
+    rewards = {
+        name: dry.scalar(_dry(_reward_settings(config, path)))
+        for name, path in config.reward.model_paths.items()
+    }
+    if config.gradient_checkpointing:
+        checkpoint_activations(policy)
+        checkpoint_activations(value_model.classifier)
+    plan.hold_trained({"policy": policy, "value model": value_model})
+    if config.ema_decay is not None:
+        plan.held["policy: moving average"] = _bytes(policy, as_type=torch.float32)
+    resting = plan.waiting if config.offload and launch.device != "cpu" else plan.held
+    resting["reference"] = _bytes(policy)
+    for name, model in rewards.items():
+        resting[f"reward.{name}"] = _bytes(model)
+    visit = {name: size if resting is plan.waiting else 0 for name, size in resting.items()}
+
+    prompt, response = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
+    own_episodes = config.rollout.batch_size // launch.num_processes
+    batch = min(config.generation.batch_size, own_episodes)
+    sampling, plan.parts["KV cache of a rollout"] = dry.sampling(policy, batch, prompt, response)
+    row = _row(config.policy, prompt, response, budget, own_episodes)
+    plan.add_phase("rollout", sampling)
+    if rewards:  # all of them come for the phase
+        visitors = sum(visit[f"reward.{name}"] for name in rewards)
+        passes = [dry.values(model, row) for model in rewards.values()]
+        plan.add_phase("score", visitors, max(passes))
+    plan.add_phase("logprobs", dry.moments(policy, row))
+    plan.add_phase("reference", visit["reference"], dry.logprobs(policy, row))
+    plan.add_phase("value", dry.values(value_model, row))
+
+    own_step = config.ppo.mini_batch_size // launch.num_processes
+    own_blocks = math.ceil(config.text_blocks_per_step / launch.num_processes)
+    row = _row(config.policy, prompt, response, budget, own_step)
+    of_policy, of_value = (launch.share(_bytes(model), 2) for model in (policy, value_model))
+    is_watched = config.ptx.gradient_norms or config.ptx.grad_norm_ratio is not None
+    of_text = of_policy if own_blocks and is_watched else 0
+    accumulates: list[nn.Module] = []
+    if own_blocks:
+        blocks = _text_row(config.policy, config.ptx.block_tokens, budget, own_blocks)
+        if own_blocks * config.ptx.block_tokens > budget:
+            accumulates = [policy]
+        a_pass = dry.training(blocks, policy, None, accumulates)
+        plan.add_phase("ptx", of_policy * bool(accumulates), a_pass)
+    is_one_row = own_step * (prompt + response) <= budget
+    accumulates = [policy, value_model] if not is_one_row else [policy] if own_blocks else []
+    a_pass = dry.training(row, policy, value_model, accumulates)
+    before = of_policy * (policy in accumulates) + of_value * (value_model in accumulates)
+    plan.add_phase("train", before, of_text, a_pass)
+    comparing = of_text + _largest(policy) if of_text else 0
+    stepping = _step_bytes(launch, policy, value_model)
+    plan.add_phase("step", of_policy, of_value, of_text, max(comparing, stepping))
+    plan.parts |= {
+        "gradients of policy and value model": of_policy + of_value,
+        "gradients of the text": of_text,
+        f"pass of {row.input_ids.numel()} tokens, forward and backward": a_pass,
+        "  of it logits at a time": _logits_bytes(policy, min(CHUNK_TOKENS, len(row.targets))),
+    }
+    plan.flops = update_flops(
+        size_of(policy),
+        size_of(value_model.classifier),
+        [size_of(model.classifier) for model in rewards.values()],
+        work_of([_tree(prompt, response)]) * own_episodes,
+        text_work(config.ptx.block_tokens) * (own_blocks * config.steps_per_update),
+        config.ppo.num_epochs,
+    )
+    if config.gradient_checkpointing:
+        for name in ("ptx", "train"):
+            plan.flops[name] *= (BACKWARD + 2) / (BACKWARD + 1)
+
+
+def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
+    """A pass of a full row; a longer ranking, which is not cut, needs more."""
+    model = dry.scalar(_dry(config.model))
+    if config.gradient_checkpointing:
+        checkpoint_activations(model.classifier)
+    plan.hold_trained({"reward model": model})
+    lengths = config.max_prompt_tokens, config.max_response_tokens
+    row = _row(config.model, *lengths, config.micro_batch_tokens, config.batch_size)
+    gradients = plan.launch.share(_bytes(model), 2)
+    a_pass = dry.training(row, None, model, [model])
+    plan.add_phase("train", gradients, a_pass)
+    plan.add_phase("step", gradients, _step_bytes(plan.launch, model))
+    num_tokens = row.input_ids.numel()
+    plan.parts |= {
+        "gradients": gradients,
+        f"pass of {num_tokens} tokens, forward and backward": a_pass,
+    }
+    plan.work = f"a pass of {num_tokens} tokens"
+    work = work_of([_tree(*lengths)]) * max(1, num_tokens // sum(lengths))
+    forwards = 1 + BACKWARD + config.gradient_checkpointing
+    plan.flops["train"] = forwards * forward_flops(size_of(model.classifier), work)
+
+
+def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
+    """A padded batch with all of its logits, as TRL trains."""
+    policy = dry.policy(_dry(config.model))
+    plan.hold_trained({"policy": policy})
+    if config.reward_model is not None:
+        path = _with_config(config.reward_model, config.model.path)
+        plan.held["reward model"] = _bytes(dry.scalar(ModelSettings(path=path)))
+    prompt, response = config.max_prompt_tokens, config.max_response_tokens
+    batch = min(config.generation.batch_size, config.num_samples)
+    sampling, plan.parts["KV cache of the samples"] = dry.sampling(policy, batch, prompt, response)
+    plan.add_phase("samples", sampling)
+    if config.gradient_checkpointing:
+        checkpoint_activations(policy)
+    rows, length = config.micro_batch_size, prompt + response
+    gradients = plan.launch.share(_bytes(policy), 2)
+    accumulates = [policy] if config.batch_size > rows * plan.launch.num_processes else []
+    a_pass = dry.batch_training(policy, rows, length, accumulates)
+    plan.add_phase("train", gradients * bool(accumulates), a_pass)
+    plan.add_phase("step", gradients, _step_bytes(plan.launch, policy))
+    plan.parts |= {
+        "gradients": gradients,
+        f"pass of {rows} x {length} tokens, forward and backward": a_pass,
+        "  of it logits": _logits_bytes(policy, rows * length),
+    }
+    plan.work = "an optimizer step"
+    own_rows = config.batch_size // plan.launch.num_processes
+    work = Work(length, length, text_work(length).pairs) * own_rows
+    forwards = 1 + BACKWARD + config.gradient_checkpointing
+    plan.flops["train"] = forwards * forward_flops(size_of(policy), work)
+
+
+def _reward_settings(config: PPOConfig, path: str) -> ModelSettings:
+    return ModelSettings(
+        path=_with_config(path, config.policy.path),
+        dtype=config.reward.dtype,
+        trust_remote_code=config.reward.trust_remote_code,
+    )
+
+
+def _with_config(path: str, other: str) -> str:
+    """Of a reward model that is yet to be trained the shape is taken for that of the policy."""
+    return path if (Path(path) / "config.json").is_file() else other
+
+
+def _dry(settings: ModelSettings) -> ModelSettings:
+    """Flash attention has no kernel here; sdpa saves the same tensors where there is no mask."""
+    is_flash = settings.attention.startswith("flash")
+    return replace(settings, attention="sdpa") if is_flash else settings
+
+
+def _tree(prompt: int, response: int) -> PromptTree:
+    return PromptTree((0,) * prompt, ((0,) * response,))
+
+
+def _row(
+    settings: ModelSettings, prompt: int, response: int, budget: int, num_trees: int
+) -> PackedRow:
+    """The fullest row: trees of the largest size, and a smaller one that fills what is left."""
+    if settings.attention.startswith("flash"):
+        num_trees = 1  # without a mask every response is alone
+    num_whole = max(1, min(budget // (prompt + response), num_trees))
+    trees = [_tree(prompt, response)] * num_whole
+    left = budget - num_whole * (prompt + response)
+    if left > 1 and num_whole < num_trees:
+        trees.append(_tree(max(1, left - response), min(response, left - 1)))
+    return Packer(budget).rows(trees)[0]
+
+
+def _text_row(settings: ModelSettings, block: int, budget: int, num_blocks: int) -> PackedRow:
+    if settings.attention.startswith("flash"):
+        num_blocks = 1
+    trees = [text_tree([0] * block)] * max(1, min(budget // block, num_blocks))
+    return Packer(budget).rows(trees)[0]
+
+
+def _bytes(model: nn.Module, as_type: torch.dtype | None = None) -> int:
+    """Of the weights; those that two layers share once."""
+    weights = model.parameters()
+    return sum(p.numel() * (p.dtype if as_type is None else as_type).itemsize for p in weights)
+
+
+def _largest(*models: nn.Module) -> int:
+    return max(p.nbytes for model in models for p in model.parameters())
+
+
+def _step_bytes(launch: Launch, *models: nn.Module) -> int:
+    """Temporaries of AdamW."""
+    if launch.device == "cpu":
+        return 2 * _largest(*models)
+    return launch.share(max(_bytes(model) for model in models), 1)
+
+
+def _logits_bytes(policy: nn.Module, tokens: int) -> int:
+    return 4 * tokens * policy.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+
+
+def show(plan: Plan, rate: float, dtype: torch.dtype) -> str:
+    """The plan as a table."""
+    launch = plan.launch
+    zero = f", ZeRO-{launch.zero_stage}" if launch.zero_stage else ""
+    each = (
+        "one process" if launch.num_processes == 1 else f"each of {launch.num_processes} processes"
+    )
+    lines = [f"plan for {each} on {launch.device}, mixed precision {launch.mixed_precision}{zero}"]
+
+    def add(title: str, rows: dict[str, int], marked: int | None = None) -> None:
+        lines.extend(["", title] if rows else [])
+        for name, value in rows.items():
+            mark = "  <- peak" if value == marked else ""
+            lines.append(f"  {name:<46}{value / 1e6:>12,.1f} MB{mark}")
+
+    add("held all the time", plan.held | {"together": sum(plan.held.values())})
+    add("waiting in CPU memory", plan.waiting)
+    add("what phases need besides", {name: size for name, size in plan.parts.items() if size})
+    add("peak of each phase, all in all", plan.phases, plan.peak)
+    lines += ["", f"seconds of {plan.work}, at the matrix rate of this machine (an estimate: "]
+    lines[-1] += f"{rate / 1e9:,.0f} GFLOPS in {str(dtype).removeprefix('torch.')})"
+    seconds = {name: flops / rate for name, flops in plan.flops.items() if flops}
+    for name, value in (seconds | {"together": sum(seconds.values())}).items():
+        lines.append(f"  {name:<46}{value:>12,.3f} s")
+    lines.append("  expect two to five times as much: no pass reaches the rate")
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        usage="python -m rlhf.plan --config FILE [--accelerate FILE] [--KEY VALUE]...",
+        description="Memory and time that a run will need; other options are the stage's own.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("--stage", choices=STAGES)
+    parser.add_argument("--accelerate", type=Path)
+    own, words = parser.parse_known_args(args)
+
+    def tell(config: Any) -> None:
+        launch = Launch.read(own.accelerate)
+        plan = make_plan(config, launch)
+        model = config.policy if isinstance(config, PPOConfig) else config.model
+        dtype = TYPES[launch.mixed_precision] or getattr(torch, model.dtype)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        print(show(plan, matrix_rate(device, dtype), dtype), flush=True)
+
+    run_stage(tell, STAGES[own.stage or _stage_of(words)], words)
+
+
+def _stage_of(words: Sequence[str]) -> str:
+    """By the keys that only one stage's settings have."""
+    given = {
+        word.removeprefix("--").split("=")[0].split(".")[0] for word in words if word[:2] == "--"
+    }
+    for word, path in pairwise(words):
+        if word == "--config" and Path(path).is_file():
+            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            given |= set(settings) if isinstance(settings, dict) else set()
+    return "ppo" if "policy" in given else "rm" if "rankings" in given else "sft"
+
+
+if __name__ == "__main__":
+    main()

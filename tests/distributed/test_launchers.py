@@ -1,0 +1,163 @@
+"""Two processes, and ZeRO-2 and ZeRO-3 on top, do what one process does: gradients of one global
+batch, and SFT, a reward model and PPO with ptx one after another."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate import Accelerator
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf.config import ModelSettings
+from rlhf.distributed import check_plugin, naming
+from rlhf.rewards import load_reward_model
+from stages.rm.train import train as train_reward_model
+from stages.sft.train import train as fine_tune
+from tests.distributed.chain import make_inputs, rm_settings, sft_settings
+from tests.distributed.gradients import Gradients, all_gradients
+
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+ON_CPU = ["cpu2", "cpu2_zero2", "cpu2_zero3"]
+TIME_LIMIT = 400
+"""Seconds for all that one launch does, on a busy machine; a hang is found by it."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launched(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Launcher file -> folder with what its processes made; each is started once."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed, an extra, is not installed")
+    results = {}
+    for name in ON_CPU:
+        results[name] = tmp_path_factory.mktemp(name)
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+        program = [str(ROOT / "tests/distributed/driver.py"), str(inputs), str(results[name])]
+        done = subprocess.run(
+            [*launch, str(ROOT / f"configs/accelerate/{name}.yaml"), *program],
+            capture_output=True,
+            text=True,
+            timeout=TIME_LIMIT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert done.returncode == 0, done.stderr
+    return results
+
+
+@pytest.fixture(scope="module")
+def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Gradients:
+    return all_gradients(tmp_path_factory.mktemp("gradients"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_CPU)
+def test_gradients_of_a_global_batch(
+    name: str, launched: dict[str, Path], of_one_process: Gradients
+) -> None:
+    found = load_file(launched[name] / "gradients.safetensors")
+    assert found.pop("processes").item() == 2
+    assert found.keys() == of_one_process.keys()
+    for loss in ("ppo", "ratio", "rm", "sft"):
+        own = {k: value for k, value in of_one_process.items() if k.startswith(f"{loss}/")}
+        assert max(float(value.abs().max()) for value in own.values()) > 0.01
+        assert largest_difference(found, own) < 1e-5, loss
+
+
+@pytest.mark.slow
+def test_weights_are_those_of_one_process(
+    inputs: Path, launched: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of SFT and the reward model; PPO samples by other generators on two processes, so ZeRO's
+    policy is compared with that of plain data parallelism."""
+    fine_tune(sft_settings(inputs, tmp_path / "sft"))
+    base = load_file(inputs / "base" / "model.safetensors")
+    for name in ON_CPU:
+        sft = launched[name] / "sft"
+        assert largest_difference(weights(sft), weights(tmp_path / "sft")) < 1e-5, name
+        assert largest_difference(weights(sft), base) > 1e-3
+        train_reward_model(rm_settings(inputs, sft, tmp_path / name))
+        assert largest_difference(weights(launched[name] / "rm"), weights(tmp_path / name)) < 1e-4
+    policies = {name: weights(launched[name] / "ppo") for name in ON_CPU}
+    for name in ("cpu2_zero2", "cpu2_zero3"):
+        assert largest_difference(policies[name], policies["cpu2"]) < 1e-4, name
+    assert largest_difference(policies["cpu2"], weights(launched["cpu2"] / "sft")) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_CPU)
+def test_folders_are_plain_ones(name: str, launched: dict[str, Path]) -> None:
+    for stage, auto_class in (
+        ("sft", AutoModelForCausalLM),
+        ("rm", AutoModelForSequenceClassification),
+        ("ppo", AutoModelForCausalLM),
+    ):
+        folder = launched[name] / stage
+        assert all(weight.numel() > 0 for weight in weights(folder).values())
+        _, report = auto_class.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values()), (stage, report)
+    load_reward_model(  # scores its golden rows again
+        ModelSettings(path=str(launched[name] / "rm")),
+        micro_batch_tokens=100,
+        allow_chance_reward=True,
+    )
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_launcher_files_hold_what_accelerate_reads(path: Path) -> None:
+    known = vars(launch_command_parser().parse_args(["--config_file", str(path), "program.py"]))
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section in ("deepspeed_config", "fsdp_config"):
+        assert settings.get(section, {}).keys() <= known.keys()
+    needs = {"DEEPSPEED": "deepspeed_config", "FSDP": "fsdp_config"}.get(
+        settings["distributed_type"]
+    )
+    assert needs is None or settings[needs]
+
+
+def test_a_plugin_that_is_not_at_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_plugin(DistributedType.MULTI_CPU)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    check_plugin(DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="asked for DEEPSPEED but MULTI_CPU is at work"):
+        check_plugin(DistributedType.MULTI_CPU)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="asked for FSDP but NO is at work"):
+        check_plugin(DistributedType.NO)
+    with pytest.raises(ValueError, match="fsdp_version is 1"):
+        check_plugin(DistributedType.FSDP)
+
+
+def test_a_lost_process_is_told_with_rank_phase_and_step() -> None:
+    accelerator = Accelerator(cpu=True)
+    place = "phase train of update 3"
+    with (
+        pytest.raises(TimeoutError, match=f"process 0 of 1 waited in vain .* in {place}"),
+        naming(accelerator, lambda: place),
+    ):
+        raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1000ms")
+    with pytest.raises(RuntimeError, match="no collective"), naming(accelerator, lambda: place):
+        raise RuntimeError("no collective's error")
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def largest_difference(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
+    return max(float((some[name] - other).abs().max()) for name, other in others.items())
