@@ -1,36 +1,57 @@
 """`python -m rlhf.doctor`: what of this machine and installation works, and how to get the rest.
 
-Each line is OK, or the command that mends it. The exit code is 0 if all that the base needs is
-there; what only extras need is reported and not counted. Nothing here is imported before its line,
-so the doctor also runs where half of the packages are missing.
+Every line is OK, `no` (only some settings need it) or FAIL (no stage runs without it), the last two
+with the command that mends them. The exit code is 1 if a line says FAIL, else 0. Nothing is asked
+of other machines.
+
+What a check needs is imported inside it, so that the doctor also runs where packages are missing.
 """
 
+import argparse
 import importlib
-import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-PROJECT = "instruct-rlhf"
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 REINSTALL = "pip install --editable ."
-MIN_DISK, MIN_MEMORY = 5, 4
-"""GiB that the default preset is at ease with."""
+MODULES = {"pyyaml": "yaml"}
+"""What is imported of a package, where it has another name."""
+EXTRAS = {
+    "deepspeed": "ZeRO",
+    "tensorboard": "trackers",
+    "wandb": "trackers",
+    "bitsandbytes": "QLoRA, on GPUs",
+    "vllm": "faster sampling, on GPUs",
+}
+"""Package -> what the settings that need it are for."""
 
+GLOO_SECONDS = 90
+"""After which a process that did not end is given up."""
 _ALL_REDUCE = """
-import sys, datetime, torch, torch.distributed as dist
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], world_size=2,
-                        rank=int(sys.argv[2]), timeout=datetime.timedelta(seconds=60))
-one = torch.ones(1)
-dist.all_reduce(one)
+import datetime, sys, torch, torch.distributed as dist
+patience = datetime.timedelta(seconds=60)
+store = dist.FileStore(sys.argv[1], 2)
+store.set_timeout(patience)
+dist.init_process_group(
+    "gloo", store=store, world_size=2, rank=int(sys.argv[2]), timeout=patience
+)
+number = torch.ones(1)
+dist.all_reduce(number)
 dist.destroy_process_group()
-sys.exit(one.item() != 2)
+sys.exit(number.item() != 2)
 """
 
 
@@ -43,7 +64,7 @@ class Finding:
     remedy: str | None = None
     """A command or an advice; None means that all is well."""
     is_needed: bool = False
-    """The base does not work without it."""
+    """No stage runs without it."""
 
     def __str__(self) -> str:
         if self.remedy is None:
@@ -51,16 +72,19 @@ class Finding:
         return f"{'FAIL' if self.is_needed else 'no  '}  {self.name}: {self.detail}; {self.remedy}"
 
 
-def main() -> int:
-    """Print the report; 1 if something that the base needs is missing, else 0."""
+def main(args: Sequence[str] | None = None) -> int:
+    """Print the report; 1 if something is missing that every stage needs, else 0."""
+    argparse.ArgumentParser(
+        usage="python -m rlhf.doctor",
+        description="What of this machine and installation works, and how to get the rest.",
+    ).parse_args(args)
     failed = False
-    for check in (base, extras, hardware, attention, deepspeed_ops, processes, logins, space):
+    for check in (base, extras, hardware, attention, deepspeed, processes, logins, space):
         try:
             findings = list(check())
-        except Exception as error:  # a doctor must get to the end whatever is broken
-            detail = " ".join(f"{type(error).__name__}: {error}".split())
+        except Exception as error:  # the report gets to its end, whatever is broken
             needed = check in (base, attention)
-            findings = [Finding(check.__name__, f"failed, {detail}", REINSTALL, needed)]
+            findings = [Finding(check.__name__, _told(error), REINSTALL, needed)]
         for finding in findings:
             print(finding, flush=True)
             failed |= finding.is_needed and finding.remedy is not None
@@ -69,54 +93,63 @@ def main() -> int:
 
 
 def base() -> Iterator[Finding]:
-    """Python and the packages that all stages need."""
+    """Python, and the packages that all stages need: their versions, and that they import."""
+    from packaging.requirements import Requirement
+
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
-    for requirement in _requirements():
-        yield _installed(requirement, is_needed=True)
+    for requirement in map(Requirement, _declared()["dependencies"]):
+        found = replace(_package(requirement), is_needed=True)
+        if found.remedy is None:
+            try:
+                importlib.import_module(MODULES.get(requirement.name, requirement.name))
+            except Exception as error:
+                remedy = f'pip install --force-reinstall "{requirement}"'
+                found = replace(found, detail=f"{found.detail}, {_told(error)}", remedy=remedy)
+        yield found
 
 
 def extras() -> Iterator[Finding]:
-    """Packages that only some settings need, by what they are for."""
-    for name, purpose in {
-        "deepspeed": "ZeRO",
-        "tensorboard": "trackers",
-        "wandb": "trackers",
-        "bitsandbytes": "QLoRA, on GPUs",
-        "vllm": "faster sampling, on GPUs",
-    }.items():
-        found = _installed(name, is_needed=False)
-        yield Finding(f"{name} ({purpose})", found.detail, found.remedy)
+    """Packages that only some settings need."""
+    from packaging.requirements import Requirement
+
+    declared = _declared()["optional-dependencies"]
+    for name, purpose in EXTRAS.items():
+        (line,) = declared.get(name, [name])
+        yield replace(_package(Requirement(line)), name=f"{name} ({purpose})")
 
 
 def hardware() -> Iterator[Finding]:
-    """Devices, cores and what they compute in."""
+    """Cores and devices, and whether they gain by bfloat16."""
     import torch
+
+    from rlhf.timing import matrix_rate
 
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     yield Finding(
         "processor",
         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, OMP_NUM_THREADS {threads}",
     )
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     for number in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(number)
-        yield Finding(f"GPU {number}", f"{device.name}, {device.total_memory / 2**30:.0f} GiB")
-    if not torch.accelerator.is_available():
-        yield Finding("GPU", "none; everything runs on the CPU")
-    if torch.cuda.is_available():
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        has_bf16 = "avx512_bf16" in flags or "amx_bf16" in flags
-    detail = "computed in hardware" if has_bf16 else "no hardware for it"
-    yield Finding("bfloat16", detail, None if has_bf16 else "keep mixed precision off")
+        gpu = torch.cuda.get_device_properties(number)
+        yield Finding(f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+    if device.type != "cuda":
+        yield Finding("GPU", f"no CUDA device; everything runs on {device.type}")
+    single, half = (matrix_rate(device, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    yield Finding(
+        "bfloat16",
+        f"{half:.0f} GFLOPs a second in matrix products, against {single:.0f} in float32",
+        None if half > single else "it would be slower here, keep mixed precision off",
+    )
 
 
 def attention() -> Iterator[Finding]:
     """What a packed row can be computed with."""
     import torch
+    from packaging.requirements import Requirement
     from torch.nn.functional import scaled_dot_product_attention
 
-    query, key, value = torch.randn(3, 1, 2, 6, 8).unbind(0)
+    query, key, value = torch.randn(3, 1, 2, 6, 8).unbind(0)  # (batch, heads, sequence, head dim)
     mask = torch.tril(torch.ones(6, 6, dtype=torch.bool))
     mask[4:, 2:4] = False  # two responses to one prompt
     found = scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -129,21 +162,34 @@ def attention() -> Iterator[Finding]:
         is_needed=True,
     )
     if torch.cuda.is_available():
-        yield Finding("flex attention", "compiled for the GPU")
-        yield _installed("flash_attn", is_needed=False)
+        flash = _package(Requirement("flash-attn"))
+        yield (
+            flash
+            if flash.remedy is None
+            else replace(
+                flash, remedy="pip install flash-attn --no-build-isolation, or keep attention sdpa"
+            )
+        )
     else:
-        yield Finding("flex and flash attention", "need a GPU; sdpa is used")
+        yield Finding("flash attention", "needs a CUDA device; sdpa is used")
 
 
-def deepspeed_ops() -> Iterator[Finding]:
-    """Whether DeepSpeed's Adam for offloading to the CPU can be built."""
-    if importlib.util.find_spec("deepspeed") is None:
+def deepspeed() -> Iterator[Finding]:
+    """Where the package is: that it imports, and what compiles its Adam for offloading."""
+    if _version("deepspeed") is None:
         return
-    builder = importlib.import_module("deepspeed.ops.op_builder").CPUAdamBuilder()
-    works = builder.is_compatible(verbose=False)
-    compiler = shutil.which("c++") or shutil.which("g++")
-    remedy = None if works and compiler else "install a C++ compiler, or leave offloading off"
-    yield Finding("DeepSpeed's CPU Adam", "can be built" if remedy is None else "cannot", remedy)
+    try:
+        importlib.import_module("deepspeed")
+    except Exception as error:
+        yield Finding("DeepSpeed", _told(error), "pip install --force-reinstall deepspeed")
+        return
+    tools = (os.environ.get("CXX", "c++"), "ninja")
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    yield Finding(
+        "DeepSpeed's offloading",
+        f"needs {' and '.join(missing or tools)}",
+        "install what is missing, or leave offloading off" if missing else None,
+    )
 
 
 def processes() -> Iterator[Finding]:
@@ -154,55 +200,68 @@ def processes() -> Iterator[Finding]:
             subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
             for rank in range(2)
         ]
-        errors = [one.communicate(timeout=120)[1] for one in both]
-    works = all(one.returncode == 0 for one in both)
-    last = [line for error in errors for line in error.splitlines()][-1:]
-    detail = "joined over gloo" if works else f"did not join: {''.join(last)}"
-    yield Finding("two processes", detail, None if works else "run on one process")
+        try:
+            errors = "".join(one.communicate(timeout=GLOO_SECONDS)[1] for one in both)
+        except subprocess.TimeoutExpired:
+            errors = f"no answer within {GLOO_SECONDS} seconds"
+        finally:
+            for one in both:
+                one.kill()
+                one.wait()
+    if all(one.returncode == 0 for one in both):
+        yield Finding("two processes", "joined over gloo")
+    else:
+        *_, why = ["their sum is wrong", *errors.splitlines()]
+        detail = f"did not join over gloo, {why}"
+        yield Finding("two processes", detail, "run on one process")
 
 
 def logins() -> Iterator[Finding]:
-    """Trackers; none is needed."""
-    if importlib.util.find_spec("wandb") is None:
+    """Trackers."""
+    if _version("wandb") is None:
         return
     from rlhf.trackers import is_logged_in_to_wandb
 
-    is_in = is_logged_in_to_wandb()
-    detail = "logged in" if is_in else "not logged in, so runs stay offline"
-    yield Finding("W&B", detail, None if is_in else "wandb login")
+    if is_logged_in_to_wandb():
+        yield Finding("W&B", "logged in")
+    else:
+        yield Finding("W&B", "not logged in, so its runs stay on this disk", "wandb login")
 
 
 def space() -> Iterator[Finding]:
-    """Room on the disk of the current folder, and memory."""
-    disk = shutil.disk_usage(".").free / 2**30
-    remedy = None if disk >= MIN_DISK else f"free {MIN_DISK} GiB"
-    yield Finding("disk", f"{disk:.0f} GiB free here", remedy)
+    """What `python -m rlhf.plan` can be held against."""
     import psutil
 
-    memory = psutil.virtual_memory().available / 2**30
-    remedy = None if memory >= MIN_MEMORY else f"free {MIN_MEMORY} GiB, or take a smaller preset"
-    yield Finding("memory", f"{memory:.0f} GiB available", remedy)
+    memory, disk = psutil.virtual_memory().available, shutil.disk_usage(".").free
+    yield Finding("memory", f"{memory / 2**30:.0f} GiB available")
+    yield Finding("disk", f"{disk / 2**30:.0f} GiB free in this folder")
 
 
-def _requirements() -> list[str]:
-    """Those of the base, as pyproject.toml declares them."""
-    declared = metadata.requires(PROJECT) or []
-    return [line for line in declared if "extra ==" not in line]
+def _declared() -> dict[str, Any]:
+    """What pyproject.toml says of the project."""
+    return tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
 
 
-def _installed(requirement: str, *, is_needed: bool) -> Finding:
-    from packaging.requirements import Requirement
-
-    wanted = Requirement(requirement)
+def _package(requirement: "Requirement") -> Finding:
+    """Whether a package is installed, in a version that the requirement takes."""
+    name, version = requirement.name, _version(requirement.name)
     remedy = f'pip install "{requirement}"'
+    if version is None:
+        return Finding(name, "not installed", remedy)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(name, f"{version}, expected {requirement.specifier}", remedy)
+    return Finding(name, version)
+
+
+def _version(name: str) -> str | None:
     try:
-        version = metadata.version(wanted.name)
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return Finding(wanted.name, "not installed", remedy, is_needed)
-    if not wanted.specifier.contains(version, prereleases=True):
-        detail = f"{version}, expected {wanted.specifier}"
-        return Finding(wanted.name, detail, remedy, is_needed)
-    return Finding(wanted.name, version)
+        return None
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 if __name__ == "__main__":
