@@ -53,6 +53,7 @@ def run_rm(link: Link, output_dir: str) -> None:
     """A sample is an epoch of RankingTrainer over the rankings, a step for each."""
     work = link.work
     config = rm_config(work, output_dir)
+    start_accelerator()
     set_seed(0)
     model = load_scalar(config.model)
     packer = packer_for(model.classifier, config.micro_batch_tokens)

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
+from safetensors import SafetensorError
+
 from rlhf.config import load_config
 from rlhf.interrupts import interrupts
 from rlhf.memory import explain, is_out_of_memory
@@ -29,7 +31,7 @@ def run_stage(
         with interrupts.caught():
             function(load_config(config_class, args))
         return
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last one where a disk is full
         message, code = f"error: {error}", USER_ERROR
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -14,6 +14,9 @@ Head = Callable[[Tensor], Tensor]
 CHUNK_TOKENS = 512
 """Tokens whose whole distribution is in memory at once."""
 
+_IMPOSSIBLE = -1e4
+"""A log-probability whose exponential is 0 in fp32, and whose square is finite."""
+
 
 class TokenMoments(NamedTuple):
     """Of each token's distribution, all in the shape of the targets."""
@@ -89,12 +92,13 @@ def _chunks(features: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _moments(logits: Tensor, targets: Tensor, temperature: float) -> TokenMoments:
+    """In as few passes over (tokens, vocab) as it takes: they cost as much as the unembedding."""
     scaled = logits.float() / temperature
     log_normaliser = scaled.logsumexp(-1)
     chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_normaliser
-    logprobs = scaled - log_normaliser.unsqueeze(-1)
-    probabilities = logprobs.exp()
-    surprise = -logprobs.where(probabilities > 0, 0.0)
-    entropy = (probabilities * surprise).sum(-1)
-    variance = (probabilities * surprise.square()).sum(-1) - entropy.square()
-    return TokenMoments(chosen, entropy, variance.clamp(min=0))
+    logprobs = scaled.sub_(log_normaliser.unsqueeze(-1))
+    weighted = logprobs.exp()
+    logprobs.clamp_(min=_IMPOSSIBLE)  # 0 * -inf would be NaN
+    mean = weighted.mul_(logprobs).sum(-1)
+    variance = torch.einsum("tv,tv->t", weighted, logprobs) - mean.square()
+    return TokenMoments(chosen, -mean, variance.clamp(min=0))

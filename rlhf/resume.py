@@ -23,15 +23,15 @@ from rlhf.checkpoint import (
 from rlhf.distributed import max_over_processes
 from rlhf.interrupts import Interrupted, interrupts
 from rlhf.runs import Run, flat_settings
-from rlhf.state import Generators, OptimizerState, State, Stateful, Weights, check_names
+from rlhf.state import Generators, OptimizerState, State, Stateful, Together, Weights
 
 UNIMPORTANT = ("output_dir", "checkpoint_every")
 """Settings that change nothing of what a run computes."""
 MAX_SHOWN = 5
 """Differences that a refusal tells."""
 
-_GENERATORS = "generators"
-"""The part that every process has its own state of, by its number."""
+_PROCESSES = "processes"
+"""The part that holds what each process has its own of, by its number."""
 _SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
@@ -39,14 +39,13 @@ class Checkpoints:
     """The checkpoints of one run; only the last one is kept.
 
         checkpoints = Checkpoints(run, accelerator, every)
-        checkpoints.restore(parts, generators)
+        checkpoints.restore(parts, own)
         for step in ...:  # those behind checkpoints.step
             ...
             checkpoints.end_step(step)
         checkpoints.close()
 
-    Made before anything of the run is written. All processes hold the same parts; the generators
-    are each one's own. The folder must be one that all processes see.
+    Made before anything of the run is written. The folder must be one that all processes see.
 
     Args:
         every: steps between checkpoints; None writes none.
@@ -64,8 +63,7 @@ class Checkpoints:
         self._every = every
         self._unit = unit
         self._num_since = 0
-        self._parts: Mapping[str, Stateful] = {}
-        self._generators = Generators()
+        self._parts, self._own = Together(), Together()
         if every is not None and accelerator.distributed_type in _SHARDED:
             self._every = None
             self._print(
@@ -91,16 +89,20 @@ class Checkpoints:
         """The state of a part in the checkpoint that was found; None if there is none."""
         return self._states.get(part)
 
-    def restore(self, parts: Mapping[str, Stateful], generators: Generators) -> None:
+    def restore(self, parts: Mapping[str, Stateful], own: Mapping[str, Stateful]) -> None:
         """Give the parts the states of the checkpoint that was found, if one was, and keep them for
-        the next one. From here until `close`, an interrupt waits for the end of a step."""
-        self._parts, self._generators = parts, generators
+        the next one. From here until `close`, an interrupt waits for the end of a step.
+
+        Args:
+            parts: what all processes have the same of.
+            own: what each process has its own of, such as its generators.
+        """
+        self._parts, self._own = Together(parts), Together(own)
         states, self._states = self._states, {}
         if self.step is not None:
-            check_names(states, [*parts, _GENERATORS], "parts")
-            for name, part in parts.items():
-                part.load_state_dict(states[name])
-            generators.load_state_dict(states[_GENERATORS][str(self._accelerator.process_index)])
+            of_process = states.pop(_PROCESSES)[str(self._accelerator.process_index)]
+            self._parts.load_state_dict(states)
+            self._own.load_state_dict(of_process)
         interrupts.are_deferred = self.are_written
 
     def end_step(self, step: int) -> bool:
@@ -156,13 +158,12 @@ class Checkpoints:
         differences = list(islice(_differences(then, now), MAX_SHOWN))
         if differences:
             raise ValueError(f"{folder} is of another run: {'; '.join(differences)}; {remedy}")
-        count = self._accelerator.num_processes
-        if manifest.num_processes != count or self._accelerator.distributed_type in _SHARDED:
+        count, kind = self._accelerator.num_processes, self._accelerator.distributed_type
+        if manifest.num_processes != count or kind in _SHARDED:
             raise ValueError(
-                f"{folder} was written by {manifest.num_processes} processes, each with a whole "
-                f"copy of the models, and {count} run now under "
-                f"{self._accelerator.distributed_type.value}: they would draw other numbers and "
-                f"add in another order; {remedy}"
+                f"{folder} is of another run: the number of processes was {manifest.num_processes} "
+                f"and is {count} ({kind.value}); others would draw other numbers and add in "
+                f"another order, and sharded ones hold no whole models; {remedy}"
             )
         for name in ("commit", "versions"):
             if then[name] != now[name]:
@@ -173,10 +174,10 @@ class Checkpoints:
 
     def _save(self, step: int) -> None:
         self._run.sync()  # a checkpoint is not of a step whose row could still be lost
-        own = gather_object([self._generators.state_dict()])
+        own = gather_object([self._own.state_dict()])
         if self._accelerator.is_main_process:
-            states = {name: part.state_dict() for name, part in self._parts.items()}
-            states[_GENERATORS] = {str(rank): state for rank, state in enumerate(own)}
+            states = self._parts.state_dict()
+            states[_PROCESSES] = {str(rank): state for rank, state in enumerate(own)}
             folder = checkpoint_folder(self._run.checkpoints, step)
             try:
                 write_checkpoint(
@@ -240,7 +241,7 @@ class ResumeCallback(TrainerCallback):
             "schedule": trainer.lr_scheduler,
             **self._parts,
         }
-        self._checkpoints.restore(parts, self._generators)
+        self._checkpoints.restore(parts, {"generators": self._generators})
         step = self._checkpoints.step
         if step is not None:
             state.global_step = step

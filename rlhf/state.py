@@ -28,13 +28,13 @@ class Weights:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self._parameters = trained_parameters(module)
 
     def state_dict(self) -> State:
-        return trained_parameters(self._module)
+        return {**self._parameters}
 
     def load_state_dict(self, state: State) -> None:
-        copy_into(trained_parameters(self._module), state)
+        copy_into(self._parameters, state)
 
 
 class OptimizerState:
@@ -104,6 +104,18 @@ class Generators:
             generator.set_state(state["named"][name])
         if "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"])
+
+
+class Together(dict[str, Stateful]):
+    """Several parts, by name, as one."""
+
+    def state_dict(self) -> State:
+        return {name: part.state_dict() for name, part in self.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        check_names(state, self, "parts")
+        for name, part in self.items():
+            part.load_state_dict(state[name])
 
 
 class Fields:

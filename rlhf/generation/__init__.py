@@ -17,7 +17,7 @@ from rlhf.generation.continuous import ContinuousEngine
 from rlhf.generation.interface import Engine, Samples
 from rlhf.generation.loop import LoopEngine
 
-__all__ = ["Engine", "Samples", "generate", "make_engine"]
+__all__ = ["Engine", "FastestEngine", "Samples", "generate", "make_engine"]
 
 
 def make_engine(settings: GenerationSettings, tell: Callable[[str], object] = print) -> Engine:

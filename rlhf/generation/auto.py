@@ -31,6 +31,14 @@ class FastestEngine:
         for engine in self.engines.values() if self.chosen is None else [self.chosen]:
             engine.refresh(policy)
 
+    def state_dict(self) -> dict[str, str | None]:
+        """The name of the chosen one; None before the trial."""
+        return {"chosen": next((n for n, e in self.engines.items() if e is self.chosen), None)}
+
+    def load_state_dict(self, state: dict[str, str | None]) -> None:
+        chosen = state["chosen"]
+        self.chosen = None if chosen is None else self.engines[chosen]
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

@@ -26,7 +26,7 @@ from rlhf.distributed import (
     sum_over_processes,
 )
 from rlhf.finite import NonFiniteError, require_finite
-from rlhf.generation import make_engine
+from rlhf.generation import FastestEngine, make_engine
 from rlhf.kl import adapt_kl_coef, k1
 from rlhf.models import (
     ScalarModel,
@@ -112,8 +112,10 @@ def train(config: Config) -> None:
         "progress": Fields(progress, *vars(progress)),
         "speed": Fields(speed, "totals"),
     }
-    generators = Generators(sampling=sampling, shuffling=shuffling)
-    checkpoints.restore(parts | learner.parts(), generators)
+    own: dict[str, Stateful] = {"generators": Generators(sampling=sampling, shuffling=shuffling)}
+    if isinstance(sampler.engine, FastestEngine):  # the choice was made by the clock
+        own["engine"] = sampler.engine
+    checkpoints.restore(parts | learner.parts(), own)
     first = 0 if checkpoints.step is None else checkpoints.step + 1
     watch.take()  # what came before the first update is none of its phases
     bar = tqdm(

@@ -141,7 +141,7 @@ def _train(
         "optimizer": OptimizerState(prepared, model),
         "schedule": schedule,
     }
-    checkpoints.restore(parts, Generators())
+    checkpoints.restore(parts, {"generators": Generators()})
     first = checkpoints.step or 0
     measured: dict[str, float] = {}
     progress = tqdm(

@@ -17,6 +17,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -31,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from rlhf import sharding
+from rlhf.config import OptimSettings
 from rlhf.distributed import (
     TRAINER_STATE,
     check_launch,
@@ -126,6 +128,7 @@ def make_trainer(
         processing_class=tokenizer,
         optimizers=(optimizer, make_schedule(optimizer, config.optim, num_steps)),
     )
+    trainer.optim = config.optim
     check_launch(trainer.accelerator)
     load_models_whole()
     trainer.remove_callback(PrinterCallback)
@@ -142,6 +145,28 @@ def to_row(tree: PromptTree) -> dict[str, list[int]]:
 
 
 class _PlainTrainer(SFTTrainer):
+    optim: OptimSettings | None = None
+    """The settings of the optimizer that it was given."""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's way to DeepSpeed makes an optimizer and a schedule of its own otherwise."""
+        if self.is_deepspeed_enabled:
+            assert self.optim is not None and isinstance(self.model, PreTrainedModel)
+            groups = [(self.model, self.optim.learning_rate)]
+            self.optimizer = make_optimizer(groups, self.optim)
+            return self.optimizer
+        return super().create_optimizer()
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.is_deepspeed_enabled:
+            optimizer = optimizer or self.optimizer
+            assert self.optim is not None and optimizer is not None
+            self.lr_scheduler = make_schedule(optimizer, self.optim, num_training_steps)
+            return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Weights and tokenizer as every stage saves them, so without the pickled arguments."""
         if not self.args.should_save:

@@ -287,6 +287,18 @@ def test_the_engine_that_is_faster_the_second_time_samples_from_then_on() -> Non
     )
 
 
+def test_a_resumed_run_keeps_the_engine_that_the_clock_chose() -> None:
+    slow, fast = SlowEngine([0.0, 0.2], token=5), SlowEngine([], token=6)
+    engine = FastestEngine({"slow": slow, "fast": fast}, batch_size=2, tell=print)
+    before = engine.state_dict()
+    engine.generate([[5]], **ARGUMENTS)
+    resumed = FastestEngine({"slow": SlowEngine([], 7), "fast": SlowEngine([0.3], 8)}, 2, print)
+    resumed.load_state_dict(before)
+    assert resumed.chosen is None
+    resumed.load_state_dict(engine.state_dict())
+    assert resumed.generate([[5]], **ARGUMENTS).responses == [[8]]
+
+
 def test_the_trial_takes_no_draw_of_the_run() -> None:
     policy, lines = tiny_policy_of("llama"), []
     engine = make_engine(GenerationSettings(engine="auto", batch_size=2), lines.append)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.state import Fields, Generators, OptimizerState, Weights
+from rlhf.state import Fields, Generators, OptimizerState, Together, Weights
 
 
 def model() -> nn.Sequential:
@@ -118,6 +118,17 @@ def test_generators_go_on_with_the_same_numbers() -> None:
     assert [draws(other) for _ in range(3)] == expected
     with pytest.raises(ValueError, match="own only in the checkpoint"):
         Generators().load_state_dict(state)
+
+
+def test_parts_together_are_all_there_or_refused() -> None:
+    weights = {name: Weights(model()) for name in ("first", "second")}
+    state = copy(Together(weights).state_dict())
+    state["second"]["1.weight"].fill_(7.0)
+    Together(weights).load_state_dict(state)
+    assert bool((weights["second"].state_dict()["1.weight"] == 7).all())
+    assert not bool((weights["first"].state_dict()["1.weight"] == 7).any())
+    with pytest.raises(ValueError, match="parts: second only in the checkpoint"):
+        Together(first=weights["first"]).load_state_dict(state)
 
 
 def test_fields_are_all_there_or_refused() -> None:

@@ -103,7 +103,7 @@ def test_another_number_of_processes_is_refused(configs: dict[str, Any]):
     code, printed = run_command("ppo", config, Cut("stages.ppo.train", "update", 4))
     assert code == KILLED, printed
     code, printed = run_command("ppo", config, num_processes=2)
-    assert code == 2 and "step-1 was written by 1 processes" in printed, printed[-2000:]
+    assert code == 2 and "the number of processes was 1 and is 2" in printed, printed[-2000:]
 
 
 def same_when_killed(
