@@ -1,4 +1,5 @@
-"""docs/metrics.md has a row for every metric and alarm, docs/migrate_from_trl.md for every key of\nTRL; neither names what is not there."""
+"""docs/metrics.md has a row for every metric and alarm, docs/migrate_from_trl.md for every key
+of TRL; neither names what is not there."""
 
 import ast
 import re
