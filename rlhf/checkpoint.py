@@ -198,7 +198,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         raise ValueError(f"{path} is missing; put it back, {_or_anew(folder)}")
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is altered ({error}); {_or_anew(folder)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is altered (it holds no object); {_or_anew(folder)}")
@@ -215,8 +215,8 @@ def _sha256_of_json(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _altered(path: Path, found: str, written: str | None) -> str:
-    was = "none" if written is None else written[:12]
+def _altered(path: Path, found: str, written: object) -> str:
+    was = written[:12] if isinstance(written, str) else "none"
     return f"{path} is altered (sha256 {found[:12]}, written {was}); {_or_anew(path.parent)}"
 
 

@@ -64,7 +64,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     _check_folder(path)
     with _naming(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    return add_missing_parts(tokenizer)
+        return add_missing_parts(tokenizer)
 
 
 def load_chat(settings: ModelSettings) -> Chat:

@@ -1,10 +1,12 @@
 """Trained reward models: their card, their golden rows, and how they read what a policy wrote."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from rlhf.inference import compute_scores
 from rlhf.lora import find_adapter
 from rlhf.models import ALL_WEIGHTS, ScalarModel, load_chat, load_scalar, packer_for
 from rlhf.packing import Packer, PromptTree
-from rlhf.records import Prompt, PromptLike
+from rlhf.records import Demonstration, Prompt, PromptLike, show
 from rlhf.rewards.rendering import check_rendering
 from rlhf.rewards.scores import Scored
 from rlhf.roles import SharedBases
@@ -35,6 +37,10 @@ class GoldenRow:
     prompt: PromptLike
     response: str
     score: float
+
+    def __post_init__(self) -> None:
+        Demonstration(self.prompt, self.response)  # checks both
+        _check_number("score", self.score)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,12 @@ class RewardCard:
     """SHA-256 of the chat template."""
     rendering_hash: str
     """`rendering_hash` of the chat that the model was trained with."""
+
+    def __post_init__(self) -> None:
+        for name in ("bias", "scale", "pair_accuracy"):
+            _check_number(name, getattr(self, name))
+        for bound in self.interval:
+            _check_number("interval", bound)
 
     def save(self, folder: str | Path) -> None:
         text = json.dumps(asdict(self), ensure_ascii=False, indent=2, allow_nan=False)
@@ -81,7 +93,7 @@ class RewardCard:
             if not golden:
                 raise ValueError("no golden rows")
             return cls(golden=golden, interval=(low, high), **values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is no reward card of the rm stage ({error}); run that stage again"
             ) from error
@@ -278,3 +290,9 @@ def _refuse_chance(path: str, card: RewardCard, allowed: bool) -> None:
             f"with a 95 % interval of {low:.1%} to {high:.1%}: it may be no better than a coin; "
             "train it on more rankings, or set allow_chance_reward"
         )
+
+
+def _check_number(name: str, value: Any) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} is {show(value)} and no finite number")
