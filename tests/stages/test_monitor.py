@@ -79,7 +79,9 @@ def test_sampled_tokens_of_a_healthy_run_are_as_likely_as_they_should_be(config:
 def test_a_reference_that_is_another_model(config: Config, monkeypatch):
     load_policy = stages.ppo.train.load_policy
     monkeypatch.setattr(
-        stages.ppo.train, "load_policy", break_from(1, load_policy, lambda s: other(load_policy(s)))
+        stages.ppo.train,
+        "load_policy",
+        break_from(1, load_policy, lambda *a, **k: other(load_policy(*a, **k))),
     )
     with pytest.raises(TrainingStopped, match=r"^PPO_REFERENCE at update 0: .* differs from its"):
         train(config)
@@ -331,8 +333,8 @@ def test_a_nan_in_the_rollout_is_named(tensor: str, config: Config, monkeypatch)
 def test_a_policy_without_finite_logits_is_told_at_its_first_sample(config: Config, monkeypatch):
     load_policy = stages.ppo.train.load_policy
 
-    def spoilt(settings):
-        policy = load_policy(settings)
+    def spoilt(*args, **kwargs):
+        policy = load_policy(*args, **kwargs)
         with torch.no_grad():
             policy.lm_head.weight[7] = math.nan
         return policy

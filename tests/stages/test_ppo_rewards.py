@@ -259,7 +259,7 @@ def value_model_of(folders: Path, reward: RewardSettings, value_model: str | Non
     config = make_config(
         policy=ModelSettings(path=str(folders / "sft")), reward=reward, value_model=value_model
     )
-    return _load_value_model(config, Chat(base_tokenizer()), Accelerator(cpu=True))
+    return _load_value_model(config, Chat(base_tokenizer()), Accelerator(cpu=True), bases=None)
 
 
 def test_the_value_model_starts_as_the_first_reward_model_times_its_weight(folders: Path) -> None:
