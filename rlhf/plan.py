@@ -359,7 +359,7 @@ def show(plan: Plan, rate: float, dtype: torch.dtype) -> str:
     seconds = {name: flops / rate for name, flops in plan.flops.items() if flops}
     for name, value in (seconds | {"together": sum(seconds.values())}).items():
         lines.append(f"  {name:<46}{value:>12,.3f} s")
-    lines.append("  expect two to five times as much: no pass reaches the rate")
+    lines.append("  a lower bound: no pass reaches the rate, and sampling waits for memory")
     return "\n".join(lines)
 
 
