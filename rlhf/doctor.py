@@ -187,7 +187,7 @@ def deepspeed() -> Iterator[Finding]:
     missing = [tool for tool in tools if shutil.which(tool) is None]
     yield Finding(
         "DeepSpeed's offloading",
-        f"needs {' and '.join(missing or tools)}",
+        f"{' and '.join(missing)} missing" if missing else f"{' and '.join(tools)} are there",
         "install what is missing, or leave offloading off" if missing else None,
     )
 

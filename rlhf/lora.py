@@ -91,6 +91,11 @@ def find_adapter(path: str) -> Adapter | None:
     if not (Path(path) / CONFIG_FILE).is_file():
         return None
     adapter = read_adapter(path)
+    try:
+        found = weights_sha256(adapter.base)
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{path} is an adapter without its base: {error}") from error
     if adapter.base_sha256 is None:
         warnings.warn(
             f"{path} holds no {BASE_FILE}, so nobody can tell whether {adapter.base} has the "
@@ -98,7 +103,6 @@ def find_adapter(path: str) -> Adapter | None:
             stacklevel=3,
         )
         return adapter
-    found = weights_sha256(adapter.base)
     if found != adapter.base_sha256:
         raise ValueError(
             f"{path} is an adapter over weights with SHA-256 {adapter.base_sha256}, but its base "

@@ -537,7 +537,8 @@ def _adapt(
     elif adapter is not None:
         if lora.rank:
             check_same(path, adapter, lora)
-        load_adapter(model, path, adapter, new_head=new_head)
+        with _naming(path):
+            load_adapter(model, path, adapter, new_head=new_head)
         if not (lora.rank or is_shared):
             merge_adapter(model)
     if is_shared and not lora.rank:

@@ -252,7 +252,6 @@ KINDS = {
         ["adapter_config.json", "adapter_model.safetensors", "base.json"],
         lambda folder: load_policy(of_model(folder)),
         has_all_weights,
-        SMALL_VALUES,
     ),
 }
 

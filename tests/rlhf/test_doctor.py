@@ -192,7 +192,7 @@ def test_offloading_needs_a_compiler(
     monkeypatch.setenv("CXX", "clang++")
     monkeypatch.setattr(shutil, "which", lambda tool: None if tool == "clang++" else tool)
     found = findings(DEEPSPEED)["DeepSpeed's offloading"]
-    assert found.detail == "needs clang++"
+    assert found.detail == "clang++ missing"
     assert found.remedy == "install what is missing, or leave offloading off"
 
 

@@ -278,7 +278,8 @@ def test_another_base_is_refused_with_both_hashes(base: ModelSettings, tmp_path:
 def test_base_that_is_gone_or_an_adapter_is_named(base: ModelSettings, tmp_path: Path) -> None:
     _, settings = save_adapter_over(base, tmp_path / "adapter")
     Path(base.path).rename(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match=f"{base.path} is no folder here"):
+    message = f"{settings.path} is an adapter without its base: {base.path} is no folder here"
+    with pytest.raises(OSError, match=message):
         load_policy(settings)
     (tmp_path / "adapter").rename(base.path)
     with pytest.raises(ValueError, match=f"{base.path} is an adapter itself"):
@@ -336,6 +337,24 @@ def test_adapter_with_more_to_it_is_refused(
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(ValueError, match=f"adapter_config.json is no LoRA adapter.*{message}"):
+        load_policy(settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ["wings"]}, r"Target modules \{'wings'\}"),
+        ({"r": 10**30}, "TypeError"),
+        ({"r": 3}, "does not fit"),
+    ],
+)
+def test_adapter_that_fits_no_layer_is_refused_by_its_name(
+    changes: dict[str, Any], message: str, base: ModelSettings, tmp_path: Path
+) -> None:
+    _, settings = save_adapter_over(base, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ValueError, match=f"cannot load {settings.path}: .*({message})"):
         load_policy(settings)
 
 
