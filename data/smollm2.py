@@ -24,7 +24,7 @@ from rlhf.chat import Chat
 from rlhf.cli import run_stage
 from rlhf.config import GenerationSettings, ModelSettings
 from rlhf.datasets import split_by_prompt, write_records
-from rlhf.generation import generate
+from rlhf.generation import Decoding, generate
 from rlhf.gguf import load_gguf
 from rlhf.models import load_chat, load_policy, quiet, save_policy
 from rlhf.records import Record
@@ -187,9 +187,7 @@ def greedy_answer(model: PreTrainedModel, chat: Chat, question: str) -> str:
         model,
         [chat.prompt_ids(question)],
         GenerationSettings(),
-        end_id=chat.end_id,
-        max_new_tokens=32,
-        temperature=0,
+        Decoding(end_id=chat.end_id, max_new_tokens=32, temperature=0),
     )
     return chat.decode(samples.responses[0])
 

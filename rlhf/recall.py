@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import GenerationSettings
-from rlhf.generation import generate
+from rlhf.generation import Decoding, generate
 from rlhf.records import Prompt
 
 
@@ -60,8 +60,10 @@ def _continue_greedily(
         model,
         [tokenizer(probe.meta["text"]).input_ids for probe in probes],
         GenerationSettings(batch_size=batch_size),
-        end_id=tokenizer.eos_token_id,
-        max_new_tokens=max(len(answer.input_ids) for answer in answers) + 2,
-        temperature=0.0,
+        Decoding(
+            end_id=tokenizer.eos_token_id,
+            max_new_tokens=max(len(answer.input_ids) for answer in answers) + 2,
+            temperature=0.0,
+        ),
     )
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in samples.responses]

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from rlhf.config import GenerationSettings
 from rlhf.generation.auto import FastestEngine
 from rlhf.generation.continuous import ContinuousEngine
-from rlhf.generation.interface import Engine, Samples
+from rlhf.generation.interface import Decoding, Engine, Samples
 from rlhf.generation.loop import LoopEngine
 
-__all__ = ["Engine", "FastestEngine", "Samples", "generate", "make_engine"]
+__all__ = ["Decoding", "Engine", "FastestEngine", "Samples", "generate", "make_engine"]
 
 
 def make_engine(settings: GenerationSettings, tell: Callable[[str], object] = print) -> Engine:
@@ -44,24 +44,14 @@ def generate(
     policy: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
-    *,
-    end_id: int,
-    max_new_tokens: int,
-    temperature: float,
+    decoding: Decoding,
     generator: torch.Generator | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Samples:
     """One response a prompt, by an engine made for this call; arguments as of `Engine.generate`."""
     engine = make_engine(settings)
     engine.refresh(policy)
-    return engine.generate(
-        prompts,
-        end_id=end_id,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        generator=generator,
-        progress=progress,
-    )
+    return engine.generate(prompts, decoding, generator, progress)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.generation.interface import Engine, Samples
+from rlhf.generation.interface import Decoding, Engine, Samples
 
 TRIAL_BATCHES = 2
 """Batches of the first prompts that every engine answers in the trial."""
@@ -42,10 +42,7 @@ class FastestEngine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        *,
-        end_id: int,
-        max_new_tokens: int,
-        temperature: float,
+        decoding: Decoding,
         generator: torch.Generator | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Samples:
@@ -53,40 +50,20 @@ class FastestEngine:
         if self.chosen is None:
             trial = prompts[: TRIAL_BATCHES * self.batch_size]
             seconds = {
-                name: _seconds(engine, trial, end_id, max_new_tokens, temperature)
-                for name, engine in self.engines.items()
+                name: _seconds(engine, trial, decoding) for name, engine in self.engines.items()
             }
             fastest = min(seconds, key=lambda name: seconds[name])
             times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
             self.tell(f"generation: {len(trial)} responses took {times}; {fastest} samples")
             self.chosen = self.engines[fastest]
-        return self.chosen.generate(
-            prompts,
-            end_id=end_id,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            generator=generator,
-            progress=progress,
-        )
+        return self.chosen.generate(prompts, decoding, generator, progress)
 
 
-def _seconds(
-    engine: Engine,
-    prompts: Sequence[Sequence[int]],
-    end_id: int,
-    max_new_tokens: int,
-    temperature: float,
-) -> float:
+def _seconds(engine: Engine, prompts: Sequence[Sequence[int]], decoding: Decoding) -> float:
     """Of the second of two equal calls: the first one also compiles and allocates."""
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
-        engine.generate(
-            prompts,
-            end_id=end_id,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            generator=torch.Generator().manual_seed(0),
-        )
+        engine.generate(prompts, decoding, torch.Generator().manual_seed(0))
         seconds = time.perf_counter() - started
     return seconds

@@ -10,7 +10,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from rlhf.config import GenerationSettings
 from rlhf.finite import NonFiniteError
-from rlhf.generation.interface import Samples
+from rlhf.generation.interface import Decoding, Samples
 
 PREFILL_TOKENS = 1024
 """Prompt tokens that one pass reads at most; longer prompts take several."""
@@ -37,19 +37,16 @@ class ContinuousEngine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        *,
-        end_id: int,
-        max_new_tokens: int,
-        temperature: float,
+        decoding: Decoding,
         generator: torch.Generator | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Samples:
         """See `Engine.generate`."""
-        if not prompts or max_new_tokens == 0:
+        if not prompts or decoding.max_new_tokens == 0:
             return Samples([[] for _ in prompts], [[] for _ in prompts])
         device = self.policy.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            manager = self._manager(prompts, end_id, max_new_tokens, temperature, generator)
+            manager = self._manager(prompts, decoding, generator)
             # All requests wait before the thread starts: otherwise the clock would decide which of
             # them share a pass, and with it the draws.
             names = manager.add_requests([list(prompt) for prompt in prompts])
@@ -67,18 +64,16 @@ class ContinuousEngine:
     def _manager(
         self,
         prompts: Sequence[Sequence[int]],
-        end_id: int,
-        max_new_tokens: int,
-        temperature: float,
+        decoding: Decoding,
         generator: torch.Generator | None,
     ) -> ContinuousBatchingManager:
         # A new one: the model's own may hold filters.
-        sampling = {"temperature": temperature} if temperature > 0 else {}
+        do_sample = decoding.temperature > 0
         generation_config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end_id,
-            do_sample=temperature > 0,
-            **sampling,
+            max_new_tokens=decoding.max_new_tokens,
+            eos_token_id=decoding.end_id,
+            do_sample=do_sample,
+            **({"temperature": decoding.temperature} if do_sample else {}),
         )
         num_rows = min(self.batch_size, len(prompts))
         config = ContinuousBatchingConfig(
@@ -88,7 +83,7 @@ class ContinuousEngine:
             seed=int(torch.randint(2**31, (), generator=generator)),
             auto_switch_to_flash=self.policy.dtype != torch.float32,  # it takes half types only
         )
-        longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+        longest = max(len(prompt) for prompt in prompts) + decoding.max_new_tokens
         config.num_blocks = num_rows * math.ceil(longest / config.page_size)
         return self.policy.init_continuous_batching(generation_config, config)  # type: ignore[operator]
 

@@ -1,10 +1,23 @@
 """What every engine takes and returns."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How tokens are drawn, and when a response is over."""
+
+    end_id: int
+    """The end-of-response token."""
+    max_new_tokens: int
+    """A response without its end token is cut here."""
+    temperature: float
+    """Logits are divided by it; 0 takes the likeliest token (greedy)."""
 
 
 class Samples(NamedTuple):
@@ -26,10 +39,7 @@ class Engine(Protocol):
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        *,
-        end_id: int,
-        max_new_tokens: int,
-        temperature: float,
+        decoding: Decoding,
         generator: torch.Generator | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Samples:
@@ -37,9 +47,6 @@ class Engine(Protocol):
 
         Args:
             prompts: token ids; repeat a prompt to get several samples of it.
-            end_id: the end-of-response token.
-            max_new_tokens: a response without its end token is cut here.
-            temperature: logits are divided by it; 0 takes the likeliest token (greedy).
             generator: CPU generator of the draws; None: torch's own.
             progress: called with the number of prompts done since the last call.
 

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.config import GenerationSettings
 from rlhf.finite import NonFiniteError
-from rlhf.generation.interface import Samples
+from rlhf.generation.interface import Decoding, Samples
 
 COPY_COST = 1.0
 """Cost of copying a row of the cache, in decoded tokens of a row. Between 0.5 and 2 the sum of both
@@ -34,10 +34,7 @@ class LoopEngine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        *,
-        end_id: int,
-        max_new_tokens: int,
-        temperature: float,
+        decoding: Decoding,
         generator: torch.Generator | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Samples:
@@ -49,9 +46,7 @@ class LoopEngine:
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             some_prompts = [prompts[i] for i in chosen]
-            batch = _generate_batch(
-                self.policy, some_prompts, end_id, max_new_tokens, temperature, draws
-            )
+            batch = _generate_batch(self.policy, some_prompts, decoding, draws)
             for i, response, logprobs in zip(chosen, *batch, strict=True):
                 samples.responses[i], samples.logprobs[i] = response, logprobs
             if progress is not None:
@@ -62,9 +57,7 @@ class LoopEngine:
 def _generate_batch(
     policy: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    end_id: int,
-    max_new_tokens: int,
-    temperature: float,
+    decoding: Decoding,
     generator: torch.Generator | None,
 ) -> Samples:
     device = next(policy.parameters()).device
@@ -75,7 +68,7 @@ def _generate_batch(
     active = list(range(len(prompts)))  # rows of the batch -> prompts
     unfinished = set(active)
     num_wasted = 0  # tokens decoded in finished rows since rows last left
-    for step in range(max_new_tokens):
+    for step in range(decoding.max_new_tokens):
         logits = policy(
             input_ids=ids,
             attention_mask=attention_mask,
@@ -84,14 +77,14 @@ def _generate_batch(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        tokens, logprobs = _sample(logits, temperature, generator)
+        tokens, logprobs = _sample(logits, decoding.temperature, generator)
         for prompt, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
             if prompt in unfinished:
                 samples.responses[prompt].append(token)
                 samples.logprobs[prompt].append(logprob)
-                if token == end_id:
+                if token == decoding.end_id:
                     unfinished.remove(prompt)
-        if not unfinished or step == max_new_tokens - 1:
+        if not unfinished or step == decoding.max_new_tokens - 1:
             break
         positions = positions[:, -1:] + 1
         attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rlhf.config import GenerationSettings
 from rlhf.finite import NonFiniteError
-from rlhf.generation.interface import Samples
+from rlhf.generation.interface import Decoding, Samples
 
 ALONE = {
     "RANK": "0",
@@ -74,22 +74,19 @@ class VllmEngine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        *,
-        end_id: int,
-        max_new_tokens: int,
-        temperature: float,
+        decoding: Decoding,
         generator: torch.Generator | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Samples:
         """See `Engine.generate`."""
-        if not prompts or max_new_tokens == 0:
+        if not prompts or decoding.max_new_tokens == 0:
             return Samples([[] for _ in prompts], [[] for _ in prompts])
         seeds = torch.randint(2**31, (len(prompts),), generator=generator).tolist()
         sampling = [
             self.vllm.SamplingParams(
-                temperature=temperature,
-                max_tokens=max_new_tokens,
-                stop_token_ids=[end_id],
+                temperature=decoding.temperature,
+                max_tokens=decoding.max_new_tokens,
+                stop_token_ids=[decoding.end_id],
                 ignore_eos=True,  # the end of a response is end_id alone
                 logprobs=0,  # of the sampled token and no other
                 detokenize=False,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rlhf.chat import Chat
 from rlhf.distributed import own_share
-from rlhf.generation import generate
+from rlhf.generation import Decoding, generate
 from rlhf.records import Prompt, PromptLike
 from stages.collect.config import Config
 
@@ -77,9 +77,11 @@ def sample_responses(
             policy,
             [ids for _, ids in mine],
             config.generation,
-            end_id=chat.end_id,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
+            Decoding(
+                end_id=chat.end_id,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+            ),
             generator=torch.Generator().manual_seed(config.seed * num_processes + rank),
             progress=bar.update,
         )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rlhf.chat import Chat
 from rlhf.config import GenerationSettings
-from rlhf.generation import generate
+from rlhf.generation import Decoding, generate
 from rlhf.inference import compute_logprobs
 from rlhf.kl import k1, k3
 from rlhf.packing import Packer, PromptTree
@@ -61,9 +61,7 @@ def sample(
             policy,
             repeated,
             settings,
-            end_id=end_id,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
+            Decoding(end_id=end_id, max_new_tokens=max_new_tokens, temperature=temperature),
             generator=torch.Generator().manual_seed(seed),
             progress=bar.update,
         )

@@ -14,7 +14,7 @@ from rlhf.advantages import generalized_advantages
 from rlhf.chat import Chat
 from rlhf.config import GenerationSettings
 from rlhf.distributed import sum_over_processes
-from rlhf.generation import Engine, make_engine
+from rlhf.generation import Decoding, Engine, make_engine
 from rlhf.inference import compute_logprobs, compute_moments, compute_values
 from rlhf.kl import k1, k3, penalized_rewards
 from rlhf.logprobs import TokenMoments
@@ -114,10 +114,12 @@ class Sampler:
             self.engine.refresh(policy)
             samples = self.engine.generate(
                 [episode.prompt_ids for episode in episodes],
-                end_id=self.chat.end_id,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                generator=generator,
+                Decoding(
+                    end_id=self.chat.end_id,
+                    max_new_tokens=settings.max_new_tokens,
+                    temperature=settings.temperature,
+                ),
+                generator,
             )
         trees = [
             PromptTree(episode.prompt_ids, (tuple(response),))

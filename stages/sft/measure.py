@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.chat import Chat
-from rlhf.generation import generate
+from rlhf.generation import Decoding, generate
 from rlhf.inference import compute_logprobs
 from rlhf.packing import Packer, PromptTree
 from rlhf.records import Demonstration, prompt_key
@@ -47,9 +47,11 @@ def draw_samples(
         policy,
         prompts,
         config.generation,
-        end_id=chat.end_id,
-        max_new_tokens=config.max_response_tokens,
-        temperature=config.temperature,
+        Decoding(
+            end_id=chat.end_id,
+            max_new_tokens=config.max_response_tokens,
+            temperature=config.temperature,
+        ),
         generator=torch.Generator().manual_seed(config.seed),
     )
     return [

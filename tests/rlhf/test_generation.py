@@ -3,16 +3,17 @@
 import itertools
 import math
 import re
-import time
-from typing import Any
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+import rlhf.generation.auto
 from rlhf.config import GenerationSettings
 from rlhf.finite import NonFiniteError
-from rlhf.generation import Samples, generate, make_engine
+from rlhf.generation import Decoding, Samples, generate, make_engine
 from rlhf.generation.auto import FastestEngine
 from rlhf.inference import compute_logprobs
 from rlhf.packing import Packer, PromptTree
@@ -20,7 +21,7 @@ from tests.rlhf.tiny_models import VOCAB, tiny_policy_of
 
 ENGINES = ["hf", "continuous"]
 """Those that run here; vllm has a test of its own."""
-ARGUMENTS: dict[str, Any] = {"end_id": 7, "max_new_tokens": 16, "temperature": 1.0}
+DECODING = Decoding(end_id=7, max_new_tokens=16, temperature=1.0)
 ARCHITECTURES = ["llama", "gpt2", "gpt_neox", "mistral", "gemma3_text", "opt"]
 
 
@@ -43,11 +44,11 @@ def greedy_of_transformers(policy, prompt: list[int], end_id: int, num_tokens: i
 
 
 def greedy(
-    policy, prompts: list[list[int]], engine="hf", batch_size: int = 8, **arguments
+    policy, prompts: list[list[int]], engine="hf", batch_size: int = 8, generator=None, **changes
 ) -> list[list[int]]:
-    arguments = {"end_id": 1, "max_new_tokens": 12, "temperature": 0} | arguments
+    decoding = replace(Decoding(end_id=1, max_new_tokens=12, temperature=0), **changes)
     settings = GenerationSettings(engine=engine, batch_size=batch_size)
-    return generate(policy, prompts, settings, **arguments).responses
+    return generate(policy, prompts, settings, decoding, generator).responses
 
 
 def frequent_end(policy) -> int:
@@ -182,12 +183,17 @@ def test_second_tokens_follow_the_first() -> None:
 
 
 def sample(
-    policy, prompts: list[list[int]], engine="hf", batch_size: int = 6, seed: int = 0, **arguments
+    policy,
+    prompts: list[list[int]],
+    engine="hf",
+    batch_size: int = 6,
+    seed: int = 0,
+    progress=None,
+    **changes,
 ) -> Samples:
-    arguments = ARGUMENTS | arguments
     generator = torch.Generator().manual_seed(seed)
     settings = GenerationSettings(engine=engine, batch_size=batch_size)
-    return generate(policy, prompts, settings, generator=generator, **arguments)
+    return generate(policy, prompts, settings, replace(DECODING, **changes), generator, progress)
 
 
 def sampled(seed: int, engine: str = "hf", **arguments) -> list[list[int]]:
@@ -256,7 +262,9 @@ def test_no_prompts_and_no_tokens(engine: str) -> None:
 
 
 class SlowEngine:
-    """Takes the given seconds, once they are over 0, and answers with its own token."""
+    """Takes the given seconds by a clock that all share, then none; answers with its own token."""
+
+    now: ClassVar[float] = 0.0
 
     def __init__(self, seconds: list[float], token: int) -> None:
         self.seconds, self.token = seconds, token
@@ -266,37 +274,40 @@ class SlowEngine:
     def refresh(self, policy) -> None:
         self.refreshed += 1
 
-    def generate(self, prompts, **arguments) -> Samples:
+    def generate(self, prompts, *_) -> Samples:
         self.prompts.append(len(prompts))
-        time.sleep(self.seconds.pop(0) if self.seconds else 0.0)
+        SlowEngine.now += self.seconds.pop(0) if self.seconds else 0.0
         return Samples([[self.token]] * len(prompts), [[0.0]] * len(prompts))
 
 
-def test_the_engine_that_is_faster_the_second_time_samples_from_then_on() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rlhf.generation.auto.time, "perf_counter", lambda: SlowEngine.now)
+
+
+def test_the_engine_that_is_faster_the_second_time_samples_from_then_on(clock: None) -> None:
     first, second = SlowEngine([0.0, 0.2], token=5), SlowEngine([0.3, 0.0], token=6)
     lines: list[str] = []
     engine = FastestEngine({"one": first, "two": second}, batch_size=2, tell=lines.append)
     for _ in range(2):
         engine.refresh(tiny_policy_of("llama"))
-        assert engine.generate([[5]] * 9, **ARGUMENTS).responses == [[6]] * 9
+        assert engine.generate([[5]] * 9, DECODING).responses == [[6]] * 9
     assert (first.prompts, second.prompts) == ([4, 4], [4, 4, 9, 9])
     assert (first.refreshed, second.refreshed) == (1, 2)
     [line] = lines
-    assert re.fullmatch(
-        r"generation: 4 responses took one 0\.2\d s, two 0\.0\d s; two samples", line
-    )
+    assert line == "generation: 4 responses took one 0.20 s, two 0.00 s; two samples"
 
 
-def test_a_resumed_run_keeps_the_engine_that_the_clock_chose() -> None:
+def test_a_resumed_run_keeps_the_engine_that_the_clock_chose(clock: None) -> None:
     slow, fast = SlowEngine([0.0, 0.2], token=5), SlowEngine([], token=6)
     engine = FastestEngine({"slow": slow, "fast": fast}, batch_size=2, tell=print)
     before = engine.state_dict()
-    engine.generate([[5]], **ARGUMENTS)
+    engine.generate([[5]], DECODING)
     resumed = FastestEngine({"slow": SlowEngine([], 7), "fast": SlowEngine([0.3], 8)}, 2, print)
     resumed.load_state_dict(before)
     assert resumed.chosen is None
     resumed.load_state_dict(engine.state_dict())
-    assert resumed.generate([[5]], **ARGUMENTS).responses == [[8]]
+    assert resumed.generate([[5]], DECODING).responses == [[8]]
 
 
 def test_the_trial_takes_no_draw_of_the_run() -> None:
@@ -305,7 +316,7 @@ def test_the_trial_takes_no_draw_of_the_run() -> None:
     engine.refresh(policy)
     generator = torch.Generator().manual_seed(0)
     before = torch.get_rng_state()
-    responses = engine.generate(uneven_prompts(), generator=generator, **ARGUMENTS).responses
+    responses = engine.generate(uneven_prompts(), DECODING, generator).responses
     assert torch.equal(torch.get_rng_state(), before)
     [name] = re.findall(r"; (\w+) samples", lines[0])
     assert responses == sample(policy, uneven_prompts(), name, batch_size=2).responses

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -14,13 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import rlhf.generation
 from rlhf.config import GenerationSettings
 from rlhf.finite import NonFiniteError
-from rlhf.generation import generate, make_engine
+from rlhf.generation import Decoding, generate, make_engine
 from rlhf.generation.vllm import full_weights
 from tests.rlhf.tiny_models import tiny_policy_of
 
 SETTINGS = GenerationSettings(engine="vllm", batch_size=5, vllm_memory_share=0.4)
 PROMPTS = [[5, 6, 7], [30, 8, 9, 12, 11], [5, 6, 7]]
-ARGUMENTS: dict[str, Any] = {"end_id": 7, "max_new_tokens": 16, "temperature": 1.0}
+DECODING = Decoding(end_id=7, max_new_tokens=16, temperature=1.0)
 
 
 class FakeLLM:
@@ -59,10 +60,12 @@ class FakeLLM:
             self.model,
             [request["prompt_token_ids"]],
             GenerationSettings(),
-            end_id=sampling.stop_token_ids[0],
-            max_new_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            generator=torch.Generator().manual_seed(sampling.seed),
+            Decoding(
+                end_id=sampling.stop_token_ids[0],
+                max_new_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+            ),
+            torch.Generator().manual_seed(sampling.seed),
         )
         [response], [logprobs] = samples
         pairs = zip(response, logprobs, strict=True)
@@ -94,9 +97,9 @@ def sharper(policy: Any) -> Any:
 def test_one_start_and_one_refresh_a_call_with_the_weights_of_that_moment() -> None:
     policy = tiny_policy_of("llama")
     for changed in (policy, sharper(policy)):
-        samples = generate(changed, PROMPTS, SETTINGS, **(ARGUMENTS | {"temperature": 0}))
+        samples = generate(changed, PROMPTS, SETTINGS, replace(DECODING, temperature=0))
         expected = generate(
-            changed, PROMPTS, GenerationSettings(), **(ARGUMENTS | {"temperature": 0})
+            changed, PROMPTS, GenerationSettings(), replace(DECODING, temperature=0)
         )
         assert samples.responses == expected.responses
         for nats, right in zip(samples.logprobs, expected.logprobs, strict=True):
@@ -125,7 +128,7 @@ def test_every_prompt_has_a_seed_of_its_own_from_the_generator() -> None:
 
     def sample(seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
-        return generate(policy, PROMPTS, SETTINGS, generator=generator, **ARGUMENTS).responses
+        return generate(policy, PROMPTS, SETTINGS, DECODING, generator).responses
 
     first = sample(0)
     assert first[0] != first[2]  # the same prompt
@@ -169,13 +172,13 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
 
     FakeLLM.started[0]._respond = spoilt
     with pytest.raises(NonFiniteError, match="logits is not finite in phase rollout"):
-        engine.generate(PROMPTS, **ARGUMENTS)
+        engine.generate(PROMPTS, DECODING)
 
 
 def test_a_model_of_another_shape_is_refused() -> None:
-    generate(tiny_policy_of("llama"), PROMPTS, SETTINGS, **ARGUMENTS)
+    generate(tiny_policy_of("llama"), PROMPTS, SETTINGS, DECODING)
     with pytest.raises(ValueError, match="models of one shape in a process"):
-        generate(tiny_policy_of("llama", num_hidden_layers=1), PROMPTS, SETTINGS, **ARGUMENTS)
+        generate(tiny_policy_of("llama", num_hidden_layers=1), PROMPTS, SETTINGS, DECODING)
 
 
 def test_without_vllm_the_message_holds_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

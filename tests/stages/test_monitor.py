@@ -222,7 +222,7 @@ def test_advantages_that_are_all_zero(config: Config, monkeypatch):
 def always(response: list[int]) -> Callable:
     """An engine that has one answer to everything."""
 
-    def generate(engine, prompts, **settings):
+    def generate(engine, prompts, *_):
         logprobs = [[0.0] * len(response)] * len(prompts)
         return Samples([response] * len(prompts), logprobs)
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from rlhf.chat import Chat
 from rlhf.config import GenerationSettings, OptimSettings, load_config
 from rlhf.datasets import write_records
-from rlhf.generation import generate
+from rlhf.generation import Decoding, generate
 from rlhf.records import Prompt, Text
 from stages.pretrain.config import ArchitectureSettings, Config
 from stages.pretrain.tokenizer import train_tokenizer
@@ -107,7 +107,10 @@ def test_greedy_text_before_saving_equals_text_after_loading(
     prompt = AutoTokenizer.from_pretrained(tmp_path)("The blue hat").input_ids
     texts = [
         generate(
-            model, [prompt], GenerationSettings(), end_id=5, max_new_tokens=12, temperature=0.0
+            model,
+            [prompt],
+            GenerationSettings(),
+            Decoding(end_id=5, max_new_tokens=12, temperature=0.0),
         )
         for model in (kept[0], loaded)
     ]

@@ -13,7 +13,7 @@ from rlhf.chat import Chat
 from rlhf.config import GenerationSettings, ModelSettings, OptimSettings, load_config
 from rlhf.datasets import write_records
 from rlhf.distributed import start_accelerator
-from rlhf.generation import generate
+from rlhf.generation import Decoding, generate
 from rlhf.inference import compute_scores
 from rlhf.models import load_policy, load_scalar, new_policy, save_policy
 from rlhf.packing import Packer, PromptTree, text_tree
@@ -165,7 +165,7 @@ def greedy(policy: PreTrainedModel, chat: Chat, prompts: str) -> list[str]:
     ids = [chat.prompt_ids(prompt) for prompt in prompts]
     settings = GenerationSettings(batch_size=4)
     responses = generate(
-        policy, ids, settings, end_id=chat.end_id, max_new_tokens=8, temperature=0
+        policy, ids, settings, Decoding(end_id=chat.end_id, max_new_tokens=8, temperature=0)
     ).responses
     assert all(response[-1] == chat.end_id for response in responses)
     return [chat.decode(response) for response in responses]
