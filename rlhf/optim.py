@@ -29,7 +29,7 @@ def make_optimizer(
             if chosen:
                 group = {"params": chosen, "lr": learning_rate, "weight_decay": decay}
                 parameters.append({**group, "module": number})
-    # One pass over memory; the default on a CPU, a loop over operations, takes five times as long.
+    # One pass over memory; the default on a CPU, an operation after another, takes several.
     return torch.optim.AdamW(parameters, betas=settings.betas, eps=settings.eps, fused=True)
 
 

@@ -25,7 +25,7 @@ from rlhf.interrupts import Interrupted, interrupts
 from rlhf.runs import Run, flat_settings
 from rlhf.state import Generators, OptimizerState, State, Stateful, Together, Weights
 
-UNIMPORTANT = ("output_dir", "checkpoint_every")
+UNIMPORTANT = ("output_dir", "checkpoint_every", "trackers")
 """Settings that change nothing of what a run computes."""
 MAX_SHOWN = 5
 """Differences that a refusal tells."""

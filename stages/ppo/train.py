@@ -83,10 +83,7 @@ def train(config: Config) -> None:
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every, unit="update")
     chat = load_chat(config.policy)
     episodes = _load_episodes(config.prompts, chat, config, accelerator)
-    held_out = []
-    if config.prompts_held_out is not None:
-        held_out = _load_episodes(config.prompts_held_out, chat, config, accelerator)
-        held_out = held_out[: config.num_eval_prompts]
+    held_out = _load_held_out(chat, config, accelerator)
     watch = Stopwatch(accelerator.device)
     with watch.phase("load"):
         learner, sampler = load_models(config, chat, accelerator, watch)
@@ -150,14 +147,8 @@ def train(config: Config) -> None:
         metrics["ppo/kl_coef"] = progress.kl_coef
         metrics["ppo/learning_rate"] = float(learner.schedule.get_last_lr()[0])
         monitor.end_update(metrics)
-        if config.ppo.kl_target is not None and not only_value:
-            progress.kl_coef = adapt_kl_coef(
-                progress.kl_coef,
-                metrics["ppo/kl"],
-                target=config.ppo.kl_target,
-                num_episodes=config.rollout.batch_size,
-                horizon=config.ppo.kl_horizon,
-            )
+        if not only_value:
+            progress.kl_coef = _next_kl_coef(progress.kl_coef, metrics["ppo/kl"], config)
         if held_out and (number % config.eval_every == 0 or number == config.num_updates - 1):
             with watch.phase("evaluate"), sharding.whole_weights(accelerator, learner.model):
                 metrics |= evaluate(learner, sampler, held_out, run, number, config)
@@ -198,6 +189,19 @@ class Progress:
         self.metrics = metrics
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
+
+
+def _next_kl_coef(kl_coef: float, kl: float, config: Config) -> float:
+    """Steered towards ppo.kl_target; as it was where there is none."""
+    if config.ppo.kl_target is None:
+        return kl_coef
+    return adapt_kl_coef(
+        kl_coef,
+        kl,
+        target=config.ppo.kl_target,
+        num_episodes=config.rollout.batch_size,
+        horizon=config.ppo.kl_horizon,
+    )
 
 
 @contextmanager
@@ -286,6 +290,13 @@ def _load_episodes(
             f"{num_dropped} were dropped to fit {max_prompt_tokens} tokens"
         )
     return episodes
+
+
+def _load_held_out(chat: Chat, config: Config, accelerator: Accelerator) -> list[Episode]:
+    if config.prompts_held_out is None:
+        return []
+    episodes = _load_episodes(config.prompts_held_out, chat, config, accelerator)
+    return episodes[: config.num_eval_prompts]
 
 
 def shuffled_text(

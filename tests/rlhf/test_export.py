@@ -17,18 +17,10 @@ from rlhf.inference import compute_scores
 from rlhf.lora import weights_sha256
 from rlhf.models import load_policy, load_scalar, save_policy
 from rlhf.packing import Packer, PromptTree
-from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
+from tests.rlhf.tiny_models import byte_tokenizer, change_trained, tiny_policy_of
 
 LORA = LoraSettings(rank=4)
 IDS = torch.tensor([[5, 9, 13, 17, 21]])
-
-
-def change(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -43,7 +35,7 @@ def work(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_merged_policy_has_the_live_ones_logits(work: Path) -> None:
     settings = ModelSettings(path=str(work / "base"))
     live = load_policy(settings, LORA)
-    change(live)
+    change_trained(live)
     save_policy(live, AutoTokenizer.from_pretrained(settings.path), work / "ppo")
     export(Config(folder=str(work / "ppo"), output_dir=str(work / "merged")))
     merged, report = AutoModelForCausalLM.from_pretrained(work / "merged", output_loading_info=True)
@@ -64,7 +56,7 @@ def test_merged_policy_has_the_live_ones_logits(work: Path) -> None:
 
 def test_merged_reward_model_has_the_same_scores_and_card(work: Path) -> None:
     live = load_scalar(ModelSettings(path=str(work / "base")), new_head=True, lora=LORA)
-    change(live)
+    change_trained(live)
     live.save(work / "rm", AutoTokenizer.from_pretrained(work / "base"))
     (work / "rm" / "reward.json").write_text('{"bias": 0.5}')
     export(Config(folder=str(work / "rm"), output_dir=str(work / "merged")))
@@ -96,7 +88,7 @@ def test_weights_that_a_coarse_type_cannot_hold_are_refused(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live = load_policy(ModelSettings(path=str(work / "base")), LORA)
-    change(live)
+    change_trained(live)
     save_policy(live, AutoTokenizer.from_pretrained(work / "base"), work / "ppo")
     monkeypatch.setitem(export.__globals__["TOLERANCE"], "bfloat16", 1e-6)
     with pytest.raises(ValueError, match=r"merged weights differ .* more than 1e-06 \(bfloat16\)"):

@@ -17,6 +17,7 @@ from rlhf.state import Fields
 class Settings:
     output_dir: str
     checkpoint_every: int | None = 2
+    trackers: tuple[str, ...] = ()
     seed: int = 0
 
 
@@ -88,7 +89,7 @@ def test_settings_that_change_nothing_may_change_and_others_may_not(tmp_path: Pa
     checkpoints, _ = start(tmp_path / "here", checkpoint_every=1)
     checkpoints.end_step(7)
     (tmp_path / "here").rename(tmp_path / "there")
-    moved, _ = start(tmp_path / "there", checkpoint_every=5)
+    moved, _ = start(tmp_path / "there", checkpoint_every=5, trackers=("tensorboard",))
     assert moved.step == 7
     with pytest.raises(ValueError, match=r"step-7 is of another run: seed was 0 and is 1; start"):
         start(tmp_path / "there", seed=1)

@@ -11,19 +11,11 @@ from rlhf.inference import compute_logprobs, compute_scores, compute_values
 from rlhf.models import ScalarModel, load_policy, load_scalar, packer_for, save_policy
 from rlhf.packing import Packer, PromptTree
 from rlhf.roles import SharedBases, weight_bytes
-from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
+from tests.rlhf.tiny_models import byte_tokenizer, change_trained, tiny_policy_of, tiny_scalar_of
 
 LORA = LoraSettings(rank=4)
 TREES = [PromptTree((3, 4, 5), ((6, 7, 8), (9, 10))), PromptTree((11, 12), ((13, 14, 15),))]
 PACKER = Packer(64)
-
-
-def change(model: torch.nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -33,10 +25,10 @@ def work(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     base = tiny_policy_of(request.param, vocab_size=len(tokenizer))
     save_policy(base, tokenizer, tmp_path / "base")
     policy = load_policy(ModelSettings(path=str(tmp_path / "base")), LORA)
-    change(policy, 1)
+    change_trained(policy, 1)
     save_policy(policy, tokenizer, tmp_path / "sft")
     reward = load_scalar(ModelSettings(path=str(tmp_path / "sft")), new_head=True, lora=LORA)
-    change(reward, 2)
+    change_trained(reward, 2)
     reward.save(tmp_path / "rm", tokenizer)
     full = tiny_scalar_of(request.param, vocab_size=len(tokenizer))
     full.save(tmp_path / "full_rm", tokenizer)
@@ -75,8 +67,8 @@ def test_roles_on_one_base_compute_what_four_models_do(work: Path, sft: str, rm:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     # and each goes its own way when it is trained
     before = outputs(shared)
-    change(shared[0], 3)
-    change(shared[1], 4)
+    change_trained(shared[0], 3)
+    change_trained(shared[1], 4)
     moved = [(a - b).abs().max() for a, b in zip(outputs(shared), before, strict=True)]
     assert min(moved[:2]) > 0.01 and max(moved[2:]) == 0
 

@@ -91,6 +91,15 @@ def _tiny(
     return disable_dropout(model)
 
 
+def change_trained(model: torch.nn.Module, seed: int = 1) -> None:
+    """Moves every weight that learns by a little noise: a new adapter computes nothing yet."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
 def byte_tokenizer(*special: str, **settings: Any) -> PreTrainedTokenizerBase:
     """A byte-level tokenizer without merges: the special tokens first, then 256 bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
