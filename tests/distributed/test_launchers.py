@@ -2,6 +2,7 @@
 batch, and SFT, a reward model and PPO with ptx one after another."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from rlhf.rewards import load_reward_model
 from stages.rm.train import train as train_reward_model
 from stages.sft.train import train as fine_tune
 from tests.distributed.chain import make_inputs, rm_settings, sft_settings
-from tests.distributed.gradients import Gradients, all_gradients
+from tests.distributed.gradients import Step, all_steps
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -60,20 +61,23 @@ def launched(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.fixture(scope="module")
-def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Gradients:
-    return all_gradients(tmp_path_factory.mktemp("gradients"))
+def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Step:
+    return all_steps(tmp_path_factory.mktemp("gradients"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_CPU)
 def test_gradients_of_a_global_batch(
-    name: str, launched: dict[str, Path], of_one_process: Gradients
+    name: str, launched: dict[str, Path], of_one_process: Step
 ) -> None:
     found = load_file(launched[name] / "gradients.safetensors")
-    assert found.pop("processes").item() == 2
-    assert found.keys() == of_one_process.keys()
+    seen = json.loads((launched[name] / "seen.json").read_text())
+    assert seen["processes"] == 2
+    assert seen["whole"] == ([] if name == "cpu2_zero3" else of_one_process.whole)
+    expected = of_one_process.gradients
+    assert found.keys() == expected.keys()
     for loss in ("ppo", "ratio", "rm", "sft"):
-        own = {k: value for k, value in of_one_process.items() if k.startswith(f"{loss}/")}
+        own = {k: value for k, value in expected.items() if k.startswith(f"{loss}/")}
         assert max(float(value.abs().max()) for value in own.values()) > 0.01
         assert largest_difference(found, own) < 1e-5, loss
 
