@@ -6,32 +6,48 @@
 INPUTS is a folder that `make_inputs` of tests/distributed/chain.py wrote.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
 
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from rlhf import distributed
+from rlhf import distributed, sharding
 from rlhf.distributed import start_accelerator
 from tests.distributed.chain import run_chain
 from tests.distributed.gradients import all_steps
+from tests.distributed.other_stages import run_others
+from tests.distributed.rollouts import greedy_rollouts, watched_rollouts
+from tests.distributed.row_counts import COUNTS, run_all
+
+SOME_COUNTS = (1, 3)
+"""Of rows, under ZeRO-3, where all of them would take half a minute."""
 
 
 def main() -> None:
     inputs, results = Path(sys.argv[1]), Path(sys.argv[2])
     results.mkdir(exist_ok=True)
+    gc.freeze()  # each Trainer collects garbage at its end: 0.3 s for all that was imported
     split_every_weight()
     steps = all_steps(results)
+    seen = {"whole": steps.whole, "greedy": greedy_rollouts(1, 12)}
+    with watched_rollouts() as seen["rollouts"]:
+        run_chain(inputs, results)
     accelerator = start_accelerator()
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        run_others(inputs, results)
+        run_all(inputs, results, COUNTS)
+    elif sharding.shards_weights(accelerator):
+        run_others(inputs, results)
+        run_all(inputs, results, SOME_COUNTS)
     if accelerator.is_main_process:
         save_file(steps.gradients, results / "gradients.safetensors")
-        seen = {"processes": accelerator.num_processes, "whole": steps.whole}
+        seen["processes"] = accelerator.num_processes
         (results / "seen.json").write_text(json.dumps(seen))
-    run_chain(inputs, results)
 
 
 def split_every_weight() -> None:
