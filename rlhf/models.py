@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from rlhf.attention import segmented_sdpa
 from rlhf.chat import Chat, add_missing_parts
 from rlhf.config import LoraSettings, ModelSettings
 from rlhf.logprobs import Head, TokenMoments, chunked_logprobs, chunked_moments
@@ -49,6 +51,8 @@ ALL_WEIGHTS = LoraSettings()
 
 PACKING_TOLERANCE = 1e-3
 """Largest difference of a logit between packed and plain passes that the probe accepts."""
+
+AttentionInterface.register("sdpa", segmented_sdpa)
 
 _plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """What `has_plain_head` found."""
@@ -332,48 +336,49 @@ def check_context(model: PreTrainedModel, path: str, limits: Mapping[str, int]) 
         )
 
 
-@torch.no_grad()
-def supports_packing(model: PreTrainedModel) -> bool:
-    """Whether packed and separate passes agree on this model, tried on a 20-token tree.
+def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
+    """How trees are laid out for this model: the first way that a probe finds to agree with
+    separate passes, which are themselves the last, one response a row.
 
-    Models without an attention mask over positions (state space, ALiBi), flash attention, and
-    windows shorter than the tree fail and are run one response a row (`share_prompts=False`).
+    Models without an attention mask over positions (state space, ALiBi), with flash attention, or
+    with a window shorter than the probe's tree come to that.
     """
+    attention = model.config._attn_implementation
+    eager = model.dtype if attention == "eager" else None  # adds its mask: True would count as one
+    masks = Packer(micro_batch_tokens, mask_dtype=eager)
+    ways = [replace(masks, use_segments=True), masks] if attention == "sdpa" else [masks]
+    packer = next((packer for packer in ways if _agrees(model, packer)), None)
+    if packer is None:
+        warnings.warn(
+            f"{type(model).__name__} with {attention} attention cannot take the packing mask; "
+            "every response goes through it alone, which is slow",
+            stacklevel=2,
+        )
+        packer = replace(masks, share_prompts=False)
+    config = model.config.get_text_config()
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return replace(packer, max_depth=min((window for window in windows if window), default=None))
+
+
+@torch.no_grad()
+def _agrees(model: PreTrainedModel, packer: Packer) -> bool:
+    """Whether passes laid this way and separate passes agree, tried on two trees of 26 tokens."""
     if "local" in getattr(model.config, "attention_layers", ()):
-        return False  # GPT-Neo cuts its window by places in the row, beyond the probe's 20 tokens
+        return False  # GPT-Neo cuts its window by places in the row, beyond the probe's tokens
     top = _num_embeddings(model) - 1
-    ids = tuple(1 + (7 * i) % top for i in range(20))
-    tree = PromptTree(ids[:6], (ids[6:12], ids[12:20]))
+    ids = tuple(1 + (7 * i) % top for i in range(26))
+    trees = [PromptTree(ids[:6], (ids[6:12], ids[12:20])), PromptTree(ids[20:23], (ids[23:],))]
     device = next(model.parameters()).device
-    sharing = Packer(20, mask_dtype=_mask_dtype(model))
+    together = replace(packer, micro_batch_tokens=len(ids))
     try:
-        packed = [_features(model, row.to(device)) for row in sharing.rows([tree])]
+        packed = [_features(model, row.to(device)) for row in together.rows(trees)]
     except (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError):
         return False
-    alone = Packer(20, share_prompts=False)
-    plain = [_features(model, row.to(device)) for row in alone.rows([tree])]
+    alone = Packer(len(ids), share_prompts=False)
+    plain = [_features(model, row.to(device)) for row in alone.rows(trees)]
     difference = (torch.cat(packed) - torch.cat(plain)).abs().max().item()
     tolerance = PACKING_TOLERANCE if model.dtype == torch.float32 else 0.25
     return difference < tolerance
-
-
-def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
-    """How trees are laid out for this model: packed if a probe agrees, else one response a row."""
-    share_prompts = supports_packing(model)
-    if not share_prompts:
-        warnings.warn(
-            f"{type(model).__name__} with {model.config._attn_implementation} attention cannot "
-            "take the packing mask; every response goes through it alone, which is slow",
-            stacklevel=2,
-        )
-    config = model.config.get_text_config()
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return Packer(
-        micro_batch_tokens,
-        share_prompts=share_prompts,
-        max_depth=min((window for window in windows if window), default=None),
-        mask_dtype=_mask_dtype(model),
-    )
 
 
 def _empty(auto_class: Any, settings: ModelSettings, **arguments: Any) -> Any:
@@ -423,11 +428,6 @@ def _features_and_head(policy: nn.Module, row: PackedRow) -> tuple[Tensor, Head]
         return hidden[0, row.predictors], policy.get_output_embeddings()
     output = policy(**row.model_inputs, logits_to_keep=row.predictors, use_cache=False)
     return output.logits[0], nn.Identity()
-
-
-def _mask_dtype(model: PreTrainedModel) -> torch.dtype | None:
-    """Eager attention adds the mask to its scores, where True would count as one."""
-    return model.dtype if model.config._attn_implementation == "eager" else None
 
 
 def _num_embeddings(model: PreTrainedModel) -> int:

@@ -81,16 +81,20 @@ class PackedRow:
     """True when the row holds one tree with one response, which needs no mask of its own"""
     mask_dtype: torch.dtype | None = None
     """Type of a mask that is added to the attention scores; None: a boolean mask"""
+    segments: Tensor | None = None
+    """(1, 1, 4, segments) what rlhf.attention takes for a mask on the CPU; None: a mask"""
 
     @cached_property
     def attention_mask(self) -> Tensor | None:
         """(1, 1, length, length), the third axis attends to the fourth; None: plain causal.
 
         Boolean, True where a token may attend; or, with `mask_dtype`, 0 there and the type's lowest
-        number elsewhere.
+        number elsewhere; or the segments.
         """
         if self.plain:
             return None
+        if self.segments is not None and self.device.type == "cpu":
+            return self.segments
         prompt = self.tree * (self.branch.max() + 1)  # (length,) a number for each tree's prompt
         segment = prompt + self.branch  # and one for each of its responses
         allowed = (segment[:, None] == segment) | (prompt[:, None] == segment)
@@ -164,6 +168,8 @@ class Packer:
     """Trees with longer paths than this (a sliding attention window) are not shared either."""
     mask_dtype: torch.dtype | None = None
     """Eager attention adds its mask to the scores, of this type; None: boolean masks (sdpa)."""
+    use_segments: bool = False
+    """True on a CPU gives segments (rlhf.attention) instead of masks."""
 
     def rows(self, trees: Sequence[PromptTree]) -> list[PackedRow]:
         """Lays trees into rows by first fit, longest trees first."""
@@ -176,12 +182,16 @@ class Packer:
         alone = sorted(set(range(len(trees))) - set(shared))
         sizes = [trees[number].num_tokens for number in shared]
         rows = [
-            _lay_row([laid[shared[item]] for item in items], self.mask_dtype)
+            self._finish(_lay_row([laid[shared[item]] for item in items]))
             for items in _first_fit(sizes, self.micro_batch_tokens)
         ]
         for number, prompt, responses in (laid[i] for i in alone):
             rows += [_lay_row([(number, prompt, [response])]) for response in responses]
         return rows
+
+    def _finish(self, row: PackedRow) -> PackedRow:
+        segments = _segments(row) if self.use_segments else None
+        return replace(row, mask_dtype=self.mask_dtype, segments=segments)
 
     def _may_share(self, tree: PromptTree) -> bool:
         return self.share_prompts and (self.max_depth is None or tree.depth <= self.max_depth)
@@ -217,7 +227,7 @@ _Laid = tuple[int, tuple[int, ...], list[tuple[int, tuple[int, ...]]]]
 """Number of a tree, its prompt, and its responses with their numbers."""
 
 
-def _lay_row(laid: list[_Laid], mask_dtype: torch.dtype | None = None) -> PackedRow:
+def _lay_row(laid: list[_Laid]) -> PackedRow:
     ids: list[int] = []
     positions: list[int] = []
     tree: list[int] = []
@@ -255,8 +265,27 @@ def _lay_row(laid: list[_Laid], mask_dtype: torch.dtype | None = None) -> Packed
         tree_index=torch.tensor(tree_index),
         response_mask=torch.arange(max(lengths)) < time[:, None],
         plain=len(response_index) == 1,
-        mask_dtype=mask_dtype,
     )
+
+
+def _segments(row: PackedRow) -> Tensor:
+    """Prompts and responses in the order of the row; a lone response is one with its prompt."""
+    columns: list[tuple[int, int, int, int]] = []
+    lengths = row.tree.bincount().tolist()
+    for start, length, branch in zip(
+        _starts(lengths), lengths, row.branch.split(lengths), strict=True
+    ):
+        prompt, *responses = branch.bincount().tolist()
+        if len(responses) == 1:
+            columns.append((start, start + length, start, start))
+            continue
+        prompt_end = start + prompt
+        columns.append((start, prompt_end, start, start))
+        for place, size in zip(_starts(responses), responses, strict=True):
+            if size:
+                first = prompt_end + place
+                columns.append((first, first + size, start, prompt_end))
+    return torch.tensor(columns).T[None, None]
 
 
 def _first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:

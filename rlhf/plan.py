@@ -24,7 +24,7 @@ measured. Lengths are the settings' limits: shorter data need less in the rollou
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,13 +33,14 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
+from transformers import PreTrainedModel
 
 from rlhf.cli import run_stage
 from rlhf.config import ModelSettings
 from rlhf.dry_run import DryRun
 from rlhf.flops import BACKWARD, Work, forward_flops, size_of, text_work, update_flops, work_of
 from rlhf.logprobs import CHUNK_TOKENS
-from rlhf.models import checkpoint_activations
+from rlhf.models import ScalarModel, checkpoint_activations
 from rlhf.packing import PackedRow, Packer, PromptTree, text_tree
 from rlhf.timing import matrix_rate
 from stages.ppo.config import Config as PPOConfig
@@ -144,7 +145,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
 
 
 def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
-    launch, budget = plan.launch, config.micro_batch_tokens
+    launch = plan.launch
     policy, value_model = dry.policy(_dry(config.policy)), dry.scalar(_dry(config.policy))
     rewards = {
         name: dry.scalar(_dry(_reward_settings(config, path)))
@@ -160,36 +161,67 @@ def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
     resting["reference"] = _bytes(policy)
     for name, model in rewards.items():
         resting[f"reward.{name}"] = _bytes(model)
-    visit = {name: size if resting is plan.waiting else 0 for name, size in resting.items()}
+    _plan_rollout(plan, dry, config, policy, value_model, rewards)
+    _plan_training(plan, dry, config, policy, value_model)
+    num_episodes = config.rollout.batch_size // launch.num_processes
+    num_texts = math.ceil(config.text_blocks_per_step / launch.num_processes)
+    plan.flops = update_flops(
+        size_of(policy),
+        size_of(value_model.classifier),
+        [size_of(model.classifier) for model in rewards.values()],
+        work_of([_tree(*_lengths(config))]) * num_episodes,
+        text_work(config.ptx.block_tokens) * (num_texts * config.steps_per_update),
+        config.ppo.num_epochs,
+    )
+    if config.gradient_checkpointing:
+        for name in ("ptx", "train"):
+            plan.flops[name] *= (BACKWARD + 2) / (BACKWARD + 1)
 
-    prompt, response = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
-    own_episodes = config.rollout.batch_size // launch.num_processes
-    batch = min(config.generation.batch_size, own_episodes)
-    sampling, plan.parts["KV cache of a rollout"] = dry.sampling(policy, batch, prompt, response)
-    row = _row(config.policy, prompt, response, budget, own_episodes)
+
+def _plan_rollout(
+    plan: Plan,
+    dry: DryRun,
+    config: PPOConfig,
+    policy: PreTrainedModel,
+    value_model: ScalarModel,
+    rewards: Mapping[str, ScalarModel],
+) -> None:
+    """Sampling, and passes without gradient. Models that wait elsewhere come for their phase."""
+    num_episodes = config.rollout.batch_size // plan.launch.num_processes
+    batch = min(config.generation.batch_size, num_episodes)
+    sampling, cache = dry.sampling(policy, batch, *_lengths(config))
+    plan.parts["KV cache of a rollout"] = cache
+    row = _rows(config, plan.launch).of_episodes(*_lengths(config), num_episodes)
     plan.add_phase("rollout", sampling)
     if rewards:  # all of them come for the phase
-        visitors = sum(visit[f"reward.{name}"] for name in rewards)
+        visitors = sum(plan.waiting.get(f"reward.{name}", 0) for name in rewards)
         passes = [dry.values(model, row) for model in rewards.values()]
         plan.add_phase("score", visitors, max(passes))
     plan.add_phase("logprobs", dry.moments(policy, row))
-    plan.add_phase("reference", visit["reference"], dry.logprobs(policy, row))
+    plan.add_phase("reference", plan.waiting.get("reference", 0), dry.logprobs(policy, row))
     plan.add_phase("value", dry.values(value_model, row))
 
+
+def _plan_training(
+    plan: Plan, dry: DryRun, config: PPOConfig, policy: PreTrainedModel, value_model: ScalarModel
+) -> None:
+    """The passes with gradient, of episodes and of text, and the optimizer's step."""
+    launch, budget = plan.launch, config.micro_batch_tokens
+    rows = _rows(config, launch)
     own_step = config.ppo.mini_batch_size // launch.num_processes
     own_blocks = math.ceil(config.text_blocks_per_step / launch.num_processes)
-    row = _row(config.policy, prompt, response, budget, own_step)
+    row = rows.of_episodes(*_lengths(config), own_step)
     of_policy, of_value = (launch.share(_bytes(model), 2) for model in (policy, value_model))
     is_watched = config.ptx.gradient_norms or config.ptx.grad_norm_ratio is not None
     of_text = of_policy if own_blocks and is_watched else 0
     accumulates: list[nn.Module] = []
     if own_blocks:
-        blocks = _text_row(config.policy, config.ptx.block_tokens, budget, own_blocks)
+        blocks = rows.of_texts(config.ptx.block_tokens, own_blocks)
         if own_blocks * config.ptx.block_tokens > budget:
             accumulates = [policy]
         a_pass = dry.training(blocks, policy, None, accumulates)
         plan.add_phase("ptx", of_policy * bool(accumulates), a_pass)
-    is_one_row = own_step * (prompt + response) <= budget
+    is_one_row = own_step * sum(_lengths(config)) <= budget
     accumulates = [policy, value_model] if not is_one_row else [policy] if own_blocks else []
     a_pass = dry.training(row, policy, value_model, accumulates)
     before = of_policy * (policy in accumulates) + of_value * (value_model in accumulates)
@@ -203,17 +235,6 @@ def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
         f"pass of {row.input_ids.numel()} tokens, forward and backward": a_pass,
         "  of it logits at a time": _logits_bytes(policy, min(CHUNK_TOKENS, len(row.targets))),
     }
-    plan.flops = update_flops(
-        size_of(policy),
-        size_of(value_model.classifier),
-        [size_of(model.classifier) for model in rewards.values()],
-        work_of([_tree(prompt, response)]) * own_episodes,
-        text_work(config.ptx.block_tokens) * (own_blocks * config.steps_per_update),
-        config.ppo.num_epochs,
-    )
-    if config.gradient_checkpointing:
-        for name in ("ptx", "train"):
-            plan.flops[name] *= (BACKWARD + 2) / (BACKWARD + 1)
 
 
 def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
@@ -223,7 +244,8 @@ def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
         checkpoint_activations(model.classifier)
     plan.hold_trained({"reward model": model})
     lengths = config.max_prompt_tokens, config.max_response_tokens
-    row = _row(config.model, *lengths, config.micro_batch_tokens, config.batch_size)
+    rows = Rows(config.model, config.micro_batch_tokens, plan.launch.device)
+    row = rows.of_episodes(*lengths, config.batch_size)
     gradients = plan.launch.share(_bytes(model), 2)
     a_pass = dry.training(row, None, model, [model])
     plan.add_phase("train", gradients, a_pass)
@@ -293,25 +315,44 @@ def _tree(prompt: int, response: int) -> PromptTree:
     return PromptTree((0,) * prompt, ((0,) * response,))
 
 
-def _row(
-    settings: ModelSettings, prompt: int, response: int, budget: int, num_trees: int
-) -> PackedRow:
-    """The fullest row: trees of the largest size, and a smaller one that fills what is left."""
-    if settings.attention.startswith("flash"):
-        num_trees = 1  # without a mask every response is alone
-    num_whole = max(1, min(budget // (prompt + response), num_trees))
-    trees = [_tree(prompt, response)] * num_whole
-    left = budget - num_whole * (prompt + response)
-    if left > 1 and num_whole < num_trees:
-        trees.append(_tree(max(1, left - response), min(response, left - 1)))
-    return Packer(budget).rows(trees)[0]
+def _lengths(config: PPOConfig) -> tuple[int, int]:
+    """Most tokens of a prompt and of a response."""
+    return config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
 
 
-def _text_row(settings: ModelSettings, block: int, budget: int, num_blocks: int) -> PackedRow:
-    if settings.attention.startswith("flash"):
-        num_blocks = 1
-    trees = [text_tree([0] * block)] * max(1, min(budget // block, num_blocks))
-    return Packer(budget).rows(trees)[0]
+def _rows(config: PPOConfig, launch: Launch) -> "Rows":
+    return Rows(config.policy, config.micro_batch_tokens, launch.device)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The fullest rows that a model gets."""
+
+    settings: ModelSettings
+    budget: int
+    """tokens"""
+    device: str
+
+    def of_episodes(self, prompt: int, response: int, num_trees: int) -> PackedRow:
+        """Trees of the largest size, and a smaller one that fills what is left."""
+        num_whole = max(1, min(self.budget // (prompt + response), num_trees))
+        trees = [_tree(prompt, response)] * num_whole
+        left = self.budget - num_whole * (prompt + response)
+        if left > 1 and num_whole < num_trees:
+            trees.append(_tree(max(1, left - response), min(response, left - 1)))
+        return self._lay(trees)
+
+    def of_texts(self, block: int, num_blocks: int) -> PackedRow:
+        """Blocks of text."""
+        return self._lay([text_tree([0] * block)] * max(1, min(self.budget // block, num_blocks)))
+
+    def _lay(self, trees: Sequence[PromptTree]) -> PackedRow:
+        if self.settings.attention.startswith("flash"):
+            trees = trees[:1]  # without a mask every response is alone
+        (row,) = Packer(self.budget).rows(trees)
+        # With segments as without a mask, attention keeps queries, keys and values alone.
+        has_segments = self.device == "cpu" and self.settings.attention == "sdpa"
+        return replace(row, plain=row.plain or has_segments)
 
 
 def _bytes(model: nn.Module, as_type: torch.dtype | None = None) -> int:

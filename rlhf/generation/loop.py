@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 from rlhf.config import GenerationSettings
 from rlhf.finite import NonFiniteError
 from rlhf.generation.interface import Decoding, Samples
+from rlhf.generation.thin import thin_products
 
 COPY_COST = 1.0
 """Cost of copying a row of the cache, in decoded tokens of a row. Between 0.5 and 2 the sum of both
@@ -46,7 +47,8 @@ class LoopEngine:
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             some_prompts = [prompts[i] for i in chosen]
-            batch = _generate_batch(self.policy, some_prompts, decoding, draws)
+            with thin_products(self.policy):
+                batch = _generate_batch(self.policy, some_prompts, decoding, draws)
             for i, response, logprobs in zip(chosen, *batch, strict=True):
                 samples.responses[i], samples.logprobs[i] = response, logprobs
             if progress is not None:

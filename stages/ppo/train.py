@@ -412,7 +412,8 @@ def load_models(
         packer_for(policy, config.micro_batch_tokens),
         packer_for(value_model.classifier, config.micro_batch_tokens),
     ]
-    packer = min(packers, key=lambda packer: packer.share_prompts)  # what both models can take
+    # what both models can take
+    packer = min(packers, key=lambda packer: (packer.share_prompts, packer.use_segments))
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
         checkpoint_activations(value_model.classifier)

@@ -3,6 +3,7 @@ and compares what they leave in the end with what an undisturbed run leaves: all
 weights, and all rows of metrics, samples and results but for the times in them.
 
     python -m tests.long.kill_points --kill-points 30
+    python -m tests.long.kill_points --kill-points 12 --stages ppo
 
 Takes about ten seconds a kill on one core.
 """
@@ -24,6 +25,7 @@ from tests.stages.cut_runs import (
     outcome,
     run_command,
     start_command,
+    start_server,
 )
 
 WRITING = {
@@ -38,15 +40,17 @@ WRITING = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kill-points", type=int, default=30, help="kills of all stages together")
+    parser.add_argument("--kill-points", type=int, default=30, help="kills of the stages together")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     options = parser.parse_args()
     moments = random.Random(options.seed)
+    start_server()  # its imports are no part of a run's time
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "inputs").mkdir()
         configs = make_configs(Path(folder) / "inputs", Path(folder))
-        for number, stage in enumerate(STAGES):
-            share = (options.kill_points + number) // len(STAGES)
+        for number, stage in enumerate(options.stages):
+            share = (options.kill_points + number) // len(options.stages)
             kill_stage(stage, configs[stage], share, moments)
     print(f"{options.kill_points} kills, and every run came to what it would have come to")
 
@@ -59,7 +63,7 @@ def kill_stage(stage: str, config: Any, num_kills: int, moments: random.Random) 
     seconds = time.monotonic() - started
     assert code == 0, printed
     expected = outcome(Path(whole.output_dir))
-    kills, writing, runs = 0, 0, 0
+    kills, writing, resumed, runs = 0, 0, 0, 0
     while kills < num_kills:
         run = replace(config, output_dir=f"{config.output_dir}/{runs}")
         runs += 1
@@ -73,6 +77,7 @@ def kill_stage(stage: str, config: Any, num_kills: int, moments: random.Random) 
                 break
             kills += 1
             writing += in_writing
+            resumed += any(Path(run.output_dir).glob("checkpoints/step-*"))
         else:
             code, printed = run_command(stage, run)
             assert code == 0, printed
@@ -82,7 +87,8 @@ def kill_stage(stage: str, config: Any, num_kills: int, moments: random.Random) 
                 sys.exit(f"{stage}: {name} of {run.output_dir} differs after {kills} kills")
     print(
         f"{stage}: a run of {seconds:.0f} s, {kills} kills in {runs} runs, {writing} of them "
-        f"within the writing of a checkpoint: {', '.join(sorted(expected))} equal",
+        f"within the writing of a checkpoint, {resumed} with one to go on from: "
+        f"{', '.join(sorted(expected))} equal",
         flush=True,
     )
 

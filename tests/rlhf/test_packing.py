@@ -1,10 +1,14 @@
 """Packed passes equal separate ones, and every token comes back in its place."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.inference import compute_logprobs, compute_scores, compute_values
 from rlhf.models import (
@@ -13,7 +17,6 @@ from rlhf.models import (
     has_plain_head,
     packer_for,
     response_logprobs,
-    supports_packing,
 )
 from rlhf.packing import (
     PackedRow,
@@ -26,7 +29,9 @@ from rlhf.packing import (
 from tests.rlhf.tiny_models import VOCAB, tiny_policy_of, tiny_scalar_of
 
 PACKABLE = ["llama", "gpt2", "gpt_neox", "qwen3", "opt", "mistral", "gemma3_text"]
-PACKED = [(name, "sdpa") for name in PACKABLE] + [("llama", "eager"), ("gpt2", "eager")]
+PACKED = [(name, "sdpa", True) for name in PACKABLE] + [(name, "sdpa", False) for name in PACKABLE]
+PACKED += [("llama", "eager", False), ("gpt2", "eager", False)]
+"""Architecture, attention, and whether it is told the row's segments or takes a mask."""
 
 EXAMPLE = PromptTree(prompt=(10, 11, 12), responses=((20, 21), (30, 31, 32)))
 
@@ -122,6 +127,25 @@ def test_mask_of_the_documented_example_and_a_second_tree() -> None:
     assert added.attention_mask.min() == torch.finfo(torch.bfloat16).min
 
 
+def test_segments_name_prompts_and_responses() -> None:
+    lone = PromptTree((40,), ((50,),))
+    (row,) = Packer(12, use_segments=True).rows([EXAMPLE, lone, PromptTree((60,), ((), (70,)))])
+    expected = [
+        # queries, keys before them
+        (0, 3, 0, 0),  # the prompt
+        (3, 5, 0, 3),
+        (5, 8, 0, 3),
+        (8, 10, 8, 8),  # the lone response with its prompt
+        (10, 11, 10, 10),
+        (11, 12, 10, 11),  # and the empty response has nothing to ask
+    ]
+    assert row.attention_mask is not None
+    assert row.attention_mask.shape == (1, 1, 4, 6)
+    assert row.attention_mask[0, 0].T.tolist() == [list(segment) for segment in expected]
+    (alone,) = Packer(8, use_segments=True).rows([lone])
+    assert alone.attention_mask is None
+
+
 def test_one_response_alone_needs_no_mask() -> None:
     (row,) = Packer(5).rows([PromptTree((3, 4), ((5, 6, 7),))])
     assert row.attention_mask is None
@@ -134,11 +158,13 @@ def test_first_fit_takes_the_longest_tree_first() -> None:
     assert [row.tree_index.tolist() for row in rows] == [[4], [3, 0], [1, 2]]
 
 
-@pytest.mark.parametrize(("architecture", "attention"), PACKED)
-def test_packed_logprobs_and_gradients_equal_separate(architecture: str, attention: str) -> None:
+@pytest.mark.parametrize(("architecture", "attention", "use_segments"), PACKED)
+def test_packed_logprobs_and_gradients_equal_separate(
+    architecture: str, attention: str, use_segments: bool
+) -> None:
     policy = tiny_policy_of(architecture, attention=attention)
     trees = random_trees()
-    packer = packer_for(policy, micro_batch_tokens=64)
+    packer = replace(packer_for(policy, micro_batch_tokens=64), use_segments=use_segments)
     rows = packer.rows(trees)
     assert len(rows) == 2, "several trees must share a row, or this test shows nothing"
 
@@ -207,13 +233,13 @@ def test_checkpointed_activations_change_no_gradient_and_are_not_kept(architectu
     assert kept_bytes < all_bytes / 2
 
 
-@pytest.mark.parametrize(("architecture", "attention"), PACKED)
+@pytest.mark.parametrize(("architecture", "attention", "use_segments"), PACKED)
 def test_packed_values_scores_and_gradients_equal_separate(
-    architecture: str, attention: str
+    architecture: str, attention: str, use_segments: bool
 ) -> None:
     model = tiny_scalar_of(architecture, attention=attention)
     trees = random_trees(seed=1)
-    packer = packer_for(model.classifier, micro_batch_tokens=64)
+    packer = replace(packer_for(model.classifier, 64), use_segments=use_segments)
     rows = packer.rows(trees)
     assert len(rows) < len(trees)
     prompts = [len(tree.prompt) for tree in trees for _ in tree.responses]
@@ -247,17 +273,26 @@ def test_packed_values_scores_and_gradients_equal_separate(
     torch.testing.assert_close(compute_scores(model, trees, packer), scores.detach())
 
 
-@pytest.mark.parametrize(("architecture", "attention"), PACKED)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", PACKABLE)
 def test_probe_accepts(architecture: str, attention: str) -> None:
-    policy = tiny_policy_of(architecture, attention=attention)
-    assert supports_packing(policy)
-    assert packer_for(policy, 100).share_prompts
+    packer = packer_for(tiny_policy_of(architecture, attention=attention), 100)
+    assert packer.share_prompts
+    assert packer.use_segments == (attention == "sdpa")
+
+
+def test_model_that_takes_masks_but_no_segments_gets_masks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = tiny_policy_of("llama")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", sdpa_attention_forward)
+    packer = packer_for(policy, 100)
+    assert packer.share_prompts and not packer.use_segments
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mamba", "gpt_neo"])
 def test_model_without_the_mask_falls_back_to_separate_passes(architecture: str) -> None:
     policy = tiny_policy_of(architecture)
-    assert not supports_packing(policy)
     with pytest.warns(UserWarning, match="cannot take the packing mask"):
         packer = packer_for(policy, 64)
     trees = random_trees(seed=2)
@@ -277,7 +312,8 @@ def test_probe_refuses_a_model_that_ignores_the_mask(monkeypatch: pytest.MonkeyP
         "forward",
         lambda attention_mask=None, **inputs: forward(attention_mask=None, **inputs),
     )
-    assert not supports_packing(policy)
+    with pytest.warns(UserWarning, match="cannot take the packing mask"):
+        assert not packer_for(policy, 64).share_prompts
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma3_text"])
@@ -361,6 +397,22 @@ PACKERS = st.builds(
     share_prompts=st.booleans(),
     max_depth=st.none() | st.integers(1, 13),
 )
+
+
+@settings(max_examples=100, deadline=None)
+@given(trees=TREES, packer=PACKERS)
+def test_segments_allow_what_the_mask_allows(trees: list[PromptTree], packer: Packer) -> None:
+    with_segments = replace(packer, use_segments=True).rows(trees)
+    for row, masked in zip(with_segments, packer.rows(trees), strict=True):
+        if masked.attention_mask is None:
+            assert row.attention_mask is None
+            continue
+        assert row.attention_mask is not None
+        allowed = torch.zeros_like(masked.attention_mask[0, 0])
+        for start, end, prompt_start, prompt_end in row.attention_mask[0, 0].T.tolist():
+            allowed[start:end, start:end] = torch.ones(end - start, end - start).tril()
+            allowed[start:end, prompt_start:prompt_end] = True
+        assert torch.equal(allowed, masked.attention_mask[0, 0])
 
 
 @settings(max_examples=200, deadline=None)

@@ -72,6 +72,13 @@ def run_command(
     return failed or 0, log.read_text()
 
 
+def start_server() -> None:
+    """Start what runs are forked from, if it was not, and wait until it has imported the stages."""
+    process = _SERVER.Process(target=int)
+    process.start()
+    process.join()
+
+
 def start_command(
     stage: str, config: Any, cut: Cut | None = None, *, num_processes: int = 1
 ) -> tuple[list[Any], Path]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf.cli import INTERRUPTED
+from rlhf.config import LoraSettings
 from tests.stages.cut_runs import (
     KILLED,
     Cut,
@@ -87,6 +88,16 @@ def test_pretraining_killed_again_and_again_is_the_run_that_was_not(configs: dic
     assert [row["step"] for row in rows if "pretrain/held_out_loss" in row][:2] == [5, 10]
 
 
+@pytest.mark.parametrize(
+    ("stage", "cuts"), [("ppo", PPO_CUTS[1:3]), ("rm", RM_CUTS[1:3])], ids=["ppo", "rm"]
+)
+def test_adapters_killed_again_and_again_are_the_ones_that_were_not(
+    configs: dict[str, Any], stage: str, cuts: list[Cut]
+):
+    config = replace(configs[stage], lora=LoraSettings(rank=2))
+    same_when_killed(stage, config, cuts, weights="adapter_model.safetensors")
+
+
 def test_two_processes_go_on_from_one_checkpoint(
     configs: dict[str, Any],
 ):
@@ -107,7 +118,11 @@ def test_another_number_of_processes_is_refused(configs: dict[str, Any]):
 
 
 def same_when_killed(
-    stage: str, config: Any, cuts: list[Cut], num_processes: int = 1
+    stage: str,
+    config: Any,
+    cuts: list[Cut],
+    num_processes: int = 1,
+    weights: str = "model.safetensors",
 ) -> list[dict[str, Any]]:
     """A run that is left alone and one that is cut off leave the same; returns its rows."""
     folder = Path(config.output_dir)
@@ -116,7 +131,7 @@ def same_when_killed(
     printed = run_to_the_end(stage, killed, cuts, num_processes=num_processes)
     assert f"{stage}: resumes after" in printed
     expected, found = outcome(folder / "whole"), outcome(folder / "killed")
-    assert {"model.safetensors", "metrics.jsonl", "results.json"} <= expected.keys()
+    assert {weights, "metrics.jsonl", "results.json"} <= expected.keys()
     for name in expected.keys() | found.keys():
         assert found.get(name) == expected.get(name), name
     assert not (folder / "killed" / "checkpoints").exists()
