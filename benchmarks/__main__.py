@@ -31,8 +31,8 @@ REAL = "135M"
 """Shape of the model that the table is about."""
 NUM_PAIRS = 5
 PROMPT_TOKENS, RESPONSE_TOKENS = 200, 60
-RM_PROMPTS = {9: 1, 4: 4, 2: 12}
-"""K -> prompts a sample, so that a sample of the peer takes some 20 s on two cores."""
+RM_PROMPTS = {9: 1, 4: 2, 2: 4}
+"""K -> prompts a sample. On two cores one of K = 9 takes the peer one to two minutes."""
 RM_MICRO_BATCH = {9: 4, 4: 3, 2: 1}
 """K -> pairs a pass of RewardTrainer."""
 NUM_PROMPTS, SHORTEST_PROMPT, LONGEST_PROMPT, NEW_TOKENS = 16, 16, 128, 48

@@ -1,13 +1,15 @@
 """Where the time of a run goes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from rlhf.memory import memory_of
+
+HEARTBEAT_SECONDS = 30.0
 
 
 @dataclass
@@ -50,6 +52,30 @@ class Stopwatch:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
+
+
+class Heartbeat:
+    """Tells every half minute how far a long piece of work is; nothing of a short one.
+
+    Example:
+        engine.generate(prompts, decoding, progress=Heartbeat("sampled", len(prompts), print))
+    """
+
+    def __init__(self, what: str, total: int, tell: Callable[[str], object]) -> None:
+        self.what = what
+        self.total = total
+        self.tell = tell
+        self.num_done = 0
+        self._started = self._told = time.perf_counter()
+
+    def __call__(self, num_done: int) -> None:
+        """So many more are done."""
+        self.num_done += num_done
+        now = time.perf_counter()
+        if now - self._told >= HEARTBEAT_SECONDS:
+            self._told = now
+            seconds = now - self._started
+            self.tell(f"{self.what} {self.num_done} of {self.total} after {seconds:.0f} s")
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -98,6 +98,7 @@ def _collect(
         if output is None:
             if not manager.is_running():
                 raise RuntimeError("continuous batching stopped before all responses were there")
+            progress(0)
         elif any(map(math.isnan, output.logprobs)) or "nan" in (output.error or ""):
             raise NonFiniteError("logits", "rollout")
         elif output.error is not None:

@@ -48,7 +48,8 @@ class Engine(Protocol):
         Args:
             prompts: token ids; repeat a prompt to get several samples of it.
             generator: CPU generator of the draws; None: torch's own.
-            progress: called with the number of prompts done since the last call.
+            progress: called now and then, with the number of responses that ended since the last
+                call; 0 says that sampling goes on.
 
         Raises:
             NonFiniteError: the policy's logits are no numbers.

@@ -48,11 +48,11 @@ class LoopEngine:
             chosen = order[start : start + self.batch_size]
             some_prompts = [prompts[i] for i in chosen]
             with thin_products(self.policy):
-                batch = _generate_batch(self.policy, some_prompts, decoding, draws)
+                batch = _generate_batch(
+                    self.policy, some_prompts, decoding, draws, progress or (lambda _: None)
+                )
             for i, response, logprobs in zip(chosen, *batch, strict=True):
                 samples.responses[i], samples.logprobs[i] = response, logprobs
-            if progress is not None:
-                progress(len(chosen))
         return samples
 
 
@@ -61,6 +61,7 @@ def _generate_batch(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     generator: torch.Generator | None,
+    progress: Callable[[int], object],
 ) -> Samples:
     device = next(policy.parameters()).device
     ids, attention_mask = (tensor.to(device) for tensor in _left_pad(prompts))
@@ -80,6 +81,7 @@ def _generate_batch(
             logits_to_keep=1,
         ).logits[:, -1]
         tokens, logprobs = _sample(logits, decoding.temperature, generator)
+        num_before = len(unfinished)
         for prompt, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
             if prompt in unfinished:
                 samples.responses[prompt].append(token)
@@ -87,7 +89,9 @@ def _generate_batch(
                 if token == decoding.end_id:
                     unfinished.remove(prompt)
         if not unfinished or step == decoding.max_new_tokens - 1:
+            progress(num_before)  # what is cut at its full length has ended too
             break
+        progress(num_before - len(unfinished))
         positions = positions[:, -1:] + 1
         attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
         # Like renting until the rent has reached the price: never more than twice the best cost,

@@ -60,7 +60,13 @@ def evaluate(config: Config) -> None:
     """Measure every policy, write results.json, samples and curves, print the table."""
     accelerator = start_accelerator()
     if not accelerator.is_main_process:
-        return  # a launcher may have started more processes than the one that is enough
+        return
+    if accelerator.num_processes > 1:  # as when one launcher file is given for all stages
+        print(
+            f"evaluate: the first of {accelerator.num_processes} processes does all the work, the "
+            "others are done; start one only to save them",
+            flush=True,
+        )
     run = open_run(config, stage="evaluate", inputs=_inputs(config))
     exam = _prepare(config, accelerator.device)
     answers, figures = _examine(config, exam, accelerator.device)

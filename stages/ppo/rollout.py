@@ -1,6 +1,6 @@
 """One rollout: responses sampled from the policy, their rewards and advantages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
@@ -32,7 +32,7 @@ from rlhf.rewards import (
     reward_models_of,
 )
 from rlhf.statistics import distinct_bigrams
-from rlhf.timing import Stopwatch
+from rlhf.timing import Heartbeat, Stopwatch
 from stages.ppo.config import Config
 
 PART = "part "
@@ -104,6 +104,7 @@ class Sampler:
     config: Config
     watch: Stopwatch = field(default_factory=Stopwatch)
     engine: Engine = field(default_factory=lambda: make_engine(GenerationSettings()))
+    tell: Callable[[str], object] = print
 
     def sample(
         self, policy: PreTrainedModel, episodes: Sequence[Episode], generator: torch.Generator
@@ -120,6 +121,7 @@ class Sampler:
                     temperature=settings.temperature,
                 ),
                 generator,
+                Heartbeat("ppo: sampled", len(episodes), self.tell),
             )
         trees = [
             PromptTree(episode.prompt_ids, (tuple(response),))

@@ -425,7 +425,8 @@ def load_models(
     model, prepared = sharding.prepare(accelerator, both, optimizer)
     average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
     learner = Learner(model, prepared, schedule, average, packer, accelerator, watch)
-    return learner, Sampler(chat, ref_policy, reward, packer, config, watch, engine)
+    tell = accelerator.print
+    return learner, Sampler(chat, ref_policy, reward, packer, config, watch, engine, tell)
 
 
 def _shared_bases(config: Config, accelerator: Accelerator) -> SharedBases | None:

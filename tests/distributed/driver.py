@@ -6,28 +6,61 @@
 INPUTS is a folder that `make_inputs` of tests/distributed/chain.py wrote.
 """
 
+import gc
+import json
 import sys
 from pathlib import Path
 
-import torch
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from rlhf import distributed, sharding
 from rlhf.distributed import start_accelerator
 from tests.distributed.chain import run_chain
-from tests.distributed.gradients import all_gradients
+from tests.distributed.gradients import all_steps
+from tests.distributed.other_stages import run_others
+from tests.distributed.rollouts import greedy_rollouts, watched_rollouts
+from tests.distributed.row_counts import COUNTS, run_all
+
+SOME_COUNTS = (1, 3)
+"""Of rows, under ZeRO-3, where all of them would take half a minute."""
 
 
 def main() -> None:
     inputs, results = Path(sys.argv[1]), Path(sys.argv[2])
     results.mkdir(exist_ok=True)
-    found = all_gradients(results)
+    gc.freeze()  # each Trainer collects garbage at its end: 0.3 s for all that was imported
+    split_every_weight()
+    steps = all_steps(results)
+    seen = {"whole": steps.whole, "greedy": greedy_rollouts(1, 12)}
+    with watched_rollouts() as seen["rollouts"]:
+        run_chain(inputs, results)
     accelerator = start_accelerator()
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        run_others(inputs, results)
+        run_all(inputs, results, COUNTS)
+    elif sharding.shards_weights(accelerator):
+        run_others(inputs, results)
+        run_all(inputs, results, SOME_COUNTS)
     if accelerator.is_main_process:
-        processes = torch.tensor(accelerator.num_processes)
-        save_file({**found, "processes": processes}, results / "gradients.safetensors")
-    run_chain(inputs, results)
+        save_file(steps.gradients, results / "gradients.safetensors")
+        seen["processes"] = accelerator.num_processes
+        (results / "seen.json").write_text(json.dumps(seen))
+
+
+def split_every_weight() -> None:
+    """Has ZeRO-3 split also weights of fewer than 100,000 numbers, which it otherwise leaves whole
+    on every process: all that the tiny models have."""
+    make_plugin = distributed._deepspeed_plugin
+
+    def make_splitting_plugin() -> DeepSpeedPlugin:
+        plugin = make_plugin()
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return plugin
+
+    distributed._deepspeed_plugin = make_splitting_plugin
 
 
 if __name__ == "__main__":

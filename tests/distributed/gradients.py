@@ -1,8 +1,9 @@
 """The gradient of one global batch, of PPO with ptx, of the reward model and of SFT, by however
-many processes call `all_gradients` and whatever is split between them."""
+many processes call `all_steps` and whatever is split between them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,26 @@ Gradients = dict[str, Tensor]
 """Name of a parameter -> its gradient, of the global batch and in full."""
 
 
+@dataclass
+class Step:
+    """What was seen as a step was taken."""
+
+    gradients: Gradients = field(default_factory=dict)
+    whole: list[str] = field(default_factory=list)
+    """Parameters that this process held in full, and not just a shard of."""
+
+
 @contextmanager
-def recorded(module: nn.Module) -> Iterator[Gradients]:
-    """The gradients with which the module's step is taken."""
-    found: Gradients = {}
+def recorded(module: nn.Module) -> Iterator[Step]:
+    """The step that the module takes inside; of several, the last."""
+    found = Step()
 
     def record(*_: object) -> None:
         parameters = dict(module.named_parameters())
+        found.whole = [name for name, parameter in parameters.items() if parameter.numel()]
         own = sharding.local_gradients(parameters.values())
         for (name, parameter), gradient in zip(parameters.items(), own, strict=True):
-            found[name] = whole_gradient(parameter, gradient).clone()
+            found.gradients[name] = whole_gradient(parameter, gradient).clone()
 
     with pytest.MonkeyPatch.context() as patch:
         if is_asked_for("ACCELERATE_USE_DEEPSPEED"):
@@ -60,7 +71,7 @@ def recorded(module: nn.Module) -> Iterator[Gradients]:
             handle = register_optimizer_step_pre_hook(record)
             yield found
             handle.remove()
-    assert found
+    assert found.gradients
 
 
 def whole_gradient(parameter: nn.Parameter, own: Tensor) -> Tensor:
@@ -71,7 +82,7 @@ def whole_gradient(parameter: nn.Parameter, own: Tensor) -> Tensor:
     return own.view(parameter.shape)
 
 
-def ppo_gradient(ptx: PtxSettings) -> Gradients:
+def ppo_step(ptx: PtxSettings) -> Step:
     """Of policy and value loss on eight episodes, and of the text loss on four pieces of text."""
     accelerator = start_accelerator()
     config = Config(
@@ -137,7 +148,7 @@ def random_ids(generator: torch.Generator, length: int) -> tuple[int, ...]:
     return tuple(torch.randint(3, VOCAB, (length,), generator=generator).tolist())
 
 
-def ranking_gradient(folder: Path) -> Gradients:
+def ranking_step(folder: Path) -> Step:
     """Of the ranking loss on five rankings of two to six responses, of uneven weights."""
     start_accelerator()
     generator = torch.Generator().manual_seed(1)
@@ -168,7 +179,7 @@ def ranking_gradient(folder: Path) -> Gradients:
     return found
 
 
-def fine_tuning_gradient(folder: Path) -> Gradients:
+def fine_tuning_step(folder: Path) -> Step:
     """Of the SFT loss on eight demonstrations of uneven lengths, two at a time."""
     start_accelerator()
     generator = torch.Generator().manual_seed(2)
@@ -192,16 +203,19 @@ def fine_tuning_gradient(folder: Path) -> Gradients:
     return found
 
 
-def all_gradients(folder: Path) -> Gradients:
+def all_steps(folder: Path) -> Step:
     """By loss and name of the parameter."""
-    found = {
-        "ppo": ppo_gradient(PtxSettings(coef=0.7, text="unused")),
-        "ratio": ppo_gradient(PtxSettings(coef=1.0, grad_norm_ratio=2.0, text="unused")),
-        "rm": ranking_gradient(folder),
-        "sft": fine_tuning_gradient(folder),
+    steps = {
+        "ppo": ppo_step(PtxSettings(coef=0.7, text="unused")),
+        "ratio": ppo_step(PtxSettings(coef=1.0, grad_norm_ratio=2.0, text="unused")),
+        "rm": ranking_step(folder),
+        "sft": fine_tuning_step(folder),
     }
-    return {
-        f"{loss}/{name}": gradient
-        for loss, by_name in found.items()
-        for name, gradient in by_name.items()
-    }
+    return Step(
+        {
+            f"{loss}/{k}": value
+            for loss, step in steps.items()
+            for k, value in step.gradients.items()
+        },
+        [f"{loss}/{name}" for loss, step in steps.items() for name in step.whole],
+    )

@@ -2,10 +2,12 @@
 batch, and SFT, a reward model and PPO with ptx one after another."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,10 +21,21 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.config import ModelSettings
 from rlhf.distributed import check_plugin, naming
 from rlhf.rewards import load_reward_model
+from stages.evaluate.evaluate import evaluate
+from stages.pretrain.train import pretrain
 from stages.rm.train import train as train_reward_model
 from stages.sft.train import train as fine_tune
 from tests.distributed.chain import make_inputs, rm_settings, sft_settings
-from tests.distributed.gradients import Gradients, all_gradients
+from tests.distributed.driver import SOME_COUNTS
+from tests.distributed.gradients import Step, all_steps
+from tests.distributed.other_stages import (
+    NUM_PROMPTS,
+    NUM_RESPONSES,
+    evaluate_settings,
+    pretrain_settings,
+)
+from tests.distributed.rollouts import greedy_rollouts
+from tests.distributed.row_counts import COUNTS, make_rows, rm_of, sft_of
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -35,6 +48,7 @@ TIME_LIMIT = 400
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     make_inputs(folder)
+    make_rows(folder)
     return folder
 
 
@@ -56,24 +70,28 @@ def launched(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         assert done.returncode == 0, done.stderr
+        (results[name] / "printed.txt").write_text(done.stdout, encoding="utf-8")
     return results
 
 
 @pytest.fixture(scope="module")
-def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Gradients:
-    return all_gradients(tmp_path_factory.mktemp("gradients"))
+def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Step:
+    return all_steps(tmp_path_factory.mktemp("gradients"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_CPU)
 def test_gradients_of_a_global_batch(
-    name: str, launched: dict[str, Path], of_one_process: Gradients
+    name: str, launched: dict[str, Path], of_one_process: Step
 ) -> None:
     found = load_file(launched[name] / "gradients.safetensors")
-    assert found.pop("processes").item() == 2
-    assert found.keys() == of_one_process.keys()
+    seen = read(launched[name] / "seen.json")
+    assert seen["processes"] == 2
+    assert seen["whole"] == ([] if name == "cpu2_zero3" else of_one_process.whole)
+    expected = of_one_process.gradients
+    assert found.keys() == expected.keys()
     for loss in ("ppo", "ratio", "rm", "sft"):
-        own = {k: value for k, value in of_one_process.items() if k.startswith(f"{loss}/")}
+        own = {k: value for k, value in expected.items() if k.startswith(f"{loss}/")}
         assert max(float(value.abs().max()) for value in own.values()) > 0.01
         assert largest_difference(found, own) < 1e-5, loss
 
@@ -117,6 +135,65 @@ def test_folders_are_plain_ones(name: str, launched: dict[str, Path]) -> None:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_CPU)
+def test_weights_are_gathered_once_a_rollout(name: str, launched: dict[str, Path]) -> None:
+    seen = read(launched[name] / "seen.json")
+    expected = greedy_rollouts(1, 12)
+    assert [one["responses"] for one in seen["greedy"]] == [one["responses"] for one in expected]
+    assert {len(response) for response in seen["greedy"][1]["responses"]} == {1, 10, 12}
+    of_one_token, of_twelve = (one["gathers"] for one in seen["greedy"])
+    assert of_one_token == of_twelve
+    assert (of_twelve > 0) == (name == "cpu2_zero3")
+    # PPO gathers before a rollout, which then runs without the other process.
+    assert [one["gathers"] for one in seen["rollouts"]] == [0, 0, 0]
+    assert max(one["tokens"] for one in seen["rollouts"]) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", COUNTS)
+def test_any_number_of_rows(
+    count: int, inputs: Path, launched: dict[str, Path], tmp_path: Path
+) -> None:
+    """As many to train on and held out: nothing hangs, and every held-out row counts once."""
+    if count % 2:
+        fine_tune(sft_of(inputs, count, tmp_path / "sft"))
+        train_reward_model(rm_of(inputs, count, tmp_path / "rm"))
+    for name in ["cpu2", "cpu2_zero3"] if count in SOME_COUNTS else ["cpu2"]:
+        results = {
+            stage: read(launched[name] / f"{stage}{count}" / "results.json")
+            for stage in ("sft", "rm", "ppo")
+        }
+        for stage, key in (("sft", "held_out_loss"), ("rm", "log_loss"), ("rm", "pair_accuracy")):
+            if count % 2:
+                alone = read(tmp_path / stage / "results.json")[key]
+                assert results[stage][key] == pytest.approx(alone, abs=1e-5), (name, key)
+        assert results["sft"]["num_train"] == results["sft"]["num_held_out"] == count
+        assert results["rm"]["train_prompts"] == results["rm"]["prompts"] == count
+        assert results["ppo"]["held_out_score"] == pytest.approx((2**count - 1) / count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cpu2", "cpu2_zero3"])
+def test_pretrain_collect_and_evaluate(
+    name: str, inputs: Path, launched: dict[str, Path], tmp_path: Path
+) -> None:
+    pretrain(pretrain_settings(inputs, tmp_path / "pretrain"))
+    own = launched[name]
+    assert largest_difference(weights(own / "pretrain"), weights(tmp_path / "pretrain")) < 1e-5
+    rankings = (own / "collect" / "rankings.jsonl").read_text().splitlines()
+    found = read(own / "collect" / "results.json")
+    assert len(rankings) == NUM_PROMPTS - found["num_prompts_without_choice"] > 0
+    num_ranked = sum(len(json.loads(row)["responses"]) for row in rankings)
+    assert found["num_samples"] == NUM_PROMPTS * NUM_RESPONSES
+    assert num_ranked + found["num_duplicates"] == found["num_samples"]
+    evaluate(evaluate_settings(inputs, tmp_path / "evaluate"))
+    alone = read(tmp_path / "evaluate" / "results.json")["base"]
+    assert read(own / "evaluate" / "results.json")["base"] == alone
+    printed = (own / "printed.txt").read_text(encoding="utf-8")
+    assert printed.count("evaluate: the first of 2 processes does all the work") == 1
+
+
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
 def test_launcher_files_hold_what_accelerate_reads(path: Path) -> None:
     known = vars(launch_command_parser().parse_args(["--config_file", str(path), "program.py"]))
@@ -153,6 +230,10 @@ def test_a_lost_process_is_told_with_rank_phase_and_step() -> None:
         raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1000ms")
     with pytest.raises(RuntimeError, match="no collective"), naming(accelerator, lambda: place):
         raise RuntimeError("no collective's error")
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

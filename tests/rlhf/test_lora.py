@@ -262,6 +262,10 @@ def test_weights_hash_is_that_of_cat_and_sha256sum(tmp_path: Path) -> None:
     assert weights_sha256(str(tmp_path)) == hashlib.sha256(b"onetwo").hexdigest()
     (tmp_path / "a.safetensors").write_bytes(b"three")
     assert weights_sha256(str(tmp_path)) == hashlib.sha256(b"threetwo").hexdigest()
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"holds no \*\.safetensors file"):
+        weights_sha256(str(tmp_path))
 
 
 def test_another_base_is_refused_with_both_hashes(base: ModelSettings, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from rlhf.timing import Stopwatch, matrix_rate
+from rlhf.timing import Heartbeat, Stopwatch, matrix_rate
 
 
 @pytest.fixture
@@ -56,3 +56,12 @@ def test_the_matrix_rate_is_that_of_the_fastest_product(clock, monkeypatch) -> N
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", slow)
     assert matrix_rate(torch.device("cpu"), torch.float32) == 512**3
+
+
+def test_a_heartbeat_every_half_minute_and_none_of_short_work(clock: list[float]) -> None:
+    told: list[str] = []
+    beat = Heartbeat("sampled", 64, told.append)
+    for seconds, done in ((29.0, 3), (2.0, 0), (20.0, 4), (10.0, 1), (29.0, 56)):
+        clock[0] += seconds
+        beat(done)
+    assert told == ["sampled 3 of 64 after 31 s", "sampled 8 of 64 after 61 s"]

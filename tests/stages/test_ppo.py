@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice, repeat
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+import rlhf.timing
 import stages.ppo.rollout
 from rlhf.chat import Chat
 from rlhf.config import LoraSettings, ModelSettings, OptimSettings
@@ -108,6 +110,17 @@ def test_the_engine_gets_the_weights_once_a_rollout_and_before_it(monkeypatch):
     config = make_config()
     make_rollout(make_learner(config), config)
     assert calls == ["refresh", "generate"]
+
+
+def test_a_long_rollout_says_how_far_it_is(monkeypatch, capsys):
+    config = make_config()
+    make_rollout(make_learner(config), config)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(rlhf.timing, "HEARTBEAT_SECONDS", 0.0)
+    make_rollout(make_learner(config), config)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"ppo: sampled \d of 8 after 0 s", first)
+    assert last == "ppo: sampled 8 of 8 after 0 s"
 
 
 def gradient_after_step(learner: Learner, rollout: Rollout, texts, config: Config) -> torch.Tensor:

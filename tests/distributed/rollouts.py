@@ -1,0 +1,75 @@
+"""What rollouts cost between the processes, and what they say."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from accelerate.utils import gather_object
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlhf import sharding
+from rlhf.config import GenerationSettings, OptimSettings
+from rlhf.distributed import own_share, start_accelerator
+from rlhf.generation import Decoding, generate
+from rlhf.optim import make_optimizer
+from stages.ppo import train as ppo_train
+from stages.ppo.rollout import Rollout
+from stages.ppo.update import PolicyAndValue
+from tests.rlhf.tiny_models import tiny_policy_of, tiny_scalar_of
+
+PROMPTS = [[3 + (5 * i + j) % 50 for j in range(1 + i % 4)] for i in range(9)]
+"""An odd number, so that one process has one more."""
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the collectives that give each process what lies on all of them."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += "allgather" in func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def greedy_rollouts(*max_new_tokens: int) -> list[dict[str, Any]]:
+    """The likeliest responses to PROMPTS, by all processes, for each of these lengths: "responses",
+    and the "gathers" of one rollout from the first one's begin to the last one's end."""
+    accelerator = start_accelerator()
+    policy, value_model = tiny_policy_of("llama"), tiny_scalar_of("llama")
+    optimizer = make_optimizer([(policy, 1e-3), (value_model, 1e-3)], OptimSettings())
+    model, _ = sharding.prepare(accelerator, PolicyAndValue(policy, value_model), optimizer)
+    rollouts = []
+    for length in max_new_tokens:
+        with Gathers() as gathers, sharding.whole_weights(accelerator, model):
+            drawn = generate(
+                policy,
+                own_share(accelerator, PROMPTS),
+                GenerationSettings(),
+                Decoding(end_id=1, max_new_tokens=length, temperature=0.0),
+            )
+        numbers = own_share(accelerator, range(len(PROMPTS)))
+        gathered = gather_object(list(zip(numbers, drawn.responses, strict=True)))
+        responses = [response for _, response in sorted(gathered)]
+        rollouts.append({"responses": responses, "gathers": gathers.count})
+    return rollouts
+
+
+@contextmanager
+def watched_rollouts() -> Iterator[list[dict[str, int]]]:
+    """Of each rollout of PPO inside: "gathers" from its first token to its advantages, and the
+    "tokens" of its longest response."""
+    seen: list[dict[str, int]] = []
+    roll_out = ppo_train.roll_out
+
+    def watched(*args: Any) -> Rollout:
+        with Gathers() as gathers:
+            rollout = roll_out(*args)
+        seen.append({"gathers": gathers.count, "tokens": rollout.response_mask.shape[1]})
+        return rollout
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_train, "roll_out", watched)
+        yield seen
