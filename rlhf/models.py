@@ -267,7 +267,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """In training mode each layer's activations are computed again in the backward pass: memory
     for one layer instead of all, about a third more time, the same gradients."""
     with warnings.catch_warnings():
-        # transformers 5.23's new name for it is not there in 5.17
+        # transformers 5.23's new name for it is not there in 5.19
         warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
