@@ -45,10 +45,14 @@ def end_responses_at(
     model.register_forward_hook(set_logits, with_kwargs=True)
 
 
-def greedy_draws() -> AbstractContextManager[Any]:
-    """Within it every draw is the likeliest token, so both sides give the same responses."""
+def greedy_draws(function: str = "torch.multinomial") -> AbstractContextManager[Any]:
+    """Within it every draw is the likeliest token, so both sides give the same responses.
+
+    Args:
+        function: what draws, of probabilities (rows, vocab).
+    """
 
     def likeliest(probabilities: Tensor, *_: Any, **__: Any) -> Tensor:
-        return probabilities.argmax(-1, keepdim=True)
+        return probabilities.argmax(-1, keepdim=function == "torch.multinomial")
 
-    return mock.patch("torch.multinomial", likeliest)
+    return mock.patch(function, likeliest)

@@ -99,7 +99,7 @@ def run_ppo(link: Link, output_dir: str) -> None:
     loop = PPOLoop(work, ppo_config(work, output_dir))
     settings = f"{work.dtype}, passes of {work.micro_batch_tokens} tokens"
     link.ready(device=str(loop.accelerator.device), settings=settings)
-    with greedy_draws():
+    with greedy_draws("rlhf.generation.loop.draw"):
         figures = loop.update()
     while True:
         link.done(**figures)

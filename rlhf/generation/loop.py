@@ -115,11 +115,21 @@ def _sample(
     probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
     if probabilities.isnan().any():
         raise NonFiniteError("logits", "rollout")
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    tokens = logits.argmax(-1) if temperature == 0 else draw(probabilities, generator)
     return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(1).log()
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One token a row (rows,) from (rows, vocab), by one uniform number each.
+
+    torch.multinomial draws a number for every token of the vocabulary, a quarter of the time of a
+    step of SmolLM2-135M on a CPU.
+    """
+    up_to = probabilities.double().cumsum(-1)
+    shape, device = (len(probabilities), 1), probabilities.device
+    uniform = torch.rand(shape, generator=generator, dtype=torch.double, device=device)
+    tokens = torch.searchsorted(up_to, uniform * up_to[:, -1:], right=True)
+    return tokens.squeeze(1).clamp(max=probabilities.shape[-1] - 1)
 
 
 def _on_device(generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:

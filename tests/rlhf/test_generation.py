@@ -15,6 +15,7 @@ from rlhf.config import GenerationSettings
 from rlhf.finite import NonFiniteError
 from rlhf.generation import Decoding, Samples, generate, make_engine
 from rlhf.generation.auto import FastestEngine
+from rlhf.generation.loop import draw
 from rlhf.inference import compute_logprobs
 from rlhf.packing import Packer, PromptTree
 from tests.rlhf.tiny_models import VOCAB, tiny_policy_of
@@ -172,6 +173,13 @@ def test_first_tokens_follow_the_softmax(temperature: float, engine: str) -> Non
         freedom = len(expected) - 1
         assert freedom > 10
         assert chi_square < freedom + 4 * (2 * freedom) ** 0.5  # mean and deviation of chi-square
+
+
+def test_a_token_without_probability_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    probabilities = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).repeat(4, 1)
+    numbers = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-53], dtype=torch.double)[:, None]
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: numbers)
+    assert draw(probabilities, None).tolist() == [1, 1, 3, 3]
 
 
 def test_second_tokens_follow_the_first() -> None:
