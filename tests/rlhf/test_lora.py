@@ -330,6 +330,7 @@ def test_adapter_made_elsewhere_is_loaded_with_a_warning(
         ({"r": "4"}, "r is '4'"),
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"target_modules": ".*"}, r"target_modules is '\.\*'"),
+        ({"target_modules": []}, r"target_modules is empty"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"base_model_name_or_path": None}, "base_model_name_or_path is None"),
     ],

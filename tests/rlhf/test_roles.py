@@ -85,6 +85,7 @@ def test_roles_weigh_one_base_and_their_adapters(work: Path) -> None:
     )
     assert weight_bytes(*roles) == base + own
     assert weight_bytes(*load_roles(work, None)) > 3 * base
+    assert packer_for(roles[1].classifier, 64).use_segments, "it has not the base's attention"
 
 
 def test_only_trained_adapters_and_the_value_head_want_gradients(work: Path) -> None:
