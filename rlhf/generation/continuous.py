@@ -81,10 +81,8 @@ class ContinuousEngine:
             max_batch_tokens=max(num_rows, PREFILL_TOKENS),
             return_logprobs=True,
             seed=int(torch.randint(2**31, (), generator=generator)),
+            auto_switch_to_flash=self.policy.dtype != torch.float32,  # it takes half types only
         )
-        # Flash attention takes half types only. Before transformers 5.19 there is no such switch.
-        if hasattr(config, "auto_switch_to_flash"):
-            config.auto_switch_to_flash = self.policy.dtype != torch.float32
         longest = max(len(prompt) for prompt in prompts) + decoding.max_new_tokens
         config.num_blocks = num_rows * math.ceil(longest / config.page_size)
         return self.policy.init_continuous_batching(generation_config, config)  # type: ignore[operator]
