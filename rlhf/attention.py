@@ -43,16 +43,23 @@ def segmented_sdpa(
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    segments = attention_mask[0, 0].T.tolist()
+    places = {start: place for place, (start, *_) in enumerate(segments)}
+    sizes = [end - start for start, end, *_ in segments]
+    # Split, not sliced: the gradient of a slice is as long as the row, for each segment anew.
+    queries, keys, values = (tensor.split(sizes, 2) for tensor in (query, key, value))
     outputs = []
-    for start, end, prompt_start, prompt_end in attention_mask[0, 0].T.tolist():
-        own, prompt = slice(start, end), slice(prompt_start, prompt_end)
+    for place, (_, _, prompt_start, prompt_end) in enumerate(segments):
         mask = None  # causal
-        keys, values = key[:, :, own], value[:, :, own]
+        some_keys, some_values = keys[place], values[place]
         if prompt_end > prompt_start:
-            keys = torch.cat([key[:, :, prompt], keys], 2)
-            values = torch.cat([value[:, :, prompt], values], 2)
-            shape = end - start, keys.shape[2]
+            prompt = places[prompt_start]
+            some_keys = torch.cat([keys[prompt], some_keys], 2)
+            some_values = torch.cat([values[prompt], some_values], 2)
+            shape = sizes[place], some_keys.shape[2]
             mask = torch.ones(shape, dtype=torch.bool).tril(prompt_end - prompt_start)[None, None]
-        output, _ = sdpa_attention_forward(module, query[:, :, own], keys, values, mask, **settings)
+        output, _ = sdpa_attention_forward(
+            module, queries[place], some_keys, some_values, mask, **settings
+        )
         outputs.append(output)
     return torch.cat(outputs, 1), None
