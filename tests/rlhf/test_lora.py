@@ -317,6 +317,14 @@ def test_adapter_made_elsewhere_is_loaded_with_a_warning(
     torch.testing.assert_close(logits(loaded), logits(live), rtol=0, atol=1e-5)
 
 
+def adapter_with(changes: dict[str, Any], base: ModelSettings, folder: Path) -> ModelSettings:
+    """An adapter over the base whose adapter_config.json says something else."""
+    _, settings = save_adapter_over(base, folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return settings
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -338,9 +346,7 @@ def test_adapter_made_elsewhere_is_loaded_with_a_warning(
 def test_adapter_with_more_to_it_is_refused(
     changes: dict[str, Any], message: str, base: ModelSettings, tmp_path: Path
 ) -> None:
-    _, settings = save_adapter_over(base, tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    settings = adapter_with(changes, base, tmp_path / "adapter")
     with pytest.raises(ValueError, match=f"adapter_config.json is no LoRA adapter.*{message}"):
         load_policy(settings)
 
@@ -356,9 +362,7 @@ def test_adapter_with_more_to_it_is_refused(
 def test_adapter_that_fits_no_layer_is_refused_by_its_name(
     changes: dict[str, Any], message: str, base: ModelSettings, tmp_path: Path
 ) -> None:
-    _, settings = save_adapter_over(base, tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    settings = adapter_with(changes, base, tmp_path / "adapter")
     with pytest.raises(ValueError, match=f"cannot load {settings.path}: .*({message})"):
         load_policy(settings)
 
