@@ -29,7 +29,14 @@ from benchmarks.compare import median_phases
 from benchmarks.protocol import Worker
 from benchmarks.workload import Workload
 from experiments.shared import markdown_table
-from rlhf.flops import BACKWARD, ModelSize, Work, forward_flops, size_of, update_flops, work_of
+from rlhf.flops import (
+    ModelSize,
+    Work,
+    size_of,
+    training_flops,
+    update_flops,
+    work_of,
+)
 from rlhf.packing import PromptTree
 from rlhf.runs import commit
 
@@ -186,7 +193,7 @@ def _rm_needs(
     weights = FLOAT_BYTES * (scalar.weights + num_embeddings)
     steps = len(work.prompts)
     return (
-        {"gradient": (1 + BACKWARD) * forward_flops(scalar, work_of(trees))},
+        {"gradient": training_flops(scalar, work_of(trees))},
         {"gradient": 3 * steps * weights, "step": ADAM_ARRAYS * steps * weights},
     )
 

@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf.config import ModelSettings
+from rlhf.config import LoraSettings, ModelSettings
 from rlhf.models import (
+    ALL_WEIGHTS,
     ScalarModel,
     empty_policy,
     empty_scalar,
@@ -77,13 +78,19 @@ class DryRun:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._autocast = autocast
 
-    def policy(self, settings: ModelSettings) -> PreTrainedModel:
+    def policy(
+        self, settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, *, is_shared: bool = False
+    ) -> PreTrainedModel:
+        """See `empty_policy`."""
         with self._fake:
-            return empty_policy(settings)
+            return empty_policy(settings, lora, is_shared=is_shared)
 
-    def scalar(self, settings: ModelSettings) -> ScalarModel:
+    def scalar(
+        self, settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, *, is_shared: bool = False
+    ) -> ScalarModel:
+        """See `empty_scalar`."""
         with self._fake:
-            return empty_scalar(settings)
+            return empty_scalar(settings, lora, is_shared=is_shared)
 
     def sampling(
         self, policy: PreTrainedModel, batch: int, prompt_tokens: int, new_tokens: int
@@ -171,7 +178,8 @@ class DryRun:
     ) -> int:
         with self._fake:
             for parameter in (p for model in accumulates for p in model.parameters()):
-                parameter.grad = torch.zeros_like(parameter)
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
         for model in models:
             model.train()
 

@@ -1,26 +1,27 @@
 """Model FLOPs: the additions and multiplications that a pass needs, whatever the machine does.
 
-    forward = 2 N tokens + 2 U logits + 4 A pairs,        forward and backward = 3 forward
+    forward = 2 N tokens + 2 U logits + 4 A pairs
+    forward and backward = 3 forward - 2 F tokens - 2 G logits
 
 with N weights in matrices of the body, embeddings left out (Kaplan et al. 2020, 2.1), U = vocab *
 model of the unembedding where logits are computed, A = layers * heads * head size, and `pairs` the
 (query, key) pairs that attention needs (Chowdhery et al. 2022, appendix B: 12 A T a token for
 training, which is 3 * 4 A T; there every token is charged for T keys, here for those that it may
-see). Norms, biases, activation functions, softmax and the optimizer are left out, as are passes
+see), and F of N and G of U frozen below an adapter: the gradient goes through them, and they get
+none. Norms, biases, activation functions, softmax and the optimizer are left out, as are passes
 that gradient checkpointing makes twice. Of a mixture of experts all experts are counted, which is
 too much.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rlhf.packing import PromptTree
-
-BACKWARD = 2
-"""FLOPs of a backward pass in forward passes: gradients of weights and of activations."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class ModelSize:
     """U: vocab * model; 0 for a model with a scalar head"""
     attention: int
     """A: layers * heads * head size"""
+    frozen_weights: int = 0
+    """F: of `weights`"""
+    frozen_unembedding: int = 0
+    """G: of `unembedding`"""
 
 
 def size_of(model: Any) -> ModelSize:
@@ -44,10 +49,14 @@ def size_of(model: Any) -> ModelSize:
     outside = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     outside += [] if unembedding is None else [unembedding]
     skipped = {id(parameter) for module in outside for parameter in module.parameters()}
+    matrices = [p for p in model.parameters() if len(_shape(p)) > 1 and id(p) not in skipped]
+    heads = [] if unembedding is None else [unembedding.weight]
     return ModelSize(
-        weights=sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in skipped),
-        unembedding=0 if unembedding is None else unembedding.weight.numel(),
+        weights=sum(map(_numel, matrices)),
+        unembedding=sum(map(_numel, heads)),
         attention=config.num_hidden_layers * width,
+        frozen_weights=sum(_numel(p) for p in matrices if not p.requires_grad),
+        frozen_unembedding=sum(_numel(p) for p in heads if not p.requires_grad),
     )
 
 
@@ -90,6 +99,12 @@ def forward_flops(size: ModelSize, work: Work) -> float:
     )
 
 
+def training_flops(size: ModelSize, work: Work) -> float:
+    """FLOPs of a forward pass and its backward pass."""
+    frozen = 2.0 * size.frozen_weights * work.tokens + 2.0 * size.frozen_unembedding * work.logits
+    return 3 * forward_flops(size, work) - frozen
+
+
 def update_flops(
     policy: ModelSize,
     value_model: ModelSize,
@@ -107,15 +122,15 @@ def update_flops(
     """
     policy_pass = forward_flops(policy, episodes)
     value_pass = forward_flops(value_model, episodes)
-    training = 1 + BACKWARD
+    training = training_flops(policy, episodes) + training_flops(value_model, episodes)
     return {
         "rollout": policy_pass,  # a token at a time, by the cached keys and values
         "score": sum(forward_flops(size, episodes) for size in reward_models),
         "logprobs": policy_pass,
         "reference": policy_pass,
         "value": value_pass,
-        "ptx": training * forward_flops(policy, texts),
-        "train": training * num_epochs * (policy_pass + value_pass),
+        "ptx": training_flops(policy, texts),
+        "train": num_epochs * training,
     }
 
 
@@ -124,6 +139,15 @@ def _work_of_tree(tree: PromptTree) -> Work:
     lengths = [len(response) for response in tree.responses]
     pairs = sum(length * prompt + _triangle(length) for length in lengths)
     return Work(prompt + sum(lengths), sum(lengths), _triangle(prompt) + pairs)
+
+
+def _shape(parameter: Tensor) -> torch.Size:
+    """The whole one, where ZeRO-3 leaves a part, or nothing."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _numel(parameter: Tensor) -> int:
+    return math.prod(_shape(parameter))
 
 
 def _triangle(length: int) -> int:

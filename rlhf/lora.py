@@ -163,15 +163,21 @@ def new_adapter(model: PreTrainedModel, base: str, settings: LoraSettings) -> No
     Raises:
         ValueError: target_modules names no layer, or layers that cannot have an adapter.
     """
-    adapter = Adapter(
-        base=base,
-        base_sha256=weights_sha256(base),
-        rank=settings.rank,
-        alpha=settings.alpha,
-        target_modules=tuple(_targets(model, settings)),
-        has_head=hasattr(model, "score"),
-    )
-    _inject(model, adapter)
+    _inject(model, _adapter_over(model, base, weights_sha256(base), settings))
+
+
+def empty_adapter(
+    model: PreTrainedModel, base: str, settings: LoraSettings, adapter: Adapter | None = None
+) -> None:
+    """Puts on a model without data what new_adapter, or load_adapter with the adapter of a folder,
+    puts on one with data; no weights are read."""
+    with torch.device("meta"):  # else PEFT moves what it makes, and fake tensors cannot be moved
+        _inject(model, adapter or _adapter_over(model, base, None, settings))
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                empty = nn.Parameter(torch.empty_like(parameter, device=model.device))
+                setattr(module, name, empty)
 
 
 def load_adapter(
@@ -284,6 +290,19 @@ def save_adapter(
     config.save_pretrained(folder)
     base = {"path": adapter.base, "sha256": adapter.base_sha256}
     (folder / BASE_FILE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
+
+
+def _adapter_over(
+    model: PreTrainedModel, base: str, base_sha256: str | None, settings: LoraSettings
+) -> Adapter:
+    return Adapter(
+        base=base,
+        base_sha256=base_sha256,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        target_modules=tuple(_targets(model, settings)),
+        has_head=hasattr(model, "score"),
+    )
 
 
 def _inject(model: PreTrainedModel, adapter: Adapter) -> None:

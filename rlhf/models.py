@@ -33,6 +33,7 @@ from rlhf.lora import (
     Adapter,
     adapter_of,
     check_same,
+    empty_adapter,
     find_adapter,
     load_adapter,
     merge_adapter,
@@ -96,10 +97,7 @@ def load_policy(
         from rlhf.gguf import load_gguf
 
         if lora.rank:
-            raise ValueError(
-                f"{settings.path}: an adapter's base is a model folder; convert the GGUF file "
-                "first with rlhf.models.save_policy, as data/smollm2.py does, or give lora.rank 0"
-            )
+            _refuse_gguf_base(settings.path)
         model, _ = load_gguf(settings.path, dtype=_dtype(settings))
         return disable_dropout(model)
     adapter = find_adapter(settings.path)
@@ -205,21 +203,29 @@ def load_scalar(
     return model
 
 
-def empty_policy(settings: ModelSettings) -> PreTrainedModel:
+def empty_policy(
+    settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, *, is_shared: bool = False
+) -> PreTrainedModel:
     """The causal LM that load_policy gives, from its config alone: no weights are read. Under
     torch's FakeTensorMode it takes no memory.
 
+    Args:
+        is_shared: as with `bases` in load_policy.
+
     Raises:
-        ValueError, OSError: the config cannot be read.
+        ValueError, OSError: the config cannot be read, or `lora` asks for another adapter.
     """
-    model = _empty(AutoModelForCausalLM, settings)
+    model = _empty(AutoModelForCausalLM, settings, lora, is_shared)
     _plain_heads[model] = _passes_logits_on(model)
     return model
 
 
-def empty_scalar(settings: ModelSettings) -> ScalarModel:
+def empty_scalar(
+    settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, *, is_shared: bool = False
+) -> ScalarModel:
     """The scalar model that load_scalar gives, as `empty_policy`."""
-    return ScalarModel(_empty(AutoModelForSequenceClassification, settings, num_labels=1))
+    auto_class = AutoModelForSequenceClassification
+    return ScalarModel(_empty(auto_class, settings, lora, is_shared, num_labels=1))
 
 
 def save_policy(
@@ -381,12 +387,17 @@ def _agrees(model: PreTrainedModel, packer: Packer) -> bool:
     return difference < tolerance
 
 
-def _empty(auto_class: Any, settings: ModelSettings, **arguments: Any) -> Any:
-    path, source = settings.path, {}
+def _empty(
+    auto_class: Any, settings: ModelSettings, lora: LoraSettings, is_shared: bool, **arguments: Any
+) -> Any:
+    path, source, adapter = settings.path, {}, None
     if path.endswith(".gguf"):
+        if lora.rank:
+            _refuse_gguf_base(path)
         path, source = str(Path(path).parent), {"gguf_file": Path(path).name}
     elif (Path(path) / CONFIG_FILE).is_file():
-        path = read_adapter(path).base
+        adapter = read_adapter(path)
+        path = adapter.base
     else:
         _check_folder(path)
     with _naming(settings.path):
@@ -399,6 +410,12 @@ def _empty(auto_class: Any, settings: ModelSettings, **arguments: Any) -> Any:
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
         )
+    if adapter is not None and lora.rank:
+        check_same(settings.path, adapter, lora)
+    if lora.rank or (adapter is not None and is_shared):
+        empty_adapter(model, path, lora, adapter)
+    if is_shared and not lora.rank:
+        model.requires_grad_(False)
     return disable_dropout(model)
 
 
@@ -607,6 +624,13 @@ def _refuse_pickles(folder: Path) -> None:
             "you trust whoever made it, convert it: load the model with from_pretrained, then "
             "save_pretrained writes safetensors"
         )
+
+
+def _refuse_gguf_base(path: str) -> NoReturn:
+    raise ValueError(
+        f"{path}: an adapter's base is a model folder; convert the GGUF file first with "
+        "rlhf.models.save_policy, as data/smollm2.py does, or give lora.rank 0"
+    )
 
 
 def _refuse_no_head(path: str) -> NoReturn:

@@ -5,8 +5,9 @@
 Of the models only config.json is read. The peak of a phase is what is held all the time, plus what
 is held in this phase, plus what its passes allocate at most:
 
-    held       weights of all models; Adam's two moments of each trained weight, of its type; the
-               moving average, fp32; the buffers in which several processes exchange gradients
+    held       weights of all models, those of a base on which PPO's roles are adapters once;
+               Adam's two moments of each trained weight, of its type; the moving average, fp32;
+               the buffers in which several processes exchange gradients
     train      gradients of both models, the text's gradients if they are watched, and a pass with
                its backward pass over a row of micro_batch_tokens (`rlhf.dry_run`)
     ptx        gradients of the policy, and such a pass of it alone over text
@@ -24,7 +25,7 @@ measured. Lengths are the settings' limits: shorter data need less in the rollou
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -38,8 +39,17 @@ from transformers import PreTrainedModel
 from rlhf.cli import run_stage
 from rlhf.config import ModelSettings
 from rlhf.dry_run import DryRun
-from rlhf.flops import BACKWARD, Work, forward_flops, size_of, text_work, update_flops, work_of
+from rlhf.flops import (
+    Work,
+    forward_flops,
+    size_of,
+    text_work,
+    training_flops,
+    update_flops,
+    work_of,
+)
 from rlhf.logprobs import CHUNK_TOKENS
+from rlhf.lora import CONFIG_FILE, adapter_weights
 from rlhf.models import ScalarModel, checkpoint_activations
 from rlhf.packing import PackedRow, Packer, PromptTree, text_tree
 from rlhf.timing import matrix_rate
@@ -110,29 +120,44 @@ class Plan:
     def add_phase(self, name: str, *parts: int) -> None:
         self.phases[name] = sum(self.held.values()) + sum(parts)
 
-    def hold_trained(self, models: dict[str, nn.Module]) -> None:
-        """Weights and optimizer of models that learn."""
-        launch = self.launch
-        halved = launch.zero_stage > 0 and launch.mixed_precision != "no"
-        for name, model in models.items():
-            full = _bytes(model)
-            self.held[f"{name}: weights"] = launch.share(full // 2 if halved else full, 3)
-            self.held[f"{name}: optimizer"] = launch.share((2 + halved) * full, 1)
-            if launch.num_processes > 1 and not launch.zero_stage:
-                self.held[f"{name}: exchange of gradients"] = full
+    def hold(self, name: str, model: nn.Module) -> None:
+        """Weights of a model."""
+        full = _bytes(model.parameters())
+        self.held[f"{name}: weights"] = self.launch.share(full // 2 if self._is_halved else full, 3)
+
+    def hold_on_base(self, name: str, model: PreTrainedModel) -> None:
+        """Weights of a role: its adapter and head, and the base below, which it shares with the
+        roles over the same one (`rlhf.roles`)."""
+        own = sum(weight.nbytes for weight in adapter_weights(model).values())
+        base = f"base {model.config.name_or_path}"
+        size = (_bytes(model.parameters()) - own) // (1 + self._is_halved)
+        self.held[base] = max(self.held.get(base, 0), size)  # a classifier's has no unembedding
+        if own:
+            self.held[f"{name}: adapter and head"] = own
+
+    def hold_optimizer(self, name: str, model: nn.Module) -> None:
+        """What a model needs beside its weights to learn."""
+        launch, trained = self.launch, _bytes(_trained(model))
+        self.held[f"{name}: optimizer"] = launch.share((2 + self._is_halved) * trained, 1)
+        if launch.num_processes > 1 and not launch.zero_stage:
+            self.held[f"{name}: exchange of gradients"] = trained
+
+    @property
+    def _is_halved(self) -> bool:
+        return self.launch.zero_stage > 0 and self.launch.mixed_precision != "no"
 
 
 def make_plan(config: Config, launch: Launch) -> Plan:
     """The plan of a stage's settings.
 
     Raises:
-        ValueError, OSError: a model's config cannot be read, or an adapter is to be trained.
+        ValueError, OSError: a model's config cannot be read, an adapter does not fit the settings,
+            or weights are to be quantized.
     """
-    lora = getattr(config, "lora", None)  # which not every stage has
-    if lora is not None and lora.rank:
+    if config.lora.rank and config.lora.quantize != "none":
         raise ValueError(
-            f"lora.rank is {lora.rank}, and the plan knows no adapters; give --lora.rank 0 for "
-            "what the run would need without one, which is more"
+            f"lora.quantize is {config.lora.quantize}, and the plan knows no quantized weights; "
+            "give --lora.quantize none for what the run would need without, which is more"
         )
     dry, plan = DryRun(TYPES[launch.mixed_precision]), Plan(launch)
     if isinstance(config, PPOConfig):
@@ -144,62 +169,97 @@ def make_plan(config: Config, launch: Launch) -> Plan:
     return plan
 
 
+@dataclass(frozen=True)
+class Roles:
+    """PPO's models, without data."""
+
+    policy: PreTrainedModel
+    value_model: ScalarModel
+    reference: PreTrainedModel
+    rewards: dict[str, ScalarModel]
+    are_shared: bool
+    """Whether they are adapters over common bases (`stages.ppo.train.load_models`)."""
+
+    @classmethod
+    def of(cls, config: PPOConfig, dry: DryRun, launch: Launch) -> "Roles":
+        are_shared = config.lora.rank > 0 and launch.zero_stage < 3
+        settings = _dry(config.policy)
+        rewards = {
+            name: dry.scalar(_dry(_reward_settings(config, path)), is_shared=are_shared)
+            for name, path in config.reward.model_paths.items()
+        }
+        roles = cls(
+            dry.policy(settings, config.lora, is_shared=are_shared),
+            dry.scalar(_dry(_value_settings(config)), config.lora, is_shared=are_shared),
+            dry.policy(settings, is_shared=are_shared),
+            rewards,
+            are_shared,
+        )
+        if config.gradient_checkpointing:
+            checkpoint_activations(roles.policy)
+            checkpoint_activations(roles.value_model.classifier)
+        return roles
+
+
 def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
-    launch = plan.launch
-    policy, value_model = dry.policy(_dry(config.policy)), dry.scalar(_dry(config.policy))
-    rewards = {
-        name: dry.scalar(_dry(_reward_settings(config, path)))
-        for name, path in config.reward.model_paths.items()
-    }
-    if config.gradient_checkpointing:
-        checkpoint_activations(policy)
-        checkpoint_activations(value_model.classifier)
-    plan.hold_trained({"policy": policy, "value model": value_model})
-    if config.ema_decay is not None:
-        plan.held["policy: moving average"] = _bytes(policy, as_type=torch.float32)
-    resting = plan.waiting if config.offload and launch.device != "cpu" else plan.held
-    resting["reference"] = _bytes(policy)
-    for name, model in rewards.items():
-        resting[f"reward.{name}"] = _bytes(model)
-    _plan_rollout(plan, dry, config, policy, value_model, rewards)
-    _plan_training(plan, dry, config, policy, value_model)
-    num_episodes = config.rollout.batch_size // launch.num_processes
-    num_texts = math.ceil(config.text_blocks_per_step / launch.num_processes)
+    roles = Roles.of(config, dry, plan.launch)
+    _hold_roles(plan, roles, config)
+    _plan_rollout(plan, dry, config, roles)
+    _plan_training(plan, dry, config, roles.policy, roles.value_model)
+    num_episodes = config.rollout.batch_size // plan.launch.num_processes
+    num_texts = math.ceil(config.text_blocks_per_step / plan.launch.num_processes)
+    episodes = work_of([_tree(*_lengths(config))]) * num_episodes
+    texts = text_work(config.ptx.block_tokens) * (num_texts * config.steps_per_update)
+    policy, value_model = size_of(roles.policy), size_of(roles.value_model.classifier)
     plan.flops = update_flops(
-        size_of(policy),
-        size_of(value_model.classifier),
-        [size_of(model.classifier) for model in rewards.values()],
-        work_of([_tree(*_lengths(config))]) * num_episodes,
-        text_work(config.ptx.block_tokens) * (num_texts * config.steps_per_update),
+        policy,
+        value_model,
+        [size_of(model.classifier) for model in roles.rewards.values()],
+        episodes,
+        texts,
         config.ppo.num_epochs,
     )
     if config.gradient_checkpointing:
-        for name in ("ptx", "train"):
-            plan.flops[name] *= (BACKWARD + 2) / (BACKWARD + 1)
+        again = forward_flops(policy, episodes) + forward_flops(value_model, episodes)
+        plan.flops["ptx"] += forward_flops(policy, texts)
+        plan.flops["train"] += config.ppo.num_epochs * again
 
 
-def _plan_rollout(
-    plan: Plan,
-    dry: DryRun,
-    config: PPOConfig,
-    policy: PreTrainedModel,
-    value_model: ScalarModel,
-    rewards: Mapping[str, ScalarModel],
-) -> None:
+def _hold_roles(plan: Plan, roles: Roles, config: PPOConfig) -> None:
+    trained = {"policy": roles.policy, "value model": roles.value_model.classifier}
+    frozen = {"reference": roles.reference}
+    frozen |= {f"reward.{name}": model.classifier for name, model in roles.rewards.items()}
+    if roles.are_shared:
+        for name, model in (trained | frozen).items():
+            plan.hold_on_base(name, model)
+    for name, model in trained.items():
+        if not roles.are_shared:
+            plan.hold(name, model)
+        plan.hold_optimizer(name, model)
+    if config.ema_decay is not None:
+        average = _bytes(_trained(roles.policy), as_type=torch.float32)
+        plan.held["policy: moving average"] = average
+    if not roles.are_shared:
+        resting = plan.waiting if config.offload and plan.launch.device != "cpu" else plan.held
+        resting |= {name: _bytes(model.parameters()) for name, model in frozen.items()}
+
+
+def _plan_rollout(plan: Plan, dry: DryRun, config: PPOConfig, roles: Roles) -> None:
     """Sampling, and passes without gradient. Models that wait elsewhere come for their phase."""
     num_episodes = config.rollout.batch_size // plan.launch.num_processes
     batch = min(config.generation.batch_size, num_episodes)
-    sampling, cache = dry.sampling(policy, batch, *_lengths(config))
+    sampling, cache = dry.sampling(roles.policy, batch, *_lengths(config))
     plan.parts["KV cache of a rollout"] = cache
     row = _rows(config, plan.launch).of_episodes(*_lengths(config), num_episodes)
     plan.add_phase("rollout", sampling)
-    if rewards:  # all of them come for the phase
-        visitors = sum(plan.waiting.get(f"reward.{name}", 0) for name in rewards)
-        passes = [dry.values(model, row) for model in rewards.values()]
+    if roles.rewards:  # all of them come for the phase
+        visitors = sum(plan.waiting.get(f"reward.{name}", 0) for name in roles.rewards)
+        passes = [dry.values(model, row) for model in roles.rewards.values()]
         plan.add_phase("score", visitors, max(passes))
-    plan.add_phase("logprobs", dry.moments(policy, row))
-    plan.add_phase("reference", plan.waiting.get("reference", 0), dry.logprobs(policy, row))
-    plan.add_phase("value", dry.values(value_model, row))
+    plan.add_phase("logprobs", dry.moments(roles.policy, row))
+    visitor = plan.waiting.get("reference", 0)
+    plan.add_phase("reference", visitor, dry.logprobs(roles.reference, row))
+    plan.add_phase("value", dry.values(roles.value_model, row))
 
 
 def _plan_training(
@@ -211,7 +271,7 @@ def _plan_training(
     own_step = config.ppo.mini_batch_size // launch.num_processes
     own_blocks = math.ceil(config.text_blocks_per_step / launch.num_processes)
     row = rows.of_episodes(*_lengths(config), own_step)
-    of_policy, of_value = (launch.share(_bytes(model), 2) for model in (policy, value_model))
+    of_policy, of_value = (_gradient_bytes(launch, model) for model in (policy, value_model))
     is_watched = config.ptx.gradient_norms or config.ptx.grad_norm_ratio is not None
     of_text = of_policy if own_blocks and is_watched else 0
     accumulates: list[nn.Module] = []
@@ -239,14 +299,15 @@ def _plan_training(
 
 def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
     """A pass of a full row; a longer ranking, which is not cut, needs more."""
-    model = dry.scalar(_dry(config.model))
+    model = dry.scalar(_dry(config.model), config.lora)
     if config.gradient_checkpointing:
         checkpoint_activations(model.classifier)
-    plan.hold_trained({"reward model": model})
+    plan.hold("reward model", model)
+    plan.hold_optimizer("reward model", model)
     lengths = config.max_prompt_tokens, config.max_response_tokens
     rows = Rows(config.model, config.micro_batch_tokens, plan.launch.device)
     row = rows.of_episodes(*lengths, config.batch_size)
-    gradients = plan.launch.share(_bytes(model), 2)
+    gradients = _gradient_bytes(plan.launch, model)
     a_pass = dry.training(row, None, model, [model])
     plan.add_phase("train", gradients, a_pass)
     plan.add_phase("step", gradients, _step_bytes(plan.launch, model))
@@ -257,17 +318,17 @@ def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
     }
     plan.work = f"a pass of {num_tokens} tokens"
     work = work_of([_tree(*lengths)]) * max(1, num_tokens // sum(lengths))
-    forwards = 1 + BACKWARD + config.gradient_checkpointing
-    plan.flops["train"] = forwards * forward_flops(size_of(model.classifier), work)
+    plan.flops["train"] = _training_flops(model.classifier, work, config)
 
 
 def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
     """A padded batch with all of its logits, as TRL trains."""
-    policy = dry.policy(_dry(config.model))
-    plan.hold_trained({"policy": policy})
+    policy = dry.policy(_dry(config.model), config.lora)
+    plan.hold("policy", policy)
+    plan.hold_optimizer("policy", policy)
     if config.reward_model is not None:
         path = _with_config(config.reward_model, config.model.path)
-        plan.held["reward model"] = _bytes(dry.scalar(ModelSettings(path=path)))
+        plan.held["reward model"] = _bytes(dry.scalar(ModelSettings(path=path)).parameters())
     prompt, response = config.max_prompt_tokens, config.max_response_tokens
     batch = min(config.generation.batch_size, config.num_samples)
     sampling, plan.parts["KV cache of the samples"] = dry.sampling(policy, batch, prompt, response)
@@ -275,7 +336,7 @@ def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
     rows, length = config.micro_batch_size, prompt + response
-    gradients = plan.launch.share(_bytes(policy), 2)
+    gradients = _gradient_bytes(plan.launch, policy)
     accumulates = [policy] if config.batch_size > rows * plan.launch.num_processes else []
     a_pass = dry.batch_training(policy, rows, length, accumulates)
     plan.add_phase("train", gradients * bool(accumulates), a_pass)
@@ -288,8 +349,7 @@ def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
     plan.work = "an optimizer step"
     own_rows = config.batch_size // plan.launch.num_processes
     work = Work(length, length, text_work(length).pairs) * own_rows
-    forwards = 1 + BACKWARD + config.gradient_checkpointing
-    plan.flops["train"] = forwards * forward_flops(size_of(policy), work)
+    plan.flops["train"] = _training_flops(policy, work, config)
 
 
 def _reward_settings(config: PPOConfig, path: str) -> ModelSettings:
@@ -300,9 +360,20 @@ def _reward_settings(config: PPOConfig, path: str) -> ModelSettings:
     )
 
 
+def _value_settings(config: PPOConfig) -> ModelSettings:
+    """As the run starts it, but where a reward model has another vocabulary than the policy, whose
+    body the run takes then."""
+    start = config.reward.value_start
+    path = config.value_model or (None if start is None else start[0])
+    if path is None or _with_config(path, config.policy.path) == config.policy.path:
+        return config.policy
+    return ModelSettings(path=path, attention=config.policy.attention)
+
+
 def _with_config(path: str, other: str) -> str:
     """Of a reward model that is yet to be trained the shape is taken for that of the policy."""
-    return path if (Path(path) / "config.json").is_file() else other
+    files = ("config.json", CONFIG_FILE)
+    return path if any((Path(path) / name).is_file() for name in files) else other
 
 
 def _dry(settings: ModelSettings) -> ModelSettings:
@@ -355,21 +426,33 @@ class Rows:
         return replace(row, plain=row.plain or has_segments)
 
 
-def _bytes(model: nn.Module, as_type: torch.dtype | None = None) -> int:
-    """Of the weights; those that two layers share once."""
-    weights = model.parameters()
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _bytes(weights: Iterable[nn.Parameter], as_type: torch.dtype | None = None) -> int:
     return sum(p.numel() * (p.dtype if as_type is None else as_type).itemsize for p in weights)
 
 
+def _gradient_bytes(launch: Launch, model: nn.Module) -> int:
+    return launch.share(_bytes(_trained(model)), 2)
+
+
 def _largest(*models: nn.Module) -> int:
-    return max(p.nbytes for model in models for p in model.parameters())
+    return max(p.nbytes for model in models for p in _trained(model))
 
 
 def _step_bytes(launch: Launch, *models: nn.Module) -> int:
     """Temporaries of AdamW."""
     if launch.device == "cpu":
         return 2 * _largest(*models)
-    return launch.share(max(_bytes(model) for model in models), 1)
+    return launch.share(max(_bytes(_trained(model)) for model in models), 1)
+
+
+def _training_flops(model: PreTrainedModel, work: Work, config: RMConfig | SFTConfig) -> float:
+    size = size_of(model)
+    again = forward_flops(size, work) if config.gradient_checkpointing else 0.0
+    return training_flops(size, work) + again
 
 
 def _logits_bytes(policy: nn.Module, tokens: int) -> int:

@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlhf.flops import ModelSize, Work, forward_flops, size_of, text_work, update_flops, work_of
+from rlhf.config import LoraSettings
+from rlhf.flops import (
+    ModelSize,
+    Work,
+    forward_flops,
+    size_of,
+    text_work,
+    training_flops,
+    update_flops,
+    work_of,
+)
+from rlhf.lora import empty_adapter
 from rlhf.packing import PromptTree
 from tests.rlhf.tiny_models import tiny_policy_of, tiny_scalar_of
 
@@ -29,6 +40,36 @@ def test_a_scalar_model_has_no_unembedding() -> None:
         model(torch.arange(6)[None], use_cache=False)
     found = forward_flops(size_of(model), Work(6, 6, 36))
     assert found == pytest.approx(counter.get_total_flops(), rel=WITHOUT_ANGLES)
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    """Below an adapter the gradient only goes through them, and in the first layer not even that:
+    what its queries, keys and values are made of learns nothing."""
+    length = 10
+    policy = tiny_policy_of("llama", attention="eager")
+    empty_adapter(policy, "unused", LoraSettings(rank=2))
+    with FlopCounterMode(display=False) as counter:
+        policy(torch.arange(length)[None], use_cache=False).logits.sum().backward()
+    size = size_of(policy)
+    first = policy.model.layers[0].self_attn
+    unneeded = sum(
+        weight.numel()
+        for layer in (first.q_proj, first.k_proj, first.v_proj)
+        for weight in (layer.base_layer.weight, layer.lora_A["default"].weight)
+    )
+    found = training_flops(size, Work(length, length, length**2)) - 2 * length * unneeded
+    assert found == pytest.approx(counter.get_total_flops(), rel=WITHOUT_ANGLES)
+    assert size.frozen_unembedding == size.unembedding
+
+
+def test_weights_in_parts_count_whole() -> None:
+    """As ZeRO-3 leaves them: without data, their shape beside them."""
+    policy = tiny_policy_of("llama")
+    whole = size_of(policy)
+    for parameter in policy.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    assert size_of(policy) == whole
 
 
 def test_a_tree_is_read_with_its_prompt_once() -> None:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from rlhf.chat import Chat
 from rlhf.config import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
-from rlhf.models import save_policy
-from rlhf.plan import Launch, main, make_plan
+from rlhf.models import load_policy, load_scalar, load_tokenizer, save_policy
+from rlhf.plan import Launch, Rows, main, make_plan
 from rlhf.rewards import RewardSettings
 from rlhf.runs import settings_in_force
 from stages.ppo.config import Config, MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
@@ -104,8 +104,9 @@ def measured_peak(folder: Path, config: Config) -> int:
         (SMALL, {}),
         (LARGE, {}),
         (SMALL, {"ptx": TEXT, "ema_decay": 0.9, "micro_batch_tokens": 512}),
+        (LARGE, {"lora": LoraSettings(rank=8)}),
     ],
-    ids=["6.6M", "22M", "6.6M with text"],
+    ids=["6.6M", "22M", "6.6M with text", "22M with adapters"],
 )
 def test_the_peak_of_a_run_is_what_was_planned(
     size: dict[str, int], changes: dict[str, Any], tmp_path: Path
@@ -165,15 +166,90 @@ def test_offloaded_models_are_there_in_their_phases_only(tiny: Path, config: Con
     assert on_cpu.waiting == {}
 
 
-def test_an_adapter_is_refused(tiny: Path, tmp_path: Path) -> None:
+def save_reward(base: Path, folder: Path, lora: LoraSettings) -> str:
+    """A reward model on the body of a policy."""
+    settings = ModelSettings(path=str(base))
+    load_scalar(settings, new_head=True, lora=lora).save(folder, load_tokenizer(str(base)))
+    return str(folder)
+
+
+def test_roles_over_one_base_hold_it_once(tiny: Path, config: Config, tmp_path: Path) -> None:
+    base, lora = tiny / "sft", LoraSettings(rank=4)
+    reward = save_reward(base, tmp_path / "reward", lora)
+    config = replace(config, lora=lora, reward=RewardSettings(model=reward))
+    # Of rank r: r (in + out) numbers for each of q, k, v, o, gate, up, down in two layers.
+    adapter = 4 * 4 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
+    with_head = adapter + 4 * 32
+    roles = {
+        f"base {base}": weights_of(tiny),
+        "policy: adapter and head": adapter,
+        "value model: adapter and head": with_head,
+        "reward.model: adapter and head": with_head,
+        "policy: optimizer": 2 * adapter,
+        "value model: optimizer": 2 * with_head,
+        "policy: moving average": adapter,
+    }
+    assert make_plan(config, Launch()).held == roles
+    on_two = make_plan(config, Launch(num_processes=2)).held
+    assert on_two["policy: exchange of gradients"] == adapter
+
+    policy = tmp_path / "policy"
+    save_policy(load_policy(config.policy, lora), load_tokenizer(str(base)), policy)
+    trained_on = replace(config, policy=ModelSettings(path=str(policy)))
+    assert make_plan(trained_on, Launch()).held == {
+        **roles,
+        "reference: adapter and head": adapter,
+    }
+    with pytest.raises(ValueError, match=r"lora\.rank is 2, but .* holds an adapter with 4"):
+        make_plan(replace(trained_on, lora=LoraSettings(rank=2)), Launch())
+
+
+def test_a_full_reward_model_is_a_base_of_its_own(
+    tiny: Path, config: Config, tmp_path: Path
+) -> None:
+    """The value model starts over it, since it starts as the reward model."""
+    reward = save_reward(tiny / "sft", tmp_path / "reward", LoraSettings())
+    found = make_plan(
+        replace(config, lora=LoraSettings(rank=4), reward=RewardSettings(model=reward)), Launch()
+    ).held
+    body = weights_of(tiny) - 4 * VOCAB * 32  # without the unembedding
+    assert {name: size for name, size in found.items() if name.startswith("base")} == {
+        f"base {tiny / 'sft'}": weights_of(tiny),
+        f"base {reward}": body,
+    }
+    assert found["reward.model: adapter and head"] == 4 * 32
+
+
+def test_adapters_under_zero3_share_no_base(tiny: Path, config: Config) -> None:
+    """As in a run: ZeRO-3 splits the trained models' weights, the frozen ones are read whole."""
+    zero3 = Launch(num_processes=2, zero_stage=3)
+    found = make_plan(replace(config, lora=LoraSettings(rank=4)), zero3).held
+    adapter = 4 * 4 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
+    assert found["policy: weights"] == (weights_of(tiny) + adapter) // 2
+    assert found["policy: optimizer"] == adapter
+    assert found["reference"] == weights_of(tiny)
+
+
+def test_quantized_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
     config = SFTConfig(
         output_dir=str(tmp_path),
         model=ModelSettings(path=str(tiny / "sft")),
         demonstrations="unused",
-        lora=LoraSettings(rank=2),
+        lora=LoraSettings(rank=2, quantize="4bit"),
     )
-    with pytest.raises(ValueError, match=r"lora\.rank is 2, and the plan knows no adapters"):
+    with pytest.raises(ValueError, match=r"lora\.quantize is 4bit, and the plan knows no"):
         make_plan(config, Launch())
+
+
+@pytest.mark.parametrize(
+    ("device", "attention", "has_mask"),
+    [("cpu", "sdpa", False), ("cuda", "sdpa", True), ("cpu", "eager", True)],
+)
+def test_rows_have_a_mask_where_a_run_has_one(device: str, attention: str, has_mask: bool) -> None:
+    rows = Rows(ModelSettings(path="unused", attention=attention), 32, device)
+    row = rows.of_episodes(prompt=8, response=8, num_trees=2)
+    assert (row.attention_mask is not None) == has_mask
+    assert rows.of_episodes(prompt=8, response=8, num_trees=1).attention_mask is None
 
 
 @pytest.mark.parametrize("stage", ["ppo", "rm", "sft"])
