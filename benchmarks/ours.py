@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def run_rm(link: Link, output_dir: str) -> None:
-    """A sample is an epoch of RankingTrainer over the rankings, a step for each."""
+    """A sample is an epoch of RankingTrainer over the rankings, in one step."""
     work = link.work
     config = rm_config(work, output_dir)
     start_accelerator()
@@ -59,7 +59,7 @@ def run_rm(link: Link, output_dir: str) -> None:
     packer = packer_for(model.classifier, config.micro_batch_tokens)
     run = open_run(config, stage="rm", inputs={})
     trainer = RankingTrainer(model, rankings(work), packer, config, run)
-    settings = f"{work.dtype}, all responses of a prompt in one pass"
+    settings = f"{work.dtype}, passes of {work.micro_batch_tokens} tokens"
     gate = EpochGate(link, lambda: {"loss": trainer.first_loss}, settings)
     trainer.add_callback(gate)
     trainer.train()
@@ -72,7 +72,7 @@ def rm_config(work: Workload, output_dir: str) -> RMConfig:
         rankings=["given in code"],
         held_out=0.1,
         demonstrations="none",
-        batch_size=1,
+        batch_size=len(work.prompts),
         micro_batch_tokens=work.micro_batch_tokens,
         num_epochs=MANY,
         optim=OPTIM,

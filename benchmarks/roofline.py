@@ -191,10 +191,9 @@ def _rm_needs(
         for prompt, responses in zip(work.prompts, work.responses, strict=True)
     ]
     weights = FLOAT_BYTES * (scalar.weights + num_embeddings)
-    steps = len(work.prompts)
     return (
         {"gradient": training_flops(scalar, work_of(trees))},
-        {"gradient": 3 * steps * weights, "step": ADAM_ARRAYS * steps * weights},
+        {"gradient": 3 * weights, "step": ADAM_ARRAYS * weights},
     )
 
 

@@ -1,9 +1,9 @@
-"""TRL's RewardTrainer on all pairs of the rankings, a step for the pairs of each prompt.
+"""TRL's RewardTrainer on all pairs of the rankings, in one step.
 
     python -m benchmarks.trl_reward    (started by the benchmark; see protocol.py)
 
-Its best settings here: no gradient checkpointing, ids given so that nothing is tokenised, the pairs
-of a prompt in passes of `micro_batch` pairs that fill a step together.
+Its best settings here: no gradient checkpointing, ids given so that nothing is tokenised, passes of
+`micro_batch` pairs that fill the step together.
 """
 
 from tempfile import TemporaryDirectory
@@ -73,13 +73,12 @@ def run(link: Link, output_dir: str) -> None:
 
 
 def arguments(work: Workload, output_dir: str) -> RewardConfig:
-    pairs_a_step = work.num_pairs // len(work.prompts)
     return RewardConfig(
         output_dir=output_dir,
         per_device_train_batch_size=work.micro_batch,
-        gradient_accumulation_steps=pairs_a_step // work.micro_batch,
+        gradient_accumulation_steps=work.num_pairs // work.micro_batch,
         num_train_epochs=MANY_EPOCHS,
-        train_sampling_strategy="sequential",  # so that a step has the pairs of one prompt
+        train_sampling_strategy="sequential",
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         weight_decay=0.0,

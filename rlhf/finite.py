@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlhf.packing import PromptTree
@@ -28,13 +29,23 @@ class NonFiniteError(ValueError):
         self.step = step
 
 
-def require_finite(tensors: Mapping[str, Tensor], trees: Sequence[PromptTree], phase: str) -> None:
-    """Every tensor, (batch,) or (batch, time) in the order of the trees, is finite.
-
-    Raises:
-        NonFiniteError: naming the first tensor that is not, and its first tree.
-    """
+def first_nonfinite(
+    tensors: Mapping[str, Tensor],
+    trees: Sequence[PromptTree],
+    phase: str,
+    step: int | None = None,
+) -> NonFiniteError | None:
+    """Of tensors (batch,) or (batch, time) in the order of the trees, the first that is not finite,
+    with its first tree; None: all are finite."""
     for name, tensor in tensors.items():
         bad = (~tensor.isfinite()).reshape(len(trees), -1).any(1)
         if bad.any():
-            raise NonFiniteError(name, phase, trees[int(bad.nonzero()[0, 0])])
+            return NonFiniteError(name, phase, trees[int(bad.nonzero()[0, 0])], step)
+    return None
+
+
+def found_by_any(own: NonFiniteError | None) -> NonFiniteError | None:
+    """What the first of the processes that found something did find; all of them take part."""
+    fields = None if own is None else (own.tensor, own.phase, own.tree, own.step)
+    found = next((one for one in gather_object([fields]) if one is not None), None)
+    return None if found is None else NonFiniteError(*found)

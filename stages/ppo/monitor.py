@@ -380,7 +380,7 @@ class Monitor:
         self._was_active, self._active, self._tried = set(state["was_active"]), set(), set()
 
 
-def write_replay(error: NonFiniteError, update: int, chat: Chat, folder: Path) -> Path:
+def write_replay(error: NonFiniteError, update: int, chat: Chat, folder: Path) -> None:
     """What is needed to see the fault again, as JSON: where it was, prompt, response."""
     replay: dict[str, object] = {
         "update": update,
@@ -393,6 +393,5 @@ def write_replay(error: NonFiniteError, update: int, chat: Chat, folder: Path) -
             "prompt_text": chat.decode(list(error.tree.prompt)),
             "response_texts": [chat.decode(list(ids)) for ids in error.tree.responses],
         }
-    path = folder / REPLAY_FILE
-    path.write_text(json.dumps(replay, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    return path
+    text = json.dumps(replay, ensure_ascii=False, indent=2) + "\n"
+    (folder / REPLAY_FILE).write_text(text, encoding="utf-8")

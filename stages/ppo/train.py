@@ -25,7 +25,7 @@ from rlhf.distributed import (
     start_accelerator,
     sum_over_processes,
 )
-from rlhf.finite import NonFiniteError, require_finite
+from rlhf.finite import NonFiniteError, first_nonfinite, found_by_any
 from rlhf.generation import FastestEngine, make_engine
 from rlhf.kl import adapt_kl_coef, k1
 from rlhf.models import (
@@ -213,10 +213,10 @@ def _stopping_well(
         try:
             yield
         except NonFiniteError as error:
-            is_first = learner.accelerator.is_main_process
-            where = write_replay(error, number, chat, run.dir) if is_first else REPLAY_FILE
+            if learner.accelerator.is_main_process:
+                write_replay(error, number, chat, run.dir)
             prompt = "" if error.tree is None else f" at prompt {chat.decode(error.tree.prompt)!r}"
-            cause = f"{error}{prompt} (see {where})."
+            cause = f"{error}{prompt} (see {run.dir / REPLAY_FILE})."
             monitor.raise_alarm(NONFINITE, number, cause)
     except TrainingStopped as stop:
         folder = run.dir / LAST_GOOD
@@ -513,8 +513,8 @@ def _rollout_metrics(rollout: Rollout, accelerator: Accelerator) -> dict[str, fl
     totals = {name: float(sum_over_processes(accelerator, value)) for name, value in sums.items()}
     if not all(math.isfinite(total) for total in totals.values()):
         tensors = {k: v for k, v in vars(rollout).items() if isinstance(v, torch.Tensor)}
-        require_finite(tensors, rollout.trees, "rollout")
-        raise NonFiniteError("a rollout on another process", "rollout")
+        found = found_by_any(first_nonfinite(tensors, rollout.trees, "rollout"))
+        raise found or NonFiniteError("a sum over the tokens", "rollout")
     largest = {
         "ppo/max_token_kl": k1(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask),
         "ppo/sampler_difference": rollout.logprobs - rollout.sampler_logprobs,

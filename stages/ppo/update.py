@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rlhf import sharding
 from rlhf.distributed import max_over_processes, sum_over_processes
-from rlhf.finite import NonFiniteError, require_finite
+from rlhf.finite import NonFiniteError, first_nonfinite, found_by_any
 from rlhf.losses import policy_loss, value_loss
 from rlhf.models import ScalarModel, response_logprobs
 from rlhf.optim import MovingAverage
@@ -174,7 +174,7 @@ def optimizer_step(
                 accelerator, trained_parameters(module), config.optim.max_grad_norm
             )
         if not math.isfinite(sums["policy_grad_norm"] + sums["value_grad_norm"]):
-            raise find_nonfinite(learner, batch, texts, config)
+            raise find_nonfinite(learner, batch, texts)
         sharding.take_step(
             accelerator,
             learner.model,
@@ -297,23 +297,19 @@ def update_metrics(total: Sums) -> dict[str, float]:
     return metrics
 
 
-def find_nonfinite(
-    learner: Learner, batch: Rollout, texts: Sequence[PromptTree], config: Config
-) -> NonFiniteError:
-    """What made a gradient NaN or infinite: the passes of the step again, row by row, no gradient.
-
-    With several processes the fault may lie in another one's rows.
-    """
+def find_nonfinite(learner: Learner, batch: Rollout, texts: Sequence[PromptTree]) -> NonFiniteError:
+    """What made a gradient NaN or infinite: the passes of the step again, row by row, no gradient,
+    on all processes."""
+    with sharding.whole_weights(learner.accelerator, learner.model):
+        own = _find_nonfinite(learner, batch, texts)
     step = learner.schedule.last_epoch
-    try:
-        with sharding.whole_weights(learner.accelerator, learner.model):
-            _find_nonfinite(learner, batch, texts)
-    except NonFiniteError as found:
-        return NonFiniteError(found.tensor, found.phase, found.tree, step)
-    return NonFiniteError("gradient", "train", step=step)
+    return found_by_any(own) or NonFiniteError("gradient", "train", step=step)
 
 
-def _find_nonfinite(learner: Learner, batch: Rollout, texts: Sequence[PromptTree]) -> None:
+def _find_nonfinite(
+    learner: Learner, batch: Rollout, texts: Sequence[PromptTree]
+) -> NonFiniteError | None:
+    step = learner.schedule.last_epoch
     for trees, phase in ((batch.trees, "train"), (texts, "ptx")):
         for row in learner.packer.rows(trees):
             on_device = row.to(learner.accelerator.device)
@@ -322,7 +318,11 @@ def _find_nonfinite(learner: Learner, batch: Rollout, texts: Sequence[PromptTree
             tensors = {"logprobs": row.unpack(logprobs.cpu())}
             if values is not None:
                 tensors |= {"values": row.unpack(values.cpu())}
-            require_finite(tensors, [trees[i] for i in row.tree_index.tolist()], phase)
+            of_row = [trees[i] for i in row.tree_index.tolist()]
+            found = first_nonfinite(tensors, of_row, phase, step)
+            if found is not None:
+                return found
+    return None
 
 
 def _set_aside(learner: Learner, watched: Sequence[nn.Parameter]) -> list[Tensor]:

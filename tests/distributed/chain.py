@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import PartialState
 
 from rlhf.chat import Chat
-from rlhf.config import ModelSettings, OptimSettings
+from rlhf.config import LoraSettings, ModelSettings, OptimSettings
 from rlhf.models import save_policy
 from rlhf.rewards import RewardSettings
 from stages.ppo import config as ppo_config
@@ -18,6 +18,7 @@ from stages.sft import config as sft_config
 from stages.sft import train as sft_train
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
 
+LORA = LoraSettings(rank=4)
 OPTIM = OptimSettings(learning_rate=1e-3, schedule="constant", eps=1e-4)
 """A large eps: Adam would blow up differences of rounding where a gradient is almost zero."""
 
@@ -106,10 +107,11 @@ def ppo_settings(folder: Path, sft: Path, rm: Path, out: Path, **changes: Any) -
     return ppo_config.Config(**(settings | changes))
 
 
-def run_chain(folder: Path, out: Path) -> None:
-    """Each stage takes the folder that the one before it wrote."""
-    sft_train.train(sft_settings(folder, out / "sft"))
+def run_chain(folder: Path, out: Path, **changes: Any) -> None:
+    """Each stage takes the folder that the one before it wrote; changes are for all of them."""
+    sft_train.train(sft_settings(folder, out / "sft", **changes))
     PartialState().wait_for_everyone()  # the first process writes while the others are done
-    rm_train.train(rm_settings(folder, out / "sft", out / "rm"))
+    rm_train.train(rm_settings(folder, out / "sft", out / "rm", **changes))
     PartialState().wait_for_everyone()
-    ppo_train.train(ppo_settings(folder, out / "sft", out / "rm", out / "ppo"))
+    ppo_train.train(ppo_settings(folder, out / "sft", out / "rm", out / "ppo", **changes))
+    PartialState().wait_for_everyone()

@@ -18,11 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from rlhf import distributed, sharding
 from rlhf.distributed import start_accelerator
-from tests.distributed.chain import run_chain
+from tests.distributed.chain import LORA, run_chain
 from tests.distributed.gradients import all_steps
 from tests.distributed.other_stages import run_others
 from tests.distributed.rollouts import greedy_rollouts, watched_rollouts
 from tests.distributed.row_counts import COUNTS, run_all
+from tests.distributed.stops import stopped_by_nan
 
 SOME_COUNTS = (1, 3)
 """Of rows, under ZeRO-3, where all of them would take half a minute."""
@@ -37,6 +38,8 @@ def main() -> None:
     seen = {"whole": steps.whole, "greedy": greedy_rollouts(1, 12)}
     with watched_rollouts() as seen["rollouts"]:
         run_chain(inputs, results)
+    run_chain(inputs, results / "adapters", lora=LORA)
+    seen["stopped"] = stopped_by_nan(inputs, results)
     accelerator = start_accelerator()
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         run_others(inputs, results)

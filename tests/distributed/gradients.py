@@ -16,6 +16,7 @@ from rlhf import sharding
 from rlhf.config import ModelSettings, OptimSettings
 from rlhf.distributed import is_asked_for, own_share, start_accelerator
 from rlhf.inference import compute_logprobs, compute_values
+from rlhf.models import checkpoint_activations
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.packing import Packer, PromptTree, response_batch, text_tree
 from rlhf.records import Ranking
@@ -82,8 +83,12 @@ def whole_gradient(parameter: nn.Parameter, own: Tensor) -> Tensor:
     return own.view(parameter.shape)
 
 
-def ppo_step(ptx: PtxSettings) -> Step:
-    """Of policy and value loss on eight episodes, and of the text loss on four pieces of text."""
+def ppo_step(ptx: PtxSettings, *, recomputed: bool = False) -> Step:
+    """Of policy and value loss on eight episodes, and of the text loss on four pieces of text.
+
+    Args:
+        recomputed: activations are computed again in the backward pass.
+    """
     accelerator = start_accelerator()
     config = Config(
         output_dir="unused",
@@ -101,6 +106,9 @@ def ppo_step(ptx: PtxSettings) -> Step:
     with torch.no_grad():  # a policy that moved since, so that ratios are not 1
         for parameter in [*policy.parameters(), *value_model.parameters()]:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    if recomputed:
+        checkpoint_activations(policy)
+        checkpoint_activations(value_model.classifier)
     optimizer = make_optimizer([(policy, 1e-3), (value_model, 1e-3)], OPTIM)
     schedule = make_schedule(optimizer, OPTIM, 10)
     both = PolicyAndValue(policy, value_model)
@@ -108,6 +116,7 @@ def ppo_step(ptx: PtxSettings) -> Step:
     learner = Learner(model, prepared, schedule, None, packer, accelerator)
     texts = [text_tree(random_ids(generator, length)) for length in (9, 12, 5, 7)]
     share = torch.tensor(own_share(accelerator, range(8)))
+    learner.model.train()
     with recorded(both) as found:
         optimizer_step(learner, rollout.select(share), own_share(accelerator, texts), config)
     return found
@@ -208,6 +217,7 @@ def all_steps(folder: Path) -> Step:
     steps = {
         "ppo": ppo_step(PtxSettings(coef=0.7, text="unused")),
         "ratio": ppo_step(PtxSettings(coef=1.0, grad_norm_ratio=2.0, text="unused")),
+        "recomputed": ppo_step(PtxSettings(coef=0.7, text="unused"), recomputed=True),
         "rm": ranking_step(folder),
         "sft": fine_tuning_step(folder),
     }

@@ -25,7 +25,7 @@ from stages.evaluate.evaluate import evaluate
 from stages.pretrain.train import pretrain
 from stages.rm.train import train as train_reward_model
 from stages.sft.train import train as fine_tune
-from tests.distributed.chain import make_inputs, rm_settings, sft_settings
+from tests.distributed.chain import LORA, make_inputs, rm_settings, sft_settings
 from tests.distributed.driver import SOME_COUNTS
 from tests.distributed.gradients import Step, all_steps
 from tests.distributed.other_stages import (
@@ -90,7 +90,7 @@ def test_gradients_of_a_global_batch(
     assert seen["whole"] == ([] if name == "cpu2_zero3" else of_one_process.whole)
     expected = of_one_process.gradients
     assert found.keys() == expected.keys()
-    for loss in ("ppo", "ratio", "rm", "sft"):
+    for loss in ("ppo", "ratio", "recomputed", "rm", "sft"):
         own = {k: value for k, value in expected.items() if k.startswith(f"{loss}/")}
         assert max(float(value.abs().max()) for value in own.values()) > 0.01
         assert largest_difference(found, own) < 1e-5, loss
@@ -114,6 +114,44 @@ def test_weights_are_those_of_one_process(
     for name in ("cpu2_zero2", "cpu2_zero3"):
         assert largest_difference(policies[name], policies["cpu2"]) < 1e-4, name
     assert largest_difference(policies["cpu2"], weights(launched["cpu2"] / "sft")) > 1e-3
+
+
+@pytest.mark.slow
+def test_adapters_are_those_of_one_process(
+    inputs: Path, launched: dict[str, Path], tmp_path: Path
+) -> None:
+    """All four roles of PPO share a base, but under ZeRO-3."""
+    fine_tune(sft_settings(inputs, tmp_path / "sft", lora=LORA))
+    for name in ON_CPU:
+        sft, rm, ppo = (launched[name] / "adapters" / stage for stage in ("sft", "rm", "ppo"))
+        assert largest_difference(adapter(sft), adapter(tmp_path / "sft")) < 1e-5, name
+        assert largest_of_b(sft) > 1e-3  # B starts as zeros
+        train_reward_model(rm_settings(inputs, sft, tmp_path / name, lora=LORA))
+        assert largest_difference(adapter(rm), adapter(tmp_path / name)) < 1e-4, name
+        load_reward_model(
+            ModelSettings(path=str(rm)), micro_batch_tokens=100, allow_chance_reward=True
+        )
+        first = adapter(launched["cpu2"] / "adapters" / "ppo")
+        assert largest_difference(adapter(ppo), first) < 1e-4, name
+        assert largest_difference(adapter(ppo), adapter(sft)) > 1e-3
+        assert json.loads((ppo / "base.json").read_text())["path"] == str(inputs / "base")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_CPU)
+def test_nan_on_one_process_stops_all(name: str, launched: dict[str, Path]) -> None:
+    """Each says where it was, and the replay has the row, though the first process writes it and
+    the last one has it."""
+    first, last = read(launched[name] / "seen.json")["stopped"]
+    assert first == last
+    assert first.startswith("PPO_NONFINITE at update 1: logprobs is not finite in phase train of")
+    folder = launched[name] / "stopped"
+    replay = read(folder / "nonfinite.json")
+    assert replay["tensor"] == "logprobs" and replay["responses"][0]
+    good = weights(folder / "last_good")
+    assert all(weight.isfinite().all() for weight in good.values())
+    assert largest_difference(good, weights(launched[name] / "sft")) > 1e-4
+    assert not (folder / "results.json").exists()
 
 
 @pytest.mark.slow
@@ -238,6 +276,14 @@ def read(path: Path) -> Any:
 
 def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def largest_of_b(folder: Path) -> float:
+    return max(float(w.abs().max()) for name, w in adapter(folder).items() if "lora_B" in name)
 
 
 def largest_difference(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
