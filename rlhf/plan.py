@@ -129,7 +129,7 @@ class Plan:
         """Weights of a role: its adapter and head, and the base below, which it shares with the
         roles over the same one (`rlhf.roles`)."""
         own = sum(weight.nbytes for weight in adapter_weights(model).values())
-        base = f"base {model.config.name_or_path}"
+        base = f"base {model.config.name_or_path}, {str(model.dtype).removeprefix('torch.')}"
         size = (_bytes(model.parameters()) - own) // (1 + self._is_halved)
         self.held[base] = max(self.held.get(base, 0), size)  # a classifier's has no unembedding
         if own:

@@ -181,7 +181,7 @@ def test_roles_over_one_base_hold_it_once(tiny: Path, config: Config, tmp_path: 
     adapter = 4 * 4 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
     with_head = adapter + 4 * 32
     roles = {
-        f"base {base}": weights_of(tiny),
+        f"base {base}, float32": weights_of(tiny),
         "policy: adapter and head": adapter,
         "value model: adapter and head": with_head,
         "reward.model: adapter and head": with_head,
@@ -190,6 +190,9 @@ def test_roles_over_one_base_hold_it_once(tiny: Path, config: Config, tmp_path: 
         "policy: moving average": adapter,
     }
     assert make_plan(config, Launch()).held == roles
+    halved = replace(config, reward=RewardSettings(model=reward, dtype="bfloat16"))
+    body = weights_of(tiny) // 2 - 2 * VOCAB * 32  # of a classifier, without the unembedding
+    assert make_plan(halved, Launch()).held[f"base {base}, bfloat16"] == body
     on_two = make_plan(config, Launch(num_processes=2)).held
     assert on_two["policy: exchange of gradients"] == adapter
 
@@ -214,8 +217,8 @@ def test_a_full_reward_model_is_a_base_of_its_own(
     ).held
     body = weights_of(tiny) - 4 * VOCAB * 32  # without the unembedding
     assert {name: size for name, size in found.items() if name.startswith("base")} == {
-        f"base {tiny / 'sft'}": weights_of(tiny),
-        f"base {reward}": body,
+        f"base {tiny / 'sft'}, float32": weights_of(tiny),
+        f"base {reward}, float32": body,
     }
     assert found["reward.model: adapter and head"] == 4 * 32
 
