@@ -87,7 +87,10 @@ def test_gradients_of_a_global_batch(
     found = load_file(launched[name] / "gradients.safetensors")
     seen = read(launched[name] / "seen.json")
     assert seen["processes"] == 2
-    assert seen["whole"] == ([] if name == "cpu2_zero3" else of_one_process.whole)
+    if name == "cpu2_zero3":  # DeepSpeed 0.19.0 still holds what its first and last modules read
+        assert [weight for weight in seen["whole"] if ".layers." in weight] == []
+    else:
+        assert seen["whole"] == of_one_process.whole
     expected = of_one_process.gradients
     assert found.keys() == expected.keys()
     for loss in ("ppo", "ratio", "recomputed", "rm", "sft"):
