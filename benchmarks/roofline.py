@@ -24,7 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from benchmarks import machine
-from benchmarks.__main__ import RESULTS_DIR, WORK_DIR, commands, workload
+from benchmarks.__main__ import WORK_DIR, commands, workload
 from benchmarks.compare import median_phases
 from benchmarks.protocol import Worker
 from benchmarks.workload import Workload
@@ -225,7 +225,7 @@ def _options(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--samples", type=int, default=3, help="samples of each program")
     parser.add_argument("--quick", action="store_true", help="smaller samples")
-    parser.add_argument("--output", type=Path, default=RESULTS_DIR)
+    parser.add_argument("--output", type=Path, default=WORK_DIR)
     return parser.parse_args(args)
 
 

@@ -21,7 +21,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks import machine
-from benchmarks.__main__ import RESULTS_DIR, WORK_DIR
+from benchmarks.__main__ import WORK_DIR
 from benchmarks.folders import SHAPES, VOCAB_SIZES, policy_folder, reward_folder
 from benchmarks.protocol import Worker
 from benchmarks.workload import Workload, ppo_prompts, rm_data, spread_lengths
@@ -221,7 +221,7 @@ def _options(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", default="9M", choices=SHAPES, help="model of all but one plot")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--samples", type=int, default=3, help="of which the fastest is taken")
-    parser.add_argument("--output", type=Path, default=RESULTS_DIR)
+    parser.add_argument("--output", type=Path, default=WORK_DIR)
     return parser.parse_args(args)
 
 
