@@ -1,14 +1,14 @@
 """Optimizer, learning rate schedule and moving average of weights."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.config import OptimSettings
 from rlhf.sharding import local_weights, set_local_weights
-from rlhf.state import copy_into
+from rlhf.state import copy_into, trained_parameters
 
 
 def make_optimizer(
@@ -21,7 +21,7 @@ def make_optimizer(
     """
     parameters = []
     for number, (module, learning_rate) in enumerate(groups):
-        trained = [p for p in module.parameters() if p.requires_grad]
+        trained = trained_parameters(module).values()
         for chosen, decay in (
             ([p for p in trained if p.ndim >= 2], settings.weight_decay),
             ([p for p in trained if p.ndim < 2], 0.0),
@@ -85,13 +85,13 @@ class MovingAverage:
     def __init__(self, module: nn.Module, decay: float) -> None:
         """The module as the optimizer knows it: where its weights are in shards, so is this."""
         self.decay = decay
-        names = [name for name, _ in _trained(module)]
-        weights = local_weights(p for _, p in _trained(module))
-        self.average = {name: w.clone() for name, w in zip(names, weights, strict=True)}
+        trained = trained_parameters(module)
+        weights = local_weights(trained.values())
+        self.average = {name: w.clone() for name, w in zip(trained, weights, strict=True)}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        weights = local_weights(p for _, p in _trained(module))
+        weights = local_weights(trained_parameters(module).values())
         for average, weight in zip(self.average.values(), weights, strict=True):
             average.lerp_(weight, 1 - self.decay)
 
@@ -102,14 +102,4 @@ class MovingAverage:
         copy_into(self.average, state)
 
     def copy_to(self, module: nn.Module) -> None:
-        set_local_weights((p for _, p in _trained(module)), self.average.values())
-
-
-def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
-
-
-def gradients(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
-    """Every parameter's gradient, zeros where there is none."""
-    for parameter in parameters:
-        yield torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        set_local_weights(trained_parameters(module).values(), self.average.values())

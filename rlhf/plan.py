@@ -52,6 +52,7 @@ from rlhf.logprobs import CHUNK_TOKENS
 from rlhf.lora import CONFIG_FILE, adapter_weights
 from rlhf.models import ScalarModel, checkpoint_activations
 from rlhf.packing import PackedRow, Packer, PromptTree, text_tree
+from rlhf.state import trained_parameters
 from rlhf.timing import matrix_rate
 from stages.ppo.config import Config as PPOConfig
 from stages.rm.config import Config as RMConfig
@@ -137,7 +138,7 @@ class Plan:
 
     def hold_optimizer(self, name: str, model: nn.Module) -> None:
         """What a model needs beside its weights to learn."""
-        launch, trained = self.launch, _bytes(_trained(model))
+        launch, trained = self.launch, _bytes(trained_parameters(model).values())
         self.held[f"{name}: optimizer"] = launch.share((2 + self._is_halved) * trained, 1)
         if launch.num_processes > 1 and not launch.zero_stage:
             self.held[f"{name}: exchange of gradients"] = trained
@@ -237,7 +238,7 @@ def _hold_roles(plan: Plan, roles: Roles, config: PPOConfig) -> None:
             plan.hold(name, model)
         plan.hold_optimizer(name, model)
     if config.ema_decay is not None:
-        average = _bytes(_trained(roles.policy), as_type=torch.float32)
+        average = _bytes(trained_parameters(roles.policy).values(), as_type=torch.float32)
         plan.held["policy: moving average"] = average
     if not roles.are_shared:
         resting = plan.waiting if config.offload and plan.launch.device != "cpu" else plan.held
@@ -426,27 +427,23 @@ class Rows:
         return replace(row, plain=row.plain or has_segments)
 
 
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def _bytes(weights: Iterable[nn.Parameter], as_type: torch.dtype | None = None) -> int:
     return sum(p.numel() * (p.dtype if as_type is None else as_type).itemsize for p in weights)
 
 
 def _gradient_bytes(launch: Launch, model: nn.Module) -> int:
-    return launch.share(_bytes(_trained(model)), 2)
+    return launch.share(_bytes(trained_parameters(model).values()), 2)
 
 
 def _largest(*models: nn.Module) -> int:
-    return max(p.nbytes for model in models for p in _trained(model))
+    return max(p.nbytes for model in models for p in trained_parameters(model).values())
 
 
 def _step_bytes(launch: Launch, *models: nn.Module) -> int:
     """Temporaries of AdamW."""
     if launch.device == "cpu":
         return 2 * _largest(*models)
-    return launch.share(max(_bytes(_trained(model)) for model in models), 1)
+    return launch.share(max(_bytes(trained_parameters(model).values()) for model in models), 1)
 
 
 def _training_flops(model: PreTrainedModel, work: Work, config: RMConfig | SFTConfig) -> float:

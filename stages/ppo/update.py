@@ -16,7 +16,7 @@ from rlhf.losses import policy_loss, value_loss
 from rlhf.models import ScalarModel, response_logprobs
 from rlhf.optim import MovingAverage
 from rlhf.packing import PackedRow, Packer, PromptTree
-from rlhf.state import OptimizerState, Stateful, Weights
+from rlhf.state import OptimizerState, Stateful, Weights, trained_parameters
 from rlhf.timing import Stopwatch
 from stages.ppo.config import Config
 from stages.ppo.rollout import Rollout
@@ -161,7 +161,7 @@ def optimizer_step(
     is_watched = bool(texts) and (
         config.ptx.gradient_norms or ratio is not None or sharding.shards_gradients(accelerator)
     )
-    watched = trained_parameters(policy) if is_watched else []
+    watched = list(trained_parameters(policy).values()) if is_watched else []
     with learner.watch.phase("ptx"):
         sums |= _text_pass(learner, texts, config.ptx.coef if ratio is None else 1.0)
         text_gradients = _set_aside(learner, watched)
@@ -171,7 +171,7 @@ def optimizer_step(
         sums |= _balance(learner, watched, text_gradients, config)
         for name, module in (("policy_grad_norm", policy), ("value_grad_norm", value_model)):
             sums[name] = sharding.clip_gradients(
-                accelerator, trained_parameters(module), config.optim.max_grad_norm
+                accelerator, trained_parameters(module).values(), config.optim.max_grad_norm
             )
         if not math.isfinite(sums["policy_grad_norm"] + sums["value_grad_norm"]):
             raise find_nonfinite(learner, batch, texts)
@@ -185,10 +185,6 @@ def optimizer_step(
         if learner.average is not None:
             learner.average.update(policy)
     return sums
-
-
-def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _episode_pass(learner: Learner, batch: Rollout, config: Config, *, only_value: bool) -> Sums:
@@ -330,7 +326,7 @@ def _set_aside(learner: Learner, watched: Sequence[nn.Parameter]) -> list[Tensor
     DeepSpeed may or may not add what comes later to what is there."""
     text = [gradient.clone() for gradient in sharding.local_gradients(watched)]
     if text and sharding.shards_gradients(learner.accelerator):
-        sharding.scale_gradients(trained_parameters(learner.models), 0.0)
+        sharding.scale_gradients(trained_parameters(learner.models).values(), 0.0)
     return text
 
 

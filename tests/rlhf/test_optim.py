@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from rlhf.config import OptimSettings
-from rlhf.optim import MovingAverage, gradients, make_optimizer, make_schedule, schedule_factor
+from rlhf.optim import MovingAverage, make_optimizer, make_schedule, schedule_factor
+from rlhf.sharding import local_gradients
 
 
 @pytest.mark.parametrize(
@@ -94,4 +95,4 @@ def test_moving_average_by_hand_and_in_fp32() -> None:
 def test_missing_gradients_count_as_zero() -> None:
     module = nn.Linear(2, 1)
     module.weight.grad = torch.ones(1, 2)
-    assert [g.tolist() for g in gradients(module.parameters())] == [[[1.0, 1.0]], [0.0]]
+    assert [g.tolist() for g in local_gradients(module.parameters())] == [[1.0, 1.0], [0.0]]

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice, repeat
@@ -21,10 +22,11 @@ from rlhf.config import LoraSettings, ModelSettings, OptimSettings
 from rlhf.generation.loop import LoopEngine
 from rlhf.inference import compute_logprobs, compute_values
 from rlhf.models import save_policy
-from rlhf.optim import MovingAverage, gradients, make_optimizer, make_schedule
+from rlhf.optim import MovingAverage, make_optimizer, make_schedule
 from rlhf.packing import Packer, text_tree
 from rlhf.records import Prompt
 from rlhf.rewards import RewardSettings, Scored
+from rlhf.sharding import local_gradients
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out
 from stages.ppo.train import text_blocks, train
@@ -84,12 +86,14 @@ def make_learner(config: Config, budget: int = 1000, architecture: str = "llama"
     )
 
 
-def make_rollout(learner: Learner, config: Config) -> Rollout:
+def make_rollout(
+    learner: Learner, config: Config, tell: Callable[[str], object] = print
+) -> Rollout:
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     chat = Chat(tokenizer)
     models = learner.models
     ref_policy = tiny_policy_of(models.policy.config.model_type)
-    sampler = Sampler(chat, ref_policy, CountingReward(), learner.packer, config)
+    sampler = Sampler(chat, ref_policy, CountingReward(), learner.packer, config, tell=tell)
     prompts = cycle([(10, 11, 12), (13,), (14, 15), (16, 17, 18, 19)])
     episodes = [
         Episode(Prompt(prompt="unused"), ids) for ids in islice(prompts, config.rollout.batch_size)
@@ -112,20 +116,21 @@ def test_the_engine_gets_the_weights_once_a_rollout_and_before_it(monkeypatch):
     assert calls == ["refresh", "generate"]
 
 
-def test_a_long_rollout_says_how_far_it_is(monkeypatch, capsys):
+def test_a_long_rollout_says_how_far_it_is(monkeypatch):
     config = make_config()
-    make_rollout(make_learner(config), config)
-    assert capsys.readouterr().out == ""
+    learner = make_learner(config)
+    told: list[str] = []
+    make_rollout(learner, config, told.append)
+    assert told == []
     monkeypatch.setattr(rlhf.timing, "HEARTBEAT_SECONDS", 0.0)
-    make_rollout(make_learner(config), config)
-    first, *_, last = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"ppo: sampled \d of 8 after 0 s", first)
-    assert last == "ppo: sampled 8 of 8 after 0 s"
+    make_rollout(learner, config, told.append)
+    assert re.fullmatch(r"ppo: sampled \d of 8 after 0 s", told[0])
+    assert told[-1] == "ppo: sampled 8 of 8 after 0 s"
 
 
 def gradient_after_step(learner: Learner, rollout: Rollout, texts, config: Config) -> torch.Tensor:
     optimizer_step(learner, rollout, texts, config)
-    return torch.cat([g.flatten().clone() for g in gradients(learner.model.parameters())])
+    return torch.cat(local_gradients(learner.model.parameters()))
 
 
 def test_rewards_of_a_rollout_hold_the_score_once_and_no_kl_before_the_first_update():
@@ -203,12 +208,12 @@ def test_what_stands_behind_the_end_changes_no_bit_of_a_step():
     }
     assert len(tensors) == 9 and not rollout.response_mask.all()
     expected_sums = optimizer_step(learner, rollout, [], config)
-    expected = list(gradients(learner.model.parameters()))
+    expected = local_gradients(learner.model.parameters())
     for rubbish in (math.nan, math.inf, -1e30):
         dirty = {k: x.where(rollout.response_mask, rubbish) for k, x in tensors.items()}
         other = make_learner(config)
         assert optimizer_step(other, replace(rollout, **dirty), [], config) == expected_sums
-        found = gradients(other.model.parameters())
+        found = local_gradients(other.model.parameters())
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -233,7 +238,7 @@ def test_the_order_of_episodes_changes_nothing():
     sums = optimizer_step(learner, rollout, [], config)
     assert sums["clipped"] > 0
     assert optimizer_step(other, permuted, [], config) == pytest.approx(sums, rel=1e-6, abs=1e-6)
-    expected, found = (gradients(one.model.parameters()) for one in (learner, other))
+    expected, found = (local_gradients(one.model.parameters()) for one in (learner, other))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
@@ -256,7 +261,7 @@ def test_ptx_adds_coef_times_the_gradient_of_the_mean_text_loss():
             logits, torch.tensor(ids[1:]), reduction="sum"
         )
     (0.7 * nats / 7).backward()
-    text_only = torch.cat([g.flatten() for g in gradients(reference.parameters())])
+    text_only = torch.cat(local_gradients(reference.parameters()))
     assert text_only.norm() > 0.1
     assert torch.allclose(both, ppo_only + text_only, atol=1e-5)
 
@@ -316,7 +321,7 @@ def test_a_ratio_of_a_gradient_norm_is_what_the_step_takes():
 
 def gradient_and_sums(learner: Learner, rollout: Rollout, config: Config):
     sums = optimizer_step(learner, rollout, TEXTS, config)
-    return torch.cat([g.flatten().clone() for g in gradients(learner.model.parameters())]), sums
+    return torch.cat(local_gradients(learner.model.parameters())), sums
 
 
 def test_value_warmup_moves_the_value_model_alone_and_the_schedule_waits():
