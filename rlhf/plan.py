@@ -9,7 +9,8 @@ is held in this phase, plus what its passes allocate at most:
                Adam's two moments of each trained weight, of its type; the moving average, fp32;
                the buffers in which several processes exchange gradients
     train      gradients of both models, the text's gradients if they are watched, and a pass with
-               its backward pass over a row of micro_batch_tokens (`rlhf.dry_run`)
+               its backward pass over a row of micro_batch_tokens (`rlhf.dry_run`), through one
+               model at a time where there is one process
     ptx        gradients of the policy, and such a pass of it alone over text
     step       gradients, the text's, and PPO's own beside them to be compared; or the optimizer's
                temporaries: two of the largest weight, and on a GPU, where a model's weights are
@@ -91,6 +92,11 @@ class Launch:
             device="cuda" if has_gpu and not settings.get("use_cpu", False) else "cpu",
         )
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether one process holds everything."""
+        return self.num_processes == 1 and not self.zero_stage
+
     def share(self, num_bytes: int, from_zero_stage: int) -> int:
         """What a process holds of them, which ZeRO splits from this stage on."""
         return num_bytes // self.num_processes if self.zero_stage >= from_zero_stage else num_bytes
@@ -119,7 +125,9 @@ class Plan:
         return max(self.phases.values())
 
     def add_phase(self, name: str, *parts: int) -> None:
-        self.phases[name] = sum(self.held.values()) + sum(parts)
+        """A phase needs these together; one that is added twice needs the larger."""
+        needed = sum(self.held.values()) + sum(parts)
+        self.phases[name] = max(needed, self.phases.get(name, 0))
 
     def hold(self, name: str, model: nn.Module) -> None:
         """Weights of a model."""
@@ -284,16 +292,20 @@ def _plan_training(
         plan.add_phase("ptx", of_policy * bool(accumulates), a_pass)
     is_one_row = own_step * sum(_lengths(config)) <= budget
     accumulates = [policy, value_model] if not is_one_row else [policy] if own_blocks else []
-    a_pass = dry.training(row, policy, value_model, accumulates)
-    before = of_policy * (policy in accumulates) + of_value * (value_model in accumulates)
-    plan.add_phase("train", before, of_text, a_pass)
+    turns = [(policy, None), (None, value_model)] if launch.is_alone else [(policy, value_model)]
+    passes = []
+    for turn in turns:
+        before = sum(_gradient_bytes(launch, model) for model in accumulates)
+        passes.append(dry.training(row, *turn, [model for model in accumulates if model in turn]))
+        plan.add_phase("train", before, of_text, passes[-1])
+        accumulates = list({*accumulates, policy})
     comparing = of_text + _largest(policy) if of_text else 0
     stepping = _step_bytes(launch, policy, value_model)
     plan.add_phase("step", of_policy, of_value, of_text, max(comparing, stepping))
     plan.parts |= {
         "gradients of policy and value model": of_policy + of_value,
         "gradients of the text": of_text,
-        f"pass of {row.input_ids.numel()} tokens, forward and backward": a_pass,
+        f"pass of {row.input_ids.numel()} tokens, forward and backward": max(passes),
         "  of it logits at a time": _logits_bytes(policy, min(CHUNK_TOKENS, len(row.targets))),
     }
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rlhf import sharding
 from rlhf.distributed import max_over_processes, sum_over_processes
 from rlhf.finite import NonFiniteError, first_nonfinite, found_by_any
-from rlhf.losses import policy_loss, value_loss
+from rlhf.losses import Stats, policy_loss, value_loss
 from rlhf.models import ScalarModel, response_logprobs
 from rlhf.optim import MovingAverage
 from rlhf.packing import PackedRow, Packer, PromptTree
@@ -37,13 +37,17 @@ class PolicyAndValue(nn.Module):
         self.value_model = value_model
 
     def forward(
-        self, row: PackedRow, temperature: float = 1.0, with_values: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        row: PackedRow,
+        temperature: float = 1.0,
+        *,
+        with_logprobs: bool = True,
+        with_values: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Log-probabilities and values of every response token of a packed row, (tokens,) each."""
-        logprobs = response_logprobs(self.policy, row, temperature)
-        if not with_values:
-            return logprobs, None
-        return logprobs, self.value_model(row.predictors, **row.model_inputs)
+        logprobs = response_logprobs(self.policy, row, temperature) if with_logprobs else None
+        values = self.value_model(row.predictors, **row.model_inputs) if with_values else None
+        return logprobs, values
 
 
 @dataclass
@@ -189,44 +193,73 @@ def optimizer_step(
 
 def _episode_pass(learner: Learner, batch: Rollout, config: Config, *, only_value: bool) -> Sums:
     """Adds the gradient of the policy and the value loss; the last pass synchronises processes."""
-    accelerator, ppo = learner.accelerator, config.ppo
+    accelerator = learner.accelerator
     num_tokens = int(sum_over_processes(accelerator, batch.response_mask.sum()))
     rows = learner.packer.rows(batch.trees)
     num_passes = max_over_processes(accelerator, len(rows))
-    policy_weight = float(not only_value)
     sums: Sums = {"tokens": float(batch.response_mask.sum()), "max_log_ratio": 0.0}
     for number in range(num_passes):
         row = rows[min(number, len(rows) - 1)].to(accelerator.device)
         weight = float(number < len(rows))  # a process with fewer rows repeats one at weight 0
         part = RowBatch.of(batch, row)
-        with sharding.one_pass(accelerator, learner.model, is_last=number == num_passes - 1):
-            logprobs, values = learner.model(row, config.rollout.temperature)
-            policy, policy_stats = policy_loss(
-                row.unpack(logprobs),
-                part.logprobs,
-                part.advantages,
-                row.response_mask,
-                clip_range=ppo.clip_range,
-                num_tokens=num_tokens,
-            )
-            value, value_stats = value_loss(
-                row.unpack(values),
-                part.values,
-                part.returns,
-                row.response_mask,
-                value_clip_range=ppo.value_clip_range,
-                num_tokens=num_tokens,
-            )
-            loss = policy_weight * policy + value
-            loss = loss * weight * accelerator.num_processes
-            sharding.backward(accelerator, learner.model, loss)
-        if weight:
-            _add(sums, {"policy_loss": policy, "value_loss": value}, scale=num_tokens)
-            sums["max_log_ratio"] = max(
-                sums["max_log_ratio"], float(policy_stats.pop("max_log_ratio"))
-            )
-            _add(sums, policy_stats | value_stats)
+        for models in _models_at_a_time(accelerator):
+            with sharding.one_pass(accelerator, learner.model, is_last=number == num_passes - 1):
+                logprobs, values = learner.model(row, config.rollout.temperature, **models)
+                policy, value, stats = _losses(logprobs, values, row, part, config, num_tokens)
+                loss = policy * float(not only_value) + value
+                loss = loss * weight * accelerator.num_processes
+                sharding.backward(accelerator, learner.model, loss)
+            if weight:
+                max_log_ratio = float(stats.pop("max_log_ratio", 0.0))
+                sums["max_log_ratio"] = max(sums["max_log_ratio"], max_log_ratio)
+                _add(sums, {"policy_loss": policy, "value_loss": value}, scale=num_tokens)
+                _add(sums, stats)
     return sums
+
+
+def _models_at_a_time(accelerator: Accelerator) -> list[dict[str, bool]]:
+    """Through which models each pass of a row goes, as arguments of PolicyAndValue.
+
+    One after the other they hold half the activations. Processes exchange the gradients of both in
+    one backward pass.
+    """
+    if accelerator.num_processes > 1 or sharding.shards_gradients(accelerator):
+        return [{}]
+    return [{"with_values": False}, {"with_logprobs": False}]
+
+
+def _losses(
+    logprobs: Tensor | None,
+    values: Tensor | None,
+    row: PackedRow,
+    part: "RowBatch",
+    config: Config,
+    num_tokens: int,
+) -> tuple[Tensor, Tensor, Stats]:
+    """Policy and value loss, and sums over tokens; 0 and none of a model without a pass."""
+    policy = value = torch.zeros((), device=row.device)
+    stats: Stats = {}
+    if logprobs is not None:
+        policy, policy_stats = policy_loss(
+            row.unpack(logprobs),
+            part.logprobs,
+            part.advantages,
+            row.response_mask,
+            clip_range=config.ppo.clip_range,
+            num_tokens=num_tokens,
+        )
+        stats |= policy_stats
+    if values is not None:
+        value, value_stats = value_loss(
+            row.unpack(values),
+            part.values,
+            part.returns,
+            row.response_mask,
+            value_clip_range=config.ppo.value_clip_range,
+            num_tokens=num_tokens,
+        )
+        stats |= value_stats
+    return policy, value, stats
 
 
 def _text_pass(learner: Learner, texts: Sequence[PromptTree], coef: float) -> Sums:
@@ -311,6 +344,7 @@ def _find_nonfinite(
             on_device = row.to(learner.accelerator.device)
             with torch.no_grad():
                 logprobs, values = learner.models(on_device, with_values=phase == "train")
+            assert logprobs is not None
             tensors = {"logprobs": row.unpack(logprobs.cpu())}
             if values is not None:
                 tensors |= {"values": row.unpack(values.cpu())}

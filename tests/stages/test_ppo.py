@@ -133,6 +133,21 @@ def gradient_after_step(learner: Learner, rollout: Rollout, texts, config: Confi
     return torch.cat(local_gradients(learner.model.parameters()))
 
 
+def test_one_process_holds_the_activations_of_one_model_at_a_time():
+    config = make_config(ppo=PPOSettings(mini_batch_size=8))
+    learner = make_learner(config, budget=40)
+    rollout = make_rollout(learner, config)
+    policy, value_model = learner.models.policy, learner.models.value_model
+    norms: list[float] = []
+    value_model.register_forward_pre_hook(
+        lambda *_: norms.append(float(torch.cat(local_gradients(policy.parameters())).norm()))
+    )
+    optimizer_step(learner, rollout, [], config)
+    assert len(norms) > 1, "one row proves less"
+    assert norms[0] > 0, "the value model's pass waits for the policy's backward pass"
+    assert len(set(norms)) == len(norms)
+
+
 def test_rewards_of_a_rollout_hold_the_score_once_and_no_kl_before_the_first_update():
     config = make_config()
     rollout = make_rollout(make_learner(config), config)
