@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from benchmarks.protocol import Link
+from benchmarks.protocol import Link, synchronise
 
 
 class EpochGate(TrainerCallback):
@@ -33,6 +33,7 @@ class EpochGate(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        synchronise()
         self._since = time.perf_counter()
 
     def on_pre_optimizer_step(
@@ -54,6 +55,7 @@ class EpochGate(TrainerCallback):
         self.link.done(**self._first, phases=phases)
 
     def _count(self, phase: str) -> None:
+        synchronise()
         now = time.perf_counter()
         self._phases[phase] = self._phases.get(phase, 0.0) + now - self._since
         self._since = now

@@ -58,7 +58,7 @@ class Link:
         Raises:
             SystemExit: there is none.
         """
-        _synchronise()
+        synchronise()
         seconds = time.perf_counter() - self._started
         self._answer({"done": {"seconds": seconds, "peak_bytes": peak_bytes(), **figures}})
         self._wait()
@@ -66,7 +66,7 @@ class Link:
     def _wait(self) -> None:
         if not self._commands.readline():
             raise SystemExit(0)
-        _synchronise()
+        synchronise()
         self._started = time.perf_counter()
 
     def _answer(self, message: Mapping[str, Any]) -> None:
@@ -180,7 +180,7 @@ def peak_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
     """Waits for what is queued on a GPU, so that the clock sees it."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
