@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import (
     DeepSpeedPlugin,
@@ -116,11 +116,18 @@ processes anew in their own way."""
 
 
 def use_accelerator_at_work(arguments: Any) -> None:
-    """Has a transformers Trainer take the DeepSpeed plugin that `start_accelerator` made.
+    """Has a transformers Trainer take what `start_accelerator` made.
 
-    TrainingArguments make one of their own, which accelerate refuses as a second one.
+    TrainingArguments make a DeepSpeed plugin of their own, which accelerate refuses as a second
+    one; and in one process that sees several GPUs they would spread each batch over all of them.
     """
     arguments.deepspeed_plugin = None
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+
+
+def is_on_cpu() -> bool:
+    """Whether the launcher's settings, or the lack of anything faster, leave the CPU to work on."""
+    return PartialState().device.type == "cpu"
 
 
 def load_models_whole() -> None:

@@ -216,10 +216,12 @@ def _place(trainer: RankingTrainer) -> str:
 
 
 def _saved(config: Config) -> ModelSettings:
+    """The folder as it is scored, without autocast: flash attention takes no float32."""
+    is_flash = config.model.attention == "flash_attention_2"
     return ModelSettings(
         path=config.output_dir,
         dtype=config.model.dtype,
-        attention=config.model.attention,
+        attention="sdpa" if is_flash else config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
     )
 

@@ -27,6 +27,7 @@ from transformers import (
 from rlhf.distributed import (
     TRAINER_STATE,
     check_launch,
+    is_on_cpu,
     load_models_whole,
     max_over_processes,
     own_share,
@@ -316,7 +317,7 @@ def _training_arguments(config: Config, run: Run) -> TrainingArguments:
         eval_strategy="no",
         report_to="none",
         remove_unused_columns=False,
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=is_on_cpu(),
         accelerator_config=TRAINER_STATE,
         ddp_find_unused_parameters=False,
     )

@@ -44,7 +44,7 @@ class Config:
     batch_size: int = 32
     """Rows per optimizer step, over all processes; a row is a demonstration or a piece of text."""
     micro_batch_size: int = 8
-    """Rows per training pass on each device, padded to the longest. Changes memory and speed,
+    """Most rows per training pass on each device, padded to the longest. Changes memory and speed,
     never the result."""
     micro_batch_tokens: int = 2048
     """Most tokens of one packed pass when held-out rows and samples are measured."""
@@ -100,13 +100,24 @@ class Config:
             raise ValueError(f"max_dropped is {self.max_dropped}; give a share, such as 0.05")
         if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}; give 0 or more")
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size is {self.batch_size} and micro_batch_size {self.micro_batch_size}; "
-                "the first must be a multiple of the second"
-            )
         if (self.choose_by == "reward_score") != (self.reward_model is not None):
             raise ValueError(
                 f"choose_by is {self.choose_by} and reward_model is {self.reward_model}; a reward "
                 "model is given exactly when choose_by is reward_score"
             )
+
+    def rows_per_pass(self, num_processes: int) -> int:
+        """Rows of a training pass of each process: the most, up to micro_batch_size, that make up
+        its share of a batch.
+
+        Raises:
+            ValueError: the processes cannot share a batch equally.
+        """
+        own_rows, left = divmod(self.batch_size, num_processes)
+        if left:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, which {num_processes} processes cannot share "
+                f"equally; give a multiple of {num_processes}"
+            )
+        most = min(self.micro_batch_size, own_rows)
+        return next(rows for rows in range(most, 0, -1) if own_rows % rows == 0)

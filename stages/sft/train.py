@@ -140,7 +140,11 @@ def _load_reward_model(config: Config, chat: Chat, device: torch.device) -> Rewa
     if config.reward_model is None:
         return None
     return load_reward_model(
-        ModelSettings(path=config.reward_model),
+        ModelSettings(
+            path=config.reward_model,
+            attention=config.model.attention,
+            trust_remote_code=config.model.trust_remote_code,
+        ),
         micro_batch_tokens=config.micro_batch_tokens,
         device=device,
         policy_chat=chat,

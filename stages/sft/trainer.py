@@ -36,6 +36,7 @@ from rlhf.config import OptimSettings
 from rlhf.distributed import (
     TRAINER_STATE,
     check_launch,
+    is_on_cpu,
     load_models_whole,
     naming,
     use_accelerator_at_work,
@@ -82,7 +83,7 @@ def fit(
     Raises:
         ValueError: batch_size does not divide over the processes, or every measurement is nan.
     """
-    accumulation_steps(config)  # refuses before the run's folder is touched
+    config.rows_per_pass(_num_launched())  # refuses before the run's folder is touched
     first_step = checkpoints.step or 0
     trainer = make_trainer(policy, tokenizer, trees, config, str(run.checkpoints), first_step)
     keeper = _Keeper(config, run, measure, trainer)
@@ -268,8 +269,9 @@ class _Keeper(TrainerCallback):
     def _measure_and_log(self, model: PreTrainedModel, step: int) -> Metrics:
         """The first process's figures, so that all processes choose alike."""
         model.eval()
-        whole = sharding.whole_weights(self._trainer.accelerator, self._trainer.model_wrapped)
-        with memory_of("evaluate"), whole:
+        accelerator = self._trainer.accelerator
+        whole = sharding.whole_weights(accelerator, self._trainer.model_wrapped)
+        with memory_of("evaluate"), whole, accelerator.autocast():
             metrics = broadcast_object_list([self._measure(model, step)])[0]
         model.train()
         self._run.log(step, metrics)
@@ -287,27 +289,17 @@ def figures_line(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name.removeprefix('sft/')} {value:.3f}" for name, value in metrics.items())
 
 
-def accumulation_steps(config: Config) -> int:
-    """Passes of each process that make up one optimizer step."""
-    num_processes = _num_launched()
-    rows_per_pass = config.micro_batch_size * num_processes
-    if config.batch_size % rows_per_pass:
-        raise ValueError(
-            f"batch_size is {config.batch_size}, but {num_processes} processes of micro_batch_size "
-            f"{config.micro_batch_size} take {rows_per_pass} rows at once; give a multiple of that"
-        )
-    return config.batch_size // rows_per_pass
-
-
 def _num_launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _arguments(config: Config, checkpoint_dir: str, num_steps: int) -> SFTConfig:
+    num_processes = _num_launched()
+    rows_per_pass = config.rows_per_pass(num_processes)
     arguments = SFTConfig(
         output_dir=checkpoint_dir,
-        per_device_train_batch_size=config.micro_batch_size,
-        gradient_accumulation_steps=accumulation_steps(config),
+        per_device_train_batch_size=rows_per_pass,
+        gradient_accumulation_steps=config.batch_size // (rows_per_pass * num_processes),
         max_steps=num_steps,
         train_sampling_strategy="sequential",
         shuffle_dataset=False,
@@ -323,7 +315,7 @@ def _arguments(config: Config, checkpoint_dir: str, num_steps: int) -> SFTConfig
         save_total_limit=1,
         save_only_model=True,
         report_to="none",
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=is_on_cpu(),
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),

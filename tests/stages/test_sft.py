@@ -26,7 +26,7 @@ from stages.sft.config import Config
 from stages.sft.measure import draw_samples, mean_loss
 from stages.sft.rows import cut_text, lay_out, load_rows, render
 from stages.sft.train import train
-from stages.sft.trainer import Measure, accumulation_steps, fit, make_trainer
+from stages.sft.trainer import Measure, fit, make_trainer
 from tests.rlhf.tiny_models import byte_tokenizer
 
 LLAMA = {
@@ -366,7 +366,6 @@ def test_samples_are_of_different_prompts(base: Path, chat: Chat, tmp_path: Path
     [
         (["--choose_by", "reward_score"], "choose_by is reward_score and reward_model is None"),
         (["--reward_model", "rm"], "choose_by is held_out_loss and reward_model is rm"),
-        (["--batch_size", "6", "--micro_batch_size", "4"], "6 and micro_batch_size 4"),
         (["--text_share", "1"], "text_share is 1"),
         (["--held_out", "0"], "held_out is 0"),
         (["--eval_every", "0"], "eval_every is 0"),
@@ -379,13 +378,26 @@ def test_contradictory_settings_are_refused(options: list[str], message: str) ->
 
 
 def test_refuses_what_does_not_fit_and_leaves_no_folder(
-    base: Path, demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, demonstrations: Path, tmp_path: Path
 ) -> None:
     config = make_config(base, demonstrations, tmp_path, max_prompt_tokens=125)
     with pytest.raises(ValueError, match=r"125 .* max_response_tokens 8 .* 128 tokens"):
         train(config)
     assert not Path(config.output_dir).exists()
-    assert accumulation_steps(config) == 2
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="batch_size is 4, but 3 processes"):
-        accumulation_steps(config)
+    with pytest.raises(ValueError, match="batch_size is 4, which 3 processes cannot share"):
+        config.rows_per_pass(3)
+
+
+@pytest.mark.parametrize("preset", sorted(Path("configs/sft").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_preset_runs_on_one_two_and_eight_processes(preset: Path) -> None:
+    config = load_config(Config, ["--config", str(preset)])
+    for num_processes in (1, 2, 8):
+        rows = config.rows_per_pass(num_processes)
+        assert 1 <= rows <= config.micro_batch_size
+        assert config.batch_size % (rows * num_processes) == 0
+
+
+def test_rows_of_a_pass_are_the_most_that_make_up_a_share() -> None:
+    settings = ["--config", "configs/sft/tiny.yaml", "--batch_size", "12", "--micro_batch_size"]
+    rows = [load_config(Config, [*settings, most]).rows_per_pass(2) for most in "1 4 5 99".split()]
+    assert rows == [1, 3, 3, 6]
