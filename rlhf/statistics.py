@@ -18,6 +18,9 @@ T_975 = (
 )
 """Quantile 0.975 of Student's t with 1, 2, ... degrees of freedom."""
 
+Z_975 = 1.959964
+"""Quantile 0.975 of the normal distribution."""
+
 NUM_RESAMPLES = 2000
 
 
@@ -58,6 +61,33 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+FEW_CLUSTERS = 20
+
+
+def share_interval(values_by_cluster: Sequence[Sequence[float]], seed: int) -> tuple[float, float]:
+    """95 % interval of a share: `bootstrap_interval`, widened where there are few clusters.
+
+    A bootstrap cannot draw what no cluster showed, so two prompts that agree would give an interval
+    without width. With fewer than FEW_CLUSTERS it covers Wilson's (1927) for as many trials too.
+    """
+    low, high = bootstrap_interval(values_by_cluster, seed)
+    clusters = [cluster for cluster in values_by_cluster if len(cluster) > 0]
+    if not 2 <= len(clusters) < FEW_CLUSTERS:
+        return low, high
+    share = math.fsum(map(math.fsum, clusters)) / sum(map(len, clusters))
+    least, most = wilson_interval(share, len(clusters))
+    return min(low, least), max(high, most)
+
+
+def wilson_interval(share: float, num_trials: int) -> tuple[float, float]:
+    """95 % interval of a probability of which a share of independent trials came true (Wilson
+    1927)."""
+    spread = Z_975**2 / num_trials
+    centre = (share + spread / 2) / (1 + spread)
+    half_width = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    return max(0.0, centre - half_width), min(1.0, centre + half_width)
+
+
 def win_rate(
     scores_a: Sequence[Sequence[float]], scores_b: Sequence[Sequence[float]], seed: int = 0
 ) -> Estimate:
@@ -82,7 +112,7 @@ def win_rate(
     outcomes = [outcome for outcomes in by_prompt for outcome in outcomes]
     if not outcomes:
         raise ValueError("no pair of responses to compare; give at least one a prompt and policy")
-    return Estimate(math.fsum(outcomes) / len(outcomes), bootstrap_interval(by_prompt, seed))
+    return Estimate(math.fsum(outcomes) / len(outcomes), share_interval(by_prompt, seed))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

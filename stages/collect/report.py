@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import Any
 
 from rlhf.records import Ranking
-from rlhf.statistics import bootstrap_interval
+from rlhf.statistics import share_interval
 from stages.collect.sample import Sample
 
 
@@ -17,7 +17,7 @@ def agreements(first: Ranking, second: Ranking) -> list[float]:
 
 
 def agreement(overlap: Sequence[tuple[Ranking, Ranking]], seed: int) -> dict[str, Any]:
-    """Mean agreement over all such pairs, its 95 % interval by a bootstrap over prompts.
+    """Mean agreement over all such pairs, its 95 % interval over prompts.
 
     InstructGPT's labelers agree on 72.6 +- 1.5 % (Ouyang et al. 2022, 3.4). None without pairs.
     """
@@ -25,7 +25,7 @@ def agreement(overlap: Sequence[tuple[Ranking, Ranking]], seed: int) -> dict[str
     values = [value for values in by_prompt for value in values]
     return {
         "agreement": sum(values) / len(values) if values else None,
-        "agreement_interval": list(bootstrap_interval(by_prompt, seed)) if values else None,
+        "agreement_interval": list(share_interval(by_prompt, seed)) if values else None,
         "num_agreement_pairs": len(values),
         "num_overlap": len(overlap),
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.records import Preference, PromptLike, preferences_of
-from rlhf.statistics import Estimate, bootstrap_interval
+from rlhf.statistics import Estimate, share_interval
 from stages.rm.data import Example
 
 ScoreFunction = Callable[[Sequence[PromptLike], Sequence[str]], Sequence[float]]
@@ -82,12 +82,13 @@ def decided(pairs: Sequence[Pair]) -> list[Pair]:
 def accuracy(pairs: Sequence[Pair], seed: int) -> Estimate:
     """Share of decided pairs with a positive margin, one of 0 counting half, and its 95 % interval.
 
-    The interval is from a bootstrap over prompts. One prompt alone tells nothing: (0, 1).
+    The interval is from a bootstrap over prompts, wider where they are few (share_interval). One
+    prompt alone tells nothing: (0, 1).
     """
     of_prompt: dict[str, list[float]] = defaultdict(list)
     for pair in decided(pairs):
         of_prompt[pair.prompt].append(_outcome(pair.margin))
-    low, high = bootstrap_interval(list(of_prompt.values()), seed)
+    low, high = share_interval(list(of_prompt.values()), seed)
     interval = (0.0, 1.0) if math.isnan(low) else (low, high)
     return Estimate(_mean([x for outcomes in of_prompt.values() for x in outcomes]), interval)
 

@@ -180,7 +180,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 output_dir=f"{run}/rm",
                 model=ModelSettings(path=f"{run}/sft"),
                 rankings=[f"{run}/rankings.jsonl"],
-                held_out=0.3,
+                held_out=0.4,
                 demonstrations=f"{run}/demos.jsonl",
                 batch_size=4,
                 optim=OptimSettings(learning_rate=0.01),

@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 
 from rlhf.statistics import (
+    FEW_CLUSTERS,
     T_975,
+    Z_975,
     best_of_n,
     best_of_n_kl,
     bootstrap_interval,
     distinct_bigrams,
     mean_and_error,
+    share_interval,
     t_interval,
+    wilson_interval,
     win_rate,
 )
 
@@ -54,7 +58,8 @@ def test_win_rate_counts_ties_half_and_every_pair_of_a_prompt() -> None:
     # prompt 1: 2 > 1 win, 2 = 2 tie; prompt 2: 0 < 1 loss.  (1 + 0.5 + 0) / 3
     found = win_rate([[2.0], [0.0]], [[1.0, 2.0], [1.0]])
     assert found.value == pytest.approx(0.5, abs=1e-12)
-    assert found.interval == (0.0, 0.75)
+    # of two draws a bootstrap says (0, 0.75)
+    assert found.interval == (0.0, wilson_interval(0.5, 2)[1])
 
 
 def test_win_rate_against_itself_is_half() -> None:
@@ -132,3 +137,18 @@ def test_best_of_n_kl_bounds_that_of_a_coin() -> None:
 def test_distinct_bigrams_by_hand() -> None:
     assert distinct_bigrams([[1, 2, 1, 2], [1, 0]]) == 3 / 4  # 12, 21, 12, 10
     assert distinct_bigrams([[1], [2], []]) == 0.0
+
+
+def test_wilson_interval_worked_by_hand() -> None:
+    """10 of 10: 1 / (1 + 3.8415 / 10); 5 of 10: 0.5 -+ 1.96 sqrt(0.025 + 0.0096) / 1.384."""
+    assert wilson_interval(1.0, 10) == pytest.approx((0.722467, 1.0), abs=1e-6)
+    assert wilson_interval(0.5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-5)
+
+
+def test_few_prompts_that_agree_prove_little() -> None:
+    """A coin gets two of two right one time in four."""
+    low, high = share_interval([[1.0, 1.0, 1.0], [1.0]], seed=0)
+    assert low == pytest.approx(1 / (1 + Z_975**2 / 2)) and high == 1.0
+    many = [[float(i % 3 > 0)] for i in range(FEW_CLUSTERS)]
+    assert share_interval(many, seed=0) == bootstrap_interval(many, seed=0)
+    assert all(map(math.isnan, share_interval([[1.0]], seed=0)))
