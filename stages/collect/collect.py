@@ -10,12 +10,14 @@ from rlhf.models import check_context, check_vocabulary, load_chat, load_policy
 from rlhf.records import Prompt, Ranking
 from rlhf.runs import Run, open_run
 from stages.collect.config import Config
-from stages.collect.labelers import load_labelers, rank_all
+from stages.collect.labelers import load_labelers, rank_each
 from stages.collect.report import agreement, describe_rankings, describe_samples
 from stages.collect.sample import Sample, make_questions, sample_responses
 
 RANKINGS_FILE = "rankings.jsonl"
 OVERLAP_FILE = "overlap.jsonl"
+SO_FAR_FILE = "rankings_so_far.jsonl"
+"""What was ranked when a labeler failed; valid rankings, in the order of the prompts."""
 
 
 def collect(config: Config) -> None:
@@ -45,9 +47,20 @@ def collect(config: Config) -> None:
             f"all samples of each of the {len(questions)} prompts are equal, so there is nothing "
             f"to compare; raise temperature {config.temperature}"
         )
-    rankings, overlap = rank_all(
+    asked = rank_each(
         [questions[i].prompt for i in kept], [distinct[i] for i in kept], labelers, config
     )
+    ranked: list[list[Ranking]] = []
+    try:
+        for one in asked:
+            ranked.append(one)
+    except BaseException:  # a labeler's time is dear, and Ctrl-C is a way to stop one that hangs
+        if ranked:
+            write_records(run.dir / SO_FAR_FILE, [one for of_prompt in ranked for one in of_prompt])
+            print(f"collect: {len(ranked)} prompts were ranked, see {run.dir / SO_FAR_FILE}")
+        raise
+    rankings = [first for first, *_ in ranked]
+    overlap = [(first, second) for first, *seconds in ranked for second in seconds]
     results = {
         **agreement(overlap, config.seed),
         **describe_rankings(rankings),
@@ -69,7 +82,8 @@ def distinct_texts(samples: Sequence[Sample]) -> list[str]:
 
 def _write(run: Run, rankings: Sequence[Ranking], second_rankings: Sequence[Ranking]) -> None:
     folder: Path = run.dir
-    (folder / OVERLAP_FILE).unlink(missing_ok=True)
+    for name in (OVERLAP_FILE, SO_FAR_FILE):
+        (folder / name).unlink(missing_ok=True)
     write_records(folder / RANKINGS_FILE, rankings)
     if second_rankings:
         write_records(folder / OVERLAP_FILE, second_rankings)

@@ -1,7 +1,7 @@
 """The seam to labelers: how they are made, who ranks what, and that their answers are rankings."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from rlhf.records import PromptLike, Ranking, RecordError
@@ -45,28 +45,20 @@ def load_labelers(config: Config) -> list[Labeler]:
     return labelers
 
 
-def rank_all(
+def rank_each(
     prompts: Sequence[PromptLike],
     responses: Sequence[Sequence[str]],
     labelers: Sequence[Labeler],
     config: Config,
-) -> tuple[list[Ranking], list[tuple[Ranking, Ranking]]]:
-    """A ranking of each prompt by a labeler drawn at random, and those that two labelers gave.
-
-    Returns:
-        (rankings, overlap): one ranking a prompt; (its ranking, a second labeler's) of the share
-        config.overlap of the prompts.
-    """
+) -> Iterator[list[Ranking]]:
+    """Of each prompt in turn a ranking by a labeler drawn at random; of the share config.overlap a
+    second labeler's behind it."""
     generator = random.Random(f"{config.seed}/labelers")
     num_twice = round(config.overlap * len(prompts))
     twice = set(generator.sample(range(len(prompts)), num_twice))
-    rankings, overlap = [], []
     for i, (prompt, texts) in enumerate(zip(prompts, responses, strict=True)):
         chosen = generator.sample(labelers, 2 if i in twice else 1)
-        first, *second = [ask(one, prompt, texts, generator, config.model.path) for one in chosen]
-        rankings.append(first)
-        overlap += [(first, other) for other in second]
-    return rankings, overlap
+        yield [ask(one, prompt, texts, generator, config.model.path) for one in chosen]
 
 
 def ask(
@@ -79,9 +71,14 @@ def ask(
     """One labeler's ranking.
 
     Raises:
-        ValueError: what the labeler answered are no ranks of these responses.
+        ValueError: the labeler failed, or what it answered are no ranks of these responses.
     """
-    ranks = labeler.rank(prompt, list(responses), generator)
+    try:
+        ranks = labeler.rank(prompt, list(responses), generator)
+    except Exception as error:  # code of the user's
+        raise ValueError(
+            f"labeler {labeler.name!r} failed at {prompt!r:.100}: {type(error).__name__}: {error}"
+        ) from error
     try:
         return Ranking(
             prompt=prompt,

@@ -208,6 +208,32 @@ def test_labelers_that_misbehave_are_named(
     assert not Path(config.output_dir).exists()
 
 
+class Moody(ByLength):
+    """Goes away at the fourth prompt."""
+
+    def rank(
+        self, prompt: PromptLike, responses: Sequence[str], generator: random.Random
+    ) -> list[int | None]:
+        if prompt == "prompt 3":
+            raise ConnectionError("gone")
+        return super().rank(prompt, responses, generator)
+
+
+def test_what_was_ranked_before_a_labeler_failed_is_kept(
+    policy: Path, maker: Callable[[Any], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(policy, maker(lambda path: [Moody("moody", 1)]), overlap=0.0)
+    with pytest.raises(ValueError, match="'moody' failed at 'prompt 3': ConnectionError: gone"):
+        collect(config)
+    so_far = Path(config.output_dir) / "rankings_so_far.jsonl"
+    assert f"3 prompts were ranked, see {so_far}" in capsys.readouterr().out
+    kept = read_records(so_far, Ranking)
+    whole = make_config(policy, maker(lambda path: [ByLength("moody", 1)]), overlap=0.0)
+    collect(whole)
+    assert kept == read_records(Path(config.output_dir) / "rankings.jsonl", Ranking)[:3]
+    assert not so_far.exists()
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
