@@ -31,6 +31,7 @@ MAX_SHOWN = 5
 """Differences that a refusal tells."""
 
 _PROCESSES = "processes"
+_PRECISION = "mixed_precision"
 """The part that holds what each process has its own of, by its number."""
 _SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
@@ -150,7 +151,7 @@ class Checkpoints:
 
     def _refuse_other_run(self, folder: Path, manifest: Manifest) -> None:
         """Raises ValueError saying what differs; other code only gives a note."""
-        now, then = self._run.identity(), manifest.run
+        now, then = self._identity(), manifest.run
         remedy = (
             f"start it as before to go on, or delete {folder.parent} (or give another output_dir) "
             "to start anew"
@@ -172,6 +173,9 @@ class Checkpoints:
                     f"{now[name]}; the rest of the run may differ from what it would have been"
                 )
 
+    def _identity(self) -> dict[str, Any]:
+        return {**self._run.identity(), _PRECISION: self._accelerator.mixed_precision}
+
     def _save(self, step: int) -> None:
         self._run.sync()  # a checkpoint is not of a step whose row could still be lost
         own = gather_object([self._own.state_dict()])
@@ -186,7 +190,7 @@ class Checkpoints:
                     step=step,
                     seconds=self._run.seconds,
                     num_processes=self._accelerator.num_processes,
-                    run=self._run.identity(),
+                    run=self._identity(),
                 )
             except OSError as error:
                 raise OSError(f"{error}; {self._fallback()}") from error
@@ -270,6 +274,8 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
         before, after = (of_run.get(name, "no setting") for of_run in settings)
         if name not in UNIMPORTANT and before != after:
             yield f"{name} was {before} and is {after}"
+    if then.get(_PRECISION) != now[_PRECISION]:
+        yield f"the launcher's {_PRECISION} was {then.get(_PRECISION)} and is {now[_PRECISION]}"
     for name in dict.fromkeys([*then["inputs"], *now["inputs"]]):
         if _content(then, name) != _content(now, name):
             yield f"what {name} names was other data"

@@ -194,7 +194,8 @@ def open_run(
 
     Raises:
         FileNotFoundError: An input is neither there nor a possible hub id.
-        ValueError: A tracker's package is not installed.
+        ValueError: The folder to write is one of the inputs, or a tracker's package is not
+            installed.
     """
     started = time.monotonic()
     sources = {name: str(path) for name, path in inputs.items()}
@@ -202,6 +203,12 @@ def open_run(
         _check_input(stage, name, path)
     check_trackers(_trackers_of(config))
     output = Path(config.output_dir)
+    for name, path in sources.items():
+        if Path(path).resolve() == output.resolve():
+            raise ValueError(
+                f"output_dir {output} is also what {name} is read from, and would be written over; "
+                "give another folder"
+            )
     lineage: dict[str, Any] = {}
     if _is_first_process():
         _announce(stage, config, sources, output)
@@ -323,8 +330,9 @@ def _keep_until(path: Path, step: int | None) -> None:
     if step is None:
         path.unlink(missing_ok=True)
     elif path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        _write(path, "".join(line for line in lines if _step_of(line) <= step))
+        with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines ends at U+2028 too
+            kept = [line for line in file if _step_of(line) <= step]
+        _write(path, "".join(kept))
 
 
 def _step_of(line: str) -> float:

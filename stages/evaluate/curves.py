@@ -94,7 +94,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics file; none where there is no file."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines ends at U+2028 too
+        return [json.loads(line) for line in file]
 
 
 def find_curves(

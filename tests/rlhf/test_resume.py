@@ -26,6 +26,7 @@ class OneProcess:
     """What is asked of an Accelerator."""
 
     distributed_type: DistributedType = DistributedType.NO
+    mixed_precision: str = "no"
     num_processes: int = 1
     process_index: int = 0
     is_main_process: bool = True
@@ -95,6 +96,13 @@ def test_settings_that_change_nothing_may_change_and_others_may_not(tmp_path: Pa
         start(tmp_path / "there", seed=1)
     with pytest.raises(ValueError, match=r"processes was 1 and is 1 \(DEEPSPEED\)"):
         start(tmp_path / "there", OneProcess(DistributedType.DEEPSPEED))
+
+
+def test_another_precision_is_another_run(tmp_path: Path) -> None:
+    checkpoints, _ = start(tmp_path, checkpoint_every=1)
+    checkpoints.end_step(7)
+    with pytest.raises(ValueError, match="launcher's mixed_precision was no and is bf16; start"):
+        start(tmp_path, OneProcess(mixed_precision="bf16"))
 
 
 def test_other_code_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

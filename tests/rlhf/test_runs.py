@@ -28,7 +28,8 @@ def start(folder: Path, stage: str = "sft", **options: Any) -> Run:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
 
 
 def load(path: Path) -> Any:
@@ -98,11 +99,18 @@ def test_absent_input_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    with pytest.raises(ValueError, match="is also what policy is read from, and would be written"):
+        start(tmp_path / "x" / ".." / "sft", inputs={"policy": str(tmp_path / "sft")})
+
+
 def test_resumed_run_keeps_rows_up_to_its_step(tmp_path: Path) -> None:
     run = start(tmp_path)
     for step in (1, 2, 3):
         run.log(step, {"ppo/kl": 0.1})
         run.samples([{"response": "a"}], step=step)
+    run.samples([{"response": "two\u2028lines\x85more"}], step=2)
     run.samples([{"response": "of the finished model"}])
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "ppo')
@@ -111,7 +119,7 @@ def test_resumed_run_keeps_rows_up_to_its_step(tmp_path: Path) -> None:
     again.log(3, {"ppo/kl": 0.3})
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert rows(tmp_path / "metrics.jsonl")[-1]["ppo/kl"] == 0.3
-    assert [row["step"] for row in rows(tmp_path / "samples.jsonl")] == [1, 2]
+    assert [row["step"] for row in rows(tmp_path / "samples.jsonl")] == [1, 2, 2]
     again.finish({})
     assert 100 <= load(tmp_path / "results.json")["seconds"] < 200
 
