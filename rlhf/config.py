@@ -34,6 +34,9 @@ class ConfigError(ValueError):
     """Settings that cannot be used; the message names the key, the value and the remedy."""
 
 
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """Which model to load and how to hold it."""
@@ -43,7 +46,7 @@ class ModelSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights. Keep float32 for what is trained: at RLHF's learning rates bfloat16
     weights hardly move."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Attention = "sdpa"
     """Attention implementation. One that cannot take a packing mask costs one row a response."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources that you trust."""
@@ -179,7 +182,7 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
     )
     parser.add_class_arguments(config_class, as_group=False)
     words = sys.argv[1:] if args is None else list(args)
-    for path in _config_files(words):
+    for path in config_files(words):
         _check_file(path, config_class)
     try:
         values = parser.parse_args(words)
@@ -261,7 +264,8 @@ def _type_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
 
 
-def _config_files(words: Sequence[str]) -> list[Path]:
+def config_files(words: Sequence[str]) -> list[Path]:
+    """The settings files that a command line names."""
     after = [path for word, path in pairwise(words) if word == "--config"]
     joined = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     return [Path(path) for path in after + joined]

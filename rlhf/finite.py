@@ -1,6 +1,7 @@
 """Telling where the first NaN or infinite value stands."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -49,3 +50,21 @@ def found_by_any(own: NonFiniteError | None) -> NonFiniteError | None:
     fields = None if own is None else (own.tensor, own.phase, own.tree, own.step)
     found = next((one for one in gather_object([fields]) if one is not None), None)
     return None if found is None else NonFiniteError(*found)
+
+
+@contextmanager
+def told_by_all() -> Iterator[None]:
+    """A value that one process alone finds not finite inside stops all of them behind it, where the
+    others would wait for that one for ever. Inside, processes must not need each other.
+
+    Raises:
+        NonFiniteError: one of them found something.
+    """
+    own = None
+    try:
+        yield
+    except NonFiniteError as error:
+        own = error
+    found = found_by_any(own)
+    if found is not None:
+        raise found

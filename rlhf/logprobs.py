@@ -100,5 +100,5 @@ def _moments(logits: Tensor, targets: Tensor, temperature: float) -> TokenMoment
     weighted = logprobs.exp()
     logprobs.clamp_(min=_IMPOSSIBLE)  # 0 * -inf would be NaN
     mean = weighted.mul_(logprobs).sum(-1)
-    variance = torch.einsum("tv,tv->t", weighted, logprobs) - mean.square()
+    variance = weighted.mul_(logprobs).sum(-1) - mean.square()
     return TokenMoments(chosen, -mean, variance.clamp(min=0))

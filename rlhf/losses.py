@@ -133,7 +133,7 @@ def value_loss(
     spread of the returns it freezes the value model. None: no clipping.
 
     Returns:
-        loss, and sums over tokens: `value_clipped`, `squared_error`.
+        loss, and sums over tokens: `value_clipped`.
     """
     values, old_values, returns = (
         tensor.where(response_mask, 0.0) for tensor in (values, old_values, returns)
@@ -147,8 +147,4 @@ def value_loss(
         clipped = response_mask & (clipped_error > error)
         loss_terms = torch.maximum(error, clipped_error)
     loss = 0.5 * masked_sum(loss_terms, response_mask) / num_tokens
-    stats = {
-        "value_clipped": clipped.sum(),
-        "squared_error": masked_sum(error.detach(), response_mask),
-    }
-    return loss, stats
+    return loss, {"value_clipped": clipped.sum()}

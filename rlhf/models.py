@@ -136,7 +136,8 @@ class ScalarModel(nn.Module):
 
         output = scale * (head(hidden state) - bias)
 
-    The head reads in fp32. Saved as the plain classifier; bias and scale live in reward.json.
+    The head reads in fp32, also under autocast. Saved as the plain classifier; bias and scale live
+    in reward.json.
     """
 
     def __init__(self, classifier: PreTrainedModel, bias: float = 0.0, scale: float = 1.0) -> None:
@@ -154,8 +155,9 @@ class ScalarModel(nn.Module):
     def forward(self, positions: Tensor, **model_inputs: Tensor | None) -> Tensor:
         """Numbers (n,) at these positions (n,) of the one row in `model_inputs` (see PackedRow)."""
         hidden = self.classifier.base_model(**model_inputs, use_cache=False).last_hidden_state
-        raw = nn.functional.linear(hidden[0, positions].float(), self.head.weight.float())
-        return self.scale * (raw.squeeze(-1) - self.bias)
+        # A sum of products, since autocast would make a linear layer's operands bf16.
+        raw = (hidden[0, positions].float() * self.head.weight[0].float()).sum(-1)
+        return self.scale * (raw - self.bias)
 
     def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes a folder that AutoModelForSequenceClassification loads as it is."""

@@ -27,8 +27,8 @@ measured. Lengths are the settings' limits: shorter data need less in the rollou
 import argparse
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf.cli import run_stage
-from rlhf.config import ModelSettings
+from rlhf.config import ModelSettings, config_files
 from rlhf.dry_run import DryRun
 from rlhf.flops import (
     Work,
@@ -80,9 +80,17 @@ class Launch:
         Raises:
             ValueError, OSError: the file cannot be used.
         """
-        settings = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            settings = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(settings, dict):
             raise ValueError(f"{path} holds no settings; give a file of configs/accelerate")
+        if settings.get("distributed_type") == "FSDP":
+            raise ValueError(
+                f"{path} asks for FSDP, which the plan does not know; ZeRO-3 "
+                "(configs/accelerate/deepspeed_zero3.yaml) splits alike, and its plan comes near"
+            )
         is_parallel = settings.get("distributed_type", "NO") != "NO"
         has_gpu = torch.cuda.is_available() or is_parallel
         return cls(
@@ -132,14 +140,14 @@ class Plan:
     def hold(self, name: str, model: nn.Module) -> None:
         """Weights of a model."""
         full = _bytes(model.parameters())
-        self.held[f"{name}: weights"] = self.launch.share(full // 2 if self._is_halved else full, 3)
+        self.held[f"{name}: weights"] = self.launch.share(full // 2 if self.is_halved else full, 3)
 
     def hold_on_base(self, name: str, model: PreTrainedModel) -> None:
         """Weights of a role: its adapter and head, and the base below, which it shares with the
         roles over the same one (`rlhf.roles`)."""
         own = sum(weight.nbytes for weight in adapter_weights(model).values())
         base = f"base {model.config.name_or_path}, {str(model.dtype).removeprefix('torch.')}"
-        size = (_bytes(model.parameters()) - own) // (1 + self._is_halved)
+        size = (_bytes(model.parameters()) - own) // (1 + self.is_halved)
         self.held[base] = max(self.held.get(base, 0), size)  # a classifier's has no unembedding
         if own:
             self.held[f"{name}: adapter and head"] = own
@@ -147,12 +155,12 @@ class Plan:
     def hold_optimizer(self, name: str, model: nn.Module) -> None:
         """What a model needs beside its weights to learn."""
         launch, trained = self.launch, _bytes(trained_parameters(model).values())
-        self.held[f"{name}: optimizer"] = launch.share((2 + self._is_halved) * trained, 1)
+        self.held[f"{name}: optimizer"] = launch.share((2 + self.is_halved) * trained, 1)
         if launch.num_processes > 1 and not launch.zero_stage:
             self.held[f"{name}: exchange of gradients"] = trained
 
     @property
-    def _is_halved(self) -> bool:
+    def is_halved(self) -> bool:
         return self.launch.zero_stage > 0 and self.launch.mixed_precision != "no"
 
 
@@ -250,7 +258,8 @@ def _hold_roles(plan: Plan, roles: Roles, config: PPOConfig) -> None:
         plan.held["policy: moving average"] = average
     if not roles.are_shared:
         resting = plan.waiting if config.offload and plan.launch.device != "cpu" else plan.held
-        resting |= {name: _bytes(model.parameters()) for name, model in frozen.items()}
+        halved = {"reference"} if plan.is_halved else set()  # as the policy, whose twin it is
+        resting |= {n: _bytes(m.parameters()) // (1 + (n in halved)) for n, m in frozen.items()}
 
 
 def _plan_rollout(plan: Plan, dry: DryRun, config: PPOConfig, roles: Roles) -> None:
@@ -348,7 +357,8 @@ def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
     plan.add_phase("samples", sampling)
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
-    rows, length = config.micro_batch_size, prompt + response
+    rows = config.rows_per_pass(plan.launch.num_processes)
+    length = prompt + response
     gradients = _gradient_bytes(plan.launch, policy)
     accumulates = [policy] if config.batch_size > rows * plan.launch.num_processes else []
     a_pass = dry.batch_training(policy, rows, length, accumulates)
@@ -369,6 +379,7 @@ def _reward_settings(config: PPOConfig, path: str) -> ModelSettings:
     return ModelSettings(
         path=_with_config(path, config.policy.path),
         dtype=config.reward.dtype,
+        attention=config.reward.attention,
         trust_remote_code=config.reward.trust_remote_code,
     )
 
@@ -380,7 +391,7 @@ def _value_settings(config: PPOConfig) -> ModelSettings:
     path = config.value_model or (None if start is None else start[0])
     if path is None or _with_config(path, config.policy.path) == config.policy.path:
         return config.policy
-    return ModelSettings(path=path, attention=config.policy.attention)
+    return config.value_settings(path)
 
 
 def _with_config(path: str, other: str) -> str:
@@ -506,13 +517,17 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--stage", choices=STAGES)
     parser.add_argument("--accelerate", type=Path)
     own, words = parser.parse_known_args(args)
+    if not words or words == ["--help"]:
+        parser.print_help()
+        parser.exit()
 
     def tell(config: Any) -> None:
         launch = Launch.read(own.accelerate)
         plan = make_plan(config, launch)
         model = config.policy if isinstance(config, PPOConfig) else config.model
         dtype = TYPES[launch.mixed_precision] or getattr(torch, model.dtype)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        is_here = launch.device == "cuda" and torch.cuda.is_available()
+        device = torch.device("cuda" if is_here else "cpu")
         print(show(plan, matrix_rate(device, dtype), dtype), flush=True)
 
     run_stage(tell, STAGES[own.stage or _stage_of(words)], words)
@@ -523,9 +538,9 @@ def _stage_of(words: Sequence[str]) -> str:
     given = {
         word.removeprefix("--").split("=")[0].split(".")[0] for word in words if word[:2] == "--"
     }
-    for word, path in pairwise(words):
-        if word == "--config" and Path(path).is_file():
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    for path in config_files(words):
+        with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):  # load_config names it
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
             given |= set(settings) if isinstance(settings, dict) else set()
     return "ppo" if "policy" in given else "rm" if "rankings" in given else "sft"
 

@@ -164,7 +164,8 @@ def norm(accelerator: Accelerator, gradients: Sequence[Tensor]) -> float:
 
 def dot(accelerator: Accelerator, some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
     """Inner product of two gradients that `local_gradients` gave, in full."""
-    own = sum(float((a.double() * b.double()).sum()) for a, b in zip(some, others, strict=True))
+    parts = [(a * b).sum(dtype=torch.float64) for a, b in zip(some, others, strict=True)]
+    own = float(torch.stack(parts).sum()) if parts else 0.0
     return float(sum_over_processes(accelerator, own)) if shards_gradients(accelerator) else own
 
 

@@ -45,7 +45,10 @@ def load_reward(
         assert model is not None
         return load_judge(
             ModelSettings(
-                path=model, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
+                path=model,
+                dtype=settings.dtype,
+                attention=settings.attention,
+                trust_remote_code=settings.trust_remote_code,
             ),
             chat,
             micro_batch_tokens=micro_batch_tokens,

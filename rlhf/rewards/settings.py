@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf.config import Attention
 from rlhf.rewards.scores import Combination, MissingEnd
 
 _PART_NAME = re.compile(r"[A-Za-z][\w-]*")
@@ -79,6 +80,8 @@ class RewardSettings:
     """Several reward models as one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the reward models' weights. float32 is what they were measured in."""
+    attention: Attention = "sdpa"
+    """Attention implementation of the reward models; as ModelSettings.attention."""
     trust_remote_code: bool = False
     """Run Python code that comes with the reward models. Only for sources that you trust."""
     allow_chance_reward: bool = False

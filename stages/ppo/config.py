@@ -31,8 +31,9 @@ class PPOSettings:
     num_epochs: int = 1
     """Passes over each rollout."""
     max_step_kl: float | None = None
-    """A step that moved the policy further than this from the one that sampled (mean k3, nats a
-    token) is the last of its update. None means that all steps are taken."""
+    """The step that finds the policy further than this from the one that sampled (mean k3, nats a
+    token, before the step) is the last of its update; the first step finds 0. None means that all
+    steps are taken."""
     value_warmup_updates: int = 0
     """First updates in which the value model alone learns; the policy's schedule starts behind."""
     kl_coef: float = 0.02
@@ -74,8 +75,8 @@ class PtxSettings:
     """Tokens a block; text is packed to full blocks, documents set apart by the tokenizer's BOS
     (or EOS) token."""
     gradient_norms: bool = True
-    """Log the norms of the PPO and the ptx gradient and their cosine, at the cost of one copy of
-    the policy's gradient."""
+    """Log the norms of the PPO and the ptx gradient and their cosine, at the cost of two copies of
+    the policy's gradient, the second only while no pass runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,12 +188,21 @@ class Config:
                 f"ppo.mini_batch_size is {ppo.mini_batch_size}, which does not divide "
                 f"rollout.batch_size {rollout.batch_size}; the nearest that does is {nearest}"
             )
+        if self.ptx.coef < 0:
+            raise ValueError(f"ptx.coef is {self.ptx.coef}; below 0 it would unlearn the text")
+        if self.ptx.block_tokens < 2:
+            raise ValueError(
+                f"ptx.block_tokens is {self.ptx.block_tokens}; give 2 or more, since the first one "
+                "of a block is only read"
+            )
         if self.ptx.coef > 0 and self.ptx.text is None:
             raise ValueError(
                 f"ptx.coef is {self.ptx.coef} but ptx.text is not given; name a file of text "
                 "records, or set ptx.coef to 0 for plain PPO"
             )
         _positive(self, "num_updates", "micro_batch_tokens", "eval_every", "value_learning_rate")
+        _positive(self, "num_eval_prompts")
+        _positive(self.ptx, "blocks_per_episode")
         if self.checkpoint_every is not None:
             _positive(self, "checkpoint_every")
         _positive(rollout, "batch_size", "max_prompt_tokens", "max_new_tokens", "temperature")
@@ -204,6 +214,12 @@ class Config:
                 f"offload is {self.offload} and lora.rank is {self.lora.rank}: with adapters the "
                 "reference is the policy's own weights, which cannot leave; set offload to false"
             )
+        if self.generation.engine == "vllm" and self.lora.quantize != "none":
+            raise ValueError(
+                f"generation.engine is vllm and lora.quantize is {self.lora.quantize}, whose "
+                "packed weights it cannot be given; set generation.engine to hf, or lora.quantize "
+                "to none"
+            )
         if ppo.kl_coef < 0:
             raise ValueError(f"ppo.kl_coef is {ppo.kl_coef}; below 0 it would reward drifting away")
         if ppo.kl_target is not None:
@@ -213,8 +229,12 @@ class Config:
                     f"ppo.kl_target is {ppo.kl_target} but ppo.kl_coef is 0, which no factor can "
                     "change; give the coefficient to start from, such as 0.05"
                 )
-        if ppo.max_step_kl is not None:
-            _positive(ppo, "max_step_kl")
+        for name in ("max_step_kl", "value_clip_range"):
+            if getattr(ppo, name) is not None:
+                _positive(ppo, name)
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(ppo, name) <= 1:
+                raise ValueError(f"ppo.{name} is {getattr(ppo, name)}; give a number in [0, 1]")
         if not 0 <= ppo.value_warmup_updates < self.num_updates:
             raise ValueError(
                 f"ppo.value_warmup_updates is {ppo.value_warmup_updates} of num_updates "
@@ -226,6 +246,16 @@ class Config:
                 f"ptx.grad_norm_ratio is {self.ptx.grad_norm_ratio}; give a number above 0, or set "
                 "ptx.coef to 0 for plain PPO"
             )
+
+    def value_settings(self, path: str) -> ModelSettings:
+        """How a value model that starts from this reward model is held: in float32 where all of
+        its weights are trained, in the policy's type where they are a base below an adapter."""
+        return ModelSettings(
+            path=path,
+            dtype=self.policy.dtype if self.lora.rank else "float32",
+            attention=self.policy.attention,
+            trust_remote_code=self.policy.trust_remote_code or self.reward.trust_remote_code,
+        )
 
     @property
     def steps_per_update(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from rlhf.distributed import own_share, sum_over_processes
+from rlhf.finite import told_by_all
 from rlhf.models import ScalarModel
 from rlhf.rewards import NormalizedReward
 from stages.ppo.rollout import Episode, Sampler
@@ -91,7 +92,7 @@ def _measure(
     processes."""
     seed = (sampler.config.seed + SEED_SHIFT) * 1000 + accelerator.process_index
     generator = torch.Generator().manual_seed(seed)
-    with accelerator.autocast():
+    with accelerator.autocast(), told_by_all():
         with sampler.reference_at_hand():
             trees, _ = sampler.sample(sampler.ref_policy, episodes, generator)
         scores = sampler.raw_scores(episodes, trees).scores.double()

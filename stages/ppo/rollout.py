@@ -14,6 +14,7 @@ from rlhf.advantages import generalized_advantages
 from rlhf.chat import Chat
 from rlhf.config import GenerationSettings
 from rlhf.distributed import sum_over_processes
+from rlhf.finite import told_by_all
 from rlhf.generation import Decoding, Engine, make_engine
 from rlhf.inference import compute_logprobs, compute_moments, compute_values
 from rlhf.kl import k1, k3, penalized_rewards
@@ -201,7 +202,8 @@ def roll_out(
     """
     settings = sampler.config.ppo
     kl_coef = settings.kl_coef if kl_coef is None else kl_coef
-    trees, sampler_logprobs = sampler.sample(policy, episodes, generator)
+    with told_by_all():
+        trees, sampler_logprobs = sampler.sample(policy, episodes, generator)
     scored, finished = sampler.score(episodes, trees)
     _, response_mask = response_batch([tree.responses[0] for tree in trees])
     with sampler.watch.phase("logprobs"):

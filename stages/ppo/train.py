@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from rlhf import sharding
 from rlhf.chat import Chat
-from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
 from rlhf.distributed import (
     max_over_processes,
@@ -25,7 +24,7 @@ from rlhf.distributed import (
     start_accelerator,
     sum_over_processes,
 )
-from rlhf.finite import NonFiniteError, first_nonfinite, found_by_any
+from rlhf.finite import NonFiniteError, first_nonfinite, found_by_any, told_by_all
 from rlhf.generation import FastestEngine, make_engine
 from rlhf.kl import adapt_kl_coef, k1
 from rlhf.models import (
@@ -76,7 +75,7 @@ from stages.ppo.update import POLICY, Learner, PolicyAndValue, update
 def train(config: Config) -> None:
     """One PPO run from its settings to the saved policy and results.json."""
     accelerator = start_accelerator()
-    _check_processes(config, accelerator)
+    _check_launch(config, accelerator)
     monitor = Monitor(config, accelerator.print, _token_noise(config, accelerator))
     set_seed(config.seed)
     run = open_run(config, stage="ppo", inputs=_inputs(config))
@@ -142,7 +141,15 @@ def train(config: Config) -> None:
             with watch.phase("metrics"):
                 metrics = _rollout_metrics(rollout, accelerator)
             monitor.watch(number, metrics)
-            metrics |= update(learner, rollout, texts, config, shuffling, only_value=only_value)
+            metrics |= update(
+                learner,
+                rollout,
+                texts,
+                config,
+                shuffling,
+                only_value=only_value,
+                look_at_ratio=partial(_watch_ratio, monitor, number),
+            )
             monitor.watch(number, metrics)
         metrics["ppo/kl_coef"] = progress.kl_coef
         metrics["ppo/learning_rate"] = float(learner.schedule.get_last_lr()[0])
@@ -150,7 +157,8 @@ def train(config: Config) -> None:
         if not only_value:
             progress.kl_coef = _next_kl_coef(progress.kl_coef, metrics["ppo/kl"], config)
         if held_out and (number % config.eval_every == 0 or number == config.num_updates - 1):
-            with watch.phase("evaluate"), sharding.whole_weights(accelerator, learner.model):
+            whole = sharding.whole_weights(accelerator, learner.model)
+            with watch.phase("evaluate"), whole, accelerator.autocast():
                 metrics |= evaluate(learner, sampler, held_out, run, number, config)
         seconds = watch.take() | {"update": time.perf_counter() - started}
         started = time.perf_counter()  # saving counts for the update behind it
@@ -224,6 +232,10 @@ def _stopping_well(
         raise TrainingStopped(f"{stop} The weights before it are in {folder}.") from stop
 
 
+def _watch_ratio(monitor: Monitor, update: int, largest: float) -> None:
+    monitor.watch(update, {"ppo/first_log_ratio": largest})
+
+
 def _place(watch: Stopwatch, update: int) -> str:
     return f"phase {watch.last_phase} of update {update}"
 
@@ -257,8 +269,8 @@ def _token_noise(config: Config, accelerator: Accelerator) -> float:
 
 def _dtype(config: Config, accelerator: Accelerator) -> torch.dtype:
     """Of the products in a forward pass."""
-    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return mixed.get(accelerator.mixed_precision, getattr(torch, config.policy.dtype))
+    is_mixed = accelerator.mixed_precision == "bf16"
+    return torch.bfloat16 if is_mixed else getattr(torch, config.policy.dtype)
 
 
 def _load_episodes(
@@ -345,8 +357,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Score, KL, length and ends on held-out prompts, by the same draws every time."""
     episodes = own_share(learner.accelerator, held_out)
-    # Fewer prompts than processes leave some without any.
-    sums = _answer(learner, sampler, episodes, run, number, config) if episodes else torch.zeros(4)
+    sums = torch.zeros(4)
+    with told_by_all():
+        if episodes:  # fewer prompts than processes leave some without any
+            sums = _answer(learner, sampler, episodes, run, number, config)
     score, nats, tokens, ended = sum_over_processes(learner.accelerator, sums).tolist()
     return {
         "ppo/held_out_score": score / len(held_out),
@@ -405,7 +419,11 @@ def load_models(
     reward = load_reward(
         config.reward, chat, resting_device, config.micro_batch_tokens, accelerator.print, bases
     )
-    ref_policy = load_policy(config.policy, bases=bases).requires_grad_(False)
+    of_reference = config.policy
+    is_bf16 = accelerator.mixed_precision == "bf16"
+    if sharding.is_deepspeed(accelerator) and is_bf16 and bases is None:
+        of_reference = replace(of_reference, dtype="bfloat16")  # as DeepSpeed makes the policy
+    ref_policy = load_policy(of_reference, bases=bases).requires_grad_(False)
     ref_policy.to(resting_device)  # type: ignore[arg-type]  # a wrapper hides the types
     _announce_weights(config, accelerator, [policy, value_model, ref_policy], reward)
     packers = [
@@ -457,8 +475,8 @@ def _announce_weights(
         together = weight_bytes(policy, model)
         if config.lora.rank and together == weight_bytes(policy) + weight_bytes(model):
             accelerator.print(
-                f"ppo: the reward model {path} is no adapter over the policy's base, so its "
-                "weights are its own"
+                f"ppo: the reward model {path} is no adapter over the policy's base in its type "
+                "and attention, so its weights are its own"
             )
 
 
@@ -474,7 +492,7 @@ def _load_value_model(
     start = config.reward.value_start if config.value_model is None else (config.value_model, 1.0)
     if start is not None:
         path, weight = start
-        settings = ModelSettings(path=path, attention=config.policy.attention)
+        settings = config.value_settings(path)
         if same_vocabulary(chat, load_chat(settings)):
             value_model = load_value_model(settings, config.lora, bases)
             check_vocabulary(value_model.classifier, chat, path)
@@ -525,7 +543,13 @@ def _rollout_metrics(rollout: Rollout, accelerator: Accelerator) -> dict[str, fl
     }
 
 
-def _check_processes(config: Config, accelerator: Accelerator) -> None:
+def _check_launch(config: Config, accelerator: Accelerator) -> None:
+    precision = accelerator.mixed_precision
+    if precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed_precision of the launcher is {precision}, whose scaled gradients PPO can "
+            "neither compare nor clip by model; give bf16 or no"
+        )
     count = accelerator.num_processes
     if config.ppo.mini_batch_size % count:
         raise ValueError(

@@ -1,7 +1,7 @@
 """The update: clipped policy and value steps, with the gradient of the text loss summed in."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,6 +85,7 @@ def update(
     generator: torch.Generator,
     *,
     only_value: bool = False,
+    look_at_ratio: Callable[[float], object] = lambda _: None,
 ) -> dict[str, float]:
     """All optimizer steps on one rollout; returns metrics over its tokens and steps.
 
@@ -92,20 +93,27 @@ def update(
         texts: gives the text blocks of one step at a time; empty lists without ptx.
         generator: of the order of episodes.
         only_value: the policy stays as it is (ppo.value_warmup_updates).
+        look_at_ratio: called before the first step, with the largest absolute log-ratio of a token.
 
     Raises:
         NonFiniteError: before a step that would have made the weights NaN.
     """
     total: Sums = {}
     first_log_ratio = 0.0
+
+    def look(max_log_ratio: float) -> None:
+        nonlocal first_log_ratio
+        if not total:
+            first_log_ratio = max_over_processes(learner.accelerator, max_log_ratio)
+            look_at_ratio(first_log_ratio)
+
     learner.model.train()  # dropout is off; activations are checkpointed in this mode only
     for batch in _mini_batches(learner, rollout, config, generator):
         with learner.watch.phase("ptx"):  # the first one reads and tokenises the file
             text_batch = [] if only_value else next(texts)
-        step = optimizer_step(learner, batch, text_batch, config, only_value=only_value)
-        max_log_ratio = step.pop("max_log_ratio")
-        if not total:
-            first_log_ratio = max_over_processes(learner.accelerator, max_log_ratio)
+        step = optimizer_step(
+            learner, batch, text_batch, config, only_value=only_value, look_at_ratio=look
+        )
         for name, value in step.items():
             total[name] = total.get(name, 0.0) + value
         if _moved_too_far(learner, step, config.ppo.max_step_kl):
@@ -148,6 +156,7 @@ def optimizer_step(
     config: Config,
     *,
     only_value: bool = False,
+    look_at_ratio: Callable[[float], object] = lambda _: None,
 ) -> Sums:
     """One step on a mini-batch and its text: gradients of both are summed, then the step is taken.
 
@@ -155,6 +164,9 @@ def optimizer_step(
 
     The first two are means over the response tokens of the mini-batch on all processes. Policy and
     value model share no weight, so the value loss needs no coefficient.
+
+    Args:
+        look_at_ratio: called before the step, with the largest absolute log-ratio of a token here.
     """
     accelerator = learner.accelerator
     with learner.watch.phase("step"):  # also unwrapping takes milliseconds
@@ -171,6 +183,7 @@ def optimizer_step(
         text_gradients = _set_aside(learner, watched)
     with learner.watch.phase("train"):
         sums |= _episode_pass(learner, batch, config, only_value=only_value)
+        look_at_ratio(sums.pop("max_log_ratio"))
     with learner.watch.phase("step"):
         sums |= _balance(learner, watched, text_gradients, config)
         for name, module in (("policy_grad_norm", policy), ("value_grad_norm", value_model)):
@@ -197,24 +210,34 @@ def _episode_pass(learner: Learner, batch: Rollout, config: Config, *, only_valu
     num_tokens = int(sum_over_processes(accelerator, batch.response_mask.sum()))
     rows = learner.packer.rows(batch.trees)
     num_passes = max_over_processes(accelerator, len(rows))
-    sums: Sums = {"tokens": float(batch.response_mask.sum()), "max_log_ratio": 0.0}
+    sums: dict[str, Tensor] = {"tokens": batch.response_mask.sum()}
+    max_log_ratios = [torch.zeros((), device=accelerator.device)]
     for number in range(num_passes):
         row = rows[min(number, len(rows) - 1)].to(accelerator.device)
         weight = float(number < len(rows))  # a process with fewer rows repeats one at weight 0
         part = RowBatch.of(batch, row)
         for models in _models_at_a_time(accelerator):
-            with sharding.one_pass(accelerator, learner.model, is_last=number == num_passes - 1):
+            is_last = number == num_passes - 1
+            learns = models.get("with_values", True) or not only_value
+            with (
+                sharding.one_pass(accelerator, learner.model, is_last=is_last),
+                torch.set_grad_enabled(learns),
+            ):
                 logprobs, values = learner.model(row, config.rollout.temperature, **models)
                 policy, value, stats = _losses(logprobs, values, row, part, config, num_tokens)
                 loss = policy * float(not only_value) + value
-                loss = loss * weight * accelerator.num_processes
-                sharding.backward(accelerator, learner.model, loss)
+                if learns:
+                    loss = loss * weight * accelerator.num_processes
+                    sharding.backward(accelerator, learner.model, loss)
             if weight:
-                max_log_ratio = float(stats.pop("max_log_ratio", 0.0))
-                sums["max_log_ratio"] = max(sums["max_log_ratio"], max_log_ratio)
+                if logprobs is not None:
+                    max_log_ratios.append(stats.pop("max_log_ratio"))
                 _add(sums, {"policy_loss": policy, "value_loss": value}, scale=num_tokens)
                 _add(sums, stats)
-    return sums
+    return {
+        **{name: float(value) for name, value in sums.items()},
+        "max_log_ratio": float(torch.stack(max_log_ratios).max()),
+    }
 
 
 def _models_at_a_time(accelerator: Accelerator) -> list[dict[str, bool]]:
@@ -274,7 +297,7 @@ def _text_pass(learner: Learner, texts: Sequence[PromptTree], coef: float) -> Su
     num_tokens = int(sum_over_processes(accelerator, own_tokens))
     rows = learner.packer.rows(texts)
     num_passes = max_over_processes(accelerator, len(rows))
-    sums: Sums = {"ptx_tokens": float(own_tokens)}
+    sums: dict[str, Tensor] = {}
     for number in range(num_passes):
         row = rows[min(number, len(rows) - 1)].to(accelerator.device)
         weight = float(number < len(rows))  # as in the episodes' pass
@@ -285,7 +308,7 @@ def _text_pass(learner: Learner, texts: Sequence[PromptTree], coef: float) -> Su
             loss = nats * (weight * coef * accelerator.num_processes / num_tokens)
             sharding.backward(accelerator, learner.model, loss)
         _add(sums, {"ptx_nats": nats}, scale=weight)
-    return sums
+    return {"ptx_tokens": float(own_tokens), "ptx_nats": float(sums["ptx_nats"])}
 
 
 @dataclass(frozen=True)
@@ -388,12 +411,14 @@ def _balance(
     if config.ptx.grad_norm_ratio is not None:
         coef = scale = config.ptx.grad_norm_ratio * ppo_norm / max(text_norm, 1e-30)
     if scale != 1.0 or sharding.shards_gradients(accelerator):
-        total = [own.add(part, alpha=scale) for own, part in zip(ppo, text, strict=True)]
+        total = [own.add_(part, alpha=scale) for own, part in zip(ppo, text, strict=True)]
         sharding.set_local_gradients(parameters, total)
     norms = {"ptx_norm": text_norm * scale, "ppo_norm": ppo_norm}
     return {**norms, "cosine": cosine, "ptx_coef": coef}
 
 
-def _add(sums: Sums, more: Mapping[str, Tensor], scale: float = 1.0) -> None:
+def _add(sums: dict[str, Tensor], more: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    """Where the values are: a GPU need not be waited for before the next row."""
     for name, value in more.items():
-        sums[name] = sums.get(name, 0.0) + float(value.detach()) * scale
+        scaled = value.detach() * scale
+        sums[name] = sums[name] + scaled if name in sums else scaled

@@ -23,7 +23,7 @@ from tests.distributed.gradients import all_steps
 from tests.distributed.other_stages import run_others
 from tests.distributed.rollouts import greedy_rollouts, watched_rollouts
 from tests.distributed.row_counts import COUNTS, run_all
-from tests.distributed.stops import stopped_by_nan
+from tests.distributed.stops import stopped_by_nan, stopped_by_nan_in_sampling
 
 SOME_COUNTS = (1, 3)
 """Of rows, under ZeRO-3, where all of them would take half a minute."""
@@ -40,6 +40,7 @@ def main() -> None:
         run_chain(inputs, results)
     run_chain(inputs, results / "adapters", lora=LORA)
     seen["stopped"] = stopped_by_nan(inputs, results)
+    seen["stopped_sampling"] = stopped_by_nan_in_sampling(inputs, results)
     accelerator = start_accelerator()
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         run_others(inputs, results)

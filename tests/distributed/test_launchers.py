@@ -159,6 +159,15 @@ def test_nan_on_one_process_stops_all(name: str, launched: dict[str, Path]) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_CPU)
+def test_nan_in_one_sampler_stops_all(name: str, launched: dict[str, Path]) -> None:
+    first, last = read(launched[name] / "seen.json")["stopped_sampling"]
+    assert first == last
+    assert first.startswith("PPO_NONFINITE at update 0: logits is not finite in phase rollout")
+    assert read(launched[name] / "stopped_sampling" / "nonfinite.json")["tensor"] == "logits"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_CPU)
 def test_folders_are_plain_ones(name: str, launched: dict[str, Path]) -> None:
     for stage, auto_class in (
         ("sft", AutoModelForCausalLM),
@@ -186,8 +195,9 @@ def test_weights_are_gathered_once_a_rollout(name: str, launched: dict[str, Path
     of_one_token, of_twelve = (one["gathers"] for one in seen["greedy"])
     assert of_one_token == of_twelve
     assert (of_twelve > 0) == (name == "cpu2_zero3")
-    # PPO gathers before a rollout, which then runs without the other process.
-    assert [one["gathers"] for one in seen["rollouts"]] == [0, 0, 0]
+    # PPO gathers before a rollout. In it, the processes only ask each other (in two small gathers,
+    # of sizes and of what they are of) whether a sampler met NaN.
+    assert [one["gathers"] for one in seen["rollouts"]] == [2, 2, 2]
     assert max(one["tokens"] for one in seen["rollouts"]) > 1
 
 

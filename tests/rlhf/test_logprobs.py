@@ -58,6 +58,9 @@ def test_moments_by_hand() -> None:
     torch.testing.assert_close(moments.entropy, expected, rtol=0, atol=1e-6)
     expected = torch.tensor([squares - entropy**2, 0.0])
     torch.testing.assert_close(moments.variance, expected, rtol=0, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = chunked_moments(LOGITS, torch.tensor([2, 0]), torch.nn.Identity())
+    torch.testing.assert_close(mixed.variance, expected, rtol=0, atol=1e-6)
     assert torch.equal(moments.logprobs, token_logprobs(LOGITS, torch.tensor([2, 0])))
 
 

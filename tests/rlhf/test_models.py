@@ -132,6 +132,19 @@ def test_bfloat16(folder: Path) -> None:
     assert compute_scores(scalar, TREES, Packer(64)).dtype == torch.float32
 
 
+def test_the_head_reads_in_fp32_under_autocast(folder: Path) -> None:
+    """Numbers of 8 bits would lie 0.03 apart at a score of 4."""
+    scalar = load_scalar(ModelSettings(path=str(folder)), new_head=True)
+    scalar.head.weight.data.mul_(8)
+    row = Packer(64).rows(TREES)[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        body = scalar.classifier.base_model(**row.model_inputs, use_cache=False)
+        values = scalar(row.predictors, **row.model_inputs)
+    features = body.last_hidden_state[0, row.predictors].double()
+    expected = (features @ scalar.head.weight[0].double()).float()
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_attention_is_the_settings(folder: Path) -> None:
     policy = load_policy(ModelSettings(path=str(folder), attention="eager"))
     assert policy.config._attn_implementation == "eager"

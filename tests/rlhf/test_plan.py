@@ -147,7 +147,7 @@ def test_what_is_held_is_split_as_the_launcher_says(tiny: Path, config: Config) 
     assert held(num_processes=2, zero_stage=2) == [full, full, value, value, *frozen]
     assert held(num_processes=2, zero_stage=3) == [full // 2, full, value // 2, value, *frozen]
     halved = held(num_processes=4, zero_stage=2, mixed_precision="bf16")
-    assert halved == [full // 2, 3 * full // 4, value // 2, 3 * value // 4, *frozen]
+    assert halved == [full // 2, 3 * full // 4, value // 2, 3 * value // 4, full, full // 2]
     parallel = make_plan(config, Launch(num_processes=2)).held
     assert parallel["policy: exchange of gradients"] == full
 
@@ -278,6 +278,37 @@ def test_a_launcher_file_is_read() -> None:
     zero = Launch.read(ROOT / "configs/accelerate/deepspeed_zero3.yaml")
     assert zero == Launch(8, zero_stage=3, mixed_precision="bf16", device="cuda")
     assert Launch.read(ROOT / "configs/accelerate/cpu2.yaml") == Launch(2, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["--accelerate", "configs/accelerate/fsdp2.yaml"], "asks for FSDP, which the plan does"),
+        (["--accelerate", "broken.yaml"], "error: broken.yaml is not YAML: while"),
+        (["--config=broken.yaml"], "error: broken.yaml is not YAML: while"),
+    ],
+)
+def test_files_that_cannot_be_planned_are_named(
+    files: list[str],
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "broken.yaml").write_text("model: [a\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config=configs/ppo/tiny.yaml", "--policy.path", str(tiny / "sft"), *files])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_settings_the_plan_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--accelerate" in capsys.readouterr().out
 
 
 def test_a_model_that_is_not_there_is_told_in_one_line(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import rlhf.generation.loop
 import stages.ppo.rollout
@@ -172,7 +173,9 @@ def test_a_training_pass_that_is_not_the_policy_that_sampled(config: Config, mon
     )
     with pytest.raises(TrainingStopped, match=r"^PPO_RATIO at update 0: .*log-ratio"):
         train(config)
-    assert (Path(config.output_dir) / "last_good" / "model.safetensors").is_file()
+    good = load_file(Path(config.output_dir) / "last_good" / "model.safetensors")
+    start = load_file(Path(config.policy.path) / "model.safetensors")
+    assert all(torch.equal(good[name], start[name]) for name in start), "no step was taken"
 
 
 def test_a_code_that_is_not_to_stop_warns_once_and_is_counted(config: Config, monkeypatch, capsys):

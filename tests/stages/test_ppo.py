@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import rlhf.timing
 import stages.ppo.rollout
 from rlhf.chat import Chat
-from rlhf.config import LoraSettings, ModelSettings, OptimSettings
+from rlhf.config import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
 from rlhf.generation.loop import LoopEngine
 from rlhf.inference import compute_logprobs, compute_values
 from rlhf.models import save_policy
@@ -311,8 +311,10 @@ def test_first_ratio_is_one_for_every_cut_of_the_batch(architecture, num_episode
     rollout = make_rollout(learner, config)
     order = torch.randperm(num_episodes, generator=torch.Generator().manual_seed(1))
     for mini_batch_size in (1, 2, 3, 5, num_episodes):
-        sums = optimizer_step(learner, rollout.select(order[:mini_batch_size]), [], config)
-        assert sums["max_log_ratio"] < 1e-4
+        ratios: list[float] = []
+        batch = rollout.select(order[:mini_batch_size])
+        sums = optimizer_step(learner, batch, [], config, look_at_ratio=ratios.append)
+        assert ratios[0] < 1e-4
         assert sums["clipped"] == 0
         assert abs(sums["approx_kl"]) / sums["tokens"] < 1e-7
 
@@ -404,6 +406,13 @@ def test_text_is_joined_behind_its_separator_and_cut_to_full_blocks():
     [
         ({"ppo": PPOSettings(mini_batch_size=3)}, "mini_batch_size is 3.*batch_size 8.*nearest"),
         ({"ptx": PtxSettings(coef=1.0)}, "ptx.coef is 1.0 but ptx.text is not given"),
+        ({"ptx": PtxSettings(coef=-1.0)}, "ptx.coef is -1.0; below 0"),
+        ({"ptx": PtxSettings(coef=1.0, text="t", block_tokens=1)}, "ptx.block_tokens is 1"),
+        ({"ptx": PtxSettings(coef=0.0, blocks_per_episode=0.0)}, "blocks_per_episode is 0"),
+        ({"num_eval_prompts": 0}, "num_eval_prompts is 0"),
+        ({"ppo": PPOSettings(mini_batch_size=4, value_clip_range=-0.2)}, "value_clip_range is -0"),
+        ({"ppo": PPOSettings(mini_batch_size=4, gae_lambda=1.5)}, "gae_lambda is 1.5"),
+        ({"ppo": PPOSettings(mini_batch_size=4, gamma=-0.1)}, "gamma is -0.1"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
         ({"ppo": PPOSettings(mini_batch_size=4, kl_coef=-0.1)}, "kl_coef is -0.1"),
         ({"num_updates": 0}, "num_updates is 0"),
@@ -417,6 +426,13 @@ def test_text_is_joined_behind_its_separator_and_cut_to_full_blocks():
         ),
         ({"ppo": PPOSettings(mini_batch_size=4, max_step_kl=0.0)}, "max_step_kl is 0"),
         ({"ptx": PtxSettings(coef=0.0, grad_norm_ratio=-1.0)}, "grad_norm_ratio is -1"),
+        (
+            {
+                "generation": GenerationSettings(engine="vllm"),
+                "lora": LoraSettings(rank=4, quantize="4bit"),
+            },
+            "engine is vllm and lora.quantize is 4bit",
+        ),
         ({"offload": True, "lora": LoraSettings(rank=4)}, "offload is True and lora.rank is 4"),
     ],
 )

@@ -20,6 +20,7 @@ from rlhf.rewards import (
     WeightedReward,
     load_reward,
     load_reward_model,
+    reward_models_of,
 )
 from tests.rlhf.rewards.folders import PROMPTS, RESPONSES, base_tokenizer
 
@@ -108,6 +109,12 @@ def test_parts_come_from_their_settings(saved: Path) -> None:
     assert scored.token_rewards is not None
     assert scored.token_rewards[3].tolist() == [0, -2, 0, 0, -2, 0, 0, *[0] * 9]
     assert list(scored.parts) == ["helpful", "brief", "vowels"]
+
+
+def test_reward_models_are_held_as_the_settings_say(saved: Path) -> None:
+    settings = RewardSettings(model=str(saved), attention="eager")
+    (model,) = reward_models_of(load_reward(settings, Chat(base_tokenizer()), "cpu", 512))
+    assert model.classifier.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("combine", ["mean", "worst"])
