@@ -41,7 +41,7 @@ class Smollm2Config:
     """Write the data, the base model, or both, of the preset smollm2."""
 
     shared: str = "../shared/data"
-    """Folder of the public files; its README lists them."""
+    """Folder of the public files that docs/public_data.md lists."""
     output_dir: str | None = None
     """Folder to write the data to. None means no data."""
     base_dir: str | None = None

@@ -164,7 +164,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to sample from; `meta` travels along for labelers, rewards and evaluation."""
+    """A prompt to sample from; `meta` travels along for the rewards of PPO."""
 
     kind: ClassVar[str] = "prompt"
 

@@ -1,5 +1,6 @@
 """The README's commands exist: targets, modules, options and files."""
 
+import importlib
 import importlib.util
 import re
 import runpy
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from rlhf.config import load_config
+from rlhf.datasets import HUB
 from stages.ppo.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +43,11 @@ def assert_options_exist(
         runpy.run_module(module, run_name="__main__")
     assert end.value.code == 0
     known = set(re.findall(r"--[\w.-]+", capsys.readouterr().out))
-    missing = [option for option in options if option not in known]
+    missing = [
+        option
+        for option in options
+        if option not in known and option.rpartition(".")[0] not in known
+    ]
     assert missing == [], f"{module} has no {missing}"
 
 
@@ -76,7 +82,11 @@ def test_module_command_exists(command: str, capsys: pytest.CaptureFixture[str])
     for option, path in pairwise(words):
         if option in ("--config", "--config_file"):
             assert path == "FILE" or (ROOT / path).is_file()
+        if option == "--input":
+            assert path.startswith(HUB) or (ROOT / path).exists()
     assert_options_exist(module, options_of(rest), capsys)
+    if module.startswith("stages.") and rest and "--help" not in rest:
+        load_config(importlib.import_module(f"{module}.config").Config, rest)
 
 
 def block_of(language: str) -> str:

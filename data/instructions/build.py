@@ -37,7 +37,7 @@ class InstructionsConfig:
     output_dir: str
     """Folder to write."""
     shared: str = "../shared/data"
-    """Folder of the public files; its README lists them."""
+    """Folder of the public files that docs/public_data.md lists."""
     num_variants: int = 3
     """Times that each public prompt is used, with other instructions."""
     num_instructions: int = 2

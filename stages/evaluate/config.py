@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.config import GenerationSettings
+from rlhf.config import Attention, GenerationSettings
 
-RESERVED = ("baseline", "judge", "policies", "prompts", "seconds")
+RESERVED = ("baseline", "judge", "policies", "prompts", "seconds", "speed")
 """Keys of results.json that no policy and no report can take."""
 
 _NAME = re.compile(r"[A-Za-z][\w-]*")
@@ -65,7 +65,7 @@ class Config:
     """Prompts in samples.md."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the policies' weights."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Attention = "sdpa"
     """Attention implementation of the policies."""
     trust_remote_code: bool = False
     """Run Python code that comes with the models. Only for sources that you trust."""

@@ -68,6 +68,7 @@ def evaluate(config: Config) -> None:
             flush=True,
         )
     run = open_run(config, stage="evaluate", inputs=_inputs(config))
+    reports = {name: _read_report(folder) for name, folder in config.reports.items()}
     exam = _prepare(config, accelerator.device)
     answers, figures = _examine(config, exam, accelerator.device)
     scores = {
@@ -77,6 +78,7 @@ def evaluate(config: Config) -> None:
     for name in answers:
         figures[name] |= compare(name, config.baseline_name, scores, config.seed)
     stages = {name: folder for name, folder in config.stages.items() if _is_there(name, folder)}
+    ended = {name: _results_of(folder) for name, folder in stages.items()}
     results = {
         "policies": list(config.policies),
         "baseline": config.baseline_name,
@@ -89,8 +91,9 @@ def evaluate(config: Config) -> None:
             "temperature": config.temperature,
         },
         **{name: figures[name] for name in config.policies},
-        **{name: _read_report(folder) for name, folder in config.reports.items()},
-        "seconds": _read_seconds(stages),
+        **reports,
+        "seconds": {name: one["seconds"] for name, one in ended.items() if "seconds" in one},
+        "speed": {name: speed for name, one in ended.items() if (speed := _speed_of(one))},
     }
     _write(run, config, exam, answers, scores, stages)
     run.finish(results)
@@ -114,7 +117,7 @@ def _inputs(config: Config) -> dict[str, str]:
 
 
 def _prepare(config: Config, device: torch.device) -> Exam:
-    """Everything that can be wrong with the inputs is found here, before the first sample."""
+    """What can be wrong with the prompts, texts and judges is found here, before a sample."""
     chat = _common_chat(config)
     drawn = _draw_prompts(config)
     fitted = [chat.fit_prompt(one.prompt, config.max_prompt_tokens) for one in drawn]
@@ -188,7 +191,11 @@ def _load_judges(config: Config, chat: Chat, device: torch.device) -> dict[str, 
         judges["gold"] = _gold_reward(load_function(config.gold)(*arguments), config.gold)
     if config.reward_model is not None:
         judges["rm"] = load_judge(
-            ModelSettings(path=config.reward_model, trust_remote_code=config.trust_remote_code),
+            ModelSettings(
+                path=config.reward_model,
+                attention=config.attention,
+                trust_remote_code=config.trust_remote_code,
+            ),
             chat,
             micro_batch_tokens=config.micro_batch_tokens,
             device=device,
@@ -297,14 +304,16 @@ def _read_report(folder: str) -> dict[str, Any]:
     return {key: value for key, value in results.items() if key != "seconds"}
 
 
-def _read_seconds(stages: dict[str, str]) -> dict[str, float]:
-    seconds = {}
-    for name, folder in stages.items():
-        path = Path(folder) / RESULTS
-        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if "seconds" in results:
-            seconds[name] = results["seconds"]
-    return seconds
+def _results_of(folder: str) -> dict[str, Any]:
+    """Empty where the stage has not come to its end."""
+    path = Path(folder) / RESULTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _speed_of(results: dict[str, Any]) -> dict[str, Any]:
+    """Tokens a second, FLOPs and seconds by phase, of a stage that measures them."""
+    names = ("tokens_per_second", "model_flops_utilisation", "phase_seconds")
+    return {name: results[name] for name in names if name in results}
 
 
 def _write(

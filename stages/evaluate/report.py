@@ -29,13 +29,14 @@ class Block:
 
 
 def format_results(results: Mapping[str, Any]) -> str:
-    """One table of results.json: the policies in columns, then the reports, then the seconds."""
+    """One table of results.json: the policies in columns, then reports, speed and seconds."""
     policies = {name: results[name] for name in results["policies"]}
     reports = {
         name: value
         for name, value in results.items()
-        if isinstance(value, dict) and name not in policies and name not in ("prompts", "seconds")
+        if isinstance(value, dict) and name not in {*policies, "prompts", "seconds", "speed"}
     }
+    speeds = results.get("speed", {})
     prompts = results["prompts"]
     title = (
         f"Results on {prompts['used']} held-out prompts, {_count_samples(prompts)} at temperature "
@@ -44,6 +45,7 @@ def format_results(results: Mapping[str, Any]) -> str:
     blocks = [
         Block(title, tuple(policies), _policy_rows(results, policies)),
         *(Block(f"Report: {name}", (), _report_rows(value)) for name, value in reports.items()),
+        *(Block(f"Speed: {name}", (), _report_rows(value)) for name, value in speeds.items()),
         Block("Seconds", (), _seconds_rows(results["seconds"])),
     ]
     return "\n".join(["", *_lay_out(blocks)])

@@ -260,11 +260,11 @@ def test_table_shows_where_the_time_of_a_stage_went() -> None:
         "baseline": "sft",
         "judge": None,
         "prompts": {"used": 2, "samples_per_prompt": 1, "temperature": 1.0},
-        "ppo": report,
+        "speed": {"ppo": report},
         "seconds": {"ppo": 12.0},
     }
     lines = [line.split() for line in format_results(results).splitlines()]
-    start = lines.index(["Report:", "ppo"])
+    start = lines.index(["Speed:", "ppo"])
     assert lines[start + 2 : start + 4] == [
         ["time:", "train", "5.5", "s,", "55%"],
         ["time:", "rollout", "2.0", "s,", "20%"],
