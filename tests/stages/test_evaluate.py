@@ -100,7 +100,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
         save_random_policy(folder / name, seed, byte_tokenizer("<end>", "<pad>"))
     save_random_reward_model(folder / "rm", folder / "sft")
     (folder / "rm" / "results.json").write_text(
-        '{"pair_accuracy": 0.8125, "pair_accuracy_interval": [0.75, 0.875], "seconds": 7.5}'
+        '{"pair_accuracy": 0.8125, "pair_accuracy_interval": [0.75, 0.875], "seconds": 7.5, '
+        '"tokens_per_second": 120.5, "phase_seconds": {"train": 4.0, "update": 5.0}}'
     )
     write_rows(folder / "rm" / "metrics.jsonl", [{"step": s, "rm/loss": 0.7 - s} for s in range(3)])
     (folder / "weight").write_text("2.0")
@@ -231,9 +232,12 @@ def test_text_loss_is_the_models_own_loss(finished: Finished) -> None:
 
 def test_results_have_the_reports_and_the_seconds_of_all_stages(finished: Finished) -> None:
     results = finished.results
-    assert results["rm"] == {"pair_accuracy": 0.8125, "pair_accuracy_interval": [0.75, 0.875]}
+    speed = {"tokens_per_second": 120.5, "phase_seconds": {"train": 4.0, "update": 5.0}}
+    accuracy = {"pair_accuracy": 0.8125, "pair_accuracy_interval": [0.75, 0.875]}
+    assert results["rm"] == accuracy | speed
     assert list(results["seconds"]) == ["rm", "evaluate"]
     assert results["seconds"]["rm"] == 7.5
+    assert results["speed"] == {"rm": speed}
     assert results["prompts"]["used"] == 8
     assert 0.0 <= results["sft"]["fact_recall"] <= 1.0
     assert "no stage ppo at" in finished.printed

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import rlhf.timing
 import stages.ppo.rollout
+import stages.ppo.update
 from rlhf.chat import Chat
 from rlhf.config import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
 from rlhf.generation.loop import LoopEngine
@@ -339,6 +340,22 @@ def test_a_ratio_of_a_gradient_norm_is_what_the_step_takes():
 def gradient_and_sums(learner: Learner, rollout: Rollout, config: Config):
     sums = optimizer_step(learner, rollout, TEXTS, config)
     return torch.cat(local_gradients(learner.model.parameters())), sums
+
+
+def test_value_warmup_only_reads_the_policy(monkeypatch):
+    config = make_config()
+    learner = make_learner(config)
+    rollout = make_rollout(learner, config)
+    logprobs, learns = stages.ppo.update.response_logprobs, []
+    monkeypatch.setattr(
+        stages.ppo.update,
+        "response_logprobs",
+        lambda *row: learns.append(torch.is_grad_enabled()) or logprobs(*row),
+    )
+    generator = torch.Generator().manual_seed(0)
+    read = update(learner, rollout, repeat([]), config, generator, only_value=True)
+    assert learns == [False, False]
+    assert read["ppo/ratio"] == pytest.approx(1) and read["ppo/policy_grad_norm"] == 0
 
 
 def test_value_warmup_moves_the_value_model_alone_and_the_schedule_waits():
