@@ -181,34 +181,15 @@ class Config:
     """Seed of sampling, of the order of prompts and text, and of new heads."""
 
     def __post_init__(self) -> None:
-        rollout, ppo = self.rollout, self.ppo
-        if rollout.batch_size % ppo.mini_batch_size:
-            nearest = _nearest_divisor(rollout.batch_size, ppo.mini_batch_size)
-            raise ValueError(
-                f"ppo.mini_batch_size is {ppo.mini_batch_size}, which does not divide "
-                f"rollout.batch_size {rollout.batch_size}; the nearest that does is {nearest}"
-            )
-        if self.ptx.coef < 0:
-            raise ValueError(f"ptx.coef is {self.ptx.coef}; below 0 it would unlearn the text")
-        if self.ptx.block_tokens < 2:
-            raise ValueError(
-                f"ptx.block_tokens is {self.ptx.block_tokens}; give 2 or more, since the first one "
-                "of a block is only read"
-            )
-        if self.ptx.coef > 0 and self.ptx.text is None:
-            raise ValueError(
-                f"ptx.coef is {self.ptx.coef} but ptx.text is not given; name a file of text "
-                "records, or set ptx.coef to 0 for plain PPO"
-            )
         _positive(self, "num_updates", "micro_batch_tokens", "eval_every", "value_learning_rate")
         _positive(self, "num_eval_prompts")
-        _positive(self.ptx, "blocks_per_episode")
         if self.checkpoint_every is not None:
             _positive(self, "checkpoint_every")
-        _positive(rollout, "batch_size", "max_prompt_tokens", "max_new_tokens", "temperature")
-        _positive(ppo, "mini_batch_size", "num_epochs", "clip_range")
+        _positive(self.rollout, "batch_size", "max_prompt_tokens", "max_new_tokens", "temperature")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; give a number in (0, 1), or null")
+        self._check_ppo()
+        self._check_ptx()
         if self.offload and self.lora.rank:
             raise ValueError(
                 f"offload is {self.offload} and lora.rank is {self.lora.rank}: with adapters the "
@@ -219,6 +200,16 @@ class Config:
                 f"generation.engine is vllm and lora.quantize is {self.lora.quantize}, whose "
                 "packed weights it cannot be given; set generation.engine to hf, or lora.quantize "
                 "to none"
+            )
+
+    def _check_ppo(self) -> None:
+        rollout, ppo = self.rollout, self.ppo
+        _positive(ppo, "mini_batch_size", "num_epochs", "clip_range")
+        if rollout.batch_size % ppo.mini_batch_size:
+            nearest = _nearest_divisor(rollout.batch_size, ppo.mini_batch_size)
+            raise ValueError(
+                f"ppo.mini_batch_size is {ppo.mini_batch_size}, which does not divide "
+                f"rollout.batch_size {rollout.batch_size}; the nearest that does is {nearest}"
             )
         if ppo.kl_coef < 0:
             raise ValueError(f"ppo.kl_coef is {ppo.kl_coef}; below 0 it would reward drifting away")
@@ -241,9 +232,25 @@ class Config:
                 f"{self.num_updates}; give 0 or more, and fewer than all, or the policy learns "
                 "nothing"
             )
-        if self.ptx.grad_norm_ratio is not None and not self.ptx.grad_norm_ratio > 0:
+
+    def _check_ptx(self) -> None:
+        ptx = self.ptx
+        _positive(ptx, "blocks_per_episode")
+        if ptx.coef < 0:
+            raise ValueError(f"ptx.coef is {ptx.coef}; below 0 it would unlearn the text")
+        if ptx.coef > 0 and ptx.text is None:
             raise ValueError(
-                f"ptx.grad_norm_ratio is {self.ptx.grad_norm_ratio}; give a number above 0, or set "
+                f"ptx.coef is {ptx.coef} but ptx.text is not given; name a file of text records, "
+                "or set ptx.coef to 0 for plain PPO"
+            )
+        if ptx.block_tokens < 2:
+            raise ValueError(
+                f"ptx.block_tokens is {ptx.block_tokens}; give 2 or more, since the first one of a "
+                "block is only read"
+            )
+        if ptx.grad_norm_ratio is not None and not ptx.grad_norm_ratio > 0:
+            raise ValueError(
+                f"ptx.grad_norm_ratio is {ptx.grad_norm_ratio}; give a number above 0, or set "
                 "ptx.coef to 0 for plain PPO"
             )
 

@@ -421,6 +421,7 @@ def test_text_is_joined_behind_its_separator_and_cut_to_full_blocks():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"ppo": PPOSettings(mini_batch_size=0)}, "mini_batch_size is 0"),
         ({"ppo": PPOSettings(mini_batch_size=3)}, "mini_batch_size is 3.*batch_size 8.*nearest"),
         ({"ptx": PtxSettings(coef=1.0)}, "ptx.coef is 1.0 but ptx.text is not given"),
         ({"ptx": PtxSettings(coef=-1.0)}, "ptx.coef is -1.0; below 0"),
