@@ -342,6 +342,15 @@ def gradient_and_sums(learner: Learner, rollout: Rollout, config: Config):
     return torch.cat(local_gradients(learner.model.parameters())), sums
 
 
+def test_a_value_model_is_held_as_what_of_it_learns_asks_for():
+    half = ModelSettings(path="unused", dtype="bfloat16", attention="eager")
+    trusted = RewardSettings(model="rm", trust_remote_code=True)
+    whole = make_config(policy=half, reward=trusted).value_settings("rm")
+    assert whole == ModelSettings(path="rm", attention="eager", trust_remote_code=True)
+    adapter = make_config(policy=half, reward=trusted, lora=LoraSettings(rank=4))
+    assert adapter.value_settings("rm") == replace(whole, dtype="bfloat16")
+
+
 def test_value_warmup_only_reads_the_policy(monkeypatch):
     config = make_config()
     learner = make_learner(config)
