@@ -45,14 +45,11 @@ def end_responses_at(
     model.register_forward_hook(set_logits, with_kwargs=True)
 
 
-def greedy_draws(function: str = "torch.multinomial") -> AbstractContextManager[Any]:
-    """Within it every draw is the likeliest token, so both sides give the same responses.
-
-    Args:
-        function: what draws, of probabilities (rows, vocab).
-    """
+def greedy_draws() -> AbstractContextManager[Any]:
+    """Within it every draw of torch.multinomial, by which TRL draws, is the likeliest token: then
+    both sides give the same responses."""
 
     def likeliest(probabilities: Tensor, *_: Any, **__: Any) -> Tensor:
-        return probabilities.argmax(-1, keepdim=function == "torch.multinomial")
+        return probabilities.argmax(-1, keepdim=True)
 
-    return mock.patch(function, likeliest)
+    return mock.patch("torch.multinomial", likeliest)

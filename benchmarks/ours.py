@@ -4,21 +4,23 @@ python -m benchmarks.ours    (started by the benchmark, which talks to it; see p
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import Tensor, nn
 
-from benchmarks.endings import end_responses_at, greedy_draws
 from benchmarks.gate import EpochGate
 from benchmarks.protocol import Link
 from benchmarks.workload import LEARNING_RATE, Workload, text_blocks
 from rlhf.config import ModelSettings, OptimSettings
 from rlhf.distributed import start_accelerator
+from rlhf.generation.loop import draw
 from rlhf.models import load_chat, load_scalar, packer_for
 from rlhf.packing import PromptTree, text_tree
 from rlhf.records import Prompt, Ranking
@@ -96,10 +98,13 @@ def rankings(work: Workload) -> list[Example]:
 def run_ppo(link: Link, output_dir: str) -> None:
     """A sample is one update of stages.ppo: rollout, scores, all passes, the optimizer's step."""
     work = link.work
-    loop = PPOLoop(work, ppo_config(work, output_dir))
+    config = ppo_config(work, output_dir)
+    loop = PPOLoop(work, config)
     settings = f"{work.dtype}, passes of {work.micro_batch_tokens} tokens"
+    if config.rollout.check_every > 1:
+        settings += ", log-probabilities from the sampler (rollout.check_every), as TRL's"
     link.ready(device=str(loop.accelerator.device), settings=settings)
-    with greedy_draws("rlhf.generation.loop.draw"):
+    with mock.patch.object(loop.draws, "pick", lambda probabilities, _: probabilities.argmax(-1)):
         figures = loop.update()
     while True:
         link.done(**figures)
@@ -117,6 +122,7 @@ def ppo_config(work: Workload, output_dir: str) -> PPOConfig:
             batch_size=len(work.prompts),
             max_prompt_tokens=max(map(len, work.prompts)),
             max_new_tokens=work.new_tokens,
+            check_every=MANY if work.dtype == "float32" else 1,  # TRL never checks
         ),
         ppo=PPOSettings(mini_batch_size=len(work.prompts), kl_coef=0.05),
         ptx=PtxSettings(coef=float(has_text), text="given in code" if has_text else None),
@@ -126,6 +132,36 @@ def ppo_config(work: Workload, output_dir: str) -> PPOConfig:
         num_updates=MANY,
         ema_decay=None,
     )
+
+
+class DrawsThatEnd:
+    """Draws of our engine `hf` that end responses as `end_responses_at` does.
+
+    The log-probabilities stay those of the policy, since our packed passes go through its body and
+    its head and meet no hook of the whole.
+    """
+
+    def __init__(
+        self, policy: nn.Module, positions: Sequence[int] | None, end_id: int, pad_id: int
+    ) -> None:
+        self.end_id = end_id
+        self.pad_id = pad_id
+        self.pick = draw
+        self._ends = torch.tensor(list(positions or []), dtype=torch.long)
+        self._is_end = torch.zeros(0, dtype=torch.bool)
+        policy.register_forward_hook(self._note, with_kwargs=True)
+
+    def __call__(self, probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+        """One token a row (rows,), of probabilities (rows, vocab)."""
+        wanted = probabilities.masked_fill(self._is_end[:, None], 0.0)
+        wanted[:, self.pad_id] = 0.0
+        wanted[:, self.end_id] = self._is_end.to(wanted.dtype)
+        return self.pick(wanted, generator)
+
+    def _note(self, _: nn.Module, __: Any, inputs: dict[str, Any], ___: Any) -> None:
+        if "position_ids" in inputs:  # a probe of the model goes without
+            last = inputs["position_ids"][:, -1]
+            self._is_end = torch.isin(last + 1, self._ends.to(last.device))
 
 
 class PPOLoop:
@@ -140,9 +176,12 @@ class PPOLoop:
         self.learner: Learner
         self.sampler: Sampler
         self.learner, self.sampler = load_models(config, chat, self.accelerator, self.watch)
-        for policy in (self.learner.models.policy, self.sampler.ref_policy):
-            pad_id = chat.tokenizer.pad_token_id
-            end_responses_at(policy, work.end_positions, chat.end_id, pad_id)
+        self.draws = DrawsThatEnd(
+            self.learner.models.policy,
+            work.end_positions,
+            chat.end_id,
+            chat.tokenizer.pad_token_id,
+        )
         self.episodes = [
             Episode(Prompt(prompt=f"prompt {number}"), tuple(ids))
             for number, ids in enumerate(work.prompts)
@@ -150,22 +189,25 @@ class PPOLoop:
         num_ids = len(chat.tokenizer)
         texts = [text_tree(block) for block in text_blocks(work.text_blocks, num_ids)]
         self.texts: Iterator[list[PromptTree]] = repeat(texts)
-        self.draws = torch.Generator().manual_seed(0)
+        self.sampling = torch.Generator().manual_seed(0)
         self.order = torch.Generator().manual_seed(0)
+        self.num_updates = 0
 
     def update(self) -> dict[str, Any]:
         """One update on all prompts; its figures and the seconds of its phases."""
         self.watch.take()
         models = self.learner.models
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), mock.patch("rlhf.generation.loop.draw", self.draws):
             rollout = roll_out(
                 models.policy,
                 models.value_model,
                 self.sampler,
                 self.episodes,
-                self.draws,
+                self.sampling,
                 self.accelerator,
+                is_checked=self.num_updates % self.config.rollout.check_every == 0,
             )
+        self.num_updates += 1
         sums = {name: float(value) for name, value in rollout_sums(rollout).items()}
         metrics = rollout_metrics(sums)
         metrics |= update(self.learner, rollout, self.texts, self.config, self.order)

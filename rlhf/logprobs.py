@@ -39,7 +39,7 @@ def token_logprobs(
     The temperature must be the sampler's: otherwise these are not the log-probabilities of the
     policy that sampled, and the KL to the reference climbs by itself.
     """
-    scaled = logits.float() / temperature
+    scaled = _scaled(logits, temperature)
     chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return chosen - scaled.logsumexp(-1)
 
@@ -91,12 +91,17 @@ def _chunks(features: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(*split, strict=True))
 
 
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """In fp32; the logits themselves where there is nothing to change."""
+    return logits.float() if temperature == 1 else logits.float() / temperature
+
+
 def _moments(logits: Tensor, targets: Tensor, temperature: float) -> TokenMoments:
     """In as few passes over (tokens, vocab) as it takes: they cost as much as the unembedding."""
-    scaled = logits.float() / temperature
+    scaled = _scaled(logits, temperature)
     log_normaliser = scaled.logsumexp(-1)
     chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_normaliser
-    logprobs = scaled.sub_(log_normaliser.unsqueeze(-1))
+    logprobs = scaled - log_normaliser.unsqueeze(-1)
     weighted = logprobs.exp()
     logprobs.clamp_(min=_IMPOSSIBLE)  # 0 * -inf would be NaN
     mean = weighted.mul_(logprobs).sum(-1)

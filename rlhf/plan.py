@@ -236,6 +236,7 @@ def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
         texts,
         config.ppo.num_epochs,
     )
+    plan.flops["logprobs"] /= config.rollout.check_every  # of a mean update
     if config.gradient_checkpointing:
         again = forward_flops(policy, episodes) + forward_flops(value_model, episodes)
         plan.flops["ptx"] += forward_flops(policy, texts)

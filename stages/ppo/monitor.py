@@ -44,6 +44,11 @@ HISTORY = 10
 """Updates before that a value loss is compared with."""
 
 
+def sampler_noise(config: Config, token_noise: float) -> float:
+    """Nats a token by which sampler and trainer may differ, both in the run's type."""
+    return SAMPLER_NOISE * token_noise + ENGINE_NOISE[config.generation.engine]
+
+
 class TrainingStopped(ValueError):
     """An alarm that ends the run."""
 
@@ -73,13 +78,13 @@ def sampler_differs(now: Metrics, monitor: "Monitor") -> str | None:
     """What the sampler says of its tokens, and then what they are: a sampler may draw from another
     distribution than the one it reports, which only many tokens show."""
     most = now["ppo/sampler_difference"]
-    noise = SAMPLER_NOISE * monitor.token_noise + ENGINE_NOISE[monitor.config.generation.engine]
+    noise = sampler_noise(monitor.config, monitor.token_noise)
     if not most <= noise:
         return (
             f"Sampler and trainer are {most:.2g} nats apart on the log-probability of a sampled "
             f"token, where noise stays below {noise:g}."
         )
-    rows = [*monitor.history, now]
+    rows = [row for row in [*monitor.history, now] if "ppo/sampler_z" in row]
     errors = sum(row["ppo/sampler_z"] for row in rows) / math.sqrt(len(rows))
     excess = sum(row["ppo/sampler_excess"] for row in rows) / len(rows)
     if abs(errors) < SAMPLER_ERRORS or abs(excess) < SAMPLER_EXCESS:
@@ -159,12 +164,14 @@ def advantages_vanish(now: Metrics, monitor: "Monitor") -> str | None:
 
 
 def ratio_is_not_one(now: Metrics, monitor: "Monitor") -> str | None:
-    most = now["ppo/first_log_ratio"]
-    if not most > monitor.token_noise:
+    most, noise = now["ppo/first_log_ratio"], monitor.token_noise
+    if "ppo/sampler_difference" not in now:  # the old probabilities are the sampler's
+        noise = sampler_noise(monitor.config, noise)
+    if not most > noise:
         return None
     return (
         "In the first step on a rollout the log-ratio of new to old probability reaches "
-        f"{most:.2g} nats on a token, where noise stays below {monitor.token_noise:g}."
+        f"{most:.2g} nats on a token, where noise stays below {noise:g}."
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +19,6 @@ from rlhf.finite import told_by_all
 from rlhf.generation import Decoding, Engine, make_engine
 from rlhf.inference import compute_logprobs, compute_moments, compute_values
 from rlhf.kl import k1, k3, penalized_rewards
-from rlhf.logprobs import TokenMoments
 from rlhf.masking import masked_sum, whiten, whitening_sums
 from rlhf.memory import on_device
 from rlhf.models import ScalarModel
@@ -48,6 +48,20 @@ class Episode:
     prompt_ids: tuple[int, ...]
 
 
+class SamplerCheck(NamedTuple):
+    """What sampled tokens should look like, all (batch, time)."""
+
+    sampler_logprobs: Tensor
+    """as the sampler saw them, drawing token by token"""
+    entropy: Tensor
+    """of the policy's distribution of each token, nats"""
+    logprob_variance: Tensor
+    """of the log-probability of a token drawn from that distribution, nats^2"""
+
+    def select(self, episodes: Tensor) -> "SamplerCheck":
+        return SamplerCheck(*(tensor[episodes] for tensor in self))
+
+
 @dataclass(frozen=True)
 class Rollout:
     """Responses and all that is known of them before the update; this process's share.
@@ -66,12 +80,6 @@ class Rollout:
     ends"""
     logprobs: Tensor
     """(batch, time) of the policy that sampled"""
-    sampler_logprobs: Tensor
-    """(batch, time) the same as the sampler saw them, drawing token by token"""
-    entropy: Tensor
-    """(batch, time) of that policy's distribution of each token, nats"""
-    logprob_variance: Tensor
-    """(batch, time) of the log-probability of a token drawn from that distribution, nats^2"""
     ref_logprobs: Tensor
     """(batch, time) of the reference policy"""
     values: Tensor
@@ -82,6 +90,8 @@ class Rollout:
     """(batch, time), whitened if the settings say so"""
     returns: Tensor
     """(batch, time), from unwhitened advantages"""
+    check: SamplerCheck | None = None
+    """What the policy's own pass gives beside `logprobs`; None: they are the sampler's"""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """(batch,) what the scores are made of, by name, as the reward gave it"""
 
@@ -91,7 +101,8 @@ class Rollout:
         trees = [self.trees[i] for i in episodes.tolist()]
         tensors = {k: value[episodes] for k, value in fields.items() if isinstance(value, Tensor)}
         parts = {name: part[episodes] for name, part in self.parts.items()}
-        return Rollout(trees=trees, parts=parts, **tensors)
+        check = None if self.check is None else self.check.select(episodes)
+        return Rollout(trees=trees, parts=parts, check=check, **tensors)
 
 
 @dataclass(frozen=True)
@@ -177,10 +188,14 @@ class Sampler:
         """Inside, the reference policy is on the device."""
         return on_device([self.ref_policy], self.watch.device, self.config.offload)
 
-    def moments(self, policy: nn.Module, trees: Sequence[PromptTree]) -> TokenMoments:
+    def check(
+        self, policy: nn.Module, trees: Sequence[PromptTree], sampler_logprobs: Tensor
+    ) -> tuple[Tensor, SamplerCheck]:
         """`logprobs`, and what they should be on average for tokens drawn from the policy."""
         temperature = self.config.rollout.temperature
-        return compute_moments(policy, trees, self.packer, temperature=temperature)
+        moments = compute_moments(policy, trees, self.packer, temperature=temperature)
+        check = SamplerCheck(sampler_logprobs, moments.entropy, moments.variance)
+        return moments.logprobs, check
 
 
 def roll_out(
@@ -191,23 +206,28 @@ def roll_out(
     generator: torch.Generator,
     accelerator: Accelerator,
     kl_coef: float | None = None,
+    *,
+    is_checked: bool = True,
 ) -> Rollout:
     """Sample, score, subtract the KL penalty, estimate advantages.
 
     The log-probabilities come from the same packed pass that trains, so the first ratio is 1
-    (recipe: checklist 18); those of the sampler are kept only to be compared with them.
+    (recipe: checklist 18), and those of the sampler are only compared with them.
 
     Args:
         kl_coef: penalty a nat; None: ppo.kl_coef.
+        is_checked: False leaves that pass out and takes the sampler's (rollout.check_every).
     """
     settings = sampler.config.ppo
     kl_coef = settings.kl_coef if kl_coef is None else kl_coef
     with told_by_all():
-        trees, sampler_logprobs = sampler.sample(policy, episodes, generator)
+        trees, logprobs = sampler.sample(policy, episodes, generator)
     scored, finished = sampler.score(episodes, trees)
     _, response_mask = response_batch([tree.responses[0] for tree in trees])
-    with sampler.watch.phase("logprobs"):
-        logprobs, entropy, logprob_variance = sampler.moments(policy, trees)
+    check = None
+    if is_checked:
+        with sampler.watch.phase("logprobs"):
+            logprobs, check = sampler.check(policy, trees, logprobs)
     with sampler.watch.phase("reference"):
         ref_logprobs = sampler.ref_logprobs(trees)
     with sampler.watch.phase("value"):
@@ -228,14 +248,12 @@ def roll_out(
         finished=finished,
         scores=scored.scores,
         logprobs=logprobs,
-        sampler_logprobs=sampler_logprobs,
-        entropy=entropy,
-        logprob_variance=logprob_variance,
         ref_logprobs=ref_logprobs,
         values=values,
         rewards=rewards,
         advantages=advantages,
         returns=returns,
+        check=check,
         parts=scored.parts,
     )
 
@@ -259,24 +277,34 @@ def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
         "finished": rollout.finished.sum(),
         "bigrams": torch.tensor(float(num_bigrams)),
         "distinct_bigrams": torch.tensor(distinct_bigrams(responses) * num_bigrams),
-        "entropy": masked_sum(rollout.entropy, mask),
-        "excess": masked_sum(-rollout.logprobs.double() - rollout.entropy, mask),
-        "excess_variance": masked_sum(rollout.logprob_variance.double(), mask),
         "value": masked_sum(rollout.values, mask),
         "returns": masked_sum(rollout.returns, mask),
         "return_squares": masked_sum(rollout.returns.double().square(), mask),
         "advantages": raw_advantages.sum(),
         "advantage_squares": raw_advantages.square().sum(),
+        **_check_sums(rollout),
         **{PART + name: part.double().sum() for name, part in rollout.parts.items()},
+    }
+
+
+def _check_sums(rollout: Rollout) -> dict[str, Tensor]:
+    """Of a rollout whose sampler was not checked, none."""
+    check, mask = rollout.check, rollout.response_mask
+    if check is None:
+        return {}
+    return {
+        "entropy": masked_sum(check.entropy, mask),
+        "excess": masked_sum(-rollout.logprobs.double() - check.entropy, mask),
+        "excess_variance": masked_sum(check.logprob_variance.double(), mask),
     }
 
 
 def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Means over the episodes (score and its parts, reward, KL, length) and tokens (the rest).
 
-    `sampler_excess` is how much less likely sampled tokens were than the policy's distribution
-    says, E[-log pi(token)] - entropy, in nats a token; 0 on average for tokens drawn from it.
-    `sampler_z` is the same in standard errors.
+    Where the sampler was checked, `sampler_excess` is how much less likely sampled tokens were than
+    the policy's distribution says, E[-log pi(token)] - entropy, in nats a token; 0 on average for
+    tokens drawn from it. `sampler_z` is the same in standard errors.
     """
     episodes, tokens = sums["episodes"], sums["tokens"]
     mean_score, kl = sums["score"] / episodes, sums["kl"] / episodes
@@ -295,17 +323,25 @@ def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
         "ppo/response_tokens": tokens / episodes,
         "ppo/eos_rate": sums["finished"] / episodes,
         "ppo/distinct_2": sums["distinct_bigrams"] / max(sums["bigrams"], 1.0),
-        "ppo/entropy": sums["entropy"] / tokens,
-        "ppo/sampler_excess": sums["excess"] / tokens,
-        "ppo/sampler_z": sums["excess"] / max(sums["excess_variance"], 1e-12) ** 0.5,
         "ppo/value": sums["value"] / tokens,
         "ppo/return": sums["returns"] / tokens,
         "ppo/advantage_std": advantage_variance**0.5,
         "ppo/value_error": advantage_squares**0.5,
         "ppo/explained_variance": 1 - advantage_variance / max(return_variance, 1e-8),
+        **_check_metrics(sums),
         **{
             f"ppo/part/{key.removeprefix(PART)}": total / episodes
             for key, total in sums.items()
             if key.startswith(PART)
         },
+    }
+
+
+def _check_metrics(sums: dict[str, float]) -> dict[str, float]:
+    if "entropy" not in sums:
+        return {}
+    return {
+        "ppo/entropy": sums["entropy"] / sums["tokens"],
+        "ppo/sampler_excess": sums["excess"] / sums["tokens"],
+        "ppo/sampler_z": sums["excess"] / max(sums["excess_variance"], 1e-12) ** 0.5,
     }

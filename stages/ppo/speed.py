@@ -56,8 +56,10 @@ class Speedometer:
         if "ppo/ptx_loss" in metrics:
             num_blocks = math.ceil(config.text_blocks_per_step / self.accelerator.num_processes)
             texts = text_work(config.ptx.block_tokens) * (num_steps * num_blocks)
-        flops = sum(update_flops(*self._sizes, episodes, texts, num_epochs).values())
-        own = torch.tensor([float(episodes.tokens), flops], dtype=torch.float64)
+        phases = update_flops(*self._sizes, episodes, texts, num_epochs)
+        if rollout.check is None:
+            del phases["logprobs"]
+        own = torch.tensor([float(episodes.tokens), sum(phases.values())], dtype=torch.float64)
         tokens, flops = sum_over_processes(self.accelerator, own).tolist()
         trained = seconds["update"] - sum(seconds.get(name, 0.0) for name in NOT_TRAINING)
         update = {"tokens": tokens, "flops": flops, "seconds": trained}

@@ -62,8 +62,10 @@ from stages.ppo.monitor import (
     REPLAY_FILE,
     RM_CHANCE,
     TOKEN_NOISE,
+    Metrics,
     Monitor,
     TrainingStopped,
+    sampler_noise,
     write_replay,
 )
 from stages.ppo.normalize import normalize_scores
@@ -137,6 +139,7 @@ def train(config: Config) -> None:
                     sampling,
                     accelerator,
                     progress.kl_coef,
+                    is_checked=number % config.rollout.check_every == 0,
                 )
             with watch.phase("metrics"):
                 metrics = _rollout_metrics(rollout, accelerator)
@@ -148,7 +151,7 @@ def train(config: Config) -> None:
                 config,
                 shuffling,
                 only_value=only_value,
-                look_at_ratio=partial(_watch_ratio, monitor, number),
+                look_at_ratio=partial(_watch_ratio, monitor, number, metrics),
             )
             monitor.watch(number, metrics)
         metrics["ppo/kl_coef"] = progress.kl_coef
@@ -232,8 +235,8 @@ def _stopping_well(
         raise TrainingStopped(f"{stop} The weights before it are in {folder}.") from stop
 
 
-def _watch_ratio(monitor: Monitor, update: int, largest: float) -> None:
-    monitor.watch(update, {"ppo/first_log_ratio": largest})
+def _watch_ratio(monitor: Monitor, update: int, metrics: Metrics, largest: float) -> None:
+    monitor.watch(update, {**metrics, "ppo/first_log_ratio": largest})
 
 
 def _place(watch: Stopwatch, update: int) -> str:
@@ -530,13 +533,13 @@ def _rollout_metrics(rollout: Rollout, accelerator: Accelerator) -> dict[str, fl
     sums = rollout_sums(rollout)
     totals = {name: float(sum_over_processes(accelerator, value)) for name, value in sums.items()}
     if not all(math.isfinite(total) for total in totals.values()):
-        tensors = {k: v for k, v in vars(rollout).items() if isinstance(v, torch.Tensor)}
+        fields = vars(rollout) | ({} if rollout.check is None else rollout.check._asdict())
+        tensors = {k: v for k, v in fields.items() if isinstance(v, torch.Tensor)}
         found = found_by_any(first_nonfinite(tensors, rollout.trees, "rollout"))
         raise found or NonFiniteError("a sum over the tokens", "rollout")
-    largest = {
-        "ppo/max_token_kl": k1(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask),
-        "ppo/sampler_difference": rollout.logprobs - rollout.sampler_logprobs,
-    }
+    largest = {"ppo/max_token_kl": rollout.logprobs - rollout.ref_logprobs}
+    if rollout.check is not None:
+        largest["ppo/sampler_difference"] = rollout.logprobs - rollout.check.sampler_logprobs
     return rollout_metrics(totals) | {
         name: max_over_processes(accelerator, difference.abs().max().item())
         for name, difference in largest.items()
@@ -555,6 +558,13 @@ def _check_launch(config: Config, accelerator: Accelerator) -> None:
         raise ValueError(
             f"ppo.mini_batch_size is {config.ppo.mini_batch_size}, which {count} processes cannot "
             f"share equally; give a multiple of {count}"
+        )
+    noise = sampler_noise(config, _token_noise(config, accelerator))
+    if config.rollout.check_every > 1 and noise >= config.ppo.clip_range:
+        raise ValueError(
+            f"rollout.check_every is {config.rollout.check_every}, but sampler and trainer may "
+            f"differ by {noise:g} nats a token here, and ppo.clip_range is "
+            f"{config.ppo.clip_range:g}; give 1, or sample with hf in float32"
         )
 
 

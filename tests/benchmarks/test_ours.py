@@ -52,7 +52,8 @@ def test_ppo_worker_makes_updates_with_the_lengths_that_were_asked_for(
             samples = [worker.run(), worker.run()]
         assert [sample["new_tokens"] for sample in samples] == [total, total]
         assert sum(one.response_lengths) == total
-        assert all(abs(sample["ratio"] - 1) < 1e-5 for sample in samples)
+        assert [sample["ratio"] for sample in samples] == pytest.approx([1, 1], abs=1e-5)
+        assert [sample["phases"].get("logprobs", 0) > 0 for sample in samples] == [True, False]
         assert samples[0]["phases"].keys() >= {"rollout", "score", "reference", "value", "train"}
 
 

@@ -64,9 +64,9 @@ def watched_rollouts() -> Iterator[list[dict[str, int]]]:
     seen: list[dict[str, int]] = []
     roll_out = ppo_train.roll_out
 
-    def watched(*args: Any) -> Rollout:
+    def watched(*args: Any, **options: Any) -> Rollout:
         with Gathers() as gathers:
-            rollout = roll_out(*args)
+            rollout = roll_out(*args, **options)
         seen.append({"gathers": gathers.count, "tokens": rollout.response_mask.shape[1]})
         return rollout
 

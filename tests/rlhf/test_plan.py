@@ -166,6 +166,12 @@ def test_offloaded_models_are_there_in_their_phases_only(tiny: Path, config: Con
     assert on_cpu.waiting == {}
 
 
+def test_a_mean_update_has_its_share_of_the_checks(config: Config) -> None:
+    config = replace(config, rollout=replace(config.rollout, check_every=4))
+    flops = make_plan(config, Launch()).flops
+    assert flops["logprobs"] == flops["reference"] / 4 > 0
+
+
 def save_reward(base: Path, folder: Path, lora: LoraSettings) -> str:
     """A reward model on the body of a policy."""
     settings = ModelSettings(path=str(base))

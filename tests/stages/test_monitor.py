@@ -28,7 +28,7 @@ from rlhf.inference import compute_scores
 from rlhf.models import load_scalar, load_tokenizer, packer_for
 from rlhf.packing import PromptTree
 from rlhf.rewards import GoldenRow, RewardCard, RewardSettings, rendering_hash
-from stages.ppo.config import Config, MonitorSettings
+from stages.ppo.config import Config, MonitorSettings, PPOSettings
 from stages.ppo.monitor import CODES, RULES, Monitor, TrainingStopped
 from stages.ppo.train import train
 
@@ -75,6 +75,58 @@ def test_sampled_tokens_of_a_healthy_run_are_as_likely_as_they_should_be(config:
     assert all(0 < row["ppo/sampler_difference"] < 1e-5 for row in rows)  # not the same pass
     # Standard errors of the right size: their root mean square over updates is about one.
     assert 0.2 < math.sqrt(sum(row["ppo/sampler_z"] ** 2 for row in rows) / len(rows)) < 2.5
+
+
+def test_an_update_that_is_not_checked_takes_the_sampler_at_its_word(config: Config, monkeypatch):
+    """The same run but for rounding, with one pass less in three of four updates."""
+    passes = []
+    moments = stages.ppo.rollout.compute_moments
+    monkeypatch.setattr(
+        stages.ppo.rollout, "compute_moments", lambda *a, **k: passes.append(1) or moments(*a, **k)
+    )
+    rows: dict[int, list[dict[str, float]]] = {}
+    for every in (1, 3):
+        folder = Path(config.output_dir) / str(every)
+        rollout = replace(config.rollout, check_every=every)
+        train(replace(config, rollout=rollout, output_dir=str(folder)))
+        rows[every] = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert len(passes) == config.num_updates + 2
+    only_checked = {"ppo/entropy", "ppo/sampler_difference", "ppo/sampler_excess", "ppo/sampler_z"}
+    assert ["ppo/entropy" in row for row in rows[3]] == [True, False, False, True]
+    assert rows[1][1].keys() - rows[3][1].keys() == only_checked | {"seconds/logprobs"}
+    for always, now_and_then in zip(rows[1], rows[3], strict=True):
+        assert always["ppo/first_log_ratio"] < 1e-6
+        assert now_and_then["ppo/first_log_ratio"] < 1e-5
+        for name in ("ppo/score", "ppo/kl", "ppo/reward", "ppo/value_loss", "ppo/policy_grad_norm"):
+            assert now_and_then[name] == pytest.approx(always[name], rel=1e-3, abs=1e-4)
+    assert rows[3][1]["ppo/first_log_ratio"] > 0  # of two ways to compute it
+    flops = [row["ppo/model_flops_utilisation"] / row["ppo/tokens_per_second"] for row in rows[3]]
+    assert flops[1] / flops[0] == pytest.approx(0.9, abs=0.03)  # of 10 passes, of 3 with gradient 6
+
+
+def test_a_sampler_that_is_not_the_policy_shows_in_the_first_ratio_too(config: Config, monkeypatch):
+    sample = rlhf.generation.loop._sample
+    broken = break_from(8, sample, sampler(cold, is_honest=True))  # the first rollout's 8 tokens
+    monkeypatch.setattr(rlhf.generation.loop, "_sample", broken)
+    rollout = replace(config.rollout, check_every=10)
+    with pytest.raises(TrainingStopped, match=r"^PPO_RATIO at update 1: .* stays below 0\.002"):
+        train(replace(config, rollout=rollout))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"generation": GenerationSettings(engine="vllm")},
+        {"policy": "bfloat16"},
+        {"ppo": PPOSettings(mini_batch_size=16, clip_range=0.001)},
+    ],
+)
+def test_a_sampler_as_far_from_the_trainer_as_a_clip_is_always_checked(changes, config: Config):
+    if "policy" in changes:
+        changes = {"policy": replace(config.policy, dtype="bfloat16")}
+    rollout = replace(config.rollout, check_every=2)
+    with pytest.raises(ValueError, match=r"^rollout\.check_every is 2, but .* give 1"):
+        train(replace(config, rollout=rollout, **changes))
 
 
 def test_a_reference_that_is_another_model(config: Config, monkeypatch):
@@ -171,7 +223,9 @@ def test_a_training_pass_that_is_not_the_policy_that_sampled(config: Config, mon
         "response_logprobs",
         lambda policy, row, temperature: logprobs(policy, row, 1.5),
     )
-    with pytest.raises(TrainingStopped, match=r"^PPO_RATIO at update 0: .*log-ratio"):
+    with pytest.raises(
+        TrainingStopped, match=r"^PPO_RATIO at update 0: .*log-ratio.* below 0\.001"
+    ):
         train(config)
     good = load_file(Path(config.output_dir) / "last_good" / "model.safetensors")
     start = load_file(Path(config.policy.path) / "model.safetensors")
@@ -322,8 +376,8 @@ def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(config: Con
 def test_a_nan_in_the_rollout_is_named(tensor: str, config: Config, monkeypatch):
     roll_out = stages.ppo.train.roll_out
 
-    def broken(*args):
-        rollout = roll_out(*args)
+    def broken(*args, **options):
+        rollout = roll_out(*args, **options)
         spoilt = getattr(rollout, tensor).clone()
         spoilt[3] = math.nan
         return replace(rollout, **{tensor: spoilt})
