@@ -10,14 +10,12 @@ from rlhf.models import check_context, check_vocabulary, load_chat, load_policy
 from rlhf.records import Prompt, Ranking
 from rlhf.runs import Run, open_run
 from stages.collect.config import Config
-from stages.collect.labelers import load_labelers, rank_each
+from stages.collect.labelers import SO_FAR_FILE, load_labelers, rank_each
 from stages.collect.report import agreement, describe_rankings, describe_samples
 from stages.collect.sample import Sample, make_questions, sample_responses
 
 RANKINGS_FILE = "rankings.jsonl"
 OVERLAP_FILE = "overlap.jsonl"
-SO_FAR_FILE = "rankings_so_far.jsonl"
-"""What was ranked when a labeler failed; valid rankings, in the order of the prompts."""
 
 
 def collect(config: Config) -> None:
@@ -25,6 +23,7 @@ def collect(config: Config) -> None:
 
     Equal responses to a prompt are ranked once; a prompt whose samples are all equal is left out.
     Both are counted in results.json. With another number of processes the samples are others.
+    When a labeler fails, the same command samples again and asks only for what is not ranked yet.
     """
     inputs = {"model": config.model.path, "prompts": config.prompts}
     run = open_run(config, stage="collect", inputs={**inputs, "labelers": config.labelers_path})
@@ -47,8 +46,12 @@ def collect(config: Config) -> None:
             f"all samples of each of the {len(questions)} prompts are equal, so there is nothing "
             f"to compare; raise temperature {config.temperature}"
         )
+    so_far = Path(config.output_dir) / SO_FAR_FILE
+    before = read_records(so_far, Ranking) if so_far.exists() else []
+    if before:
+        print(f"collect: goes on from {len(before)} rankings in {so_far}")
     asked = rank_each(
-        [questions[i].prompt for i in kept], [distinct[i] for i in kept], labelers, config
+        [questions[i].prompt for i in kept], [distinct[i] for i in kept], labelers, config, before
     )
     ranked: list[list[Ranking]] = []
     try:
@@ -57,7 +60,10 @@ def collect(config: Config) -> None:
     except BaseException:  # a labeler's time is dear, and Ctrl-C is a way to stop one that hangs
         if ranked:
             write_records(run.dir / SO_FAR_FILE, [one for of_prompt in ranked for one in of_prompt])
-            print(f"collect: {len(ranked)} prompts were ranked, see {run.dir / SO_FAR_FILE}")
+            print(
+                f"collect: {len(ranked)} prompts were ranked, see {so_far}; the same command asks "
+                "for the others"
+            )
         raise
     rankings = [first for first, *_ in ranked]
     overlap = [(first, second) for first, *seconds in ranked for second in seconds]

@@ -8,6 +8,10 @@ from rlhf.records import PromptLike, Ranking, RecordError
 from rlhf.rewards import load_function
 from stages.collect.config import Config
 
+SO_FAR_FILE = "rankings_so_far.jsonl"
+"""What was ranked when a labeler failed; valid rankings, in the order of the prompts. The same
+command goes on from them."""
+
 
 @runtime_checkable
 class Labeler(Protocol):
@@ -50,15 +54,37 @@ def rank_each(
     responses: Sequence[Sequence[str]],
     labelers: Sequence[Labeler],
     config: Config,
+    before: Sequence[Ranking] = (),
 ) -> Iterator[list[Ranking]]:
     """Of each prompt in turn a ranking by a labeler drawn at random; of the share config.overlap a
-    second labeler's behind it."""
-    generator = random.Random(f"{config.seed}/labelers")
+    second labeler's behind it.
+
+    Args:
+        before: the first rankings, of an earlier run that was cut off. Nobody is asked for them
+            again, and the others are what they are without them.
+
+    Raises:
+        ValueError: a labeler failed, or those before are of other responses or labelers.
+    """
     num_twice = round(config.overlap * len(prompts))
-    twice = set(generator.sample(range(len(prompts)), num_twice))
-    for i, (prompt, texts) in enumerate(zip(prompts, responses, strict=True)):
-        chosen = generator.sample(labelers, 2 if i in twice else 1)
-        yield [ask(one, prompt, texts, generator, config.model.path) for one in chosen]
+    draw = random.Random(f"{config.seed}/labelers")
+    twice = set(draw.sample(range(len(prompts)), num_twice))
+    generators = [random.Random(f"{config.seed}/labelers/{i}") for i in range(len(prompts))]
+    chosen = [one.sample(labelers, 2 if i in twice else 1) for i, one in enumerate(generators)]
+    questions = list(zip(prompts, responses, chosen, generators, strict=True))
+    wanted = [(prompt, tuple(texts), one.name) for prompt, texts, by, _ in questions for one in by]
+    if [(one.prompt, one.responses, one.labeler) for one in before] != wanted[: len(before)]:
+        raise ValueError(
+            f"{SO_FAR_FILE} of {config.output_dir} holds rankings of other responses or by other "
+            "labelers than these settings give; give the settings it was made with, or another "
+            "output_dir"
+        )
+    for prompt, texts, by, generator in questions:
+        known, before = before[: len(by)], before[len(by) :]
+        if len(known) == len(by):
+            yield list(known)
+        else:
+            yield [ask(one, prompt, texts, generator, config.model.path) for one in by]
 
 
 def ask(

@@ -4,7 +4,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -208,30 +208,59 @@ def test_labelers_that_misbehave_are_named(
     assert not Path(config.output_dir).exists()
 
 
-class Moody(ByLength):
-    """Goes away at the fourth prompt."""
+@dataclass
+class Moody:
+    """Throws dice, and goes away at some prompts."""
+
+    name: str
+    absent: list[str]
+    asked: list[PromptLike]
 
     def rank(
         self, prompt: PromptLike, responses: Sequence[str], generator: random.Random
     ) -> list[int | None]:
-        if prompt == "prompt 3":
+        if prompt in self.absent:
             raise ConnectionError("gone")
-        return super().rank(prompt, responses, generator)
+        self.asked.append(prompt)
+        return [generator.randint(1, 3) for _ in responses]
 
 
-def test_what_was_ranked_before_a_labeler_failed_is_kept(
+def test_the_same_command_goes_on_where_a_labeler_failed(
     policy: Path, maker: Callable[[Any], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = make_config(policy, maker(lambda path: [Moody("moody", 1)]), overlap=0.0)
-    with pytest.raises(ValueError, match="'moody' failed at 'prompt 3': ConnectionError: gone"):
+    absent, asked = ["prompt 3"], list[PromptLike]()
+    moody = maker(lambda path: [Moody(name, absent, asked) for name in ("left", "right")])
+    config = make_config(policy, moody)
+    files = [Path(config.output_dir) / name for name in ("rankings.jsonl", "overlap.jsonl")]
+    so_far = Path(config.output_dir) / "rankings_so_far.jsonl"
+    for there, last in (("prompt 3", "prompt 20"), ("prompt 20", "nobody")):
+        with pytest.raises(ValueError, match=f"failed at '{there}': ConnectionError: gone"):
+            collect(config)
+        assert f"{there[7:]} prompts were ranked, see {so_far}" in capsys.readouterr().out
+        absent[:] = [last]
+    collect(config)
+    assert "collect: goes on from" in capsys.readouterr().out and not so_far.exists()
+    found, num_asked = [path.read_text() for path in files], len(asked)
+    assert num_asked == sum(text.count("\n") for text in found), "nobody was asked twice"
+    collect(config)
+    assert [path.read_text() for path in files] == found and len(asked) == 2 * num_asked
+
+
+def test_rankings_of_other_responses_are_neither_gone_on_from_nor_lost(
+    policy: Path, maker: Callable[[Any], str]
+) -> None:
+    absent, asked = ["prompt 3"], list[PromptLike]()
+    moody = maker(lambda path: [Moody("moody", absent, asked)])
+    config = make_config(policy, moody, overlap=0.0)
+    with pytest.raises(ValueError, match="gone"):
         collect(config)
     so_far = Path(config.output_dir) / "rankings_so_far.jsonl"
-    assert f"3 prompts were ranked, see {so_far}" in capsys.readouterr().out
-    kept = read_records(so_far, Ranking)
-    whole = make_config(policy, maker(lambda path: [ByLength("moody", 1)]), overlap=0.0)
-    collect(whole)
-    assert kept == read_records(Path(config.output_dir) / "rankings.jsonl", Ranking)[:3]
-    assert not so_far.exists()
+    kept = so_far.read_text()
+    with pytest.raises(
+        ValueError, match=r"^rankings_so_far\.jsonl of .* other responses .* settin"
+    ):
+        collect(replace(config, seed=1))
+    assert so_far.read_text() == kept and len(asked) == 3
 
 
 @pytest.mark.parametrize(

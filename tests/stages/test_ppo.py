@@ -3,20 +3,23 @@
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle, islice, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import rlhf.timing
 import stages.ppo.rollout
+import stages.ppo.train
 import stages.ppo.update
 from rlhf.chat import Chat
 from rlhf.config import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
@@ -30,7 +33,7 @@ from rlhf.rewards import RewardSettings, Scored
 from rlhf.sharding import local_gradients
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out
-from stages.ppo.train import text_blocks, train
+from stages.ppo.train import _check_launch, text_blocks, train
 from stages.ppo.update import Learner, PolicyAndValue, optimizer_step, update
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 from tests.stages.conftest import is_timing
@@ -574,3 +577,49 @@ def test_gradient_checkpointing_changes_no_result(ppo_config: Config, monkeypatc
         runs[checkpointing] = [row["ppo/value_loss"] for row in rows], num_calls
     assert runs[True][0] == pytest.approx(runs[False][0], rel=1e-4)
     assert runs[True][1] == runs[False][1] + 4 * 2 * 2 * 2
+
+
+@pytest.fixture
+def bf16_launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As by `accelerate launch --mixed_precision bf16`."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("bf16_launch")
+def test_mixed_precision_holds_in_every_pass_of_a_run(ppo_config: Config, monkeypatch):
+    """Sampling, all passes without gradient, training and the held-out evaluation; the reference is
+    computed as the policy is, so that before the first step no KL is."""
+    types: set[torch.dtype] = set()
+    forward = LlamaMLP.forward
+
+    def note(*args):
+        output = forward(*args)
+        types.add(output.dtype)
+        return output
+
+    def load(*args):
+        models = load_models(*args)
+        types.clear()  # of a probe that finds how the models can be packed
+        return models
+
+    load_models = stages.ppo.train.load_models
+    monkeypatch.setattr(stages.ppo.train, "load_models", load)
+    monkeypatch.setattr(LlamaMLP, "forward", note)
+    train(replace(ppo_config, prompts_held_out=ppo_config.prompts, eval_every=1))
+    assert types == {torch.bfloat16}
+    folder = Path(ppo_config.output_dir)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert rows[0]["ppo/max_token_kl"] == 0.0 < rows[-1]["ppo/held_out_kl"]
+    assert 1e-5 < rows[0]["ppo/sampler_difference"] < 0.5
+    assert all(row["ppo/first_log_ratio"] < 0.5 for row in rows)
+
+
+def test_half_types_whose_gradients_are_scaled_are_refused(ppo_config: Config):
+    launched = SimpleNamespace(mixed_precision="fp16", num_processes=1)
+    with pytest.raises(
+        ValueError, match=r"^mixed_precision of the launcher is fp16, .* bf16 or no"
+    ):
+        _check_launch(ppo_config, launched)  # type: ignore[arg-type]
