@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import re
 import runpy
 import shlex
@@ -113,3 +114,21 @@ def test_own_reward_settings_load(tmp_path: Path) -> None:
         "brief": 0.5,
         "repeats": 0.1,
     }
+
+
+def test_the_table_of_speed_holds_what_was_measured() -> None:
+    """Medians, smallest and largest ratios of time, ratios of memory, to the digits shown."""
+    results = json.loads((ROOT / "benchmarks/results/results.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in results}
+    measured = r"^\|.*\| ([\d.]+) \(([\d.]+)-([\d.]+)\) \| [\d.]+ \| ([\d.]+) \| [\d.]+ \|$"
+    shown = re.findall(measured, README, flags=re.MULTILINE)
+    names = ("rm_k9", "rm_k4", "rm_k2", "ppo_fp32", "ppo_eos")
+    assert rows["ppo_best"]["time_ratio"] == rows["ppo_fp32"]["time_ratio"]
+    for name, texts in zip(names, shown, strict=True):
+        row = rows[name]
+        pairs = zip(row["ours"]["seconds"], row["theirs"]["seconds"], strict=True)
+        ratios = [theirs / ours for ours, theirs in pairs]
+        figures = [row["time_ratio"], min(ratios), max(ratios), row["memory_ratio"]]
+        digits = [len(text.partition(".")[2]) for text in texts]
+        rounded = [f"{figure:.{count}f}" for figure, count in zip(figures, digits, strict=True)]
+        assert list(texts) == rounded, name
