@@ -169,7 +169,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
 
     Raises:
         ValueError, OSError: a model's config cannot be read, an adapter does not fit the settings,
-            or weights are to be quantized.
+            weights are to be quantized, or the stage would refuse the launcher.
     """
     if config.lora.rank and config.lora.quantize != "none":
         raise ValueError(
@@ -178,6 +178,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         )
     dry, plan = DryRun(TYPES[launch.mixed_precision]), Plan(launch)
     if isinstance(config, PPOConfig):
+        config.check_launch(launch.mixed_precision, launch.num_processes)
         _plan_ppo(plan, dry, config)
     elif isinstance(config, RMConfig):
         _plan_rm(plan, dry, config)

@@ -271,6 +271,20 @@ class Config:
             trust_remote_code=self.policy.trust_remote_code or self.reward.trust_remote_code,
         )
 
+    def check_launch(self, mixed_precision: str, num_processes: int) -> None:
+        """Refuses, with a ValueError, a launcher under which these settings cannot run."""
+        if mixed_precision not in ("no", "bf16"):
+            raise ValueError(
+                f"mixed_precision of the launcher is {mixed_precision}, whose scaled gradients PPO "
+                "can neither compare nor clip by model; give bf16 or no"
+            )
+        size = self.ppo.mini_batch_size
+        if size % num_processes:
+            raise ValueError(
+                f"ppo.mini_batch_size is {size}, which {num_processes} processes cannot share "
+                f"equally; give a multiple of {num_processes}"
+            )
+
     @property
     def steps_per_update(self) -> int:
         return self.ppo.num_epochs * self.rollout.batch_size // self.ppo.mini_batch_size

@@ -77,8 +77,10 @@ from stages.ppo.update import POLICY, Learner, PolicyAndValue, update
 def train(config: Config) -> None:
     """One PPO run from its settings to the saved policy and results.json."""
     accelerator = start_accelerator()
-    _check_launch(config, accelerator)
-    monitor = Monitor(config, accelerator.print, _token_noise(config, accelerator))
+    config.check_launch(accelerator.mixed_precision, accelerator.num_processes)
+    token_noise = _token_noise(config, accelerator)
+    _check_sampler(config, token_noise)
+    monitor = Monitor(config, accelerator.print, token_noise)
     set_seed(config.seed)
     run = open_run(config, stage="ppo", inputs=_inputs(config))
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every, unit="update")
@@ -546,20 +548,9 @@ def _rollout_metrics(rollout: Rollout, accelerator: Accelerator) -> dict[str, fl
     }
 
 
-def _check_launch(config: Config, accelerator: Accelerator) -> None:
-    precision = accelerator.mixed_precision
-    if precision not in ("no", "bf16"):
-        raise ValueError(
-            f"mixed_precision of the launcher is {precision}, whose scaled gradients PPO can "
-            "neither compare nor clip by model; give bf16 or no"
-        )
-    count = accelerator.num_processes
-    if config.ppo.mini_batch_size % count:
-        raise ValueError(
-            f"ppo.mini_batch_size is {config.ppo.mini_batch_size}, which {count} processes cannot "
-            f"share equally; give a multiple of {count}"
-        )
-    noise = sampler_noise(config, _token_noise(config, accelerator))
+def _check_sampler(config: Config, token_noise: float) -> None:
+    """Refuses to take a sampler at its word whose noise is as large as a clip."""
+    noise = sampler_noise(config, token_noise)
     if config.rollout.check_every > 1 and noise >= config.ppo.clip_range:
         raise ValueError(
             f"rollout.check_every is {config.rollout.check_every}, but sampler and trainer may "

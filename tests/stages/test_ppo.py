@@ -28,12 +28,13 @@ from rlhf.inference import compute_logprobs, compute_values
 from rlhf.models import save_policy
 from rlhf.optim import MovingAverage, make_optimizer, make_schedule
 from rlhf.packing import Packer, text_tree
+from rlhf.plan import Launch, make_plan
 from rlhf.records import Prompt
 from rlhf.rewards import RewardSettings, Scored
 from rlhf.sharding import local_gradients
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out
-from stages.ppo.train import _check_launch, text_blocks, train
+from stages.ppo.train import text_blocks, train
 from stages.ppo.update import Learner, PolicyAndValue, optimizer_step, update
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 from tests.stages.conftest import is_timing
@@ -617,9 +618,11 @@ def test_mixed_precision_holds_in_every_pass_of_a_run(ppo_config: Config, monkey
     assert all(row["ppo/first_log_ratio"] < 0.5 for row in rows)
 
 
-def test_half_types_whose_gradients_are_scaled_are_refused(ppo_config: Config):
+def test_half_types_whose_gradients_are_scaled_are_refused(ppo_config: Config, monkeypatch):
     launched = SimpleNamespace(mixed_precision="fp16", num_processes=1)
-    with pytest.raises(
-        ValueError, match=r"^mixed_precision of the launcher is fp16, .* bf16 or no"
-    ):
-        _check_launch(ppo_config, launched)  # type: ignore[arg-type]
+    monkeypatch.setattr(stages.ppo.train, "start_accelerator", lambda: launched)
+    message = "^mixed_precision of the launcher is fp16, .* bf16 or no"
+    with pytest.raises(ValueError, match=message):
+        train(ppo_config)
+    with pytest.raises(ValueError, match=message):
+        make_plan(ppo_config, Launch(mixed_precision="fp16"))
