@@ -7,10 +7,10 @@ from typing import Any
 from rlhf.datasets import read_records, write_records
 from rlhf.distributed import start_accelerator
 from rlhf.models import check_context, check_vocabulary, load_chat, load_policy
-from rlhf.records import Prompt, Ranking
+from rlhf.records import Prompt, PromptLike, Ranking
 from rlhf.runs import Run, open_run
 from stages.collect.config import Config
-from stages.collect.labelers import SO_FAR_FILE, load_labelers, rank_each
+from stages.collect.labelers import SO_FAR_FILE, Labeler, load_labelers, rank_each
 from stages.collect.report import agreement, describe_rankings, describe_samples
 from stages.collect.sample import Sample, make_questions, sample_responses
 
@@ -46,25 +46,9 @@ def collect(config: Config) -> None:
             f"all samples of each of the {len(questions)} prompts are equal, so there is nothing "
             f"to compare; raise temperature {config.temperature}"
         )
-    so_far = Path(config.output_dir) / SO_FAR_FILE
-    before = read_records(so_far, Ranking) if so_far.exists() else []
-    if before:
-        print(f"collect: goes on from {len(before)} rankings in {so_far}")
-    asked = rank_each(
-        [questions[i].prompt for i in kept], [distinct[i] for i in kept], labelers, config, before
+    ranked = _rank(
+        [questions[i].prompt for i in kept], [distinct[i] for i in kept], labelers, config, run
     )
-    ranked: list[list[Ranking]] = []
-    try:
-        for one in asked:
-            ranked.append(one)
-    except BaseException:  # a labeler's time is dear, and Ctrl-C is a way to stop one that hangs
-        if ranked:
-            write_records(run.dir / SO_FAR_FILE, [one for of_prompt in ranked for one in of_prompt])
-            print(
-                f"collect: {len(ranked)} prompts were ranked, see {so_far}; the same command asks "
-                "for the others"
-            )
-        raise
     rankings = [first for first, *_ in ranked]
     overlap = [(first, second) for first, *seconds in ranked for second in seconds]
     results = {
@@ -79,6 +63,34 @@ def collect(config: Config) -> None:
     _write(run, rankings, [second for _, second in overlap])
     _print_report(results)
     run.finish(results)
+
+
+def _rank(
+    prompts: Sequence[PromptLike],
+    responses: Sequence[Sequence[str]],
+    labelers: Sequence[Labeler],
+    config: Config,
+    run: Run,
+) -> list[list[Ranking]]:
+    """All that `rank_each` gives, from what an earlier run left on; when it fails, what it gave so
+    far is written, since a labeler's time is dear, and Ctrl-C is a way to stop one that hangs."""
+    so_far = Path(config.output_dir) / SO_FAR_FILE
+    before = read_records(so_far, Ranking) if so_far.exists() else []
+    if before:
+        print(f"collect: goes on from {len(before)} rankings in {so_far}")
+    ranked: list[list[Ranking]] = []
+    try:
+        for one in rank_each(prompts, responses, labelers, config, before):
+            ranked.append(one)
+    except BaseException:
+        if ranked:
+            write_records(run.dir / SO_FAR_FILE, [one for of_prompt in ranked for one in of_prompt])
+            print(
+                f"collect: {len(ranked)} prompts were ranked, see {so_far}; the same command asks "
+                "for the others"
+            )
+        raise
+    return ranked
 
 
 def distinct_texts(samples: Sequence[Sample]) -> list[str]:
