@@ -49,7 +49,7 @@ class Episode:
 
 
 class SamplerCheck(NamedTuple):
-    """What sampled tokens should look like, all (batch, time)."""
+    """What the sampler says of its tokens, and what they should look like, all (batch, time)."""
 
     sampler_logprobs: Tensor
     """as the sampler saw them, drawing token by token"""
