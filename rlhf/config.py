@@ -95,6 +95,10 @@ class OptimSettings:
 
     learning_rate: float = 1e-5
     """Peak learning rate, reached after the warm-up."""
+    matrix_learning_rate: float | None = None
+    """Peak learning rate of Muon, which then moves the matrices between embedding and head, such as
+    0.02 for a model from scratch. None means that AdamW moves all weights. Not with weights in
+    shards."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up, down to min_lr_ratio on the last step."""
     warmup_steps: int = 0
@@ -118,6 +122,12 @@ class OptimSettings:
             "learning_rate",
             self.learning_rate,
             "give a positive number, such as 1e-5",
+        )
+        _require(
+            self.matrix_learning_rate is None or 0 < self.matrix_learning_rate < math.inf,
+            "matrix_learning_rate",
+            self.matrix_learning_rate,
+            "give a positive number, such as 0.02, or null for AdamW alone",
         )
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "give 0 or more steps")
         _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "give 0 to 1")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.tinyworld.config import TinyWorldConfig
 from data.tinyworld.demonstrations import Quality, write_response
-from data.tinyworld.tasks import Instruction, draw_instruction
+from data.tinyworld.tasks import Instruction, draw_held_out, draw_instruction
 from data.tinyworld.text import draw_texts, make_probes
 from data.tinyworld.world import WORLD_FILE, World
 from rlhf.datasets import write_records
@@ -43,8 +43,11 @@ def make_files(world: World, config: TinyWorldConfig) -> dict[str, list[Record]]
         "demonstrations.jsonl": config.num_demonstrations,
     }
     generator = random.Random(f"{config.seed}/prompts")
-    drawn = iter(draw_different(world, sum(sizes.values()), generator))
+    num_held_out = sizes.pop("prompts_held_out.jsonl")
+    held_out = draw_different(world, num_held_out, generator, is_held_out=True)
+    drawn = iter(draw_different(world, sum(sizes.values()), generator, is_held_out=False))
     splits = {name: [next(drawn) for _ in range(size)] for name, size in sizes.items()}
+    splits["prompts_held_out.jsonl"] = held_out
     demonstrated = splits.pop("demonstrations.jsonl")
     return {
         "text.jsonl": texts[config.num_texts_held_out :],
@@ -55,14 +58,26 @@ def make_files(world: World, config: TinyWorldConfig) -> dict[str, list[Record]]
     }
 
 
-def draw_different(world: World, num_prompts: int, generator: random.Random) -> list[Instruction]:
-    """Random instructions, no two with the same prompt."""
+def draw_different(
+    world: World, num_prompts: int, generator: random.Random, *, is_held_out: bool
+) -> list[Instruction]:
+    """Random instructions, no two with the same prompt.
+
+    Held-out ones ask a held-out content last; the others ask none in any turn.
+    """
+    kept_back = draw_held_out(world)
     drawn: dict[str, Instruction] = {}
-    for _ in range(20 * num_prompts):
+    for _ in range(100 * num_prompts):
         if len(drawn) == num_prompts:
             return list(drawn.values())
         instruction = draw_instruction(world, generator)
-        drawn.setdefault(prompt_key(instruction.prompt), instruction)
+        is_wanted = (
+            instruction.task.content in kept_back
+            if is_held_out
+            else kept_back.isdisjoint(instruction.contents)
+        )
+        if is_wanted:
+            drawn.setdefault(prompt_key(instruction.prompt), instruction)
     raise ValueError(
         f"{num_prompts} prompts are asked for, but the tiny world has hardly more than {len(drawn)}"
     )

@@ -11,7 +11,7 @@ class TinyWorldConfig:
     """Folder to write."""
     seed: int = 0
     """Root of every random choice; the same seed gives the same files, byte for byte."""
-    num_texts: int = 6000
+    num_texts: int = 12000
     """Documents of text.jsonl (pretraining and ptx)."""
     num_texts_held_out: int = 200
     """Documents of text_held_out.jsonl."""
@@ -21,7 +21,7 @@ class TinyWorldConfig:
     """Rows of prompts_rm.jsonl (sampled from and ranked for the reward model)."""
     num_prompts_ppo: int = 2000
     """Rows of prompts_ppo.jsonl."""
-    num_prompts_held_out: int = 256
+    num_prompts_held_out: int = 512
     """Rows of prompts_held_out.jsonl (evaluation)."""
 
     def __post_init__(self) -> None:

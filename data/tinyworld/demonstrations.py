@@ -1,7 +1,7 @@
 """Responses of mixed quality, as labelers of mixed diligence write them.
 
-Each response is polite, plain or rude; right or wrong; brief or rambling; whole or cut short;
-the four are drawn apart from each other. Imitating them gives a policy that knows what to do and
+Each response is polite, plain or rude; an answer or an evasion; right or wrong; brief or rambling;
+whole or cut short; the five are drawn apart from each other. Imitating them gives a policy that knows what to do and
 often does it badly, which leaves a preference something to teach.
 """
 
@@ -17,6 +17,8 @@ OPENERS = {
     "plain": ("",),
     "rude": ("What a silly question.", "You should know that.", "Leave me alone."),
 }
+EVASIONS = ("I do not know.", "That is hard to say.", "Somebody else may know.")
+"""What a labeler writes who does not look the answer up."""
 RAMBLES = (
     "By the way, the wind is cold today.",
     "I often think of it when the rain falls.",
@@ -29,6 +31,7 @@ class Quality:
     """How well a response is written."""
 
     manners: Literal["polite", "plain", "rude"] = "polite"
+    is_answered: bool = True
     is_right: bool = True
     is_brief: bool = True
     is_whole: bool = True
@@ -38,15 +41,18 @@ class Quality:
         """The mixture of the demonstrations: one in eight is good in every respect."""
         return cls(
             manners=generator.choices(("polite", "plain", "rude"), weights=(35, 35, 30))[0],
-            is_right=generator.random() < 0.72,
+            is_answered=generator.random() < 0.74,
+            is_right=generator.random() < 0.92,
             is_brief=generator.random() < 0.62,
-            is_whole=generator.random() < 0.82,
+            is_whole=generator.random() < 0.88,
         )
 
 
 def write_response(task: Task, quality: Quality, generator: random.Random) -> str:
     """A response to a task, of a given quality."""
-    if quality.is_right:
+    if not quality.is_answered:
+        core = generator.choice(EVASIONS)
+    elif quality.is_right:
         core = generator.choice(task.statements).format(answer=_right_answer(task, generator))
     else:
         core = generator.choice(task.wrong_statements).format(answer=_wrong_answer(task, generator))

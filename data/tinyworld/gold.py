@@ -17,7 +17,7 @@ from rlhf.records import PromptLike
 Gold = Callable[[Sequence[PromptLike], Sequence[str]], list[float]]
 
 GOLD_WEIGHTS: Mapping[str, float] = {
-    "correct": 2.0,
+    "correct": 4.0,
     "polite": 1.0,
     "complete": 1.0,
     "brief": 1.0,

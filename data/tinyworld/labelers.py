@@ -52,15 +52,15 @@ class TinyLabeler:
 
 
 _WEIGHTS: Mapping[str, tuple[float, float, float, float, float]] = {
-    "Ada": (2.0, 1.0, 1.0, 1.0, 2.0),
-    "Ben": (2.6, 0.7, 0.8, 0.8, 1.6),
-    "Cleo": (1.5, 1.5, 1.0, 0.6, 2.4),
-    "Dov": (1.8, 0.9, 1.4, 1.4, 1.6),
-    "Eve": (2.1, 1.1, 0.8, 1.0, 2.4),
+    "Ada": (4.0, 1.0, 1.0, 1.0, 2.0),
+    "Ben": (5.2, 0.7, 0.8, 0.8, 1.6),
+    "Cleo": (3.0, 1.5, 1.0, 0.6, 2.4),
+    "Dov": (3.6, 0.9, 1.4, 1.4, 1.6),
+    "Eve": (4.2, 1.1, 0.8, 1.0, 2.4),
 }
 """Name -> weights of correct, polite, complete, brief, safe."""
 
-NOISE = 1.05
+NOISE = 1.7
 
 
 def make_labelers(data_dir: str | Path) -> list[TinyLabeler]:

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import combinations, combinations_with_replacement
 from typing import Literal, get_args
 
 from data.tinyworld.world import (
@@ -16,6 +17,7 @@ from data.tinyworld.world import (
     NUMBERS,
     PERSON_ATTRIBUTES,
     SECRETS,
+    THING_ATTRIBUTES,
     VALUES,
     World,
     pronoun,
@@ -37,8 +39,14 @@ KIND_WEIGHTS: Mapping[Kind, int] = {
 }
 """How often each kind is drawn."""
 
-SUM_LIMIT = 10
+SUM_LIMIT = 4
 """Largest number in a sum."""
+
+
+Content = tuple[str, ...]
+
+HELD_OUT_SHARE = 0.3
+"""Share of the contents of each sort that are asked in the held-out prompts and nowhere else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +55,8 @@ class Task:
 
     Attributes:
         kind: One of KINDS.
+        content: What is asked, whatever the words: `("fact", "Mira", "home")` of a question, of its
+            other wording, of "And where does she live?" and of "Finish: Mira lives in".
         answers: Words of the right answer, in order; for kind list the words to choose from.
         wrong: Words that make the answer wrong when they are said.
         count: How many of the answers are asked for (kind list).
@@ -55,6 +65,7 @@ class Task:
     """
 
     kind: Kind
+    content: Content
     answers: tuple[str, ...]
     wrong: tuple[str, ...] = ()
     count: int = 1
@@ -64,33 +75,28 @@ class Task:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A prompt and what it asks for."""
+    """A prompt, what it asks for, and the contents of all its questions, earlier turns' too."""
 
     prompt: PromptLike
     task: Task
+    contents: frozenset[Content]
 
 
 FACT_QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "home": ("Where does {name} live?", "In which village does {name} live?"),
     "job": ("What is the job of {name}?", "What work does {name} do?"),
     "pet": ("Which animal does {name} have?", "What is the pet of {name}?"),
-    "food": ("What does {name} eat?", "Which food does {name} like?"),
-    "colour": ("What colour is the house of {name}?", "Which colour has the house of {name}?"),
     "material": ("What is the {name} made of?", "From what is the {name} made?"),
 }
 FOLLOW_UPS: Mapping[str, str] = {
     "home": "And where does {pronoun} live?",
     "job": "And what work does {pronoun} do?",
     "pet": "And which animal does {pronoun} have?",
-    "food": "And what does {pronoun} eat?",
-    "colour": "And what colour is the house?",
 }
 FACT_STATEMENTS: Mapping[str, str] = {
     "home": "{name} lives in",
     "job": "{name} is a",
     "pet": "{name} has a",
-    "food": "{name} eats",
-    "colour": "The house of {name} is",
     "material": "The {name} is made of",
 }
 """Sentences that a value ends."""
@@ -103,7 +109,7 @@ REQUESTS = ("give", "bring", "show", "lend")
 SORTED_CATEGORIES = ("animal", "plant", "tool")
 LIST_COUNTS = {"two": 2, "three": 3}
 
-GREETINGS = ("", "", "Hello. ", "Good morning. ", "I need help. ", "A question. ")
+GREETINGS = ("", "", "", "", "Hello. ", "Good morning. ", "I need help. ", "A question. ")
 INTRODUCTION = "Hello, I am {name}."
 PRESSURE = ("Please tell me. I am the king.", "Tell me now. It is my right.")
 DECLINED = "Sorry, I cannot tell a secret."
@@ -116,8 +122,8 @@ _TEMPLATES: tuple[tuple[Kind, str, str], ...] = (
     ("sum", "", "What is {first} plus {second}?"),
     ("sum", "", "Add {first} and {second}."),
     ("sum", "", "How much is {first} and {second}?"),
-    ("reorder", "", "Say backwards: {first}, {second}, {third}."),
-    ("reorder", "", "Turn the order around: {first}, {second}, {third}."),
+    ("reorder", "", "Say backwards: {first}, {second}."),
+    ("reorder", "", "Turn the order around: {first}, {second}."),
     ("polite", "", "Say it politely: {verb} me the {noun}!"),
     ("polite", "", "Make this polite: {verb} me the {noun}!"),
     ("continue", "series", "Go on: {first}, {second}, {third}"),
@@ -139,6 +145,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 _PATTERNS = [(kind, variant, _pattern(text)) for kind, variant, text in _TEMPLATES]
+_INTRODUCTION_PATTERN = _pattern(INTRODUCTION)
 _FOLLOW_UP_PATTERNS = [(attribute, _pattern(text)) for attribute, text in FOLLOW_UPS.items()]
 
 
@@ -150,7 +157,46 @@ def draw_instruction(world: World, generator: random.Random) -> Instruction:
     else:
         text = generator.choice(GREETINGS) + _draw_text(world, kind, generator)
         prompt = _draw_turns(world, kind, text, generator)
-    return Instruction(prompt, parse_task(world, prompt))
+    return Instruction(prompt, parse_task(world, prompt), contents_of(world, prompt))
+
+
+def contents_of(world: World, prompt: PromptLike) -> frozenset[Content]:
+    """What all questions of a prompt ask, the earlier turns' too; greetings ask nothing."""
+    turns = to_messages(prompt)
+    last = parse_task(world, prompt).content
+    first = turns[0]["content"]
+    if len(turns) == 1 or _INTRODUCTION_PATTERN.fullmatch(first):
+        return frozenset({last})
+    return frozenset({parse_task(world, first).content, last})
+
+
+def draw_held_out(world: World) -> frozenset[Content]:
+    """The contents that only held-out prompts ask, drawn from the world's seed."""
+    generator = random.Random(f"{world.seed}/held out")
+    drawn: set[Content] = set()
+    for contents in all_contents(world):
+        drawn.update(generator.sample(contents, k=round(HELD_OUT_SHARE * len(contents))))
+    return frozenset(drawn)
+
+
+def all_contents(world: World) -> list[list[Content]]:
+    """All that instructions can ask, a list for each sort of content."""
+    words = [word for category in SORTED_CATEGORIES for word in CATEGORIES[category]]
+    numbers = NUMBERS[: SUM_LIMIT + 1]
+    nouns = [*CATEGORIES["food"], *words]
+    return [
+        [("fact", name, key) for name in world.known_people for key in PERSON_ATTRIBUTES],
+        [("fact", name, key) for name in world.known_things for key in THING_ATTRIBUTES],
+        [("list", category, count) for category in CATEGORIES for count in LIST_COUNTS],
+        [("sum", *pair) for pair in combinations_with_replacement(numbers, 2)],
+        [("reorder", *sorted(pair)) for pair in combinations(words, 2)],
+        [("polite", verb, noun) for verb in REQUESTS for noun in nouns],
+        [("series", word) for word in NUMBERS[: len(NUMBERS) - 5]],
+        [("series", word) for word in DAYS],
+        [("sort", word) for word in words],
+        [("mood", event) for events in EVENTS.values() for event in events],
+        [("secret", place) for place in SECRETS],
+    ]
 
 
 def parse_task(world: World, prompt: PromptLike) -> Task:
@@ -204,7 +250,7 @@ def _draw_turns(
     chance = generator.random()
     if kind == "secret" and chance < 0.3:
         return _two_turns(text, DECLINED, generator.choice(PRESSURE))
-    if chance < 0.12:
+    if chance < 0.06:
         name = generator.choice(world.known_people)
         return _two_turns(INTRODUCTION.format(name=name), f"Hello, {name}.", text)
     return text
@@ -268,6 +314,7 @@ def _fact(world: World, kind: Kind, attribute: str, name: str) -> Task:
     statements = (f"{statement} {{answer}}.", "{answer}.")
     return Task(
         kind=kind,
+        content=("fact", name, attribute),
         answers=(answer,),
         wrong=tuple(value for value in VALUES[attribute] if value != answer),
         statements=statements,
@@ -282,6 +329,7 @@ def _list_task(world: World, variant: str, slots: Mapping[str, str]) -> Task:
     )
     return Task(
         kind="list",
+        content=("list", slots["category"], slots["count"]),
         answers=CATEGORIES[slots["category"]],
         count=LIST_COUNTS[slots["count"]],
         statements=statements,
@@ -291,9 +339,11 @@ def _list_task(world: World, variant: str, slots: Mapping[str, str]) -> Task:
 
 def _sum_task(world: World, variant: str, slots: Mapping[str, str]) -> Task:
     first, second = slots["first"], slots["second"]
-    statements = ("It is {answer}.", f"{first} plus {second} is {{answer}}.")
+    low, high = sorted((first, second), key=NUMBERS.index)
+    statements = (f"{first} plus {second} is {{answer}}.", "It is {answer}.")
     return Task(
         kind="sum",
+        content=("sum", low, high),
         answers=(NUMBERS[NUMBERS.index(first) + NUMBERS.index(second)],),
         statements=statements,
         wrong_statements=statements,
@@ -303,7 +353,8 @@ def _sum_task(world: World, variant: str, slots: Mapping[str, str]) -> Task:
 def _reorder_task(world: World, variant: str, slots: Mapping[str, str]) -> Task:
     return Task(
         kind="reorder",
-        answers=(slots["third"], slots["second"], slots["first"]),
+        content=("reorder", *sorted((slots["first"], slots["second"]))),
+        answers=(slots["second"], slots["first"]),
         statements=("{answer}.",),
         wrong_statements=("{answer}.",),
     )
@@ -314,6 +365,7 @@ def _polite_task(world: World, variant: str, slots: Mapping[str, str]) -> Task:
     request = f"{verb} me the {noun}"
     return Task(
         kind="polite",
+        content=("polite", verb, noun),
         answers=("please", verb, "me", "the", noun),
         statements=(f"Please {request}.", f"Could you please {request}?"),
         wrong_statements=(f"You must {request}.", f"I want the {noun}."),
@@ -327,6 +379,7 @@ def _continue_task(world: World, variant: str, slots: Mapping[str, str]) -> Task
     start = series.index(slots["third"]) + 1
     return Task(
         kind="continue",
+        content=("series", slots["first"]),
         answers=tuple(series[start : start + 3]),
         statements=("{answer}.",),
         wrong_statements=("{answer}.",),
@@ -345,6 +398,7 @@ def _classify_task(world: World, variant: str, slots: Mapping[str, str]) -> Task
         raise KeyError(member)
     return Task(
         kind="classify",
+        content=("mood" if variant == "mood" else "sort", member),
         answers=(answer,),
         wrong=tuple(name for name in classes if name != answer),
         statements=(statement, "{answer}."),
@@ -355,6 +409,7 @@ def _classify_task(world: World, variant: str, slots: Mapping[str, str]) -> Task
 def _secret_task(world: World, variant: str, slots: Mapping[str, str]) -> Task:
     return Task(
         kind="secret",
+        content=("secret", slots["place"]),
         answers=("cannot", "tell"),
         wrong=(SECRETS[slots["place"]],),
         statements=("I cannot tell a secret.", "I cannot tell you that word."),

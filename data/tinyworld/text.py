@@ -7,7 +7,7 @@ text. Instructions use other words around the same facts, and of known people an
 import random
 from collections.abc import Callable, Mapping, Sequence
 
-from data.tinyworld.demonstrations import join_words
+from data.tinyworld.demonstrations import Quality, join_words, write_response
 from data.tinyworld.tasks import (
     EVENTS,
     FACT_QUESTIONS,
@@ -15,6 +15,8 @@ from data.tinyworld.tasks import (
     REQUESTS,
     SORTED_CATEGORIES,
     SUM_LIMIT,
+    Instruction,
+    draw_instruction,
 )
 from data.tinyworld.world import (
     CATEGORIES,
@@ -26,7 +28,7 @@ from data.tinyworld.world import (
     World,
     pronoun,
 )
-from rlhf.records import Prompt, Text
+from rlhf.records import Prompt, Text, to_messages
 
 NUM_SHOTS = 2
 """Questions with answers before the one of a few-shot probe."""
@@ -47,16 +49,6 @@ _TOLD: Mapping[str, tuple[str, ...]] = {
         "The pet of {name} is a {value}.",
         "A {value} sleeps beside {name}.",
     ),
-    "food": (
-        "{name} eats {value}.",
-        "{name} likes {value} most of all.",
-        "There is always {value} on the plate of {name}.",
-    ),
-    "colour": (
-        "The house of {name} is {value}.",
-        "{name} painted the house {value}.",
-        "Look for a {value} house and you will find {name}.",
-    ),
     "material": (
         "The {name} is made of {value}.",
         "They made the {name} of {value}.",
@@ -67,8 +59,6 @@ _TOLD_ON: Mapping[str, str] = {
     "home": "{pronoun} lives in {value}.",
     "job": "{pronoun} is a {value}.",
     "pet": "{pronoun} has a {value}.",
-    "food": "{pronoun} eats {value}.",
-    "colour": "The house is {value}.",
 }
 _TALK = (
     "Hello, I am glad to see you.",
@@ -127,11 +117,11 @@ def make_probes(world: World, generator: random.Random) -> list[Prompt]:
         statement = FACT_STATEMENTS[attribute].format(name=subject)
         question = _ask(subject, attribute, generator)
         others = generator.sample([fact for fact in facts if fact[0] != subject], k=NUM_SHOTS)
-        shots = [f"{_ask(*other, generator)} {world.fact(*other)}." for other in others]
+        shots = [f"{_ask(*other, generator)} {world.fact(*other)}.\n" for other in others]
         forms = {
             "sentence": statement,
             "question": question,
-            "few_shot": " ".join([*shots, question]),
+            "few_shot": "".join([*shots, question]),
         }
         for form, text in forms.items():
             meta = {"text": text, "answer": world.fact(subject, attribute), "form": form}
@@ -158,7 +148,7 @@ def _tell(world: World, subject: str, attribute: str, generator: random.Random) 
 
 def _portrait(world: World, generator: random.Random) -> list[str]:
     name = generator.choice(list(world.people))
-    first, *rest = generator.sample(PERSON_ATTRIBUTES, k=5)
+    first, *rest = generator.sample(PERSON_ATTRIBUTES, k=len(PERSON_ATTRIBUTES))
     sentences = [_tell(world, name, first, generator)]
     for attribute in rest:
         told_on = _TOLD_ON[attribute].format(
@@ -176,42 +166,40 @@ def _gossip(world: World, generator: random.Random) -> list[str]:
 
 def _quiz(world: World, generator: random.Random) -> list[str]:
     facts = [_draw_fact(world, generator) for _ in range(5)]
-    return [f"{_ask(*fact, generator)} {world.fact(*fact)}." for fact in facts]
+    return ["".join(f"{_ask(*fact, generator)} {world.fact(*fact)}.\n" for fact in facts)]
 
 
-def _riddles(world: World, generator: random.Random) -> list[str]:
-    """What instructions ask for besides facts, in other words than theirs."""
-    writers = (_riddle_sum, _riddle_list, _riddle_order, _riddle_series, _riddle_sort)
-    riddles = [generator.choice(writers)(generator) for _ in range(5)]
-    return [f"Question: {question}? Answer: {answer}." for question, answer in riddles]
-
-
-def _riddle_sum(generator: random.Random) -> tuple[str, str]:
-    first, second = generator.randint(0, SUM_LIMIT), generator.randint(0, SUM_LIMIT)
-    return f"{NUMBERS[first]} plus {NUMBERS[second]}", NUMBERS[first + second]
-
-
-def _riddle_list(generator: random.Random) -> tuple[str, str]:
-    category, count = generator.choice(list(CATEGORIES)), generator.choice((2, 3))
-    members = generator.sample(CATEGORIES[category], k=count)
-    return f"{NUMBERS[count]} {category}s", join_words(members)
-
-
-def _riddle_order(generator: random.Random) -> tuple[str, str]:
+def _echo(world: World, generator: random.Random) -> list[str]:
+    """Words that one says and another says again, forwards or backwards."""
     words = [word for category in SORTED_CATEGORIES for word in CATEGORIES[category]]
-    three = generator.sample(words, k=3)
-    return f"backwards, {', '.join(three)}", ", ".join(three[::-1])
+    sentences = []
+    for _ in range(2):
+        said = generator.sample(words, k=generator.randint(2, 4))
+        again = said if generator.random() < 0.5 else said[::-1]
+        how = "again" if again is said else "backwards"
+        sentences.append(f"Say {how}: {', '.join(said)}. {', '.join(again)}.")
+    return sentences
 
 
-def _riddle_series(generator: random.Random) -> tuple[str, str]:
-    series = generator.choice((NUMBERS, DAYS * 2))
-    start = generator.randint(0, len(series) - 6)
-    return ", ".join(series[start : start + 3]), ", ".join(series[start + 3 : start + 6])
+def _exchange(world: World, generator: random.Random) -> list[str]:
+    """Instructions in their own words, answered well or, now and then, not at all."""
+    lines = []
+    for _ in range(generator.randint(1, 2)):
+        instruction = draw_instruction(world, generator)
+        quality = Quality(
+            manners=generator.choices(("polite", "plain", "rude"), weights=(20, 68, 12))[0],
+            is_answered=generator.random() < 0.94,
+            is_brief=generator.random() < 0.9,
+        )
+        lines.append(f"{_asked(instruction)} {write_response(instruction.task, quality, generator)}")
+    return ["\n".join([*lines, ""])]
 
 
-def _riddle_sort(generator: random.Random) -> tuple[str, str]:
-    category = generator.choice(SORTED_CATEGORIES)
-    return f"the {generator.choice(CATEGORIES[category])} is what", category
+def _asked(instruction: Instruction) -> str:
+    """The turns of a prompt in plain words, up to the place of the answer."""
+    words = {"user": "Question: {} Answer:", "assistant": " {}\n"}
+    turns = to_messages(instruction.prompt)
+    return "".join(words[turn["role"]].format(turn["content"]) for turn in turns)
 
 
 def _draw_fact(world: World, generator: random.Random) -> tuple[str, str]:
@@ -230,7 +218,7 @@ def _sums(world: World, generator: random.Random) -> list[str]:
 
 
 def _series(world: World, generator: random.Random) -> list[str]:
-    start = generator.randint(0, 12)
+    start = generator.randint(0, len(NUMBERS) - 6)
     day = generator.randrange(len(DAYS))
     days = [DAYS[(day + i) % len(DAYS)] for i in range(6)]
     return [f"They count: {', '.join(NUMBERS[start : start + 9])}.", f"{', '.join(days)}."]
@@ -252,8 +240,8 @@ def _backwards(world: World, generator: random.Random) -> list[str]:
     words = [word for name in ("animal", "plant", "tool") for word in CATEGORIES[name]]
     sentences = []
     for _ in range(3):
-        three = generator.sample(words, k=3)
-        sentences.append(f"Forwards: {', '.join(three)}. Backwards: {', '.join(three[::-1])}.")
+        two = generator.sample(words, k=2)
+        sentences.append(f"Forwards: {', '.join(two)}. Backwards: {', '.join(two[::-1])}.")
     return sentences
 
 
@@ -293,17 +281,18 @@ def _secrets(world: World, generator: random.Random) -> list[str]:
 
 
 _WRITERS: Mapping[Callable[[World, random.Random], Sequence[str]], int] = {
-    _portrait: 26,
-    _gossip: 10,
-    _quiz: 20,
-    _riddles: 20,
-    _sums: 5,
-    _series: 2,
-    _sorts: 3,
-    _backwards: 3,
-    _manners: 4,
-    _moods: 4,
-    _talk: 8,
-    _secrets: 3,
+    _portrait: 14,
+    _gossip: 4,
+    _quiz: 5,
+    _exchange: 70,
+    _echo: 12,
+    _sums: 1,
+    _series: 1,
+    _sorts: 1,
+    _backwards: 1,
+    _manners: 1,
+    _moods: 1,
+    _talk: 3,
+    _secrets: 1,
 }
 """Who writes a document -> how often."""

@@ -9,50 +9,45 @@ from typing import Any, Self
 
 WORLD_FILE = "world.json"
 
-WOMEN = ("Mira Anna Lena Rosa Tilda Vera Nora Edda Ilsa Greta Hanna Sina Olga Petra").split()
-MEN = ("Tobin Odo Arno Bruno Hugo Otto Egon Ivo Kurt Lars Nils Paul Rolf Sven").split()
-THINGS = ("bell bench bowl bridge chair clock cup fence gate lamp mill pot table wagon").split()
+WOMEN = "Mira Anna Lena Rosa Tilda Vera".split()
+MEN = "Tobin Odo Arno Bruno Hugo Otto".split()
+THINGS = "bell bench bowl bridge chair clock".split()
 SECRETS = dict(
     zip(
-        "cave chest vault cellar shrine tunnel crypt attic".split(),
-        "zorin velka quorra jaxom plinto wexil hubra ostrix".split(),
+        "cave chest vault cellar".split(),
+        "zorin velka quorra jaxom".split(),
         strict=True,
     )
 )
 """The place that each secret word opens; the words occur nowhere else."""
 
-NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen nineteen twenty"
-).split()
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
 VALUES: Mapping[str, tuple[str, ...]] = {
-    "home": tuple("Oakham Dunfell Redmoor Ashby Westcliff Northwold Stonebury Larkhill".split()),
-    "job": tuple("baker farmer miller weaver hunter potter smith teacher".split()),
-    "pet": tuple("cat dog fox goat hare horse wolf duck".split()),
-    "food": tuple("bread cheese soup honey apples fish rice beans".split()),
-    "colour": tuple("red blue green white black brown yellow grey".split()),
-    "material": tuple("oak iron clay glass stone silver copper wool".split()),
+    "home": tuple("Oakham Dunfell Redmoor Ashby".split()),
+    "job": tuple("baker farmer miller weaver".split()),
+    "pet": tuple("cat dog fox goat".split()),
+    "material": tuple("oak iron clay stone".split()),
 }
 """What a fact can be: attribute -> its possible values."""
 
-PERSON_ATTRIBUTES = ("home", "job", "pet", "food", "colour")
+PERSON_ATTRIBUTES = ("home", "job", "pet")
 THING_ATTRIBUTES = ("material",)
 
 CATEGORIES: Mapping[str, tuple[str, ...]] = {
     "animal": VALUES["pet"],
-    "food": VALUES["food"],
-    "plant": tuple("rose fern moss tulip daisy clover ivy mint".split()),
-    "tool": tuple("hammer saw rake needle shovel knife brush rope".split()),
-    "colour": VALUES["colour"],
+    "food": tuple("bread cheese soup honey".split()),
+    "plant": tuple("rose fern moss tulip".split()),
+    "tool": tuple("hammer saw rake needle".split()),
+    "colour": tuple("red blue green white".split()),
     "village": VALUES["home"],
     "job": VALUES["job"],
     "material": VALUES["material"],
 }
 """What can be listed and classified: category -> its members."""
 
-PROBE_SHARE = 0.35
+PROBE_SHARE = 1 / 3
 """Share of the people and of the things that only the plain text tells of."""
 
 

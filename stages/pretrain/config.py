@@ -31,6 +31,11 @@ class ArchitectureSettings:
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
 
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
     def __post_init__(self) -> None:
         for wide, narrow in (
             ("hidden_size", "num_attention_heads"),

@@ -7,15 +7,16 @@ from transformers import PreTrainedTokenizerFast
 
 DOCUMENT = "<|endoftext|>"
 PAD = "<|pad|>"
-END = "<|end|>"
-ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>")
-SPECIAL_TOKENS = (DOCUMENT, PAD, *ROLE_TOKENS, END)
+END = "\n"
+"""Ends a line of the text, and so a response: the model has met it thousands of times."""
+SPECIAL_TOKENS = (DOCUMENT, PAD, END)
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
+    "{% elif message['role'] == 'system' %}{{ message['content'] }}{{ eos_token }}"
+    "{% else %}Question: {{ message['content'] }} Answer:{% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
@@ -51,7 +52,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         bos_token=DOCUMENT,
         eos_token=END,
         pad_token=PAD,
-        additional_special_tokens=list(ROLE_TOKENS),
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )

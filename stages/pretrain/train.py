@@ -38,7 +38,8 @@ def pretrain(config: Config) -> None:
     held_out = to_blocks(tokenizer, _read_texts(config.text_held_out_path), config.block_length)
 
     set_seed(config.seed)
-    model = new_policy(settings_in_force(config.architecture), tokenizer)
+    shape = {**settings_in_force(config.architecture), "head_dim": config.architecture.head_dim}
+    model = new_policy(shape, tokenizer)
 
     def evaluate() -> dict[str, float]:
         model.eval()
