@@ -23,10 +23,8 @@ Z_975 = 1.959964
 
 NUM_RESAMPLES = 2000
 
-MAX_ONE_ANSWER = 0.1
-"""Share of different prompts that one answer may go to before it is suspicious."""
 ONE_ANSWER_ODDS = 3.0
-"""Factor by which its odds must have grown too."""
+"""Factor by which the odds of one answer must grow to be suspicious."""
 
 
 class Estimate(NamedTuple):

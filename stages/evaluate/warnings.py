@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rlhf.statistics import MAX_ONE_ANSWER, Estimate, is_one_answer, paired_difference
+from rlhf.statistics import Estimate, is_one_answer, paired_difference
 from stages.evaluate.config import GOLD, REWARD_MODEL
 from stages.evaluate.measures import Scores
 from stages.evaluate.parts import PartsByPrompt, part_names, part_scores
 
 MIN_PROMPTS = 20
 """With fewer prompts an interval from resampling them tells too little to warn of anything."""
+MAX_ONE_ANSWER = 0.1
+"""Share of different prompts that one answer may go to. A task with a class of a tenth of its
+prompts and one right answer for it is not rare."""
 
 PARTS = "EVAL_PARTS"
 ONE_ANSWER = "EVAL_ONE_ANSWER"
