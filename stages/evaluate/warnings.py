@@ -150,8 +150,8 @@ def find_reward_parted(
         verb = "falls" if change.interval[1] < 0 else "does not rise beyond its interval"
         message = (
             f"The reward of {policy} rises by {_signed(rise)} against {baseline}, and {name} "
-            f"{verb} ({_signed(change)}): the policy may please the reward model and nobody "
-            "else. Train the reward model on this policy's answers, raise ppo.kl_coef, or stop "
+            f"{verb} ({_signed(change)}): the policy may learn to please the reward model "
+            "alone. Train the reward model on this policy's answers, raise ppo.kl_coef, or stop "
             "earlier."
         )
         warnings.append(EvaluationWarning(REWARD, policy, message))
