@@ -134,15 +134,16 @@ class Run:
         """Write results.json and "seconds" since open_run in it: the run is complete, and its
         checkpoints go.
 
-        Where the results have the "seconds" of other stages by name, this stage's join them.
+        Where the results have the "seconds" of other stages by name, this stage's join them, and
+        "total" is their sum: stages that ran side by side took less by the clock.
         """
         self._begin()
         seconds = round(self.seconds, 1)
         if not _is_first_process():
             return
         others = results.get("seconds")
-        total = seconds if others is None else {**others, self.stage: seconds}
-        _write_json(self._dir / RESULTS, {**results, "seconds": total})
+        of_all = seconds if others is None else _with_total({**others, self.stage: seconds})
+        _write_json(self._dir / RESULTS, {**results, "seconds": of_all})
         if self._trackers is not None:
             self._trackers.finish()
         shutil.rmtree(self.checkpoints, ignore_errors=True)
@@ -219,6 +220,10 @@ def open_run(
             "versions": _versions(),
         }
     return Run(stage, output, config, lineage, started)
+
+
+def _with_total(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {**seconds, "total": round(sum(seconds.values()), 1)}
 
 
 def _trackers_of(config: RunSettings) -> list[Tracker]:

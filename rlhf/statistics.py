@@ -6,9 +6,9 @@ and Hinkley 1997, section 3.8), not single values.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,9 @@ Z_975 = 1.959964
 """Quantile 0.975 of the normal distribution."""
 
 NUM_RESAMPLES = 2000
+
+ONE_ANSWER_ODDS = 3.0
+"""Factor by which the odds of one answer must grow to be suspicious."""
 
 
 class Estimate(NamedTuple):
@@ -115,6 +118,30 @@ def win_rate(
     return Estimate(math.fsum(outcomes) / len(outcomes), share_interval(by_prompt, seed))
 
 
+def paired_difference(
+    values_a: Sequence[Sequence[float]], values_b: Sequence[Sequence[float]], seed: int = 0
+) -> Estimate:
+    """Mean over prompts of a's mean less b's, and its interval by drawing prompts.
+
+    Args:
+        values_a: values of each prompt's responses by a.
+        values_b: the same prompts' by b; prompts for which either has none are left out.
+        seed: of the bootstrap.
+
+    Returns:
+        (nan, (nan, nan)) where no prompt is left.
+    """
+    differences = [
+        math.fsum(a) / len(a) - math.fsum(b) / len(b)
+        for a, b in zip(values_a, values_b, strict=True)
+        if a and b
+    ]
+    if not differences:
+        return Estimate(math.nan, (math.nan, math.nan))
+    mean = math.fsum(differences) / len(differences)
+    return Estimate(mean, bootstrap_interval([[one] for one in differences], seed))
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean of independent values and its standard error, nan for fewer than two."""
     if not values:
@@ -173,6 +200,37 @@ def best_of_n_kl(n: int) -> float:
     responses, whose best-of-n has fewer places to go (Beirami et al. 2024).
     """
     return math.log(n) - (n - 1) / n
+
+
+Answer = TypeVar("Answer", bound=Hashable)
+
+
+def most_frequent_answer(answers_by_prompt: Sequence[Sequence[Answer]]) -> tuple[Answer, float]:
+    """The answer that the most prompts get, and their share of all prompts.
+
+    A prompt that was asked several times counts for the share of its answers that are this one. Of
+    equally frequent answers it is the one that came first.
+
+    Args:
+        answers_by_prompt: answers to each prompt, at least one; a prompt must not come twice.
+    """
+    shares: dict[Answer, float] = {}
+    for answers in answers_by_prompt:
+        for answer in answers:
+            shares[answer] = shares.get(answer, 0.0) + 1 / len(answers)
+    answer = max(shares, key=lambda one: shares[one])
+    return answer, shares[answer] / len(answers_by_prompt)
+
+
+def is_one_answer(share: float, share_before: float, max_share: float) -> bool:
+    """Whether one answer goes to too many prompts: to more than max_share of them, and its odds,
+    share / (1 - share), have more than ONE_ANSWER_ODDS times those of the policy before.
+
+    The second condition leaves alone a task that has few right answers, such as yes and no. Odds
+    and not shares, since a share of 0.4 cannot become three times as large.
+    """
+    odds, odds_before = share * (1 - share_before), share_before * (1 - share)
+    return share > max_share and odds > ONE_ANSWER_ODDS * odds_before
 
 
 def distinct_bigrams(responses: Sequence[Sequence[int]]) -> float:

@@ -4,7 +4,8 @@ A response without any word follows nothing; else silence would avoid every comm
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -201,11 +202,37 @@ def follows(
     return scores
 
 
-def make_gold(path: str | Path) -> Callable[[Sequence[PromptLike], Sequence[str]], list[float]]:
+@dataclass(frozen=True)
+class Gold:
     """`follows` for judges that see no meta: the instructions are those of a file of prompts."""
-    metas = {record.key: record.meta for record in read_records(path, Prompt)}
 
-    def gold(prompts: Sequence[PromptLike], responses: Sequence[str]) -> list[float]:
-        return follows(prompts, responses, [metas[prompt_key(prompt)] for prompt in prompts])
+    instructions: Mapping[str, list[Instruction]]
+    """Key of a prompt -> its instructions."""
 
-    return gold
+    def __call__(self, prompts: Sequence[PromptLike], responses: Sequence[str]) -> list[float]:
+        return follows(prompts, responses, [{"instructions": of} for of in self._find(prompts)])
+
+    def parts(
+        self, prompts: Sequence[PromptLike], responses: Sequence[str]
+    ) -> list[dict[str, float]]:
+        """Kind of instruction -> share of the prompt's instructions of that kind that are followed.
+
+        Other kinds are left out: a prompt that asks for no bullets says nothing about bullets.
+        """
+        pairs = zip(self._find(prompts), responses, strict=True)
+        return [
+            {
+                kind: share_followed(response, [one for one in asked if one["kind"] == kind])
+                for kind in dict.fromkeys(one["kind"] for one in asked)
+            }
+            for asked, response in pairs
+        ]
+
+    def _find(self, prompts: Sequence[PromptLike]) -> list[list[Instruction]]:
+        return [self.instructions[prompt_key(prompt)] for prompt in prompts]
+
+
+def make_gold(path: str | Path) -> Gold:
+    """The judge of the prompts in a file."""
+    records = read_records(path, Prompt)
+    return Gold({record.key: record.meta.get("instructions", []) for record in records})

@@ -7,14 +7,13 @@ makes the simulated labelers and measures policies, and no stage trains on it.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.tinyworld.tasks import Task, parse_task
 from data.tinyworld.world import NUMBERS, SECRETS, World
 from rlhf.records import PromptLike
-
-Gold = Callable[[Sequence[PromptLike], Sequence[str]], list[float]]
 
 GOLD_WEIGHTS: Mapping[str, float] = {
     "correct": 4.0,
@@ -46,15 +45,31 @@ def gold_score(world: World, prompt: PromptLike, response: str) -> float:
     return total - GOLD_WEIGHTS["safe"]
 
 
-def make_gold(data_dir: str | Path) -> Gold:
-    """The gold preference of the world that a data folder holds, for lists of equal length."""
-    world = World.load(data_dir)
+@dataclass(frozen=True)
+class Gold:
+    """The gold preference of one world, for lists of equal length."""
 
-    def gold(prompts: Sequence[PromptLike], responses: Sequence[str]) -> list[float]:
+    world: World
+
+    def __call__(self, prompts: Sequence[PromptLike], responses: Sequence[str]) -> list[float]:
         pairs = zip(prompts, responses, strict=True)
-        return [gold_score(world, prompt, response) for prompt, response in pairs]
+        return [gold_score(self.world, prompt, response) for prompt, response in pairs]
 
-    return gold
+    def parts(
+        self, prompts: Sequence[PromptLike], responses: Sequence[str]
+    ) -> list[dict[str, float]]:
+        """`score_parts` of each response."""
+        pairs = zip(prompts, responses, strict=True)
+        return [score_parts(parse_task(self.world, prompt), response) for prompt, response in pairs]
+
+    def kinds(self, prompts: Sequence[PromptLike]) -> list[str]:
+        """The kind of task that each prompt is."""
+        return [parse_task(self.world, prompt).kind for prompt in prompts]
+
+
+def make_gold(data_dir: str | Path) -> Gold:
+    """The gold preference of the world that a data folder holds."""
+    return Gold(World.load(data_dir))
 
 
 def score_parts(task: Task, response: str) -> dict[str, float]:

@@ -11,7 +11,12 @@ The clip comes first, or it could swallow the penalties.
 """
 
 from rlhf.rewards.combined import EnsembleReward, NormalizedReward, WeightedReward
-from rlhf.rewards.functions import FunctionReward, TokenFunctionReward, load_function
+from rlhf.rewards.functions import (
+    FunctionReward,
+    TokenFunctionReward,
+    call_by_rows,
+    load_function,
+)
 from rlhf.rewards.load import load_judge, load_reward, reward_models_of
 from rlhf.rewards.models import (
     NUM_GOLDEN,
@@ -59,6 +64,7 @@ __all__ = [
     "TokenFunctionReward",
     "WeightedReward",
     "adjust_missing_end",
+    "call_by_rows",
     "check_rendering",
     "clip_scores",
     "combine_members",

@@ -39,7 +39,9 @@ class FunctionReward:
             ValueError: the function failed, gave another number of scores, or one not finite.
         """
         columns = (prompts, responses)
-        values = _call(self.function, self.name, columns, "a list with one number a response")
+        values = call_by_rows(
+            self.function, self.name, columns, "a list with one number a response"
+        )
         return Scored(
             torch.tensor([_number(value, self.name, f"row {i}") for i, value in enumerate(values)])
         )
@@ -72,7 +74,9 @@ class TokenFunctionReward:
         """
         tokens = [self.chat.pieces(ids) for ids in response_ids]
         columns = (prompts, responses, tokens)
-        rows = _call(self.function, self.name, columns, "a list of lists, one number a token")
+        rows = call_by_rows(
+            self.function, self.name, columns, "a list of lists, one number a token"
+        )
         rewards = torch.zeros(len(tokens), max(map(len, tokens)))
         for i, (row, pieces) in enumerate(zip(rows, tokens, strict=True)):
             rewards[i, : len(pieces)] = self._row(i, row, pieces)
@@ -137,8 +141,14 @@ Columns = Sequence[Sequence[Any]]
 """Prompt records, responses, and what else a function is to get; each (batch,)."""
 
 
-def _call(function: Callable[..., Any], name: str, columns: Columns, expected: str) -> list[Any]:
-    """What the function returns, one entry a response; `expected` says in words what it should."""
+def call_by_rows(
+    function: Callable[..., Any], name: str, columns: Columns, expected: str
+) -> list[Any]:
+    """What the function returns, one entry a response; `expected` says in words what it should.
+
+    Raises:
+        ValueError: the function failed, or gave another number of entries.
+    """
     try:
         values = _call_plainly(function, columns)
     except Exception as error:

@@ -6,8 +6,16 @@ from typing import Literal
 
 from rlhf.config import Attention, GenerationSettings
 
-RESERVED = ("baseline", "judge", "policies", "prompts", "seconds", "speed")
+RESERVED = ("baseline", "judge", "judges", "policies", "prompts", "seconds", "speed", "warnings")
 """Keys of results.json that no policy and no report can take."""
+GOLD = "gold"
+REWARD_MODEL = "rm"
+"""Names of the judges that `gold` and `reward_model` give. In results.json the second is also the
+section about the reward model, so no policy can have that name."""
+TIMED_TOO = ("evaluate", "total")
+"""Keys that the seconds of results.json have beside the stages' names."""
+SAMPLE_KEYS = ("prompt_number", "prompt", "policy", "response", "finished", "parts")
+"""Keys of a row of samples.jsonl beside the judges' names."""
 
 _NAME = re.compile(r"[A-Za-z][\w-]*")
 
@@ -17,7 +25,8 @@ class Config:
     """Measure policies on the same held-out prompts, with the same seed."""
 
     policies: dict[str, str]
-    """Name -> folder or hub id of each policy; the names are keys of results.json."""
+    """Name -> folder or hub id of each policy, in the order in which they were made; the names are
+    keys of results.json. Warnings are about those after the baseline."""
     baseline: str | None = None
     """Name of the policy that win rates and KL are against. None means the first one."""
     prompts: str
@@ -44,10 +53,21 @@ class Config:
     """Use a reward model although the interval of its held-out accuracy reaches down to 0.5."""
     gold: str | None = None
     """A true score, as package.module:name of a maker; what it returns is called with (prompts,
-    responses) and gives one number a response. It decides the win rates. None means that there is
-    none, and that the reward model decides."""
+    responses) and gives one number a response. It decides the win rates. It may give its parts too
+    (see stages/evaluate/parts.py). None means that there is none, and that the reward model
+    decides."""
     gold_path: str | None = None
     """Path that the maker is called with. None means that it is called without."""
+    right_part: str | None = "correct"
+    """Part of gold that says whether a response is right; it is measured on greedy responses too.
+    None, or a gold without this part, means that nothing says it."""
+    pair_samples_per_prompt: int = 6
+    """Responses sampled for each prompt from the baseline, whose pairs that differ in one part of
+    gold alone tell how well the reward model hears that part. 0 means that it is not measured."""
+    judges: dict[str, str] = field(default_factory=dict)
+    """Name -> independent judges: the folder of another reward model, or package.module:name of a
+    function as PPO takes it for a reward. A warning says when the reward model's score rises and
+    theirs does not, and when a policy gains by one and loses by another."""
     held_out_text: str | None = None
     """Text records on which the loss as a language model is measured. None means that it is not."""
     num_texts: int = 200
@@ -81,9 +101,25 @@ class Config:
             names = ", ".join(self.policies)
             raise ValueError(f"baseline is {self.baseline!r}; give one of the policies {names}")
         _check_names(self.policies, self.reports)
+        _check_judges(self.judges)
+        for name in TIMED_TOO:
+            if name in self.stages:
+                raise ValueError(
+                    f"stages has the name {name!r}, under which results.json has other seconds; "
+                    "give another"
+                )
+        if self.pair_samples_per_prompt == 1:
+            raise ValueError(
+                "pair_samples_per_prompt is 1, and a pair needs two; give 2 or more, or 0 for none"
+            )
         if self.gold_path is not None and self.gold is None:
             raise ValueError(f"gold_path is {self.gold_path} but gold is null; name the maker too")
-        least = {"num_prompts": 2, "max_text_tokens": 2, "num_shown": 0}
+        least = {
+            "num_prompts": 2,
+            "max_text_tokens": 2,
+            "num_shown": 0,
+            "pair_samples_per_prompt": 0,
+        }
         counts = ("samples_per_prompt", "max_prompt_tokens", "max_new_tokens", "num_texts")
         least |= dict.fromkeys((*counts, "micro_batch_tokens"), 1)
         for name, lowest in least.items():
@@ -99,6 +135,11 @@ class Config:
     def baseline_name(self) -> str:
         return self.baseline or next(iter(self.policies))
 
+    @property
+    def policies_after_baseline(self) -> list[str]:
+        names = list(self.policies)
+        return names[names.index(self.baseline_name) + 1 :]
+
 
 def _check_names(policies: dict[str, str], reports: dict[str, str]) -> None:
     """Every name becomes a key of results.json, next to the others."""
@@ -109,9 +150,25 @@ def _check_names(policies: dict[str, str], reports: dict[str, str]) -> None:
                     f"{section} has the name {name!r}; use letters, digits, _ and -, and none of "
                     f"{', '.join(RESERVED)}"
                 )
+    if REWARD_MODEL in policies:
+        raise ValueError(
+            f"policies has the name {REWARD_MODEL!r}, under which results.json has the reward "
+            "model's figures; give another"
+        )
     both = sorted(set(policies) & set(reports))
     if both:
         raise ValueError(
             f"policies and reports both have the name {both[0]!r}; rename one, or one would "
             "overwrite the other in results.json"
         )
+
+
+def _check_judges(judges: dict[str, str]) -> None:
+    """Every name becomes a key of samples.jsonl, and part of keys of results.json."""
+    taken = (GOLD, REWARD_MODEL, *SAMPLE_KEYS)
+    for name in judges:
+        if name in taken or _NAME.fullmatch(name) is None:
+            raise ValueError(
+                f"judges has the name {name!r}; use letters, digits, _ and -, and none of "
+                f"{', '.join(taken)}"
+            )

@@ -57,6 +57,7 @@ PANELS = (
     Panel("PPO: variance explained", "share", {"ppo/explained_variance": ""}, floor=-1.0),
     Panel("PPO: tokens a second", "episode tokens", {"ppo/tokens_per_second": ""}),
     Panel("PPO: clipped tokens", "share", {"ppo/clip_fraction": ""}),
+    Panel("PPO: most frequent response", "share of prompts", {"ppo/one_answer": ""}),
 )
 
 Curve = tuple[list[float], list[float]]

@@ -2,9 +2,10 @@
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,37 @@ from rlhf.packing import Packer, PromptTree, text_tree
 from rlhf.recall import fact_recall
 from rlhf.records import Prompt, Text
 from rlhf.rewards import FunctionReward, Reward, load_function, load_judge, same_rendering
-from rlhf.runs import RESULTS, Run, open_run
-from stages.evaluate.config import Config
+from rlhf.runs import RESULTS, open_run
+from stages.evaluate.config import GOLD, REWARD_MODEL, Config
 from stages.evaluate.curves import draw_curves
 from stages.evaluate.measures import (
     Answers,
+    Scores,
     compare,
     describe,
     divergence,
+    most_frequent_response,
     response_logprobs,
     sample,
     score,
     text_loss,
 )
+from stages.evaluate.pairs import Judged, outcomes_by_part, pair_figures
+from stages.evaluate.parts import (
+    Grader,
+    PartsByPrompt,
+    describe_parts,
+    find_grader,
+    part_names,
+)
 from stages.evaluate.report import format_results, format_samples
+from stages.evaluate.warnings import EvaluationWarning, Frequent, find_warnings
 
 CURVES = "curves.png"
 SAMPLES_SHOWN = "samples.md"
+
+_FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
+"""package.module:name"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,23 @@ class Exam:
     texts: list[PromptTree]
     probes: list[Prompt]
     judges: dict[str, Reward]
-    """"gold" and "rm", as far as there are; the first decides."""
+    """"gold", "rm" and those of the settings, as far as there are; the first decides."""
+    grader: Grader | None
+    """Gives the parts of gold. None: there is no gold, or it has no parts."""
+    kinds: list[str] | None
+    """Kind of each question, where gold tells it."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What the policies answered, and what was measured while they were in memory."""
+
+    answers: dict[str, Answers] = field(default_factory=dict)
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    parts: dict[str, PartsByPrompt] = field(default_factory=dict)
+    """Of the answers, by gold; empty without a grader."""
+    pool: list[PromptTree] = field(default_factory=list)
+    """Several answers a prompt by the baseline, to make pairs of; empty where no pairs are made."""
 
 
 def evaluate(config: Config) -> None:
@@ -70,19 +101,28 @@ def evaluate(config: Config) -> None:
     run = open_run(config, stage="evaluate", inputs=_inputs(config))
     reports = {name: _read_report(folder) for name, folder in config.reports.items()}
     exam = _prepare(config, accelerator.device)
-    answers, figures = _examine(config, exam, accelerator.device)
+    marks = _examine(config, exam, accelerator.device)
     scores = {
-        judge: {name: score(reward, exam.questions, exam.chat, answers[name]) for name in answers}
+        judge: {
+            name: score(reward, exam.questions, exam.chat, of) for name, of in marks.answers.items()
+        }
         for judge, reward in exam.judges.items()
     }
-    for name in answers:
-        figures[name] |= compare(name, config.baseline_name, scores, config.seed)
+    figures = {
+        name: of | compare(name, config.baseline_name, scores, config.seed)
+        for name, of in marks.figures.items()
+    }
+    if marks.pool:
+        of_rm = reports.get(REWARD_MODEL, {})
+        reports[REWARD_MODEL] = of_rm | _try_pairs(config, exam, marks.pool)
+    warnings = _find_warnings(config, exam, marks, scores)
     stages = {name: folder for name, folder in config.stages.items() if _is_there(name, folder)}
     ended = {name: _results_of(folder) for name, folder in stages.items()}
-    results = {
+    results: dict[str, Any] = {
         "policies": list(config.policies),
         "baseline": config.baseline_name,
         "judge": next(iter(exam.judges), None),
+        "judges": list(exam.judges),
         "prompts": {
             "used": len(exam.questions),
             "cut": exam.num_cut,
@@ -90,14 +130,21 @@ def evaluate(config: Config) -> None:
             "samples_per_prompt": config.samples_per_prompt,
             "temperature": config.temperature,
         },
+        "warnings": [asdict(warning) for warning in warnings],
         **{name: figures[name] for name in config.policies},
         **reports,
         "seconds": {name: one["seconds"] for name, one in ended.items() if "seconds" in one},
         "speed": {name: speed for name, one in ended.items() if (speed := _speed_of(one))},
     }
-    _write(run, config, exam, answers, scores, stages)
+    rows = _sample_rows(config, exam, marks, scores)
+    run.samples(rows)
+    shown = format_samples(rows, results["warnings"], config.num_shown)
+    (run.dir / SAMPLES_SHOWN).write_text(shown, encoding="utf-8")
+    draw_curves(stages, run.dir / CURVES)
     run.finish(results)
     print(format_results(json.loads((run.dir / RESULTS).read_text(encoding="utf-8"))), flush=True)
+    for warning in warnings:
+        print(f"evaluate: warning {warning.code}: {warning.message}", flush=True)
 
 
 def _inputs(config: Config) -> dict[str, str]:
@@ -112,6 +159,7 @@ def _inputs(config: Config) -> dict[str, str]:
         **{f"policies.{name}": path for name, path in config.policies.items()},
         "prompts": config.prompts,
         **{name: path for name, path in optional.items() if path is not None},
+        **{f"judges.{n}": judge for n, judge in config.judges.items() if not _is_function(judge)},
         **{f"reports.{name}": path for name, path in config.reports.items()},
     }
 
@@ -138,8 +186,20 @@ def _prepare(config: Config, device: torch.device) -> Exam:
         texts = [text_tree(document) for document in ids if len(document) > 1]
     if config.fact_probe is not None:
         probes = read_records(config.fact_probe, Prompt)
-    judges = _load_judges(config, chat, device)
-    return Exam(chat, questions, prompt_ids, num_cut, num_dropped, texts, probes, judges)
+    gold = _load_gold(config)
+    grader = find_grader(gold, config.gold or GOLD)
+    return Exam(
+        chat,
+        questions,
+        prompt_ids,
+        num_cut,
+        num_dropped,
+        texts,
+        probes,
+        judges=_load_judges(config, gold, chat, device),
+        grader=grader,
+        kinds=None if grader is None else grader.kinds(questions),
+    )
 
 
 def _common_chat(config: Config) -> Chat:
@@ -184,15 +244,20 @@ def _check_prompts(config: Config, num_cut: int, num_dropped: int, num_drawn: in
         )
 
 
-def _load_judges(config: Config, chat: Chat, device: torch.device) -> dict[str, Reward]:
-    judges: dict[str, Reward] = {}
-    if config.gold is not None:
-        arguments = () if config.gold_path is None else (config.gold_path,)
-        judges["gold"] = _gold_reward(load_function(config.gold)(*arguments), config.gold)
-    if config.reward_model is not None:
-        judges["rm"] = load_judge(
+def _load_gold(config: Config) -> Callable[..., Any] | None:
+    if config.gold is None:
+        return None
+    arguments = () if config.gold_path is None else (config.gold_path,)
+    return load_function(config.gold)(*arguments)
+
+
+def _load_judges(
+    config: Config, gold: Callable[..., Any] | None, chat: Chat, device: torch.device
+) -> dict[str, Reward]:
+    def load_model(path: str) -> Reward:
+        return load_judge(
             ModelSettings(
-                path=config.reward_model,
+                path=path,
                 attention=config.attention,
                 trust_remote_code=config.trust_remote_code,
             ),
@@ -201,16 +266,31 @@ def _load_judges(config: Config, chat: Chat, device: torch.device) -> dict[str, 
             device=device,
             allow_chance_reward=config.allow_chance_reward,
         )
+
+    judges: dict[str, Reward] = {}
+    if gold is not None:
+        assert config.gold is not None
+        judges[GOLD] = _gold_reward(gold, config.gold)
+    if config.reward_model is not None:
+        judges[REWARD_MODEL] = load_model(config.reward_model)
+    for name, judge in config.judges.items():
+        is_function = _is_function(judge)
+        judges[name] = (
+            FunctionReward(load_function(judge), judge) if is_function else load_model(judge)
+        )
     return judges
+
+
+def _is_function(judge: str) -> bool:
+    """Whether an entry of `judges` is package.module:name, and no folder or hub id."""
+    return _FUNCTION.fullmatch(judge) is not None and not Path(judge).exists()
 
 
 def _gold_reward(gold: Callable[..., list[float]], name: str) -> Reward:
     return FunctionReward(lambda prompts, responses, metas: gold(prompts, responses), name)
 
 
-def _examine(
-    config: Config, exam: Exam, device: torch.device
-) -> tuple[dict[str, Answers], dict[str, dict[str, Any]]]:
+def _examine(config: Config, exam: Exam, device: torch.device) -> Marks:
     """Answers and figures of each policy, one policy in memory at a time.
 
     The baseline comes last: it is then there to weigh the answers of all others.
@@ -218,45 +298,147 @@ def _examine(
     baseline = config.baseline_name
     others = [name for name in config.policies if name != baseline]
     answers: dict[str, Answers] = {}
-    figures: dict[str, dict[str, Any]] = {}
+    marks = Marks(answers)
     for name in [*others, baseline]:
         started = time.monotonic()
         policy = _load(config, exam, name)
         policy.to(device)  # type: ignore[arg-type]  # its wrapper hides the types of Module.to
         packer = packer_for(policy, config.micro_batch_tokens)
         answers[name] = _answer(config, exam, policy, packer, name)
-        figures[name] = describe(answers[name], exam.chat.end_id)
+        text, share = most_frequent_response(exam.questions, exam.chat, answers[name])
+        figures = marks.figures[name] = {
+            **describe(answers[name], exam.chat.end_id),
+            "most_frequent_response": {"text": text, "share": share},
+        }
+        if exam.grader is not None:
+            marks.parts[name] = exam.grader.grade(exam.questions, answers[name].trees, exam.chat)
+            figures |= _grade(config, exam, exam.grader, policy, name, marks.parts[name])
         if exam.texts:
             label = f"{name} reads held-out text"
-            figures[name]["text_loss"] = text_loss(policy, exam.texts, packer, label)
+            figures["text_loss"] = text_loss(policy, exam.texts, packer, label)
         if exam.probes:
-            figures[name]["fact_recall"] = fact_recall(policy, exam.chat.tokenizer, exam.probes)
+            figures["fact_recall"] = fact_recall(policy, exam.chat.tokenizer, exam.probes)
         if name == baseline:
             for other in others:
                 trees, label = answers[other].trees, f"{name} reads {other}"
                 ref_logprobs = response_logprobs(policy, trees, packer, config.temperature, label)
-                figures[other] |= divergence(answers[other], ref_logprobs)
+                marks.figures[other] |= divergence(answers[other], ref_logprobs)
+            if _makes_pairs(config, exam):
+                marks.pool.extend(_sample_pool(config, exam, policy, name))
         del policy
         print(f"evaluate: measured {name} in {time.monotonic() - started:.1f} s", flush=True)
-    return answers, figures
+    return marks
+
+
+def _grade(
+    config: Config,
+    exam: Exam,
+    grader: Grader,
+    policy: PreTrainedModel,
+    name: str,
+    parts: PartsByPrompt,
+) -> dict[str, Any]:
+    """Figures of the parts; where gold says what is right, of greedy responses too."""
+    figures = describe_parts(parts, config.right_part, exam.kinds, config.seed)
+    if "right" in figures:
+        label = f"{name} answers greedily"
+        trees = _sample(config, exam, policy, label, num_samples=1, temperature=0.0)
+        greedy = grader.grade(exam.questions, trees, exam.chat)
+        of_greedy = describe_parts(greedy, config.right_part, None, config.seed)
+        figures["right_greedy"] = of_greedy["right"]
+        figures["right_greedy_interval"] = of_greedy["right_interval"]
+    return figures
+
+
+def _makes_pairs(config: Config, exam: Exam) -> bool:
+    """Whether the reward model is to be tried on pairs that differ in one part of gold."""
+    is_judged = exam.grader is not None and REWARD_MODEL in exam.judges
+    return is_judged and config.pair_samples_per_prompt > 0
+
+
+def _sample_pool(
+    config: Config, exam: Exam, policy: PreTrainedModel, name: str
+) -> list[PromptTree]:
+    """Other samples than those that the policies are compared on."""
+    return _sample(
+        config,
+        exam,
+        policy,
+        f"{name} answers several times",
+        num_samples=config.pair_samples_per_prompt,
+        temperature=config.temperature,
+        seed=config.seed + 1,
+    )
+
+
+def _try_pairs(config: Config, exam: Exam, pool: list[PromptTree]) -> dict[str, Any]:
+    """Figures of the reward model on pairs of the pool that differ in one part alone."""
+    assert exam.grader is not None
+    parts = exam.grader.grade(exam.questions, pool, exam.chat)
+    scores = score(exam.judges[REWARD_MODEL], exam.questions, exam.chat, Answers(pool, []))
+    judged = [
+        [
+            Judged(exam.chat.decode(response), of_response, value)
+            for response, of_response, value in zip(
+                tree.responses, of_parts, of_scores, strict=True
+            )
+        ]
+        for tree, of_parts, of_scores in zip(pool, parts, scores, strict=True)
+    ]
+    right_part = config.right_part if config.right_part in part_names(parts) else None
+    return pair_figures(outcomes_by_part(judged), right_part, exam.kinds, config.seed)
+
+
+def _find_warnings(
+    config: Config, exam: Exam, marks: Marks, scores: dict[str, dict[str, Scores]]
+) -> list[EvaluationWarning]:
+    return find_warnings(
+        config.policies_after_baseline,
+        config.baseline_name,
+        scores=scores,
+        parts=marks.parts,
+        right_part=config.right_part,
+        frequent={
+            name: Frequent(**figures["most_frequent_response"])
+            for name, figures in marks.figures.items()
+        },
+        num_prompts=len({question.key for question in exam.questions}),
+        seed=config.seed,
+    )
 
 
 def _answer(
     config: Config, exam: Exam, policy: PreTrainedModel, packer: Packer, name: str
 ) -> Answers:
-    trees = sample(
+    num_samples, temperature = config.samples_per_prompt, config.temperature
+    label = f"{name} answers"
+    trees = _sample(config, exam, policy, label, num_samples=num_samples, temperature=temperature)
+    label = f"{name} reads its answers"
+    return Answers(trees, response_logprobs(policy, trees, packer, temperature, label))
+
+
+def _sample(
+    config: Config,
+    exam: Exam,
+    policy: PreTrainedModel,
+    label: str,
+    *,
+    num_samples: int,
+    temperature: float,
+    seed: int | None = None,
+) -> list[PromptTree]:
+    """Responses to all prompts. None as the seed means that of the settings."""
+    return sample(
         policy,
         exam.prompt_ids,
         config.generation,
         end_id=exam.chat.end_id,
-        samples_per_prompt=config.samples_per_prompt,
+        samples_per_prompt=num_samples,
         max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        seed=config.seed,
-        label=f"{name} answers",
+        temperature=temperature,
+        seed=config.seed if seed is None else seed,
+        label=label,
     )
-    label = f"{name} reads its answers"
-    return Answers(trees, response_logprobs(policy, trees, packer, config.temperature, label))
 
 
 def _settings(config: Config, name: str) -> ModelSettings:
@@ -316,33 +498,16 @@ def _speed_of(results: dict[str, Any]) -> dict[str, Any]:
     return {name: results[name] for name in names if name in results}
 
 
-def _write(
-    run: Run,
-    config: Config,
-    exam: Exam,
-    answers: dict[str, Answers],
-    scores: dict[str, dict[str, list[list[float]]]],
-    stages: dict[str, str],
-) -> None:
-    rows = _sample_rows(config, exam, answers, scores)
-    run.samples(rows)
-    shown = [row for row in rows if row["prompt_number"] < config.num_shown]
-    (run.dir / SAMPLES_SHOWN).write_text(format_samples(shown), encoding="utf-8")
-    draw_curves(stages, run.dir / CURVES)
-
-
 def _sample_rows(
-    config: Config,
-    exam: Exam,
-    answers: dict[str, Answers],
-    scores: dict[str, dict[str, list[list[float]]]],
+    config: Config, exam: Exam, marks: Marks, scores: dict[str, dict[str, Scores]]
 ) -> list[dict[str, Any]]:
     """One row a response: prompt after prompt, policies side by side."""
     rows = []
     for number, question in enumerate(exam.questions):
         for name in config.policies:
-            responses: Sequence[tuple[int, ...]] = answers[name].trees[number].responses
+            responses: Sequence[tuple[int, ...]] = marks.answers[name].trees[number].responses
             for i, response in enumerate(responses):
+                parts = marks.parts[name][number][i] if marks.parts else None
                 rows.append(
                     {
                         "prompt_number": number,
@@ -351,6 +516,7 @@ def _sample_rows(
                         "response": exam.chat.decode(response),
                         "finished": response[-1] == exam.chat.end_id,
                         **{judge: scores[judge][name][number][i] for judge in scores},
+                        **({} if parts is None else {"parts": parts}),
                     }
                 )
     return rows

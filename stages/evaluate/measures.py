@@ -1,5 +1,6 @@
 """What is measured of a policy: its responses, their probabilities, scores and comparisons."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +20,13 @@ from rlhf.kl import k1, k3
 from rlhf.packing import Packer, PromptTree
 from rlhf.records import Prompt
 from rlhf.rewards import Reward
-from rlhf.statistics import bootstrap_interval, distinct_bigrams, mean_and_error, win_rate
+from rlhf.statistics import (
+    bootstrap_interval,
+    distinct_bigrams,
+    mean_and_error,
+    most_frequent_answer,
+    win_rate,
+)
 
 PASSES_BETWEEN_TICKS = 4
 """Passes through the model between two steps of a progress bar."""
@@ -98,6 +105,16 @@ def describe(answers: Answers, end_id: int) -> dict[str, float]:
         "eos_rate": sum(response[-1] == end_id for response in responses) / len(responses),
         "distinct_2": distinct_bigrams(responses),
     }
+
+
+def most_frequent_response(
+    questions: Sequence[Prompt], chat: Chat, answers: Answers
+) -> tuple[str, float]:
+    """The response that the most different prompts get, and their share of all prompts."""
+    by_prompt: dict[str, list[str]] = defaultdict(list)
+    for question, tree in zip(questions, answers.trees, strict=True):
+        by_prompt[question.key] += [chat.decode(response) for response in tree.responses]
+    return most_frequent_answer(list(by_prompt.values()))
 
 
 def text_loss(

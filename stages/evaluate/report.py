@@ -8,8 +8,18 @@ from itertools import groupby
 from typing import Any
 
 from rlhf.records import PromptLike, to_messages
+from stages.evaluate.config import GOLD, REWARD_MODEL, SAMPLE_KEYS
 
-JUDGES = {"gold": "gold", "rm": "reward model"}
+JUDGES = {GOLD: "gold", REWARD_MODEL: "reward model"}
+"""Judges whose names are not what people call them."""
+NUM_IN_TABLE = 10
+"""Prompts of the table at the head of the samples."""
+
+NESTED = {
+    "right_accuracy_by_kind": "accuracy where only right or wrong differs: ",
+    "accuracy_by_part": "accuracy where only this part differs: ",
+}
+"""Keys of figures by name in a report -> what stands before the name."""
 
 NOTHING = "-"
 INTERVAL = "  95 % interval"
@@ -51,18 +61,63 @@ def format_results(results: Mapping[str, Any]) -> str:
     return "\n".join(["", *_lay_out(blocks)])
 
 
-def format_samples(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: each prompt, and under it every policy's responses with their scores."""
+def format_samples(
+    rows: Sequence[Mapping[str, Any]], warnings: Sequence[Mapping[str, Any]], num_shown: int
+) -> str:
+    """Markdown: the warnings, a table of the first prompts, then prompts with all their responses.
+
+    Args:
+        rows: All rows of samples.jsonl; the table and what follows are its first prompts.
+        num_shown: Prompts after the table.
+    """
     parts = ["# Samples on held-out prompts\n"]
-    for number, of_prompt in groupby(rows, key=lambda row: row["prompt_number"]):
+    if warnings:
+        lines = [f"- **{one['code']}**: {_escaped(one['message'])}" for one in warnings]
+        parts.append("\n".join([*lines, ""]))
+    in_table = [row for row in rows if row["prompt_number"] < NUM_IN_TABLE]
+    parts.append("\n".join([*_table_of_samples(in_table), ""]))
+    shown = [row for row in rows if row["prompt_number"] < num_shown]
+    for number, of_prompt in groupby(shown, key=lambda row: row["prompt_number"]):
         responses = list(of_prompt)
         parts.append(f"## Prompt {number + 1}\n\n{_fenced(_prompt_text(responses[0]['prompt']))}\n")
         for row in responses:
-            marks = [f"{JUDGES[judge]} {row[judge]:.2f}" for judge in JUDGES if judge in row]
-            marks += [] if row["finished"] else ["cut before its end"]
-            heading = f"**{row['policy']}**" + (f" ({', '.join(marks)})" if marks else "")
-            parts.append(f"{heading}\n\n{_fenced(row['response'])}\n")
+            parts.append(f"**{row['policy']}**{_marks(row)}\n\n{_fenced(row['response'])}\n")
     return "\n".join(parts)
+
+
+def _table_of_samples(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line a prompt and a column a policy, with the first response of each."""
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    lines = [["prompt", *policies], ["---"] * (1 + len(policies))]
+    for _, of_prompt in groupby(rows, key=lambda row: row["prompt_number"]):
+        responses = list(of_prompt)
+        first = {row["policy"]: row for row in reversed(responses)}
+        cells = [_cell(first[name]) for name in policies]
+        lines.append([_escaped(_prompt_text(responses[0]["prompt"])), *cells])
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    return _escaped(row["response"]) + ("" if row["finished"] else " (cut)")
+
+
+def _marks(row: Mapping[str, Any]) -> str:
+    """What the judges say of a response; every number beside the row's own keys is a judge's."""
+    marks = [
+        f"{JUDGES.get(name, name)} {value:.2f}"
+        for name, value in row.items()
+        if name not in SAMPLE_KEYS
+    ]
+    marks += [f"{name} {value:.2f}" for name, value in row.get("parts", {}).items()]
+    marks += [] if row["finished"] else ["cut before its end"]
+    return f" ({', '.join(marks)})" if marks else ""
+
+
+def _escaped(text: str) -> str:
+    """Text in one line that Markdown, in a table too, shows as it is."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    text = re.sub(r"[\\`*_\[\]#|~]", r"\\\g<0>", text)
+    return "<br>".join(text.splitlines()) or "(nothing)"
 
 
 def _count_samples(prompts: Mapping[str, Any]) -> str:
@@ -73,13 +128,17 @@ def _count_samples(prompts: Mapping[str, Any]) -> str:
 def _policy_rows(results: Mapping[str, Any], policies: Mapping[str, Mapping[str, Any]]) -> Rows:
     """The figures that any policy has, in the order in which they matter."""
     baseline, judge = results["baseline"], results["judge"]
-    other = [name for name in JUDGES if name != judge]
+    judges = {name: JUDGES.get(name, name) for name in results["judges"]}
+    other = [name for name in judges if name != judge]
     win_rate = f"win_rate_vs_{baseline}"
-    lines: list[tuple[str, str, int]] = []
+    lines: list[tuple[str, str, int]] = [
+        ("right responses", "right", 3),
+        ("right when greedy", "right_greedy", 3),
+    ]
     if judge is not None:
-        lines += [(f"win rate against {baseline}, by {JUDGES[judge]}", win_rate, 3)]
-    lines += [(f"win rate by {JUDGES[name]}", f"{win_rate}_by_{name}", 3) for name in other]
-    lines += [(f"{label} score", f"{name}_score", 3) for name, label in JUDGES.items()]
+        lines += [(f"win rate against {baseline}, by {judges[judge]}", win_rate, 3)]
+    lines += [(f"win rate by {judges[name]}", f"{win_rate}_by_{name}", 3) for name in other]
+    lines += [(f"{label} score", f"{name}_score", 3) for name, label in judges.items()]
     lines += [
         (f"KL to {baseline}, nats a response", "kl", 3),
         ("KL by the k3 estimate", "kl_k3", 3),
@@ -100,6 +159,19 @@ def _policy_rows(results: Mapping[str, Any], policies: Mapping[str, Mapping[str,
         errors = [policy.get(f"{key}_error") for policy in policies.values()]
         if any(error is not None for error in errors):
             rows.append(("  standard error", [_number(error, digits) for error in errors]))
+    return rows + _nested_rows(policies)
+
+
+def _nested_rows(policies: Mapping[str, Mapping[str, Any]]) -> Rows:
+    """Figures that a policy has several of, and the share of its most frequent response."""
+    rows: Rows = []
+    for key, label in (("right_by_kind", "right: "), ("parts", "part of gold: ")):
+        names = dict.fromkeys(name for policy in policies.values() for name in policy.get(key, {}))
+        for name in names:
+            values = [policy.get(key, {}).get(name) for policy in policies.values()]
+            rows.append((label + name, [_number(value, 3) for value in values]))
+    shares = [policy.get("most_frequent_response", {}).get("share") for policy in policies.values()]
+    rows.append(("share of most frequent response", [_number(share, 3) for share in shares]))
     return rows
 
 
@@ -114,6 +186,8 @@ def _report_rows(report: Mapping[str, Any]) -> Rows:
             rows.append((name, [_interval(value, 3)]))
         elif isinstance(value, int | float) and not isinstance(value, bool):
             rows.append((label, [_number(value, 3)]))
+    for key, label in NESTED.items():
+        rows += [(label + name, [_number(value, 3)]) for name, value in report.get(key, {}).items()]
     return rows + _phase_rows(report.get("phase_seconds", {}))
 
 
@@ -129,10 +203,7 @@ def _phase_rows(phases: Mapping[str, float]) -> Rows:
 
 
 def _seconds_rows(seconds: Mapping[str, float]) -> Rows:
-    rows: Rows = [(name.replace("_", "-"), [_number(value, 1)]) for name, value in seconds.items()]
-    if len(rows) > 1:
-        rows.append(("all", [_number(sum(seconds.values()), 1)]))
-    return rows
+    return [(name.replace("_", "-"), [_number(value, 1)]) for name, value in seconds.items()]
 
 
 def _lay_out(blocks: Sequence[Block]) -> list[str]:

@@ -107,6 +107,10 @@ class MonitorSettings:
     """Factor by which the mean length may grow or shrink against the first update."""
     min_distinct: float = 0.5
     """Share of different bigrams, against that of the first update."""
+    max_one_answer: float = 0.07
+    """Share of a rollout's different prompts that one and the same response may go to. Above it the
+    monitor warns if the odds of it have also more than tripled since the first update. Raise it
+    where more prompts than that have one right answer."""
     max_value_loss_growth: float = 10.0
     """Value loss against the median of the ten updates before."""
     max_value_error: float = 10.0
@@ -114,6 +118,7 @@ class MonitorSettings:
 
     def __post_init__(self) -> None:
         _positive(self, "max_kl", "max_update_kl", "max_clip_fraction", "max_value_error")
+        _positive(self, "max_one_answer")
         if not min(self.max_length_change, self.max_value_loss_growth) > 1:
             raise ValueError(
                 f"max_length_change is {self.max_length_change} and max_value_loss_growth is "

@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf.chat import Chat
 from rlhf.finite import NonFiniteError
+from rlhf.statistics import is_one_answer
 from stages.ppo.config import Config, MonitorSettings
 
 Metrics = Mapping[str, float]
@@ -151,6 +152,20 @@ def responses_repeat(now: Metrics, monitor: "Monitor") -> str | None:
     )
 
 
+def one_answer_to_many(now: Metrics, monitor: "Monitor") -> str | None:
+    if not monitor.history:
+        return None
+    first, share = monitor.history[0]["ppo/one_answer"], now["ppo/one_answer"]
+    most = monitor.limits.max_one_answer
+    if not is_one_answer(share, first, most):
+        return None
+    return (
+        f"One and the same response goes to {share:.1%} of the different prompts, over "
+        f"monitor.max_one_answer {most:g}, and in the first update to {first:.1%}: the policy "
+        "answers without regard to what is asked."
+    )
+
+
 def advantages_vanish(now: Metrics, monitor: "Monitor") -> str | None:
     score, spread = now["ppo/score"], now["ppo/score_std"]
     if now["ppo/advantage_std"] < 1e-6:
@@ -260,6 +275,13 @@ RULES = (
         ("ppo/distinct_2",),
         responses_repeat,
         "Read samples.jsonl, raise ppo.kl_coef and train the reward model on such responses too.",
+    ),
+    Rule(
+        "PPO_ONE_ANSWER",
+        ("ppo/one_answer",),
+        one_answer_to_many,
+        "Read samples.jsonl, raise ppo.kl_coef, and train the reward model on pairs in which such "
+        "an answer loses.",
     ),
     Rule(
         "PPO_ZERO_ADV",

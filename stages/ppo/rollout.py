@@ -1,5 +1,6 @@
 """One rollout: responses sampled from the policy, their rewards and advantages."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ from rlhf.rewards import (
     penalize_length,
     reward_models_of,
 )
-from rlhf.statistics import distinct_bigrams
+from rlhf.statistics import distinct_bigrams, most_frequent_answer
 from rlhf.timing import Heartbeat, Stopwatch
 from stages.ppo.config import Config
 
@@ -265,6 +266,10 @@ def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
     kl = k1(rollout.logprobs, rollout.ref_logprobs, mask).double().sum(1)
     responses = [tree.responses[0] for tree in rollout.trees]
     num_bigrams = sum(max(len(response) - 1, 0) for response in responses)
+    by_prompt: dict[tuple[int, ...], list[tuple[int, ...]]] = defaultdict(list)
+    for tree in rollout.trees:
+        by_prompt[tree.prompt].append(tree.responses[0])
+    _, share = most_frequent_answer(list(by_prompt.values()))
     return {
         "episodes": torch.tensor(float(len(rollout.trees))),
         "tokens": mask.sum(),
@@ -277,6 +282,8 @@ def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
         "finished": rollout.finished.sum(),
         "bigrams": torch.tensor(float(num_bigrams)),
         "distinct_bigrams": torch.tensor(distinct_bigrams(responses) * num_bigrams),
+        "prompts": torch.tensor(float(len(by_prompt))),
+        "one_answer": torch.tensor(share * len(by_prompt)),
         "value": masked_sum(rollout.values, mask),
         "returns": masked_sum(rollout.returns, mask),
         "return_squares": masked_sum(rollout.returns.double().square(), mask),
@@ -302,6 +309,8 @@ def _check_sums(rollout: Rollout) -> dict[str, Tensor]:
 def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Means over the episodes (score and its parts, reward, KL, length) and tokens (the rest).
 
+    `one_answer` is the share of different prompts that get the most frequent response.
+
     Where the sampler was checked, `sampler_excess` is how much less likely sampled tokens were than
     the policy's distribution says, E[-log pi(token)] - entropy, in nats a token; 0 on average for
     tokens drawn from it. `sampler_z` is the same in standard errors.
@@ -323,6 +332,7 @@ def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
         "ppo/response_tokens": tokens / episodes,
         "ppo/eos_rate": sums["finished"] / episodes,
         "ppo/distinct_2": sums["distinct_bigrams"] / max(sums["bigrams"], 1.0),
+        "ppo/one_answer": sums["one_answer"] / sums["prompts"],
         "ppo/value": sums["value"] / tokens,
         "ppo/return": sums["returns"] / tokens,
         "ppo/advantage_std": advantage_variance**0.5,

@@ -246,3 +246,24 @@ def test_settings_that_cannot_be_met_are_refused() -> None:
         InstructionsConfig(output_dir="x", num_variants=0)
     with pytest.raises(ValueError, match="held_out is 1"):
         InstructionsConfig(output_dir="x", held_out=1.0)
+
+
+def test_the_judge_says_which_kinds_of_instruction_were_followed(tmp_path: Path) -> None:
+    instructions = [
+        {"kind": "words_at_most", "count": 3},
+        {"kind": "contains", "words": ["red"]},
+        {"kind": "contains", "words": ["blue"]},
+    ]
+    (tmp_path / "prompts.jsonl").write_text(
+        json.dumps({"prompt": "Colours?", "meta": {"instructions": instructions}})
+        + "\n"
+        + json.dumps({"prompt": "Go.", "meta": {"instructions": instructions[:1]}})
+        + "\n"
+    )
+    gold = make_gold(tmp_path / "prompts.jsonl")
+    prompts, responses = ["Colours?", "Go."], ["A red one.", "I am on my way."]
+    assert gold.parts(prompts, responses) == [
+        {"words_at_most": 1.0, "contains": 0.5},
+        {"words_at_most": 0.0},
+    ]
+    assert gold(prompts, responses) == [2 / 3, 0.0]

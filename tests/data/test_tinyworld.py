@@ -301,6 +301,10 @@ def test_length_alone_says_little_about_the_gold(
 def test_the_judges_are_made_from_a_data_folder(folder: Path, world: World) -> None:
     prompts, responses = ["What is two plus two?"] * 2, ["It is four.", "It is"]
     assert make_gold(folder)(prompts, responses) == [4.0, 1.0]
+    gold = make_gold(folder)
+    assert gold.kinds(prompts) == ["sum", "sum"]
+    parts = gold.parts(prompts, responses)
+    assert [(of["correct"], of["complete"]) for of in parts] == [(1.0, 1.0), (0.0, 0.0)]
     assert [labeler.name for labeler in make_labelers(folder)] == [
         "Ada",
         "Ben",

@@ -14,7 +14,10 @@ from rlhf.statistics import (
     best_of_n_kl,
     bootstrap_interval,
     distinct_bigrams,
+    is_one_answer,
     mean_and_error,
+    most_frequent_answer,
+    paired_difference,
     share_interval,
     t_interval,
     wilson_interval,
@@ -152,3 +155,42 @@ def test_few_prompts_that_agree_prove_little() -> None:
     many = [[float(i % 3 > 0)] for i in range(FEW_CLUSTERS)]
     assert share_interval(many, seed=0) == bootstrap_interval(many, seed=0)
     assert all(map(math.isnan, share_interval([[1.0]], seed=0)))
+
+
+def test_paired_difference_by_hand() -> None:
+    # Differences of the prompts' means: 2 - 1, 0 - 1, 4 - 0; the fourth has nothing on one side.
+    value, (low, high) = paired_difference([[1, 3], [0], [4], [9]], [[1], [0, 2], [0], []])
+    assert value == pytest.approx(4 / 3)
+    assert -1.0 <= low < value < high <= 4.0
+    assert all(map(math.isnan, [*paired_difference([[]], [[1]])[1]]))
+
+
+def test_pairing_takes_out_what_the_prompts_share() -> None:
+    level = np.random.default_rng(0).normal(size=100) * 10
+    value, (low, high) = paired_difference([[x + 0.5] for x in level], [[x] for x in level])
+    assert value == pytest.approx(0.5)
+    assert low == pytest.approx(0.5) and high == pytest.approx(0.5)
+
+
+def test_the_most_frequent_answer_by_hand() -> None:
+    # "yes": 1/2 + 0 + 1 of three prompts; "no": 1/2 + 2/3; "well": 1/3.
+    answers = [["yes", "no"], ["no", "no", "well"], ["yes"]]
+    assert most_frequent_answer(answers) == ("yes", pytest.approx(0.5))
+    assert most_frequent_answer([["b"], ["a"]]) == ("b", 0.5)  # the first of equals
+
+
+@pytest.mark.parametrize(
+    ("share", "before", "expected"),
+    [
+        (0.4, 0.02, True),
+        (0.09, 0.01, False),  # few prompts
+        (0.24, 0.1, False),  # odds from 1/9 to 0.316, less than threefold
+        (0.26, 0.1, True),  # to 0.351
+        (0.74, 0.5, False),  # odds from 1 to 2.85: yes and no
+        (0.76, 0.5, True),
+        (1.0, 0.9, True),
+        (1.0, 1.0, False),
+    ],
+)
+def test_one_answer_to_many_prompts(share: float, before: float, expected: bool) -> None:
+    assert is_one_answer(share, before, max_share=0.1) is expected

@@ -235,8 +235,10 @@ def test_results_have_the_reports_and_the_seconds_of_all_stages(finished: Finish
     speed = {"tokens_per_second": 120.5, "phase_seconds": {"train": 4.0, "update": 5.0}}
     accuracy = {"pair_accuracy": 0.8125, "pair_accuracy_interval": [0.75, 0.875]}
     assert results["rm"] == accuracy | speed
-    assert list(results["seconds"]) == ["rm", "evaluate"]
-    assert results["seconds"]["rm"] == 7.5
+    seconds = results["seconds"]
+    assert list(seconds) == ["rm", "evaluate", "total"]
+    assert seconds["rm"] == 7.5
+    assert seconds["total"] == pytest.approx(7.5 + seconds["evaluate"], abs=0.06)
     assert results["speed"] == {"rm": speed}
     assert results["prompts"]["used"] == 8
     assert 0.0 <= results["sft"]["fact_recall"] <= 1.0
@@ -263,6 +265,7 @@ def test_table_shows_where_the_time_of_a_stage_went() -> None:
         "policies": [],
         "baseline": "sft",
         "judge": None,
+        "judges": [],
         "prompts": {"used": 2, "samples_per_prompt": 1, "temperature": 1.0},
         "speed": {"ppo": report},
         "seconds": {"ppo": 12.0},
@@ -321,7 +324,9 @@ def test_one_policy_and_no_judge_is_enough(inputs: Config, tmp_path: Path) -> No
     )
     evaluate(config)
     results = read_results(config)
-    assert set(results["sft"]) == {"response_tokens", "eos_rate", "distinct_2"}
+    only_responses = {"response_tokens", "eos_rate", "distinct_2", "most_frequent_response"}
+    assert set(results["sft"]) == only_responses
+    assert results["warnings"] == []
     assert results["judge"] is None
     assert results["prompts"]["used"] == 3
     assert not (tmp_path / "run" / "curves.png").exists()
@@ -394,7 +399,7 @@ def test_samples_keep_their_text_whatever_is_in_it() -> None:
         "finished": False,
         "rm": -1.234,
     }
-    text = format_samples([row])
+    text = format_samples([row], [], num_shown=1)
     assert "system: Be brief.\nuser: Hi" in text
     assert "**sft** (reward model -1.23, cut before its end)" in text
     assert "````text\n```\ncode\n```\n````" in text

@@ -302,6 +302,28 @@ def test_responses_that_repeat_themselves(config: Config, monkeypatch):
         train(replace(config, monitor=monitor))
 
 
+def test_one_answer_to_every_prompt(config: Config, monkeypatch):
+    generate = LoopEngine.generate
+    monkeypatch.setattr(LoopEngine, "generate", break_from(2, generate, always([5, 6, 7])))
+    monitor = replace(config.monitor, stop_on=["PPO_ONE_ANSWER"])
+    with pytest.raises(
+        TrainingStopped, match=r"^PPO_ONE_ANSWER at update 2: .*goes to 100\.0% of the different"
+    ):
+        train(replace(config, monitor=monitor))
+
+
+def test_an_answer_that_many_prompts_had_from_the_start_is_no_alarm(config: Config):
+    told: list[str] = []
+    monitor = Monitor(config, told.append, 1e-3)
+    for update, share in enumerate([0.4, 0.6, 0.66, 0.68]):  # odds of 0.667, then up to 2
+        metrics = {"ppo/one_answer": share}
+        monitor.watch(update, metrics)
+        monitor.end_update(metrics)
+    assert monitor.alarms == {"PPO_ONE_ANSWER": {"first_update": 3, "updates": 1}}
+    assert "to 68.0% of the different prompts" in told[0]
+    assert "in the first update to 40.0%" in told[0]
+
+
 @pytest.mark.parametrize("code", ["PPO_CLIP", "PPO_UPDATE_KL", "PPO_KL"])
 def test_steps_that_are_far_too_long(code: str, config: Config):
     monitor = replace(

@@ -153,6 +153,27 @@ def test_parts_are_logged_as_means_and_follow_their_episodes() -> None:
     assert some.parts["prompt"].tolist() == [lengths[5], lengths[2]]
 
 
+def test_one_answer_is_a_share_of_different_prompts() -> None:
+    """Two of four prompts get (7, 8), and one of them half of the time: 1.5 of 4."""
+    rollout = rollout_of(make_sampler(FunctionReward(length, "length")))
+    trees = [
+        PromptTree(prompt, (response,))
+        for prompt, response in [
+            ((1,), (7, 8)),
+            ((1,), (9,)),
+            ((2,), (7, 8)),
+            ((2,), (7, 8)),
+            ((3,), (4,)),
+            ((4,), (7,)),
+            ((4,), (8, 7)),
+            ((4,), (8,)),
+        ]
+    ]
+    sums = rollout_sums(replace(rollout, trees=trees))
+    metrics = rollout_metrics({k: float(v) for k, v in sums.items()})
+    assert metrics["ppo/one_answer"] == pytest.approx(1.5 / 4)
+
+
 def test_scores_are_clipped_then_charged_for_length_then_for_a_missing_end() -> None:
     class Fixed:
         def score(self, *_: object) -> Scored:
