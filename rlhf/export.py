@@ -45,13 +45,13 @@ def export(config: Config) -> None:
         ValueError: the folder holds no adapter, the base is another one, the output folder holds
             files of others, or the merged weights do not compute what the adapter does.
     """
+    files = (*MODEL_FILES, REWARD_FILE)
+    run = open_run(config, stage="export", inputs={"folder": config.folder}, files=files)
     adapter = find_adapter(config.folder)
     if adapter is None:
         raise ValueError(
             f"{config.folder} holds no adapter (adapter_config.json), so there is nothing to merge"
         )
-    files = (*MODEL_FILES, REWARD_FILE)
-    run = open_run(config, stage="export", inputs={"folder": config.folder}, files=files)
     settings = ModelSettings(
         path=config.folder, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
