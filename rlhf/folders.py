@@ -98,9 +98,10 @@ class OutputFolder:
     _found: Mark | None
     _lock: int
     _new_folders: list[Path]
+    is_other: bool = False
+    """The folder holds a run of other settings, inputs or another program."""
     _settings: dict[str, Any] = field(default_factory=dict)
     _inputs: dict[str, Any] = field(default_factory=dict)
-    _is_other: bool = False
     _begun: bool = False
 
     def compare(
@@ -122,17 +123,18 @@ class OutputFolder:
         Raises:
             ValueError: the folder holds a run of other settings or inputs.
         """
-        self._settings, self._inputs = _as_read(settings), _as_read(inputs)
+        important = {name: one for name, one in settings.items() if name not in UNIMPORTANT}
+        self._settings, self._inputs = _as_read(important), _as_read(inputs)
         found = self._found
         if found is None or found.settings is None:
             return
         if found.program != self.program:
-            self._is_other = True
+            self.is_other = True
             return
         then = {"settings": found.settings, "inputs": found.inputs}
         differences = differing(then, {"settings": self._settings, "inputs": self._inputs})
         shown = list(islice(differences, MAX_SHOWN))
-        self._is_other = bool(shown)
+        self.is_other = bool(shown)
         if shown and not overwrite and not has_checkpoint:
             state = "finished" if (self.path / RESULTS).is_file() else "unfinished"
             raise ValueError(
@@ -151,7 +153,7 @@ class OutputFolder:
         self._begun = True
         self.path.mkdir(parents=True, exist_ok=True)
         self.remove(replaced)
-        if self._is_other and self._found is not None:
+        if self.is_other and self._found is not None:
             self.remove(self._found.files)
         self._write_mark(self.files)
 

@@ -108,6 +108,12 @@ class Run:
         return not self._begun and (self._dir / RESULTS).is_file()
 
     @property
+    def replaces_another(self) -> bool:
+        """The folder holds a run of other settings, which this one is to replace; only the first
+        process knows."""
+        return self._folder is not None and self._folder.is_other
+
+    @property
     def may_overwrite(self) -> bool:
         """What a run of other settings left in the folder may be replaced."""
         return _may_overwrite(self._config)

@@ -82,7 +82,8 @@ def _rank(
     """All that `rank_each` gives, from what an earlier run left on; when it fails, what it gave so
     far is written, since a labeler's time is dear, and Ctrl-C is a way to stop one that hangs."""
     so_far = Path(config.output_dir) / SO_FAR_FILE
-    before = read_records(so_far, Ranking) if so_far.exists() else []
+    goes_on = so_far.exists() and not run.replaces_another
+    before = read_records(so_far, Ranking) if goes_on else []
     if before:
         print(f"collect: goes on from {len(before)} rankings in {so_far}")
     ranked: list[list[Ranking]] = []
