@@ -220,36 +220,32 @@ def keys_of(config_class: type) -> list[str]:
     return keys
 
 
-def home_path(path: str) -> str:
-    """A path whose `~` or `~name` at the beginning is the home folder; all else as it is.
+def _at_home(value: Any, key: str = "") -> Any:
+    """Settings whose texts that begin with `~` are paths below the home folder; no other text of
+    any setting begins with it."""
+    if isinstance(value, str):
+        return _home_path(value, key)
+    if isinstance(value, Namespace):
+        return Namespace(**_at_home(vars(value), key))
+    if isinstance(value, dict):
+        return {name: _at_home(one, f"{key}.{name}".lstrip(".")) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_at_home(one, key) for one in value)
+    return value
 
-    Raises:
-        ConfigError: nobody of that name has a home folder here.
-    """
+
+def _home_path(path: str, key: str) -> str:
+    """A path whose `~` or `~name` at the beginning is the home folder; all else as it is."""
     if not path.startswith("~"):
         return path
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         who = path.split("/")[0]
         raise ConfigError(
-            f"{path} begins with {who}, which is no home folder here; write the path out, or "
-            f"./{path} for a folder of that name"
+            f"{key} is {path}, and {who} is no home folder here; write the path out, or ./{path} "
+            "for a folder of that name"
         )
     return expanded
-
-
-def _at_home(value: Any) -> Any:
-    """Settings whose texts that begin with `~` are paths below the home folder; no other text of
-    any setting begins with it."""
-    if isinstance(value, str):
-        return home_path(value)
-    if isinstance(value, Namespace):
-        return Namespace(**{name: _at_home(one) for name, one in vars(value).items()})
-    if isinstance(value, dict):
-        return {name: _at_home(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_at_home(one) for one in value)
-    return value
 
 
 def _with_values(words: Sequence[str], config_class: type) -> list[str]:
@@ -262,9 +258,9 @@ def _with_values(words: Sequence[str], config_class: type) -> list[str]:
         found.append(f"{word}=true" if is_alone else word)
     for i, word in enumerate(found):
         if word.startswith("--config="):
-            found[i] = "--config=" + home_path(word.removeprefix("--config="))
+            found[i] = "--config=" + _home_path(word.removeprefix("--config="), "config")
         elif i and found[i - 1] == "--config":
-            found[i] = home_path(word)
+            found[i] = _home_path(word, "config")
     return found
 
 
