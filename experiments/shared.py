@@ -55,7 +55,9 @@ def find_differences(config: RunSettings) -> list[str]:
     made = settings_in_force(settings_of(type(config), config.output_dir))
     wanted = settings_in_force(config)
     return [
-        f"{key} is {made[key]}, not {value}" for key, value in wanted.items() if made[key] != value
+        f"{key} is {made[key]}, not {value}"
+        for key, value in wanted.items()
+        if key != "overwrite" and made[key] != value
     ]
 
 

@@ -35,6 +35,8 @@ from experiments.shared import (
     values_cell,
 )
 from rlhf.cli import run_stage
+from rlhf.config import MayOverwrite
+from rlhf.folders import folders_given_back
 from rlhf.runs import METRICS, RESULTS, open_run
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.evaluate.curves import COLOURS, read_metrics
@@ -80,7 +82,7 @@ Folders = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(MayOverwrite):
     """Sweep the ptx and the KL coefficient over the runs of several seeds."""
 
     runs: list[str] = field(default_factory=lambda: list(RUNS))
@@ -116,9 +118,12 @@ class Row:
         return sum(values) / len(values)
 
 
+@folders_given_back()
 def sweep(config: Config) -> None:
     """Make what is missing, evaluate, write tables and plot."""
-    study = open_run(config, stage="sweep", inputs={run: run for run in config.runs})
+    study = open_run(
+        config, stage="sweep", inputs={run: run for run in config.runs}, files=(TABLE,)
+    )
     controls = find_controls(config.runs)
     rows: dict[str, list[Row]] = {}
     for run in config.runs:
@@ -201,7 +206,7 @@ def evaluate_policies(
         output_dir=f"{run}/sweep/evaluation",
     )
     if not is_finished(config.output_dir) or find_differences(config):
-        stage(config)
+        stage(replace(config, overwrite=True))  # of another set of policies
     results = read_json(Path(config.output_dir) / RESULTS)
     return {
         folder: {**results[name], **_norm_ratio(folder)} for name, folder in config.policies.items()

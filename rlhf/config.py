@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 import typing
@@ -32,6 +33,15 @@ OWN_NAME = "NAME"
 
 class ConfigError(ValueError):
     """Settings that cannot be used; the message names the key, the value and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MayOverwrite:
+    """Settings of a program that writes a folder."""
+
+    overwrite: bool = False
+    """Replace what a run of other settings, or other data, left in the folder to write. Files that
+    no program of this project wrote stay in any case."""
 
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -191,7 +201,7 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
         help="YAML file with settings; may be given more than once, later files win.",
     )
     parser.add_class_arguments(config_class, as_group=False)
-    words = sys.argv[1:] if args is None else list(args)
+    words = _with_values(sys.argv[1:] if args is None else args, config_class)
     for path in config_files(words):
         _check_file(path, config_class)
     try:
@@ -199,6 +209,7 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
     except ArgumentError as error:
         raise ConfigError(_explain(str(error), config_class)) from error
     values.pop("config")
+    values = _at_home(values)
     _check_sections(config_class, values)
     return config_class(**vars(parser.instantiate(values)))
 
@@ -217,6 +228,59 @@ def keys_of(config_class: type) -> list[str]:
             keys += [f"{name}.{OWN_NAME}"]
             keys += [f"{name}.{OWN_NAME}.{key}" for key in keys_of(section)]
     return keys
+
+
+def _at_home(value: Any, key: str = "") -> Any:
+    """Settings whose texts that begin with `~` are paths below the home folder; no other text of
+    any setting begins with it."""
+    if isinstance(value, str):
+        return _home_path(value, key)
+    if isinstance(value, Namespace):
+        return Namespace(**_at_home(vars(value), key))
+    if isinstance(value, dict):
+        return {name: _at_home(one, f"{key}.{name}".lstrip(".")) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_at_home(one, key) for one in value)
+    return value
+
+
+def _home_path(path: str, key: str) -> str:
+    """A path whose `~` or `~name` at the beginning is the home folder; all else as it is."""
+    if not path.startswith("~"):
+        return path
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        who = path.split("/")[0]
+        raise ConfigError(
+            f"{key} is {path}, and {who} is no home folder here; write the path out, or ./{path} "
+            "for a folder of that name"
+        )
+    return expanded
+
+
+def _with_values(words: Sequence[str], config_class: type) -> list[str]:
+    """Command line words in which a switch that is given alone, as in `--overwrite`, has its value,
+    and settings files below the home folder their place."""
+    switches = {f"--{name}" for name in _switches(config_class)}
+    found = []
+    for word, after in pairwise([*words, "--"]):
+        is_alone = word in switches and after.startswith("--")
+        found.append(f"{word}=true" if is_alone else word)
+    for i, word in enumerate(found):
+        if word.startswith("--config="):
+            found[i] = "--config=" + _home_path(word.removeprefix("--config="), "config")
+        elif i and found[i - 1] == "--config":
+            found[i] = _home_path(word, "config")
+    return found
+
+
+def _switches(config_class: type) -> Iterator[str]:
+    """Keys of the settings that are true or false."""
+    for name, kind in _field_types(config_class).items():
+        if kind is bool:
+            yield name
+        elif _is_section(kind):
+            yield from (f"{name}.{key}" for key in _switches(kind))
 
 
 def _program() -> str:
@@ -278,7 +342,7 @@ def config_files(words: Sequence[str]) -> list[Path]:
     """The settings files that a command line names."""
     after = [path for word, path in pairwise(words) if word == "--config"]
     joined = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    return [Path(path) for path in after + joined]
+    return [Path(os.path.expanduser(path)) for path in after + joined]
 
 
 def _check_file(path: Path, config_class: type) -> None:

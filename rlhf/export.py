@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.cli import run_stage
-from rlhf.config import ModelSettings
+from rlhf.config import MayOverwrite, ModelSettings
+from rlhf.folders import MODEL_FILES, folders_given_back
 from rlhf.lora import find_adapter, merge_adapter
 from rlhf.models import load_policy, load_scalar, load_tokenizer, save_policy
 from rlhf.rewards import REWARD_FILE
@@ -23,35 +24,34 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(MayOverwrite):
     """Merge an adapter into its base and write the full weights of a policy or a reward model."""
 
     folder: str
     """Folder that a stage wrote with lora.rank above 0."""
     output_dir: str
-    """Folder to write; it must not exist, or be empty."""
+    """Folder to write."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the merged weights."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base. Only for sources that you trust."""
 
 
+@folders_given_back()
 def export(config: Config) -> None:
     """Writes the full model, with its tokenizer, template, reward card and lineage.
 
     Raises:
-        ValueError: the folder holds no adapter, the base is another one, the output folder is not
-            empty, or the merged weights do not compute what the adapter does.
+        ValueError: the folder holds no adapter, the base is another one, the output folder holds
+            files of others, or the merged weights do not compute what the adapter does.
     """
-    output = Path(config.output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output_dir {output} is not empty; give a new folder")
+    files = (*MODEL_FILES, REWARD_FILE)
+    run = open_run(config, stage="export", inputs={"folder": config.folder}, files=files)
     adapter = find_adapter(config.folder)
     if adapter is None:
         raise ValueError(
             f"{config.folder} holds no adapter (adapter_config.json), so there is nothing to merge"
         )
-    run = open_run(config, stage="export", inputs={"folder": config.folder})
     settings = ModelSettings(
         path=config.folder, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )

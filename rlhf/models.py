@@ -25,6 +25,7 @@ from transformers.utils import logging
 from rlhf.attention import segmented_sdpa
 from rlhf.chat import Chat, add_missing_parts
 from rlhf.config import LoraSettings, ModelSettings
+from rlhf.folders import SAVED_WEIGHTS
 from rlhf.logprobs import Head, TokenMoments, chunked_logprobs, chunked_moments
 from rlhf.lora import (
     CONFIG_FILE,
@@ -483,7 +484,10 @@ def save_weights(
     folder = Path(folder)
     if adapter_of(model) is not None:
         save_adapter(model, folder, state)
-        old = [folder / "config.json", *folder.glob("model*.safetensors*")]
+        old = [
+            folder / "config.json",
+            *(one for name in SAVED_WEIGHTS for one in folder.glob(name)),
+        ]
     else:
         model.save_pretrained(folder, state_dict=state)
         old = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, BASE_FILE)]

@@ -26,6 +26,7 @@ measured. Lengths are the settings' limits: shorter data need less in the rollou
 
 import argparse
 import math
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -517,7 +518,7 @@ def main(args: Sequence[str] | None = None) -> None:
         add_help=False,
     )
     parser.add_argument("--stage", choices=STAGES)
-    parser.add_argument("--accelerate", type=Path)
+    parser.add_argument("--accelerate", type=lambda path: Path(os.path.expanduser(path)))
     own, words = parser.parse_known_args(args)
     if not words or words == ["--help"]:
         parser.print_help()

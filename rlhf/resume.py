@@ -21,14 +21,10 @@ from rlhf.checkpoint import (
     write_checkpoint,
 )
 from rlhf.distributed import max_over_processes
+from rlhf.folders import MAX_SHOWN, contents_of, differing
 from rlhf.interrupts import Interrupted, interrupts
-from rlhf.runs import Run, flat_settings
+from rlhf.runs import Run
 from rlhf.state import Generators, OptimizerState, State, Stateful, Together, Weights
-
-UNIMPORTANT = ("output_dir", "checkpoint_every", "trackers")
-"""Settings that change nothing of what a run computes."""
-MAX_SHOWN = 5
-"""Differences that a refusal tells."""
 
 _PROCESSES = "processes"
 _PRECISION = "mixed_precision"
@@ -142,30 +138,38 @@ class Checkpoints:
         if folder is None or self._run.is_finished:
             return None, {}
         manifest = read_manifest(folder)
-        self._refuse_other_run(folder, manifest)
+        if other := self._other_run(manifest):
+            if self._run.may_overwrite:
+                self._print(f"does not go on from {folder}, which is of another run: {other}")
+                return None, {}
+            raise ValueError(
+                f"{folder} is of another run: {other}; start it as before to go on, or delete "
+                f"{folder.parent} (or give --overwrite, or another output_dir) to start anew"
+            )
+        self._tell_other_code(folder, manifest)
         check_files(folder, manifest)
         states = read_states(folder)
         self._run.resume(manifest.step, manifest.seconds)
         self._print(f"resumes after {self._unit} {manifest.step} from {folder}")
         return manifest.step, states
 
-    def _refuse_other_run(self, folder: Path, manifest: Manifest) -> None:
-        """Raises ValueError saying what differs; other code only gives a note."""
+    def _other_run(self, manifest: Manifest) -> str:
+        """What differs between a checkpoint's run and this one, in words; empty if nothing does."""
         now, then = self._identity(), manifest.run
-        remedy = (
-            f"start it as before to go on, or delete {folder.parent} (or give another output_dir) "
-            "to start anew"
-        )
         differences = list(islice(_differences(then, now), MAX_SHOWN))
         if differences:
-            raise ValueError(f"{folder} is of another run: {'; '.join(differences)}; {remedy}")
+            return "; ".join(differences)
         count, kind = self._accelerator.num_processes, self._accelerator.distributed_type
         if manifest.num_processes != count or kind in _SHARDED:
-            raise ValueError(
-                f"{folder} is of another run: the number of processes was {manifest.num_processes} "
-                f"and is {count} ({kind.value}); others would draw other numbers and add in "
-                f"another order, and sharded ones hold no whole models; {remedy}"
+            return (
+                f"the number of processes was {manifest.num_processes} and is {count} "
+                f"({kind.value}); others would draw other numbers and add in another order, and "
+                "sharded ones hold no whole models"
             )
+        return ""
+
+    def _tell_other_code(self, folder: Path, manifest: Manifest) -> None:
+        now, then = self._identity(), manifest.run
         for name in ("commit", "versions"):
             if then[name] != now[name]:
                 self._print(
@@ -269,19 +273,7 @@ class ResumeCallback(TrainerCallback):
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """What a checkpoint's run and this one have different, in words."""
-    settings = [dict(flat_settings(run["settings"])) for run in (then, now)]
-    for name in dict.fromkeys([*settings[0], *settings[1]]):
-        before, after = (of_run.get(name, "no setting") for of_run in settings)
-        if name not in UNIMPORTANT and before != after:
-            yield f"{name} was {before} and is {after}"
+    contents = [{**run, "inputs": contents_of(run["inputs"])} for run in (then, now)]
+    yield from differing(*contents)
     if then.get(_PRECISION) != now[_PRECISION]:
         yield f"the launcher's {_PRECISION} was {then.get(_PRECISION)} and is {now[_PRECISION]}"
-    for name in dict.fromkeys([*then["inputs"], *now["inputs"]]):
-        if _content(then, name) != _content(now, name):
-            yield f"what {name} names was other data"
-
-
-def _content(run: Mapping[str, Any], name: str) -> Any:
-    """An input without its place and the story of how it was made: hashes, or a hub id."""
-    described = run["inputs"].get(name, {})
-    return [described.get(key) for key in ("sha256", "base", "hub")]

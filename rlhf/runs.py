@@ -8,6 +8,8 @@ trackers/       the same for TensorBoard and W&B, where the settings ask for the
 base.json       of an adapter: path and hash of the full model that it belongs over (rlhf.lora)
 results.json    final figures; written last, so its presence says that the run is complete
 checkpoints/    while the run is not: what it goes on from when it is started again
+
+Only a folder that bears the mark of the program is written over (rlhf.folders).
 """
 
 import dataclasses
@@ -17,25 +19,36 @@ import math
 import os
 import platform
 import re
-import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 
+from rlhf.folders import (
+    CONFIG,
+    LINEAGE,
+    RESULTS,
+    OutputFolder,
+    contents_of,
+    flat_settings,
+    refuse_inputs_inside,
+    take_folder,
+)
 from rlhf.trackers import TRACKERS, Tracker, Trackers, check_trackers
 
-CONFIG = "config.yaml"
-LINEAGE = "lineage.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
-RESULTS = "results.json"
 CHECKPOINTS = "checkpoints"
 BASE_FILE = "base.json"
+_CHECKPOINT_FILES = (f"{CHECKPOINTS}/step-*", f"{CHECKPOINTS}/checkpoint-*")
+_TRACKER_FILES = (f"{TRACKERS}/tensorboard", f"{TRACKERS}/wandb")
+_WRITTEN = (CONFIG, LINEAGE, METRICS, SAMPLES, RESULTS, *_CHECKPOINT_FILES, *_TRACKER_FILES)
+"""What every run may write."""
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
 _HASHED = (
@@ -71,6 +84,8 @@ class Run:
     _config: RunSettings
     _lineage: dict[str, Any]
     _started: float
+    _folder: OutputFolder | None = None
+    """None in all processes but the first."""
     _resume_step: int | None = None
     _begun: bool = False
     _trackers: Trackers | None = None
@@ -91,6 +106,17 @@ class Run:
     def is_finished(self) -> bool:
         """The folder holds the results of an earlier run, which is about to be done anew."""
         return not self._begun and (self._dir / RESULTS).is_file()
+
+    @property
+    def replaces_another(self) -> bool:
+        """The folder holds a run of other settings, which this one is to replace; only the first
+        process knows."""
+        return self._folder is not None and self._folder.is_other
+
+    @property
+    def may_overwrite(self) -> bool:
+        """What a run of other settings left in the folder may be replaced."""
+        return _may_overwrite(self._config)
 
     @property
     def seconds(self) -> float:
@@ -139,14 +165,15 @@ class Run:
         """
         self._begin()
         seconds = round(self.seconds, 1)
-        if not _is_first_process():
+        if self._folder is None:
             return
         others = results.get("seconds")
         of_all = seconds if others is None else _with_total({**others, self.stage: seconds})
         _write_json(self._dir / RESULTS, {**results, "seconds": of_all})
         if self._trackers is not None:
             self._trackers.finish()
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self._folder.remove(_CHECKPOINT_FILES)
+        self._folder.finish()
         print(f"{self.stage}: wrote {self._dir} in {seconds} s", flush=True)
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
@@ -156,16 +183,15 @@ class Run:
                 file.writelines(_to_json(row) + "\n" for row in rows)
 
     def _begin(self) -> None:
-        if self._begun or not _is_first_process():
+        if self._begun or self._folder is None:
             return
         self._begun = True
-        self._dir.mkdir(parents=True, exist_ok=True)
-        if self._resume_step is None:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-        (self._dir / RESULTS).unlink(missing_ok=True)
+        is_anew = self._resume_step is None
+        self._folder.begin([RESULTS, *(_CHECKPOINT_FILES + _TRACKER_FILES if is_anew else ())])
         for name in (METRICS, SAMPLES):
             _keep_until(self._dir / name, self._resume_step)
-        text = yaml.safe_dump(settings_in_force(self._config), sort_keys=False, allow_unicode=True)
+        settings = _lasting_settings(self._config)
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         _write(self._dir / CONFIG, text)
         _write_json(self._dir / LINEAGE, self._lineage)
         self._trackers = self._start_trackers()
@@ -173,8 +199,6 @@ class Run:
     def _start_trackers(self) -> Trackers | None:
         names = _trackers_of(self._config)
         folder = self._dir / TRACKERS
-        if self._resume_step is None:
-            shutil.rmtree(folder, ignore_errors=True)
         first_step = None if self._resume_step is None else self._resume_step + 1
         settings = settings_in_force(self._config)
         return Trackers(names, folder, self.stage, settings, first_step) if names else None
@@ -185,18 +209,25 @@ def open_run(
     *,
     stage: str,
     inputs: Mapping[str, str | Path],
+    files: Sequence[str] = (),
+    is_shared: bool = False,
 ) -> Run:
     """Print the settings in force and what is read and written; note where the inputs come from.
 
+    The folder is taken for this process until the run is finished, or `folders_given_back` ends.
+
     Args:
-        config: The stage's settings, a dataclass with `output_dir`; `trackers` if it has any.
+        config: The stage's settings, a dataclass with `output_dir`; `trackers` and `overwrite` if
+            it has any.
         stage: Name of the stage.
         inputs: What is read, by name: files, folders, or hub ids.
+        files: Names and patterns of what the stage writes beside what every run does.
+        is_shared: The folder may hold other things, such as the folders of other runs.
 
     Raises:
         FileNotFoundError: An input is neither there nor a possible hub id.
-        ValueError: The folder to write is one of the inputs, or a tracker's package is not
-            installed.
+        ValueError: A tracker's package is not installed, an input lies in the folder to write, or
+            the folder is not this run's to write over (rlhf.folders).
     """
     started = time.monotonic()
     sources = {name: str(path) for name, path in inputs.items()}
@@ -204,22 +235,57 @@ def open_run(
         _check_input(stage, name, path)
     check_trackers(_trackers_of(config))
     output = Path(config.output_dir)
-    for name, path in sources.items():
-        if Path(path).resolve() == output.resolve():
-            raise ValueError(
-                f"output_dir {output} is also what {name} is read from, and would be written over; "
-                "give another folder"
-            )
-    lineage: dict[str, Any] = {}
+    written = (*_WRITTEN, *files)
+    refuse_inputs_inside(output, _with_bases(sources), files=written, is_shared=is_shared)
+    run = Run(stage, output, config, {}, started)
     if _is_first_process():
         _announce(stage, config, sources, output)
-        lineage = {
+        overwrite = _may_overwrite(config)
+        folder = take_folder(
+            output, program=stage, files=written, overwrite=overwrite, is_shared=is_shared
+        )
+        described = {name: _describe_input(path) for name, path in sources.items()}
+        folder.compare(
+            _lasting_settings(config),
+            contents_of(described),
+            overwrite=overwrite,
+            has_checkpoint=_has_checkpoint(output),
+        )
+        run._folder = folder
+        run._lineage = {
             "stage": stage,
-            "inputs": {name: _describe_input(path) for name, path in sources.items()},
+            "inputs": described,
             "commit": commit(),
             "versions": _versions(),
         }
-    return Run(stage, output, config, lineage, started)
+    return run
+
+
+def _may_overwrite(config: RunSettings) -> bool:
+    return getattr(config, "overwrite", False)
+
+
+def _lasting_settings(config: RunSettings) -> dict[str, Any]:
+    """Without `overwrite`: whoever takes config.yaml for another run has not asked for it."""
+    settings = settings_in_force(config)
+    settings.pop("overwrite", None)
+    return settings
+
+
+def _with_bases(sources: Mapping[str, str]) -> dict[str, str]:
+    """What is read, and the bases of the adapters among it."""
+    bases = {}
+    for name, path in sources.items():
+        with suppress(OSError, ValueError, KeyError, TypeError):  # whoever loads it tells
+            base = json.loads((Path(path) / BASE_FILE).read_bytes())["path"]
+            bases[f"the base of {name}"] = str(base)
+    return {**sources, **bases}
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    """An unfinished run can go on from one."""
+    steps = (folder / CHECKPOINTS).glob("step-*")
+    return not (folder / RESULTS).is_file() and any(path.suffix != ".part" for path in steps)
 
 
 def _with_total(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -233,15 +299,6 @@ def _trackers_of(config: RunSettings) -> list[Tracker]:
 def settings_in_force(config: Any) -> dict[str, Any]:
     """A settings dataclass as plain YAML values, sections as mappings."""
     return _plain(dataclasses.asdict(config))
-
-
-def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of every setting, names of sections before a point."""
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            yield from flat_settings(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def sync_to_disk(path: Path) -> None:

@@ -88,7 +88,7 @@ def test_pipeline_runs_every_stage_once_and_in_order(checkout: Checkout) -> None
         "stages.evaluate",
     ]
     assert "--ptx.coef 0 --output_dir runs/tiny/ppo" in commands[5]
-    assert commands[6] == "stages.ppo --config configs/ppo/tiny.yaml"
+    assert commands[6] == "stages.ppo --config configs/ppo/tiny.yaml --overwrite"
     assert checkout.make("pipeline") == []
 
 
@@ -105,19 +105,19 @@ def test_args_reach_the_named_stage_alone_and_make_it_stale(checkout: Checkout) 
     commands = checkout.make("sft", args)
     assert stages_of(commands) == ["data.tinyworld", "stages.pretrain", "stages.sft"]
     assert [command.split(".yaml")[1] for command in commands[1:]] == [
-        "",
-        " --optim.betas [0.9,0.95] --text a b",
+        " --overwrite",
+        " --overwrite --optim.betas [0.9,0.95] --text a b",
     ]
     assert checkout.make("sft", args) == []
     assert checkout.make("pretrain") == []
-    assert checkout.make("sft") == ["stages.sft --config configs/sft/tiny.yaml"]
+    assert checkout.make("sft") == ["stages.sft --config configs/sft/tiny.yaml --overwrite"]
 
 
 def test_seed_has_a_folder_of_its_own(checkout: Checkout) -> None:
     commands = checkout.make("pretrain", "SEED=3")
     assert commands == [
         "data.tinyworld --output_dir runs/tiny-seed3/data --seed 3",
-        "stages.pretrain --config runs/tiny-seed3/settings/pretrain.yaml --seed 3",
+        "stages.pretrain --config runs/tiny-seed3/settings/pretrain.yaml --overwrite --seed 3",
     ]
     settings = (checkout.folder / "runs/tiny-seed3/settings/pretrain.yaml").read_text()
     assert "runs/tiny-seed3/data/text.jsonl" in settings

@@ -38,7 +38,10 @@ class ConvertConfig:
     """A file (.jsonl, .jsonl.gz, .json, .json.gz; for text also .txt, .txt.gz), a folder of those,
     `hub:owner/name[:split[:subset]]`, or `hub:owner/name:file/in/the/repository.jsonl.gz`."""
     output: str
-    """The .jsonl or .jsonl.gz file to write. It appears only when all of it is written."""
+    """The .jsonl or .jsonl.gz file to write. It appears only when all of it is written; a file of
+    that name that is there is replaced with overwrite only."""
+    overwrite: bool = False
+    """Replace the file that output names."""
     kind: Literal["demonstration", "ranking", "prompt", "text"] | None = None
     """Kind of record to make. None means the first that the layout offers."""
     limit: int | None = None
@@ -88,6 +91,7 @@ def convert(config: ConvertConfig) -> Counts:
     Raises ValueError when a row is of another layout, or when no row gives a record; then nothing
     is written.
     """
+    _refuse_to_replace(config)
     kind: str = config.kind or next(iter(CONVERTERS[config.format].keys()))
     print(f"{config.format}: {config.input} -> {config.output} ({kind})")
     if config.format == "text":
@@ -106,6 +110,21 @@ def convert(config: ConvertConfig) -> Counts:
         raise ValueError(f"{config.input} gives no {kind}: {counts.report()}") from None
     print(counts.report())
     return counts
+
+
+def _refuse_to_replace(config: ConvertConfig) -> None:
+    """Raises ValueError where the output is there, unless it may be replaced and is no input."""
+    output, source = Path(config.output), Path(config.input)
+    if not output.exists():
+        return
+    if source.exists() and source.resolve() in (output.resolve(), output.resolve().parent):
+        raise ValueError(
+            f"output {output} is there and is read from input {source}; give another output"
+        )
+    if output.is_dir() or not config.overwrite:
+        raise ValueError(
+            f"output {output} is there already; give another output, or --overwrite to replace it"
+        )
 
 
 def convert_rows(

@@ -5,7 +5,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.convert.formats import CONVERTERS
@@ -13,7 +13,9 @@ from data.convert.program import Counts, convert_rows
 from data.convert.readers import read_source
 from data.instructions.ifeval import known_prompts
 from data.instructions.templates import NUM_GROUPS, draw_instructions, in_words
+from rlhf.config import MayOverwrite
 from rlhf.datasets import split_by_prompt, write_records
+from rlhf.folders import writing
 from rlhf.records import Prompt
 
 RESULTS_FILE = "results.json"
@@ -24,10 +26,11 @@ OPEN_ASSISTANT = (
     "open_assistant/prompt_lottery_en_250_text.jsonl",
 )
 IFEVAL = "ifeval/input_data.jsonl"
+FILES = ("prompts.jsonl", "prompts_held_out.jsonl", "ifeval.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstructionsConfig:
+class InstructionsConfig(MayOverwrite):
     """Write prompts whose instructions a program can check (see README, "Your own reward").
 
     prompts.jsonl and prompts_held_out.jsonl are public prompts with drawn instructions, no public
@@ -65,22 +68,37 @@ class InstructionsConfig:
 def build(config: InstructionsConfig) -> None:
     """Write the prompts; every file is whole, results.json comes last."""
     folder = Path(config.output_dir)
+    with writing(
+        folder,
+        program="data.instructions",
+        files=(*FILES, RESULTS_FILE),
+        settings=asdict(config),
+        inputs={"shared": config.shared},
+        overwrite=config.overwrite,
+    ) as output:
+        files = make_files(config)
+        output.begin([RESULTS_FILE])
+        for name, prompts in files.items():
+            write_records(folder / name, prompts)
+            print(f"wrote {folder / name}: {len(prompts)} prompts, {_kinds(prompts)}")
+        partial = folder / f".{RESULTS_FILE}.partial"
+        partial.write_text(json.dumps({name: len(rows) for name, rows in files.items()}) + "\n")
+        os.replace(partial, folder / RESULTS_FILE)
+        output.finish()
+
+
+def make_files(config: InstructionsConfig) -> dict[str, list[Prompt]]:
+    """File name -> its prompts."""
     public = [prompt for path in OPEN_ASSISTANT for prompt in _read(config, "strings", path)]
     short = [prompt for prompt in public if _num_characters(prompt) <= config.max_characters]
     train, held_out = split_by_prompt(short, config.held_out, config.seed, salt="instructions")
     rng = random.Random(config.seed)
-    files = {
-        "prompts.jsonl": with_instructions(train, config, rng),
-        "prompts_held_out.jsonl": with_instructions(held_out, config, rng),
-        "ifeval.jsonl": list(known_prompts(_read(config, "ifeval", IFEVAL))),
-    }
-    (folder / RESULTS_FILE).unlink(missing_ok=True)
-    for name, prompts in files.items():
-        write_records(folder / name, prompts)
-        print(f"wrote {folder / name}: {len(prompts)} prompts, {_kinds(prompts)}")
-    partial = folder / f".{RESULTS_FILE}.partial"
-    partial.write_text(json.dumps({name: len(rows) for name, rows in files.items()}) + "\n")
-    os.replace(partial, folder / RESULTS_FILE)
+    prompts = (
+        with_instructions(train, config, rng),
+        with_instructions(held_out, config, rng),
+        list(known_prompts(_read(config, "ifeval", IFEVAL))),
+    )
+    return dict(zip(FILES, prompts, strict=True))
 
 
 def with_instructions(

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 from data.tinyworld.config import TinyWorldConfig
@@ -11,6 +12,7 @@ from data.tinyworld.tasks import Instruction, draw_held_out, draw_instruction
 from data.tinyworld.text import draw_texts, make_probes
 from data.tinyworld.world import WORLD_FILE, World
 from rlhf.datasets import write_records
+from rlhf.folders import writing
 from rlhf.records import Demonstration, Prompt, Record, prompt_key
 
 RESULTS_FILE = "results.json"
@@ -18,17 +20,28 @@ RESULTS_FILE = "results.json"
 
 
 def build(config: TinyWorldConfig) -> None:
-    """Write all files of a tiny world. Two runs with equal settings write equal bytes."""
+    """Write all files of a tiny world. Two runs with equal settings write equal bytes.
+
+    Raises:
+        ValueError: the folder is not this program's to write over (rlhf.folders).
+    """
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULTS_FILE).unlink(missing_ok=True)
     world = World.from_seed(config.seed)
-    _write_json(folder / WORLD_FILE, world.to_json())
     files = make_files(world, config)
-    for name, records in files.items():
-        write_records(folder / name, records)
-        print(f"wrote {folder / name}: {len(records)} rows")
-    _write_json(folder / RESULTS_FILE, {name: len(records) for name, records in files.items()})
+    with writing(
+        folder,
+        program="data.tinyworld",
+        files=(WORLD_FILE, *files, RESULTS_FILE),
+        settings=asdict(config),
+        overwrite=config.overwrite,
+    ) as output:
+        output.begin([RESULTS_FILE])
+        _write_json(folder / WORLD_FILE, world.to_json())
+        for name, records in files.items():
+            write_records(folder / name, records)
+            print(f"wrote {folder / name}: {len(records)} rows")
+        _write_json(folder / RESULTS_FILE, {name: len(records) for name, records in files.items()})
+        output.finish()
 
 
 def make_files(world: World, config: TinyWorldConfig) -> dict[str, list[Record]]:

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from rlhf.config import MayOverwrite
+
 
 @dataclass(frozen=True, kw_only=True)
-class TinyWorldConfig:
+class TinyWorldConfig(MayOverwrite):
     """Write the tiny world's texts, demonstrations, prompts and probes into a folder."""
 
     output_dir: str

@@ -6,6 +6,7 @@ from typing import Any
 
 from rlhf.datasets import read_records, write_records
 from rlhf.distributed import start_accelerator
+from rlhf.folders import folders_given_back
 from rlhf.models import check_context, check_vocabulary, load_chat, load_policy
 from rlhf.records import Prompt, PromptLike, Ranking
 from rlhf.runs import Run, open_run
@@ -16,8 +17,10 @@ from stages.collect.sample import Sample, make_questions, sample_responses
 
 RANKINGS_FILE = "rankings.jsonl"
 OVERLAP_FILE = "overlap.jsonl"
+FILES = (RANKINGS_FILE, OVERLAP_FILE, SO_FAR_FILE)
 
 
+@folders_given_back()
 def collect(config: Config) -> None:
     """Samples K responses a prompt, has them ranked, and writes rankings and a report.
 
@@ -25,8 +28,12 @@ def collect(config: Config) -> None:
     Both are counted in results.json. With another number of processes the samples are others.
     When a labeler fails, the same command samples again and asks only for what is not ranked yet.
     """
-    inputs = {"model": config.model.path, "prompts": config.prompts}
-    run = open_run(config, stage="collect", inputs={**inputs, "labelers": config.labelers_path})
+    inputs = {
+        "model": config.model.path,
+        "prompts": config.prompts,
+        "labelers": config.labelers_path,
+    }
+    run = open_run(config, stage="collect", inputs=inputs, files=FILES)
     accelerator = start_accelerator()
     labelers = load_labelers(config)
     chat = load_chat(config.model)
@@ -75,7 +82,8 @@ def _rank(
     """All that `rank_each` gives, from what an earlier run left on; when it fails, what it gave so
     far is written, since a labeler's time is dear, and Ctrl-C is a way to stop one that hangs."""
     so_far = Path(config.output_dir) / SO_FAR_FILE
-    before = read_records(so_far, Ranking) if so_far.exists() else []
+    goes_on = so_far.exists() and not run.replaces_another
+    before = read_records(so_far, Ranking) if goes_on else []
     if before:
         print(f"collect: goes on from {len(before)} rankings in {so_far}")
     ranked: list[list[Ranking]] = []

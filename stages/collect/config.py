@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from rlhf.config import GenerationSettings, ModelSettings
+from rlhf.config import GenerationSettings, MayOverwrite, ModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(MayOverwrite):
     """Sample responses from a policy and have labelers rank them.
 
     The defaults are InstructGPT's: K = 4 to 9 responses a prompt at temperature 1

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.config import Attention, GenerationSettings
+from rlhf.config import Attention, GenerationSettings, MayOverwrite
 
 RESERVED = ("baseline", "judge", "judges", "policies", "prompts", "seconds", "speed", "warnings")
 """Keys of results.json that no policy and no report can take."""
@@ -21,7 +21,7 @@ _NAME = re.compile(r"[A-Za-z][\w-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(MayOverwrite):
     """Measure policies on the same held-out prompts, with the same seed."""
 
     policies: dict[str, str]

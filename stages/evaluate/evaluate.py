@@ -16,6 +16,7 @@ from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
 from rlhf.distributed import start_accelerator
+from rlhf.folders import folders_given_back
 from rlhf.models import check_vocabulary, load_chat, load_policy, packer_for
 from rlhf.packing import Packer, PromptTree, text_tree
 from rlhf.recall import fact_recall
@@ -87,6 +88,7 @@ class Marks:
     """Several answers a prompt by the baseline, to make pairs of; empty where no pairs are made."""
 
 
+@folders_given_back()
 def evaluate(config: Config) -> None:
     """Measure every policy, write results.json, samples and curves, print the table."""
     accelerator = start_accelerator()
@@ -98,7 +100,8 @@ def evaluate(config: Config) -> None:
             "others are done; start one only to save them",
             flush=True,
         )
-    run = open_run(config, stage="evaluate", inputs=_inputs(config))
+    files = (SAMPLES_SHOWN, CURVES)
+    run = open_run(config, stage="evaluate", inputs=_inputs(config), files=files, is_shared=True)
     reports = {name: _read_report(folder) for name, folder in config.reports.items()}
     exam = _prepare(config, accelerator.device)
     marks = _examine(config, exam, accelerator.device)

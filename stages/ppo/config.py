@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rlhf.config import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
+from rlhf.config import GenerationSettings, LoraSettings, MayOverwrite, ModelSettings, OptimSettings
 from rlhf.rewards import RewardSettings
 from rlhf.trackers import Tracker
 
@@ -127,7 +127,7 @@ class MonitorSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(MayOverwrite):
     """PPO and PPO-ptx: optimise a policy against a reward, near its reference, on its prompts."""
 
     output_dir: str

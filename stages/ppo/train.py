@@ -25,6 +25,7 @@ from rlhf.distributed import (
     sum_over_processes,
 )
 from rlhf.finite import NonFiniteError, first_nonfinite, found_by_any, told_by_all
+from rlhf.folders import MODEL_FILES, folders_given_back
 from rlhf.generation import FastestEngine, make_engine
 from rlhf.kl import adapt_kl_coef, k1
 from rlhf.models import (
@@ -74,6 +75,7 @@ from stages.ppo.speed import Speedometer
 from stages.ppo.update import POLICY, Learner, PolicyAndValue, update
 
 
+@folders_given_back()
 def train(config: Config) -> None:
     """One PPO run from its settings to the saved policy and results.json."""
     accelerator = start_accelerator()
@@ -82,7 +84,8 @@ def train(config: Config) -> None:
     _check_sampler(config, token_noise)
     monitor = Monitor(config, accelerator.print, token_noise)
     set_seed(config.seed)
-    run = open_run(config, stage="ppo", inputs=_inputs(config))
+    files = (*MODEL_FILES, REPLAY_FILE, LAST_GOOD)
+    run = open_run(config, stage="ppo", inputs=_inputs(config), files=files)
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every, unit="update")
     chat = load_chat(config.policy)
     episodes = _load_episodes(config.prompts, chat, config, accelerator)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.config import OptimSettings
+from rlhf.config import MayOverwrite, OptimSettings
 from rlhf.trackers import Tracker
 
 
@@ -47,7 +47,7 @@ class ArchitectureSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(MayOverwrite):
     """Train a tokenizer and a small causal language model on plain text."""
 
     text_path: str

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf import sharding
 from rlhf.datasets import read_records
 from rlhf.distributed import own_share, start_accelerator, sum_over_processes
+from rlhf.folders import MODEL_FILES, folders_given_back
 from rlhf.models import new_policy, save_policy
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.recall import fact_recall
@@ -23,12 +24,13 @@ from stages.pretrain.config import Config
 from stages.pretrain.tokenizer import train_tokenizer
 
 
+@folders_given_back()
 def pretrain(config: Config) -> None:
     """Train a tokenizer and a model from scratch and save both as one plain model folder."""
     inputs = {"text": config.text_path, "text_held_out": config.text_held_out_path}
     if config.facts_path is not None:
         inputs["facts"] = config.facts_path
-    run = open_run(config, stage="pretrain", inputs=inputs)
+    run = open_run(config, stage="pretrain", inputs=inputs, files=MODEL_FILES)
     accelerator = start_accelerator()
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     texts = _read_texts(config.text_path)

@@ -3,12 +3,12 @@
 import math
 from dataclasses import dataclass, field
 
-from rlhf.config import LoraSettings, ModelSettings, OptimSettings
+from rlhf.config import LoraSettings, MayOverwrite, ModelSettings, OptimSettings
 from rlhf.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(MayOverwrite):
     """Reward model: learn from rankings which response to a prompt people prefer."""
 
     output_dir: str

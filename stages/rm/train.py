@@ -15,6 +15,7 @@ from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
 from rlhf.distributed import naming, own_share, start_accelerator
+from rlhf.folders import MODEL_FILES, folders_given_back
 from rlhf.inference import compute_scores
 from rlhf.lora import HEAD
 from rlhf.memory import memory_of
@@ -53,6 +54,7 @@ from stages.rm.data import (
 from stages.rm.trainer import AtEpochEnd, RankingTrainer
 
 
+@folders_given_back()
 def train(config: Config) -> None:
     """Train a reward model and write its folder, with the held-out figures in results.json.
 
@@ -61,7 +63,8 @@ def train(config: Config) -> None:
         OSError: files that cannot be read.
     """
     accelerator = start_accelerator()
-    run = open_run(config, stage="rm", inputs=_inputs(config))
+    files = (*MODEL_FILES, REWARD_FILE)
+    run = open_run(config, stage="rm", inputs=_inputs(config), files=files)
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     gold = _load_gold(config)
     train_rankings, held_out_rankings = read_rankings(config)

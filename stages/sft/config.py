@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.config import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
+from rlhf.config import GenerationSettings, LoraSettings, MayOverwrite, ModelSettings, OptimSettings
 from rlhf.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(MayOverwrite):
     """Fine-tune a base model on demonstrations.
 
     The defaults are those of InstructGPT's PPO initialisation where they do not depend on size

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, set_seed
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.distributed import start_accelerator
+from rlhf.folders import MODEL_FILES, folders_given_back
 from rlhf.memory import memory_of
 from rlhf.models import (
     check_context,
@@ -30,9 +31,10 @@ from stages.sft.rows import Rows, lay_out, load_rows
 from stages.sft.trainer import Metrics, figures_line, fit
 
 
+@folders_given_back()
 def train(config: Config) -> None:
     """Fine-tunes a policy on demonstrations and writes its folder."""
-    run = open_run(config, stage="sft", inputs=_inputs(config))
+    run = open_run(config, stage="sft", inputs=_inputs(config), files=MODEL_FILES)
     accelerator = start_accelerator()
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     chat = load_chat(config.model)

@@ -438,7 +438,8 @@ def test_convert_writes_what_it_counts(tmp_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "rows read 3, records written 2, dropped 1, changed 0" in printed
     assert "dropped 1: chosen and rejected are equal" in printed
-    convert(ConvertConfig(format="hh", input=source, output=output, limit=1, kind="prompt"))
+    first = {"limit": 1, "kind": "prompt", "overwrite": True}
+    convert(ConvertConfig(format="hh", input=source, output=output, **first))
     assert read_records(output, Prompt) == [Prompt(HH_PROMPT)]
 
 
@@ -465,7 +466,7 @@ def test_text_files_and_text_rows(tmp_path: Path) -> None:
         "One.\n\nTwo.",
     ]
     source = make(tmp_path, "rows.jsonl", '{"text": "Three."}\n{"text": ""}')
-    counts = convert(ConvertConfig(format="text", input=source, output=output))
+    counts = convert(ConvertConfig(format="text", input=source, output=output, overwrite=True))
     assert read_records(output, Text) == [Text("Three.")]
     assert counts.dropped == {"no text": 1}
 

@@ -111,7 +111,7 @@ def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
 
 def test_a_folder_that_is_no_model_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="is no model folder and not empty"):
+    with pytest.raises(ValueError, match=r"holds thesis\.txt, which this program did not"):
         write_base(tmp_path / "none.gguf", tmp_path)
     assert (tmp_path / "thesis.txt").exists()
 

@@ -99,7 +99,9 @@ def test_policies_are_evaluated_together_and_once(run: str) -> None:
     folders["kl"] = {"0.05": f"{run}/ppo"}
     for _ in range(2):
         figures = evaluate_policies(run, folders, stage)
-    base = evaluate_config(run, reports={}, output_dir=f"{run}/sweep/evaluation", baseline="sft")
+    base = evaluate_config(
+        run, reports={}, output_dir=f"{run}/sweep/evaluation", baseline="sft", overwrite=True
+    )
     assert evaluated == [base]  # its policies are these three, under these names
     assert figures[f"{run}/ppo"]["gold_score"] == 1.0
     assert figures[f"{run}/ppo_ptx"]["norm_ratio"] == (0.5 + 3.0) / 2

@@ -12,6 +12,7 @@ import yaml
 from rlhf.config import (
     ConfigError,
     GenerationSettings,
+    MayOverwrite,
     ModelSettings,
     OptimSettings,
     keys_of,
@@ -252,3 +253,58 @@ def test_help_shows_attribute_docstrings(tmp_path: Path) -> None:
     assert run.returncode == 0
     for description in ("Passes over the data.", "Peak learning rate", "A stage for these tests."):
         assert description in run.stdout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths(MayOverwrite):
+    """Paths of every shape."""
+
+    model: ModelSettings
+    """Model."""
+    rankings: list[str]
+    """Files."""
+    models: tuple[str, ...] = ()
+    """Folders."""
+    policies: dict[str, str] = field(default_factory=dict)
+    """Name -> folder."""
+    text: str | None = None
+    """File."""
+
+
+def test_home_is_known_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(
+        tmp_path,
+        "settings.yaml",
+        "model: {path: ~/base}\nrankings: [~/a.jsonl, b.jsonl]\nmodels: ['~']\ntext: ~\n",
+    )
+    words = ["--policies.a", "~/a/", "--policies.b=../b~c", "--policies.hub", "owner/name"]
+    config = load_config(Paths, ["--config=~/settings.yaml", *words])
+    assert config == Paths(
+        model=ModelSettings(path=f"{tmp_path}/base"),
+        rankings=[f"{tmp_path}/a.jsonl", "b.jsonl"],
+        models=(str(tmp_path),),
+        policies={"a": f"{tmp_path}/a/", "b": "../b~c", "hub": "owner/name"},
+    )
+    config = load_config(Paths, ["--config", path, "--model.path", "~/x", "--rankings", "['~/y']"])
+    assert (config.model.path, config.rankings) == (f"{tmp_path}/x", [f"{tmp_path}/y"])
+    with pytest.raises(ConfigError, match=r"text is ~nobody_here/x, and ~nobody_here is no home"):
+        load_config(Paths, ["--config", path, "--text", "~nobody_here/x"])
+    with pytest.raises(ConfigError, match=r"policies\.a is ~nobody_here, and"):
+        load_config(Paths, ["--config", path, "--policies.a", "~nobody_here"])
+
+
+def test_a_switch_stands_alone_or_with_its_value(tmp_path: Path) -> None:
+    needed = ["--model.path", "a", "--rankings", "[b]"]
+    for words, expected in (
+        ([], False),
+        (["--overwrite"], True),
+        (["--overwrite", "--text", "x"], True),
+        (["--overwrite", "true"], True),
+        (["--overwrite=false"], False),
+        (["--overwrite", "--overwrite", "false"], False),
+    ):
+        assert load_config(Paths, [*words, *needed]).overwrite == expected
+        assert load_config(Paths, [*needed, *words]).overwrite == expected
+    words = [*needed, "--model.trust_remote_code"]
+    assert load_config(Paths, words).model.trust_remote_code

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from rlhf.config import LoraSettings, ModelSettings
-from rlhf.export import Config, export
+from rlhf.export import TOLERANCE, Config, export
 from rlhf.inference import compute_scores
 from rlhf.lora import weights_sha256
 from rlhf.models import load_policy, load_scalar, save_policy
@@ -76,7 +76,9 @@ def test_nothing_is_overwritten_and_there_must_be_an_adapter(work: Path) -> None
     save_policy(live, AutoTokenizer.from_pretrained(work / "base"), work / "ppo")
     (work / "taken").mkdir()
     (work / "taken" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"output_dir .*taken is not empty; give a new folder"):
+    with pytest.raises(
+        ValueError, match=r"output_dir .*taken holds notes.txt, which this program did not"
+    ):
         export(Config(folder=str(work / "ppo"), output_dir=str(work / "taken")))
     assert [path.name for path in (work / "taken").iterdir()] == ["notes.txt"]
     with pytest.raises(ValueError, match=r"base holds no adapter \(adapter_config\.json\)"):
@@ -90,7 +92,7 @@ def test_weights_that_a_coarse_type_cannot_hold_are_refused(
     live = load_policy(ModelSettings(path=str(work / "base")), LORA)
     change_trained(live)
     save_policy(live, AutoTokenizer.from_pretrained(work / "base"), work / "ppo")
-    monkeypatch.setitem(export.__globals__["TOLERANCE"], "bfloat16", 1e-6)
+    monkeypatch.setitem(TOLERANCE, "bfloat16", 1e-6)
     with pytest.raises(ValueError, match=r"merged weights differ .* more than 1e-06 \(bfloat16\)"):
         export(Config(folder=str(work / "ppo"), output_dir=str(work / "merged"), dtype="bfloat16"))
     assert not (work / "merged").exists()

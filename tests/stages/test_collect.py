@@ -131,9 +131,11 @@ def test_same_seed_same_rankings(policy: Path, maker: Callable[[Any], str]) -> N
 
 def test_without_overlap_one_labeler_is_enough(policy: Path, maker: Callable[[Any], str]) -> None:
     config = make_config(policy, maker(lambda path: [ByLength("only", 1)]), overlap=0.0)
+    two = replace(config, labelers=maker(make_both), overlap=1.0)
+    collect(two)
     stale = Path(config.output_dir) / "overlap.jsonl"
-    stale.parent.mkdir()
-    stale.write_text("of an earlier run")
+    assert stale.exists()
+    config = replace(config, labelers=maker(lambda path: [ByLength("only", 1)]), overwrite=True)
     collect(config)
     assert read_results(config)["agreement"] is None
     assert not stale.exists()
@@ -256,11 +258,17 @@ def test_rankings_of_other_responses_are_neither_gone_on_from_nor_lost(
         collect(config)
     so_far = Path(config.output_dir) / "rankings_so_far.jsonl"
     kept = so_far.read_text()
+    with pytest.raises(ValueError, match=r"holds the unfinished run .* seed was 0 and is 1; give"):
+        collect(replace(config, seed=1))
+    maker(lambda path: [Moody("another", absent, asked)])
     with pytest.raises(
         ValueError, match=r"^rankings_so_far\.jsonl of .* other responses .* settin"
     ):
-        collect(replace(config, seed=1))
+        collect(config)
     assert so_far.read_text() == kept and len(asked) == 3
+    absent.clear()
+    collect(replace(config, seed=1, overwrite=True))
+    assert not so_far.exists()
 
 
 @pytest.mark.parametrize(

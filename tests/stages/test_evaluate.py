@@ -298,7 +298,7 @@ def test_the_same_seed_gives_the_same_results(finished: Finished, tmp_path: Path
     )
     evaluate(again)
     assert read_results(again)["other"] == finished.results["other"]
-    other_seed = replace(again, seed=1)
+    other_seed = replace(again, seed=1, output_dir=str(tmp_path / "other_seed"))
     evaluate(other_seed)
     assert read_results(other_seed)["other"]["kl"] != finished.results["other"]["kl"]
 
@@ -354,7 +354,7 @@ def test_prompts_that_do_not_fit_are_counted(
     assert (prompts["used"], prompts["cut"], prompts["dropped"]) == (2, 1, 1)
     assert "1 lost early turns and 1 were dropped" in capsys.readouterr().out
     with pytest.raises(ValueError, match="0 of 3 prompts fit max_prompt_tokens 5"):
-        evaluate(replace(config, max_prompt_tokens=5))
+        evaluate(replace(config, max_prompt_tokens=5, overwrite=True))
 
 
 def test_divergence_worked_by_hand() -> None:
@@ -444,5 +444,5 @@ def test_inputs_that_cannot_be_leave_the_last_run_alone(finished: Finished, tmp_
         ({"prompts": str(tmp_path / "none.jsonl")}, "does not exist"),
     ]:
         with pytest.raises((ValueError, OSError), match=message):
-            evaluate(replace(config, **change))
+            evaluate(replace(config, **change, overwrite=True))
         assert (finished.folder / "results.json").read_bytes() == before
