@@ -105,7 +105,7 @@ def test_greedy_text_before_saving_equals_text_after_loading(
     pretrain(make_config(data, tmp_path))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     prompt = AutoTokenizer.from_pretrained(tmp_path)("The blue hat").input_ids
-    texts = [
+    before, after = (
         generate(
             model,
             [prompt],
@@ -113,8 +113,10 @@ def test_greedy_text_before_saving_equals_text_after_loading(
             Decoding(end_id=5, max_new_tokens=12, temperature=0.0),
         )
         for model in (kept[0], loaded)
-    ]
-    assert texts[0] == texts[1]
+    )
+    assert before.responses == after.responses
+    # Loaded weights lie elsewhere in memory, and a processor's sums may differ by rounding.
+    assert after.logprobs[0] == pytest.approx(before.logprobs[0], abs=1e-5)
 
 
 def test_a_word_has_the_same_id_everywhere_and_text_comes_back() -> None:
