@@ -71,6 +71,13 @@ def test_loss_falls_and_the_fact_is_learned(run_dir: Path) -> None:
     assert {"num_parameters", "vocab_size", "num_tokens", "seconds"} <= results.keys()
 
 
+def test_a_batch_larger_than_the_text_is_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(make_config(data, tmp_path, batch_size=1000, num_epochs=1))
+    assert "batch_size is 1000, and the text has" in capsys.readouterr().out
+
+
 def test_the_folder_loads_with_plain_transformers(run_dir: Path) -> None:
     model, report = AutoModelForCausalLM.from_pretrained(run_dir, output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(run_dir)
