@@ -173,7 +173,7 @@ def _print_steps(config: Config, num_rows: int, num_steps: int) -> None:
     if config.batch_size > num_rows:
         print(
             f"sft: batch_size is {config.batch_size}, and there are {num_rows} rows to train on: "
-            f"each of {num_steps} steps takes all of them",
+            f"a step takes all of them, {num_steps} in all",
             flush=True,
         )
     elif num_steps * config.batch_size != config.num_epochs * num_rows:
