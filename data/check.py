@@ -26,7 +26,10 @@ from rlhf.records import (
     Record,
     RecordError,
     Text,
+    name_rows,
+    naming_row,
     to_messages,
+    with_equal_responses,
 )
 
 if TYPE_CHECKING:
@@ -68,9 +71,9 @@ def check(config: CheckConfig) -> None:
     print(f"{config.file}: {len(records)} {kind} rows, all valid")
     for line in statistics(records, chat):
         print(f"  {line}")
-    for line in warnings(records):
+    for line in warnings(records, chat):
         print(f"  warning: {line}")
-    _refuse_orderless(config.file, records)
+    _refuse_orderless(config.file, records, chat)
     colour = sys.stdout.isatty()
     print(f"\nRow {config.example} as rendered; {_legend(kind, colour)}:")
     print(mark(render(records[config.example - 1], chat), colour=colour))
@@ -80,7 +83,12 @@ def check(config: CheckConfig) -> None:
 
 def detect_kind(source: str) -> str:
     """The kind whose fields the first row has; a misspelt field counts as the nearest known one."""
-    known = {field.name: kind for kind, cls in RECORD_CLASSES.items() for field in fields(cls)}
+    known = {
+        field.name: kind
+        for kind, cls in RECORD_CLASSES.items()
+        for field in fields(cls)
+        if field.name != "place"
+    }
     for _, row in islice(read_rows(source), 1):
         if isinstance(row, RecordError) or not isinstance(row, dict):
             break
@@ -95,21 +103,20 @@ def detect_kind(source: str) -> str:
 
 def statistics(records: Sequence[Record], chat: "Chat | None") -> Iterator[str]:
     """Lines of figures: turns, lengths, and for rankings K, ties and what length alone predicts."""
-    if prompts := [record.prompt for record in records if not isinstance(record, Text)]:
-        turns = Counter(len(to_messages(prompt)) for prompt in prompts)
+    if prompted := [record for record in records if not isinstance(record, Text)]:
+        turns = Counter(len(to_messages(record.prompt)) for record in prompted)
         yield f"distinct prompts {len({record.key for record in records})}"
         yield f"turns in a prompt: {_histogram(turns)}"
-        yield _lengths("prompt", (_prompt_length(prompt, chat) for prompt in prompts), chat)
-    if texts := [record.text for record in records if isinstance(record, Text)]:
-        yield _lengths("text", (_text_length(text, chat) for text in texts), chat)
-    elif responses := [text for record in records for text in trained_texts(record)]:
-        yield _lengths("response", (_response_length(text, chat) for text in responses), chat)
+        yield _lengths("prompt", [_prompt_length(record, chat) for record in prompted], chat)
+    if lengths := [length for record in records for length in _trained_lengths(record, chat)]:
+        name = "text" if isinstance(records[0], Text) else "response"
+        yield _lengths(name, lengths, chat)
     if rankings := [record for record in records if isinstance(record, Ranking)]:
         yield from _ranking_statistics(rankings)
 
 
-def warnings(records: Sequence[Record]) -> Iterator[str]:
-    """What is valid but rarely meant."""
+def warnings(records: Sequence[Record], chat: "Chat | None" = None) -> Iterator[str]:
+    """What is valid but rarely meant; responses are equal as texts, or as ids of the tokenizer."""
     keys = Counter(record.key for record in records)
     if duplicates := sum(count - 1 for count in keys.values()):
         what = "texts" if isinstance(records[0], Text) else "prompts"
@@ -118,10 +125,17 @@ def warnings(records: Sequence[Record]) -> Iterator[str]:
     if empty := sum(not text.strip() for text in responses):
         yield f"{empty} of {len(responses)} responses are empty"
     rankings = [record for record in records if isinstance(record, Ranking)]
-    if orderless := sum(not ranking.pairs() for ranking in rankings):
-        yield f"{orderless} of {len(rankings)} rankings have all their responses tied or unranked"
-    if contradictions := sum(_judges_equal_texts_apart(ranking) for ranking in rankings):
-        yield f"{contradictions} rankings hold the same response twice and prefer one of the two"
+    read = [_as_read(ranking, chat) for ranking in rankings]
+    if orderless := sum(not ranking.pairs() for ranking in read):
+        yield (
+            f"{orderless} of {len(rankings)} rankings have no pair: their responses are tied, "
+            "unranked or equal"
+        )
+    if equal := [ranking for ranking in read if ranking.equal_pairs()]:
+        yield (
+            f"{len(equal)} rankings compare a response with an equal one, which training leaves "
+            f"out{name_rows(equal)}"
+        )
 
 
 def render(record: Record, chat: "Chat | None") -> list[Piece]:
@@ -200,14 +214,21 @@ def _ranking_statistics(rankings: Sequence[Ranking]) -> Iterator[str]:
         yield f"{name}: {', '.join(f'{key} {count}' for key, count in names.most_common(8))}"
 
 
-def _refuse_orderless(file: str, records: Sequence[Record]) -> None:
+def _refuse_orderless(file: str, records: Sequence[Record], chat: "Chat | None") -> None:
     rankings = [record for record in records if isinstance(record, Ranking)]
-    if rankings and not any(ranking.pairs() for ranking in rankings):
+    if rankings and not any(_as_read(ranking, chat).pairs() for ranking in rankings):
         raise ValueError(
-            f"{file}: in all {len(rankings)} rankings every response is tied or unranked, so there "
-            "is nothing to learn; give at least two different ranks in a row, or a probability "
-            "other than 0.5"
+            f"{file}: in all {len(rankings)} rankings every response is tied or unranked, or is "
+            "preferred to the same text, so there is nothing to learn; give at least two different "
+            "responses of different ranks in a row, or a probability other than 0.5"
         )
+
+
+def _as_read(ranking: Ranking, chat: "Chat | None") -> Ranking:
+    """The ranking as the rm stage sees it: responses with the same ids are one text."""
+    if chat is None:
+        return ranking
+    return with_equal_responses(ranking, [chat.response_ids(text) for text in ranking.responses])
 
 
 def _longer_wins(better: str, worse: str) -> float:
@@ -215,22 +236,20 @@ def _longer_wins(better: str, worse: str) -> float:
     return 0.5 * ((len(better) > len(worse)) + (len(better) >= len(worse)))
 
 
-def _judges_equal_texts_apart(ranking: Ranking) -> bool:
-    return any(ranking.responses[i] == ranking.responses[j] for i, j in ranking.pairs())
-
-
-def _prompt_length(prompt: PromptLike, chat: "Chat | None") -> int:
+def _prompt_length(record: Demonstration | Ranking | Prompt, chat: "Chat | None") -> int:
     if chat is None:
-        return sum(len(turn["content"]) for turn in to_messages(prompt))
-    return len(chat.prompt_ids(prompt))
+        return sum(len(turn["content"]) for turn in to_messages(record.prompt))
+    with naming_row(record):
+        return len(chat.prompt_ids(record.prompt))
 
 
-def _response_length(text: str, chat: "Chat | None") -> int:
-    return len(text) if chat is None else len(chat.response_ids(text))
-
-
-def _text_length(text: str, chat: "Chat | None") -> int:
-    return len(text) if chat is None else len(chat.text_ids(text))
+def _trained_lengths(record: Record, chat: "Chat | None") -> list[int]:
+    texts = trained_texts(record)
+    if chat is None:
+        return [len(text) for text in texts]
+    with naming_row(record):
+        encode = chat.text_ids if isinstance(record, Text) else chat.response_ids
+        return [len(encode(text)) for text in texts]
 
 
 def _rendered_prompt(prompt: PromptLike, chat: "Chat | None") -> str:
@@ -256,8 +275,7 @@ def _with_specials(chat: "Chat", ids: list[int]) -> str:
     return text
 
 
-def _lengths(name: str, lengths: Iterable[int], chat: "Chat | None") -> str:
-    values = list(lengths)
+def _lengths(name: str, values: Sequence[int], chat: "Chat | None") -> str:
     return (
         f"{name} length in {'characters' if chat is None else 'tokens'}: min {min(values)}, "
         f"median {median(values):g}, mean {fmean(values):.1f}, max {max(values)}"

@@ -42,6 +42,7 @@ from rlhf.cli import run_stage
 from rlhf.config import MayOverwrite
 from rlhf.datasets import read_records, write_records
 from rlhf.distributed import start_accelerator
+from rlhf.fitting import fit_prompt
 from rlhf.folders import folders_given_back
 from rlhf.models import load_chat, load_policy, packer_for
 from rlhf.records import Prompt
@@ -290,9 +291,9 @@ def sample(config: SampleConfig) -> None:
         for name, path in config.reward_models.items()
     }
     fitted = [
-        Episode(record, tuple(ids))
+        Episode(record, prompt.ids)
         for record in read_records(ppo.prompts_held_out, Prompt)
-        if (ids := chat.fit_prompt(record.prompt, ppo.rollout.max_prompt_tokens)) is not None
+        if (prompt := fit_prompt(record, chat, ppo.rollout.max_prompt_tokens)) is not None
     ]
     episodes = [one for one in fitted[: config.num_prompts] for _ in range(config.num_samples)]
     sampling = torch.Generator().manual_seed(ppo.seed)

@@ -1,5 +1,6 @@
 """The door of every program: settings in, one line on stderr for what a user can mend."""
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
@@ -27,6 +28,7 @@ def run_stage(
     `error: ...` on stderr and exit code 2, an interrupt (Ctrl-C, SIGTERM) with 130; anything else
     is our mistake and keeps its traceback.
     """
+    escape_what_the_terminal_lacks()
     try:
         with interrupts.caught():
             function(load_config(config_class, args))
@@ -42,6 +44,16 @@ def run_stage(
     # Only here are the frames of the failed call gone, and with them a progress bar whose line the
     # message would continue.
     _stop(message, code)
+
+
+def escape_what_the_terminal_lacks() -> None:
+    """Makes printing a character that the terminal's encoding lacks write its code instead.
+
+    Rows of users hold any character; a terminal of cp1252 or ASCII is no fault of theirs.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _stop(message: str, code: int) -> NoReturn:

@@ -46,7 +46,7 @@ def read_records(
         try:
             if isinstance(row, RecordError):
                 raise row
-            records.append(record_class.from_row(row))
+            records.append(record_class.from_row(row, place))
         except RecordError as error:
             num_bad += 1
             if num_bad <= NUM_SHOWN_ERRORS:

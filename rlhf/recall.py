@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import GenerationSettings
 from rlhf.generation import Decoding, generate
-from rlhf.records import Prompt
+from rlhf.records import Prompt, show
 
 
 def fact_recall(
@@ -32,7 +32,8 @@ def fact_recall(
     for number, probe in enumerate(probes, start=1):
         if not all(isinstance(probe.meta.get(name), str) for name in ("text", "answer")):
             raise ValueError(
-                f"fact probe {number}: meta is {probe.meta}; give it the strings text and answer"
+                f"{probe.place or f'fact probe {number}'}: field 'meta': found {show(probe.meta)}; "
+                "a fact probe needs the strings text and answer in it"
             )
     continuations = _continue_greedily(model, tokenizer, probes, batch_size)
     recalled = [

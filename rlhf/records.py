@@ -6,8 +6,10 @@ allowed: a policy may well sample one.
 """
 
 import json
+import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, ClassVar, Protocol, Self, TypeGuard, TypeVar
@@ -23,6 +25,26 @@ MAX_WEIGHT = 1e6
 
 ROLES = ("system", "user", "assistant")
 
+LAYOUTS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("messages",), "messages"),
+    (("conversations",), "sharegpt"),
+    (("conversation",), "sharegpt"),
+    (("chosen", "rejected"), "preference"),
+    (("prompt", "completion"), "prompt_completion"),
+    (("instruction", "completions"), "ultrafeedback"),
+    (("instruction", "instances"), "self_instruct"),
+    (("instruction", "output"), "alpaca"),
+    (("instruction", "response"), "dolly"),
+    (("info", "summaries"), "tldr"),
+    (("prompt", "instruction_id_list"), "ifeval"),
+    (("turns", "question_id"), "mt_bench"),
+)
+"""Fields by which a public layout is known -> its name in `python -m data.convert --format`."""
+
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "problem", "input")
+RESPONSE_COLUMNS = ("response", "answer", "output", "completion", "solution", "target")
+"""Usual names of two columns that are a prompt and its response."""
+
 
 class RecordError(ValueError):
     """A field that cannot be used: which one, what was found and expected, how to mend it."""
@@ -35,6 +57,11 @@ class RecordError(ValueError):
         self.remedy = remedy
 
 
+def _place_field() -> Any:
+    """File and row that a record was read from, for messages; None: it was made in memory."""
+    return field(default=None, kw_only=True, compare=False, repr=False)
+
+
 @dataclass(frozen=True)
 class Demonstration:
     """A prompt and the response to imitate (SFT)."""
@@ -43,6 +70,7 @@ class Demonstration:
 
     prompt: PromptLike
     response: str
+    place: str | None = _place_field()
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
@@ -54,10 +82,10 @@ class Demonstration:
         return prompt_key(self.prompt)
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Self:
+    def from_row(cls, row: dict[str, Any], place: str | None = None) -> Self:
         """Make a record from one JSON object. Raises RecordError."""
-        _check_fields(row, required=("prompt", "response"))
-        return cls(prompt=row["prompt"], response=row["response"])
+        _check_row(row, required=("prompt", "response"))
+        return cls(prompt=row["prompt"], response=row["response"], place=place)
 
     def to_row(self) -> dict[str, Any]:
         """The JSON object that `from_row` reads back."""
@@ -82,10 +110,19 @@ class Ranking:
     probabilities: tuple[Preference, ...] = ()
     weight: float = 1.0
     """What this ranking counts in the loss, relative to others: trust in its labeler, say."""
+    place: str | None = _place_field()
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
         _check_responses(self.responses)
+        # NumPy and pandas write 1 as 1.0, or as a number of their own.
+        triples = tuple(_plain_triple(one) for one in self.probabilities)
+        for name, value in (
+            ("ranks", tuple(_plain_whole(rank) for rank in self.ranks)),
+            ("probabilities", triples),
+            ("weight", _plain(self.weight)),
+        ):
+            object.__setattr__(self, name, value)
         _check_ranks(self.ranks, len(self.responses))
         for name in ("source", "labeler"):
             if getattr(self, name) is not None:
@@ -99,12 +136,12 @@ class Ranking:
         return prompt_key(self.prompt)
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Self:
+    def from_row(cls, row: dict[str, Any], place: str | None = None) -> Self:
         """Make a record from one JSON object. Raises RecordError."""
         is_soft = isinstance(row, dict) and row.get("probabilities") is not None
         required = ("prompt", "responses") if is_soft else ("prompt", "responses", "ranks")
         optional = ("ranks", "probabilities", "weight", "source", "labeler")
-        _check_fields(row, required=required, optional=optional)
+        _check_row(row, required=required, optional=optional)
         responses = _to_tuple("responses", row["responses"])
         ranks = row.get("ranks")
         if is_soft and ranks is None:
@@ -122,6 +159,7 @@ class Ranking:
                 for number, one in enumerate(probabilities)
             ),
             weight=1.0 if weight is None else weight,
+            place=place,
         )
 
     def to_row(self) -> dict[str, Any]:
@@ -138,14 +176,26 @@ class Ranking:
         return {name: value for name, value in row.items() if value is not None}
 
     def preferences(self) -> list[Preference]:
-        """All compared pairs, p at least 1/2; of ranks p is 1, ties and unranked ones make none."""
-        if not self.probabilities:
-            return preferences_of(self.ranks)
-        return [(i, j, p) if p >= 0.5 else (j, i, 1 - p) for i, j, p in self.probabilities]
+        """All compared pairs, p at least 1/2; of ranks p is 1, ties and unranked ones make none.
+
+        Pairs of equal responses are left out: no score can prefer one of the two.
+        """
+        texts = self.responses
+        return [(i, j, p) for i, j, p in self._judgements() if texts[i] != texts[j]]
+
+    def equal_pairs(self) -> list[tuple[int, int]]:
+        """The compared pairs that `preferences` leaves out."""
+        texts = self.responses
+        return [(i, j) for i, j, _ in self._judgements() if texts[i] == texts[j]]
 
     def pairs(self) -> list[tuple[int, int]]:
         """All (better, worse) pairs of indices into `responses`; without those of p = 1/2."""
         return [(i, j) for i, j, p in self.preferences() if p > 0.5]
+
+    def _judgements(self) -> list[Preference]:
+        if not self.probabilities:
+            return preferences_of(self.ranks)
+        return [(i, j, p) if p >= 0.5 else (j, i, 1 - p) for i, j, p in self.probabilities]
 
     def restricted_to(self, kept: Sequence[int]) -> Self:
         """The ranking of these responses alone, in this order."""
@@ -170,6 +220,7 @@ class Prompt:
 
     prompt: PromptLike
     meta: dict[str, Any] = field(default_factory=dict)
+    place: str | None = _place_field()
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
@@ -181,11 +232,11 @@ class Prompt:
         return prompt_key(self.prompt)
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Self:
+    def from_row(cls, row: dict[str, Any], place: str | None = None) -> Self:
         """Make a record from one JSON object. Raises RecordError."""
-        _check_fields(row, required=("prompt",), optional=("meta",))
+        _check_row(row, required=("prompt",), optional=("meta",))
         meta = row.get("meta")
-        return cls(prompt=row["prompt"], meta={} if meta is None else meta)
+        return cls(prompt=row["prompt"], meta={} if meta is None else meta, place=place)
 
     def to_row(self) -> dict[str, Any]:
         """The JSON object that `from_row` reads back."""
@@ -199,6 +250,7 @@ class Text:
     kind: ClassVar[str] = "text"
 
     text: str
+    place: str | None = _place_field()
 
     def __post_init__(self) -> None:
         _check_text("text", self.text)
@@ -216,10 +268,10 @@ class Text:
         return self.text
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Self:
+    def from_row(cls, row: dict[str, Any], place: str | None = None) -> Self:
         """Make a record from one JSON object. Raises RecordError."""
-        _check_fields(row, required=("text",))
-        return cls(text=row["text"])
+        _check_row(row, required=("text",))
+        return cls(text=row["text"], place=place)
 
     def to_row(self) -> dict[str, Any]:
         """The JSON object that `from_row` reads back."""
@@ -235,10 +287,13 @@ class _AnyRecord(Protocol):
     kind: ClassVar[str]
 
     @property
+    def place(self) -> str | None: ...
+
+    @property
     def key(self) -> str: ...
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Self: ...
+    def from_row(cls, row: dict[str, Any], place: str | None = None) -> Self: ...
 
     def to_row(self) -> dict[str, Any]: ...
 
@@ -264,10 +319,51 @@ def prompt_key(prompt: PromptLike) -> str:
     return json.dumps(turns, ensure_ascii=False)
 
 
+def with_equal_responses(ranking: Ranking, ids: Sequence[Sequence[int]]) -> Ranking:
+    """The ranking with one text for all responses that a tokenizer gives the same ids."""
+    text_of: dict[tuple[int, ...], str] = {}
+    texts = [
+        text_of.setdefault(tuple(one), text)
+        for one, text in zip(ids, ranking.responses, strict=True)
+    ]
+    return replace(ranking, responses=tuple(texts))
+
+
 def preferences_of(ranks: Sequence[float | None]) -> list[Preference]:
     """(better, worse, 1.0) for every two ranks, smaller is better; ties and None make no pair."""
     ranked = [(i, rank) for i, rank in enumerate(ranks) if rank is not None]
     return [(i, j, 1.0) for i, left in ranked for j, right in ranked if left < right]
+
+
+@contextmanager
+def naming_row(record: _AnyRecord) -> Iterator[None]:
+    """Puts file and row of a record in front of a ValueError that using it raises."""
+    try:
+        yield
+    except ValueError as error:
+        if record.place is None:
+            raise
+        raise ValueError(f"{record.place}: {error}") from error
+
+
+def name_rows(records: Sequence[_AnyRecord], most: int = 3) -> str:
+    """` (FILE, row 3; FILE, row 8)` and so on, for a message; "" for records made in memory."""
+    places = [record.place for record in records if record.place is not None]
+    more = f" and {len(places) - most} more" if len(places) > most else ""
+    return f" ({'; '.join(places[:most])}{more})" if places else ""
+
+
+def find_layout(row: object) -> str | None:
+    """Name of the public layout that a row has the fields of; None: of none that is known."""
+    if isinstance(row, str):
+        return "strings"
+    if not isinstance(row, dict):
+        return None
+    if "####" in str(row.get("answer")) and "question" in row:
+        return "gsm8k"
+    if isinstance(row.get("chosen"), str) and "rejected" in row and "prompt" not in row:
+        return "hh"
+    return next((layout for names, layout in LAYOUTS if all(n in row for n in names)), None)
 
 
 def show(value: object) -> str:
@@ -278,6 +374,34 @@ def show(value: object) -> str:
         return short.repr(value)
     except ValueError:  # an int of more digits than Python prints
         return f"a very long {type(value).__name__}"
+
+
+def _check_row(row: object, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    """As _check_fields; where the row is of a public layout, the remedy names its converter."""
+    try:
+        _check_fields(row, required=required, optional=optional)
+    except RecordError as error:
+        remedy = _conversion(row)
+        if remedy is None:
+            raise
+        raise RecordError(
+            error.field, found=error.found, expected=error.expected, remedy=remedy
+        ) from None
+
+
+def _conversion(row: object) -> str | None:
+    """How to convert a row of a layout of others; None for a row of ours with a fault."""
+    command = "convert the file with `python -m data.convert --format"
+    layout = find_layout(row)
+    if layout is not None:
+        return f"{command} {layout}`"
+    if not isinstance(row, dict):
+        return None
+    prompt = next((name for name in PROMPT_COLUMNS if isinstance(row.get(name), str)), None)
+    response = next((name for name in RESPONSE_COLUMNS if isinstance(row.get(name), str)), None)
+    if prompt is None or response is None or (prompt, response) == ("prompt", "response"):
+        return None
+    return f"{command} columns --prompt_column {prompt} --response_column {response}`"
 
 
 def _check_fields(
@@ -421,16 +545,40 @@ def _check_responses(responses: tuple[Any, ...]) -> None:
         )
 
 
+def _plain(value: Any) -> Any:
+    """A number of Python's for one of NumPy's or torch's; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _plain_whole(value: Any) -> Any:
+    """1 for 1.0, as pandas writes whole numbers of a column with gaps; also for NumPy's."""
+    value = _plain(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _plain_triple(value: Any) -> Any:
+    if not isinstance(value, tuple) or len(value) != 3:
+        return value
+    i, j, p = value
+    return _plain_whole(i), _plain_whole(j), _plain(p)
+
+
 def _check_ranks(ranks: tuple[Any, ...], num_responses: int) -> None:
     for i, rank in enumerate(ranks):
         is_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-        if rank is not None and not is_rank:
-            raise RecordError(
-                f"ranks[{i}]",
-                found=show(rank),
-                expected="a whole number from 1 (best), or null (unranked)",
-                remedy="number the ranks from 1",
-            )
+        if rank is None or is_rank:
+            continue
+        remedy = "number the ranks from 1"
+        if isinstance(rank, float) and math.isnan(rank):
+            remedy = "write null for NaN, in Python None, where a response is unranked"
+        elif isinstance(rank, float):
+            remedy = "give tied responses the same whole rank (pandas: rank(method='min'))"
+        raise RecordError(
+            f"ranks[{i}]",
+            found=show(rank),
+            expected="a whole number from 1 (best), or null (unranked)",
+            remedy=remedy,
+        )
     if len(ranks) != num_responses:
         raise RecordError(
             "ranks",

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from rlhf.chat import Chat
 from rlhf.cli import USER_ERROR, run_stage
 from rlhf.models import save_policy
+from stages.evaluate.config import Config as EvaluateConfig
+from stages.evaluate.evaluate import evaluate
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.train import train as train_ppo
 from stages.rm.config import Config as RMConfig
@@ -306,3 +308,62 @@ def test_a_value_model_that_cannot_read_the_policys_tokens(folder, tmp_path, rew
     message = rewarded(reward, value_model=tmp_path / "rm")
     assert "has another vocabulary than the policy" in message
     assert "null for a new head on the policy's body" in message
+
+
+REFUSES_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turn') }}"
+    "{% endif %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "rm_bias", "ppo", "ppo_held_out", "evaluate"])
+def test_a_prompt_that_the_template_refuses_is_named(folder, tmp_path, capsys, stage):
+    """Row 3 of each file has a system turn, the others have none."""
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    (model / "chat_template.jinja").write_text(REFUSES_SYSTEM)
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    kinds = {
+        "demonstrations": DEMONSTRATION,
+        "rankings": RANKING,
+        "prompts": {"prompt": "q"},
+    }
+    bad = {
+        name: write(
+            tmp_path / f"{name}.jsonl",
+            [row | {"prompt": asked if i == 2 else f"q{i}"} for i in range(9)],
+        )
+        for name, row in kinds.items()
+    }
+    programs = {
+        "sft": sft(folder, tmp_path, model__path=model, demonstrations=bad["demonstrations"]),
+        "rm": rm(folder, tmp_path, bad["rankings"], model__path=model),
+        "rm_bias": rm(
+            folder,
+            tmp_path,
+            folder / "rankings.jsonl",
+            model__path=model,
+            demonstrations=bad["demonstrations"],
+        ),
+        "ppo": ppo(folder, tmp_path, policy__path=model, prompts=bad["prompts"]),
+        "ppo_held_out": ppo(folder, tmp_path, policy__path=model, prompts_held_out=bad["prompts"]),
+        "evaluate": (
+            evaluate,
+            EvaluateConfig,
+            {
+                "policies.a": model,
+                "prompts": bad["prompts"],
+                "max_prompt_tokens": 40,
+                "output_dir": tmp_path / "evaluate",
+            },
+        ),
+    }
+    message = refusal(*programs[stage], capsys)
+    assert re.match(r"error: .*\.jsonl, row 3: the chat template refuses a prompt with", message)
+
+
+def test_rankings_of_equal_responses_alone(folder, tmp_path, capsys):
+    rows = [{**RANKING, "prompt": f"q{i}", "responses": ["a", "a"]} for i in range(20)]
+    rankings = write(tmp_path / "equal.jsonl", rows)
+    message = refusal(*rm(folder, tmp_path, rankings), capsys)
+    assert "orders two responses: all are tied, unranked, even, equal to each other" in message

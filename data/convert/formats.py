@@ -12,9 +12,20 @@ from functools import partial
 from itertools import groupby
 from math import isfinite
 from statistics import fmean
+from types import UnionType
 from typing import Any
 
-from rlhf.records import Demonstration, Messages, Prompt, PromptLike, Ranking, Record, Text, show
+from rlhf.records import (
+    ROLES,
+    Demonstration,
+    Messages,
+    Prompt,
+    PromptLike,
+    Ranking,
+    Record,
+    Text,
+    show,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,18 @@ Converter = Callable[[Any], Iterator[Record | Dropped | Changed]]
 Comparison = tuple[PromptLike, tuple[str, ...], tuple[int | None, ...]]
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant", "prompter": "user"}
+_ROLES = {
+    "Human": "user",
+    "Assistant": "assistant",
+    "prompter": "user",
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "developer": "system",
+}
+"""Names of the speakers in public layouts -> ours; a name of ours stays."""
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _END_OF_TEXT = "<|endoftext|>"
 
@@ -276,6 +298,119 @@ def p3_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
     yield from _prompt(_text(row, "prompt"), answer=completion)
 
 
+# Chat data: {"messages": [{"role", "content"}, ...]}, or ShareGPT's
+# {"conversations": [{"from": "human", "value"}, ...], "system"?}; the last turn is the response
+
+
+def messages_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _answered(_read_turns(_take(row, "messages", list)))
+
+
+def messages_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _asked(_read_turns(_take(row, "messages", list)))
+
+
+def sharegpt_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _answered(_sharegpt_turns(row))
+
+
+def sharegpt_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    yield from _asked(_sharegpt_turns(row))
+
+
+def _sharegpt_turns(row: Any) -> Messages | Dropped:
+    name = "conversation" if isinstance(row, dict) and "conversation" in row else "conversations"
+    turns = _read_turns(_take(row, name, list))
+    system = row.get("system")
+    if isinstance(turns, Dropped) or not isinstance(system, str) or not system.strip():
+        return turns
+    return [{"role": "system", "content": system.strip()}, *turns]
+
+
+# Preference data: {"prompt", "chosen", "rejected"}, each a text or a list of messages; without
+# `prompt`, both lists begin with it, and so they may with it
+
+
+def preference_rankings(row: Any) -> Iterator[Record | Dropped | Changed]:
+    better, worse = _preferred(row, "chosen"), _preferred(row, "rejected")
+    if isinstance(better, Dropped) or isinstance(worse, Dropped):
+        yield next(one for one in (better, worse) if isinstance(one, Dropped))
+        return
+    (prompt, chosen), (rejected_prompt, rejected) = better, worse
+    if prompt != rejected_prompt:
+        yield Dropped("chosen and rejected have different prompts")
+    elif chosen == rejected:
+        yield Dropped("chosen and rejected are equal")
+    else:
+        yield from _ranking(prompt, [chosen, rejected], (1, 2), source=None)
+
+
+def preference_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
+    better = _preferred(row, "chosen")
+    if isinstance(better, Dropped):
+        yield better
+    else:
+        yield from _demonstration(*better)
+
+
+def preference_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    better = _preferred(row, "chosen")
+    if isinstance(better, Dropped):
+        yield better
+    else:
+        yield from _prompt(better[0])
+
+
+def _preferred(row: Any, name: str) -> tuple[Messages, str] | Dropped:
+    """Prompt and response of `chosen` or of `rejected`."""
+    answer = _take(row, name, str | list)
+    if "prompt" not in row:
+        if isinstance(answer, str):
+            raise LayoutError(
+                f"no field 'prompt', and {name} is a text; format hh reads transcripts"
+            )
+        return _split_answer(_read_turns(answer))
+    return _joined(_take(row, "prompt", str | list), answer)
+
+
+# {"prompt", "completion", "label"?}, each of the first two a text or a list of messages
+
+
+def prompt_completion_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
+    pair = _joined(_take(row, "prompt", str | list), _take(row, "completion", str | list))
+    if row.get("label") is False:
+        yield Dropped("label is false: the completion was not liked")
+    elif isinstance(pair, Dropped):
+        yield pair
+    else:
+        yield from _demonstration(*pair)
+
+
+def prompt_completion_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
+    prompt = _read_prompt(_take(row, "prompt", str | list))
+    if isinstance(prompt, Dropped):
+        yield prompt
+    else:
+        yield from _prompt(prompt)
+
+
+# Two columns of text whose names the user gives
+
+
+def columns_demonstrations(
+    row: Any, *, prompt_column: str = "prompt", response_column: str = "response"
+) -> Iterator[Record | Dropped | Changed]:
+    yield from _demonstration(_text(row, prompt_column), _text(row, response_column))
+
+
+def columns_prompts(
+    row: Any, *, prompt_column: str = "prompt", response_column: str = "response"
+) -> Iterator[Record | Dropped | Changed]:
+    """The response goes along as the answer that a reward may look for."""
+    answer = row.get(response_column) if isinstance(row, dict) else None
+    yield from _prompt(_text(row, prompt_column), **({"answer": answer} if answer else {}))
+
+
 # K-wise rankings:
 # {"prompt", "responses": [{"text", "rank": 1 best, "score", "model"}, ...], "source", "judge"}
 
@@ -367,6 +502,18 @@ CONVERTERS: dict[str, dict[str, Converter]] = {
     },
     "gsm8k": {"demonstration": gsm8k_demonstrations, "prompt": gsm8k_prompts},
     "p3": {"demonstration": p3_demonstrations, "prompt": p3_prompts},
+    "messages": {"demonstration": messages_demonstrations, "prompt": messages_prompts},
+    "sharegpt": {"demonstration": sharegpt_demonstrations, "prompt": sharegpt_prompts},
+    "preference": {
+        "ranking": preference_rankings,
+        "demonstration": preference_demonstrations,
+        "prompt": preference_prompts,
+    },
+    "prompt_completion": {
+        "demonstration": prompt_completion_demonstrations,
+        "prompt": prompt_completion_prompts,
+    },
+    "columns": {"demonstration": columns_demonstrations, "prompt": columns_prompts},
     "strings": {"prompt": string_prompts},
     "ifeval": {"prompt": ifeval_prompts},
     "mt_bench": {"prompt": mt_bench_prompts},
@@ -380,6 +527,87 @@ def _split_transcript(text: str) -> tuple[Messages, str]:
     if not turns or turns[-1]["role"] != "assistant":
         raise LayoutError("the transcript does not end with an `Assistant:` turn")
     return turns[:-1], turns[-1]["content"]
+
+
+def _read_turns(turns: list[Any]) -> Messages | Dropped:
+    """Turns with role and content, or from and value, under our names; or why they are none."""
+    messages: Messages = []
+    for turn in turns:
+        name = _text(turn, "role" if isinstance(turn, dict) and "role" in turn else "from")
+        name = _ROLES.get(name, name)
+        text = _read_content(turn.get("content", turn.get("value")))
+        if name not in ROLES:
+            return Dropped(f"a turn of the role {show(name)}")
+        if text is None:
+            return Dropped("a turn that is no text")
+        if name == "system" and messages:
+            return Dropped("a system turn that is not the first")
+        if text.strip() or name != "system":
+            messages.append({"role": name, "content": text.strip()})
+    return messages
+
+
+def _read_content(content: object) -> str | None:
+    """The text of a turn, also of one written as a list of parts; None: it holds no text alone."""
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        texts = [part for part in parts if isinstance(part, str)]
+        return "".join(texts) if len(texts) == len(parts) else None
+    return content if isinstance(content, str) else None
+
+
+def _read_prompt(prompt: str | list[Any]) -> Messages | Dropped:
+    if isinstance(prompt, list):
+        return _read_turns(prompt)
+    if not prompt.lstrip().startswith("Human:"):
+        return [{"role": "user", "content": prompt.strip()}]
+    turns = parse_transcript(prompt)
+    is_open = turns[-1] == {"role": "assistant", "content": ""}  # where the response goes on
+    return turns[:-1] if is_open else turns
+
+
+def _split_answer(turns: Messages | Dropped) -> tuple[Messages, str] | Dropped:
+    """A conversation as its prompt and the assistant's last turn."""
+    if isinstance(turns, Dropped):
+        return turns
+    if not turns or turns[-1]["role"] != "assistant":
+        return Dropped("the conversation does not end with an assistant turn")
+    return turns[:-1], turns[-1]["content"]
+
+
+def _joined(prompt: str | list[Any], answer: str | list[Any]) -> tuple[Messages, str] | Dropped:
+    """Prompt and response, where the answer is a text, new turns, or the whole conversation."""
+    before = _read_prompt(prompt)
+    if isinstance(before, Dropped):
+        return before
+    if isinstance(answer, str):
+        return before, answer.strip()
+    after = _read_turns(answer)
+    if isinstance(after, Dropped):
+        return after
+    if after and after[0]["role"] != "assistant":
+        system = [turn for turn in before if turn["role"] == "system"]
+        is_whole = after[0]["role"] == "system"
+        return _split_answer(after if is_whole else [*system, *after])
+    return _split_answer([*before, *after])
+
+
+def _answered(turns: Messages | Dropped) -> Iterator[Record | Dropped | Changed]:
+    pair = _split_answer(turns)
+    if isinstance(pair, Dropped):
+        yield pair
+    else:
+        yield from _demonstration(*pair)
+
+
+def _asked(turns: Messages | Dropped) -> Iterator[Record | Dropped | Changed]:
+    """The conversation up to its last user turn."""
+    if isinstance(turns, Dropped):
+        yield turns
+        return
+    while turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    yield from _prompt(turns)
 
 
 def _ranking(
@@ -430,14 +658,15 @@ def _tidied(
         yield make(prompt.strip()) if prompt.strip() else NO_PROMPT
         return
     turns = _join_neighbours(prompt)
-    if turns and turns[0]["role"] == "assistant":
-        turns = turns[1:]
+    first = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), 0)
+    if turns and turns[first]["role"] == "assistant":
+        turns = [*turns[:first], *turns[first + 1 :]]
         yield Changed("an assistant turn before the first user turn was cut off")
     if not turns or not all(turn["content"] for turn in turns if turn["role"] == "user"):
         yield NO_PROMPT
     elif turns[-1]["role"] != "user":
         yield Dropped("the prompt does not end with a user turn")
-    elif len(turns) == 1:
+    elif len(turns) == 1 and turns[0]["role"] == "user":
         yield make(turns[0]["content"])
     else:
         yield make(turns)
@@ -464,12 +693,13 @@ def _text(row: Any, name: str) -> str:
     return value
 
 
-def _take(row: Any, name: str, kind: type) -> Any:
+def _take(row: Any, name: str, kind: type | UnionType) -> Any:
     if not isinstance(row, dict) or name not in row:
         found = ", ".join(row) if isinstance(row, dict) else show(row)
         raise LayoutError(f"no field {name!r} (found: {found})")
     if not isinstance(row[name], kind):
-        raise LayoutError(f"field {name!r}: expected {kind.__name__}, found {show(row[name])}")
+        expected = kind.__name__ if isinstance(kind, type) else str(kind).replace(" | ", " or ")
+        raise LayoutError(f"field {name!r}: expected {expected}, found {show(row[name])}")
     return row[name]
 
 

@@ -3,11 +3,20 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from data.convert.formats import CONVERTERS, Changed, Converter, Dropped, LayoutError
+from data.convert.formats import (
+    CONVERTERS,
+    Changed,
+    Converter,
+    Dropped,
+    LayoutError,
+    columns_demonstrations,
+    columns_prompts,
+)
 from data.convert.readers import read_source, read_texts
 from rlhf.datasets import FILE_ENDINGS, NoRecordsError, write_records
 from rlhf.records import Record, RecordError
@@ -28,6 +37,11 @@ class ConvertConfig:
         "self_instruct",
         "gsm8k",
         "p3",
+        "messages",
+        "sharegpt",
+        "preference",
+        "prompt_completion",
+        "columns",
         "strings",
         "ifeval",
         "mt_bench",
@@ -46,6 +60,10 @@ class ConvertConfig:
     """Kind of record to make. None means the first that the layout offers."""
     limit: int | None = None
     """Read so many rows (for text: documents). None means all."""
+    prompt_column: str = "prompt"
+    """Format columns only: the field that holds the prompt."""
+    response_column: str = "response"
+    """Format columns only: the field that holds the response."""
     max_characters: int = 2000
     """Format text only: longest document, in characters; cut between paragraphs where it can be."""
 
@@ -61,6 +79,13 @@ class ConvertConfig:
             raise ValueError(f"input and output are both {self.input!r}; give another output")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; give 1 or more, or leave it out")
+        for name in ("prompt_column", "response_column"):
+            default = type(self).__dataclass_fields__[name].default
+            if self.format != "columns" and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} and format is {self.format}; only format "
+                    "columns reads it"
+                )
         if self.max_characters < 1:
             raise ValueError(f"max_characters is {self.max_characters}; give 1 or more")
 
@@ -99,7 +124,7 @@ def convert(config: ConvertConfig) -> Counts:
     else:
         rows = read_source(config.input)
     counts = Counts()
-    records = convert_rows(islice(rows, config.limit), CONVERTERS[config.format][kind], counts)
+    records = convert_rows(islice(rows, config.limit), _converter(config, kind), counts)
     try:
         write_records(config.output, records)
     except LayoutError as error:
@@ -125,6 +150,16 @@ def _refuse_to_replace(config: ConvertConfig) -> None:
         raise ValueError(
             f"output {output} is there already; give another output, or --overwrite to replace it"
         )
+
+
+def _converter(config: ConvertConfig, kind: str) -> Converter:
+    if config.format != "columns":
+        return CONVERTERS[config.format][kind]
+    return partial(
+        columns_demonstrations if kind == "demonstration" else columns_prompts,
+        prompt_column=config.prompt_column,
+        response_column=config.response_column,
+    )
 
 
 def convert_rows(

@@ -191,7 +191,9 @@ def _exchange(world: World, generator: random.Random) -> list[str]:
             is_answered=generator.random() < 0.94,
             is_brief=generator.random() < 0.9,
         )
-        lines.append(f"{_asked(instruction)} {write_response(instruction.task, quality, generator)}")
+        lines.append(
+            f"{_asked(instruction)} {write_response(instruction.task, quality, generator)}"
+        )
     return ["\n".join([*lines, ""])]
 
 

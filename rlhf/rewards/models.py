@@ -13,11 +13,12 @@ from torch import Tensor
 
 from rlhf.chat import Chat
 from rlhf.config import LoraSettings, ModelSettings
+from rlhf.fitting import fit_prompt
 from rlhf.inference import compute_scores
 from rlhf.lora import find_adapter
 from rlhf.models import ALL_WEIGHTS, ScalarModel, load_chat, load_scalar, packer_for
 from rlhf.packing import Packer, PromptTree
-from rlhf.records import Demonstration, Prompt, PromptLike, show
+from rlhf.records import Demonstration, Prompt, PromptLike, naming_row, show
 from rlhf.rewards.rendering import check_rendering
 from rlhf.rewards.scores import Scored
 from rlhf.roles import SharedBases
@@ -204,15 +205,17 @@ class TextRewardModel:
     def _prompt_ids(self, i: int, prompt: Prompt, num_response_tokens: int) -> list[int]:
         chat, context = self.reward_model.chat, self.reward_model.context
         if context is None:
-            return chat.prompt_ids(prompt.prompt)
-        ids = chat.fit_prompt(prompt.prompt, context - num_response_tokens)
-        if ids is None:
+            with naming_row(prompt):
+                return chat.prompt_ids(prompt.prompt)
+        fitted = fit_prompt(prompt, chat, context - num_response_tokens)
+        if fitted is None:
+            place = prompt.place or f"row {i}"
             raise ValueError(
-                f"the prompt of row {i} is too long for the reward model, even its last turn "
+                f"the prompt of {place} is too long for the reward model, even its last turn "
                 f"alone: the model reads {context} tokens, and the response takes "
                 f"{num_response_tokens} of them; give shorter prompts or lower max_new_tokens"
             )
-        return ids
+        return list(fitted.ids)
 
 
 def load_reward_model(

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from rlhf.chat import Chat
 from rlhf.distributed import own_share
+from rlhf.fitting import fit_prompt
 from rlhf.generation import Decoding, generate
-from rlhf.records import Prompt, PromptLike
+from rlhf.records import Prompt, PromptLike, name_rows
 from stages.collect.config import Config
 
 
@@ -44,19 +45,20 @@ def make_questions(prompts: Sequence[Prompt], chat: Chat, config: Config) -> lis
         ValueError: a larger share than max_dropped does not fit.
     """
     generator = random.Random(f"{config.seed}/num_samples")
-    questions = []
+    questions, dropped = [], []
     for record in prompts:
         num_samples = generator.randint(config.num_responses_min, config.num_responses_max)
-        ids = chat.fit_prompt(record.prompt, config.max_prompt_tokens)
-        if ids is not None:
-            question = Question(prompt=record.prompt, ids=ids, num_samples=num_samples)
+        prompt = fit_prompt(record, chat, config.max_prompt_tokens)
+        if prompt is None:
+            dropped.append(record)
+        else:
+            question = Question(prompt=record.prompt, ids=list(prompt.ids), num_samples=num_samples)
             questions.append(question)
-    num_dropped = len(prompts) - len(questions)
-    if num_dropped / len(prompts) > config.max_dropped or not questions:
+    if len(dropped) / len(prompts) > config.max_dropped or not questions:
         raise ValueError(
-            f"{num_dropped} of {len(prompts)} prompts are over max_prompt_tokens "
-            f"{config.max_prompt_tokens}; raise it, or max_dropped {config.max_dropped} to go on "
-            "without them"
+            f"{len(dropped)} of {len(prompts)} prompts are over max_prompt_tokens "
+            f"{config.max_prompt_tokens}{name_rows(dropped)}; raise it, or max_dropped "
+            f"{config.max_dropped} to go on without them"
         )
     return questions
 

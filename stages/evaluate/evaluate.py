@@ -16,11 +16,12 @@ from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.datasets import read_records
 from rlhf.distributed import start_accelerator
+from rlhf.fitting import fit_prompt
 from rlhf.folders import folders_given_back
 from rlhf.models import check_vocabulary, load_chat, load_policy, packer_for
 from rlhf.packing import Packer, PromptTree, text_tree
 from rlhf.recall import fact_recall
-from rlhf.records import Prompt, Text
+from rlhf.records import Prompt, Text, name_rows, naming_row
 from rlhf.rewards import FunctionReward, Reward, load_function, load_judge, same_rendering
 from rlhf.runs import RESULTS, open_run
 from stages.evaluate.config import GOLD, REWARD_MODEL, Config
@@ -171,21 +172,18 @@ def _prepare(config: Config, device: torch.device) -> Exam:
     """What can be wrong with the prompts, texts and judges is found here, before a sample."""
     chat = _common_chat(config)
     drawn = _draw_prompts(config)
-    fitted = [chat.fit_prompt(one.prompt, config.max_prompt_tokens) for one in drawn]
-    kept = [i for i, ids in enumerate(fitted) if ids is not None]
-    prompt_ids = [tuple(ids) for ids in fitted if ids is not None]
-    questions = [drawn[i] for i in kept]
-    num_cut = sum(
-        len(ids) < len(chat.prompt_ids(question.prompt))
-        for question, ids in zip(questions, prompt_ids, strict=True)
-    )
-    num_dropped = len(drawn) - len(kept)
-    _check_prompts(config, num_cut, num_dropped, len(drawn))
+    fitted = [(one, fit_prompt(one, chat, config.max_prompt_tokens)) for one in drawn]
+    kept = [(one, prompt) for one, prompt in fitted if prompt is not None]
+    questions = [one for one, _ in kept]
+    prompt_ids = [prompt.ids for _, prompt in kept]
+    num_cut = sum(prompt.is_cut for _, prompt in kept)
+    dropped = [one for one, prompt in fitted if prompt is None]
+    _check_prompts(config, num_cut, dropped, len(drawn))
     texts: list[PromptTree] = []
     probes: list[Prompt] = []
     if config.held_out_text is not None:
         records = read_records(config.held_out_text, Text, limit=config.num_texts)
-        ids = [chat.text_ids(record.text)[: config.max_text_tokens] for record in records]
+        ids = [_text_ids(record, chat)[: config.max_text_tokens] for record in records]
         texts = [text_tree(document) for document in ids if len(document) > 1]
     if config.fact_probe is not None:
         probes = read_records(config.fact_probe, Prompt)
@@ -196,13 +194,18 @@ def _prepare(config: Config, device: torch.device) -> Exam:
         questions,
         prompt_ids,
         num_cut,
-        num_dropped,
+        len(dropped),
         texts,
         probes,
         judges=_load_judges(config, gold, chat, device),
         grader=grader,
         kinds=None if grader is None else grader.kinds(questions),
     )
+
+
+def _text_ids(record: Text, chat: Chat) -> list[int]:
+    with naming_row(record):
+        return chat.text_ids(record.text)
 
 
 def _common_chat(config: Config) -> Chat:
@@ -232,17 +235,18 @@ def _draw_prompts(config: Config) -> list[Prompt]:
     return [records[i] for i in sorted(drawn)]
 
 
-def _check_prompts(config: Config, num_cut: int, num_dropped: int, num_drawn: int) -> None:
+def _check_prompts(config: Config, num_cut: int, dropped: Sequence[Prompt], num_drawn: int) -> None:
     """Tells what did not fit, and raises ValueError when too little did."""
     limit = f"max_prompt_tokens {config.max_prompt_tokens}"
-    if num_cut or num_dropped:
+    num_left = num_drawn - len(dropped)
+    if num_cut or dropped:
         print(
-            f"evaluate: of {num_drawn} prompts, {num_cut} lost early turns and {num_dropped} were "
-            f"dropped to fit {limit}"
+            f"evaluate: of {num_drawn} prompts, {num_cut} lost early turns and {len(dropped)} were "
+            f"dropped{name_rows(dropped)} to fit {limit}"
         )
-    if num_drawn - num_dropped < 2:
+    if num_left < 2:
         raise ValueError(
-            f"{config.prompts}: {num_drawn - num_dropped} of {num_drawn} prompts fit {limit}, and "
+            f"{config.prompts}: {num_left} of {num_drawn} prompts fit {limit}, and "
             "an evaluation needs 2; raise it or give more prompts"
         )
 

@@ -25,6 +25,7 @@ from rlhf.distributed import (
     sum_over_processes,
 )
 from rlhf.finite import NonFiniteError, first_nonfinite, found_by_any, told_by_all
+from rlhf.fitting import fit_prompt
 from rlhf.folders import MODEL_FILES, folders_given_back
 from rlhf.generation import FastestEngine, make_engine
 from rlhf.kl import adapt_kl_coef, k1
@@ -42,7 +43,7 @@ from rlhf.models import (
 from rlhf.optim import MovingAverage, make_optimizer, make_schedule
 from rlhf.order import ShuffledBatches
 from rlhf.packing import PromptTree, response_batch, text_tree
-from rlhf.records import Prompt, Text
+from rlhf.records import Prompt, Text, name_rows
 from rlhf.resume import Checkpoints
 from rlhf.rewards import (
     Reward,
@@ -291,23 +292,25 @@ def _load_episodes(
     """
     max_prompt_tokens = config.rollout.max_prompt_tokens
     episodes = []
+    dropped = []
     num_cut = 0
     records = read_records(path, Prompt)
     for record in records:
-        ids = chat.fit_prompt(record.prompt, max_prompt_tokens)
-        if ids is not None:
-            num_cut += len(ids) < len(chat.prompt_ids(record.prompt))
-            episodes.append(Episode(record, tuple(ids)))
-    num_dropped = len(records) - len(episodes)
+        prompt = fit_prompt(record, chat, max_prompt_tokens)
+        if prompt is None:
+            dropped.append(record)
+        else:
+            num_cut += prompt.is_cut
+            episodes.append(Episode(record, prompt.ids))
     if not episodes:
         raise ValueError(
             f"{path}: none of {len(records)} prompts fits in rollout.max_prompt_tokens "
             f"{max_prompt_tokens}; raise it, or give shorter prompts"
         )
-    if num_cut or num_dropped:
+    if num_cut or dropped:
         accelerator.print(
             f"ppo: of {len(records)} prompts in {path}, {num_cut} lost early turns and "
-            f"{num_dropped} were dropped to fit {max_prompt_tokens} tokens"
+            f"{len(dropped)} were dropped{name_rows(dropped)} to fit {max_prompt_tokens} tokens"
         )
     return episodes
 
@@ -332,6 +335,11 @@ def shuffled_text(
     blocks = text_blocks([t.text for t in read_records(config.ptx.text, Text)], chat, config)
     num_processes = accelerator.num_processes
     num_blocks = math.ceil(config.text_blocks_per_step / num_processes) * num_processes
+    if num_blocks > len(blocks):
+        accelerator.print(
+            f"ppo: the text has {len(blocks)} blocks, and an optimizer step takes {num_blocks}: "
+            f"each {num_blocks / len(blocks):.1f} times"
+        )
     return ShuffledBatches(blocks, num_blocks, config.seed + 1)
 
 
@@ -571,3 +579,8 @@ def _announce(config: Config, accelerator: Accelerator, num_prompts: int) -> Non
         f"episodes each, {config.num_updates} updates: {config.num_steps} steps, {episodes} "
         f"episodes, {episodes / num_prompts:.1f} passes over the prompts"
     )
+    if config.rollout.batch_size > num_prompts:
+        accelerator.print(
+            f"ppo: {num_prompts} prompts fill a rollout.batch_size of {config.rollout.batch_size}: "
+            f"each is answered {config.rollout.batch_size / num_prompts:.1f} times an update"
+        )

@@ -129,6 +129,11 @@ def _train(
         ValueError: the processes cannot share a batch equally.
     """
     batch_size = min(config.batch_size, len(blocks))
+    if batch_size < config.batch_size:
+        accelerator.print(
+            f"pretrain: batch_size is {config.batch_size}, and the text has {len(blocks)} rows of "
+            f"block_length {config.block_length}: a step takes all of them"
+        )
     if batch_size % accelerator.num_processes:
         raise ValueError(
             f"batches of {batch_size} rows cannot be shared equally by "

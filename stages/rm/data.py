@@ -2,13 +2,21 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rlhf.chat import Chat
 from rlhf.datasets import read_records, split_by_prompt
+from rlhf.fitting import fit_prompt
 from rlhf.packing import PromptTree
-from rlhf.records import Demonstration, Ranking, prompt_key
+from rlhf.records import (
+    Demonstration,
+    Ranking,
+    name_rows,
+    naming_row,
+    prompt_key,
+    with_equal_responses,
+)
 from stages.rm.config import Config
 
 
@@ -40,9 +48,13 @@ class Counts:
     """Responses left out of their ranking."""
     rankings_with_long_responses: int = 0
     """Rankings that these were left out of."""
+    equal_pairs: int = 0
+    """Pairs left out because their two responses are the same."""
+    long_rows: list[Ranking] = field(default_factory=list)
+    """Rankings that lost something to the length limits, to name their rows."""
 
     def as_metrics(self) -> dict[str, int]:
-        return asdict(self)
+        return {name: value for name, value in vars(self).items() if name != "long_rows"}
 
 
 def read_rankings(config: Config) -> tuple[list[Ranking], list[Ranking]]:
@@ -102,10 +114,11 @@ def make_demonstrations(
     random.Random(config.seed).shuffle(order)
     trees: list[PromptTree] = []
     for record in order:
-        prompt = chat.fit_prompt(record.prompt, config.max_prompt_tokens)
-        response = chat.response_ids(record.response)
+        prompt = fit_prompt(record, chat, config.max_prompt_tokens)
+        with naming_row(record):
+            response = chat.response_ids(record.response)
         if prompt is not None and len(response) <= config.max_response_tokens:
-            trees.append(PromptTree(tuple(prompt), (tuple(response),)))
+            trees.append(PromptTree(prompt.ids, (tuple(response),)))
         if len(trees) == config.num_demonstrations:
             break
     if not trees:
@@ -132,24 +145,29 @@ def _read_all(sources: Sequence[str], limit: int | None, seed: int) -> list[Rank
 def _make_example(
     ranking: Ranking, chat: Chat, config: Config, for_training: bool, counts: Counts
 ) -> Example | None:
-    prompt = chat.fit_prompt(ranking.prompt, config.max_prompt_tokens)
+    prompt = fit_prompt(ranking, chat, config.max_prompt_tokens)
     if prompt is None:
         counts.prompts_too_long += 1
+        counts.long_rows.append(ranking)
         return None
-    responses = [tuple(chat.response_ids(response)) for response in ranking.responses]
+    with naming_row(ranking):
+        responses = [tuple(chat.response_ids(response)) for response in ranking.responses]
+    ranking = with_equal_responses(ranking, responses)
+    counts.equal_pairs += len(ranking.equal_pairs())
     fitting = [i for i, ids in enumerate(responses) if len(ids) <= config.max_response_tokens]
     counts.responses_too_long += len(responses) - len(fitting)
-    counts.rankings_with_long_responses += len(fitting) < len(responses)
+    if len(fitting) < len(responses):
+        counts.rankings_with_long_responses += 1
+        counts.long_rows.append(ranking)
     kept = _draw_in_pairs(ranking, fitting, config) if for_training else fitting
     if len(kept) < 2:
         counts.without_pairs += 1
         return None
-    is_cut = prompt != chat.prompt_ids(ranking.prompt)
-    counts.prompts_cut += is_cut
+    counts.prompts_cut += prompt.is_cut
     return Example(
-        tree=PromptTree(tuple(prompt), tuple(responses[i] for i in kept)),
+        tree=PromptTree(prompt.ids, tuple(responses[i] for i in kept)),
         ranking=ranking.restricted_to(kept),
-        is_cut=is_cut,
+        is_cut=prompt.is_cut,
     )
 
 
@@ -167,7 +185,8 @@ def _check_dropped(counts: Counts, config: Config) -> None:
     long = counts.prompts_too_long + counts.rankings_with_long_responses
     if long > config.max_dropped * counts.rankings:
         raise ValueError(
-            f"{long} of {counts.rankings} rankings ({long / counts.rankings:.1%}) have a prompt "
+            f"{long} of {counts.rankings} rankings ({long / counts.rankings:.1%})"
+            f"{name_rows(counts.long_rows)} have a prompt "
             f"over max_prompt_tokens {config.max_prompt_tokens} ({counts.prompts_too_long}) or a "
             f"response over max_response_tokens {config.max_response_tokens} "
             f"({counts.rankings_with_long_responses}), more than max_dropped "

@@ -172,8 +172,8 @@ def _refuse_no_pairs(
         if not any(example.ranking.pairs() for example in examples):
             raise ValueError(
                 f"no {name} ranking of {', '.join(config.rankings)} orders two responses: all are "
-                "tied, unranked, even or too long; a reward model needs responses with different "
-                "ranks, or probabilities other than 0.5"
+                "tied, unranked, even, equal to each other or too long; a reward model needs "
+                "different responses with different ranks, or probabilities other than 0.5"
             )
 
 
@@ -333,6 +333,7 @@ def _report_counts(config: Config, train_counts: Counts, held_out_counts: Counts
         print(f"rm: {name}: {counts.kept} of {counts.rankings} rankings kept", flush=True)
         for number, what in (
             (counts.without_pairs, "rankings without a pair dropped"),
+            (counts.equal_pairs, "pairs of two equal responses left out"),
             (counts.prompts_too_long, f"prompts over {config.max_prompt_tokens} tokens dropped"),
             (counts.prompts_cut, "prompts cut at a turn"),
             (

@@ -136,6 +136,8 @@ def make_comparisons(rankings: Sequence[Ranking], margin_per_rank: float) -> Com
         for i, j, probability in ranking.probabilities:
             preferences[start + i, start + j] = probability
             preferences[start + j, start + i] = 1 - probability
+        for i, j in ranking.equal_pairs():
+            preferences[start + i, start + j] = preferences[start + j, start + i] = 0.0
         start += len(ranking.responses)
     margins = margin_per_rank * (ranks[None, :] - ranks[:, None]) if margin_per_rank else None
     return Comparisons(preferences, tree_index, weights, margins)

@@ -42,7 +42,8 @@ class Config(MayOverwrite):
     num_epochs: int = 2
     """Passes over the demonstrations and the text mixed in."""
     batch_size: int = 32
-    """Rows per optimizer step, over all processes; a row is a demonstration or a piece of text."""
+    """Rows per optimizer step, over all processes; a row is a demonstration or a piece of text.
+    Where there are fewer rows, a step takes all of them once."""
     micro_batch_size: int = 8
     """Most rows per training pass on each device, padded to the longest. Changes memory and speed,
     never the result."""

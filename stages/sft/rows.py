@@ -3,13 +3,14 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from rlhf.chat import Chat
 from rlhf.datasets import read_records, split_by_prompt
+from rlhf.fitting import fit_prompt
 from rlhf.packing import PromptTree, text_tree
-from rlhf.records import Demonstration, Text
+from rlhf.records import Demonstration, Text, name_rows, naming_row
 from stages.sft.config import Config
 
 
@@ -32,10 +33,18 @@ class LengthReport:
     """Demonstrations dropped because the last turn alone is too long."""
     num_responses_dropped: int
     """Demonstrations dropped because the response is too long."""
+    num_empty: int
+    """Demonstrations kept whose response has no text: they teach to end at once."""
+    dropped: tuple[Demonstration, ...] = field(repr=False)
+    """Those that were dropped, to name their rows."""
 
     @property
     def num_dropped(self) -> int:
         return self.num_prompts_dropped + self.num_responses_dropped
+
+    def as_metrics(self) -> dict[str, int]:
+        """The numbers, without the rows."""
+        return {name: value for name, value in vars(self).items() if name != "dropped"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +83,9 @@ def load_rows(config: Config, chat: Chat) -> Rows:
     _check_dropped(lengths, config)
     if not train[0] or not held_out[0]:
         raise ValueError(
-            f"{len(train[0])} demonstrations to train on and {len(held_out[0])} held out are left "
-            "after dropping those that are too long; raise max_prompt_tokens or "
-            "max_response_tokens, or held_out"
+            f"{config.demonstrations}: {len(train[0])} demonstrations to train on and "
+            f"{len(held_out[0])} held out are left after dropping those that are too long; raise "
+            "max_prompt_tokens or max_response_tokens, or held_out"
         )
     text, text_held_out = _load_text(config, chat, [one.tree for one in train[0]])
     return Rows(
@@ -96,23 +105,26 @@ def render(
 ) -> tuple[list[Example], LengthReport]:
     """Demonstrations that fit, and what was done to the others."""
     examples = []
-    num_cut = num_prompts_dropped = num_responses_dropped = 0
+    num_cut = num_prompts_dropped = 0
+    dropped = []
     for record in demonstrations:
-        prompt = chat.fit_prompt(record.prompt, max_prompt_tokens)
-        response = chat.response_ids(record.response)
-        if prompt is None:
-            num_prompts_dropped += 1
-        elif len(response) > max_response_tokens:
-            num_responses_dropped += 1
+        prompt = fit_prompt(record, chat, max_prompt_tokens)
+        with naming_row(record):
+            response = chat.response_ids(record.response)
+        if prompt is None or len(response) > max_response_tokens:
+            num_prompts_dropped += prompt is None
+            dropped.append(record)
         else:
-            tree = PromptTree(prompt=tuple(prompt), responses=(tuple(response),))
+            tree = PromptTree(prompt=prompt.ids, responses=(tuple(response),))
             examples.append(Example(record=record, tree=tree))
-            num_cut += prompt != chat.prompt_ids(record.prompt)
+            num_cut += prompt.is_cut
     report = LengthReport(
         num_read=len(demonstrations),
         num_prompts_cut=num_cut,
         num_prompts_dropped=num_prompts_dropped,
-        num_responses_dropped=num_responses_dropped,
+        num_responses_dropped=len(dropped) - num_prompts_dropped,
+        num_empty=sum(not one.record.response.strip() for one in examples),
+        dropped=tuple(dropped),
     )
     return examples, report
 
@@ -126,19 +138,34 @@ def cut_text(
     """
     pieces = []
     for record in texts:
-        ids = chat.text_ids(record.text)
+        with naming_row(record):
+            ids = chat.text_ids(record.text)
         pieces += [ids[start : start + max_tokens] for start in range(0, len(ids), max_tokens)]
     generator.shuffle(pieces)
     return [text_tree(piece) for piece in pieces if len(piece) > 1]
 
 
+def fit_batches(config: Config, num_rows: int, num_processes: int) -> Config:
+    """The settings with a batch of no more rows than there are, rounded up to equal shares."""
+    own_rows = math.ceil(num_rows / num_processes)
+    return replace(config, batch_size=min(config.batch_size, own_rows * num_processes))
+
+
 def lay_out(
-    trees: Sequence[PromptTree], num_epochs: int, batch_size: int, seed: int
+    trees: Sequence[PromptTree],
+    num_epochs: int,
+    batch_size: int,
+    seed: int,
+    laid_size: int | None = None,
 ) -> list[PromptTree]:
     """All epochs one after the other, each in another order; within a batch, longest rows first.
 
     The last batch is filled up from one epoch more, so that any number of processes shares every
     batch evenly. Sorting puts rows of like length next to each other and changes no batch.
+
+    Args:
+        laid_size: rows that a batch takes up, the last ones without anything to learn: as many as
+            processes can share where the batch is all rows there are. None means batch_size.
     """
     generator = random.Random(f"{seed}/order")
     num_rows = math.ceil(num_epochs * len(trees) / batch_size) * batch_size
@@ -146,10 +173,15 @@ def lay_out(
     while len(laid) < num_rows:
         laid += generator.sample(trees, len(trees))
     batches = (laid[start : start + batch_size] for start in range(0, num_rows, batch_size))
+    idle = PromptTree(prompt=trees[0].prompt[:1], responses=((),))
+    num_idle = 0 if laid_size is None else laid_size - batch_size
     return [
         tree
         for batch in batches
-        for tree in sorted(batch, key=lambda tree: tree.num_tokens, reverse=True)
+        for tree in [
+            *sorted(batch, key=lambda tree: tree.num_tokens, reverse=True),
+            *[idle] * num_idle,
+        ]
     ]
 
 
@@ -196,8 +228,8 @@ def _check_dropped(lengths: LengthReport, config: Config) -> None:
     if share > config.max_dropped:
         raise ValueError(
             f"{lengths.num_dropped} of {lengths.num_read} demonstrations ({share:.1%}) are too "
-            f"long: {lengths.num_prompts_dropped} prompts over max_prompt_tokens "
-            f"{config.max_prompt_tokens}, {lengths.num_responses_dropped} responses over "
-            f"max_response_tokens {config.max_response_tokens}; raise these, or max_dropped "
-            f"{config.max_dropped} to train without them"
+            f"long{name_rows(lengths.dropped)}: {lengths.num_prompts_dropped} prompts over "
+            f"max_prompt_tokens {config.max_prompt_tokens}, {lengths.num_responses_dropped} "
+            f"responses over max_response_tokens {config.max_response_tokens}; raise these, or "
+            f"max_dropped {config.max_dropped} to train without them"
         )

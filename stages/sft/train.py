@@ -1,7 +1,7 @@
 """The stage from start to end."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from rlhf.runs import Run, open_run
 from rlhf.state import Fields
 from stages.sft.config import Config
 from stages.sft.measure import Sample, draw_samples, mean_loss, sample_rows, score_samples
-from stages.sft.rows import Rows, lay_out, load_rows
+from stages.sft.rows import Rows, fit_batches, lay_out, load_rows
 from stages.sft.trainer import Metrics, figures_line, fit
 
 
@@ -58,10 +58,16 @@ def train(config: Config) -> None:
         reward_model=_load_reward_model(config, chat, accelerator.device),
     )
     trees = [*(one.tree for one in rows.train), *rows.text]
-    laid = lay_out(trees, config.num_epochs, config.batch_size, config.seed)
+    # A step takes no row twice, so that an epoch is a pass however few rows there are.
+    fitted = fit_batches(config, len(trees), accelerator.num_processes)
+    laid = lay_out(
+        trees, config.num_epochs, min(config.batch_size, len(trees)), config.seed, fitted.batch_size
+    )
+    if accelerator.is_main_process:
+        _print_steps(config, len(trees), len(laid) // fitted.batch_size)
     parts = {"judge": Fields(judge, "base")}
     checkpoint, step = fit(
-        policy, chat.tokenizer, laid, config, run, checkpoints, parts, judge.measure
+        policy, chat.tokenizer, laid, fitted, run, checkpoints, parts, judge.measure
     )
     if not accelerator.is_main_process:
         return
@@ -70,7 +76,7 @@ def train(config: Config) -> None:
     figures = judge.final(chosen)
     print(f"sft: chose step {step}: {figures_line(figures)}", flush=True)
     save_policy(chosen, chat.tokenizer, run.dir)
-    num_steps = len(laid) // config.batch_size
+    num_steps = len(laid) // fitted.batch_size
     run.finish({**figures, "chosen_step": step, "num_steps": num_steps, **_describe(rows)})
 
 
@@ -160,8 +166,25 @@ def _describe(rows: Rows) -> dict[str, Any]:
         "num_text": len(rows.text),
         "num_text_held_out": len(rows.text_held_out),
         "text_share": rows.text_share,
-        **asdict(rows.lengths),
+        **rows.lengths.as_metrics(),
     }
+
+
+def _print_steps(config: Config, num_rows: int, num_steps: int) -> None:
+    """How many passes the steps make, where it is not num_epochs."""
+    if config.batch_size > num_rows:
+        print(
+            f"sft: batch_size is {config.batch_size}, and there are {num_rows} rows to train on: "
+            f"a step takes all of them, {num_steps} in all",
+            flush=True,
+        )
+    elif num_steps * config.batch_size != config.num_epochs * num_rows:
+        print(
+            f"sft: {num_steps} steps of {config.batch_size} rows, "
+            f"{num_steps * config.batch_size / num_rows:.2f} passes over {num_rows} rows: the last "
+            "step is filled up",
+            flush=True,
+        )
 
 
 def _print_rows(rows: Rows) -> None:
@@ -171,6 +194,8 @@ def _print_rows(rows: Rows) -> None:
         f"their prompt's length and {lengths.num_responses_dropped} for their response's; "
         f"{lengths.num_prompts_cut} prompts cut at a turn"
     )
+    if lengths.num_empty:
+        print(f"sft: {lengths.num_empty} responses have no text, so they teach to end at once")
     print(
         f"sft: trains on {len(rows.train)} demonstrations and {len(rows.text)} pieces of text "
         f"({rows.text_share:.1%} of the trained tokens); measures {len(rows.held_out)} and "

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,11 @@ from rlhf.chat import Chat
 from rlhf.models import load_tokenizer
 from rlhf.records import Demonstration, Prompt, Ranking, Text
 from tests.rlhf.tiny_models import byte_tokenizer
+
+REFUSES_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turn') }}"
+    "{% endif %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+)
 
 RANKING = {"prompt": "Name a fruit.", "responses": ["fig", "car", "fig."], "ranks": [1, 3, 1]}
 
@@ -110,8 +116,8 @@ def test_warnings_name_what_is_rarely_meant() -> None:
     assert list(warnings(rankings)) == [
         "1 rows repeat earlier prompts (splits keep equal prompts together)",
         "1 of 6 responses are empty",
-        "1 of 3 rankings have all their responses tied or unranked",
-        "1 rankings hold the same response twice and prefer one of the two",
+        "2 of 3 rankings have no pair: their responses are tied, unranked or equal",
+        "1 rankings compare a response with an equal one, which training leaves out",
     ]
     assert list(warnings([Demonstration("a", "b"), Demonstration("c", "d")])) == []
 
@@ -170,6 +176,8 @@ def test_the_marked_ids_are_the_trained_ids(tokenizer_dir: str) -> None:
         ([RANKING | {"ranks": [1, 1, 1]}] * 2, {}, "in all 2 rankings every response is tied"),
         ([RANKING | {"ranks": [1, None, None]}], {}, "tied or unranked"),
         ([SOFT | {"probabilities": [[0, 1, 0.5]]}], {}, "a probability other than 0.5"),
+        ([RANKING | {"responses": ["a", "a", "a"]}], {}, "or is preferred to the same text"),
+        ([{"messages": [{"role": "user", "content": "a"}]}], {}, "--format messages"),
         ([RANKING], {"kind": "text"}, "row 1: field 'prompt': found an unknown field"),
         ([RANKING], {"example": 2}, "example is 2; the file has rows 1 to 1"),
         ([RANKING], {"tokenizer": "./none"}, "./none does not exist"),
@@ -184,11 +192,38 @@ def test_bad_files_are_refused(
     assert words in str(raised.value)
 
 
+def test_a_row_that_the_template_refuses_is_named(tmp_path: Path, tokenizer_dir: str) -> None:
+    template = Path(tokenizer_dir) / "chat_template.jinja"
+    template.write_text(REFUSES_SYSTEM)
+    system = {"role": "system", "content": "Be brief."}
+    asked = [system, {"role": "user", "content": "Hi"}]
+    for row, prompt in (
+        (RANKING, asked),
+        ({"prompt": "a", "response": "b"}, asked),
+        ({"prompt": "a"}, asked),
+    ):
+        file = write(tmp_path / "x.jsonl", row, row, row | {"prompt": prompt})
+        with pytest.raises(ValueError, match=r"x\.jsonl, row 3: the chat template refuses"):
+            check(CheckConfig(file=file, tokenizer=tokenizer_dir))
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path, encoding: str) -> None:
+    file = write(tmp_path / "x.jsonl", {"prompt": "\U0001f600 \u4f60", "response": "\ud83d\ude00"})
+    done = subprocess.run(
+        [sys.executable, "-m", "data.check", file],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"user: \\U0001f600 \\u4f60" in done.stdout
+
+
 def test_the_file_needs_no_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path / "x.jsonl", RANKING, RANKING | {"prompt": "b", "ranks": [1, 1, 1]})
     main([file, "--kind", "ranking"])
     printed = capsys.readouterr().out
-    assert "1 of 2 rankings have all their responses tied" in printed
+    assert "1 of 2 rankings have no pair" in printed
     assert "[[fig<end>]]" in printed
 
 

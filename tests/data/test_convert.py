@@ -23,7 +23,18 @@ from data.convert.formats import (
 from data.convert.program import ConvertConfig, convert
 from data.convert.readers import split_documents, strip_gutenberg
 from rlhf.datasets import read_records
-from rlhf.records import RECORD_CLASSES, Demonstration, Prompt, Ranking, Record, RecordError, Text
+from rlhf.records import (
+    LAYOUTS as KNOWN_LAYOUTS,
+)
+from rlhf.records import (
+    RECORD_CLASSES,
+    Demonstration,
+    Prompt,
+    Ranking,
+    Record,
+    RecordError,
+    Text,
+)
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -36,7 +47,7 @@ def user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
 
-def assistant(content: str) -> dict[str, str]:
+def assistant(content: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content}
 
 
@@ -335,6 +346,101 @@ def test_prompt_files() -> None:
     ]
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+CONVERSATION = [SYSTEM, user("Hi"), assistant("Hello."), user("Bye"), assistant(" See you.\n")]
+SHAREGPT_ROW = {
+    "id": "x",
+    "system": "Be brief.",
+    "conversations": [
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Hello."},
+        {"from": "human", "value": "Bye"},
+        {"from": "gpt", "value": "See you."},
+    ],
+}
+ASKED = CONVERSATION[:-1]
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("messages", {"messages": CONVERSATION}),
+        ("messages", {"messages": [*ASKED, assistant([{"type": "text", "text": "See you."}])]}),
+        ("sharegpt", SHAREGPT_ROW),
+        ("sharegpt", {"conversation": CONVERSATION}),
+        ("preference", {"prompt": ASKED, "chosen": "See you.", "rejected": "No."}),
+        ("prompt_completion", {"prompt": ASKED, "completion": "See you."}),
+        ("prompt_completion", {"prompt": ASKED, "completion": [assistant("See you.")]}),
+        ("prompt_completion", {"prompt": ASKED, "completion": CONVERSATION[1:]}),
+    ],
+)
+def test_conversations(format: str, row: Any) -> None:
+    assert run(format, "demonstration", row) == [Demonstration(ASKED, "See you.")]
+    assert run(format, "prompt", row) == [Prompt(ASKED)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "chosen": "Yes.", "rejected": "No."},
+        {"prompt": [user("Hi")], "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]},
+        {
+            "prompt": "Hi",
+            "chosen": [user("Hi"), assistant("Yes.")],
+            "rejected": [user("Hi"), assistant("No.")],
+        },
+        {"chosen": [user("Hi"), assistant("Yes.")], "rejected": [user("Hi"), assistant("No.")]},
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Yes.", "rejected": " No."},
+    ],
+)
+def test_preferences(row: Any) -> None:
+    ranking = Ranking("Hi", ("Yes.", "No."), (1, 2))
+    assert run("preference", "ranking", row | {"score_chosen": 9.0}) == [ranking]
+    assert run("preference", "demonstration", row) == [Demonstration("Hi", "Yes.")]
+    assert run("preference", "prompt", row) == [Prompt("Hi")]
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "reason"),
+    [
+        ("messages", {"messages": [user("Hi")]}, "does not end with an assistant turn"),
+        ("messages", {"messages": [user("Hi"), assistant("")]}, "no response"),
+        ("messages", {"messages": [user("Hi"), assistant(None)]}, "a turn that is no text"),
+        ("messages", {"messages": [user("Hi"), SYSTEM, assistant("a")]}, "not the first"),
+        ("messages", {"messages": [{"role": "tool", "content": "3"}]}, "of the role 'tool'"),
+        ("preference", {"prompt": "a", "chosen": "b", "rejected": "b "}, "are equal"),
+        (
+            "preference",
+            {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]},
+            "different prompts",
+        ),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "label": False}, "not liked"),
+    ],
+)
+def test_chat_rows_that_are_dropped(format: str, row: Any, reason: str) -> None:
+    [dropped] = run(format, next(iter(CONVERTERS[format])), row)
+    assert isinstance(dropped, Dropped) and reason in dropped.reason
+
+
+def test_two_columns_of_any_name(tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text('{"question": "Hi?", "answer": "Ho.", "id": 3}\n')
+    settings = {"format": "columns", "input": str(rows), "output": str(out)}
+    columns = {"prompt_column": "question", "response_column": "answer"}
+    convert(ConvertConfig(**settings, **columns))
+    assert read_records(out, Demonstration) == [Demonstration("Hi?", "Ho.")]
+    convert(ConvertConfig(**settings, **columns, kind="prompt"))
+    assert read_records(out, Prompt) == [Prompt("Hi?", {"answer": "Ho."})]
+    with pytest.raises(ValueError, match=r"row 1: no field 'prompt' \(found: question, answer, id"):
+        convert(ConvertConfig(**settings))
+    with pytest.raises(ValueError, match="prompt_column is 'question' and format is hh"):
+        ConvertConfig(format="hh", input="a", output="b.jsonl", prompt_column="question")
+
+
+def test_the_checker_names_formats_that_there_are() -> None:
+    assert {layout for _, layout in KNOWN_LAYOUTS} <= set(CONVERTERS)
+
+
 def test_the_command_offers_every_converter() -> None:
     choices = get_type_hints(ConvertConfig)["format"]
     assert set(get_args(choices)) == set(CONVERTERS)
@@ -356,6 +462,11 @@ LAYOUTS: list[tuple[str, Any]] = [
     ("self_instruct", {"instruction": "a", "instances": [{"input": "b", "output": "c"}]}),
     ("gsm8k", {"question": "a", "answer": "#### 1"}),
     ("p3", {"prompt": "a", "completion": "b"}),
+    ("messages", {"messages": CONVERSATION}),
+    ("sharegpt", SHAREGPT_ROW),
+    ("preference", {"prompt": "a", "chosen": CONVERSATION, "rejected": "c"}),
+    ("prompt_completion", {"prompt": "a", "completion": CONVERSATION}),
+    ("columns", {"prompt": "a", "response": "b"}),
     ("strings", "a"),
     ("ifeval", {"key": 1, "prompt": "a", "instruction_id_list": [], "kwargs": []}),
     ("mt_bench", {"question_id": 1, "category": "a", "turns": ["b", "c"]}),

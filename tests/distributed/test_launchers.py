@@ -240,7 +240,10 @@ def test_pretrain_collect_and_evaluate(
     assert num_ranked + found["num_duplicates"] == found["num_samples"]
     evaluate(evaluate_settings(inputs, tmp_path / "evaluate"))
     alone = read(tmp_path / "evaluate" / "results.json")["base"]
-    assert read(own / "evaluate" / "results.json")["base"] == alone
+    together = read(own / "evaluate" / "results.json")["base"]
+    assert together.keys() == alone.keys()
+    for name, value in together.items():
+        assert value == pytest.approx(alone[name], abs=1e-5), name
     printed = (own / "printed.txt").read_text(encoding="utf-8")
     assert printed.count("evaluate: the first of 2 processes does all the work") == 1
 

@@ -49,6 +49,12 @@ def test_a_folder_is_read_file_by_file_in_the_order_of_names(tmp_path: Path) -> 
     assert read_records(tmp_path, Text) == [Text("first"), Text("second")]
 
 
+def test_a_record_knows_its_file_and_row(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert [one.place for one in read_records(file, Text)] == [f"{file}, row 1", f"{file}, row 3"]
+
+
 def test_limit_stops_before_later_rows_are_looked_at(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "t.jsonl", {"text": "one"}, {"text": 2})
     assert read_records(path, Text, limit=1) == [Text("one")]

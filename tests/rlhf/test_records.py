@@ -1,8 +1,11 @@
 import json
+import math
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +17,10 @@ from rlhf.records import (
     Record,
     RecordError,
     Text,
+    name_rows,
+    naming_row,
     prompt_key,
+    with_equal_responses,
 )
 
 MESSAGES = [
@@ -96,7 +102,8 @@ def test_a_ranking_of_some_of_the_responses() -> None:
         (Ranking, ranking_row(responses="fig"), "responses", "expected a list"),
         (Ranking, ranking_row(responses=["fig", 3]), "responses[1]", "3 (int)"),
         (Ranking, ranking_row(ranks=[0, 1]), "ranks[0]", "number the ranks from 1"),
-        (Ranking, ranking_row(ranks=[1, 2.0]), "ranks[1]", "2.0"),
+        (Ranking, ranking_row(ranks=[1.5, 1.5]), "ranks[0]", "the same whole rank"),
+        (Ranking, ranking_row(ranks=[1.0, math.nan]), "ranks[1]", "write null for NaN"),
         (Ranking, ranking_row(ranks=[True, 2]), "ranks[0]", "True"),
         (Ranking, ranking_row(source=5), "source", "expected a string"),
         (Ranking, ranking_row(weight=0), "weight", "found 0; expected a number from 1e-06"),
@@ -118,7 +125,7 @@ def test_a_ranking_of_some_of_the_responses() -> None:
         (Ranking, soft_row([0, 3, 0.7]), "probabilities[0]", "found response 3; expected a whole"),
         (Ranking, soft_row([-1, 0, 0.7]), "probabilities[0]", "from 0 to 2"),
         (Ranking, soft_row([0, True, 0.7]), "probabilities[0]", "found response True"),
-        (Ranking, soft_row([0, 1.0, 0.7]), "probabilities[0]", "found response 1.0"),
+        (Ranking, soft_row([0, 1.5, 0.7]), "probabilities[0]", "found response 1.5"),
         (Ranking, soft_row([0, 1, 70]), "probabilities[0]", "divide a percentage by 100"),
         (Ranking, soft_row([0, 1, float("nan")]), "probabilities[0]", "found probability nan"),
         (Ranking, soft_row([0, 1, None]), "probabilities[0]", "found probability None"),
@@ -155,6 +162,85 @@ def test_a_bad_row_is_named_by_field(
     assert raised.value.field == field
     assert words in str(raised.value)
     assert raised.value.remedy in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        (1.0, 2.0, None),
+        (np.int64(1), np.float32(2), None),
+        (torch.tensor(1), torch.tensor(2.0), None),
+    ],
+)
+def test_whole_numbers_of_other_types_are_ranks(ranks: tuple[Any, ...]) -> None:
+    ranking = Ranking("p", ("a", "b", "c"), ranks, weight=np.float64(0.5))
+    assert json.dumps(ranking.to_row()["ranks"]) == "[1, 2, null]"
+    assert ranking == Ranking("p", ("a", "b", "c"), (1, 2, None), weight=0.5)
+
+
+def test_probabilities_of_numpy_are_taken() -> None:
+    triples = ((np.int64(1), 0.0, np.float32(0.75)),)
+    ranking = Ranking("p", ("a", "b"), (None, None), probabilities=triples)
+    assert json.dumps(ranking.to_row()["probabilities"]) == "[[1, 0, 0.75]]"
+    for wrong in (np.bool_(True), np.float64("nan"), np.float64(1.5)):
+        with pytest.raises(RecordError, match=r"ranks\[0\]"):
+            Ranking("p", ("a", "b"), (wrong, 2))
+
+
+def test_equal_responses_make_no_pair() -> None:
+    ranking = Ranking("p", ("a", "b", "a"), (1, 2, 3))
+    assert ranking.preferences() == [(0, 1, 1.0), (1, 2, 1.0)]
+    assert ranking.equal_pairs() == [(0, 2)]
+    soft = Ranking("p", ("", ""), (None, None), probabilities=((0, 1, 0.5),))
+    assert (soft.preferences(), soft.equal_pairs()) == ([], [(0, 1)])
+    read = with_equal_responses(Ranking("p", ("a ", "b", "a"), (1, 2, 3)), [[1], [2], [1]])
+    assert read.responses == ("a ", "b", "a ")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": MESSAGES}, "--format messages`"),
+        ({"conversations": [], "id": "x"}, "--format sharegpt`"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "--format preference`"),
+        ({"chosen": MESSAGES, "rejected": MESSAGES}, "--format preference`"),
+        ({"chosen": "a", "rejected": "b"}, "--format hh`"),
+        ({"prompt": "a", "completion": "b"}, "--format prompt_completion`"),
+        ({"prompt": MESSAGES, "completion": MESSAGES}, "--format prompt_completion`"),
+        ({"instruction": "a", "input": "", "output": "b"}, "--format alpaca`"),
+        ({"instruction": "a", "context": "", "response": "b"}, "--format dolly`"),
+        ({"question": "a", "answer": "b #### 3"}, "--format gsm8k`"),
+        ({"question": "a", "answer": "b"}, "--prompt_column question --response_column answer`"),
+        ({"input": "a", "output": "b"}, "--prompt_column input --response_column output`"),
+        ({"prompt": "a", "answer": "b"}, "--prompt_column prompt --response_column answer`"),
+        ("a", "--format strings`"),
+    ],
+)
+def test_a_row_of_a_public_layout_names_its_converter(row: Any, words: str) -> None:
+    for record_class in RECORD_CLASSES.values():
+        with pytest.raises(RecordError) as raised:
+            record_class.from_row(row)
+        assert words in raised.value.remedy and "did you mean" not in raised.value.remedy
+
+
+def test_a_row_of_ours_with_a_fault_is_of_no_other_layout() -> None:
+    for row in (demonstration_row(note="x"), {"prompt": "a", "category": "x"}):
+        with pytest.raises(RecordError, match="rename or remove it"):
+            Demonstration.from_row(row)
+
+
+def test_messages_name_file_and_row_where_there_is_one() -> None:
+    with (
+        pytest.raises(ValueError, match=r"^f\.jsonl, row 3: too loud$"),
+        naming_row(Prompt("a", place="f.jsonl, row 3")),
+    ):
+        raise ValueError("too loud")
+    with pytest.raises(ValueError, match=r"^too loud$"), naming_row(Prompt("a")):
+        raise ValueError("too loud")
+    records = [Prompt("a", place=f"f, row {i}") for i in range(5)]
+    assert name_rows(records) == " (f, row 0; f, row 1; f, row 2 and 2 more)"
+    assert name_rows([Prompt("a")]) == ""
+    assert Prompt("a", place="f, row 1") == Prompt("a")
 
 
 def test_a_record_made_in_memory_is_checked_too() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -225,6 +226,18 @@ class Moody:
             raise ConnectionError("gone")
         self.asked.append(prompt)
         return [generator.randint(1, 3) for _ in responses]
+
+
+def test_ranks_of_numpy_are_taken(policy: Path, maker: Callable[[Any], str]) -> None:
+    class OfNumpy(ByLength):
+        def rank(self, *arguments: Any) -> Any:
+            return np.array(super().rank(*arguments), dtype=float)
+
+    config = make_config(policy, maker(lambda path: [OfNumpy("array", 1)]), overlap=0.0)
+    collect(config)
+    rows = (Path(config.output_dir) / "rankings.jsonl").read_text().splitlines()
+    ranks = [rank for row in rows for rank in json.loads(row)["ranks"]]
+    assert {type(rank) for rank in ranks} == {int}
 
 
 def test_the_same_command_goes_on_where_a_labeler_failed(

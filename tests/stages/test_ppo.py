@@ -193,7 +193,7 @@ def test_returns_come_from_advantages_before_whitening():
     whitened = make_rollout(learner, config)
     plain_settings = replace(config, ppo=replace(config.ppo, whiten_advantages=False))
     plain = make_rollout(learner, plain_settings)
-    assert torch.equal(whitened.returns, plain.returns)
+    torch.testing.assert_close(whitened.returns, plain.returns, rtol=0, atol=1e-5)
     kept = whitened.advantages[whitened.response_mask]
     assert kept.mean().abs() < 1e-5
     assert abs(kept.square().mean() - 1) < 1e-4
@@ -529,7 +529,7 @@ def test_the_kl_coefficient_steers_itself_once_the_policy_learns(ppo_config: Con
     factor = 1 - 0.2 * 32 / 320
     expected = [0.02, 0.02, 0.02 * factor, 0.02 * factor**2]
     assert [row["ppo/kl_coef"] for row in rows] == pytest.approx(expected, rel=1e-9)
-    assert rows[1]["ppo/kl"] == 0.0 < abs(rows[3]["ppo/kl"])
+    assert abs(rows[1]["ppo/kl"]) < 1e-6 < abs(rows[3]["ppo/kl"])
 
 
 def test_a_seed_gives_the_same_run_bit_for_bit_and_another_seed_another(

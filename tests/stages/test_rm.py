@@ -30,7 +30,12 @@ from stages.rm.config import Config
 from stages.rm.data import Example, make_examples, read_rankings
 from stages.rm.figures import Pair
 from stages.rm.train import check_saved_head, train
-from stages.rm.trainer import GlobalBatches, RankingCollator, RankingTrainer
+from stages.rm.trainer import (
+    GlobalBatches,
+    RankingCollator,
+    RankingTrainer,
+    make_comparisons,
+)
 from tests.rlhf.tiny_models import byte_tokenizer
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -310,6 +315,29 @@ def test_ties_and_unranked_responses_are_not_trained_on(chat: Chat) -> None:
     assert (counts.kept, counts.without_pairs) == (1, 1)
     measured, _ = make_examples(rankings, chat, limits(), for_training=False)
     assert [example.ranking for example in measured] == rankings
+
+
+def test_pairs_of_equal_responses_are_left_out_and_counted(chat: Chat) -> None:
+    rankings = [
+        Ranking("one", ("a", "b", "a"), (1, 2, 3)),
+        Ranking("two", ("", ""), (1, 2)),
+        Ranking("soft", ("x", "x", "y"), (None,) * 3, probabilities=((0, 1, 0.5), (0, 2, 0.9))),
+    ]
+    examples, counts = make_examples(rankings, chat, limits(), for_training=True)
+    assert [example.ranking.responses for example in examples] == [("a", "b", "a"), ("x", "y")]
+    assert (counts.equal_pairs, counts.without_pairs) == (3, 1)
+    preferences = make_comparisons([example.ranking for example in examples], 0.0).preferences
+    assert preferences[0].tolist() == [0, 1, 0, 0, 0]
+    assert preferences[2].tolist() == [0, 0, 0, 0, 0]
+    assert preferences[1].tolist() == [0, 0, 1, 0, 0]
+    measured, _ = make_examples(rankings, chat, limits(), for_training=False)
+    soft = make_comparisons([measured[2].ranking], 0.0).preferences
+    assert soft[:, :2].count_nonzero() == 1  # of y against x, none between the two
+    assert figures.label_preferences(measured) == [
+        [(0, 1, 1.0), (1, 2, 1.0)],
+        [],
+        [(0, 2, 0.9)],
+    ]
 
 
 def test_even_pairs_are_trained_on_and_responses_without_a_probability_are_not(chat: Chat) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from rlhf.runs import Run, open_run
 from stages.sft import train as train_module
 from stages.sft.config import Config
 from stages.sft.measure import draw_samples, mean_loss
-from stages.sft.rows import cut_text, lay_out, load_rows, render
+from stages.sft.rows import cut_text, fit_batches, lay_out, load_rows, render
 from stages.sft.train import train
-from stages.sft.trainer import Measure, fit, make_trainer
+from stages.sft.trainer import Measure, fit, make_trainer, to_row
 from tests.rlhf.tiny_models import byte_tokenizer
 
 LLAMA = {
@@ -348,7 +349,49 @@ def test_every_epoch_has_every_row_and_every_batch_is_full() -> None:
     filled = [tree.num_tokens for tree in lay_out(trees, 3, 4, seed=0)]
     assert len(filled) == 32
     assert {filled.count(size) for size in range(2, 12)} == {3, 4}
-    assert len(lay_out(trees[:3], 1, 16, seed=0)) == 16
+
+
+@pytest.mark.parametrize(("num_processes", "laid_size"), [(1, 3), (2, 4), (8, 8)])
+def test_an_epoch_of_few_rows_is_one_pass_whatever_the_batch(
+    base: Path, tmp_path: Path, num_processes: int, laid_size: int
+) -> None:
+    config = make_config(base, "unused", tmp_path, batch_size=16)
+    fitted = fit_batches(config, 3, num_processes)
+    assert fitted.batch_size == laid_size and fitted.rows_per_pass(num_processes)
+    trees = [text_tree(range(2 + i)) for i in range(3)]
+    laid = lay_out(trees, 2, 3, 0, fitted.batch_size)
+    assert len(laid) == 2 * laid_size
+    for start in (0, laid_size):
+        assert sorted(tree.num_tokens for tree in laid[start : start + 3]) == [2, 3, 4]
+        idle = laid[start + 3 : start + laid_size]
+        assert all(sum(to_row(tree)["completion_mask"]) == 0 for tree in idle)
+    assert fit_batches(config, 99, num_processes).batch_size == 16
+
+
+def test_a_batch_larger_than_the_data_takes_each_row_once_an_epoch(
+    base: Path, demonstrations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(base, demonstrations, tmp_path, batch_size=1000, num_epochs=2)
+    train(config)
+    results = json.loads((Path(config.output_dir) / "results.json").read_text())
+    assert results["num_steps"] == 2
+    expected = f"batch_size is 1000, and there are {results['num_train']} rows to train on"
+    assert expected in capsys.readouterr().out
+    assert "dropped" not in results
+
+
+def test_empty_responses_are_told_and_long_rows_named(
+    base: Path, chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "d.jsonl"
+    answers = ["", "much too long an answer"]
+    write_records(file, [Demonstration(f"q{i}", answers[i % 2]) for i in range(20)])
+    config = make_config(base, file, tmp_path, max_dropped=0.1)
+    with pytest.raises(ValueError, match=r"10 of 20 .* are too long \(.*d\.jsonl, row \d+; "):
+        load_rows(config, chat)
+    rows = load_rows(replace(config, max_dropped=1.0), chat)
+    assert rows.lengths.num_empty == 10
+    assert "dropped" not in rows.lengths.as_metrics()
 
 
 def test_samples_are_of_different_prompts(base: Path, chat: Chat, tmp_path: Path) -> None:
