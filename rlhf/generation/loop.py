@@ -86,7 +86,7 @@ def _generate_batch(
             if prompt in unfinished:
                 samples.responses[prompt].append(token)
                 samples.logprobs[prompt].append(logprob)
-                if token == decoding.end_id:
+                if token in decoding.ends:
                     unfinished.remove(prompt)
         if not unfinished or step == decoding.max_new_tokens - 1:
             progress(num_before)  # what is cut at its full length has ended too

@@ -44,6 +44,9 @@ class Exam:
     """What every policy is put through, and who marks it."""
 
     chat: Chat
+    """The baseline's rendering, which is that of all."""
+    chats: dict[str, Chat]
+    """Of each policy, with the ends that its own files declare."""
     questions: list[Prompt]
     prompt_ids: list[tuple[int, ...]]
     num_cut: int
@@ -72,7 +75,9 @@ def evaluate(config: Config) -> None:
     exam = _prepare(config, accelerator.device)
     answers, figures = _examine(config, exam, accelerator.device)
     scores = {
-        judge: {name: score(reward, exam.questions, exam.chat, answers[name]) for name in answers}
+        judge: {
+            name: score(reward, exam.questions, exam.chats[name], answers[name]) for name in answers
+        }
         for judge, reward in exam.judges.items()
     }
     for name in answers:
@@ -118,7 +123,8 @@ def _inputs(config: Config) -> dict[str, str]:
 
 def _prepare(config: Config, device: torch.device) -> Exam:
     """What can be wrong with the prompts, texts and judges is found here, before a sample."""
-    chat = _common_chat(config)
+    chats = _common_chats(config)
+    chat = chats[config.baseline_name]
     drawn = _draw_prompts(config)
     fitted = [chat.fit_prompt(one.prompt, config.max_prompt_tokens) for one in drawn]
     kept = [i for i, ids in enumerate(fitted) if ids is not None]
@@ -139,11 +145,11 @@ def _prepare(config: Config, device: torch.device) -> Exam:
     if config.fact_probe is not None:
         probes = read_records(config.fact_probe, Prompt)
     judges = _load_judges(config, chat, device)
-    return Exam(chat, questions, prompt_ids, num_cut, num_dropped, texts, probes, judges)
+    return Exam(chat, chats, questions, prompt_ids, num_cut, num_dropped, texts, probes, judges)
 
 
-def _common_chat(config: Config) -> Chat:
-    """The baseline's rendering, which all policies must share.
+def _common_chats(config: Config) -> dict[str, Chat]:
+    """Every policy's rendering, which must be the baseline's.
 
     Raises:
         ValueError: A policy has another tokenizer or chat template.
@@ -157,7 +163,7 @@ def _common_chat(config: Config) -> Chat:
                 f"than the baseline {baseline} at {config.policies[baseline]}, so they cannot be "
                 "compared token by token; evaluate it in a run of its own"
             )
-    return chats[baseline]
+    return chats
 
 
 def _draw_prompts(config: Config) -> list[Prompt]:
@@ -225,7 +231,8 @@ def _examine(
         policy.to(device)  # type: ignore[arg-type]  # its wrapper hides the types of Module.to
         packer = packer_for(policy, config.micro_batch_tokens)
         answers[name] = _answer(config, exam, policy, packer, name)
-        figures[name] = describe(answers[name], exam.chat.end_id)
+        chat = exam.chats[name]
+        figures[name] = describe(answers[name], chat.end_id, chat.other_ends)
         if exam.texts:
             label = f"{name} reads held-out text"
             figures[name]["text_loss"] = text_loss(policy, exam.texts, packer, label)
@@ -248,7 +255,8 @@ def _answer(
         policy,
         exam.prompt_ids,
         config.generation,
-        end_id=exam.chat.end_id,
+        end_id=exam.chats[name].end_id,
+        other_ends=exam.chats[name].other_ends,
         samples_per_prompt=config.samples_per_prompt,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -348,8 +356,8 @@ def _sample_rows(
                         "prompt_number": number,
                         "prompt": question.prompt,
                         "policy": name,
-                        "response": exam.chat.decode(response),
-                        "finished": response[-1] == exam.chat.end_id,
+                        "response": exam.chats[name].decode(response),
+                        "finished": exam.chats[name].has_end(response),
                         **{judge: scores[judge][name][number][i] for judge in scores},
                     }
                 )
