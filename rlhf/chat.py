@@ -64,7 +64,8 @@ class Chat:
             pieces = self._told_apart(messages, text)
         ids = self._control.encode(pieces)
         found = self.show(ids)
-        if "".join(found.split()) != "".join(text.split()):  # decoding may put spaces between
+        # Decoding may put spaces between tokens.
+        if not _same("".join(found.split()), "".join(text.split())):
             self._warn_unspelt("prompt", text, found)
         return ids
 

@@ -31,8 +31,9 @@ PROBE = "probe"
 
 def _clock(date: datetime) -> str:
     """A template's beginning, after which `strftime_now` gives this date; it prints nothing."""
-    letters = "aAbBcdefFgGhHIjmMnpsSTuUVwWxXyYzZ"
-    values = {f"%{letter}": date.strftime(f"%{letter}") for letter in letters}
+    long = {"D": "%m/%d/%y", "F": "%Y-%m-%d", "R": "%H:%M", "T": "%H:%M:%S", "e": "%d", "h": "%b"}
+    directives = {letter: f"%{letter}" for letter in "aAbBcdHIjmMpSUwWxXyYzZ"} | long
+    values = {f"%{letter}": date.strftime(form) for letter, form in directives.items()}
     values |= {f"%-{key[1]}": value.lstrip("0") or "0" for key, value in values.items()}
     filters = "".join(f" | replace({key!r}, {value!r})" for key, value in values.items())
     # The empty text at the end keeps the white space that the template begins with.

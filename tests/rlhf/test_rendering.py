@@ -340,6 +340,21 @@ def test_a_dated_template_renders_the_same_on_every_day(monkeypatch: pytest.Monk
     monkeypatch.setattr(template_utils, "datetime", Later)
     assert chat.prompt_ids("Who?") == today
     assert chat.show(today).startswith("Today: 26 Jul 2024\n")
+    assert chat.show(chat.prompt_ids("%d")).count("26") == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "date"),
+    [("%A, %-d %B %Y", "Friday, 26 July 2024"), ("%F %H:%M", "2024-07-26 00:00"), ("", "")],
+)
+def test_the_date_in_any_form_and_place(form: str, date: str) -> None:
+    """Also inside a macro, and without eating the line breaks that a template begins with."""
+    template = (
+        "\n\n{% macro day(form) %}{{ strftime_now(format=form) }}{% endmacro %}"
+        f"{{{{ day({form!r}) }}}}{{% for m in messages %}}|{{{{ m['content'] }}}}</s>{{% endfor %}}"
+    )
+    chat = Chat(byte_tokenizer("</s>", eos_token="</s>", chat_template=template))
+    assert chat.show(chat.prompt_ids("Who?")) == f"\n\n{date}|Who?</s>"
 
 
 def test_other_ends_end_a_response() -> None:
