@@ -14,6 +14,7 @@ from itertools import islice
 from math import comb
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Literal
+from warnings import catch_warnings, simplefilter
 
 from rlhf.cli import run_stage
 from rlhf.datasets import read_records, read_rows
@@ -67,11 +68,17 @@ def check(config: CheckConfig) -> None:
     records: list[Record] = list(read_records(config.file, RECORD_CLASSES[kind]))
     if not 1 <= config.example <= len(records):
         raise ValueError(f"example is {config.example}; the file has rows 1 to {len(records)}")
-    chat = _load_chat(config.tokenizer) if config.tokenizer else None
+    with catch_warnings(record=True) as caught:
+        simplefilter("always", UserWarning)
+        chat = _load_chat(config.tokenizer) if config.tokenizer else None
+        figures = list(statistics(records, chat))
+    of_rendering = dict.fromkeys(
+        str(one.message) for one in caught if issubclass(one.category, UserWarning)
+    )
     print(f"{config.file}: {len(records)} {kind} rows, all valid")
-    for line in statistics(records, chat):
+    for line in figures:
         print(f"  {line}")
-    for line in warnings(records, chat):
+    for line in [*warnings(records, chat), *of_rendering]:
         print(f"  warning: {line}")
     _refuse_orderless(config.file, records, chat)
     colour = sys.stdout.isatty()
@@ -256,23 +263,17 @@ def _rendered_prompt(prompt: PromptLike, chat: "Chat | None") -> str:
     if chat is None:
         turns = (f"{turn['role']}: {turn['content']}\n" for turn in to_messages(prompt))
         return "".join(turns) + "assistant: "
-    return _with_specials(chat, chat.prompt_ids(prompt))
+    return chat.show(chat.prompt_ids(prompt))
 
 
 def _rendered_response(response: str, chat: "Chat | None") -> str:
     if chat is None:
         return response + "<end>"
-    return _with_specials(chat, chat.response_ids(response))
+    return chat.show(chat.response_ids(response))
 
 
 def _rendered_text(text: str, chat: "Chat | None") -> str:
-    return text if chat is None else _with_specials(chat, chat.text_ids(text))
-
-
-def _with_specials(chat: "Chat", ids: list[int]) -> str:
-    text = chat.tokenizer.decode(ids, skip_special_tokens=False)
-    assert isinstance(text, str)
-    return text
+    return text if chat is None else chat.show(chat.text_ids(text))
 
 
 def _lengths(name: str, values: Sequence[int], chat: "Chat | None") -> str:

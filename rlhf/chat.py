@@ -3,61 +3,24 @@
 A prompt becomes ids through the tokenizer's chat template with the generation prompt added; a
 response becomes its own ids followed by the end-of-response token. The two lists are concatenated,
 never re-tokenised together, so SFT, the reward model, PPO and evaluation see the same ids.
+
+Both are what the template renders for the whole conversation, and read back as the text that went
+in: names of control tokens that a person wrote are words, and rules about spaces at the start of a
+text do not reach the response. What cannot be had is warned of.
 """
 
 import hashlib
-from collections.abc import Sequence
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
-from jinja2.exceptions import TemplateError
-from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.control import ControlTokens, Piece, free_character
 from rlhf.records import Messages, PromptLike, to_messages
-
-DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}Assistant:\n{{ message['content'] }}{{ eos_token }}\n"
-    "{% elif message['role'] == 'system' %}{{ message['content'] }}\n\n"
-    "{% else %}User:\n{{ message['content'] }}\n\n{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
-)
-"""Given to tokenizers that have none: role names as plain text, no new tokens, so that no
-vocabulary has to grow. The line break before a response keeps its first token free of a space."""
-
-_PROBE = "probe"
-
-
-def add_missing_parts(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Gives a tokenizer a chat template and a padding token that training never needs to predict.
-
-    A sequence classifier of transformers reads its score at the last token that is not padding,
-    so a padding token equal to the end of a response would move that score one token early. The
-    vocabulary does not grow: an existing special token is taken, else one that text never gives.
-
-    Raises:
-        ValueError: the tokenizer has no vocabulary or no end-of-sequence token.
-    """
-    if not tokenizer(_PROBE, add_special_tokens=False).input_ids:
-        raise ValueError(
-            f"the tokenizer at {tokenizer.name_or_path!r} gives no tokens for a word, so its "
-            "vocabulary is missing; save the tokenizer (tokenizer.json) beside the weights"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer at {tokenizer.name_or_path!r} has no end-of-sequence token, and "
-            "responses must end with one; set eos_token in its tokenizer_config.json"
-        )
-    if isinstance(tokenizer.chat_template, dict):
-        tokenizer.chat_template = _default_template(tokenizer)
-    if not tokenizer.chat_template:
-        start = "{{ bos_token }}" if _adds_bos(tokenizer) else ""
-        tokenizer.chat_template = start + DEFAULT_CHAT_TEMPLATE
-    end_ids = {tokenizer.eos_token_id, _end_id(tokenizer)}
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in end_ids:
-        tokenizer.add_special_tokens({"pad_token": _unused_token(tokenizer, end_ids)})
-    return tokenizer
+from rlhf.template import PROBE, add_missing_parts, read_layout, render
 
 
 class Chat:
@@ -65,39 +28,111 @@ class Chat:
 
     Attributes:
         end_id: the token that ends a response: what the template puts after an assistant's words
-            if that is a special token, else the tokenizer's end-of-sequence token.
-        pad_id: the padding token; masks never depend on it, they come from lengths.
+            if that is a token of its own, else the tokenizer's end-of-sequence token.
+        other_ends: further tokens at which sampling stops.
+        pad_id: the padding token, None if the tokenizer has none to spare; masks never depend on
+            it, they come from lengths.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = add_missing_parts(tokenizer)
-        self.end_id: int = _end_id(tokenizer)
-        self.pad_id: int = tokenizer.pad_token_id
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, other_ends: Iterable[int] = ()) -> None:
+        """`other_ends` are what the model's files declare beside the tokenizer's (load_chat)."""
+        other_ends = tuple(other_ends)
+        self.tokenizer = add_missing_parts(tokenizer, other_ends)
+        self._layout = read_layout(tokenizer)
+        self.end_id: int = self._layout.end_id
+        ends = {*other_ends, tokenizer.eos_token_id} - {self.end_id}
+        self.other_ends: tuple[int, ...] = tuple(sorted(ends))
+        self.pad_id: int | None = tokenizer.pad_token_id
+        self._control = ControlTokens(tokenizer, self._layout.control_names)
+        self._turns = ControlTokens(tokenizer, self._layout.turn_names)
+        self._thoughts = ControlTokens(
+            tokenizer, self._layout.control_names - self._layout.turn_names
+        )
+        self._unspelt: set[str] = set()
+        for departure in self._layout.departures:
+            warnings.warn(departure, stacklevel=2)
 
     def prompt_ids(self, prompt: PromptLike) -> list[int]:
-        """Token ids of a prompt, up to and including the template's generation prompt."""
-        text = _render(self.tokenizer, to_messages(prompt), add_generation_prompt=True)
-        return self._encode(text)
+        """Token ids of a prompt, up to and including the template's generation prompt.
+
+        Control tokens are the template's alone: their names in a turn's content are words.
+        """
+        messages = to_messages(prompt)
+        text = render(self.tokenizer, messages, add_generation_prompt=True)
+        pieces = [(text, True)]
+        if any(self._control.are_in(message["content"]) for message in messages):
+            pieces = self._told_apart(messages, text)
+        ids = self._control.encode(pieces)
+        found = self.show(ids)
+        # Decoding may put spaces between tokens.
+        if not _same("".join(found.split()), "".join(text.split())):
+            self._warn_unspelt("prompt", text, found)
+        return ids
 
     def response_ids(self, response: str) -> list[int]:
         """Token ids of a response and, always last, the end-of-response token.
 
-        Words like "</s>" in the response stay words: no end token stands before the end.
+        Words like "</s>" in the response stay words: no end token stands before the end. The
+        marks of thoughts are tokens, and a response that has some gets no empty block of them.
         """
-        return [*self._encode(response, split_special_tokens=True), self.end_id]
+        opening = self._layout.opening
+        wanted = response
+        if any(name in opening for name in self._thoughts.found_in(response)):
+            opening, wanted = "", response.removeprefix(self._shown_opening)
+        tried = []
+        for spelling in self._spellings(opening, response):
+            ids = [*spelling, self.end_id]
+            if _same(self.decode(ids), wanted):
+                return ids
+            tried.append(ids)
+        self._warn_unspelt("response", wanted, self.decode(tried[0]))
+        return tried[0]
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of plain text (no template), with the tokenizer's own special tokens."""
-        return self.tokenizer(text).input_ids
+        """Token ids of plain text (no template), with the tokenizer's own special tokens around
+        it; control tokens' names in it are words."""
+        before, after = self._frame
+        return [*before, *self.bare_text_ids(text), *after]
+
+    def bare_text_ids(self, text: str) -> list[int]:
+        """`text_ids` without special tokens."""
+        ids = self._turns.encode([(text, False)])
+        found = self._decoded(ids)
+        if _same(found, text):
+            return ids
+        if text.startswith(" "):  # taken for the space that the tokenizer puts before a text
+            more = self._turns.encode([(" " + text, False)])
+            if _same(self._decoded(more), text):
+                return more
+        if not _same(found, " " + text):
+            self._warn_unspelt("text", text, found)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of response ids, cut before the end token, special tokens dropped."""
         ids = list(ids)
-        if self.end_id in ids:
-            ids = ids[: ids.index(self.end_id)]
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        words = self._without_end(ids)
+        text = self._read(words).removeprefix(self._shown_opening)
+        return text.removesuffix(self._layout.closing) if len(words) < len(ids) else text
+
+    def show(self, ids: Sequence[int]) -> str:
+        """The text of any ids, special tokens by their names."""
+        text = self.tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         assert isinstance(text, str)
         return text
+
+    def has_end(self, ids: Sequence[int]) -> bool:
+        """Whether a sampled response is finished: its last token is one of the ends."""
+        return len(ids) > 0 and (ids[-1] == self.end_id or ids[-1] in self.other_ends)
+
+    def with_own_end(self, ids: Sequence[int]) -> list[int]:
+        """A response that finished with another end, with `end_id` in its place.
+
+        So it is what a reward model was trained to read.
+        """
+        return [*ids[:-1], self.end_id] if self.has_end(ids) else list(ids)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text that each token of a response adds; the end token adds its own name.
@@ -108,11 +143,11 @@ class Chat:
         with those before them, since what a token reads as may depend on its neighbours.
         """
         ids = list(ids)
-        end = ids.index(self.end_id) if self.end_id in ids else len(ids)
+        end = len(self._without_end(ids))
         pieces = []
         first, whole = 0, 0  # ids[first:whole] are context, all before `whole` is in the pieces
         for stop in range(1, end + 1):
-            known, text = self.decode(ids[first:whole]), self.decode(ids[first:stop])
+            known, text = self._read(ids[first:whole]), self._read(ids[first:stop])
             if text.endswith("\ufffd") and stop < end:
                 pieces.append("")
                 continue
@@ -120,6 +155,12 @@ class Chat:
             if pieces[-1]:
                 first = whole  # else the context would be without text, like the start of one
             whole = stop
+        if "".join(pieces).startswith(self._shown_opening):
+            pieces = _cut(pieces, len(self._shown_opening))
+        closing = self._layout.closing
+        if end < len(ids) and "".join(pieces).endswith(closing):
+            backwards = _cut([piece[::-1] for piece in reversed(pieces)], len(closing))
+            pieces = [piece[::-1] for piece in reversed(backwards)]
         return [*pieces, *self.tokenizer.convert_ids_to_tokens(ids[end:])]
 
     def fit_prompt(self, prompt: PromptLike, max_tokens: int) -> list[int] | None:
@@ -145,84 +186,158 @@ class Chat:
         """SHA-256 of the chat template, for lineage.json."""
         return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
 
-    def _encode(self, text: str, *, split_special_tokens: bool = False) -> list[int]:
-        return self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=split_special_tokens
-        ).input_ids
+    def _told_apart(self, messages: Messages, text: str) -> list[Piece]:
+        """A rendered prompt in pieces: the names in the turns' contents, and all else.
 
+        Each name in a content is hidden behind a sign, and the template is run again. Where it
+        looks for a name, as for the end of thoughts in an earlier answer, its text changes with
+        that name hidden, so the name is left to it.
+        """
+        sign = free_character(text + "".join(message["content"] for message in messages))
+        names = self._control.found_in("\n".join(message["content"] for message in messages))
+        hidden, shown = messages, text
+        for i, message in enumerate(messages):
+            own = self._control.found_in(message["content"])
+            for some in [own, *([name] for name in own)] if own else []:
+                trial = self._try_hiding(hidden, i, some, names, sign, text)
+                if trial is not None:
+                    hidden, shown = trial
+                    if some is own:
+                        break
+        parts = re.split(f"{sign}([0-9]+){sign}", shown)
+        return [
+            (names[int(part)], False) if number % 2 else (part, True)
+            for number, part in enumerate(parts)
+        ]
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, add_generation_prompt: bool
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    def _try_hiding(
+        self,
+        messages: Messages,
+        i: int,
+        some: Sequence[str],
+        names: Sequence[str],
+        sign: str,
+        text: str,
+    ) -> tuple[Messages, str] | None:
+        """Messages with names hidden in the i-th and their rendering, if it says the same.
+
+        White space at the ends stays when it is itself a name, as a template may strip it.
+        """
+        content = messages[i]["content"]
+        start = len(content) - len(content.lstrip())
+        stop = max(start, len(content.rstrip()))
+        for before, core, after in (
+            ("", content, ""),
+            (content[:start], content[start:stop], content[stop:]),
+        ):
+            for name in sorted(some, key=len, reverse=True):
+                core = core.replace(name, f"{sign}{names.index(name)}{sign}")
+            changed = {**messages[i], "content": before + core + after}
+            trial = [*messages[:i], changed, *messages[i + 1 :]]
+            try:
+                shown = render(self.tokenizer, trial, add_generation_prompt=True)
+            except ValueError:
+                continue
+            found = re.sub(f"{sign}([0-9]+){sign}", lambda match: names[int(match[1])], shown)
+            if found == text:
+                return trial, shown
+        return None
+
+    def _spellings(self, opening: str, response: str) -> Iterator[list[int]]:
+        """Ids of a response, the likeliest first: as it follows the prompt; with one space more,
+        where the first is taken for one that the tokenizer puts there; as a text by itself, and
+        after some word, where prompt and response would grow together."""
+        closing = self._layout.closing
+        for text in (response, " " + response):
+            words = [(opening, True), *self._words(text), (closing, True)]
+            ids = self._turns.encode([(self._layout.before, True), *words])
+            if ids[: len(self._before)] == self._before:
+                yield ids[len(self._before) :]
+        words = [(opening, True), *self._words(response), (closing, True)]
+        yield self._turns.encode(words)
+        word = self._turns.encode([(PROBE, True)])
+        ids = self._turns.encode([(PROBE, True), *words])
+        if ids[: len(word)] == word:
+            yield ids[len(word) :]
+
+    def _words(self, text: str) -> list[Piece]:
+        """A response's words, among which only the marks of thoughts count."""
+        names = self._thoughts.found_in(text)
+        if not names:
+            return [(text, False)]
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        return [(part, number % 2 == 1) for number, part in enumerate(parts)]
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        if self.end_id in ids:
+            return ids[: ids.index(self.end_id)]
+        return ids[:-1] if self.has_end(ids) else ids
+
+    def _read(self, ids: list[int]) -> str:
+        """The text of a response's tokens as it follows the prompt, special tokens dropped."""
+        text, before = self._decoded([*self._before, *ids]), self._shown_before
+        return text[len(before) :] if text.startswith(before) else self._decoded(ids)
+
+    def _decoded(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-    except Exception as error:  # a template is a program of its own, which may fail in any way
-        roles = ", ".join(message["role"] for message in messages)
-        name = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        raise ValueError(
-            f"the chat template refuses a prompt with the turns {roles}: {name}{error}; change the "
-            "prompt or the chat template of the tokenizer"
-        ) from error
-    assert isinstance(text, str)
-    return text
+        assert isinstance(text, str)
+        return text
 
+    @cached_property
+    def _before(self) -> list[int]:
+        """Ids of what stands between the question and the response."""
+        return self._control.encode([(self._layout.before, True)])
 
-def _default_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of several templates the one that all prompts are rendered with, so the only one to save."""
-    templates = tokenizer.chat_template
-    if "default" not in templates:
-        raise ValueError(
-            f"the tokenizer at {tokenizer.name_or_path!r} has several chat templates "
-            f"({', '.join(templates)}) and none is named default; leave one in its "
-            "chat_template.jinja"
+    @cached_property
+    def _shown_before(self) -> str:
+        return self._decoded(self._before)
+
+    @cached_property
+    def _shown_opening(self) -> str:
+        """What stands before the answer in the text of a response: the template's opening, and a
+        space that some tokenizers put there."""
+        found = self._read(next(self._spellings(self._layout.opening, PROBE)))
+        return found[: found.index(PROBE)] if PROBE in found else ""
+
+    @cached_property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts before and after a text."""
+        framed = self.tokenizer(PROBE).input_ids
+        bare = self.tokenizer(PROBE, add_special_tokens=False).input_ids
+        for start in range(len(framed) - len(bare) + 1):
+            if framed[start : start + len(bare)] == bare:
+                return framed[:start], framed[start + len(bare) :]
+        return [], []
+
+    def _warn_unspelt(self, kind: str, text: str, found: str) -> None:
+        """Once for each kind of text: it is not what its ids read as."""
+        if kind in self._unspelt:
+            return
+        self._unspelt.add(kind)
+        pairs = zip(text, found, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(found)))
+        place = slice(max(0, same - 10), same + 20)
+        warnings.warn(
+            f"the tokenizer cannot spell a {kind}: {text[place]!r} in it comes back as "
+            f"{found[place]!r}, and so may others; change the text, or take a model whose "
+            "tokenizer has these characters",
+            stacklevel=3,
         )
-    return templates["default"]
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer(_PROBE).input_ids[0] == bos
-
-
-def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The first special token that the template writes after an assistant message, else EOS."""
-    question: Messages = [{"role": "user", "content": _PROBE}]
-    answer = {"role": "assistant", "content": _PROBE}
-    text = _render(tokenizer, [*question, answer], add_generation_prompt=False)
-    if text.count(_PROBE) < 2:
-        raise ValueError(
-            f"the chat template of the tokenizer at {tokenizer.name_or_path!r} leaves out what the "
-            "assistant said, so no response could end; change the template"
-        )
-    tail = tokenizer(text[text.rindex(_PROBE) + len(_PROBE) :], add_special_tokens=False).input_ids
-    special = {tokenizer.convert_tokens_to_ids(token) for token in _special_tokens(tokenizer)}
-    return next((token for token in tail if token in special), tokenizer.eos_token_id)
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """All special tokens; those without a role, such as Phi's <|end|>, are in no other list."""
-    added = tokenizer.added_tokens_decoder.values()
-    without_role = [token.content for token in added if token.special]
-    return list(dict.fromkeys([*tokenizer.all_special_tokens, *without_role]))
-
-
-def _unused_token(tokenizer: PreTrainedTokenizerBase, end_ids: set[int]) -> AddedToken:
-    """A token that no response ends with: a special one, else the one for the NUL character."""
-    special = _special_tokens(tokenizer)
-    made_for_it = [token for token in special if "pad" in token]
-    for token in [*made_for_it, tokenizer.unk_token, tokenizer.bos_token, *special]:
-        if token and tokenizer.convert_tokens_to_ids(token) not in end_ids:
-            return AddedToken(token, special=True, normalized=False)
-    nul = tokenizer("\x00", add_special_tokens=False).input_ids
-    if len(nul) == 1 and nul[0] not in end_ids:
-        # A byte-level tokenizer writes NUL as the letter A with macron. As a special token that
-        # would swallow the letter itself in every word, unless it must stand as a word alone.
-        name = tokenizer.convert_ids_to_tokens(nul[0])
-        assert isinstance(name, str)
-        return AddedToken(name, single_word=True, special=True, normalized=False)
-    raise ValueError(
-        f"no padding token distinct from the end token {tokenizer.eos_token!r} was found in the "
-        f"tokenizer at {tokenizer.name_or_path!r}; set pad_token in its tokenizer_config.json"
+def _same(text: str, other: str) -> bool:
+    """Whether two texts are equal but for the form of their accents (Unicode's NFC)."""
+    return text == other or unicodedata.normalize("NFC", text) == unicodedata.normalize(
+        "NFC", other
     )
+
+
+def _cut(pieces: list[str], length: int) -> list[str]:
+    """The pieces without the first characters of the text that they make."""
+    shorter = []
+    for piece in pieces:
+        shorter.append(piece[length:])
+        length = max(0, length - len(piece))
+    return shorter

@@ -11,7 +11,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.chat import add_missing_parts
+from rlhf.template import add_missing_parts
 
 _MAGIC = b"GGUF"
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +17,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
 
 from rlhf.attention import segmented_sdpa
-from rlhf.chat import Chat, add_missing_parts
+from rlhf.chat import Chat
 from rlhf.config import LoraSettings, ModelSettings
 from rlhf.folders import SAVED_WEIGHTS
 from rlhf.logprobs import Head, TokenMoments, chunked_logprobs, chunked_moments
@@ -44,6 +45,7 @@ from rlhf.lora import (
 )
 from rlhf.packing import PackedRow, Packer, PromptTree
 from rlhf.runs import BASE_FILE
+from rlhf.template import add_missing_parts
 
 if TYPE_CHECKING:
     from rlhf.roles import SharedBases
@@ -70,11 +72,13 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     _check_folder(path)
     with _naming(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        return add_missing_parts(tokenizer)
+        return add_missing_parts(tokenizer, _declared_ends(path, tokenizer))
 
 
 def load_chat(settings: ModelSettings) -> Chat:
-    return Chat(load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code))
+    """The rendering of a model folder, hub id or GGUF file, with all ends that it declares."""
+    tokenizer = load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
+    return Chat(tokenizer, _declared_ends(settings.path, tokenizer))
 
 
 def load_policy(
@@ -239,16 +243,17 @@ def save_policy(
 ) -> None:
     """Writes a folder that AutoModelForCausalLM and AutoTokenizer load as it is.
 
-    Generation stops at the end-of-response token by the saved generation_config, and the sampling
-    settings that the base model brought along go: they would distort later rollouts.
+    Generation stops at the end-of-response token by the saved generation_config, and at all ends
+    that the base model declared; the sampling settings that it brought along go: they would distort
+    later rollouts.
 
     Args:
         weights: what to write where the model holds a shard of each only; None: the model's own.
     """
-    end_id = Chat(tokenizer).end_id
+    chat = Chat(tokenizer, _ends_of(model.generation_config, tokenizer))
     generation = type(model.generation_config)(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=sorted({end_id, tokenizer.eos_token_id}),
+        eos_token_id=sorted({chat.end_id, *chat.other_ends}),
         pad_token_id=tokenizer.pad_token_id,
     )
     model.generation_config = generation
@@ -583,6 +588,31 @@ def _four_bits(settings: ModelSettings) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=_dtype(settings),
     )
+
+
+def _declared_ends(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ends of a model's generation_config.json; none where there is no such file."""
+    if path.endswith(".gguf"):
+        return []
+    adapter = find_adapter(path)
+    for place in [path] if adapter is None else [path, adapter.base]:
+        try:
+            return _ends_of(GenerationConfig.from_pretrained(place), tokenizer)
+        except (OSError, ValueError):  # there is none, or none that can be read
+            continue
+    return []
+
+
+def _ends_of(generation: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ends that a generation config declares and that can be one: not an ordinary token that an
+    architecture has as its default, and no id that the tokenizer does not know."""
+    ends = generation.eos_token_id
+    declared = [ends] if isinstance(ends, int) else list(ends or ())
+    if getattr(generation, "_from_model_config", False):
+        known: Iterable[int] = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
+    else:
+        known = range(len(tokenizer))
+    return [end for end in declared if end in known]
 
 
 @contextmanager

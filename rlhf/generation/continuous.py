@@ -71,7 +71,7 @@ class ContinuousEngine:
         do_sample = decoding.temperature > 0
         generation_config = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
-            eos_token_id=decoding.end_id,
+            eos_token_id=decoding.ends,
             do_sample=do_sample,
             **({"temperature": decoding.temperature} if do_sample else {}),
         )

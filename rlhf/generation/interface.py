@@ -18,13 +18,20 @@ class Decoding:
     """A response without its end token is cut here."""
     temperature: float
     """Logits are divided by it; 0 takes the likeliest token (greedy)."""
+    other_ends: tuple[int, ...] = ()
+    """Further tokens that end a response, as a model's files may declare."""
+
+    @property
+    def ends(self) -> list[int]:
+        """All tokens that end a response."""
+        return [self.end_id, *self.other_ends]
 
 
 class Samples(NamedTuple):
     """One response a prompt, in the order of the prompts, without padding."""
 
     responses: list[list[int]]
-    """Token ids; the last one is the end token where the response finished."""
+    """Token ids; the last one is an end token where the response finished."""
     logprobs: list[list[float]]
     """Log-probability in nats of each token as the engine saw it, at the sampling temperature
     (greedy: at temperature 1)."""

@@ -71,6 +71,7 @@ def _generate_batch(
     active = list(range(len(prompts)))  # rows of the batch -> prompts
     unfinished = set(active)
     num_wasted = 0  # tokens decoded in finished rows since rows last left
+    ends = set(decoding.ends)
     for step in range(decoding.max_new_tokens):
         logits = policy(
             input_ids=ids,
@@ -86,7 +87,7 @@ def _generate_batch(
             if prompt in unfinished:
                 samples.responses[prompt].append(token)
                 samples.logprobs[prompt].append(logprob)
-                if token == decoding.end_id:
+                if token in ends:
                     unfinished.remove(prompt)
         if not unfinished or step == decoding.max_new_tokens - 1:
             progress(num_before)  # what is cut at its full length has ended too

@@ -86,8 +86,8 @@ class VllmEngine:
             self.vllm.SamplingParams(
                 temperature=decoding.temperature,
                 max_tokens=decoding.max_new_tokens,
-                stop_token_ids=[decoding.end_id],
-                ignore_eos=True,  # the end of a response is end_id alone
+                stop_token_ids=decoding.ends,
+                ignore_eos=True,  # a response ends at these alone
                 logprobs=0,  # of the sampled token and no other
                 detokenize=False,
                 seed=seed,

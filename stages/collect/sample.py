@@ -35,7 +35,7 @@ class Sample:
     num_tokens: int
     """The end token included."""
     ended: bool
-    """Whether it has its end token."""
+    """Whether it has an end token."""
 
 
 def make_questions(prompts: Sequence[Prompt], chat: Chat, config: Config) -> list[Question]:
@@ -81,6 +81,7 @@ def sample_responses(
             config.generation,
             Decoding(
                 end_id=chat.end_id,
+                other_ends=chat.other_ends,
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
             ),
@@ -90,7 +91,7 @@ def sample_responses(
     samples: list[list[Sample]] = [[] for _ in questions]
     numbered = [(i, response) for (i, _), response in zip(mine, drawn.responses, strict=True)]
     for i, response in gather_object(numbered):
-        ended = response[-1] == chat.end_id
+        ended = chat.has_end(response)
         text = chat.decode(response)
         samples[i].append(Sample(text=text, num_tokens=len(response), ended=ended))
     return samples

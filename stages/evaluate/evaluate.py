@@ -61,6 +61,9 @@ class Exam:
     """What every policy is put through, and who marks it."""
 
     chat: Chat
+    """The baseline's rendering, which is that of all."""
+    chats: dict[str, Chat]
+    """Of each policy, with the ends that its own files declare."""
     questions: list[Prompt]
     prompt_ids: list[tuple[int, ...]]
     num_cut: int
@@ -108,7 +111,8 @@ def evaluate(config: Config) -> None:
     marks = _examine(config, exam, accelerator.device)
     scores = {
         judge: {
-            name: score(reward, exam.questions, exam.chat, of) for name, of in marks.answers.items()
+            name: score(reward, exam.questions, exam.chats[name], of)
+            for name, of in marks.answers.items()
         }
         for judge, reward in exam.judges.items()
     }
@@ -170,7 +174,8 @@ def _inputs(config: Config) -> dict[str, str]:
 
 def _prepare(config: Config, device: torch.device) -> Exam:
     """What can be wrong with the prompts, texts and judges is found here, before a sample."""
-    chat = _common_chat(config)
+    chats = _common_chats(config)
+    chat = chats[config.baseline_name]
     drawn = _draw_prompts(config)
     fitted = [(one, fit_prompt(one, chat, config.max_prompt_tokens)) for one in drawn]
     kept = [(one, prompt) for one, prompt in fitted if prompt is not None]
@@ -191,6 +196,7 @@ def _prepare(config: Config, device: torch.device) -> Exam:
     grader = find_grader(gold, config.gold or GOLD)
     return Exam(
         chat,
+        chats,
         questions,
         prompt_ids,
         num_cut,
@@ -208,8 +214,8 @@ def _text_ids(record: Text, chat: Chat) -> list[int]:
         return chat.text_ids(record.text)
 
 
-def _common_chat(config: Config) -> Chat:
-    """The baseline's rendering, which all policies must share.
+def _common_chats(config: Config) -> dict[str, Chat]:
+    """Every policy's rendering, which must be the baseline's.
 
     Raises:
         ValueError: A policy has another tokenizer or chat template.
@@ -223,7 +229,7 @@ def _common_chat(config: Config) -> Chat:
                 f"than the baseline {baseline} at {config.policies[baseline]}, so they cannot be "
                 "compared token by token; evaluate it in a run of its own"
             )
-    return chats[baseline]
+    return chats
 
 
 def _draw_prompts(config: Config) -> list[Prompt]:
@@ -312,13 +318,14 @@ def _examine(config: Config, exam: Exam, device: torch.device) -> Marks:
         policy.to(device)  # type: ignore[arg-type]  # its wrapper hides the types of Module.to
         packer = packer_for(policy, config.micro_batch_tokens)
         answers[name] = _answer(config, exam, policy, packer, name)
-        text, share = most_frequent_response(exam.questions, exam.chat, answers[name])
+        chat = exam.chats[name]
+        text, share = most_frequent_response(exam.questions, chat, answers[name])
         figures = marks.figures[name] = {
-            **describe(answers[name], exam.chat.end_id),
+            **describe(answers[name], chat.end_id, chat.other_ends),
             "most_frequent_response": {"text": text, "share": share},
         }
         if exam.grader is not None:
-            marks.parts[name] = exam.grader.grade(exam.questions, answers[name].trees, exam.chat)
+            marks.parts[name] = exam.grader.grade(exam.questions, answers[name].trees, chat)
             figures |= _grade(config, exam, exam.grader, policy, name, marks.parts[name])
         if exam.texts:
             label = f"{name} reads held-out text"
@@ -349,8 +356,9 @@ def _grade(
     figures = describe_parts(parts, config.right_part, exam.kinds, config.seed)
     if "right" in figures:
         label = f"{name} answers greedily"
-        trees = _sample(config, exam, policy, label, num_samples=1, temperature=0.0)
-        greedy = grader.grade(exam.questions, trees, exam.chat)
+        chat = exam.chats[name]
+        trees = _sample(config, exam, policy, chat, label, num_samples=1, temperature=0.0)
+        greedy = grader.grade(exam.questions, trees, exam.chats[name])
         of_greedy = describe_parts(greedy, config.right_part, None, config.seed)
         figures["right_greedy"] = of_greedy["right"]
         figures["right_greedy_interval"] = of_greedy["right_interval"]
@@ -371,6 +379,7 @@ def _sample_pool(
         config,
         exam,
         policy,
+        exam.chats[name],
         f"{name} answers several times",
         num_samples=config.pair_samples_per_prompt,
         temperature=config.temperature,
@@ -419,7 +428,15 @@ def _answer(
 ) -> Answers:
     num_samples, temperature = config.samples_per_prompt, config.temperature
     label = f"{name} answers"
-    trees = _sample(config, exam, policy, label, num_samples=num_samples, temperature=temperature)
+    trees = _sample(
+        config,
+        exam,
+        policy,
+        exam.chats[name],
+        label,
+        num_samples=num_samples,
+        temperature=temperature,
+    )
     label = f"{name} reads its answers"
     return Answers(trees, response_logprobs(policy, trees, packer, temperature, label))
 
@@ -428,6 +445,7 @@ def _sample(
     config: Config,
     exam: Exam,
     policy: PreTrainedModel,
+    chat: Chat,
     label: str,
     *,
     num_samples: int,
@@ -439,7 +457,8 @@ def _sample(
         policy,
         exam.prompt_ids,
         config.generation,
-        end_id=exam.chat.end_id,
+        end_id=chat.end_id,
+        other_ends=chat.other_ends,
         samples_per_prompt=num_samples,
         max_new_tokens=config.max_new_tokens,
         temperature=temperature,
@@ -520,8 +539,8 @@ def _sample_rows(
                         "prompt_number": number,
                         "prompt": question.prompt,
                         "policy": name,
-                        "response": exam.chat.decode(response),
-                        "finished": response[-1] == exam.chat.end_id,
+                        "response": exam.chats[name].decode(response),
+                        "finished": exam.chats[name].has_end(response),
                         **{judge: scores[judge][name][number][i] for judge in scores},
                         **({} if parts is None else {"parts": parts}),
                     }

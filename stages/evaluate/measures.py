@@ -60,6 +60,7 @@ def sample(
     temperature: float,
     seed: int,
     label: str,
+    other_ends: tuple[int, ...] = (),
 ) -> list[PromptTree]:
     """A tree a prompt with its sampled responses; equal policies with equal seeds give the same."""
     repeated = [ids for ids in prompt_ids for _ in range(samples_per_prompt)]
@@ -68,7 +69,12 @@ def sample(
             policy,
             repeated,
             settings,
-            Decoding(end_id=end_id, max_new_tokens=max_new_tokens, temperature=temperature),
+            Decoding(
+                end_id=end_id,
+                other_ends=other_ends,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+            ),
             generator=torch.Generator().manual_seed(seed),
             progress=bar.update,
         )
@@ -97,12 +103,13 @@ def response_logprobs(
     return logprobs
 
 
-def describe(answers: Answers, end_id: int) -> dict[str, float]:
+def describe(answers: Answers, end_id: int, other_ends: tuple[int, ...] = ()) -> dict[str, float]:
     """What can be read off the responses alone; means over responses."""
     responses = answers.responses
+    ends = {end_id, *other_ends}
     return {
         "response_tokens": sum(map(len, responses)) / len(responses),
-        "eos_rate": sum(response[-1] == end_id for response in responses) / len(responses),
+        "eos_rate": sum(response[-1] in ends for response in responses) / len(responses),
         "distinct_2": distinct_bigrams(responses),
     }
 
@@ -143,9 +150,9 @@ def divergence(answers: Answers, ref_logprobs: Sequence[Tensor]) -> dict[str, fl
 
 
 def score(reward: Reward, questions: Sequence[Prompt], chat: Chat, answers: Answers) -> Scores:
-    """Scores of every response, grouped by prompt."""
+    """Scores of every response, grouped by prompt; each response ends with the template's end."""
     rows = [
-        (question, tree.prompt, response)
+        (question, tree.prompt, chat.with_own_end(response))
         for question, tree in zip(questions, answers.trees, strict=True)
         for response in tree.responses
     ]

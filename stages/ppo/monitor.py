@@ -419,7 +419,7 @@ def write_replay(error: NonFiniteError, update: int, chat: Chat, folder: Path) -
     }
     if error.tree is not None:
         replay |= asdict(error.tree) | {
-            "prompt_text": chat.decode(list(error.tree.prompt)),
+            "prompt_text": chat.show(error.tree.prompt),
             "response_texts": [chat.decode(list(ids)) for ids in error.tree.responses],
         }
     text = json.dumps(replay, ensure_ascii=False, indent=2) + "\n"

@@ -75,7 +75,7 @@ class Rollout:
     response_mask: Tensor
     """(batch, time) True where the response has a token, the end token included"""
     finished: Tensor
-    """(batch,) True where the response has its end token"""
+    """(batch,) True where the response has an end token"""
     scores: Tensor
     """(batch,) from the reward, after the clip, the length penalty and the handling of missing
     ends"""
@@ -130,6 +130,7 @@ class Sampler:
                 [episode.prompt_ids for episode in episodes],
                 Decoding(
                     end_id=self.chat.end_id,
+                    other_ends=self.chat.other_ends,
                     max_new_tokens=settings.max_new_tokens,
                     temperature=settings.temperature,
                 ),
@@ -144,8 +145,8 @@ class Sampler:
         return trees, pad_sequence(logprobs, batch_first=True)
 
     def raw_scores(self, episodes: Sequence[Episode], trees: Sequence[PromptTree]) -> Scored:
-        """Scores (batch,) as the reward gives them."""
-        responses = [list(tree.responses[0]) for tree in trees]
+        """Scores (batch,) as the reward gives them, of responses with the template's own end."""
+        responses = [self.chat.with_own_end(tree.responses[0]) for tree in trees]
         with (
             self.watch.phase("score"),
             on_device(reward_models_of(self.reward), self.watch.device, self.config.offload),
@@ -160,11 +161,11 @@ class Sampler:
     def score(
         self, episodes: Sequence[Episode], trees: Sequence[PromptTree]
     ) -> tuple[Scored, Tensor]:
-        """Scores (batch,), and whether each response has its end token (batch,)."""
+        """Scores (batch,), and whether each response has an end token (batch,)."""
         settings = self.config.reward
         responses = [tree.responses[0] for tree in trees]
         lengths = torch.tensor([len(response) for response in responses])
-        finished = torch.tensor([response[-1] == self.chat.end_id for response in responses])
+        finished = torch.tensor([self.chat.has_end(response) for response in responses])
         scored = self.raw_scores(episodes, trees)
         scores = clip_scores(scored.scores, settings.clip)
         scores = penalize_length(

@@ -232,7 +232,7 @@ def _stopping_well(
         except NonFiniteError as error:
             if learner.accelerator.is_main_process:
                 write_replay(error, number, chat, run.dir)
-            prompt = "" if error.tree is None else f" at prompt {chat.decode(error.tree.prompt)!r}"
+            prompt = "" if error.tree is None else f" at prompt {chat.show(error.tree.prompt)!r}"
             cause = f"{error}{prompt} (see {run.dir / REPLAY_FILE})."
             monitor.raise_alarm(NONFINITE, number, cause)
     except TrainingStopped as stop:
@@ -353,7 +353,7 @@ def text_blocks(texts: Sequence[str], chat: Chat, config: Config) -> list[Prompt
     between = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     ids = []
     for text in texts:
-        ids += [between, *tokenizer(text, add_special_tokens=False).input_ids]
+        ids += [between, *chat.bare_text_ids(text)]
     blocks = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     if not blocks:
         raise ValueError(

@@ -27,7 +27,7 @@ class Sample:
     text: str
     """The response, decoded."""
     ended: bool
-    """Whether the response has its end token."""
+    """Whether the response has an end token."""
 
 
 def mean_loss(policy: PreTrainedModel, trees: Sequence[PromptTree], packer: Packer) -> float:
@@ -49,6 +49,7 @@ def draw_samples(
         config.generation,
         Decoding(
             end_id=chat.end_id,
+            other_ends=chat.other_ends,
             max_new_tokens=config.max_response_tokens,
             temperature=config.temperature,
         ),
@@ -60,16 +61,17 @@ def draw_samples(
             prompt=prompt,
             response=response,
             text=chat.decode(response),
-            ended=response[-1] == chat.end_id,
+            ended=chat.has_end(response),
         )
         for one, prompt, response in zip(chosen, prompts, samples.responses, strict=True)
     ]
 
 
-def score_samples(samples: Sequence[Sample], reward_model: RewardModel) -> list[float]:
-    """The reward model's score of each sample."""
+def score_samples(samples: Sequence[Sample], reward_model: RewardModel, chat: Chat) -> list[float]:
+    """The reward model's score of each sample, with the template's own end."""
     prompts = [sample.prompt for sample in samples]
-    return reward_model.scores(prompts, [sample.response for sample in samples]).tolist()
+    responses = [chat.with_own_end(sample.response) for sample in samples]
+    return reward_model.scores(prompts, responses).tolist()
 
 
 def sample_rows(samples: Sequence[Sample], scores: Sequence[float] | None) -> list[dict[str, Any]]:

@@ -117,7 +117,8 @@ class _Judge:
 
     def _sample(self, policy: PreTrainedModel, step: int | None) -> Metrics:
         samples = draw_samples(policy, self.rows.held_out, self.chat, self.config)
-        scores = None if self.reward_model is None else score_samples(samples, self.reward_model)
+        reward_model, chat = self.reward_model, self.chat
+        scores = None if reward_model is None else score_samples(samples, reward_model, chat)
         self.run.samples(sample_rows(samples, scores), step)
         return _figures(samples, scores)
 

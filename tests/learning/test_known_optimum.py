@@ -188,7 +188,13 @@ def run_ppo(
         packer=Packer(600),
         accelerator=Accelerator(cpu=True),
     )
-    chat = SimpleNamespace(end_id=END, decode=str)
+    chat = SimpleNamespace(
+        end_id=END,
+        other_ends=(),
+        decode=str,
+        with_own_end=list,
+        has_end=lambda response: response[-1] == END,
+    )
     reward = TableReward(task.reward)
     sampler = TableSampler(chat, TablePolicy(task.ref), reward, learner.packer, config)  # type: ignore[arg-type]
     episodes = [Episode(Prompt(prompt="unused"), PROMPT)] * config.rollout.batch_size

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf.chat import DEFAULT_CHAT_TEMPLATE, Chat, add_missing_parts
+from rlhf.chat import Chat
+from rlhf.template import DEFAULT_CHAT_TEMPLATE, add_missing_parts
 from tests.rlhf.tiny_models import byte_tokenizer
 
 CHATML = (
@@ -26,6 +27,8 @@ LLAMA2 = (
     "{% elif m['role'] == 'system' %}{{ raise_exception('no system role') }}"
     "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
 )
+
+BOS = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 
 CONVERSATION = [
     {"role": "system", "content": "Be kind."},
@@ -103,8 +106,9 @@ def test_end_token_is_the_templates(template: str | None, end: str) -> None:
     eos = "</s>" if template == LLAMA2 else "<eos>"
     chat = Chat(byte_tokenizer(*special, eos_token=eos, chat_template=template))
     assert chat.end_id == special.index(end)
-    assert chat.response_ids("Me.") == [*ids_of(chat, "Me."), chat.end_id]
-    assert chat.response_ids("") == [chat.end_id]
+    space = " " if template == LLAMA2 else ""
+    assert chat.response_ids("Me.") == [*ids_of(chat, f"{space}Me.{space}"), chat.end_id]
+    assert chat.response_ids("") == [*ids_of(chat, space + space), chat.end_id]
     assert chat.pad_id not in (chat.end_id, special.index(eos))
 
 
@@ -123,12 +127,14 @@ TOKENIZERS_WITHOUT_PAD = {
     "unk and no pad": lambda: byte_tokenizer("<unk>", "</s>", unk_token="<unk>", eos_token="</s>"),
     "pad is eos": lambda: byte_tokenizer("<s>", "</s>", eos_token="</s>", pad_token="</s>"),
     "pad without a role": lambda: byte_tokenizer("<a>", "<|pad|>", "</s>", eos_token="</s>"),
-    "one special token": gpt2_like,
-    "one that is pad too": lambda: byte_tokenizer("<e>", eos_token="<e>", pad_token="<e>"),
+    "bos in prompts": lambda: byte_tokenizer(
+        "<s>", "<a>", "</s>", bos_token="<s>", eos_token="</s>", pad_token="<s>", chat_template=BOS
+    ),
     "pad is the template's end": lambda: byte_tokenizer(
         "<eos>",
         "<|im_end|>",
         "<|im_start|>",
+        "<a>",
         eos_token="<eos>",
         pad_token="<|im_end|>",
         chat_template=CHATML,
@@ -141,8 +147,9 @@ def test_pad_is_never_an_end_token(name: str, tmp_path: Path) -> None:
     tokenizer = TOKENIZERS_WITHOUT_PAD[name]()
     size = len(tokenizer)
     chat = Chat(tokenizer)
+    assert chat.pad_id is not None and 0 <= chat.pad_id < size
     assert chat.pad_id not in (chat.end_id, tokenizer.eos_token_id)
-    assert 0 <= chat.pad_id < size
+    assert chat.pad_id not in chat.prompt_ids(CONVERSATION) + chat.text_ids("plain")
     assert len(tokenizer) == size, "the vocabulary must not grow"
 
     tokenizer.save_pretrained(tmp_path)
@@ -157,16 +164,34 @@ def test_a_token_made_for_padding_is_preferred() -> None:
     assert tokenizer.pad_token == "<|pad|>"
 
 
-def test_padding_with_nul_leaves_every_word_whole(tmp_path: Path) -> None:
-    """A byte-level NUL is written as the letter Ā; that letter must not turn into padding."""
-    text = "Ābols, BAĀBA, kāpt: ordinary words"
-    chat = Chat(gpt2_like())
-    assert chat.tokenizer.decode([chat.pad_id]) == "\x00"
+TOKENIZERS_WITHOUT_A_SPARE_TOKEN = {
+    "one special token": gpt2_like,
+    "one that is pad too": lambda: byte_tokenizer("<e>", eos_token="<e>", pad_token="<e>"),
+    "all in turns": lambda: byte_tokenizer(
+        *("<eos>", "<|im_end|>", "<|im_start|>"), eos_token="<eos>", chat_template=CHATML
+    ),
+    "all in prompts": lambda: byte_tokenizer(
+        "<s>", "</s>", bos_token="<s>", eos_token="</s>", pad_token="<s>", chat_template=BOS
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS_WITHOUT_A_SPARE_TOKEN)
+def test_no_padding_token_where_none_is_to_spare(name: str, tmp_path: Path) -> None:
+    """Neither a letter nor a token of prompts turns into padding."""
+    text = "Ā bols, BAĀBA, kā pt, Ġ and ā: ordinary words"
+    chat = Chat(TOKENIZERS_WITHOUT_A_SPARE_TOKEN[name]())
     chat.tokenizer.save_pretrained(tmp_path)
     for version in (chat, Chat(AutoTokenizer.from_pretrained(tmp_path))):
+        assert version.pad_id is None
         assert version.decode(version.response_ids(text)) == text
-        assert version.pad_id not in version.prompt_ids(text)
+        assert text in text_of(version, version.prompt_ids(text))
         assert version.decode(version.text_ids(text)) == text
+
+
+def test_a_token_that_unknown_letters_become_does_not_pad() -> None:
+    chat = Chat(word_tokenizer("<unk>", "</s>", unk_token="<unk>", eos_token="</s>"))
+    assert chat.pad_id is None
 
 
 def test_keeps_a_good_pad() -> None:
@@ -197,6 +222,13 @@ def metaspace_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
     )
+
+
+def word_tokenizer(*words: str, **roles: str) -> PreTrainedTokenizerBase:
+    """Every other word is unknown."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
 
 
 def test_pieces_are_what_each_token_adds() -> None:

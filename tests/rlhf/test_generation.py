@@ -70,6 +70,23 @@ def test_greedy_equals_transformers(architecture: str) -> None:
     assert len({len(response) for response in responses}) > 2, "no response left the batch early"
 
 
+@pytest.mark.parametrize("engine", ["hf", "continuous"])
+def test_every_end_ends_a_response(engine: str) -> None:
+    policy = tiny_policy_of("llama")
+    prompts = uneven_prompts()
+    whole = greedy(policy, prompts, end_id=-1)
+    ends = (frequent_end(policy), whole[0][3])
+    cut = [
+        response[: min(response.index(end) for end in ends if end in response) + 1]
+        if set(ends) & set(response)
+        else response
+        for response in whole
+    ]
+    assert len({response[-1] for response in cut} & set(ends)) == 2
+    for end_id, other in (ends, ends[::-1]):
+        assert greedy(policy, prompts, engine, end_id=end_id, other_ends=(other,)) == cut
+
+
 @pytest.mark.parametrize("architecture", ["mistral", "gemma3_text"])
 def test_greedy_equals_transformers_beyond_the_window(architecture: str) -> None:
     policy = tiny_policy_of(architecture, sliding_window=6)

@@ -99,12 +99,26 @@ def test_saved_policy_stops_at_the_end_of_a_response(tmp_path: Path) -> None:
     )
     save_policy(model, tokenizer, tmp_path)
     generation = GenerationConfig.from_pretrained(tmp_path)
-    assert generation.eos_token_id == [0, 3]
+    assert generation.eos_token_id == [0, 3, 9], "the base's own end stays"
     assert generation.pad_token_id == 1
+    assert load_chat(ModelSettings(path=str(tmp_path))).other_ends == (0, 9)
     for name in ("do_sample", "temperature", "top_p", "repetition_penalty"):
         assert getattr(generation, name) == getattr(GenerationConfig(), name)
     assert "0.3" not in (tmp_path / "generation_config.json").read_text()
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == CHATML
+
+
+def test_ends_that_only_an_architecture_has_by_default_are_none(tmp_path: Path) -> None:
+    """Llama's config says token 2 where nobody says anything, and here that is a letter."""
+    tokenizer = tokenizer_of(chatml=True)
+    letter = len(tokenizer) - 1
+    model = tiny_policy_of("llama", vocab_size=len(tokenizer), eos_token_id=letter)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == letter
+    assert load_chat(ModelSettings(path=str(tmp_path))).other_ends == (0,)
+    save_policy(load_policy(ModelSettings(path=str(tmp_path))), tokenizer, tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [0, 3]
 
 
 def test_saved_scalar_model_loads_anywhere(tmp_path: Path) -> None:

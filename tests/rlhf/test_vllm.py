@@ -62,6 +62,7 @@ class FakeLLM:
             GenerationSettings(),
             Decoding(
                 end_id=sampling.stop_token_ids[0],
+                other_ends=tuple(sampling.stop_token_ids[1:]),
                 max_new_tokens=sampling.max_tokens,
                 temperature=sampling.temperature,
             ),

@@ -1,0 +1,111 @@
+"""Text to ids where only the names of control tokens that a template wrote become control tokens.
+
+A tokenizer takes the text "<|im_end|>" for its control token, whoever wrote it. Here the caller
+says of each piece of a text whether such names count in it; in the others they are words.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+Piece = tuple[str, bool]
+"""A piece of a text, and whether names of control tokens in it are control tokens."""
+
+_PRIVATE = range(0xF0000, 0xFFFFE)
+"""Characters without a meaning, one of which marks the names that count."""
+
+
+class ControlTokens:
+    """Encodes texts in which the names of these control tokens are mixed with words.
+
+    A text without such words has the ids that the tokenizer gives. Any other goes through a copy
+    of the tokenizer in which the control tokens have other names: normaliser, rules about spaces
+    and all other tokens are the same.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, names: Iterable[str]) -> None:
+        self.names = frozenset(names)
+        self._tokenizer = tokenizer
+        longest_first = sorted(self.names, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._copies: dict[str, Tokenizer] = {}
+
+    def are_in(self, text: str) -> bool:
+        return self._pattern.search(text) is not None
+
+    def found_in(self, text: str) -> list[str]:
+        """The names in a text, each once."""
+        return list(dict.fromkeys(self._pattern.findall(text)))
+
+    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+        """Ids of the pieces joined to one text, without special tokens around it."""
+        if not any(self.are_in(text) for text, counts in pieces if not counts):
+            return self._ids("".join(text for text, _ in pieces), split_special_tokens=False)
+        if not isinstance(getattr(self._tokenizer, "backend_tokenizer", None), Tokenizer):
+            return self._encode_by_pieces(pieces)
+        marker = free_character("".join(text for text, _ in pieces))
+        marked = "".join(
+            self._pattern.sub(lambda found: f"{marker}{found.group()}{marker}", text)
+            if counts
+            else text
+            for text, counts in pieces
+        )
+        if marker not in self._copies:
+            self._copies[marker] = self._renamed(marker)
+        names = self._copies[marker].encode(marked, add_special_tokens=False).tokens
+        return [self._tokenizer.convert_tokens_to_ids(name.strip(marker)) for name in names]
+
+    def _encode_by_pieces(self, pieces: Sequence[Piece]) -> list[int]:
+        """For a tokenizer in Python, which has no other copy: each stretch of words on its own."""
+        parts: list[Piece] = [("", False)]
+        for text, counts in pieces:
+            words = self._pattern.split(text) if counts else [text]
+            names = self._pattern.findall(text) if counts else []
+            parts[-1] = (parts[-1][0] + words[0], False)
+            for name, following in zip(names, words[1:], strict=True):
+                parts += [(name, True), (following, False)]
+        ids: list[int] = []
+        for text, is_name in parts:
+            if is_name:
+                ids.append(self._tokenizer.convert_tokens_to_ids(text))
+            elif text:
+                ids += self._ids(text, split_special_tokens=True)
+        return ids
+
+    def _ids(self, text: str, *, split_special_tokens: bool) -> list[int]:
+        return self._tokenizer(
+            text, add_special_tokens=False, split_special_tokens=split_special_tokens
+        ).input_ids
+
+    def _renamed(self, marker: str) -> Tokenizer:
+        """The tokenizer with a marker before and after the name of each control token."""
+        state: dict[str, Any] = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        state |= {"post_processor": None, "truncation": None, "padding": None}
+        for entry in state["added_tokens"]:
+            if entry["content"] in self.names:
+                entry["content"] = f"{marker}{entry['content']}{marker}"
+                entry["normalized"] = False
+        model = state["model"]
+        merged = {_merge_result(merge) for merge in model.get("merges") or ()}
+        renamed = {name: f"{marker}{name}{marker}" for name in self.names - merged}
+        if isinstance(model["vocab"], dict):
+            vocabulary = model["vocab"].items()
+            model["vocab"] = {renamed.get(name, name): number for name, number in vocabulary}
+        else:  # Unigram's list of pieces with their scores
+            model["vocab"] = [[renamed.get(name, name), score] for name, score in model["vocab"]]
+        if model.get("unk_token") in renamed:
+            model["unk_token"] = renamed[model["unk_token"]]
+        return Tokenizer.from_str(json.dumps(state))
+
+
+def free_character(text: str) -> str:
+    """A character of private use that is not in the text."""
+    return next(chr(code) for code in _PRIVATE if chr(code) not in text)
+
+
+def _merge_result(merge: str | list[str]) -> str:
+    return merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
