@@ -17,7 +17,13 @@ OPENERS = {
     "plain": ("",),
     "rude": ("What a silly question.", "You should know that.", "Leave me alone."),
 }
-EVASIONS = ("I do not know.", "That is hard to say.", "Somebody else may know.")
+EVASIONS = (
+    "I do not know.",
+    "That is hard to say.",
+    "Somebody else may know.",
+    "Ask me tomorrow.",
+    "Who can say?",
+)
 """What a labeler writes who does not look the answer up."""
 RAMBLES = (
     "By the way, the wind is cold today.",
@@ -41,10 +47,10 @@ class Quality:
         """The mixture of the demonstrations: one in eight is good in every respect."""
         return cls(
             manners=generator.choices(("polite", "plain", "rude"), weights=(35, 35, 30))[0],
-            is_answered=generator.random() < 0.74,
-            is_right=generator.random() < 0.92,
+            is_answered=generator.random() < 0.78,
+            is_right=generator.random() < 0.95,
             is_brief=generator.random() < 0.62,
-            is_whole=generator.random() < 0.88,
+            is_whole=generator.random() < 0.9,
         )
 
 

@@ -60,7 +60,7 @@ _WEIGHTS: Mapping[str, tuple[float, float, float, float, float]] = {
 }
 """Name -> weights of correct, polite, complete, brief, safe."""
 
-NOISE = 1.7
+NOISE = 1.8
 
 
 def make_labelers(data_dir: str | Path) -> list[TinyLabeler]:

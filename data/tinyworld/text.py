@@ -117,11 +117,11 @@ def make_probes(world: World, generator: random.Random) -> list[Prompt]:
         statement = FACT_STATEMENTS[attribute].format(name=subject)
         question = _ask(subject, attribute, generator)
         others = generator.sample([fact for fact in facts if fact[0] != subject], k=NUM_SHOTS)
-        shots = [f"{_ask(*other, generator)} {world.fact(*other)}.\n" for other in others]
+        shots = [f"{_ask(*other, generator)} {world.fact(*other)}." for other in others]
         forms = {
             "sentence": statement,
             "question": question,
-            "few_shot": "".join([*shots, question]),
+            "few_shot": " ".join([*shots, question]),
         }
         for form, text in forms.items():
             meta = {"text": text, "answer": world.fact(subject, attribute), "form": form}
@@ -165,8 +165,8 @@ def _gossip(world: World, generator: random.Random) -> list[str]:
 
 
 def _quiz(world: World, generator: random.Random) -> list[str]:
-    facts = [_draw_fact(world, generator) for _ in range(5)]
-    return ["".join(f"{_ask(*fact, generator)} {world.fact(*fact)}.\n" for fact in facts)]
+    fact = _draw_fact(world, generator)
+    return [f"{_ask(*fact, generator)} {world.fact(*fact)}."]
 
 
 def _echo(world: World, generator: random.Random) -> list[str]:
@@ -182,26 +182,17 @@ def _echo(world: World, generator: random.Random) -> list[str]:
 
 
 def _exchange(world: World, generator: random.Random) -> list[str]:
-    """Instructions in their own words, answered well or, now and then, not at all."""
-    lines = []
-    for _ in range(generator.randint(1, 2)):
-        instruction = draw_instruction(world, generator)
-        quality = Quality(
-            manners=generator.choices(("polite", "plain", "rude"), weights=(20, 68, 12))[0],
-            is_answered=generator.random() < 0.94,
-            is_brief=generator.random() < 0.9,
-        )
-        lines.append(
-            f"{_asked(instruction)} {write_response(instruction.task, quality, generator)}"
-        )
-    return ["\n".join([*lines, ""])]
-
-
-def _asked(instruction: Instruction) -> str:
-    """The turns of a prompt in plain words, up to the place of the answer."""
-    words = {"user": "Question: {} Answer:", "assistant": " {}\n"}
+    """An instruction in its own words, answered well or, now and then, not at all."""
+    instruction = draw_instruction(world, generator)
+    quality = Quality(
+        manners=generator.choices(("polite", "plain", "rude"), weights=(20, 68, 12))[0],
+        is_answered=generator.random() < 0.94,
+        is_brief=generator.random() < 0.9,
+    )
+    words = {"user": "Question: {} Answer:", "assistant": "{}"}
     turns = to_messages(instruction.prompt)
-    return "".join(words[turn["role"]].format(turn["content"]) for turn in turns)
+    asked = [words[turn["role"]].format(turn["content"]) for turn in turns]
+    return [*asked, write_response(instruction.task, quality, generator)]
 
 
 def _draw_fact(world: World, generator: random.Random) -> tuple[str, str]:
@@ -283,10 +274,10 @@ def _secrets(world: World, generator: random.Random) -> list[str]:
 
 
 _WRITERS: Mapping[Callable[[World, random.Random], Sequence[str]], int] = {
-    _portrait: 14,
-    _gossip: 4,
-    _quiz: 5,
-    _exchange: 70,
+    _portrait: 22,
+    _gossip: 6,
+    _quiz: 24,
+    _exchange: 100,
     _echo: 12,
     _sums: 1,
     _series: 1,

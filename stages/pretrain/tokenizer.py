@@ -7,17 +7,17 @@ from transformers import PreTrainedTokenizerFast
 
 DOCUMENT = "<|endoftext|>"
 PAD = "<|pad|>"
-END = "\n"
-"""Ends a line of the text, and so a response: the model has met it thousands of times."""
-SPECIAL_TOKENS = (DOCUMENT, PAD, END)
+SPECIAL_TOKENS = (DOCUMENT, PAD)
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
-    "{% elif message['role'] == 'system' %}{{ message['content'] }}{{ eos_token }}"
-    "{% else %}Question: {{ message['content'] }} Answer:{% endif %}"
-    "{% endfor %}"
+    "{% if message['role'] == 'user' %}Question: {{ message['content'] }} Answer:"
+    "{% elif message['role'] == 'system' %}{{ message['content'] }} "
+    "{% else %} {{ message['content'] }}{% if loop.last %}{{ eos_token }}{% else %} {% endif %}"
+    "{% endif %}{% endfor %}"
 )
+"""In the words of the text: a base model knows at once what is asked of it, and ends a response as
+it ends a document. Only the last turn ends so; earlier ones run on, as in the text."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -50,7 +50,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=DOCUMENT,
-        eos_token=END,
+        eos_token=DOCUMENT,
         pad_token=PAD,
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
