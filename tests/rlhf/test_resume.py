@@ -19,6 +19,7 @@ class Settings:
     checkpoint_every: int | None = 2
     trackers: tuple[str, ...] = ()
     seed: int = 0
+    overwrite: bool = False
 
 
 @dataclass
@@ -96,6 +97,22 @@ def test_settings_that_change_nothing_may_change_and_others_may_not(tmp_path: Pa
         start(tmp_path / "there", seed=1)
     with pytest.raises(ValueError, match=r"processes was 1 and is 1 \(DEEPSPEED\)"):
         start(tmp_path / "there", OneProcess(DistributedType.DEEPSPEED))
+
+
+def test_a_checkpoint_of_another_run_is_passed_over_on_request_only(tmp_path: Path) -> None:
+    checkpoints, _ = start(tmp_path, checkpoint_every=1)
+    checkpoints.end_step(7)
+    with pytest.raises(ValueError, match="or give --overwrite, or another output_dir"):
+        start(tmp_path, seed=1)
+    assert names(tmp_path) == ["step-7"]
+    resumed, _ = start(tmp_path, overwrite=True)
+    assert resumed.step == 7, "of the same run"
+    accelerator = OneProcess()
+    anew, _ = start(tmp_path, accelerator, seed=1, overwrite=True, checkpoint_every=1)
+    assert anew.step is None and "does not go on from" in accelerator.printed[0]
+    assert names(tmp_path) == ["step-7"], "nothing is written yet"
+    anew.end_step(1)
+    assert names(tmp_path) == ["step-1"]
 
 
 def test_another_precision_is_another_run(tmp_path: Path) -> None:

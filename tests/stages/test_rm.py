@@ -163,12 +163,13 @@ def test_gradient_checkpointing_changes_no_result(sft: Path, tmp_path: Path) -> 
     rankings = make_rankings(24)
     losses = []
     for checkpointing in (False, True):
-        changes = {"output_dir": str(tmp_path / "rm"), "gradient_checkpointing": checkpointing}
+        output = tmp_path / f"rm_{checkpointing}"
+        changes = {"output_dir": str(output), "gradient_checkpointing": checkpointing}
         config = make_config(sft, rankings, num_epochs=1, **changes)
         with patch.object(modeling_utils, "checkpoint", wraps=modeling_utils.checkpoint) as calls:
             train(config)
         assert bool(calls.call_count) == checkpointing
-        rows = [json.loads(line) for line in (tmp_path / "rm/metrics.jsonl").open()]
+        rows = [json.loads(line) for line in (output / "metrics.jsonl").open()]
         losses.append([row["rm/loss"] for row in rows if "rm/loss" in row])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
