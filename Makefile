@@ -1,7 +1,8 @@
 # The recipe, from data to results. `make help` lists the targets.
 
 PRESET ?= tiny
-ACCELERATE ?= configs/accelerate/default.yaml
+DEFAULT := configs/accelerate/default.yaml
+ACCELERATE ?= $(DEFAULT)
 RUN ?= runs/$(PRESET)$(if $(SEED),-seed$(SEED))
 PYTHON ?= python3
 ARGS ?=
@@ -42,6 +43,10 @@ settings = $(if $(filter runs/$(PRESET),$(RUN)),configs/$(1)/$(PRESET).yaml,$(RU
 # ARGS are for the stages that are named on the command line. The ones that a result was made with
 # lie beside it; others make it stale.
 args = $(if $(filter $(1),$(MAKECMDGOALS)),$(ARGS))
+# PPO and PPO-ptx share the cores where they go side by side, and only one shows its progress: two
+# bars would write over each other.
+beside = $(if $(findstring -j,$(MAKEFLAGS)),OMP_NUM_THREADS=$(share_of_cores)$(if $(1), $(1)))
+share_of_cores = $(shell echo $$(( $(OMP_NUM_THREADS) > $(or $(SIDE_BY_SIDE),1) ? $(OMP_NUM_THREADS) / $(or $(SIDE_BY_SIDE),1) : 1 )))
 quoted = '$(subst ','\'',$(1))'
 made_with = $(shell cat $(RUN)/$(1)/make.args 2>/dev/null)
 changed = $(or $(subst x$(1)x,,x$(2)x),$(subst x$(2)x,,x$(1)x))
@@ -49,7 +54,8 @@ other_args = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(call changed,$(strip $(A
 
 # How a stage is run: with the YAML that is its rule's first prerequisite. What make finds stale is
 # to be replaced.
-launch = $(BIN)/accelerate launch --quiet --config_file $(ACCELERATE) -m
+# The launcher takes some seconds to start, which one process does not need.
+launch = $(if $(filter $(DEFAULT),$(ACCELERATE)),$(BIN)/python -m,$(BIN)/accelerate launch --quiet --config_file $(ACCELERATE) -m)
 seed = $(if $(SEED), --seed $(SEED))
 options = --config $< --overwrite$(seed)$(if $(2), $(2))$(if $(call args,$(1)), $(call args,$(1)))
 note_args = @printf '%s\n' $(call quoted,$(strip $(call args,$(1)))) > $(RUN)/$(2)/make.args
@@ -87,8 +93,11 @@ test-newest: .venv-newest/.installed ## All tests on the newest versions that it
 test-lowest test-newest: test-%:
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(cores)
 
-pipeline: $(RUN)/results.json ## All stages from the data to the table of results.
-	@echo "results: $(RUN)/results.json"
+# A preset whose PPO runs may go side by side says how many in SIDE_BY_SIDE; they share the cores.
+pipeline: ## All stages from the data to the table of results.
+	$(if $(PLAN),@printf '%s\n' $(PLAN))
+	@$(MAKE) --no-print-directory $(if $(SIDE_BY_SIDE),--jobs $(SIDE_BY_SIDE)) $(RUN)/results.json
+	@echo "results: $(RUN)/results.json, answers side by side: $(RUN)/samples.md"
 
 clean: ## Remove the preset's runs.
 	rm -rf $(RUN)
@@ -151,12 +160,12 @@ $(RUN)/rm/results.json: $(call settings,rm) $(RUN)/sft/results.json $(RANKINGS) 
 
 ppo: $(RUN)/ppo/results.json ## The policy optimised against the reward model, without ptx.
 $(RUN)/ppo/results.json: $(call settings,ppo) $(RUN)/rm/results.json $(call other_args,ppo,ppo) | $(SETUP)
-	$(launch) stages.ppo $(call options,ppo,--ptx.coef 0 --output_dir $(RUN)/ppo)
+	$(call beside,TQDM_DISABLE=1) $(launch) stages.ppo $(call options,ppo,--ptx.coef 0 --output_dir $(RUN)/ppo)
 	$(call note_args,ppo,ppo)
 
 ppo-ptx: $(RUN)/ppo_ptx/results.json ## The same with the pretraining mix: PPO-ptx.
 $(RUN)/ppo_ptx/results.json: $(call settings,ppo) $(RUN)/rm/results.json $(call other_args,ppo-ptx,ppo_ptx) | $(SETUP)
-	$(launch) stages.ppo $(call options,ppo-ptx)
+	$(beside) $(launch) stages.ppo $(call options,ppo-ptx)
 	$(call note_args,ppo-ptx,ppo_ptx)
 
 evaluate: $(RUN)/results.json ## All policies side by side on held-out prompts.
