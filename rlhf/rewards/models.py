@@ -20,7 +20,7 @@ from rlhf.packing import Packer, PromptTree
 from rlhf.records import Demonstration, Prompt, PromptLike, show
 from rlhf.rewards.rendering import check_rendering
 from rlhf.rewards.scores import Scored
-from rlhf.roles import SharedBases
+from rlhf.roles import SharedBases, has_four_bits
 
 REWARD_FILE = "reward.json"
 """Beside the weights of a reward model: what the weights cannot hold."""
@@ -147,9 +147,8 @@ class RewardModel:
             [self.chat.prompt_ids(row.prompt) for row in golden],
             [self.chat.response_ids(row.response) for row in golden],
         ).tolist()
-        is_quantized = getattr(self.model.classifier, "is_loaded_in_4bit", False)
         dtype = str(self.model.classifier.dtype).removeprefix("torch.")
-        dtype = "4bit" if is_quantized else dtype
+        dtype = "4bit" if has_four_bits(self.model) else dtype
         tolerance = GOLDEN_TOLERANCE[dtype]
         for i, (row, score) in enumerate(zip(golden, found, strict=True)):
             if not abs(score - row.score) <= tolerance * max(1.0, abs(row.score)):

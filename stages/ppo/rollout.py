@@ -1,7 +1,7 @@
 """One rollout: responses sampled from the policy, their rewards and advantages."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -117,6 +117,8 @@ class Sampler:
     watch: Stopwatch = field(default_factory=Stopwatch)
     engine: Engine = field(default_factory=lambda: make_engine(GenerationSettings()))
     tell: Callable[[str], object] = print
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Around the reward model, which no launcher wraps"""
 
     def sample(
         self, policy: PreTrainedModel, episodes: Sequence[Episode], generator: torch.Generator
@@ -147,6 +149,7 @@ class Sampler:
         responses = [list(tree.responses[0]) for tree in trees]
         with (
             self.watch.phase("score"),
+            self.autocast(),
             on_device(reward_models_of(self.reward), self.watch.device, self.config.offload),
         ):
             return self.reward.score(

@@ -5,12 +5,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, set_seed
 
+from rlhf import sharding
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.distributed import start_accelerator
-from rlhf.memory import memory_of
+from rlhf.memory import free_unused, memory_of
 from rlhf.models import (
     check_context,
     check_vocabulary,
@@ -54,6 +56,7 @@ def train(config: Config) -> None:
         rows=rows,
         packer=packer_for(policy, config.micro_batch_tokens),
         reward_model=_load_reward_model(config, chat, accelerator.device),
+        accelerator=accelerator,
     )
     trees = [*(one.tree for one in rows.train), *rows.text]
     laid = lay_out(trees, config.num_epochs, config.batch_size, config.seed)
@@ -61,6 +64,8 @@ def train(config: Config) -> None:
     checkpoint, step = fit(
         policy, chat.tokenizer, laid, config, run, checkpoints, parts, judge.measure
     )
+    del policy
+    free_unused()  # the trained model and its optimizer go before the chosen one comes
     if not accelerator.is_main_process:
         return
     chosen = load_policy(replace(config.model, path=str(checkpoint)), config.lora)
@@ -82,6 +87,7 @@ class _Judge:
     rows: Rows
     packer: Packer
     reward_model: RewardModel | None
+    accelerator: Accelerator
     base: Metrics | None = None
 
     def measure(self, policy: PreTrainedModel, step: int) -> Metrics:
@@ -109,7 +115,10 @@ class _Judge:
 
     def _sample(self, policy: PreTrainedModel, step: int | None) -> Metrics:
         samples = draw_samples(policy, self.rows.held_out, self.chat, self.config)
-        scores = None if self.reward_model is None else score_samples(samples, self.reward_model)
+        scores = None
+        if self.reward_model is not None:
+            with sharding.autocast_unwrapped(self.accelerator):
+                scores = score_samples(samples, self.reward_model)
         self.run.samples(sample_rows(samples, scores), step)
         return _figures(samples, scores)
 
