@@ -1,9 +1,9 @@
 """Names that transformers 4 reads in a saved folder, beside those that transformers 5 writes.
 
-Version 5 moved the settings of rotary positions into `rope_parameters`, and gives tokenizers a class
-that version 4 does not know. Version 4, and whatever reads config.json as it did, would take its own
-default base of the angles without a word, and could not load the tokenizer. Version 5 reads both
-names; where both are there, what this module writes is what it reads in its own.
+Version 5 moved the settings of rotary positions into `rope_parameters`, and gives tokenizers a
+class that version 4 does not know. Version 4, and whatever reads config.json as it did, would take
+its own default base of the angles without a word, and could not load the tokenizer. Version 5 reads
+both names, which always say the same here.
 """
 
 import json
@@ -24,8 +24,8 @@ _OWN_NAMES = {
     "gpt_neox_japanese": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     "modernbert-decoder": {"rope_theta": "global_rope_theta", "local": "local_rope_theta"},
 }
-"""model_type -> what it calls a setting in version 4, where not as the others do; "local" is the base
-in layers with a window."""
+"""model_type -> what it calls a setting in version 4, where not as the others do; "local" is the
+base in layers with a window."""
 
 
 def name_as_before(folder: str | Path) -> None:

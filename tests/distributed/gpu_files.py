@@ -1,8 +1,8 @@
 """The launcher files for GPUs, at work on the CPU processes of another launch.
 
-What accelerate's launcher makes of a file is a set of environment variables, so these processes take
-those of one file after another, and no file costs a start of its own. Two things differ: FSDP2 is
-told that the processes have GPUs, and DeepSpeed's offload keeps torch's AdamW, since its own is
+What accelerate's launcher makes of a file is a set of environment variables, so these processes
+take those of one file after another, and no file costs a start of its own. Two things differ: FSDP2
+is told that the processes have GPUs, and DeepSpeed's offload keeps torch's AdamW, since its own is
 C++ that takes minutes to compile.
 """
 
@@ -23,10 +23,13 @@ from accelerate.utils import (
     prepare_multi_gpu_env,
 )
 
-from rlhf import distributed, sharding
+from rlhf import distributed
 from rlhf.distributed import start_accelerator
+from rlhf.rewards import RewardModel
 from stages.ppo.config import PtxSettings
-from tests.distributed.gradients import Step, fine_tuning_step, ppo_step, ranking_step
+from stages.sft.train import train as fine_tune
+from tests.distributed.chain import run_chain, sft_settings
+from tests.distributed.gradients import Gradients, fine_tuning_step, ppo_step, ranking_step
 
 ROOT = Path(__file__).parents[2]
 OF_LAUNCHER = ("ACCELERATE_", "FSDP_")
@@ -74,18 +77,41 @@ def _plugin_without_cpp() -> Any:
     return make
 
 
-def steps_under(name: str, folder: Path) -> Step:
-    """Gradients of PPO with and without its text, of the reward model and of SFT."""
+def run_under(name: str, inputs: Path, results: Path) -> tuple[Gradients, dict[str, Any]]:
+    """Gradients of PPO with its text, of the reward model and of SFT, by loss and name; and what
+    was seen of the stages, of which each file gets those that it once broke."""
+    seen: dict[str, Any] = {}
     with launched_as(name):
         steps = {
             "ppo": ppo_step(PtxSettings(coef=0.7, text="unused")),
-            "rm": ranking_step(folder / name),
-            "sft": fine_tuning_step(folder / name),
+            "rm": ranking_step(results / "steps"),
+            "sft": fine_tuning_step(results / "steps"),
         }
         accelerator = start_accelerator()
-        with sharding.autocast_unwrapped(accelerator):
-            frozen = torch.nn.Linear(2, 2)(torch.ones(2)).dtype
-        print(name, accelerator.distributed_type, accelerator.mixed_precision, frozen, flush=True)
-    return Step(
-        {f"{loss}/{k}": v.float() for loss, step in steps.items() for k, v in step.gradients.items()}
-    )
+        seen["at work"] = [accelerator.distributed_type.value, accelerator.mixed_precision]
+        if name == "fsdp2":
+            fine_tune(sft_settings(inputs, results / "sft"))
+        elif name == "deepspeed_zero3":
+            with scores_watched() as seen["scored in"]:
+                run_chain(inputs, results)
+    return {
+        f"{loss}/{key}": value.float().contiguous()
+        for loss, step in steps.items()
+        for key, value in step.gradients.items()
+    }, seen
+
+
+@contextmanager
+def scores_watched() -> Iterator[list[str]]:
+    """Has the types of autocast noted in which PPO scores."""
+    types: list[str] = []
+    score = RewardModel.score
+
+    def note_and_score(*arguments: Any) -> Any:
+        is_on = torch.is_autocast_enabled("cpu")
+        types.append(str(torch.get_autocast_dtype("cpu")) if is_on else "none")
+        return score(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RewardModel, "score", note_and_score)
+        yield types

@@ -1,4 +1,4 @@
-"""What differs under launchers that these tests do not start; tests/distributed starts the others."""
+"""What differs under DeepSpeed, without a start of it; tests/distributed starts it."""
 
 from types import SimpleNamespace
 from typing import Any
