@@ -10,9 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-CONFIG = "config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")
 """In `rope_parameters`, but beside `rope_scaling` and not in it."""
 
@@ -30,13 +27,24 @@ base in layers with a window."""
 
 def name_as_before(folder: str | Path) -> None:
     """Adds these names to the files of a folder, as far as they are there."""
-    for name, add in ((CONFIG, _add_rope_settings), (TOKENIZER_CONFIG, _name_tokenizer)):
-        path = Path(folder) / name
-        if path.is_file():
-            values = json.loads(path.read_text(encoding="utf-8"))
-            add(values)
-            text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
-            path.write_text(text + "\n", encoding="utf-8")
+    config, tokenizer = (Path(folder) / f"{name}.json" for name in ("config", "tokenizer_config"))
+    if config.is_file():
+        values = _read(config)
+        _add_rope_settings(values)
+        _write(config, values)
+    if tokenizer.is_file():
+        values = _read(tokenizer)
+        _name_tokenizer(values, _prefix_space(Path(folder) / "tokenizer.json"))
+        _write(tokenizer, values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _add_rope_settings(config: dict[str, Any]) -> None:
@@ -69,8 +77,17 @@ def _scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
     return {name: value for name, value in rope.items() if name not in _NOT_SCALING}
 
 
-def _name_tokenizer(config: dict[str, Any]) -> None:
-    """The class that reads tokenizer.json as it is, and special tokens without a name."""
+def _prefix_space(path: Path) -> bool | None:
+    """Whether a tokenizer.json puts a space before a text; None: it does not say."""
+    splitter = _read(path).get("pre_tokenizer") if path.is_file() else None
+    return None if splitter is None else splitter.get("add_prefix_space")
+
+
+def _name_tokenizer(config: dict[str, Any], prefix_space: bool | None) -> None:
+    """The class that reads tokenizer.json as it is, special tokens without a name, and the space
+    before a text, which version 4 would take away unless told here too."""
+    if prefix_space is not None:
+        config["add_prefix_space"] = prefix_space
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     extra = config.get("extra_special_tokens")

@@ -28,7 +28,7 @@ REWARD_FILE = "reward.json"
 NUM_GOLDEN = 8
 GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "4bit": 0.5}
 """Largest difference of a golden score, relative to max(1, |score|), by type of the weights; that
-of 4 bits (a shared base under QLoRA) is a guess, since it never ran."""
+of 4 bits is of a base that is shared under QLoRA, which ran on tiny models only."""
 
 
 @dataclass(frozen=True, kw_only=True)

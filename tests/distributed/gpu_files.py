@@ -28,7 +28,7 @@ from rlhf.distributed import start_accelerator
 from rlhf.rewards import RewardModel
 from stages.ppo.config import PtxSettings
 from stages.sft.train import train as fine_tune
-from tests.distributed.chain import run_chain, sft_settings
+from tests.distributed.chain import run_rest_of_chain, sft_settings
 from tests.distributed.gradients import Gradients, fine_tuning_step, ppo_step, ranking_step
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def run_under(name: str, inputs: Path, results: Path) -> tuple[Gradients, dict[s
             fine_tune(sft_settings(inputs, results / "sft"))
         elif name == "deepspeed_zero3":
             with scores_watched() as seen["scored in"]:
-                run_chain(inputs, results)
+                run_rest_of_chain(inputs, results.parent / "sft", results)
     return {
         f"{loss}/{key}": value.float().contiguous()
         for loss, step in steps.items()

@@ -82,9 +82,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "</s>",
         "<pad>",
         "<tool>",
+        "<|endoftext|>",  # which version 5 gives all tokenizers of Qwen 2
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens=["<tool>"],
+        extra_special_tokens=["<tool>", "<|endoftext|>"],
     )
     chat = (work / "base" / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer.chat_template = chat

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.interop import name_as_before
@@ -92,3 +93,17 @@ def test_the_tokenizer_has_a_class_and_tokens_that_both_know(tmp_path: Path) -> 
     assert again.extra_special_tokens == ["<tool>"]
     text = "<tool> a b</s>"
     assert again(text).input_ids == plain(text).input_ids
+
+
+@pytest.mark.parametrize("is_spaced", [True, False])
+def test_the_space_before_a_text_is_told_twice(is_spaced: bool, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer("</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
+    splitter = pre_tokenizers.ByteLevel(add_prefix_space=is_spaced)
+    tokenizer.backend_tokenizer.pre_tokenizer = splitter
+    tokenizer.save_pretrained(tmp_path)
+    name_as_before(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["add_prefix_space"] is is_spaced
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("ab").input_ids == tokenizer("ab").input_ids
+    assert len(again("ab").input_ids) == 2 + is_spaced
