@@ -66,7 +66,7 @@ $(error ARGS are for a stage or a benchmark: make sft ARGS="--optim.learning_rat
 endif
 endif
 
-.PHONY: help setup check test test-resume test-lowest test-newest pipeline clean anew $(STAGES)
+.PHONY: help setup check test test-resume test-interop test-lowest test-newest pipeline clean anew $(STAGES)
 .DELETE_ON_ERROR:
 
 help: ## Show this list.
@@ -87,6 +87,9 @@ test: check ## Checks, then all tests.
 
 test-resume: $(SETUP) ## Kill runs at KILLS random moments (30) and compare; about five minutes.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.kill_points --kill-points $(or $(KILLS),30)
+
+test-interop: $(SETUP) .venv-interop/.installed ## Every stage's folder, read by transformers 4.57 too.
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/interop/old_readers.py
 
 test-lowest: .venv-lowest/.installed ## All tests on the lowest versions that pyproject.toml declares.
 test-newest: .venv-newest/.installed ## All tests on the newest versions that it allows.
@@ -115,6 +118,11 @@ bench-roofline: $(SETUP) ## How close each phase comes to what the machine can d
 .venv-peers/.installed: benchmarks/peers.txt
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
+.venv-interop/.installed: tests/interop/constraints.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint $< torch transformers peft
 	@touch $@
 
 .venv/.installed: pyproject.toml constraints.txt

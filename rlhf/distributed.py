@@ -125,6 +125,11 @@ def use_accelerator_at_work(arguments: Any) -> None:
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
+def is_bf16() -> bool:
+    """Whether the launcher asked for bfloat16; a Trainer must be told what DeepSpeed was told."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+
+
 def is_on_cpu() -> bool:
     """Whether the launcher's settings, or the lack of anything faster, leave the CPU to work on."""
     return PartialState().device.type == "cpu"

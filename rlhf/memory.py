@@ -1,5 +1,6 @@
 """Memory that runs out, by the phase of a run; and models that leave the device between uses."""
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -29,6 +30,24 @@ _CPU_MESSAGES = ("can't allocate memory", "not enough memory", "Cannot allocate 
 
 class OutOfMemoryError(ValueError):
     """Memory ran out in a known phase; the message names the setting to lower."""
+
+
+def free_unused() -> None:
+    """Gives back the memory of what no name holds any more.
+
+    A Trainer, its model and its optimizer hold each other, so they outlive the function that made
+    them until Python looks for such circles.
+    """
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+def is_of_the_device(error: BaseException) -> bool:
+    """Whether torch found no memory, a fault of the device, or tensors on several devices."""
+    if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and "device" in str(error).lower()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

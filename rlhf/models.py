@@ -27,6 +27,7 @@ from rlhf.attention import segmented_sdpa
 from rlhf.chat import Chat
 from rlhf.config import LoraSettings, ModelSettings
 from rlhf.folders import SAVED_WEIGHTS
+from rlhf.interop import name_as_before
 from rlhf.logprobs import Head, TokenMoments, chunked_logprobs, chunked_moments
 from rlhf.lora import (
     CONFIG_FILE,
@@ -43,6 +44,7 @@ from rlhf.lora import (
     read_adapter,
     save_adapter,
 )
+from rlhf.memory import is_of_the_device
 from rlhf.packing import PackedRow, Packer, PromptTree
 from rlhf.runs import BASE_FILE
 from rlhf.template import add_missing_parts
@@ -376,20 +378,25 @@ def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
 
 @torch.no_grad()
 def _agrees(model: PreTrainedModel, packer: Packer) -> bool:
-    """Whether passes laid this way and separate passes agree, tried on two trees of 26 tokens."""
+    """Whether passes laid this way and separate passes agree, tried on two trees of 26 tokens.
+
+    What stops the separate passes too, and errors of memory or device, are no refusal of the mask.
+    """
     if "local" in getattr(model.config, "attention_layers", ()):
         return False  # GPT-Neo cuts its window by places in the row, beyond the probe's tokens
     top = _num_embeddings(model) - 1
     ids = tuple(1 + (7 * i) % top for i in range(26))
     trees = [PromptTree(ids[:6], (ids[6:12], ids[12:20])), PromptTree(ids[20:23], (ids[23:],))]
     device = next(model.parameters()).device
+    alone = Packer(len(ids), share_prompts=False)
+    plain = [_features(model, row.to(device)) for row in alone.rows(trees)]
     together = replace(packer, micro_batch_tokens=len(ids))
     try:
         packed = [_features(model, row.to(device)) for row in together.rows(trees)]
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError):
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError) as error:
+        if is_of_the_device(error):
+            raise
         return False
-    alone = Packer(len(ids), share_prompts=False)
-    plain = [_features(model, row.to(device)) for row in alone.rows(trees)]
     difference = (torch.cat(packed) - torch.cat(plain)).abs().max().item()
     tolerance = PACKING_TOLERANCE if model.dtype == torch.float32 else 0.25
     return difference < tolerance
@@ -475,7 +482,7 @@ def _save(
 ) -> None:
     with quiet():
         save_weights(model, folder, weights)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
 
 
 def save_weights(
@@ -498,6 +505,13 @@ def save_weights(
         old = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, BASE_FILE)]
     for path in old:  # what an earlier run of the other kind left would be taken for this one
         path.unlink(missing_ok=True)
+    name_as_before(folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Writes it with its chat template, so that older versions of transformers know it too."""
+    tokenizer.save_pretrained(folder)
+    name_as_before(folder)
 
 
 def load_full(

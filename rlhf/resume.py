@@ -127,7 +127,11 @@ class Checkpoints:
         return is_time
 
     def close(self) -> None:
-        """The last step is done: an interrupt, also one that waited, ends the program at once."""
+        """The last step is done: an interrupt, also one that waited, ends the program at once.
+
+        The parts are let go, since a model among them would stay in memory.
+        """
+        self._parts, self._own = Together(), Together()
         interrupts.are_deferred = False
         if interrupts.is_pending:
             raise KeyboardInterrupt

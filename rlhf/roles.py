@@ -59,6 +59,14 @@ def weight_bytes(*models: nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def has_four_bits(model: nn.Module) -> bool:
+    """Whether it has weights of bitsandbytes in 4 bits, be they shared or its own.
+
+    A classifier on the body of a quantised policy says nothing of it (`is_loaded_in_4bit`).
+    """
+    return any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
+
+
 def _tree_over(model: PreTrainedModel) -> PreTrainedModel:
     """Another tree of modules with the same Parameters, but for the head of a classifier."""
     shared = {id(p): p for name, p in model.named_parameters() if name != HEAD}

@@ -17,7 +17,7 @@ run under it only.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -55,6 +55,17 @@ def prepare(
         settings["train_micro_batch_size_per_gpu"] = 1  # it wants a number, and reads it nowhere
         settings["gradient_clipping"] = 0.0
     return accelerator.prepare(model, optimizer)
+
+
+def autocast_unwrapped(accelerator: Accelerator) -> AbstractContextManager[object]:
+    """The launcher's mixed precision for a model that the launcher did not wrap.
+
+    DeepSpeed casts the weights that it wraps and nothing else, so accelerate's own autocast does
+    nothing under it, and a frozen model in float32 would be several times slower than the policy.
+    """
+    if is_deepspeed(accelerator) and accelerator.mixed_precision == "bf16":
+        return torch.autocast(accelerator.device.type, torch.bfloat16)
+    return accelerator.autocast()
 
 
 @contextmanager
@@ -157,6 +168,20 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
     set_local_gradients(parameters, scaled)
 
 
+def zero_gradients(
+    accelerator: Accelerator, model: nn.Module, parameters: Iterable[nn.Parameter]
+) -> None:
+    """Has the passes that follow add to nothing, between two passes of one step.
+
+    Args:
+        parameters: all that are trained.
+    """
+    scale_gradients(parameters, 0.0)
+    if is_deepspeed(accelerator):
+        for buffer in _accumulated_gradients(model):
+            buffer.zero_()
+
+
 def norm(accelerator: Accelerator, gradients: Sequence[Tensor]) -> float:
     """Of what `local_gradients` gave on all processes, in full."""
     return math.sqrt(dot(accelerator, gradients, gradients))
@@ -254,7 +279,23 @@ def _forget_empty_steps(engine: Any) -> None:
     """Sets Adam's count of steps back where its moments saw zeros only, as if there were none."""
     for state in engine.optimizer.optimizer.state.values():
         if "exp_avg_sq" in state and not state["exp_avg_sq"].any():
-            state["step"].zero_()
+            step = state["step"]  # a tensor of torch's AdamW, a number of DeepSpeed's CPU Adam
+            state["step"] = torch.zeros_like(step) if isinstance(step, Tensor) else 0
+
+
+def _accumulated_gradients(engine: Any) -> list[Tensor]:
+    """What DeepSpeed adds the gradients of the next pass to.
+
+    With offload_optimizer the gradients that `local_gradients` reads are copies of it, made at the
+    last pass, and zeros in these copies do not last.
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return [optimizer.grad_partitions_flat_buffer]
+    if not optimizer.cpu_offload:
+        return []
+    compact = [group.flat_partition for group in optimizer.averaged_gradients.values()]
+    return [*optimizer.accumulated_grads_in_cpu.values(), *compact]
 
 
 @contextmanager
@@ -278,6 +319,9 @@ def _gathered_by_deepspeed(engine: Any) -> Iterator[None]:
 
 @contextmanager
 def _gathered_by_torch(model: nn.Module) -> Iterator[None]:
+    assert isinstance(model, FSDPModule)
+    # The root is whichever module runs first, and inside it would be a layer.
+    model._get_fsdp_state()._lazy_init()
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)

@@ -21,7 +21,7 @@ from rlhf.packing import Packer, PromptTree
 from rlhf.records import Demonstration, Prompt, PromptLike, naming_row, show
 from rlhf.rewards.rendering import check_rendering
 from rlhf.rewards.scores import Scored
-from rlhf.roles import SharedBases
+from rlhf.roles import SharedBases, has_four_bits
 
 REWARD_FILE = "reward.json"
 """Beside the weights of a reward model: what the weights cannot hold."""
@@ -29,7 +29,7 @@ REWARD_FILE = "reward.json"
 NUM_GOLDEN = 8
 GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "4bit": 0.5}
 """Largest difference of a golden score, relative to max(1, |score|), by type of the weights; that
-of 4 bits (a shared base under QLoRA) is a guess, since it never ran."""
+of 4 bits is of a base that is shared under QLoRA, which ran on tiny models only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +148,8 @@ class RewardModel:
             [self.chat.prompt_ids(row.prompt) for row in golden],
             [self.chat.response_ids(row.response) for row in golden],
         ).tolist()
-        is_quantized = getattr(self.model.classifier, "is_loaded_in_4bit", False)
         dtype = str(self.model.classifier.dtype).removeprefix("torch.")
-        dtype = "4bit" if is_quantized else dtype
+        dtype = "4bit" if has_four_bits(self.model) else dtype
         tolerance = GOLDEN_TOLERANCE[dtype]
         for i, (row, score) in enumerate(zip(golden, found, strict=True)):
             if not abs(score - row.score) <= tolerance * max(1.0, abs(row.score)):

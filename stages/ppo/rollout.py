@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -118,6 +118,8 @@ class Sampler:
     watch: Stopwatch = field(default_factory=Stopwatch)
     engine: Engine = field(default_factory=lambda: make_engine(GenerationSettings()))
     tell: Callable[[str], object] = print
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Around the reward model, which no launcher wraps"""
 
     def sample(
         self, policy: PreTrainedModel, episodes: Sequence[Episode], generator: torch.Generator
@@ -149,6 +151,7 @@ class Sampler:
         responses = [self.chat.with_own_end(tree.responses[0]) for tree in trees]
         with (
             self.watch.phase("score"),
+            self.autocast(),
             on_device(reward_models_of(self.reward), self.watch.device, self.config.offload),
         ):
             return self.reward.score(

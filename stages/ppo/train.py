@@ -460,7 +460,9 @@ def load_models(
     average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
     learner = Learner(model, prepared, schedule, average, packer, accelerator, watch)
     tell = accelerator.print
-    return learner, Sampler(chat, ref_policy, reward, packer, config, watch, engine, tell)
+    autocast = partial(sharding.autocast_unwrapped, accelerator)
+    sampler = Sampler(chat, ref_policy, reward, packer, config, watch, engine, tell, autocast)
+    return learner, sampler
 
 
 def _shared_bases(config: Config, accelerator: Accelerator) -> SharedBases | None:

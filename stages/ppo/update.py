@@ -383,7 +383,8 @@ def _set_aside(learner: Learner, watched: Sequence[nn.Parameter]) -> list[Tensor
     DeepSpeed may or may not add what comes later to what is there."""
     text = [gradient.clone() for gradient in sharding.local_gradients(watched)]
     if text and sharding.shards_gradients(learner.accelerator):
-        sharding.scale_gradients(trained_parameters(learner.models).values(), 0.0)
+        trained = trained_parameters(learner.models).values()
+        sharding.zero_gradients(learner.accelerator, learner.model, trained)
     return text
 
 

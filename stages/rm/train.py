@@ -18,7 +18,7 @@ from rlhf.distributed import naming, own_share, start_accelerator
 from rlhf.folders import MODEL_FILES, folders_given_back
 from rlhf.inference import compute_scores
 from rlhf.lora import HEAD
-from rlhf.memory import memory_of
+from rlhf.memory import free_unused, memory_of
 from rlhf.models import (
     ScalarModel,
     check_vocabulary,
@@ -26,6 +26,7 @@ from rlhf.models import (
     load_chat,
     load_scalar,
     packer_for,
+    save_tokenizer,
     save_weights,
 )
 from rlhf.packing import Packer, PromptTree
@@ -91,6 +92,7 @@ def train(config: Config) -> None:
         run.log(step, _held_out_metrics(config, *held_out_pairs(model, packer)))
 
     first_loss, num_steps = _fit(config, chat, train_set, run, checkpoints, measure)
+    free_unused()  # the trained model and its optimizer go before the saved one comes
     model, packer = _load_saved(config, accelerator)
     demonstration_scores = _score_all(model, demonstrations, packer, accelerator)
     model.bias = _mean([score for (score,) in demonstration_scores])
@@ -107,6 +109,8 @@ def train(config: Config) -> None:
     }
     if accelerator.is_main_process:
         _write_card(config, chat, [*held_out, *train_set], model, packer, results)
+    del model  # the folder is loaded once more, as every reader will
+    if accelerator.is_main_process:
         load_reward_model(
             _saved(config),
             micro_batch_tokens=config.micro_batch_tokens,
@@ -131,7 +135,7 @@ def save_scalar(trainer: RankingTrainer, chat: Chat, folder: Path) -> None:
     if trainer.accelerator.is_main_process:
         assert isinstance(trainer.model, ScalarModel)
         save_weights(trainer.model.classifier, folder, weights)
-        chat.tokenizer.save_pretrained(folder)
+        save_tokenizer(chat.tokenizer, folder)
         check_saved_head(folder, trainer.model.head.in_features)
     trainer.accelerator.wait_for_everyone()
 

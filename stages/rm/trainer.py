@@ -27,6 +27,7 @@ from transformers import (
 from rlhf.distributed import (
     TRAINER_STATE,
     check_launch,
+    is_bf16,
     is_on_cpu,
     load_models_whole,
     max_over_processes,
@@ -319,6 +320,7 @@ def _training_arguments(config: Config, run: Run) -> TrainingArguments:
         eval_strategy="no",
         report_to="none",
         remove_unused_columns=False,
+        bf16=is_bf16(),
         use_cpu=is_on_cpu(),
         accelerator_config=TRAINER_STATE,
         ddp_find_unused_parameters=False,

@@ -5,13 +5,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, set_seed
 
+from rlhf import sharding
 from rlhf.chat import Chat
 from rlhf.config import ModelSettings
 from rlhf.distributed import start_accelerator
 from rlhf.folders import MODEL_FILES, folders_given_back
-from rlhf.memory import memory_of
+from rlhf.memory import free_unused, memory_of
 from rlhf.models import (
     check_context,
     check_vocabulary,
@@ -56,6 +58,7 @@ def train(config: Config) -> None:
         rows=rows,
         packer=packer_for(policy, config.micro_batch_tokens),
         reward_model=_load_reward_model(config, chat, accelerator.device),
+        accelerator=accelerator,
     )
     trees = [*(one.tree for one in rows.train), *rows.text]
     # A step takes no row twice, so that an epoch is a pass however few rows there are.
@@ -69,6 +72,8 @@ def train(config: Config) -> None:
     checkpoint, step = fit(
         policy, chat.tokenizer, laid, fitted, run, checkpoints, parts, judge.measure
     )
+    del policy
+    free_unused()  # the trained model and its optimizer go before the chosen one comes
     if not accelerator.is_main_process:
         return
     chosen = load_policy(replace(config.model, path=str(checkpoint)), config.lora)
@@ -90,6 +95,7 @@ class _Judge:
     rows: Rows
     packer: Packer
     reward_model: RewardModel | None
+    accelerator: Accelerator
     base: Metrics | None = None
 
     def measure(self, policy: PreTrainedModel, step: int) -> Metrics:
@@ -117,8 +123,10 @@ class _Judge:
 
     def _sample(self, policy: PreTrainedModel, step: int | None) -> Metrics:
         samples = draw_samples(policy, self.rows.held_out, self.chat, self.config)
-        reward_model, chat = self.reward_model, self.chat
-        scores = None if reward_model is None else score_samples(samples, reward_model, chat)
+        scores = None
+        if self.reward_model is not None:
+            with sharding.autocast_unwrapped(self.accelerator):
+                scores = score_samples(samples, self.reward_model, self.chat)
         self.run.samples(sample_rows(samples, scores), step)
         return _figures(samples, scores)
 

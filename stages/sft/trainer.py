@@ -36,13 +36,14 @@ from rlhf.config import OptimSettings
 from rlhf.distributed import (
     TRAINER_STATE,
     check_launch,
+    is_bf16,
     is_on_cpu,
     load_models_whole,
     naming,
     use_accelerator_at_work,
 )
 from rlhf.memory import memory_of
-from rlhf.models import save_weights
+from rlhf.models import save_tokenizer, save_weights
 from rlhf.optim import make_optimizer, make_schedule
 from rlhf.packing import PromptTree
 from rlhf.resume import Checkpoints, ResumeCallback
@@ -120,16 +121,14 @@ def make_trainer(
         warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
         num_steps = math.ceil(len(trees) / config.batch_size)
         arguments = _arguments(config, checkpoint_dir, num_steps)
-    optimizer = make_optimizer([(policy, config.optim.learning_rate)], config.optim)
     rows = [to_row(tree) for tree in trees[first_step * config.batch_size :]]
     trainer = _PlainTrainer(
+        optim=config.optim,
         model=policy,
         args=arguments,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
-        optimizers=(optimizer, make_schedule(optimizer, config.optim, num_steps)),
     )
-    trainer.optim = config.optim
     check_launch(trainer.accelerator)
     load_models_whole()
     trainer.remove_callback(PrinterCallback)
@@ -146,27 +145,25 @@ def to_row(tree: PromptTree) -> dict[str, list[int]]:
 
 
 class _PlainTrainer(SFTTrainer):
-    optim: OptimSettings | None = None
-    """The settings of the optimizer that it was given."""
+    """With the project's optimizer and schedule, made when the Trainer asks for them: under FSDP it
+    takes none that were made before."""
+
+    def __init__(self, optim: OptimSettings, **arguments: Any) -> None:
+        self.optim = optim
+        super().__init__(**arguments)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's way to DeepSpeed makes an optimizer and a schedule of its own otherwise."""
-        if self.is_deepspeed_enabled:
-            assert self.optim is not None and isinstance(self.model, PreTrainedModel)
-            groups = [(self.model, self.optim.learning_rate)]
-            self.optimizer = make_optimizer(groups, self.optim)
-            return self.optimizer
-        return super().create_optimizer()
+        assert isinstance(self.model, PreTrainedModel)
+        self.optimizer = make_optimizer([(self.model, self.optim.learning_rate)], self.optim)
+        return self.optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        if self.is_deepspeed_enabled:
-            optimizer = optimizer or self.optimizer
-            assert self.optim is not None and optimizer is not None
-            self.lr_scheduler = make_schedule(optimizer, self.optim, num_training_steps)
-            return self.lr_scheduler
-        return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
+        self.lr_scheduler = make_schedule(optimizer, self.optim, num_training_steps)
+        return self.lr_scheduler
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Weights and tokenizer as every stage saves them, so without the pickled arguments."""
@@ -175,7 +172,7 @@ class _PlainTrainer(SFTTrainer):
         assert output_dir is not None and isinstance(self.model, PreTrainedModel)
         assert isinstance(self.processing_class, PreTrainedTokenizerBase)
         save_weights(self.model, output_dir, state_dict)
-        self.processing_class.save_pretrained(output_dir)
+        save_tokenizer(self.processing_class, output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None: a checkpoint is ours alone, and the card asks the hub."""
@@ -307,7 +304,7 @@ def _arguments(config: Config, checkpoint_dir: str, num_steps: int) -> SFTConfig
         max_length=None,
         max_grad_norm=config.optim.max_grad_norm,
         seed=config.seed,
-        bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",
+        bf16=is_bf16(),
         gradient_checkpointing=config.gradient_checkpointing,
         logging_steps=1,
         eval_strategy="no",

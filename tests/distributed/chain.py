@@ -111,7 +111,12 @@ def run_chain(folder: Path, out: Path, **changes: Any) -> None:
     """Each stage takes the folder that the one before it wrote; changes are for all of them."""
     sft_train.train(sft_settings(folder, out / "sft", **changes))
     PartialState().wait_for_everyone()  # the first process writes while the others are done
-    rm_train.train(rm_settings(folder, out / "sft", out / "rm", **changes))
+    run_rest_of_chain(folder, out / "sft", out, **changes)
+
+
+def run_rest_of_chain(folder: Path, sft: Path, out: Path, **changes: Any) -> None:
+    """What comes after SFT."""
+    rm_train.train(rm_settings(folder, sft, out / "rm", **changes))
     PartialState().wait_for_everyone()
-    ppo_train.train(ppo_settings(folder, out / "sft", out / "rm", out / "ppo", **changes))
+    ppo_train.train(ppo_settings(folder, sft, out / "rm", out / "ppo", **changes))
     PartialState().wait_for_everyone()

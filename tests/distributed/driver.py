@@ -1,9 +1,10 @@
 """What the tests do by several processes at once: a process group is started once a launcher file.
 
     accelerate launch --config_file configs/accelerate/cpu2.yaml tests/distributed/driver.py \\
-        INPUTS RESULTS
+        INPUTS RESULTS FILES
 
-INPUTS is a folder that `make_inputs` of tests/distributed/chain.py wrote.
+INPUTS is a folder that `make_inputs` of tests/distributed/chain.py wrote. FILES are names of
+launcher files for GPUs, which are tried too (see tests/distributed/gpu_files.py).
 """
 
 import gc
@@ -11,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from safetensors.torch import save_file
 
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from rlhf import distributed, sharding
 from rlhf.distributed import start_accelerator
 from tests.distributed.chain import LORA, run_chain
+from tests.distributed.gpu_files import run_under
 from tests.distributed.gradients import all_steps
 from tests.distributed.other_stages import run_others
 from tests.distributed.rollouts import greedy_rollouts, watched_rollouts
@@ -48,9 +51,13 @@ def main() -> None:
     elif sharding.shards_weights(accelerator):
         run_others(inputs, results)
         run_all(inputs, results, SOME_COUNTS)
-    if accelerator.is_main_process:
+    seen["processes"] = accelerator.num_processes
+    of_files = {name: run_under(name, inputs, results / name) for name in sys.argv[3:]}
+    seen["files"] = {name: found for name, (_, found) in of_files.items()}
+    if PartialState().is_main_process:
         save_file(steps.gradients, results / "gradients.safetensors")
-        seen["processes"] = accelerator.num_processes
+        for name, (gradients, _) in of_files.items():
+            save_file(gradients, results / f"{name}.safetensors")
         (results / "seen.json").write_text(json.dumps(seen))
 
 

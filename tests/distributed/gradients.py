@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rlhf import sharding
@@ -80,6 +81,8 @@ def whole_gradient(parameter: nn.Parameter, own: Tensor) -> Tensor:
         from deepspeed.utils import safe_get_full_grad
 
         return safe_get_full_grad(parameter)
+    if isinstance(parameter.grad, DTensor):
+        return parameter.grad.full_tensor()
     return own.view(parameter.shape)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.commands.launch import launch_command_parser
@@ -22,12 +23,13 @@ from rlhf.config import ModelSettings
 from rlhf.distributed import check_plugin, naming
 from rlhf.rewards import load_reward_model
 from stages.evaluate.evaluate import evaluate
+from stages.ppo.config import PtxSettings
 from stages.pretrain.train import pretrain
 from stages.rm.train import train as train_reward_model
 from stages.sft.train import train as fine_tune
 from tests.distributed.chain import LORA, make_inputs, rm_settings, sft_settings
 from tests.distributed.driver import SOME_COUNTS
-from tests.distributed.gradients import Step, all_steps
+from tests.distributed.gradients import Step, all_steps, ppo_step
 from tests.distributed.other_stages import (
     NUM_PROMPTS,
     NUM_RESPONSES,
@@ -39,7 +41,13 @@ from tests.distributed.row_counts import COUNTS, make_rows, rm_of, sft_of
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
-ON_CPU = ["cpu2", "cpu2_zero2", "cpu2_zero3"]
+FILES_FOR_GPUS = {
+    "cpu2": ["fsdp2"],
+    "cpu2_zero2": ["deepspeed_zero2"],
+    "cpu2_zero3": ["deepspeed_zero3", "deepspeed_zero3_offload"],
+}
+"""Launcher file -> those for GPUs that its processes try too."""
+ON_CPU = list(FILES_FOR_GPUS)
 TIME_LIMIT = 400
 """Seconds for all that one launch does, on a busy machine; a hang is found by it."""
 
@@ -61,7 +69,8 @@ def launched(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for name in ON_CPU:
         results[name] = tmp_path_factory.mktemp(name)
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-        program = [str(ROOT / "tests/distributed/driver.py"), str(inputs), str(results[name])]
+        driver = str(ROOT / "tests/distributed/driver.py")
+        program = [driver, str(inputs), str(results[name]), *FILES_FOR_GPUS[name]]
         done = subprocess.run(
             [*launch, str(ROOT / f"configs/accelerate/{name}.yaml"), *program],
             capture_output=True,
@@ -138,6 +147,44 @@ def test_adapters_are_those_of_one_process(
         assert largest_difference(adapter(ppo), first) < 1e-4, name
         assert largest_difference(adapter(ppo), adapter(sft)) > 1e-3
         assert json.loads((ppo / "base.json").read_text())["path"] == str(inputs / "base")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launched_by", "name"),
+    [(cpu, name) for cpu, names in FILES_FOR_GPUS.items() for name in names],
+)
+def test_files_for_gpus_give_the_same_gradients(
+    launched_by: str, name: str, launched: dict[str, Path], of_one_process: Step
+) -> None:
+    """As far as bfloat16 goes: PPO's is the sum of the episodes' and the text's, each once."""
+    found = load_file(launched[launched_by] / f"{name}.safetensors")
+    kind, precision = read(launched[launched_by] / "seen.json")["files"][name]["at work"]
+    assert kind == ("FSDP" if name == "fsdp2" else "DEEPSPEED") and precision == "bf16"
+    expected = of_one_process.gradients
+    for loss in ("ppo", "rm", "sft"):
+        own = {k: value for k, value in expected.items() if k.startswith(f"{loss}/")}
+        largest = max(float(value.abs().max()) for value in own.values())
+        assert largest_difference(found, own) < 0.1 * largest, loss
+    names = [k for k in expected if k.startswith("ppo/policy.")]
+    total, got = (torch.cat([g[k].flatten() for k in names]) for g in (expected, found))
+    alone = ppo_step(PtxSettings(coef=0.0)).gradients
+    episodes = torch.cat([alone[k.removeprefix("ppo/")].flatten() for k in names])
+    parts = torch.stack([episodes, total - episodes], dim=1)
+    shares = torch.linalg.lstsq(parts, got[:, None]).solution.flatten()
+    assert shares.tolist() == pytest.approx([1.0, 1.0], abs=0.05)
+
+
+@pytest.mark.slow
+def test_stages_under_files_for_gpus(launched: dict[str, Path]) -> None:
+    sharded = launched["cpu2"] / "fsdp2"
+    assert read(sharded / "sft" / "results.json")["held_out_loss"] == pytest.approx(
+        read(launched["cpu2"] / "sft" / "results.json")["held_out_loss"], rel=0.02
+    )
+    in_bf16 = launched["cpu2_zero3"] / "deepspeed_zero3"
+    assert read(in_bf16 / "ppo" / "results.json")["score"] is not None
+    seen = read(launched["cpu2_zero3"] / "seen.json")["files"]["deepspeed_zero3"]
+    assert set(seen["scored in"]) == {"torch.bfloat16"}
 
 
 @pytest.mark.slow

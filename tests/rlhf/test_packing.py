@@ -1,6 +1,8 @@
 """Packed passes equal separate ones, and every token comes back in its place."""
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -312,6 +314,47 @@ def test_probe_refuses_a_model_that_ignores_the_mask(monkeypatch: pytest.MonkeyP
         "forward",
         lambda attention_mask=None, **inputs: forward(attention_mask=None, **inputs),
     )
+    with pytest.warns(UserWarning, match="cannot take the packing mask"):
+        assert not packer_for(policy, 64).share_prompts
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: device-side assert triggered", 710),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("Expected all tensors to be on the same device, but found cuda:0 and cpu!"),
+    ],
+)
+def test_probe_takes_no_fault_of_memory_or_device_for_a_refusal(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tiny_policy_of("llama")
+    forward = policy.model.forward
+
+    def fail_with_a_mask(**inputs: Any) -> Any:
+        if inputs["attention_mask"] is not None:
+            raise error
+        return forward(**inputs)
+
+    monkeypatch.setattr(policy.model, "forward", fail_with_a_mask)
+    with pytest.raises(type(error), match=re.escape(str(error)[:30])):
+        packer_for(policy, 64)
+
+
+def test_probe_refuses_a_model_that_has_no_use_for_the_mask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = tiny_policy_of("llama")
+    forward = policy.model.forward
+
+    def refuse_a_mask(**inputs: Any) -> Any:
+        if inputs["attention_mask"] is not None:
+            raise RuntimeError("The size of tensor a (26) must match the size of tensor b (4)")
+        return forward(**inputs)
+
+    monkeypatch.setattr(policy.model, "forward", refuse_a_mask)
     with pytest.warns(UserWarning, match="cannot take the packing mask"):
         assert not packer_for(policy, 64).share_prompts
 

@@ -30,6 +30,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "gpt_neox": {**_SIZES, "intermediate_size": 48},
+    "phi": {**_SIZES, "intermediate_size": 48},
+    "qwen2": _LLAMA,
     "qwen3": {**_LLAMA, "head_dim": 8},
     "opt": {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
     "mistral": {**_LLAMA, "sliding_window": 64},

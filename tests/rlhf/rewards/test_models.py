@@ -103,6 +103,26 @@ def test_golden_rows_tell_that_weights_were_altered(copy: Path) -> None:
         load(copy)
 
 
+class Params4bit(torch.nn.Parameter):
+    """Named as bitsandbytes names its weights; its kernels are not needed here."""
+
+
+def test_golden_rows_allow_what_four_bits_change(copy: Path) -> None:
+    """As with a classifier that shares the body of a quantised policy, which has no mark of it."""
+    reward = load(copy)
+    with torch.no_grad():
+        reward.model.head.weight *= 1.02
+    with pytest.raises(ValueError, match="golden row"):
+        reward.recheck()
+    body = reward.model.classifier.model.layers[0].mlp.up_proj
+    body.weight = Params4bit(body.weight.data)
+    reward.recheck()
+    with torch.no_grad():
+        reward.model.head.weight *= -1
+    with pytest.raises(ValueError, match="4bit, tolerance"):
+        reward.recheck()
+
+
 def test_a_folder_without_a_card_is_refused(copy: Path) -> None:
     (copy / "reward.json").unlink()
     with pytest.raises(ValueError, match=r"has no reward\.json"):

@@ -1,0 +1,98 @@
+"""Names that transformers 4 reads in a saved folder, beside those that transformers 5 writes.
+
+Version 5 moved the settings of rotary positions into `rope_parameters`, and gives tokenizers a
+class that version 4 does not know. Version 4, and whatever reads config.json as it did, would take
+its own default base of the angles without a word, and could not load the tokenizer. Version 5 reads
+both names, which always say the same here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+_NOT_SCALING = ("rope_theta", "partial_rotary_factor")
+"""In `rope_parameters`, but beside `rope_scaling` and not in it."""
+
+_LONGROPE_FACTORS = ("short_factor", "long_factor")
+"""All that version 4 lets Phi-3 have in `rope_scaling`, beside its type."""
+
+_OWN_NAMES = {
+    "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    "gpt_neox_japanese": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    "modernbert-decoder": {"rope_theta": "global_rope_theta", "local": "local_rope_theta"},
+}
+"""model_type -> what it calls a setting in version 4, where not as the others do; "local" is the
+base in layers with a window."""
+
+
+def name_as_before(folder: str | Path) -> None:
+    """Adds these names to the files of a folder, as far as they are there."""
+    config, tokenizer = (Path(folder) / f"{name}.json" for name in ("config", "tokenizer_config"))
+    if config.is_file():
+        values = _read(config)
+        _add_rope_settings(values)
+        _write(config, values)
+    if tokenizer.is_file():
+        values = _read(tokenizer)
+        _name_tokenizer(values, _prefix_space(Path(folder) / "tokenizer.json"))
+        _write(tokenizer, values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _add_rope_settings(config: dict[str, Any]) -> None:
+    """Also in the configs inside this one, such as the text model's of one that sees images too."""
+    for value in config.values():
+        if isinstance(value, dict) and "model_type" in value:
+            _add_rope_settings(value)
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    names = {"local": "rope_local_base_freq"} | _OWN_NAMES.get(config.get("model_type", ""), {})
+    settings = dict(rope)
+    if isinstance(full := rope.get("full_attention"), dict):  # each kind of layer has its own
+        settings = dict(full)
+        local = rope.get("sliding_attention")
+        if isinstance(local, dict) and "rope_theta" in local:
+            config[names["local"]] = local["rope_theta"]
+    for name in _NOT_SCALING:
+        if name in settings:
+            config[names.get(name, name)] = settings[name]
+    config["rope_scaling"] = _scaling(settings)
+
+
+def _scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind == "longrope":
+        return {"type": kind, **{name: rope[name] for name in _LONGROPE_FACTORS if name in rope}}
+    return {name: value for name, value in rope.items() if name not in _NOT_SCALING}
+
+
+def _prefix_space(path: Path) -> bool | None:
+    """Whether a tokenizer.json puts a space before a text; None: it does not say."""
+    splitter = _read(path).get("pre_tokenizer") if path.is_file() else None
+    return None if splitter is None else splitter.get("add_prefix_space")
+
+
+def _name_tokenizer(config: dict[str, Any], prefix_space: bool | None) -> None:
+    """The class that reads tokenizer.json as it is, special tokens without a name, and the space
+    before a text, which version 4 would take away unless told here too."""
+    if prefix_space is not None:
+        config["add_prefix_space"] = prefix_space
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    named = config.get("model_specific_special_tokens")
+    if isinstance(named, dict):
+        config.setdefault("extra_special_tokens", named)

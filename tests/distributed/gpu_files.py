@@ -1,0 +1,117 @@
+"""The launcher files for GPUs, at work on the CPU processes of another launch.
+
+What accelerate's launcher makes of a file is a set of environment variables, so these processes
+take those of one file after another, and no file costs a start of its own. Two things differ: FSDP2
+is told that the processes have GPUs, and DeepSpeed's offload keeps torch's AdamW, since its own is
+C++ that takes minutes to compile.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedType,
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+)
+
+from rlhf import distributed
+from rlhf.distributed import start_accelerator
+from rlhf.rewards import RewardModel
+from stages.ppo.config import PtxSettings
+from stages.sft.train import train as fine_tune
+from tests.distributed.chain import run_rest_of_chain, sft_settings
+from tests.distributed.gradients import Gradients, fine_tuning_step, ppo_step, ranking_step
+
+ROOT = Path(__file__).parents[2]
+OF_LAUNCHER = ("ACCELERATE_", "FSDP_")
+
+
+def environment_of(name: str) -> dict[str, str]:
+    """What `accelerate launch` would tell the processes of a file in configs/accelerate."""
+    path = str(ROOT / f"configs/accelerate/{name}.yaml")
+    arguments = launch_command_parser().parse_args(["--config_file", path, "program.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        _, told = prepare_deepspeed_cmd_env(arguments)
+    else:
+        told = prepare_multi_gpu_env(arguments)
+    return {key: value for key, value in told.items() if key.startswith(OF_LAUNCHER)}
+
+
+@contextmanager
+def launched_as(name: str) -> Iterator[None]:
+    """Inside, `start_accelerator` finds what this file's launch would leave."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key in [key for key in os.environ if key.startswith(OF_LAUNCHER)]:
+            patch.delenv(key)
+        for key, value in environment_of(name).items():
+            patch.setenv(key, value)
+        patch.setattr(distributed, "_deepspeed_plugin", _plugin_without_cpp())
+        if distributed.is_asked_for("ACCELERATE_USE_FSDP"):
+            kind = "gloo", DistributedType.MULTI_GPU
+            patch.setattr(PartialState, "_prepare_backend", lambda *_, **__: kind)
+            patch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _plugin_without_cpp() -> Any:
+    make_plugin = distributed._deepspeed_plugin
+
+    def make() -> DeepSpeedPlugin:
+        plugin = make_plugin()
+        plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+        return plugin
+
+    return make
+
+
+def run_under(name: str, inputs: Path, results: Path) -> tuple[Gradients, dict[str, Any]]:
+    """Gradients of PPO with its text, of the reward model and of SFT, by loss and name; and what
+    was seen of the stages, of which each file gets those that it once broke."""
+    seen: dict[str, Any] = {}
+    with launched_as(name):
+        steps = {
+            "ppo": ppo_step(PtxSettings(coef=0.7, text="unused")),
+            "rm": ranking_step(results / "steps"),
+            "sft": fine_tuning_step(results / "steps"),
+        }
+        accelerator = start_accelerator()
+        seen["at work"] = [accelerator.distributed_type.value, accelerator.mixed_precision]
+        if name == "fsdp2":
+            fine_tune(sft_settings(inputs, results / "sft"))
+        elif name == "deepspeed_zero3":
+            with scores_watched() as seen["scored in"]:
+                run_rest_of_chain(inputs, results.parent / "sft", results)
+    return {
+        f"{loss}/{key}": value.float().contiguous()
+        for loss, step in steps.items()
+        for key, value in step.gradients.items()
+    }, seen
+
+
+@contextmanager
+def scores_watched() -> Iterator[list[str]]:
+    """Has the types of autocast noted in which PPO scores."""
+    types: list[str] = []
+    score = RewardModel.score
+
+    def note_and_score(*arguments: Any) -> Any:
+        is_on = torch.is_autocast_enabled("cpu")
+        types.append(str(torch.get_autocast_dtype("cpu")) if is_on else "none")
+        return score(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RewardModel, "score", note_and_score)
+        yield types

@@ -1,0 +1,57 @@
+"""What a stage trained is out of memory when it loads what it saved."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from weakref import ref
+
+import pytest
+from torch import nn
+
+from stages.rm import train as rm
+from stages.sft import train as sft
+from tests.distributed.chain import LORA, make_inputs, rm_settings, sft_settings
+
+Alive = list[int]
+"""How many models of the loads before were still there at each load."""
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    make_inputs(tmp_path, num_rows=8)
+    return tmp_path
+
+
+def watch_loads(patch: pytest.MonkeyPatch, module: Any, *names: str) -> Alive:
+    """Counts at every call of these functions, each of which gives a model or holds one."""
+    weights: list[ref[nn.Parameter]] = []
+    alive: Alive = []
+
+    def watched(load: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            alive.append(sum(weight() is not None for weight in weights))
+            loaded = load(*arguments, **options)
+            model = getattr(loaded, "model", loaded)
+            weights.append(ref(next(p for p in model.parameters() if p.ndim == 2)))
+            return loaded
+
+        return call
+
+    for name in names:
+        patch.setattr(module, name, watched(getattr(module, name)))
+    return alive
+
+
+def test_sft_lets_go_of_what_it_trained(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = watch_loads(monkeypatch, sft, "load_policy")
+    sft.train(sft_settings(inputs, inputs / "sft"))
+    assert alive == [0, 0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": LORA}], ids=["all weights", "adapter"])
+def test_the_reward_model_lets_go_of_what_it_trained(
+    changes: dict[str, Any], inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = watch_loads(monkeypatch, rm, "load_scalar", "load_reward_model")
+    rm.train(rm_settings(inputs, inputs / "base", inputs / "rm", num_epochs=1, **changes))
+    assert alive == [0, 0, 0]
