@@ -19,7 +19,14 @@ from rlhf.models import check_vocabulary, load_chat, load_policy, packer_for
 from rlhf.packing import Packer, PromptTree, text_tree
 from rlhf.recall import fact_recall
 from rlhf.records import Prompt, Text
-from rlhf.rewards import FunctionReward, Reward, load_function, load_judge, same_rendering
+from rlhf.rewards import (
+    FunctionReward,
+    Reward,
+    load_function,
+    load_judge,
+    measured_dtype,
+    same_rendering,
+)
 from rlhf.runs import RESULTS, Run, open_run
 from stages.evaluate.config import Config
 from stages.evaluate.curves import draw_curves
@@ -193,6 +200,7 @@ def _load_judges(config: Config, chat: Chat, device: torch.device) -> dict[str, 
         judges["rm"] = load_judge(
             ModelSettings(
                 path=config.reward_model,
+                dtype=measured_dtype(config.reward_model),
                 attention=config.attention,
                 trust_remote_code=config.trust_remote_code,
             ),

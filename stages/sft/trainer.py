@@ -63,6 +63,11 @@ METRIC_NAMES = {
 """The trainer's names -> ours. sft/loss is the mean over the trained tokens of a step's batch."""
 
 
+MIXTURE_FIELDS = ("output_router_logits", "router_aux_loss_coef")
+"""Fields of the config of a mixture of experts: the loss over its experts is added to that over
+tokens iff the first one is true, as transformers itself does."""
+
+
 def fit(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -120,6 +125,10 @@ def make_trainer(
         warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
         num_steps = math.ceil(len(trees) / config.batch_size)
         arguments = _arguments(config, checkpoint_dir, num_steps)
+    mixture = policy.config.get_text_config()
+    own = {name: getattr(mixture, name) for name in MIXTURE_FIELDS if hasattr(mixture, name)}
+    if not own.get("output_router_logits"):
+        arguments.router_aux_loss_coef = 0.0
     optimizer = make_optimizer([(policy, config.optim.learning_rate)], config.optim)
     rows = [to_row(tree) for tree in trees[first_step * config.batch_size :]]
     trainer = _PlainTrainer(
@@ -129,6 +138,8 @@ def make_trainer(
         processing_class=tokenizer,
         optimizers=(optimizer, make_schedule(optimizer, config.optim, num_steps)),
     )
+    for name, value in own.items():  # TRL changes the config that is saved
+        setattr(mixture, name, value)
     trainer.optim = config.optim
     check_launch(trainer.accelerator)
     load_models_whole()

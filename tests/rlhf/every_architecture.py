@@ -1,0 +1,128 @@
+"""A tiny model of every decoder-only architecture of transformers, by shrinking its default config.
+
+Most fields are shrunk by their name, in nested configs too. A few architectures need settings that
+fit each other, which `SETTINGS` has.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from rlhf.models import quiet
+
+MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+CONTEXT = 256
+SHRUNK: list[tuple[str, int]] = [
+    (r"vocab_size|.*_vocab_size", 0),  # 0: the tokenizer's
+    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions", CONTEXT),
+    (r"(max_source_positions|model_max_length|context_length)", CONTEXT),
+    (
+        r"(swa_)?head_dim|dim_head|d_head|attention_head_(size|dim)|kv_channels|d_kv|swa_v_head_dim",
+        8,
+    ),
+    (r"qk_head_dim", 16),
+    (r"qk_nope_head_dim|qk_rope_head_dim|v_head_dim|rotary_dim|index_head_dim", 8),
+    (r"(q|kv|o)_lora_rank", 16),
+    (r"linear_(key_|value_)?head_dim|mamba_d_head|mamba_head_dim|mamba_headdim", 8),
+    (r"linear_num_(key|value)?_?heads|mamba_n_heads|mamba_num_heads", 4),
+    (r"(mamba_d_state|ssm_state_size|state_size)", 4),
+    (r"mamba_d_ssm", 32),
+    (r"(mamba_)?n_?groups|mamba_n_groups|n_group|topk_group|num_expert_group|o_groups", 1),
+    (r"n_mamba_heads", 2),
+    (r"(mamba_)?chunk_size|mamba_chunk_size|mamba_dt_rank|time_step_rank", 8),
+    (r"(swa_)?num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups", 2),
+    (r"(swa_)?num_attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads", 4),
+    (r"num_(encoder|decoder)_attention_heads|attention_heads|index_n_heads", 4),
+    (r"num_hidden_layers|n_layers?|num_layers|(encoder|decoder)_layers|depth|num_blocks", 2),
+    (r"num_(encoder|decoder)_layers|num_global_layers", 2),
+    (r"(moe_|(input_|output_)?)(hidden_size|embedding_size|d_model)|n_embd|emb_dim|dim_model", 32),
+    (r"lru_width|attention_hidden_size|word_embed_proj_dim|embedding_dim|hidden_size_global", 32),
+    (r".*intermediate_size.*|ffn_(hidden_size|dim)|.*_ffn_dim|d_ff|dim_ff|dff|d_inner", 48),
+    (r"feed_forward_size|expert_ffn_hidden_size|mlp_dim|ffn_hidden_size", 48),
+    (r"num_(local_)?experts|n_routed_experts|moe_num_experts", 4),
+    (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|moe_top_k", 2),
+    (r"num_shared_experts|n_shared_experts|moe_num_shared_experts", 1),
+    (r"first_k_dense_replace|num_dense_layers", 1),
+    (r"sliding_window(_size)?|attention_chunk_size|local_attention|attention_window_size", 64),
+    (r"window_size|keep_window_size|floor_scale", 64),
+    (r"index_topk|index_topk_blocks", 64),
+    (r"num_kv_shared_layers|num_nextn_predict_layers|num_mtp_modules", 0),
+]
+_RULES = [(re.compile(name), size) for name, size in SHRUNK]
+LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types", "indexer_types")
+"""Kinds of layers: a tiny model has one layer of each kind."""
+
+SETTINGS: dict[str, dict[str, Any]] = {}
+"""What an architecture needs beside the rules; None drops a field, so that its default holds."""
+
+
+def save_tiny(model_type: str, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Writes a model folder of this architecture with weights that make differences show."""
+    with quiet():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type, tokenizer))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    parameter.copy_(torch.randn(parameter.shape) * 0.2)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def tiny_config(model_type: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The default config of an architecture with every size small."""
+    config_class = type(AutoConfig.for_model(model_type))
+    fields = config_class().to_diff_dict() if False else config_class().to_dict()
+    shrunk = _shrink(fields, len(tokenizer))
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for part in [shrunk, *(v for v in shrunk.values() if isinstance(v, dict))]:
+        part.update({name: value for name, value in special.items() if name in part})
+    for name, value in SETTINGS.get(model_type, {}).items():
+        if value is None:
+            shrunk.pop(name, None)
+        elif isinstance(value, dict) and isinstance(shrunk.get(name), dict):
+            shrunk[name] |= value
+        else:
+            shrunk[name] = value
+    return config_class.from_dict(shrunk)
+
+
+def _shrink(fields: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+    shrunk = dict(fields)
+    kinds = 2
+    for name in LISTS:
+        if isinstance(fields.get(name), list):
+            kinds = max(kinds, len(set(fields[name])))
+    pairs = {}
+    for name in LISTS:
+        if isinstance(fields.get(name), list):
+            found = list(dict.fromkeys(fields[name]))
+            pairs[name] = (
+                (found * kinds)[:kinds]
+                if len(found) == 1
+                else found + [found[-1]] * (kinds - len(found))
+            )
+    for name, value in fields.items():
+        if name in pairs:
+            shrunk[name] = pairs[name]
+        elif name in ("id2label", "label2id"):
+            shrunk.pop(name)
+        elif isinstance(value, dict) and name.endswith(("config", "decoder", "encoder")):
+            shrunk[name] = _shrink(value, vocabulary)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            for pattern, size in _RULES:
+                if pattern.fullmatch(name):
+                    shrunk[name] = (
+                        kinds if size == 2 and "layers" in name else min(value, size or vocabulary)
+                    )
+                    break
+    return shrunk
