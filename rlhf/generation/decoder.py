@@ -36,6 +36,8 @@ LARGEST_DIFFERENCE = 1e-3
 
 PROBE_STEPS = 5
 
+KEYS_AND_VALUES = "past_key_values"
+
 _ways: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
 """What `way_for` found."""
 
@@ -61,7 +63,7 @@ class Decoder:
             inputs = {"input_ids": self._ids, _cache_name(self._policy): self._cache}
             options = accepted(
                 self._policy,
-                attention_mask=self._mask,
+                attention_mask=self._attention_mask(),
                 position_ids=self._positions,
                 use_cache=True,
                 logits_to_keep=1,
@@ -69,6 +71,13 @@ class Decoder:
         # The loss of a mixture over its experts wants a mask as long as the ids.
         options |= accepted(self._policy, output_router_logits=False)
         return self._policy(**inputs, **options).logits[:, -1]
+
+    def _attention_mask(self) -> Tensor | None:
+        """None where nothing is padded, and where a state, which has no places that a mask could
+        hide, stands for all that was read before."""
+        has_read = self._mask.shape[1] > self._ids.shape[1]
+        is_state = _cache_name(self._policy) != KEYS_AND_VALUES
+        return None if not self._way.pads or (has_read and is_state) else self._mask
 
     def append(self, tokens: Tensor) -> None:
         """One token a row (rows,)."""
@@ -169,7 +178,7 @@ def _root_mean_square(values: Tensor) -> float:
 
 def _cache_name(policy: PreTrainedModel) -> str:
     """What the forward pass calls its cache; state space models have a name of their own."""
-    return "cache_params" if accepts(policy, "cache_params") else "past_key_values"
+    return "cache_params" if accepts(policy, "cache_params") else KEYS_AND_VALUES
 
 
 def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

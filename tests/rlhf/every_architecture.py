@@ -17,8 +17,10 @@ from rlhf.models import quiet
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 CONTEXT = 256
+VOCABULARY, LAYERS = -1, -2
+"""Sizes that depend: on the tokenizer, and on how many kinds of layers there are."""
 SHRUNK: list[tuple[str, int]] = [
-    (r"vocab_size|.*_vocab_size", 0),  # 0: the tokenizer's
+    (r"vocab_size|vocab_size_per_layer_input|decoder_vocab_size", VOCABULARY),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions", CONTEXT),
     (r"(max_source_positions|model_max_length|context_length)", CONTEXT),
     (
@@ -38,8 +40,8 @@ SHRUNK: list[tuple[str, int]] = [
     (r"(swa_)?num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups", 2),
     (r"(swa_)?num_attention_heads|n_heads?|num_heads|(encoder|decoder)_attention_heads", 4),
     (r"num_(encoder|decoder)_attention_heads|attention_heads|index_n_heads", 4),
-    (r"num_hidden_layers|n_layers?|num_layers|(encoder|decoder)_layers|depth|num_blocks", 2),
-    (r"num_(encoder|decoder)_layers|num_global_layers", 2),
+    (r"num_hidden_layers|n_layers?|num_layers|(encoder|decoder)_layers|depth|num_blocks", LAYERS),
+    (r"num_(encoder|decoder)_layers|num_global_layers", LAYERS),
     (r"(moe_|(input_|output_)?)(hidden_size|embedding_size|d_model)|n_embd|emb_dim|dim_model", 32),
     (r"lru_width|attention_hidden_size|word_embed_proj_dim|embedding_dim|hidden_size_global", 32),
     (r".*intermediate_size.*|ffn_(hidden_size|dim)|.*_ffn_dim|d_ff|dim_ff|dff|d_inner", 48),
@@ -54,8 +56,11 @@ SHRUNK: list[tuple[str, int]] = [
     (r"num_kv_shared_layers|num_nextn_predict_layers|num_mtp_modules", 0),
 ]
 _RULES = [(re.compile(name), size) for name, size in SHRUNK]
-LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types", "indexer_types")
+KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types", "indexer_types")
 """Kinds of layers: a tiny model has one layer of each kind."""
+
+_NEEDED: dict[str, dict[str, Any]] = {"gemma4_assistant": {}}
+"""Without which there is no default config."""
 
 SETTINGS: dict[str, dict[str, Any]] = {}
 """What an architecture needs beside the rules; None drops a field, so that its default holds."""
@@ -76,53 +81,37 @@ def save_tiny(model_type: str, tokenizer: PreTrainedTokenizerBase, folder: str |
 
 def tiny_config(model_type: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The default config of an architecture with every size small."""
-    config_class = type(AutoConfig.for_model(model_type))
-    fields = config_class().to_diff_dict() if False else config_class().to_dict()
-    shrunk = _shrink(fields, len(tokenizer))
-    special = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    for part in [shrunk, *(v for v in shrunk.values() if isinstance(v, dict))]:
-        part.update({name: value for name, value in special.items() if name in part})
+    config_class = type(AutoConfig.for_model(model_type, **_NEEDED.get(model_type, {})))
+    default = config_class(**_NEEDED.get(model_type, {})).to_dict()
+    changed = _shrink(default, tokenizer)
     for name, value in SETTINGS.get(model_type, {}).items():
         if value is None:
-            shrunk.pop(name, None)
-        elif isinstance(value, dict) and isinstance(shrunk.get(name), dict):
-            shrunk[name] |= value
+            changed.pop(name, None)
+        elif isinstance(value, dict) and isinstance(changed.get(name), dict):
+            changed[name] |= value
         else:
-            shrunk[name] = value
-    return config_class.from_dict(shrunk)
+            changed[name] = value
+    return config_class(**changed)
 
 
-def _shrink(fields: dict[str, Any], vocabulary: int) -> dict[str, Any]:
-    shrunk = dict(fields)
-    kinds = 2
-    for name in LISTS:
-        if isinstance(fields.get(name), list):
-            kinds = max(kinds, len(set(fields[name])))
-    pairs = {}
-    for name in LISTS:
-        if isinstance(fields.get(name), list):
-            found = list(dict.fromkeys(fields[name]))
-            pairs[name] = (
-                (found * kinds)[:kinds]
-                if len(found) == 1
-                else found + [found[-1]] * (kinds - len(found))
-            )
+def _shrink(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The fields that are to be given, those of nested configs too; the rest keeps its default."""
+    found = {name: fields[name] for name in KINDS if isinstance(fields.get(name), list)}
+    num_layers = max([2, *(len(set(kinds)) for kinds in found.values())])
+    changed: dict[str, Any] = {}
     for name, value in fields.items():
-        if name in pairs:
-            shrunk[name] = pairs[name]
-        elif name in ("id2label", "label2id"):
-            shrunk.pop(name)
+        if name in found:
+            kinds = list(dict.fromkeys(value))
+            changed[name] = kinds + [kinds[-1]] * (num_layers - len(kinds))
+        elif name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            changed[name] = getattr(tokenizer, name)
         elif isinstance(value, dict) and name.endswith(("config", "decoder", "encoder")):
-            shrunk[name] = _shrink(value, vocabulary)
+            changed[name] = _shrink(value, tokenizer)
+            if "model_type" in value:
+                changed[name]["model_type"] = value["model_type"]
         elif isinstance(value, int) and not isinstance(value, bool):
-            for pattern, size in _RULES:
-                if pattern.fullmatch(name):
-                    shrunk[name] = (
-                        kinds if size == 2 and "layers" in name else min(value, size or vocabulary)
-                    )
-                    break
-    return shrunk
+            size = next((size for pattern, size in _RULES if pattern.fullmatch(name)), None)
+            if size is not None:
+                size = num_layers if size == LAYERS else len(tokenizer) if size == VOCABULARY else size
+                changed[name] = min(value, size)
+    return changed
