@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -22,7 +23,13 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
-NO_POLICY = ("SequenceClassification", "RewardModel", "TokenClassification", "QuestionAnswering")
+NO_POLICY = (
+    "WithScore",
+    "SequenceClassification",
+    "RewardModel",
+    "TokenClassification",
+    "QuestionAnswering",
+)
 """Ends of the names of classes whose weights hold another head than a language model's."""
 
 
@@ -46,9 +53,11 @@ def accepted(model: nn.Module, **arguments: Any) -> dict[str, Any]:
 
 def find_body(model: PreTrainedModel) -> PreTrainedModel | None:
     """The model without its head; None where it cannot be told from the whole."""
-    body = model.base_model  # the model itself where its class names a body that it has not
-    body = model.get_decoder() if body is model else body
-    return body if isinstance(body, PreTrainedModel) and body is not model else None
+    if isinstance(model.base_model, PreTrainedModel) and model.base_model is not model:
+        return model.base_model
+    # base_model is the model itself where its class names a body that it has not, as Llama 4's.
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    return parts[0] if len(parts) == 1 else None
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -80,14 +89,25 @@ def check_is_policy(config: PretrainedConfig, path: str) -> None:
     """Refuses a folder whose weights are a reward model's or another classifier's.
 
     Raises:
-        ValueError: config.json names such a class.
+        ValueError: config.json names such a class, or transformers can make no policy of it.
     """
+    check_is_known(config, path)
     for name in config.architectures or ():
         if name.endswith(NO_POLICY):
             raise ValueError(
                 f"{path} is a reward model or another classifier (its config.json says {name}), "
                 "which writes no text; give the folder of a policy"
             )
+
+
+def check_is_known(config: PretrainedConfig, path: str) -> None:
+    """Raises ValueError where neither transformers nor code in the folder has a causal LM of it."""
+    own = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own:
+        raise ValueError(
+            f"cannot load {path}: transformers has no causal LM of model_type {config.model_type}; "
+            "give a decoder-only model"
+        )
 
 
 @torch.no_grad()
@@ -116,7 +136,7 @@ def check_causal(model: PreTrainedModel, path: str) -> None:
     scale = first.abs().max().item()
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.02
     difference = (first - second).abs().max().item()
-    if not difference <= tolerance * max(scale, 1e-6):
+    if difference > tolerance * max(scale, 1e-6):  # what is no number is told where it is used
         raise ValueError(
             f"the model at {path} ({type(model).__name__}) is bidirectional: what it says of a "
             f"token depends on later tokens (by {difference:.2g} of {scale:.2g}), so it cannot be "
@@ -218,5 +238,9 @@ def _scalar_over(causal_class: Any) -> Any:
             return self.score(hidden_states(self, **inputs)).squeeze(-1)
 
     stem = re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "", causal_class.__name__)
-    Scalar.__name__ = Scalar.__qualname__ = f"{stem}ForSequenceClassification"
+    # Not ...ForSequenceClassification: transformers may have that, with another kind of head.
+    Scalar.__name__ = Scalar.__qualname__ = f"{stem}WithScore"
+    # transformers leaves out a part of the initialization of classes that are not its own, which
+    # buffers outside the files need (Falcon H1's).
+    Scalar.__module__ = causal_class.__module__
     return Scalar

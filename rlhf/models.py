@@ -27,6 +27,7 @@ from rlhf.architectures import (
     accepts,
     body_of,
     check_causal,
+    check_is_known,
     check_is_policy,
     features_of,
     find_body,
@@ -345,20 +346,22 @@ def quiet() -> Iterator[None]:
 def check_vocabulary(model: PreTrainedModel, chat: Chat, path: str) -> None:
     """Refuses a tokenizer that can give ids for which the model has no embedding."""
     rows = num_embeddings(model)
-    beyond = {number: token for token, number in chat.tokenizer.get_vocab().items()}
-    beyond = {number: token for number, token in beyond.items() if number >= rows}
-    if beyond and len(chat.tokenizer) <= rows:
-        number = min(beyond)
-        raise ValueError(
-            f"the tokenizer's token {beyond[number]!r} has id {number}, but the model at {path} "
-            f"embeds the ids 0 to {rows - 1} only ({len(beyond)} such tokens); take the tokenizer "
-            "saved beside the weights, or resize the model's embeddings (resize_token_embeddings)"
-        )
+    numbers = chat.tokenizer.get_vocab()
+    beyond = sorted((number, token) for token, number in numbers.items() if number >= rows)
+    if not beyond:
+        return
+    number, token = beyond[0]
     if len(chat.tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(chat.tokenizer)} tokens, the model at {path} embeds {rows}: "
-            "this is the tokenizer of another model; use the one saved beside the weights"
+            f"this is the tokenizer of another model, or tokens such as {token!r} (id {number}) "
+            "were added to it alone; use the one saved beside the weights"
         )
+    raise ValueError(
+        f"the tokenizer's token {token!r} has id {number}, but the model at {path} embeds the ids "
+        f"0 to {rows - 1} only (so {len(beyond)} tokens have no embedding); use the tokenizer "
+        "saved beside the weights, or resize the embeddings (resize_token_embeddings)"
+    )
 
 
 def check_context(model: PreTrainedModel, path: str, limits: Mapping[str, int]) -> None:
@@ -563,6 +566,7 @@ def load_full(
 def _class_for(auto_class: Any, config: Any, path: str) -> Any:
     """The class that loads, once it is known that the folder can be what it is to be."""
     if auto_class is AutoModelForSequenceClassification:
+        check_is_known(config, path)
         with quiet(), _naming(path):
             return scalar_class(config)
     check_is_policy(config, path)

@@ -59,11 +59,56 @@ _RULES = [(re.compile(name), size) for name, size in SHRUNK]
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types", "indexer_types")
 """Kinds of layers: a tiny model has one layer of each kind."""
 
-_NEEDED: dict[str, dict[str, Any]] = {"gemma4_assistant": {}}
+_NEEDED: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    },
+}
 """Without which there is no default config."""
 
-SETTINGS: dict[str, dict[str, Any]] = {}
-"""What an architecture needs beside the rules; None drops a field, so that its default holds."""
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
+_ZAMBA = {
+    "layers_block_type": _HYBRID,
+    "num_hidden_layers": 4,
+    "attention_head_dim": 16,
+    "num_key_value_heads": 4,
+    "attention_hidden_size": 64,
+}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_d_head": 16},
+    "blt": {"encoder_hash_byte_group_vocab": 100},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note_text": {"swa_head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"mamba_d_head": 16},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "reformer": {
+        "is_decoder": True,
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [16, 16],
+        "axial_pos_embds_dim": [16, 16],
+    },
+    "xmod": {"default_language": "en_XX"},
+    "zamba": _ZAMBA,
+    "zamba2": {**_ZAMBA, "n_mamba_heads": 8},
+}
+"""What an architecture needs beside the rules."""
 
 
 def save_tiny(model_type: str, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -85,9 +130,7 @@ def tiny_config(model_type: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     default = config_class(**_NEEDED.get(model_type, {})).to_dict()
     changed = _shrink(default, tokenizer)
     for name, value in SETTINGS.get(model_type, {}).items():
-        if value is None:
-            changed.pop(name, None)
-        elif isinstance(value, dict) and isinstance(changed.get(name), dict):
+        if isinstance(value, dict) and isinstance(changed.get(name), dict):
             changed[name] |= value
         else:
             changed[name] = value
@@ -112,6 +155,10 @@ def _shrink(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((size for pattern, size in _RULES if pattern.fullmatch(name)), None)
             if size is not None:
-                size = num_layers if size == LAYERS else len(tokenizer) if size == VOCABULARY else size
+                size = (
+                    num_layers if size == LAYERS else len(tokenizer) if size == VOCABULARY else size
+                )
                 changed[name] = min(value, size)
+    if "kv_lora_rank" in fields and "num_key_value_heads" in changed:
+        changed["num_key_value_heads"] = changed["num_attention_heads"]  # as the default has it
     return changed
