@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.architectures import hidden_states
 from rlhf.cli import run_stage
 from rlhf.config import MayOverwrite, ModelSettings
 from rlhf.folders import MODEL_FILES, folders_given_back
@@ -90,7 +91,7 @@ def _outputs(model: PreTrainedModel) -> Tensor:
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, torch.nn.Embedding)
     ids = torch.arange(8) * (embeddings.num_embeddings // 8)
-    hidden = model.base_model(input_ids=ids[None], use_cache=False)[0]
+    hidden = hidden_states(model, input_ids=ids[None])
     head = model.get_output_embeddings() or model.score
     assert isinstance(head, torch.nn.Module)
     return head(hidden).float()

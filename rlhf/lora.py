@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from rlhf.architectures import body_of
 from rlhf.config import LoraSettings
 from rlhf.runs import BASE_FILE
 
@@ -326,7 +327,7 @@ def _inject(model: PreTrainedModel, adapter: Adapter) -> None:
 
 def _targets(model: PreTrainedModel, settings: LoraSettings) -> list[str]:
     """Last names of the linear layers that get an adapter."""
-    body = model.base_model
+    body = body_of(model)
     linear = [n for n, m in body.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     known = {name.rpartition(".")[2] for name in linear}
     if settings.target_modules == "all-linear":

@@ -23,6 +23,21 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from rlhf.architectures import (
+    accepted,
+    accepts,
+    body_of,
+    check_causal,
+    check_is_known,
+    check_is_policy,
+    features_of,
+    find_body,
+    from_config,
+    hidden_states,
+    num_embeddings,
+    scalar_class,
+    with_attention,
+)
 from rlhf.attention import segmented_sdpa
 from rlhf.chat import Chat
 from rlhf.config import LoraSettings, ModelSettings
@@ -114,6 +129,8 @@ def load_policy(
         )
     model = _load_base(AutoModelForCausalLM, settings, adapter, lora, bases)
     _adapt(model, settings.path, adapter, lora, is_shared=bases is not None)
+    if lora.quantize == "none":  # 4 bits may need a GPU, where the model is not yet
+        check_causal(model, settings.path)
     return model
 
 
@@ -161,13 +178,14 @@ class ScalarModel(nn.Module):
 
     def forward(self, positions: Tensor, **model_inputs: Tensor | None) -> Tensor:
         """Numbers (n,) at these positions (n,) of the one row in `model_inputs` (see PackedRow)."""
-        hidden = self.classifier.base_model(**model_inputs, use_cache=False).last_hidden_state
+        hidden = hidden_states(self.classifier, **model_inputs)
         # A sum of products, since autocast would make a linear layer's operands bf16.
         raw = (hidden[0, positions].float() * self.head.weight[0].float()).sum(-1)
         return self.scale * (raw - self.bias)
 
     def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes a folder that AutoModelForSequenceClassification loads as it is."""
+        """Writes a folder that load_scalar reads, and AutoModelForSequenceClassification where
+        transformers has a classifier for the architecture."""
         _save(self.classifier, tokenizer, folder)
 
 
@@ -206,6 +224,8 @@ def load_scalar(
     tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
     classifier.config.pad_token_id = tokenizer.pad_token_id
     _adapt(classifier, path, adapter, lora, is_shared=bases is not None, new_head=new_head)
+    if lora.quantize == "none":
+        check_causal(classifier, path)
     model = ScalarModel(classifier)
     if new_head:
         nn.init.normal_(model.head.weight, std=(model.head.in_features + 1) ** -0.5)
@@ -309,12 +329,11 @@ def has_plain_head(policy: nn.Module) -> bool:
     """
     if policy not in _plain_heads:
         plain = False
-        if isinstance(policy, PreTrainedModel):
-            head = policy.get_output_embeddings()
+        head = policy.get_output_embeddings() if isinstance(policy, PreTrainedModel) else None
+        if isinstance(head, nn.Linear) and find_body(policy) is not None:
             ids = torch.tensor([[1, 2, 3]], device=policy.device)
-            hidden = policy.base_model(input_ids=ids, use_cache=False)[0]
-            logits = policy(input_ids=ids, use_cache=False).logits
-            plain = isinstance(head, nn.Module) and torch.equal(head(hidden), logits)
+            hidden, logits = hidden_states(policy, input_ids=ids), _logits(policy, input_ids=ids)
+            plain = hidden.shape[-1] == head.in_features and torch.equal(head(hidden), logits)
         _plain_heads[policy] = plain
     return _plain_heads[policy]
 
@@ -334,12 +353,23 @@ def quiet() -> Iterator[None]:
 
 def check_vocabulary(model: PreTrainedModel, chat: Chat, path: str) -> None:
     """Refuses a tokenizer that can give ids for which the model has no embedding."""
-    rows = _num_embeddings(model)
+    rows = num_embeddings(model)
+    numbers = chat.tokenizer.get_vocab()
+    beyond = sorted((number, token) for token, number in numbers.items() if number >= rows)
+    if not beyond:
+        return
+    number, token = beyond[0]
     if len(chat.tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(chat.tokenizer)} tokens, the model at {path} embeds {rows}: "
-            "this is the tokenizer of another model; use the one saved beside the weights"
+            f"this is the tokenizer of another model, or tokens such as {token!r} (id {number}) "
+            "were added to it alone; use the one saved beside the weights"
         )
+    raise ValueError(
+        f"the tokenizer's token {token!r} has id {number}, but the model at {path} embeds the ids "
+        f"0 to {rows - 1} only (so {len(beyond)} tokens have no embedding); use the tokenizer "
+        "saved beside the weights, or resize the embeddings (resize_token_embeddings)"
+    )
 
 
 def check_context(model: PreTrainedModel, path: str, limits: Mapping[str, int]) -> None:
@@ -384,7 +414,7 @@ def _agrees(model: PreTrainedModel, packer: Packer) -> bool:
     """
     if "local" in getattr(model.config, "attention_layers", ()):
         return False  # GPT-Neo cuts its window by places in the row, beyond the probe's tokens
-    top = _num_embeddings(model) - 1
+    top = num_embeddings(model) - 1
     ids = tuple(1 + (7 * i) % top for i in range(26))
     trees = [PromptTree(ids[:6], (ids[6:12], ids[12:20])), PromptTree(ids[20:23], (ids[23:],))]
     device = next(model.parameters()).device
@@ -419,11 +449,16 @@ def _empty(
         config = AutoConfig.from_pretrained(
             path, trust_remote_code=settings.trust_remote_code, **source, **arguments
         )
-        model = auto_class.from_config(
-            config,
-            dtype=_dtype(settings),
-            attn_implementation=settings.attention,
-            trust_remote_code=settings.trust_remote_code,
+        auto_class = _class_for(auto_class, config, settings.path)
+        model = with_attention(
+            lambda attention: from_config(
+                auto_class,
+                config,
+                dtype=_dtype(settings),
+                attn_implementation=attention,
+                trust_remote_code=settings.trust_remote_code,
+            ),
+            settings.attention,
         )
     if adapter is not None and lora.rank:
         check_same(settings.path, adapter, lora)
@@ -441,10 +476,10 @@ def _passes_logits_on(policy: PreTrainedModel) -> bool:
     seen: list[Tensor] = []
     head = policy.get_output_embeddings()
     hooks = [
-        policy.base_model.register_forward_hook(lambda module, _, output: seen.append(output[0])),
+        body_of(policy).register_forward_hook(lambda module, _, output: seen.append(output[0])),
         head.register_forward_hook(lambda module, inputs, output: seen.extend([*inputs, output])),
     ]
-    logits = policy(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False).logits
+    logits = _logits(policy, input_ids=torch.tensor([[1, 2, 3]]))
     for hook in hooks:
         hook.remove()
     *hidden, read, given = (tensor.untyped_storage()._cdata for tensor in seen)
@@ -456,22 +491,21 @@ def _features_and_head(policy: nn.Module, row: PackedRow) -> tuple[Tensor, Head]
     """What predicts each response token (tokens, ...), and what makes logits of it."""
     if has_plain_head(policy):
         assert isinstance(policy, PreTrainedModel)
-        hidden = policy.base_model(**row.model_inputs, use_cache=False)[0]
+        hidden = hidden_states(policy, **row.model_inputs)
         return hidden[0, row.predictors], policy.get_output_embeddings()
-    output = policy(**row.model_inputs, logits_to_keep=row.predictors, use_cache=False)
-    return output.logits[0], nn.Identity()
+    if accepts(policy, "logits_to_keep"):
+        return _logits(policy, **row.model_inputs, logits_to_keep=row.predictors)[0], nn.Identity()
+    return _logits(policy, **row.model_inputs)[0, row.predictors], nn.Identity()
 
 
-def _num_embeddings(model: PreTrainedModel) -> int:
-    embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, nn.Embedding)
-    return embeddings.num_embeddings
+def _logits(policy: nn.Module, **inputs: Any) -> Tensor:
+    """Logits without a cache, and without the loss over its experts that a mixture may add."""
+    return policy(**inputs, **accepted(policy, use_cache=False, output_router_logits=False)).logits
 
 
 def _features(model: PreTrainedModel, row: PackedRow) -> Tensor:
     """What a row's tokens see: hidden states (tokens, model) at the predicting positions."""
-    hidden = model.base_model(**row.model_inputs, use_cache=False).last_hidden_state
-    return hidden[0, row.predictors].float()
+    return features_of(model, **row.model_inputs)[0, row.predictors].float()
 
 
 def _save(
@@ -529,18 +563,37 @@ def load_full(
     if quantize == "4bit":
         arguments["quantization_config"] = _four_bits(settings)
     with quiet(), _naming(settings.path):
-        model, report = auto_class.from_pretrained(
+        config = AutoConfig.from_pretrained(
+            settings.path, trust_remote_code=settings.trust_remote_code
+        )
+    auto_class = _class_for(auto_class, config, settings.path)
+
+    def load(attention: str) -> Any:
+        return auto_class.from_pretrained(
             settings.path,
             dtype=_dtype(settings),
-            attn_implementation=settings.attention,
+            attn_implementation=attention,
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,  # a .bin is a pickle, which runs code of its own
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, each by its name
             **arguments,
         )
+
+    with quiet(), _naming(settings.path):
+        model, report = with_attention(load, settings.attention)
     _refuse_missing(settings.path, report, allowed=new_weights)
     return disable_dropout(model)
+
+
+def _class_for(auto_class: Any, config: Any, path: str) -> Any:
+    """The class that loads, once it is known that the folder can be what it is to be."""
+    if auto_class is AutoModelForSequenceClassification:
+        check_is_known(config, path)
+        with quiet(), _naming(path):
+            return scalar_class(config)
+    check_is_policy(config, path)
+    return auto_class
 
 
 def _load_base(

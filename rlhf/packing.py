@@ -127,6 +127,10 @@ class PackedRow:
 
     @property
     def model_inputs(self) -> dict[str, Tensor | None]:
+        """What the model takes. A plain row leaves positions and mask to it: some architectures
+        have neither, and others count their positions in a way of their own."""
+        if self.plain:
+            return {"input_ids": self.input_ids}
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,

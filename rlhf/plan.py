@@ -54,6 +54,7 @@ from rlhf.logprobs import CHUNK_TOKENS
 from rlhf.lora import CONFIG_FILE, adapter_weights
 from rlhf.models import ScalarModel, checkpoint_activations
 from rlhf.packing import PackedRow, Packer, PromptTree, text_tree
+from rlhf.rewards import measured_dtype
 from rlhf.state import trained_parameters
 from rlhf.timing import matrix_rate
 from stages.ppo.config import Config as PPOConfig
@@ -178,13 +179,24 @@ def make_plan(config: Config, launch: Launch) -> Plan:
             "give --lora.quantize none for what the run would need without, which is more"
         )
     dry, plan = DryRun(TYPES[launch.mixed_precision]), Plan(launch)
-    if isinstance(config, PPOConfig):
-        config.check_launch(launch.mixed_precision, launch.num_processes)
-        _plan_ppo(plan, dry, config)
-    elif isinstance(config, RMConfig):
-        _plan_rm(plan, dry, config)
-    else:
-        _plan_sft(plan, dry, config)
+    try:
+        if isinstance(config, PPOConfig):
+            config.check_launch(launch.mixed_precision, launch.num_processes)
+            _plan_ppo(plan, dry, config)
+        elif isinstance(config, RMConfig):
+            _plan_rm(plan, dry, config)
+        else:
+            _plan_sft(plan, dry, config)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # what an architecture does with tensors without data is its own
+        path = config.policy.path if isinstance(config, PPOConfig) else config.model.path
+        raise ValueError(
+            f"{path} cannot be planned: its architecture cannot be run without data "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:150]}); mixtures of experts "
+            "and state space models are among these. Try a short run instead: num_updates or "
+            "num_epochs 1"
+        ) from error
     return plan
 
 
@@ -381,7 +393,7 @@ def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
 def _reward_settings(config: PPOConfig, path: str) -> ModelSettings:
     return ModelSettings(
         path=_with_config(path, config.policy.path),
-        dtype=config.reward.dtype,
+        dtype=measured_dtype(path) if config.reward.dtype == "measured" else config.reward.dtype,
         attention=config.reward.attention,
         trust_remote_code=config.reward.trust_remote_code,
     )

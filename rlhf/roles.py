@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from rlhf.architectures import body_of, from_config, scalar_class
 from rlhf.config import ModelSettings
 from rlhf.lora import HEAD, weights_sha256
 from rlhf.models import disable_dropout, load_full, quiet
@@ -78,16 +79,18 @@ def _classifier_on(policy: PreTrainedModel, *, trust_remote_code: bool) -> PreTr
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     with quiet(), torch.device("meta"):
-        classifier = AutoModelForSequenceClassification.from_config(
+        classifier = from_config(
+            scalar_class(config),
             config,
             dtype=policy.dtype,
             attn_implementation=policy.config._attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-    body = _tree_over(policy).base_model
-    if type(body) is not type(classifier.base_model):
+    body, own_body = body_of(_tree_over(policy)), body_of(classifier)
+    if type(body) is not type(own_body):
         return None
+    name = next(name for name, module in classifier.named_modules() if module is own_body)
     width = classifier.score.in_features
-    setattr(classifier, classifier.base_model_prefix, body)
+    classifier.set_submodule(name, body)
     classifier.score = nn.Linear(width, 1, bias=False, device=policy.device, dtype=policy.dtype)
     return disable_dropout(classifier)

@@ -22,14 +22,21 @@ class FastestEngine:
     def __init__(
         self, engines: Mapping[str, Engine], batch_size: int, tell: Callable[[str], object]
     ) -> None:
-        self.engines = engines
+        self.engines = dict(engines)
         self.batch_size = batch_size
         self.tell = tell
         self.chosen: Engine | None = None
 
     def refresh(self, policy: PreTrainedModel) -> None:
-        for engine in self.engines.values() if self.chosen is None else [self.chosen]:
-            engine.refresh(policy)
+        if self.chosen is not None:
+            self.chosen.refresh(policy)
+            return
+        for name, engine in list(self.engines.items()):
+            try:
+                engine.refresh(policy)
+            except ValueError as error:  # the engine cannot sample this architecture
+                self.tell(f"generation: {name} is left out: {error}")
+                del self.engines[name]
 
     def state_dict(self) -> dict[str, str | None]:
         """The name of the chosen one; None before the trial."""

@@ -4,13 +4,22 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from rlhf.architectures import accepts
 from rlhf.config import GenerationSettings
 from rlhf.finite import NonFiniteError
 from rlhf.generation.interface import Decoding, Samples
+
+_PAGED = {DynamicLayer, DynamicSlidingWindowLayer}
 
 PREFILL_TOKENS = 1024
 """Prompt tokens that one pass reads at most; longer prompts take several."""
@@ -32,6 +41,13 @@ class ContinuousEngine:
         self.policy: PreTrainedModel
 
     def refresh(self, policy: PreTrainedModel) -> None:
+        """Raises ValueError where a layer keeps something else than keys and values."""
+        layers = {type(layer) for layer in DynamicCache(config=policy.config).layers}
+        if not accepts(policy, "past_key_values") or not layers <= _PAGED:
+            raise ValueError(
+                f"generation.engine is continuous, which pages keys and values only, and "
+                f"{type(policy).__name__} has a state of another kind; give hf"
+            )
         self.policy = policy
 
     def generate(

@@ -1,13 +1,15 @@
 """Engine `hf`: our own loop over the model's cache, in which finished responses stop costing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf.config import GenerationSettings
 from rlhf.finite import NonFiniteError
+from rlhf.generation.decoder import Decoder, Way, way_for
 from rlhf.generation.interface import Decoding, Samples
 from rlhf.generation.thin import thin_products
 
@@ -42,46 +44,45 @@ class LoopEngine:
         """See `Engine.generate`."""
         device = next(self.policy.parameters()).device
         draws = _on_device(generator, device)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        way = way_for(self.policy)
         samples = Samples([[] for _ in prompts], [[] for _ in prompts])
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        for chosen in _batches(prompts, self.batch_size, way):
             some_prompts = [prompts[i] for i in chosen]
             with thin_products(self.policy):
+                decoder = Decoder(self.policy, some_prompts, way)
                 batch = _generate_batch(
-                    self.policy, some_prompts, decoding, draws, progress or (lambda _: None)
+                    decoder, len(some_prompts), decoding, draws, progress or (lambda _: None)
                 )
             for i, response, logprobs in zip(chosen, *batch, strict=True):
                 samples.responses[i], samples.logprobs[i] = response, logprobs
         return samples
 
 
+def _batches(prompts: Sequence[Sequence[int]], batch_size: int, way: Way) -> Iterator[list[int]]:
+    """Numbers of prompts of like length, or of one length where the way cannot pad."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = [order]
+    if not way.pads:
+        groups = [list(group) for _, group in groupby(order, key=lambda i: len(prompts[i]))]
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
 def _generate_batch(
-    policy: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
+    decoder: Decoder,
+    num_prompts: int,
     decoding: Decoding,
     generator: torch.Generator | None,
     progress: Callable[[int], object],
 ) -> Samples:
-    device = next(policy.parameters()).device
-    ids, attention_mask = (tensor.to(device) for tensor in _left_pad(prompts))
-    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=policy.config)
-    samples = Samples([[] for _ in prompts], [[] for _ in prompts])
-    active = list(range(len(prompts)))  # rows of the batch -> prompts
+    samples = Samples([[] for _ in range(num_prompts)], [[] for _ in range(num_prompts)])
+    active = list(range(num_prompts))  # rows of the batch -> prompts
     unfinished = set(active)
     num_wasted = 0  # tokens decoded in finished rows since rows last left
     ends = set(decoding.ends)
     for step in range(decoding.max_new_tokens):
-        logits = policy(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        tokens, logprobs = _sample(logits, decoding.temperature, generator)
+        tokens, logprobs = _sample(decoder.logits(), decoding.temperature, generator)
         num_before = len(unfinished)
         for prompt, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
             if prompt in unfinished:
@@ -93,19 +94,14 @@ def _generate_batch(
             progress(num_before)  # what is cut at its full length has ended too
             break
         progress(num_before - len(unfinished))
-        positions = positions[:, -1:] + 1
-        attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
+        decoder.append(tokens)
         # Like renting until the rent has reached the price: never more than twice the best cost,
         # whatever the lengths of the responses.
         num_wasted += len(active) - len(unfinished)
         if num_wasted >= COPY_COST * len(unfinished):
             kept = [row for row, prompt in enumerate(active) if prompt in unfinished]
             active, num_wasted = [active[row] for row in kept], 0
-            rows = torch.tensor(kept, device=device)
-            cache.batch_select_indices(rows)
-            tokens, positions = tokens[rows], positions[rows]
-            attention_mask = attention_mask[rows]
-        ids = tokens[:, None]
+            decoder.keep(torch.tensor(kept, device=tokens.device))
     return samples
 
 
@@ -140,13 +136,3 @@ def _on_device(generator: torch.Generator | None, device: torch.device) -> torch
         return generator
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
     return torch.Generator(device).manual_seed(seed)
-
-
-def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids with zeros in front, (batch, time), so that the next token follows every prompt."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    longest = int(lengths.max())
-    mask = torch.arange(longest) >= longest - lengths[:, None]
-    ids = torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.tensor([token for prompt in prompts for token in prompt])
-    return ids, mask.long()

@@ -27,6 +27,7 @@ from rlhf.rewards.models import (
     TextRewardModel,
     load_reward_model,
     load_value_model,
+    measured_dtype,
     trees_of,
 )
 from rlhf.rewards.rendering import (
@@ -73,6 +74,7 @@ __all__ = [
     "load_reward",
     "load_reward_model",
     "load_value_model",
+    "measured_dtype",
     "penalize_length",
     "rendering_hash",
     "reward_models_of",

@@ -9,7 +9,12 @@ from rlhf.config import ModelSettings
 from rlhf.models import ScalarModel
 from rlhf.rewards.combined import EnsembleReward, NormalizedReward, WeightedReward
 from rlhf.rewards.functions import FunctionReward, TokenFunctionReward, load_function
-from rlhf.rewards.models import RewardModel, TextRewardModel, load_reward_model
+from rlhf.rewards.models import (
+    RewardModel,
+    TextRewardModel,
+    load_reward_model,
+    measured_dtype,
+)
 from rlhf.rewards.rendering import same_rendering
 from rlhf.rewards.scores import Reward
 from rlhf.rewards.settings import RewardSettings
@@ -46,7 +51,7 @@ def load_reward(
         return load_judge(
             ModelSettings(
                 path=model,
-                dtype=settings.dtype,
+                dtype=measured_dtype(model) if settings.dtype == "measured" else settings.dtype,
                 attention=settings.attention,
                 trust_remote_code=settings.trust_remote_code,
             ),

@@ -2,11 +2,12 @@
 
 import json
 import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ from rlhf.roles import SharedBases, has_four_bits
 
 REWARD_FILE = "reward.json"
 """Beside the weights of a reward model: what the weights cannot hold."""
+
+Dtype = Literal["float32", "bfloat16"]
+
+DEFAULT_DTYPE: Dtype = "float32"
+"""Of a reward model whose card does not say in which type it was measured."""
 
 NUM_GOLDEN = 8
 GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "4bit": 0.5}
@@ -65,12 +71,16 @@ class RewardCard:
     """SHA-256 of the chat template."""
     rendering_hash: str
     """`rendering_hash` of the chat that the model was trained with."""
+    dtype: Dtype | None = None
+    """Type of the weights with which everything here was measured; None: not recorded."""
 
     def __post_init__(self) -> None:
         for name in ("bias", "scale", "pair_accuracy"):
             _check_number(name, getattr(self, name))
         for bound in self.interval:
             _check_number("interval", bound)
+        if self.dtype not in (None, *typing.get_args(Dtype)):
+            raise ValueError(f"dtype is {show(self.dtype)}")
 
     def save(self, folder: str | Path) -> None:
         text = json.dumps(asdict(self), ensure_ascii=False, indent=2, allow_nan=False)
@@ -150,15 +160,27 @@ class RewardModel:
         ).tolist()
         dtype = str(self.model.classifier.dtype).removeprefix("torch.")
         dtype = "4bit" if has_four_bits(self.model) else dtype
-        tolerance = GOLDEN_TOLERANCE[dtype]
+        measured = self.card.dtype or DEFAULT_DTYPE
+        tolerance = max(GOLDEN_TOLERANCE[dtype], GOLDEN_TOLERANCE[measured])
         for i, (row, score) in enumerate(zip(golden, found, strict=True)):
             if not abs(score - row.score) <= tolerance * max(1.0, abs(row.score)):
                 raise ValueError(
                     f"the reward model scores golden row {i} at {score:.4f}, and {row.score:.4f} "
                     f"when it was saved ({dtype}, tolerance {tolerance}): its weights, "
                     f"tokenizer or chat template changed since; copy the whole folder again or "
-                    "train it again"
+                    f"train it again{self._other_type(dtype)}"
                 )
+
+    def _other_type(self, dtype: str) -> str:
+        """What to try where the type of the weights may be the cause."""
+        if self.card.dtype is None:
+            return (
+                f". {REWARD_FILE} does not say in which type it was measured; if that was not "
+                f"{dtype}, give the other one as reward.dtype (float32 or bfloat16)"
+            )
+        if self.card.dtype == dtype:
+            return ""
+        return f". It was measured in {self.card.dtype}: reward.dtype measured reads it so"
 
 
 class TextRewardModel:
@@ -215,6 +237,17 @@ class TextRewardModel:
                 f"{num_response_tokens} of them; give shorter prompts or lower max_new_tokens"
             )
         return list(fitted.ids)
+
+
+def measured_dtype(folder: str | Path) -> Dtype:
+    """The type in which a reward model was measured, and so is to be read.
+
+    Raises:
+        ValueError: the folder's reward.json cannot be read.
+    """
+    if not (Path(folder) / REWARD_FILE).is_file():
+        return DEFAULT_DTYPE  # load_reward_model says what is missing
+    return RewardCard.load(folder).dtype or DEFAULT_DTYPE
 
 
 def load_reward_model(

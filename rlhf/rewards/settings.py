@@ -78,8 +78,9 @@ class RewardSettings:
     sum of weight * part. Empty means that the reward comes from elsewhere."""
     ensemble: EnsembleSettings = field(default_factory=EnsembleSettings)
     """Several reward models as one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the reward models' weights. float32 is what they were measured in."""
+    dtype: Literal["measured", "float32", "bfloat16"] = "measured"
+    """Type of the reward models' weights. measured: that in which each was measured, as its
+    reward.json says."""
     attention: Attention = "sdpa"
     """Attention implementation of the reward models; as ModelSettings.attention."""
     trust_remote_code: bool = False

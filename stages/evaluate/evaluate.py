@@ -22,7 +22,14 @@ from rlhf.models import check_vocabulary, load_chat, load_policy, packer_for
 from rlhf.packing import Packer, PromptTree, text_tree
 from rlhf.recall import fact_recall
 from rlhf.records import Prompt, Text, name_rows, naming_row
-from rlhf.rewards import FunctionReward, Reward, load_function, load_judge, same_rendering
+from rlhf.rewards import (
+    FunctionReward,
+    Reward,
+    load_function,
+    load_judge,
+    measured_dtype,
+    same_rendering,
+)
 from rlhf.runs import RESULTS, open_run
 from stages.evaluate.config import GOLD, REWARD_MODEL, Config
 from stages.evaluate.curves import draw_curves
@@ -271,6 +278,7 @@ def _load_judges(
         return load_judge(
             ModelSettings(
                 path=path,
+                dtype=measured_dtype(path),
                 attention=config.attention,
                 trust_remote_code=config.trust_remote_code,
             ),

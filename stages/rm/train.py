@@ -329,6 +329,7 @@ def _write_card(
         ),
         template_hash=chat.template_hash,
         rendering_hash=rendering_hash(chat),
+        dtype=config.model.dtype,
     ).save(config.output_dir)
 
 

@@ -24,7 +24,7 @@ from rlhf.models import (
 )
 from rlhf.packing import Packer
 from rlhf.resume import Checkpoints
-from rlhf.rewards import RewardModel, load_reward_model
+from rlhf.rewards import RewardModel, load_reward_model, measured_dtype
 from rlhf.runs import Run, open_run
 from rlhf.state import Fields
 from stages.sft.config import Config
@@ -159,6 +159,7 @@ def _load_reward_model(config: Config, chat: Chat, device: torch.device) -> Rewa
     return load_reward_model(
         ModelSettings(
             path=config.reward_model,
+            dtype=measured_dtype(config.reward_model),
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
         ),

@@ -17,7 +17,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from rlhf import sharding
+from rlhf.architectures import accepted, num_embeddings
 from rlhf.config import OptimSettings
 from rlhf.distributed import (
     TRAINER_STATE,
@@ -62,6 +63,11 @@ METRIC_NAMES = {
     "entropy": "sft/entropy",
 }
 """The trainer's names -> ours. sft/loss is the mean over the trained tokens of a step's batch."""
+
+
+MIXTURE_FIELDS = ("output_router_logits", "router_aux_loss_coef")
+"""Fields of the config of a mixture of experts: the loss over its experts is added to that over
+tokens iff the first one is true, as transformers itself does."""
 
 
 def fit(
@@ -121,6 +127,10 @@ def make_trainer(
         warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
         num_steps = math.ceil(len(trees) / config.batch_size)
         arguments = _arguments(config, checkpoint_dir, num_steps)
+    mixture = policy.config.get_text_config()
+    own = {name: getattr(mixture, name) for name in MIXTURE_FIELDS if hasattr(mixture, name)}
+    if not own.get("output_router_logits"):
+        arguments.router_aux_loss_coef = 0.0
     rows = [to_row(tree) for tree in trees[first_step * config.batch_size :]]
     trainer = _PlainTrainer(
         optim=config.optim,
@@ -129,10 +139,30 @@ def make_trainer(
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
     )
+    trainer.is_fused = _is_fused_right(policy)
+    for name, value in own.items():  # TRL changes the config that is saved
+        setattr(mixture, name, value)
     check_launch(trainer.accelerator)
     load_models_whole()
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+@torch.no_grad()
+def _is_fused_right(policy: PreTrainedModel) -> bool:
+    """Whether TRL's fused head, which knows some ways of scaling logits by their names in the
+    config, gives the loss of the model's own logits; tried on 16 tokens."""
+    ids = 1 + torch.arange(16, device=policy.device)[None] % (num_embeddings(policy) - 1)
+    try:
+        fused = policy(input_ids=ids, labels=ids, fused_lm_head=True).loss.item()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # whatever an architecture makes of it
+        return False
+    logits = policy(input_ids=ids, **accepted(policy, use_cache=False)).logits[0, :-1]
+    expected = nn.functional.cross_entropy(logits.float(), ids[0, 1:]).item()
+    tolerance = 1e-3 if policy.dtype == torch.float32 else 0.05
+    return abs(fused - expected) <= tolerance * max(1.0, expected)
 
 
 def to_row(tree: PromptTree) -> dict[str, list[int]]:
@@ -151,6 +181,30 @@ class _PlainTrainer(SFTTrainer):
     def __init__(self, optim: OptimSettings, **arguments: Any) -> None:
         self.optim = optim
         super().__init__(**arguments)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """TRL's, or the same mean over trained tokens from the model's own logits."""
+        if self.is_fused:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        assert self.model is not None
+        labels = inputs["labels"][:, 1:]
+        named = {name: value for name, value in inputs.items() if name != "labels"}
+        options = accepted(self.model, **named, use_cache=False, output_router_logits=False)
+        outputs = model(**options)
+        losses = nn.functional.cross_entropy(
+            outputs.logits[:, :-1].float().transpose(1, 2), labels, reduction="none"
+        )
+        count = (labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = losses.sum() / count
+        if num_items_in_batch is not None:  # of all processes, whose gradients are averaged
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         assert isinstance(self.model, PreTrainedModel)

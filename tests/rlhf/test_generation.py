@@ -15,6 +15,7 @@ from rlhf.config import GenerationSettings
 from rlhf.finite import NonFiniteError
 from rlhf.generation import Decoding, Samples, generate, make_engine
 from rlhf.generation.auto import FastestEngine
+from rlhf.generation.decoder import way_for
 from rlhf.generation.loop import draw
 from rlhf.inference import compute_logprobs
 from rlhf.packing import Packer, PromptTree
@@ -116,14 +117,15 @@ def test_finished_responses_stop_costing(monkeypatch: pytest.MonkeyPatch) -> Non
     """Rows decoded and rows copied stay within 1.5 times the tokens of the responses, which no loop
     can do without, and decoding ends with the longest response."""
     policy = tiny_policy_of("llama")
+    way_for(policy)  # its probe decodes too
     decoded, copied = [], []
     policy.register_forward_pre_hook(
         lambda _, args, inputs: decoded.append(len(inputs["input_ids"])), with_kwargs=True
     )
-    select = DynamicCache.batch_select_indices
+    select = DynamicCache.reorder_cache
     monkeypatch.setattr(
         DynamicCache,
-        "batch_select_indices",
+        "reorder_cache",
         lambda cache, rows: copied.append(len(rows)) or select(cache, rows),
     )
     responses = sample(policy, [[5, 6, 7]] * 48, end_id=7, max_new_tokens=60, batch_size=48)[0]

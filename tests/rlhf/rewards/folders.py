@@ -1,6 +1,7 @@
 """Model folders for the tests of rewards."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -54,10 +55,12 @@ def save_base(folder: Path, architecture: str, tokenizer: PreTrainedTokenizerBas
     return folder
 
 
-def save_reward_model(folder: Path, base: Path, *, seed: int, bias: float, scale: float) -> Path:
+def save_reward_model(
+    folder: Path, base: Path, *, seed: int, bias: float, scale: float, dtype: Any = "float32"
+) -> Path:
     """A reward model with a new head on a policy's body, as the rm stage would leave it."""
     torch.manual_seed(seed)
-    model = load_scalar(ModelSettings(path=str(base)), new_head=True)
+    model = load_scalar(ModelSettings(path=str(base), dtype=dtype), new_head=True)
     model.bias, model.scale = bias, scale
     chat = Chat(load_tokenizer(str(base)))
     trees = [
@@ -75,5 +78,6 @@ def save_reward_model(folder: Path, base: Path, *, seed: int, bias: float, scale
         golden=tuple(GoldenRow(prompt=p, response=r, score=s) for p, r, s in rows),
         template_hash=chat.template_hash,
         rendering_hash=rendering_hash(chat),
+        dtype=dtype,
     ).save(folder)
     return folder

@@ -17,6 +17,7 @@ from rlhf.models import load_tokenizer
 from rlhf.packing import PromptTree
 from rlhf.records import Prompt
 from rlhf.rewards import (
+    REWARD_FILE,
     PartSettings,
     RewardCard,
     RewardModel,
@@ -27,6 +28,8 @@ from rlhf.rewards import (
     load_reward,
     load_reward_model,
     load_value_model,
+    measured_dtype,
+    reward_models_of,
     same_rendering,
     same_vocabulary,
     trees_of,
@@ -284,3 +287,40 @@ def test_vocabularies_are_the_same_when_ids_mean_the_same() -> None:
     swapped = byte_tokenizer("<pad>", "<end>", eos_token="<end>", pad_token="<pad>")
     assert same_vocabulary(Chat(base_tokenizer()), Chat(template))
     assert not same_vocabulary(Chat(base_tokenizer()), Chat(swapped))
+
+
+@pytest.fixture
+def halved(sft: Path, tmp_path: Path) -> Path:
+    """A reward model measured in bfloat16."""
+    folder = tmp_path / "halved"
+    return save_reward_model(folder, sft, seed=3, bias=0.0, scale=1.0, dtype="bfloat16")
+
+
+def test_a_reward_model_is_read_in_the_type_it_was_measured_in(halved: Path, sft: Path) -> None:
+    assert measured_dtype(halved) == "bfloat16"
+    chat = Chat(load_tokenizer(str(sft)))
+    reward = load_reward(RewardSettings(model=str(halved)), chat, "cpu", 512)
+    (model,) = reward_models_of(reward)
+    assert model.classifier.dtype == torch.bfloat16
+
+
+def test_scores_of_another_type_name_it(halved: Path) -> None:
+    load(halved)  # the tolerance is that of the coarser type
+    change_card(halved, golden_shift=100.0)
+    with pytest.raises(ValueError, match=r"was measured in bfloat16: reward\.dtype measured"):
+        load(halved)
+
+
+def test_an_older_card_names_the_type_as_a_possible_cause(halved: Path) -> None:
+    change_card(halved, golden_shift=100.0, drop="dtype")
+    assert measured_dtype(halved) == "float32"
+    with pytest.raises(ValueError, match=r"does not say in which type .* reward\.dtype"):
+        load(halved)
+
+
+def change_card(folder: Path, golden_shift: float, drop: str | None = None) -> None:
+    path = folder / REWARD_FILE
+    values = json.loads(path.read_text())
+    values["golden"][0]["score"] += golden_shift
+    values.pop(drop, None)
+    path.write_text(json.dumps(values))

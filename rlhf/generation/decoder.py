@@ -1,0 +1,191 @@
+"""Prompts read side by side, and the way in which a policy can do that."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from rlhf.architectures import accepted, accepts, num_embeddings
+
+
+@dataclass(frozen=True)
+class Way:
+    """How prompts are read side by side."""
+
+    pads: bool
+    """Prompts of different lengths share a batch, the shorter ones padded on the left."""
+    caches: bool
+    """What was read is kept in a cache; otherwise every token reads the whole text anew."""
+
+
+WAYS = (Way(pads=True, caches=True), Way(pads=False, caches=True), Way(pads=False, caches=False))
+"""The fastest first. The last one is right for every model: it is how a model is trained."""
+
+LARGEST_SHARE = 0.01
+LARGEST_SHARE_IN_HALF_PRECISION = 0.1
+"""By how much a way may differ from plain passes, as a share of what leaving out the history
+changes (root mean squares of log-probabilities): far above rounding, far below a lost token."""
+
+LARGEST_DIFFERENCE = 1e-3
+"""Of any log-probability in fp32."""
+
+PROBE_STEPS = 5
+
+KEYS_AND_VALUES = "past_key_values"
+
+_ways: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
+"""What `way_for` found."""
+
+
+class Decoder:
+    """Rows of tokens that grow by one token each, and may leave."""
+
+    def __init__(self, policy: PreTrainedModel, prompts: Sequence[Sequence[int]], way: Way) -> None:
+        assert way.pads or len({len(prompt) for prompt in prompts}) == 1
+        self._policy = policy
+        self._way = way
+        device = next(policy.parameters()).device
+        self._ids, self._mask = (tensor.to(device) for tensor in left_pad(prompts))
+        self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
+        self._cache = DynamicCache(config=policy.config) if way.caches else None
+
+    def logits(self) -> Tensor:
+        """Of the next token of every row, (rows, vocab)."""
+        if self._cache is None:
+            inputs = {"input_ids": self._ids}
+            options = accepted(self._policy, use_cache=False, logits_to_keep=1)
+        else:
+            inputs = {"input_ids": self._ids, _cache_name(self._policy): self._cache}
+            options = accepted(
+                self._policy,
+                attention_mask=self._attention_mask(),
+                position_ids=self._positions,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        # The loss of a mixture over its experts wants a mask as long as the ids.
+        options |= accepted(self._policy, output_router_logits=False)
+        return self._policy(**inputs, **options).logits[:, -1]
+
+    def _attention_mask(self) -> Tensor | None:
+        """None where nothing is padded, and where a state, which has no places that a mask could
+        hide, stands for all that was read before."""
+        has_read = self._mask.shape[1] > self._ids.shape[1]
+        is_state = _cache_name(self._policy) != KEYS_AND_VALUES
+        return None if not self._way.pads or (has_read and is_state) else self._mask
+
+    def append(self, tokens: Tensor) -> None:
+        """One token a row (rows,)."""
+        self._mask = nn.functional.pad(self._mask, (0, 1), value=1)
+        self._positions = self._positions[:, -1:] + 1
+        fresh = tokens[:, None]
+        self._ids = torch.cat([self._ids, fresh], 1) if self._cache is None else fresh
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows stay."""
+        self._ids, self._mask = self._ids[rows], self._mask[rows]
+        self._positions = self._positions[rows]
+        if self._cache is not None:
+            self._cache.reorder_cache(rows)  # layers with a recurrent state have no other way
+
+
+@torch.no_grad()
+def way_for(policy: PreTrainedModel) -> Way:
+    """The first way in which rows that grow and leave get the log-probabilities of plain passes
+    without a cache, each over one row alone. Tried out once a model.
+
+    State space models and hybrids often fail it: padding gets into their state, or their state does
+    not come back through the cache.
+    """
+    if policy not in _ways:
+        device = next(policy.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            way = next(way for way in WAYS if not way.caches or _is_right(policy, way))
+        if way is not WAYS[0]:
+            how = "prompts of one length at a time" if way.caches else "without a cache, slowly"
+            warnings.warn(f"{type(policy).__name__} samples {how}", stacklevel=3)
+        _ways[policy] = way
+    return _ways[policy]
+
+
+def _is_right(policy: PreTrainedModel, way: Way) -> bool:
+    """Whether three prompts, continued by given tokens, get what plain passes give."""
+    lengths = (2, 9, 5) if way.pads else (6, 6, 6)
+    top = num_embeddings(policy) - 1
+    texts = [
+        [1 + (7 * i + 11 * row) % top for i in range(length + PROBE_STEPS)]
+        for row, length in enumerate(lengths)
+    ]
+    try:
+        found = _step_through(policy, texts, lengths, way)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # whatever an architecture makes of a cache that it does not know
+        return False
+    differences, effects = [], []
+    for text, length, logprobs in zip(texts, lengths, found, strict=True):
+        places = range(length - 1, length - 1 + len(logprobs))
+        expected = _plain(policy, [text])[0, list(places)]
+        forgetful = _plain(policy, [[text[place]] for place in places])[:, 0]
+        differences.append(logprobs - expected)
+        effects.append(forgetful - expected)
+    difference, effect = torch.cat(differences), torch.cat(effects)
+    if not effect.isfinite().all():
+        return True  # nothing can be compared; sampling says that the logits are no numbers
+    is_full = policy.dtype == torch.float32
+    share = LARGEST_SHARE if is_full else LARGEST_SHARE_IN_HALF_PRECISION
+    largest = LARGEST_DIFFERENCE if is_full else math.inf
+    return bool(
+        _root_mean_square(difference) <= share * _root_mean_square(effect) + 1e-7
+        and difference.abs().max() <= largest
+    )
+
+
+def _step_through(
+    policy: PreTrainedModel, texts: Sequence[Sequence[int]], lengths: Sequence[int], way: Way
+) -> list[Tensor]:
+    """Log-probabilities (steps, vocab) of each row; the second row leaves halfway."""
+    decoder = Decoder(policy, [text[:n] for text, n in zip(texts, lengths, strict=True)], way)
+    active = list(range(len(texts)))
+    found: list[list[Tensor]] = [[] for _ in texts]
+    for step in range(PROBE_STEPS):
+        logprobs = decoder.logits().float().log_softmax(-1)
+        for row, values in zip(active, logprobs, strict=True):
+            found[row].append(values)
+        tokens = [texts[row][lengths[row] + step] for row in active]
+        decoder.append(torch.tensor(tokens, device=logprobs.device))
+        if step == PROBE_STEPS // 2:
+            active = [0, 2]
+            decoder.keep(torch.tensor(active, device=logprobs.device))
+    return [torch.stack(values) for values in found]
+
+
+def _plain(policy: PreTrainedModel, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Log-probabilities (batch, sequence, vocab) after every token of texts of one length."""
+    ids = torch.tensor(texts, device=next(policy.parameters()).device)
+    options = accepted(policy, use_cache=False, output_router_logits=False)
+    return policy(input_ids=ids, **options).logits.float().log_softmax(-1)
+
+
+def _root_mean_square(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+def _cache_name(policy: PreTrainedModel) -> str:
+    """What the forward pass calls its cache; state space models have a name of their own."""
+    return "cache_params" if accepts(policy, "cache_params") else KEYS_AND_VALUES
+
+
+def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids with zeros in front, (batch, time), so that the next token follows every prompt."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
+    mask = torch.arange(longest) >= longest - lengths[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.tensor([token for prompt in prompts for token in prompt])
+    return ids, mask.long()
