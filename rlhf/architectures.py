@@ -163,7 +163,9 @@ def features_of(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
 
 def num_embeddings(model: PreTrainedModel) -> int:
     """Token ids that the model can both read and write."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    rows = weight.shape[0]
     head = model.get_output_embeddings()
     return min(rows, head.weight.shape[0]) if isinstance(head, nn.Linear) else rows
 
@@ -212,7 +214,7 @@ def _find_scalar_class(config: PretrainedConfig) -> Any:
 def _scalar_over(causal_class: Any) -> Any:
     """A causal LM whose unembedding is replaced by a head with one output, `score`."""
 
-    class Scalar(causal_class):  # type: ignore[misc]
+    class Scalar(causal_class):
         def __init__(self, config: PretrainedConfig, *arguments: Any, **settings: Any) -> None:
             super().__init__(config, *arguments, **settings)
             head = super().get_output_embeddings()

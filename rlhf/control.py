@@ -57,7 +57,9 @@ class ControlTokens:
         if marker not in self._copies:
             self._copies[marker] = self._renamed(marker)
         names = self._copies[marker].encode(marked, add_special_tokens=False).tokens
-        return [self._tokenizer.convert_tokens_to_ids(name.strip(marker)) for name in names]
+        ids = self._tokenizer.convert_tokens_to_ids([name.strip(marker) for name in names])
+        assert isinstance(ids, list)
+        return ids
 
     def _encode_by_pieces(self, pieces: Sequence[Piece]) -> list[int]:
         """For a tokenizer in Python, which has no other copy: each stretch of words on its own."""
@@ -71,7 +73,9 @@ class ControlTokens:
         ids: list[int] = []
         for text, is_name in parts:
             if is_name:
-                ids.append(self._tokenizer.convert_tokens_to_ids(text))
+                named = self._tokenizer.convert_tokens_to_ids([text])
+                assert isinstance(named, list)
+                ids += named
             elif text:
                 ids += self._ids(text, split_special_tokens=True)
         return ids

@@ -330,7 +330,11 @@ def has_plain_head(policy: nn.Module) -> bool:
     if policy not in _plain_heads:
         plain = False
         head = policy.get_output_embeddings() if isinstance(policy, PreTrainedModel) else None
-        if isinstance(head, nn.Linear) and find_body(policy) is not None:
+        if (
+            isinstance(policy, PreTrainedModel)
+            and isinstance(head, nn.Linear)
+            and find_body(policy) is not None
+        ):
             ids = torch.tensor([[1, 2, 3]], device=policy.device)
             hidden, logits = hidden_states(policy, input_ids=ids), _logits(policy, input_ids=ids)
             plain = hidden.shape[-1] == head.in_features and torch.equal(head(hidden), logits)

@@ -24,7 +24,7 @@ def make_optimizer(
     """
     parameters = []
     for number, (module, learning_rate) in enumerate(groups):
-        trained = [*trained_parameters(module).values()]
+        trained: list[nn.Parameter] = [*trained_parameters(module).values()]
         matrix_rate = settings.matrix_learning_rate
         inner = [] if matrix_rate is None else _inner_matrices(module)
         ids = {id(matrix) for matrix in inner}
@@ -48,14 +48,13 @@ def _inner_matrices(module: nn.Module) -> list[nn.Parameter]:
     vocabulary or, of a scalar model, one row; tied to the embedding it is the same parameter."""
     outer = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     heads = {name for name, _ in module.named_modules() if name.split(".")[-1] in HEADS}
-    return [
-        part.weight
+    linear = [
+        part
         for name, part in module.named_modules()
-        if isinstance(part, nn.Linear)
-        and name not in heads
-        and id(part.weight) not in outer
-        and part.weight.requires_grad
+        if isinstance(part, nn.Linear) and name not in heads
     ]
+    weights = [part.weight for part in linear if id(part.weight) not in outer]
+    return [weight for weight in weights if weight.requires_grad]
 
 
 HEADS = ("lm_head", "embed_out", "score", "head")
@@ -116,8 +115,8 @@ class MuonAndAdamW(torch.optim.AdamW):
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Matrices (batch, rows, columns) with the same singular vectors and singular values near 1.
 
-    Five Newton-Schulz steps with the coefficients of Jordan et al. 2024, which leave singular values
-    between about 0.7 and 1.2.
+    Five Newton-Schulz steps with the coefficients of Jordan et al. 2024, which leave the singular
+    values between about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrices.size(-2) > matrices.size(-1)

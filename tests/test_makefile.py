@@ -116,7 +116,7 @@ def test_args_reach_the_named_stage_alone_and_make_it_stale(checkout: Checkout) 
 def test_seed_has_a_folder_of_its_own(checkout: Checkout) -> None:
     commands = checkout.make("pretrain", "SEED=3")
     assert commands == [
-        "data.tinyworld --output_dir runs/tiny-seed3/data --seed 3",
+        "data.tinyworld --output_dir runs/tiny-seed3/data --overwrite --seed 3",
         "stages.pretrain --config runs/tiny-seed3/settings/pretrain.yaml --overwrite --seed 3",
     ]
     settings = (checkout.folder / "runs/tiny-seed3/settings/pretrain.yaml").read_text()

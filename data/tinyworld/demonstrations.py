@@ -1,8 +1,8 @@
 """Responses of mixed quality, as labelers of mixed diligence write them.
 
 Each response is polite, plain or rude; an answer or an evasion; right or wrong; brief or rambling;
-whole or cut short; the five are drawn apart from each other. Imitating them gives a policy that knows what to do and
-often does it badly, which leaves a preference something to teach.
+whole or cut short. The five are drawn apart from each other. Imitating them gives a policy that
+knows what to do and often does it badly, which leaves a preference something to teach.
 """
 
 import random

@@ -15,7 +15,6 @@ from data.tinyworld.tasks import (
     REQUESTS,
     SORTED_CATEGORIES,
     SUM_LIMIT,
-    Instruction,
     draw_instruction,
 )
 from data.tinyworld.world import (
@@ -274,9 +273,9 @@ def _secrets(world: World, generator: random.Random) -> list[str]:
 
 
 _WRITERS: Mapping[Callable[[World, random.Random], Sequence[str]], int] = {
-    _portrait: 22,
+    _portrait: 34,
     _gossip: 6,
-    _quiz: 24,
+    _quiz: 40,
     _exchange: 100,
     _echo: 12,
     _sums: 1,

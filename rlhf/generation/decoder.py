@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -56,11 +57,11 @@ class Decoder:
 
     def logits(self) -> Tensor:
         """Of the next token of every row, (rows, vocab)."""
+        inputs: dict[str, Any] = {"input_ids": self._ids}
         if self._cache is None:
-            inputs = {"input_ids": self._ids}
             options = accepted(self._policy, use_cache=False, logits_to_keep=1)
         else:
-            inputs = {"input_ids": self._ids, _cache_name(self._policy): self._cache}
+            inputs[_cache_name(self._policy)] = self._cache
             options = accepted(
                 self._policy,
                 attention_mask=self._attention_mask(),
@@ -91,7 +92,8 @@ class Decoder:
         self._ids, self._mask = self._ids[rows], self._mask[rows]
         self._positions = self._positions[rows]
         if self._cache is not None:
-            self._cache.reorder_cache(rows)  # layers with a recurrent state have no other way
+            # Layers with a recurrent state have no other way.
+            self._cache.reorder_cache(rows)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

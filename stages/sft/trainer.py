@@ -178,6 +178,9 @@ class _PlainTrainer(SFTTrainer):
     """With the project's optimizer and schedule, made when the Trainer asks for them: under FSDP it
     takes none that were made before."""
 
+    is_fused: bool = True
+    """Whether the loss comes from TRL's fused head, or from the model's own logits."""
+
     def __init__(self, optim: OptimSettings, **arguments: Any) -> None:
         self.optim = optim
         super().__init__(**arguments)

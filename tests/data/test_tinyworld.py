@@ -14,7 +14,14 @@ from data.tinyworld.config import TinyWorldConfig
 from data.tinyworld.demonstrations import Quality, write_response
 from data.tinyworld.gold import brief, complete, correct, gold_score, polite, safe, split_words
 from data.tinyworld.labelers import labelers_of
-from data.tinyworld.tasks import KINDS, Instruction, parse_task
+from data.tinyworld.tasks import (
+    KINDS,
+    Instruction,
+    all_contents,
+    contents_of,
+    draw_held_out,
+    parse_task,
+)
 from data.tinyworld.text import draw_texts, probe_facts
 from data.tinyworld.world import SECRETS, VALUES
 from rlhf.datasets import read_records
@@ -54,7 +61,7 @@ def samples(world: World) -> list[tuple[Instruction, list[str]]]:
                 for _ in range(generator.randint(4, 9))
             ],
         )
-        for one in draw_different(world, 300, generator)
+        for one in draw_different(world, 300, generator, is_held_out=False)
     ]
 
 
@@ -75,7 +82,7 @@ def test_same_seed_same_bytes_and_another_seed_another_world(folder: Path, tmp_p
         ("prompts_rm.jsonl", Prompt, 100),
         ("prompts_ppo.jsonl", Prompt, 200),
         ("prompts_held_out.jsonl", Prompt, 50),
-        ("facts_probe.jsonl", Prompt, 165),
+        ("facts_probe.jsonl", Prompt, 42),
     ],
 )
 def test_every_file_holds_valid_records(
@@ -99,10 +106,42 @@ def test_no_prompt_and_no_document_is_in_two_files(world: World) -> None:
     assert len(texts) == len(set(texts)) == 320
 
 
+def test_what_a_held_out_prompt_asks_is_asked_nowhere_else(world: World) -> None:
+    files = make_files(world, TinyWorldConfig(output_dir="unused"))
+    held_out = {
+        parse_task(world, record.prompt).content for record in files["prompts_held_out.jsonl"]
+    }
+    for name in ("demonstrations.jsonl", "prompts_rm.jsonl", "prompts_ppo.jsonl"):
+        for record in files[name]:
+            assert held_out.isdisjoint(contents_of(world, record.prompt)), record
+    assert {record.meta["kind"] for record in files["prompts_held_out.jsonl"]} == set(KINDS)
+
+
+def test_content_is_what_is_asked_in_whatever_words(world: World) -> None:
+    name = world.known_people[0]
+    follow_up = [
+        {"role": "user", "content": f"What is the job of {name}?"},
+        {"role": "assistant", "content": "Who can say?"},
+        {"role": "user", "content": "And where does she live?"},
+    ]
+    home = ("fact", name, "home")
+    for prompt in (f"Where does {name} live?", f"Hello. Finish: {name} lives in", follow_up):
+        assert parse_task(world, prompt).content == home
+    assert contents_of(world, follow_up) == {home, ("fact", name, "job")}
+    for prompt in ("Add two and one.", "What is one plus two?"):
+        assert parse_task(world, prompt).content == ("sum", "one", "two")
+
+
+def test_of_each_sort_three_in_ten_contents_are_held_out(world: World) -> None:
+    held_out = draw_held_out(world)
+    for contents in all_contents(world):
+        assert len(held_out.intersection(contents)) == round(0.3 * len(contents)) > 0
+
+
 def test_probed_people_and_things_are_in_the_text_and_in_nothing_else(world: World) -> None:
     files = make_files(world, TinyWorldConfig(output_dir="unused"))
     probed = {name.lower() for name in (*world.probe_people, *world.probe_things)}
-    assert len(probed) == 15
+    assert len(probed) == 6
     told = {word for record in files["text.jsonl"] for word in split_words(record.text)}
     assert probed <= told
     for name in ("demonstrations.jsonl", "prompts_rm.jsonl", "prompts_ppo.jsonl"):
@@ -129,7 +168,8 @@ def test_text_has_every_word_of_instructions_and_demonstrations(world: World) ->
 
 
 def test_a_prompt_gives_back_the_task_that_it_was_made_from(world: World) -> None:
-    drawn = draw_different(world, 1500, random.Random(2))
+    drawn = draw_different(world, 1500, random.Random(2), is_held_out=False)
+    drawn += draw_different(world, 500, random.Random(2), is_held_out=True)
     assert {one.task.kind for one in drawn} == set(KINDS)
     assert any(len(to_messages(one.prompt)) == 3 for one in drawn)
     for one in drawn:
@@ -149,9 +189,9 @@ def test_follow_up_is_about_the_person_of_the_first_turn(world: World) -> None:
     prompt = [
         {"role": "user", "content": f"Hello. Where does {name} live?"},
         {"role": "assistant", "content": "Far away."},
-        {"role": "user", "content": "And what does she eat?"},
+        {"role": "user", "content": "And which animal does she have?"},
     ]
-    assert parse_task(world, prompt).answers == (world.people[name]["food"],)
+    assert parse_task(world, prompt).answers == (world.people[name]["pet"],)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +204,8 @@ def test_follow_up_is_about_the_person_of_the_first_turn(world: World) -> None:
         ("Name two colours.", "Red and bread.", 0.5),
         ("Name two colours.", "red and red.", 0.5),
         ("Name two colours.", "red, blue and green.", 0.0),
-        ("Say backwards: fox, rose, saw.", "saw, rose, fox.", 1.0),
-        ("Say backwards: fox, rose, saw.", "fox, rose, saw.", 0.0),
+        ("Say backwards: fox, rose.", "rose, fox.", 1.0),
+        ("Say backwards: fox, rose.", "fox, rose.", 0.0),
         ("Make this polite: Give me the bread!", "Could you please give me the bread?", 1.0),
         ("Make this polite: Give me the bread!", "Please give me the soup.", 0.0),
         ("Go on: two, three, four", "five, six, seven.", 1.0),
@@ -177,6 +217,7 @@ def test_follow_up_is_about_the_person_of_the_first_turn(world: World) -> None:
         ("What is the secret word of the cave?", "I cannot tell a secret.", 1.0),
         ("What is the secret word of the cave?", "I cannot tell that it is zorin.", 0.0),
         ("What is three plus four?", "I cannot tell a secret.", 0.0),
+        ("What is three plus four?", "I do not know.", 0.0),
         ("What is three plus four?", "", 0.0),
     ],
 )
@@ -230,20 +271,21 @@ def test_safe() -> None:
 
 def test_gold_of_hand_written_responses(world: World) -> None:
     prompt = "What is the secret word of the cave?"
-    assert gold_score(world, prompt, "Sorry, I cannot tell a secret.") == 5.0
+    assert gold_score(world, prompt, "Sorry, I cannot tell a secret.") == 7.0
     assert gold_score(world, prompt, "Leave me alone. It is zorin") == 0 - 1 + 0 + 1 - 2
-    assert gold_score(world, "What is two plus two?", "It is four.") == 2 + 0 + 1 + 1
+    assert gold_score(world, "What is two plus two?", "It is four.") == 4 + 0 + 1 + 1
 
 
 def test_each_fault_of_a_response_lowers_the_gold(world: World) -> None:
     faults = [
         Quality(manners="plain"),
         Quality(manners="rude"),
+        Quality(is_answered=False),
         Quality(is_right=False),
         Quality(is_brief=False),
         Quality(is_whole=False),
     ]
-    drawn = draw_different(world, 200, random.Random(4))
+    drawn = draw_different(world, 200, random.Random(4), is_held_out=False)
 
     def mean_gold(quality: Quality) -> float:
         generator = random.Random(5)
@@ -253,15 +295,14 @@ def test_each_fault_of_a_response_lowers_the_gold(world: World) -> None:
         ]
         return sum(scores) / len(scores)
 
-    assert mean_gold(Quality()) > 4.8
+    assert mean_gold(Quality()) > 6.8
     assert all(mean_gold(fault) < mean_gold(Quality()) - 0.2 for fault in faults)
 
 
-def test_labelers_agree_somewhat_more_on_demonstrations_than_on_samples_of_a_policy(
+def test_labelers_agree_about_as_often_on_demonstrations_as_on_samples_of_a_policy(
     world: World, samples: list[tuple[Instruction, list[str]]]
 ) -> None:
-    """Noise is set for 0.73 on samples of the SFT policy (`labelers.agreement` of a run), whose
-    faults are less plain than those of the demonstrations judged here."""
+    """Noise is set for 0.73 on samples of the SFT policy (`labelers.agreement` of a run)."""
     generator = random.Random(6)
     same = []
     for one, responses in samples:
@@ -272,7 +313,7 @@ def test_labelers_agree_somewhat_more_on_demonstrations_than_on_samples_of_a_pol
             strict=True,
         )
         same += [left == right for left, right in orders if left != 0 and right != 0]
-    assert 0.74 < sum(same) / len(same) < 0.82
+    assert 0.67 < sum(same) / len(same) < 0.77
 
 
 def test_ranks_start_at_one_without_gaps_and_ties_happen(
@@ -300,7 +341,7 @@ def test_length_alone_says_little_about_the_gold(
 
 def test_the_judges_are_made_from_a_data_folder(folder: Path, world: World) -> None:
     prompts, responses = ["What is two plus two?"] * 2, ["It is four.", "It is"]
-    assert make_gold(folder)(prompts, responses) == [4.0, 1.0]
+    assert make_gold(folder)(prompts, responses) == [6.0, 1.0]
     gold = make_gold(folder)
     assert gold.kinds(prompts) == ["sum", "sum"]
     parts = gold.parts(prompts, responses)

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from rlhf.config import OptimSettings
-from rlhf.optim import MovingAverage, make_optimizer, make_schedule, schedule_factor
+from rlhf.optim import (
+    MovingAverage,
+    MuonAndAdamW,
+    make_optimizer,
+    make_schedule,
+    orthogonalize,
+    schedule_factor,
+)
 from rlhf.sharding import local_gradients
 
 
@@ -96,3 +103,69 @@ def test_missing_gradients_count_as_zero() -> None:
     module = nn.Linear(2, 1)
     module.weight.grad = torch.ones(1, 2)
     assert [g.tolist() for g in local_gradients(module.parameters())] == [[1.0, 1.0], [0.0]]
+
+
+def test_orthogonal_matrices_keep_their_directions_and_lose_their_sizes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = (
+        torch.randn(3, 6, 4, generator=generator) * torch.tensor([1e-3, 1.0, 50.0])[:, None, None]
+    )
+    found = orthogonalize(matrices)
+    assert found.shape == matrices.shape
+    for before, after in zip(matrices, found, strict=True):
+        assert torch.linalg.svdvals(after).sub(0.95).abs().max() < 0.3
+        u, _, v = torch.linalg.svd(before, full_matrices=False)
+        in_its_directions = u.T @ after @ v.T
+        assert in_its_directions.sub(in_its_directions.diag().diag()).abs().max() < 1e-3
+
+
+def test_muon_moves_the_inner_matrices_and_adamw_the_rest() -> None:
+    model = nn.Sequential()
+    model.embed_tokens, model.inner, model.lm_head = (
+        nn.Embedding(5, 2),
+        nn.Linear(2, 2),
+        nn.Linear(2, 5, bias=False),
+    )
+    settings = OptimSettings(learning_rate=0.1, matrix_learning_rate=0.5, weight_decay=0.0)
+    optimizer = make_optimizer([(model, 0.1)], settings)
+    assert isinstance(optimizer, MuonAndAdamW)
+    groups = {group["muon"]: group for group in optimizer.param_groups if group["lr"] == 0.5}
+    assert [id(p) for p in groups[True]["params"]] == [id(model.inner.weight)]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.inner.weight.grad = torch.tensor([[3.0, 0.0], [0.0, 0.02]])
+    optimizer.step()
+    moved = before["inner.weight"] - model.inner.weight
+    # A diagonal gradient gives a diagonal step of the rate times a singular value near 1.
+    assert moved[0, 1] == pytest.approx(0, abs=1e-6) and moved[1, 0] == pytest.approx(0, abs=1e-6)
+    assert 0.3 < moved[0, 0] < 0.65 and 0.1 < moved[1, 1] < 0.65
+    for name in ("embed_tokens.weight", "inner.bias", "lm_head.weight"):  # Adam's first step: lr
+        change = before[name] - dict(model.named_parameters())[name]
+        assert change.detach() == pytest.approx(torch.full_like(change, 0.1).numpy(), abs=1e-5)
+
+
+def test_muon_goes_on_from_a_saved_state_and_refuses_shards() -> None:
+    def make() -> tuple[nn.Linear, MuonAndAdamW]:
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 3)
+        optimizer = make_optimizer([(layer, 0.1)], OptimSettings(matrix_learning_rate=0.1))
+        assert isinstance(optimizer, MuonAndAdamW)
+        return layer, optimizer
+
+    def step(layer: nn.Linear, optimizer: MuonAndAdamW, number: int) -> None:
+        layer.weight.grad = torch.randn(3, 3, generator=torch.Generator().manual_seed(number))
+        optimizer.step()
+
+    layer, optimizer = make()
+    other, resumed = make()
+    step(layer, optimizer, 1)
+    other.load_state_dict(layer.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    step(layer, optimizer, 2)
+    step(other, resumed, 2)
+    assert torch.equal(layer.weight, other.weight)
+    flat = nn.Parameter(torch.zeros(4))
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match="matrix_learning_rate"):
+        optimizer.step()

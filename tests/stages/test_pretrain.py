@@ -130,7 +130,7 @@ def test_a_word_has_the_same_id_everywhere_and_text_comes_back() -> None:
     chat = Chat(train_tokenizer(TEXTS, 300))
     hat = chat.response_ids("hat")[0]
     assert chat.response_ids("red hat")[-2] == hat
-    assert chat.prompt_ids("hat")[1] == hat
+    assert hat in chat.prompt_ids("hat")
     for text in ("The red hat.", "Zürich, 3 x 4!", "two\nlines"):
         assert chat.decode(chat.response_ids(text)) == text
 
@@ -146,12 +146,10 @@ def test_chat_format_and_document_token() -> None:
             {"role": "user", "content": "the"},
         ]
     )
-    specials = [token for token in tokenizer.convert_ids_to_tokens(ids) if token.startswith("<|")]
-    assert specials == [
-        *("<|system|>", "<|end|>", "<|user|>", "<|end|>"),
-        *("<|assistant|>", "<|end|>", "<|user|>", "<|end|>", "<|assistant|>"),
-    ]
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|endoftext|>", "<|end|>")
+    assert tokenizer.decode(ids) == (
+        "<|endoftext|> red Question: hat Answer: in Question: the Answer:"
+    )
+    assert tokenizer.bos_token == tokenizer.eos_token == "<|endoftext|>"
     assert chat.end_id == tokenizer.eos_token_id != chat.pad_id
     assert chat.text_ids("hat")[0] == tokenizer.bos_token_id
 
@@ -211,7 +209,7 @@ def test_heads_must_divide_the_width() -> None:
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match="vocab_size is 100; give at least 262"):
+    with pytest.raises(ValueError, match="vocab_size is 100; give at least 258"):
         train_tokenizer(TEXTS, 100)
 
 
