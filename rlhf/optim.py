@@ -107,7 +107,9 @@ class MuonAndAdamW(torch.optim.AdamW):
         assert gradient is not None
         state = self.state[matrix]
         if not state:
+            state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
             state["momentum"] = torch.zeros_like(matrix)
+        state["step"] += 1
         momentum: Tensor = state["momentum"].lerp_(gradient, 1 - self.MOMENTUM)
         return gradient.lerp(momentum, self.MOMENTUM)
 
