@@ -18,6 +18,16 @@ from rlhf.runs import RESULTS, open_run
 from stages.ppo.config import MonitorSettings
 
 FIGURES = {
+    "base.right": ("base: right answers, sampled", 3),
+    "sft.right": ("SFT: right answers, sampled", 3),
+    "ppo.right": ("PPO: right answers, sampled", 3),
+    "ppo_ptx.right": ("PPO-ptx: right answers, sampled", 3),
+    "sft.right_greedy": ("SFT: right answers, greedy", 3),
+    "ppo.right_greedy": ("PPO: right answers, greedy", 3),
+    "ppo_ptx.right_greedy": ("PPO-ptx: right answers, greedy", 3),
+    "ppo_ptx.parts.polite": ("PPO-ptx: polite", 3),
+    "rm.right_accuracy": ("RM: right before wrong, in samples of SFT alike in all else", 3),
+    "rm.right_pairs": ("pairs of that", 0),
     "sft.eos_rate": ("SFT: responses that end", 3),
     "rm.pair_accuracy_gold": ("RM: pairs ordered as gold does", 3),
     "rm.length_baseline": ("the same by length alone", 3),
@@ -43,7 +53,7 @@ FIGURES = {
     "sft.distinct_2": ("distinct token pairs: SFT", 3),
     "ppo_ptx.distinct_2": ("distinct token pairs: PPO-ptx", 3),
 }
-"""Key in results.json -> name in the table, digits."""
+"""Path in results.json -> name in the table, digits."""
 JUDGED = "ppo_ptx"
 COMPARED = {"gold_score": "gold score", "fact_recall": "fact recall", "text_loss": "text loss"}
 PAIRS = (("ppo", "sft"), ("ppo_ptx", "sft"), ("ppo_ptx", "ppo"))
@@ -90,7 +100,9 @@ def find_faults(results: Mapping[str, Any]) -> list[str]:
     eos_rate, kl = policy["eos_rate"], policy["kl"]
     distinct = policy["distinct_2"] / sft["distinct_2"]
     length = policy["response_tokens"] / sft["response_tokens"]
+    gained = policy["right"] - sft["right"]
     checks = {
+        f"right answers {gained:+.3f} from SFT": gained > 0,
         f"win rate {low:.3f} to {high:.3f}": low > 0.5,
         f"{eos_rate:.3f} of the responses end": eos_rate >= limits.min_eos_rate,
         f"{distinct:.2f} of SFT's distinct token pairs": distinct >= limits.min_distinct,
@@ -128,9 +140,11 @@ def format_differences(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def find(results: Mapping[str, Any], key: str) -> Any:
-    """What stands at part.name in results.json."""
-    part, name = key.split(".")
-    return results[part][name]
+    """What stands at part.name or part.section.name in results.json."""
+    found: Any = results
+    for name in key.split("."):
+        found = found[name]
+    return found
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def main() -> None:
     results.mkdir(exist_ok=True)
     gc.freeze()  # each Trainer collects garbage at its end: 0.3 s for all that was imported
     split_every_weight()
-    steps = all_steps(results)
+    steps = all_steps(results / "steps")
     seen = {"whole": steps.whole, "greedy": greedy_rollouts(1, 12)}
     with watched_rollouts() as seen["rollouts"]:
         run_chain(inputs, results)

@@ -15,6 +15,9 @@ SFT = {
     "response_tokens": 12.0,
     "eos_rate": 1.0,
     "distinct_2": 0.4,
+    "right": 0.5,
+    "right_greedy": 0.75,
+    "parts": {"polite": 0.0},
 }
 HEALTHY = {
     **SFT,
@@ -22,16 +25,21 @@ HEALTHY = {
     "win_rate_vs_sft": 0.8,
     "win_rate_vs_sft_interval": [0.75, 0.85],
     "kl": 4.0,
+    "right": 0.75,
 }
+
+
+RIGHT = {"right_accuracy": 0.8, "right_pairs": 600}
 
 
 def results_of(**changes: Any) -> dict[str, Any]:
     """An evaluation in which PPO-ptx differs from a healthy policy."""
     return {
+        "base": SFT,
         "sft": SFT,
         "ppo": HEALTHY,
         "ppo_ptx": HEALTHY | changes,
-        "rm": {"pair_accuracy_gold": 0.875, "length_baseline": 0.5},
+        "rm": {"pair_accuracy_gold": 0.875, "length_baseline": 0.5, **RIGHT},
         "labelers": {"agreement": 0.75},
     }
 
@@ -49,6 +57,7 @@ def test_a_healthy_seed_has_no_faults() -> None:
         ({"response_tokens": 40.0}, "3.33 times SFT's length"),
         ({"response_tokens": 3.0}, "0.25 times SFT's length"),
         ({"kl": 60.0}, "60.0 nats from SFT"),
+        ({"right": 0.25}, "right answers -0.250 from SFT"),
     ],
 )
 def test_each_way_to_fail_is_named(changes: dict[str, Any], fault: str) -> None:
