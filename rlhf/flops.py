@@ -43,8 +43,6 @@ class ModelSize:
 def size_of(model: Any) -> ModelSize:
     """Of a transformers model, on any device, the meta device included."""
     config = model.config.get_text_config()
-    head_size = getattr(config, "head_dim", None)
-    width = config.hidden_size if head_size is None else config.num_attention_heads * head_size
     unembedding = model.get_output_embeddings()
     outside = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     outside += [] if unembedding is None else [unembedding]
@@ -54,10 +52,20 @@ def size_of(model: Any) -> ModelSize:
     return ModelSize(
         weights=sum(map(_numel, matrices)),
         unembedding=sum(map(_numel, heads)),
-        attention=config.num_hidden_layers * width,
+        attention=_attention_of(config),
         frozen_weights=sum(_numel(p) for p in matrices if not p.requires_grad),
         frozen_unembedding=sum(_numel(p) for p in heads if not p.requires_grad),
     )
+
+
+def _attention_of(config: Any) -> int:
+    """A of a config; 0 where it does not say, as that of a model without attention."""
+    head_size = getattr(config, "head_dim", None)
+    if isinstance(head_size, int):
+        width = getattr(config, "num_attention_heads", 0) * head_size
+    else:
+        width = getattr(config, "hidden_size", 0)
+    return getattr(config, "num_hidden_layers", 0) * width
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ _ZAMBA = {
 }
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "bamba": {"mamba_d_head": 16},
+    "bamba": {"mamba_d_head": 16, "attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 100},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}
