@@ -429,10 +429,10 @@ def test_two_columns_of_any_name(tmp_path: Path) -> None:
     columns = {"prompt_column": "question", "response_column": "answer"}
     convert(ConvertConfig(**settings, **columns))
     assert read_records(out, Demonstration) == [Demonstration("Hi?", "Ho.")]
-    convert(ConvertConfig(**settings, **columns, kind="prompt"))
+    convert(ConvertConfig(**settings, **columns, kind="prompt", overwrite=True))
     assert read_records(out, Prompt) == [Prompt("Hi?", {"answer": "Ho."})]
     with pytest.raises(ValueError, match=r"row 1: no field 'prompt' \(found: question, answer, id"):
-        convert(ConvertConfig(**settings))
+        convert(ConvertConfig(**settings, overwrite=True))
     with pytest.raises(ValueError, match="prompt_column is 'question' and format is hh"):
         ConvertConfig(format="hh", input="a", output="b.jsonl", prompt_column="question")
 

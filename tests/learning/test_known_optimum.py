@@ -65,8 +65,9 @@ class Table(nn.Module):
         self.dtype = numbers.dtype
 
     def states(self, positions: Tensor, inputs: dict[str, Any]) -> Tensor:
-        ids, places, mask = (inputs[k] for k in ("input_ids", "position_ids", "attention_mask"))
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         length = ids.shape[1]
+        places = inputs.get("position_ids", torch.arange(length)[None])  # a plain row leaves both
         seen = torch.ones(length, length).tril() if mask is None else mask[0, 0]
         digits = torch.where(places[0] > 0, float(VOCAB) ** (places[0] - 1) * ids[0], 0.0)
         return (seen[positions].float() @ digits).long()

@@ -334,7 +334,7 @@ def test_probe_takes_no_fault_of_memory_or_device_for_a_refusal(
     forward = policy.model.forward
 
     def fail_with_a_mask(**inputs: Any) -> Any:
-        if inputs["attention_mask"] is not None:
+        if inputs.get("attention_mask") is not None:
             raise error
         return forward(**inputs)
 
@@ -350,7 +350,7 @@ def test_probe_refuses_a_model_that_has_no_use_for_the_mask(
     forward = policy.model.forward
 
     def refuse_a_mask(**inputs: Any) -> Any:
-        if inputs["attention_mask"] is not None:
+        if inputs.get("attention_mask") is not None:
             raise RuntimeError("The size of tensor a (26) must match the size of tensor b (4)")
         return forward(**inputs)
 
