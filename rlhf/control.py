@@ -56,8 +56,9 @@ class ControlTokens:
         )
         if marker not in self._copies:
             self._copies[marker] = self._renamed(marker)
-        names = self._copies[marker].encode(marked, add_special_tokens=False).tokens
-        return [self._tokenizer.convert_tokens_to_ids(name.strip(marker)) for name in names]
+        copy = self._copies[marker]
+        ids = copy.encode(marked, add_special_tokens=False).ids
+        return [self._id(copy.id_to_token(number).strip(marker)) for number in ids]
 
     def _encode_by_pieces(self, pieces: Sequence[Piece]) -> list[int]:
         """For a tokenizer in Python, which has no other copy: each stretch of words on its own."""
@@ -71,10 +72,15 @@ class ControlTokens:
         ids: list[int] = []
         for text, is_name in parts:
             if is_name:
-                ids.append(self._tokenizer.convert_tokens_to_ids(text))
+                ids.append(self._id(text))
             elif text:
                 ids += self._ids(text, split_special_tokens=True)
         return ids
+
+    def _id(self, name: str) -> int:
+        number = self._tokenizer.convert_tokens_to_ids(name)
+        assert isinstance(number, int)
+        return number
 
     def _ids(self, text: str, *, split_special_tokens: bool) -> list[int]:
         return self._tokenizer(

@@ -109,6 +109,35 @@ def make_rollout(
     )
 
 
+def test_every_declared_end_finishes_a_response_and_the_reward_reads_the_templates_own():
+    seen: list[list[int]] = []
+
+    class NotingReward(CountingReward):
+        def score(self, prompts, prompt_ids, response_ids, responses):
+            seen.extend(response_ids)
+            return super().score(prompts, prompt_ids, response_ids, responses)
+
+    other = 40
+    tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
+    chat = Chat(tokenizer, other_ends=[other])
+    config = make_config(
+        rollout=RolloutSettings(batch_size=8, max_new_tokens=24),
+        reward=RewardSettings(
+            function="unused:unused", missing_end="replace", missing_end_value=-9.0
+        ),
+    )
+    sampler = Sampler(chat, tiny_policy_of("llama"), NotingReward(), Packer(1000), config)
+    episodes = [Episode(Prompt(prompt="unused"), (10, 11, 12))] * 64
+    trees, _ = sampler.sample(sampler.ref_policy, episodes, torch.Generator().manual_seed(2))
+    responses = [tree.responses[0] for tree in trees]
+    assert not any({END, other} & set(response[:-1]) for response in responses)
+    assert {END, other} <= {response[-1] for response in responses}
+    scored, finished = sampler.score(episodes, trees)
+    assert finished.tolist() == [response[-1] in (END, other) for response in responses]
+    assert (scored.scores == -9).tolist() == (~finished).tolist()
+    assert {ids[-1] for ids, ended in zip(seen, finished, strict=True) if ended} == {END}
+
+
 def test_the_engine_gets_the_weights_once_a_rollout_and_before_it(monkeypatch):
     calls = []
     for name in ("refresh", "generate"):
