@@ -58,7 +58,7 @@ class ControlTokens:
             self._copies[marker] = self._renamed(marker)
         copy = self._copies[marker]
         ids = copy.encode(marked, add_special_tokens=False).ids
-        return [self._id(copy.id_to_token(number).strip(marker)) for number in ids]
+        return [self._id(str(copy.id_to_token(number)).strip(marker)) for number in ids]
 
     def _encode_by_pieces(self, pieces: Sequence[Piece]) -> list[int]:
         """For a tokenizer in Python, which has no other copy: each stretch of words on its own."""

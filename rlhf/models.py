@@ -675,14 +675,14 @@ def _declared_ends(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _ends_of(generation: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ends that a generation config declares and that can be one: not an ordinary token that an
-    architecture has as its default, and no id that the tokenizer does not know."""
+    """The ends that a generation config declares; of those that are an architecture's default only
+    what can be one by the tokenizer: an added token without another role."""
     ends = generation.eos_token_id
     declared = [ends] if isinstance(ends, int) else list(ends or ())
+    known: Iterable[int] = range(len(tokenizer))
     if getattr(generation, "_from_model_config", False):
-        known: Iterable[int] = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
-    else:
-        known = range(len(tokenizer))
+        others = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+        known = {*tokenizer.added_tokens_decoder} - others | {tokenizer.eos_token_id}
     return [end for end in declared if end in known]
 
 

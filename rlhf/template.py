@@ -78,7 +78,8 @@ def add_missing_parts(
     the tokenizer has no padding token. Decoding leaves spaces before punctuation as they are.
 
     Args:
-        other_ends: tokens that end a response beside the tokenizer's and the template's.
+        other_ends: tokens that end a response beside the tokenizer's and the template's. One that
+            the tokenizer itself pads with stays its padding token, as in Qwen2.5.
 
     Raises:
         ValueError: the tokenizer has no vocabulary or no end-of-sequence token.
@@ -99,9 +100,9 @@ def add_missing_parts(
         start = "{{ bos_token }}" if _adds_bos(tokenizer) else ""
         tokenizer.chat_template = start + DEFAULT_CHAT_TEMPLATE
     tokenizer.clean_up_tokenization_spaces = False
-    taken = {tokenizer.eos_token_id, _end_of(tokenizer)[0], *other_ends, *_held(tokenizer)}
+    taken = {tokenizer.eos_token_id, _end_of(tokenizer)[0], *_held(tokenizer)}
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in taken:
-        tokenizer.pad_token = _unused_token(tokenizer, taken)
+        tokenizer.pad_token = _unused_token(tokenizer, taken | {*other_ends})
     return tokenizer
 
 

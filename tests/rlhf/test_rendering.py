@@ -369,3 +369,12 @@ def test_other_ends_end_a_response() -> None:
         assert chat.with_own_end([*words, end]) == [*words, 1]
         assert chat.pieces([*words, end]) == [*"Me.", names[end]]
     assert chat.with_own_end(words) == words
+
+
+def test_padding_among_the_other_ends() -> None:
+    """The tokenizer's own choice stays; a new one is none of them."""
+    names = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<x>")
+    roles = {"eos_token": "<|im_end|>", "chat_template": CHATML}
+    own = byte_tokenizer(*names, pad_token="<|endoftext|>", **roles)
+    assert Chat(own, other_ends=[2]).pad_id == 2
+    assert Chat(byte_tokenizer(*names, **roles), other_ends=[2]).pad_id == 3
