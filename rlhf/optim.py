@@ -48,13 +48,14 @@ def _inner_matrices(module: nn.Module) -> list[nn.Parameter]:
     vocabulary or, of a scalar model, one row; tied to the embedding it is the same parameter."""
     outer = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     heads = {name for name, _ in module.named_modules() if name.split(".")[-1] in HEADS}
-    linear = [
-        part
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Linear) and name not in heads
-    ]
-    weights = [part.weight for part in linear if id(part.weight) not in outer]
-    return [weight for weight in weights if weight.requires_grad]
+    inner = []
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear) and name not in heads and id(part.weight) not in outer:
+            weight = part.weight
+            assert isinstance(weight, nn.Parameter)
+            if weight.requires_grad:
+                inner.append(weight)
+    return inner
 
 
 HEADS = ("lm_head", "embed_out", "score", "head")
