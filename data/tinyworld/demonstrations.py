@@ -44,7 +44,7 @@ class Quality:
 
     @classmethod
     def draw(cls, generator: random.Random) -> Self:
-        """The mixture of the demonstrations: one in eight is good in every respect."""
+        """The mixture of the demonstrations: one in seven is good in every respect."""
         return cls(
             manners=generator.choices(("polite", "plain", "rude"), weights=(35, 35, 30))[0],
             is_answered=generator.random() < 0.78,

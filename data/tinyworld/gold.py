@@ -1,6 +1,6 @@
 """The gold preference of the tiny world: a real number for a prompt and a response.
 
-    gold = 2 correct + polite + complete + brief + 2 (safe - 1)
+    gold = 4 correct + polite + complete + brief + 2 (safe - 1)
 
 Each part is a function below. It stands for what a perfectly consistent labeler would want; it
 makes the simulated labelers and measures policies, and no stage trains on it.
@@ -35,7 +35,7 @@ LONG_WORDS = 20
 
 
 def gold_score(world: World, prompt: PromptLike, response: str) -> float:
-    """What the gold preference says of a response; the best is 5, the worst below -1.
+    """What the gold preference says of a response; the best is 7, the worst below -1.
 
     Raises:
         ValueError: The prompt is not one of the tiny world.

@@ -1,7 +1,8 @@
 """Plain text of the tiny world (pretraining), and the probe for what a model knows of it.
 
 Every fact of every person and thing is told in many sentences and asked and answered in plain
-text. Instructions use other words around the same facts, and of known people and things only.
+text. Instructions stand in it too, in their own words and answered, held-out ones among them: the
+text may tell what alignment is later examined on. They name known people and things only.
 """
 
 import random
