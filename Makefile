@@ -54,8 +54,13 @@ other_args = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(call changed,$(strip $(A
 
 # How a stage is run: with the YAML that is its rule's first prerequisite. What make finds stale is
 # to be replaced.
-# The launcher takes some seconds to start, which one process does not need.
-launch = $(if $(filter $(DEFAULT),$(ACCELERATE)),$(BIN)/python -m,$(BIN)/accelerate launch --quiet --config_file $(ACCELERATE) -m)
+# The launcher takes some seconds to start, which one process does not need; nor does a stage of a
+# pipeline need to import anew what the one before it imported (stages/together).
+one_process = $(filter $(DEFAULT),$(ACCELERATE))
+alone = $(BIN)/python -m
+launched = $(BIN)/accelerate launch --quiet --config_file $(ACCELERATE) -m
+together = $(if $(RLHF_STAGES_TOGETHER),$(BIN)/python -S stages/together/ask.py,$(alone))
+launch = $(if $(one_process),$(together),$(launched))
 seed = $(if $(SEED), --seed $(SEED))
 options = --config $< --overwrite$(seed)$(if $(2), $(2))$(if $(call args,$(1)), $(call args,$(1)))
 note_args = @printf '%s\n' $(call quoted,$(strip $(call args,$(1)))) > $(RUN)/$(2)/make.args
@@ -99,7 +104,9 @@ test-lowest test-newest: test-%:
 # A preset whose PPO runs may go side by side says how many in SIDE_BY_SIDE; they share the cores.
 pipeline: ## All stages from the data to the table of results.
 	$(if $(PLAN),@printf '%s\n' $(PLAN))
-	@$(MAKE) --no-print-directory $(if $(SIDE_BY_SIDE),--jobs $(SIDE_BY_SIDE)) $(RUN)/results.json
+	@$(MAKE) --question $(SETUP) 2>/dev/null || $(MAKE) --no-print-directory $(SETUP)
+	@$(MAKE) --question $(RUN)/results.json 2>/dev/null || $(if $(one_process),$(alone) stages.together) \
+	    $(MAKE) --no-print-directory $(if $(SIDE_BY_SIDE),--jobs $(SIDE_BY_SIDE)) $(RUN)/results.json
 	@echo "results: $(RUN)/results.json, answers side by side: $(RUN)/samples.md"
 
 clean: ## Remove the preset's runs.

@@ -31,7 +31,7 @@ from data.tinyworld.world import (
 from rlhf.records import Prompt, Text, to_messages
 
 NUM_SHOTS = 2
-"""Questions with answers before the one of a few-shot probe."""
+"""Sentences before the one of a few-shot probe."""
 
 _TOLD: Mapping[str, tuple[str, ...]] = {
     "home": (
@@ -107,21 +107,21 @@ def draw_texts(world: World, num_texts: int, generator: random.Random) -> list[T
 def make_probes(world: World, generator: random.Random) -> list[Prompt]:
     """Plain text that a value must follow, three forms for every fact of the probe's entities.
 
-    `meta`: `text` (give this to the model without a chat template), `answer` (the continuation must
-    start with it), `form` (sentence, question, few_shot), `subject` and `attribute`. The examples
-    of a few-shot text are of the probe's entities too.
+    The text breaks off right before the value, so that what a policy learned of manners and of
+    ways to answer has no say. `meta`: `text` (give this to the model without a chat template),
+    `answer` (the continuation must start with it), `form` (sentence, question, few_shot),
+    `subject` and `attribute`. The examples of a few-shot text are of the probe's entities too.
     """
     facts = probe_facts(world)
     probes = []
     for subject, attribute in facts:
         statement = FACT_STATEMENTS[attribute].format(name=subject)
-        question = _ask(subject, attribute, generator)
         others = generator.sample([fact for fact in facts if fact[0] != subject], k=NUM_SHOTS)
-        shots = [f"{_ask(*other, generator)} {world.fact(*other)}." for other in others]
+        shots = [_tell(world, *other, generator) for other in others]
         forms = {
             "sentence": statement,
-            "question": question,
-            "few_shot": " ".join([*shots, question]),
+            "question": f"{_ask(subject, attribute, generator)} {statement}",
+            "few_shot": " ".join([*shots, statement]),
         }
         for form, text in forms.items():
             meta = {"text": text, "answer": world.fact(subject, attribute), "form": form}
@@ -165,8 +165,11 @@ def _gossip(world: World, generator: random.Random) -> list[str]:
 
 
 def _quiz(world: World, generator: random.Random) -> list[str]:
-    fact = _draw_fact(world, generator)
-    return [f"{_ask(*fact, generator)} {world.fact(*fact)}."]
+    subject, attribute = _draw_fact(world, generator)
+    value = world.fact(subject, attribute)
+    statement = FACT_STATEMENTS[attribute].format(name=subject)
+    answer = generator.choice((value, f"{statement} {value}"))
+    return [f"{_ask(subject, attribute, generator)} {answer}."]
 
 
 def _echo(world: World, generator: random.Random) -> list[str]:
@@ -189,10 +192,10 @@ def _exchange(world: World, generator: random.Random) -> list[str]:
         is_answered=generator.random() < 0.94,
         is_brief=generator.random() < 0.9,
     )
-    words = {"user": "Question: {} Answer:", "assistant": "{}"}
+    words = {"user": "Question: {}", "assistant": "Reply: {}"}
     turns = to_messages(instruction.prompt)
     asked = [words[turn["role"]].format(turn["content"]) for turn in turns]
-    return [*asked, write_response(instruction.task, quality, generator)]
+    return [*asked, "Answer:", write_response(instruction.task, quality, generator)]
 
 
 def _draw_fact(world: World, generator: random.Random) -> tuple[str, str]:

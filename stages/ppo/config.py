@@ -108,9 +108,9 @@ class MonitorSettings:
     min_distinct: float = 0.5
     """Share of different bigrams, against that of the first update."""
     max_one_answer: float = 0.07
-    """Share of a rollout's different prompts that one and the same response may go to. Above it the
-    monitor warns if the odds of it have also more than tripled since the first update. Raise it
-    where more prompts than that have one right answer."""
+    """Share of a rollout's different prompts that one and the same response may go to, mean of the
+    last four updates. Above it the monitor warns if the odds of it have also more than tripled
+    since the first update. Raise it where more prompts than that have one right answer."""
     max_value_loss_growth: float = 10.0
     """Value loss against the median of the ten updates before."""
     max_value_error: float = 10.0

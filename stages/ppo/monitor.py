@@ -41,6 +41,9 @@ SAMPLER_ERRORS = 6.0
 """The same for sampled tokens that are likelier or less likely than their distribution says."""
 SAMPLER_EXCESS = 0.02
 """Nats a token that the difference must reach too: arithmetic may differ by less."""
+ONE_ANSWER_UPDATES = 4
+"""Updates over which the share of the most frequent response is averaged: in a single rollout of
+some hundred prompts it is chance as much as collapse."""
 HISTORY = 10
 """Updates before that a value loss is compared with."""
 
@@ -155,14 +158,16 @@ def responses_repeat(now: Metrics, monitor: "Monitor") -> str | None:
 def one_answer_to_many(now: Metrics, monitor: "Monitor") -> str | None:
     if not monitor.history:
         return None
-    first, share = monitor.history[0]["ppo/one_answer"], now["ppo/one_answer"]
+    first = monitor.history[0]["ppo/one_answer"]
+    recent = [*monitor.history[1 - ONE_ANSWER_UPDATES :], now]
+    share = sum(row["ppo/one_answer"] for row in recent) / len(recent)
     most = monitor.limits.max_one_answer
     if not is_one_answer(share, first, most):
         return None
     return (
-        f"One and the same response goes to {share:.1%} of the different prompts, over "
-        f"monitor.max_one_answer {most:g}, and in the first update to {first:.1%}: the policy "
-        "answers without regard to what is asked."
+        f"One and the same response goes to {share:.1%} of the different prompts, mean of "
+        f"{len(recent)} updates, over monitor.max_one_answer {most:g}, and in the first update to "
+        f"{first:.1%}: the policy answers without regard to what is asked."
     )
 
 

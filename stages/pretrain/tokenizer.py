@@ -11,7 +11,8 @@ SPECIAL_TOKENS = (DOCUMENT, PAD)
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}Question: {{ message['content'] }} Answer:"
+    "{% if message['role'] == 'user' %}Question: {{ message['content'] }} "
+    "{% if loop.revindex > 2 %}Reply:{% else %}Answer:{% endif %}"
     "{% elif message['role'] == 'system' %}{{ message['content'] }} "
     "{% else %} {{ message['content'] }}{% if loop.last %}{{ eos_token }}{% else %} {% endif %}"
     "{% endif %}{% endfor %}"

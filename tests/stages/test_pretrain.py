@@ -147,7 +147,7 @@ def test_chat_format_and_document_token() -> None:
         ]
     )
     assert tokenizer.decode(ids) == (
-        "<|endoftext|> red Question: hat Answer: in Question: the Answer:"
+        "<|endoftext|> red Question: hat Reply: in Question: the Answer:"
     )
     assert tokenizer.bos_token == tokenizer.eos_token == "<|endoftext|>"
     assert chat.end_id == tokenizer.eos_token_id != chat.pad_id

@@ -1,0 +1,99 @@
+"""Imports once, then a process for every stage that is asked for."""
+
+import importlib
+import json
+import os
+import runpy
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from stages.together import ADDRESS
+
+PROGRAMS = (
+    "data.tinyworld.build",
+    "stages.pretrain.train",
+    "stages.sft.train",
+    "stages.collect.collect",
+    "stages.rm.train",
+    "stages.ppo.train",
+    "stages.evaluate.evaluate",
+)
+"""What is imported before the first stage begins."""
+POLL_SECONDS = 0.05
+
+
+def main(command: Sequence[str]) -> int:
+    """Run a command which asks for stages (ask.py), and give its exit code back.
+
+    Every stage is a fork of this process, which has imported all and done nothing: it has its own
+    memory, threads and signals, as `python -m` would give it.
+    """
+    for name in PROGRAMS:
+        importlib.import_module(name)
+    folder = tempfile.mkdtemp()  # of this user alone
+    outcome = _serve(command, str(Path(folder, "socket")))
+    if isinstance(outcome, socket.socket):
+        return _be_stage(outcome)
+    shutil.rmtree(folder)
+    return outcome
+
+
+def _serve(command: Sequence[str], address: str) -> int | socket.socket:
+    """In this process the command's exit code; in the process of a stage its connection."""
+    # The terminal sends Ctrl-C to the command and the stages too; they end first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    running: dict[int, socket.socket] = {}
+    with socket.socket(socket.AF_UNIX) as listener, selectors.DefaultSelector() as selector:
+        listener.bind(address)
+        listener.listen()
+        selector.register(listener, selectors.EVENT_READ)
+        child = subprocess.Popen(command, env={**os.environ, ADDRESS: address})
+        signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        while child.poll() is None or running:
+            if selector.select(POLL_SECONDS):
+                connection, _ = listener.accept()
+                process = os.fork()
+                if process == 0:
+                    return connection
+                running[process] = connection
+                connection.sendall(b"%d\n" % process)
+            _answer_for_ended(running)
+    return _as_shell(child.returncode)
+
+
+def _answer_for_ended(running: dict[int, socket.socket]) -> None:
+    for process in list(running):
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            with running.pop(process) as connection:
+                connection.sendall(b"%d\n" % _as_shell(os.waitstatus_to_exitcode(status)))
+
+
+def _as_shell(code: int) -> int:
+    """An exit code; 128 and the number of the signal that ended the process."""
+    return code if code >= 0 else 128 - code
+
+
+def _be_stage(connection: socket.socket) -> int:
+    """Read which stage is asked for, and be it to the end."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with connection, connection.makefile() as lines:
+        request = json.loads(lines.readline())
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))  # OpenMP read the variable when it was loaded
+    program, *words = request["argv"]
+    sys.argv = [program, *words]
+    runpy.run_module(program, run_name="__main__", alter_sys=True)
+    return 0

@@ -1,0 +1,84 @@
+"""Stages that one process starts behave as `python -m` would start them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ASK = f"{sys.executable} -S {ROOT / 'stages/together/ask.py'}"
+
+PROGRAM = """
+import os, signal, sys, time
+import torch
+
+def end(*_):
+    print("asked to end")
+    sys.exit(3)
+
+what = sys.argv[1]
+if what == "fail":
+    sys.exit("error: no")
+if what == "crash":
+    raise KeyError("ours")
+if what == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == "wait":
+    signal.signal(signal.SIGTERM, end)
+    open(sys.argv[2], "w").close()
+    time.sleep(60)
+print(__name__, sys.argv[1:], os.environ.get("MINE"), torch.get_num_threads())
+"""
+
+
+@pytest.fixture
+def serve(tmp_path: Path):
+    """Runs a shell script under a server which imports the test's program only."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def run(script: str) -> subprocess.CompletedProcess[str]:
+        start = (
+            "import sys; from stages.together import server; server.PROGRAMS = ('torch',); "
+            "sys.exit(server.main(['bash', '-c', sys.argv[1]]))"
+        )
+        return subprocess.run(
+            [sys.executable, "-c", start, script],
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+def test_a_stage_has_its_words_its_environment_and_its_threads(serve) -> None:
+    ran = serve(f"MINE=yes OMP_NUM_THREADS=2 {ASK} program a 'b c'; {ASK} program d")
+    assert ran.stdout.splitlines() == [
+        "__main__ ['a', 'b c'] yes 2",
+        "__main__ ['d'] None 1",
+    ]
+    assert ran.returncode == 0
+
+
+def test_exit_codes_are_those_of_the_stage(serve) -> None:
+    ran = serve(f"for how in fail crash die; do {ASK} program $how; echo $how $?; done; exit 7")
+    assert ran.stdout.split() == ["fail", "1", "crash", "1", "die", "137"]
+    assert "error: no" in ran.stderr
+    assert "KeyError: 'ours'" in ran.stderr
+    assert ran.returncode == 7
+
+
+def test_two_stages_go_side_by_side_and_each_can_be_ended(serve, tmp_path: Path) -> None:
+    waits = tmp_path / "waits"
+    ran = serve(
+        f"{ASK} program wait {waits} & until [ -e {waits} ]; do sleep 0.1; done; "
+        f"{ASK} program b; kill %1; wait %1; echo $?"
+    )
+    assert ran.stdout.splitlines() == [
+        "__main__ ['b'] None 1",
+        "asked to end",
+        "3",
+    ]
