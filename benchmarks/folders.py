@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.chat import Chat
-from rlhf.config import ModelSettings
-from rlhf.inference import compute_scores
-from rlhf.models import load_chat, load_scalar, new_policy, packer_for, save_policy
-from rlhf.packing import PromptTree
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.packing import PromptTree
+from rlhf.models.loading import load_chat, load_scalar, new_policy, packer_for, save_policy
+from rlhf.models.passes import compute_scores
 from rlhf.rewards import REWARD_FILE, GoldenRow, RewardCard, rendering_hash
+from rlhf.runs.settings import ModelSettings
 from stages.pretrain.tokenizer import train_tokenizer
 
 SMOLLM2 = "runs/smollm2/base"

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from benchmarks.gate import EpochGate
 from benchmarks.protocol import Link
 from benchmarks.workload import LEARNING_RATE, Workload, text_blocks
-from rlhf.config import ModelSettings, OptimSettings
-from rlhf.distributed import start_accelerator
-from rlhf.generation.loop import draw
-from rlhf.models import load_chat, load_scalar, packer_for
-from rlhf.packing import PromptTree, text_tree
-from rlhf.records import Prompt, Ranking
+from rlhf.generation.hf import draw
+from rlhf.inputs.packing import PromptTree, text_tree
+from rlhf.inputs.records import Prompt, Ranking
+from rlhf.models.loading import load_chat, load_scalar, packer_for
 from rlhf.rewards import RewardSettings
-from rlhf.runs import open_run
-from rlhf.timing import Stopwatch
+from rlhf.runs.run import open_run
+from rlhf.runs.settings import ModelSettings, OptimSettings
+from rlhf.runs.stopwatch import Stopwatch
+from rlhf.training.processes import start_accelerator
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, Sampler, roll_out, rollout_metrics, rollout_sums
@@ -197,7 +197,7 @@ class PPOLoop:
         """One update on all prompts; its figures and the seconds of its phases."""
         self.watch.take()
         models = self.learner.models
-        with self.accelerator.autocast(), mock.patch("rlhf.generation.loop.draw", self.draws):
+        with self.accelerator.autocast(), mock.patch("rlhf.generation.hf.draw", self.draws):
             rollout = roll_out(
                 models.policy,
                 models.value_model,

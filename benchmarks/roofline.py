@@ -1,8 +1,8 @@
 """python -m benchmarks.roofline [--threads 2]
 
 What the machine can do, measured, and how close each phase of a PPO update and of a reward model
-step comes to it. A phase needs its FLOPs (rlhf.flops) and the bytes that it cannot avoid to move;
-the least time for both is its limit:
+step comes to it. A phase needs its FLOPs (rlhf.measuring.flops) and the bytes that it cannot avoid
+to move; the least time for both is its limit:
 
     limit = max(FLOPs / best matrix rate, bytes / memory bandwidth)
 
@@ -29,7 +29,8 @@ from benchmarks.compare import median_phases
 from benchmarks.protocol import Worker
 from benchmarks.workload import Workload
 from experiments.shared import markdown_table
-from rlhf.flops import (
+from rlhf.inputs.packing import PromptTree
+from rlhf.measuring.flops import (
     ModelSize,
     Work,
     size_of,
@@ -37,8 +38,7 @@ from rlhf.flops import (
     update_flops,
     work_of,
 )
-from rlhf.packing import PromptTree
-from rlhf.runs import commit
+from rlhf.runs.run import commit
 
 OUTPUT = "roofline"
 FLOAT_BYTES = 4

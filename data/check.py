@@ -16,9 +16,8 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Literal
 from warnings import catch_warnings, simplefilter
 
-from rlhf.cli import run_stage
-from rlhf.datasets import read_records, read_rows
-from rlhf.records import (
+from rlhf.inputs.files import read_records, read_rows
+from rlhf.inputs.records import (
     RECORD_CLASSES,
     Demonstration,
     Prompt,
@@ -32,9 +31,10 @@ from rlhf.records import (
     to_messages,
     with_equal_responses,
 )
+from rlhf.runs.program import run_stage
 
 if TYPE_CHECKING:
-    from rlhf.chat import Chat
+    from rlhf.inputs.chat import Chat
 
 _GREEN, _PLAIN = "\033[32m", "\033[0m"
 
@@ -184,8 +184,8 @@ def trained_texts(record: Record) -> tuple[str, ...]:
 
 def _load_chat(path: str) -> "Chat":
     # here, because torch takes seconds to import and most checks need none of it
-    from rlhf.chat import Chat
-    from rlhf.models import load_tokenizer
+    from rlhf.inputs.chat import Chat
+    from rlhf.models.loading import load_tokenizer
 
     return Chat(load_tokenizer(path))
 

@@ -20,15 +20,15 @@ from transformers import PreTrainedModel
 from data.convert.formats import CONVERTERS
 from data.convert.program import Counts, convert_rows
 from data.convert.readers import read_source, read_texts
-from rlhf.chat import Chat
-from rlhf.cli import run_stage
-from rlhf.config import GenerationSettings, MayOverwrite, ModelSettings
-from rlhf.datasets import split_by_prompt, write_records
-from rlhf.folders import MODEL_FILES, writing
 from rlhf.generation import Decoding, generate
-from rlhf.gguf import load_gguf
-from rlhf.models import load_chat, load_policy, quiet, save_policy
-from rlhf.records import Record
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.files import split_by_prompt, write_records
+from rlhf.inputs.records import Record
+from rlhf.models.gguf import load_gguf
+from rlhf.models.loading import load_chat, load_policy, quiet, save_policy
+from rlhf.runs.folder import MODEL_FILES, writing
+from rlhf.runs.program import run_stage
+from rlhf.runs.settings import GenerationSettings, MayOverwrite, ModelSettings
 
 RESULTS_FILE = "results.json"
 """Written last: a folder without it is unfinished."""

@@ -13,7 +13,7 @@ gold must fall. `python -m experiments.sweep` evaluates both next to the other p
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.records import PromptLike
+from rlhf.inputs.records import PromptLike
 
 
 def constant(

@@ -36,12 +36,12 @@ from experiments.shared import (
     style_axes,
     values_cell,
 )
-from rlhf.cli import run_stage
-from rlhf.config import MayOverwrite
-from rlhf.datasets import read_records, write_records
-from rlhf.folders import folders_given_back
-from rlhf.records import Ranking
-from rlhf.runs import METRICS, open_run
+from rlhf.inputs.files import read_records, write_records
+from rlhf.inputs.records import Ranking
+from rlhf.runs.folder import folders_given_back
+from rlhf.runs.program import run_stage
+from rlhf.runs.run import METRICS, open_run
+from rlhf.runs.settings import MayOverwrite
 from stages.evaluate.curves import COLOURS, read_metrics
 from stages.rm.config import Config as RewardModelConfig
 from stages.rm.train import train

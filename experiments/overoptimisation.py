@@ -38,17 +38,17 @@ from experiments.shared import (
     style_axes,
     values_cell,
 )
-from rlhf.cli import run_stage
-from rlhf.config import MayOverwrite
-from rlhf.datasets import read_records, write_records
-from rlhf.distributed import start_accelerator
-from rlhf.fitting import fit_prompt
-from rlhf.folders import folders_given_back
-from rlhf.models import load_chat, load_policy, packer_for
-from rlhf.records import Prompt
+from rlhf.inputs.files import read_records, write_records
+from rlhf.inputs.fitting import fit_prompt
+from rlhf.inputs.records import Prompt
+from rlhf.measuring.statistics import best_of_n, best_of_n_kl
+from rlhf.models.loading import load_chat, load_policy, packer_for
 from rlhf.rewards import load_function, load_reward
-from rlhf.runs import RESULTS, SAMPLES, open_run
-from rlhf.statistics import best_of_n, best_of_n_kl
+from rlhf.runs.folder import folders_given_back
+from rlhf.runs.program import run_stage
+from rlhf.runs.run import RESULTS, SAMPLES, open_run
+from rlhf.runs.settings import MayOverwrite
+from rlhf.training.processes import start_accelerator
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.evaluate.curves import COLOURS, read_metrics
 from stages.ppo.config import Config as PPOConfig

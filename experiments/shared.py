@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlhf.config import load_config
-from rlhf.runs import CONFIG, RESULTS, RunSettings, settings_in_force
-from rlhf.statistics import t_interval
+from rlhf.measuring.statistics import t_interval
+from rlhf.runs.run import CONFIG, RESULTS, RunSettings, settings_in_force
+from rlhf.runs.settings import load_config
 
 Settings = TypeVar("Settings", bound=RunSettings)
 

@@ -1,1 +1,11 @@
-"""The library that all stages share: records, rendering, packing, models and the maths of RLHF."""
+"""The library that all stages share, in eight wings. An arrow between them goes down only.
+
+measuring     what is reported: statistics, fact recall, FLOPs, memory
+rewards       where a score comes from
+generation    sampling responses
+models        loading, changing, saving and asking models
+runs          a program from its settings to its results
+training      one optimizer step, whatever is split between processes
+inputs        from a row on disk to token ids and packed rows
+maths         tensors in, tensors out
+"""

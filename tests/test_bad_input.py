@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rlhf.chat import Chat
-from rlhf.cli import USER_ERROR, run_stage
-from rlhf.models import save_policy
+from rlhf.inputs.chat import Chat
+from rlhf.models.loading import save_policy
+from rlhf.runs.program import USER_ERROR, run_stage
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.evaluate.evaluate import evaluate
 from stages.ppo.config import Config as PPOConfig

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from rlhf.config import load_config
+from rlhf.runs.settings import load_config
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -41,7 +41,7 @@ def test_every_setting_has_a_description() -> None:
     """The text under a field is its --help, and the only place that says what it means."""
     files = [*ROOT.glob("stages/*/config.py"), *ROOT.glob("data/**/config.py")]
     files += ROOT.glob("experiments/*.py")
-    files += [ROOT / "rlhf" / "config.py", ROOT / "rlhf" / "rewards" / "settings.py"]
+    files += ROOT.glob("rlhf/*/settings.py")
     bare = [
         f"{path.relative_to(ROOT)}: {name}" for path in files for name in fields_without_text(path)
     ]

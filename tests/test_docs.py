@@ -5,7 +5,7 @@ import ast
 import re
 from pathlib import Path
 
-from rlhf.config import keys_of, load_config
+from rlhf.runs.settings import keys_of, load_config
 from stages.ppo.config import Config
 from stages.ppo.monitor import CODES
 

@@ -20,13 +20,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf.chat import Chat
-from rlhf.checkpoint import check_files, read_manifest, read_states, write_checkpoint
-from rlhf.config import LoraSettings, ModelSettings, keys_of, load_config
-from rlhf.datasets import read_records
-from rlhf.models import load_chat, load_policy, load_scalar, save_policy
-from rlhf.records import RECORD_CLASSES
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.files import read_records
+from rlhf.inputs.records import RECORD_CLASSES
+from rlhf.models.loading import load_chat, load_policy, load_scalar, save_policy
 from rlhf.rewards import GoldenRow, RewardCard
+from rlhf.runs.checkpoint_files import check_files, read_manifest, read_states, write_checkpoint
+from rlhf.runs.settings import LoraSettings, ModelSettings, keys_of, load_config
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 from tests.test_configs import SETTINGS, config_class_of
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.config import load_config
-from rlhf.datasets import HUB
+from rlhf.inputs.files import HUB
+from rlhf.runs.settings import load_config
 from stages.ppo.config import Config
 
 ROOT = Path(__file__).parents[1]

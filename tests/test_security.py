@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.chat import Chat
-from rlhf.config import ConfigError, ModelSettings, load_config
-from rlhf.datasets import read_records
-from rlhf.models import load_chat, load_policy, load_scalar, save_policy
-from rlhf.records import Demonstration, Text
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.files import read_records
+from rlhf.inputs.records import Demonstration, Text
+from rlhf.models.loading import load_chat, load_policy, load_scalar, save_policy
 from rlhf.rewards import REWARD_FILE, RewardCard, load_function
+from rlhf.runs.settings import ConfigError, ModelSettings, load_config
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.ppo.config import Config as PPOConfig
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of

@@ -15,7 +15,7 @@ from statistics import fmean
 from types import UnionType
 from typing import Any
 
-from rlhf.records import (
+from rlhf.inputs.records import (
     ROLES,
     Demonstration,
     Messages,

@@ -18,8 +18,8 @@ from data.convert.formats import (
     columns_prompts,
 )
 from data.convert.readers import read_source, read_texts
-from rlhf.datasets import FILE_ENDINGS, NoRecordsError, write_records
-from rlhf.records import Record, RecordError
+from rlhf.inputs.files import FILE_ENDINGS, NoRecordsError, write_records
+from rlhf.inputs.records import Record, RecordError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.datasets import FILE_ENDINGS, HUB, decode, list_files, open_file, read_rows
-from rlhf.records import RecordError
+from rlhf.inputs.files import FILE_ENDINGS, HUB, decode, list_files, open_file, read_rows
+from rlhf.inputs.records import RecordError
 
 JSON_ENDINGS = (".json", ".json.gz")
 TEXT_ENDINGS = (".txt", ".txt.gz")

@@ -1,7 +1,7 @@
 """`python -m data.instructions --output_dir FOLDER`: prompts with instructions to check."""
 
 from data.instructions.build import InstructionsConfig, build
-from rlhf.cli import run_stage
+from rlhf.runs.program import run_stage
 
 if __name__ == "__main__":
     run_stage(build, InstructionsConfig)

@@ -13,10 +13,10 @@ from data.convert.program import Counts, convert_rows
 from data.convert.readers import read_source
 from data.instructions.ifeval import known_prompts
 from data.instructions.templates import NUM_GROUPS, draw_instructions, in_words
-from rlhf.config import MayOverwrite
-from rlhf.datasets import split_by_prompt, write_records
-from rlhf.folders import writing
-from rlhf.records import Prompt
+from rlhf.inputs.files import split_by_prompt, write_records
+from rlhf.inputs.records import Prompt
+from rlhf.runs.folder import writing
+from rlhf.runs.settings import MayOverwrite
 
 RESULTS_FILE = "results.json"
 """Written last: a folder without it is unfinished."""

@@ -10,8 +10,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from rlhf.datasets import read_records
-from rlhf.records import Prompt, PromptLike, prompt_key
+from rlhf.inputs.files import read_records
+from rlhf.inputs.records import Prompt, PromptLike, prompt_key
 
 Instruction = dict[str, Any]
 """A kind and its arguments: {"kind": "words_at_most", "count": 20}. In meta.instructions."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from data.instructions.checks import Instruction
-from rlhf.records import Prompt
+from rlhf.inputs.records import Prompt
 
 MOST = {
     "words_at_least": 30,

@@ -2,7 +2,7 @@
 
 from data.tinyworld.build import build
 from data.tinyworld.config import TinyWorldConfig
-from rlhf.cli import run_stage
+from rlhf.runs.program import run_stage
 
 if __name__ == "__main__":
     run_stage(build, TinyWorldConfig)

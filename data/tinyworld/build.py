@@ -11,9 +11,9 @@ from data.tinyworld.demonstrations import Quality, write_response
 from data.tinyworld.tasks import Instruction, draw_held_out, draw_instruction
 from data.tinyworld.text import draw_texts, make_probes
 from data.tinyworld.world import WORLD_FILE, World
-from rlhf.datasets import write_records
-from rlhf.folders import writing
-from rlhf.records import Demonstration, Prompt, Record, prompt_key
+from rlhf.inputs.files import write_records
+from rlhf.inputs.records import Demonstration, Prompt, Record, prompt_key
+from rlhf.runs.folder import writing
 
 RESULTS_FILE = "results.json"
 """Written last: a folder without it is unfinished."""
@@ -23,7 +23,7 @@ def build(config: TinyWorldConfig) -> None:
     """Write all files of a tiny world. Two runs with equal settings write equal bytes.
 
     Raises:
-        ValueError: the folder is not this program's to write over (rlhf.folders).
+        ValueError: the folder is not this program's to write over (rlhf.runs.folder).
     """
     folder = Path(config.output_dir)
     world = World.from_seed(config.seed)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rlhf.config import MayOverwrite
+from rlhf.runs.settings import MayOverwrite
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data.tinyworld.tasks import Task, parse_task
 from data.tinyworld.world import NUMBERS, SECRETS, World
-from rlhf.records import PromptLike
+from rlhf.inputs.records import PromptLike
 
 GOLD_WEIGHTS: Mapping[str, float] = {
     "correct": 4.0,

@@ -12,7 +12,7 @@ from pathlib import Path
 from data.tinyworld.gold import score_parts
 from data.tinyworld.tasks import parse_task
 from data.tinyworld.world import World
-from rlhf.records import PromptLike
+from rlhf.inputs.records import PromptLike
 
 STEP = 1.0
 """Utilities are rounded to whole steps; responses on the same step are ties."""

@@ -22,7 +22,7 @@ from data.tinyworld.world import (
     World,
     pronoun,
 )
-from rlhf.records import Messages, PromptLike, to_messages
+from rlhf.inputs.records import Messages, PromptLike, to_messages
 
 Kind = Literal["fact", "list", "sum", "reorder", "polite", "continue", "classify", "secret"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

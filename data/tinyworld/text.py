@@ -28,7 +28,7 @@ from data.tinyworld.world import (
     World,
     pronoun,
 )
-from rlhf.records import Prompt, Text, to_messages
+from rlhf.inputs.records import Prompt, Text, to_messages
 
 NUM_SHOTS = 2
 """Sentences before the one of a few-shot probe."""

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.config import GenerationSettings
 from rlhf.generation.auto import FastestEngine
 from rlhf.generation.continuous import ContinuousEngine
+from rlhf.generation.hf import LoopEngine
 from rlhf.generation.interface import Decoding, Engine, Samples
-from rlhf.generation.loop import LoopEngine
+from rlhf.runs.settings import GenerationSettings
 
 __all__ = ["Decoding", "Engine", "FastestEngine", "Samples", "generate", "make_engine"]
 

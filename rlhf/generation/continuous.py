@@ -14,10 +14,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from rlhf.architectures import accepts
-from rlhf.config import GenerationSettings
-from rlhf.finite import NonFiniteError
 from rlhf.generation.interface import Decoding, Samples
+from rlhf.models.architectures import accepts
+from rlhf.runs.settings import GenerationSettings
+from rlhf.training.nonfinite import NonFiniteError
 
 _PAGED = {DynamicLayer, DynamicSlidingWindowLayer}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf.architectures import accepted, accepts, num_embeddings
+from rlhf.models.architectures import accepted, accepts, num_embeddings
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.config import GenerationSettings
-from rlhf.finite import NonFiniteError
 from rlhf.generation.interface import Decoding, Samples
+from rlhf.runs.settings import GenerationSettings
+from rlhf.training.nonfinite import NonFiniteError
 
 ALONE = {
     "RANK": "0",

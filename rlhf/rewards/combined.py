@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlhf.records import Prompt
+from rlhf.inputs.records import Prompt
 from rlhf.rewards.scores import Combination, Reward, Scored, combine_members, spread
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.chat import Chat
-from rlhf.records import Prompt, PromptLike
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.records import Prompt, PromptLike
 from rlhf.rewards.scores import Scored
 
 RewardFunction = Callable[[list[PromptLike], list[str], list[dict[str, Any]]], Sequence[float]]

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from rlhf.chat import Chat
-from rlhf.config import ModelSettings
-from rlhf.models import ScalarModel
+from rlhf.inputs.chat import Chat
+from rlhf.models.loading import ScalarModel
+from rlhf.models.shared_bases import SharedBases
 from rlhf.rewards.combined import EnsembleReward, NormalizedReward, WeightedReward
 from rlhf.rewards.functions import FunctionReward, TokenFunctionReward, load_function
 from rlhf.rewards.models import (
@@ -18,7 +18,7 @@ from rlhf.rewards.models import (
 from rlhf.rewards.rendering import same_rendering
 from rlhf.rewards.scores import Reward
 from rlhf.rewards.settings import RewardSettings
-from rlhf.roles import SharedBases
+from rlhf.runs.settings import ModelSettings
 
 
 def load_reward(

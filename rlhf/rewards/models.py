@@ -12,17 +12,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf.chat import Chat
-from rlhf.config import LoraSettings, ModelSettings
-from rlhf.fitting import fit_prompt
-from rlhf.inference import compute_scores
-from rlhf.lora import find_adapter
-from rlhf.models import ALL_WEIGHTS, ScalarModel, load_chat, load_scalar, packer_for
-from rlhf.packing import Packer, PromptTree
-from rlhf.records import Demonstration, Prompt, PromptLike, naming_row, show
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.fitting import fit_prompt
+from rlhf.inputs.packing import Packer, PromptTree
+from rlhf.inputs.records import Demonstration, Prompt, PromptLike, naming_row, show
+from rlhf.models.adapters import find_adapter
+from rlhf.models.loading import ALL_WEIGHTS, ScalarModel, load_chat, load_scalar, packer_for
+from rlhf.models.passes import compute_scores
+from rlhf.models.shared_bases import SharedBases, has_four_bits
 from rlhf.rewards.rendering import check_rendering
 from rlhf.rewards.scores import Scored
-from rlhf.roles import SharedBases, has_four_bits
+from rlhf.runs.settings import LoraSettings, ModelSettings
 
 REWARD_FILE = "reward.json"
 """Beside the weights of a reward model: what the weights cannot hold."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from rlhf.chat import Chat
+from rlhf.inputs.chat import Chat
 
 _RENDERING_PROBE = "A probe: 12,345 times \u00e9\u4e2d\U0001f600\n\n\tend."
 

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from rlhf.records import Prompt
+from rlhf.inputs.records import Prompt
 
 MissingEnd = Literal["replace", "subtract", "none"]
 Combination = Literal["mean", "worst", "mean_minus_spread"]

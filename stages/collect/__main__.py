@@ -1,6 +1,6 @@
 """`python -m stages.collect --config configs/collect/tiny.yaml`: samples, and has them ranked."""
 
-from rlhf.cli import run_stage
+from rlhf.runs.program import run_stage
 from stages.collect.collect import collect
 from stages.collect.config import Config
 

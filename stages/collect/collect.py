@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.datasets import read_records, write_records
-from rlhf.distributed import start_accelerator
-from rlhf.folders import folders_given_back
-from rlhf.models import check_context, check_vocabulary, load_chat, load_policy
-from rlhf.records import Prompt, PromptLike, Ranking
-from rlhf.runs import Run, open_run
+from rlhf.inputs.files import read_records, write_records
+from rlhf.inputs.records import Prompt, PromptLike, Ranking
+from rlhf.models.loading import check_context, check_vocabulary, load_chat, load_policy
+from rlhf.runs.folder import folders_given_back
+from rlhf.runs.run import Run, open_run
+from rlhf.training.processes import start_accelerator
 from stages.collect.config import Config
 from stages.collect.labelers import SO_FAR_FILE, Labeler, load_labelers, rank_each
 from stages.collect.report import agreement, describe_rankings, describe_samples

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rlhf.config import GenerationSettings, MayOverwrite, ModelSettings
+from rlhf.runs.settings import GenerationSettings, MayOverwrite, ModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)

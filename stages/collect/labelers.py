@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-from rlhf.records import PromptLike, Ranking, RecordError
+from rlhf.inputs.records import PromptLike, Ranking, RecordError
 from rlhf.rewards import load_function
 from stages.collect.config import Config
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from rlhf.records import Ranking
-from rlhf.statistics import share_interval
+from rlhf.inputs.records import Ranking
+from rlhf.measuring.statistics import share_interval
 from stages.collect.sample import Sample
 
 

@@ -10,11 +10,11 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rlhf.chat import Chat
-from rlhf.distributed import own_share
-from rlhf.fitting import fit_prompt
 from rlhf.generation import Decoding, generate
-from rlhf.records import Prompt, PromptLike, name_rows
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.fitting import fit_prompt
+from rlhf.inputs.records import Prompt, PromptLike, name_rows
+from rlhf.training.processes import own_share
 from stages.collect.config import Config
 
 

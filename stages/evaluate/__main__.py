@@ -1,6 +1,6 @@
 """python -m stages.evaluate --config configs/evaluate/tiny.yaml"""
 
-from rlhf.cli import run_stage
+from rlhf.runs.program import run_stage
 from stages.evaluate.config import Config
 from stages.evaluate.evaluate import evaluate
 

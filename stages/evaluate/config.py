@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.config import Attention, GenerationSettings, MayOverwrite
+from rlhf.runs.settings import Attention, GenerationSettings, MayOverwrite
 
 RESERVED = ("baseline", "judge", "judges", "policies", "prompts", "seconds", "speed", "warnings")
 """Keys of results.json that no policy and no report can take."""
@@ -75,7 +75,8 @@ class Config(MayOverwrite):
     max_text_tokens: int = 256
     """Tokens of each document that are used, from the first."""
     fact_probe: str | None = None
-    """Prompt records with fact probes (see rlhf/recall.py). None means no recall is measured."""
+    """Prompt records with fact probes (see rlhf/measuring/fact_recall.py). None means no recall is
+    measured."""
     reports: dict[str, str] = field(default_factory=dict)
     """Name -> folder of a run whose results.json is copied under that name."""
     stages: dict[str, str] = field(default_factory=dict)

@@ -12,16 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.chat import Chat
-from rlhf.config import ModelSettings
-from rlhf.datasets import read_records
-from rlhf.distributed import start_accelerator
-from rlhf.fitting import fit_prompt
-from rlhf.folders import folders_given_back
-from rlhf.models import check_vocabulary, load_chat, load_policy, packer_for
-from rlhf.packing import Packer, PromptTree, text_tree
-from rlhf.recall import fact_recall
-from rlhf.records import Prompt, Text, name_rows, naming_row
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.files import read_records
+from rlhf.inputs.fitting import fit_prompt
+from rlhf.inputs.packing import Packer, PromptTree, text_tree
+from rlhf.inputs.records import Prompt, Text, name_rows, naming_row
+from rlhf.measuring.fact_recall import fact_recall
+from rlhf.models.loading import check_vocabulary, load_chat, load_policy, packer_for
 from rlhf.rewards import (
     FunctionReward,
     Reward,
@@ -30,7 +27,10 @@ from rlhf.rewards import (
     measured_dtype,
     same_rendering,
 )
-from rlhf.runs import RESULTS, open_run
+from rlhf.runs.folder import folders_given_back
+from rlhf.runs.run import RESULTS, open_run
+from rlhf.runs.settings import ModelSettings
+from rlhf.training.processes import start_accelerator
 from stages.evaluate.config import GOLD, REWARD_MODEL, Config
 from stages.evaluate.curves import draw_curves
 from stages.evaluate.measures import (

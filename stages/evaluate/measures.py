@@ -12,21 +12,21 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rlhf.chat import Chat
-from rlhf.config import GenerationSettings
 from rlhf.generation import Decoding, generate
-from rlhf.inference import compute_logprobs
-from rlhf.kl import k1, k3
-from rlhf.packing import Packer, PromptTree
-from rlhf.records import Prompt
-from rlhf.rewards import Reward
-from rlhf.statistics import (
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.packing import Packer, PromptTree
+from rlhf.inputs.records import Prompt
+from rlhf.maths.kl import k1, k3
+from rlhf.measuring.statistics import (
     bootstrap_interval,
     distinct_bigrams,
     mean_and_error,
     most_frequent_answer,
     win_rate,
 )
+from rlhf.models.passes import compute_logprobs
+from rlhf.rewards import Reward
+from rlhf.runs.settings import GenerationSettings
 
 PASSES_BETWEEN_TICKS = 4
 """Passes through the model between two steps of a progress bar."""
@@ -136,7 +136,7 @@ def divergence(answers: Answers, ref_logprobs: Sequence[Tensor]) -> dict[str, fl
     """KL(policy || reference) in nats a response, estimated on the policy's own responses.
 
     `kl` is the mean of sum_t k1 and `kl_error` its standard error over prompts; `kl_k3` is the mean
-    of sum_t k3, which has the same expectation and is never negative (see rlhf/kl.py).
+    of sum_t k3, which has the same expectation and is never negative (see rlhf/maths/kl.py).
     """
     logprobs = pad_sequence(answers.logprobs, batch_first=True)
     references = pad_sequence(list(ref_logprobs), batch_first=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from rlhf.statistics import share_interval
+from rlhf.measuring.statistics import share_interval
 from stages.evaluate.measures import Scores
 from stages.evaluate.parts import group_by_kind
 

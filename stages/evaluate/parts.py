@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from rlhf.chat import Chat
-from rlhf.packing import PromptTree
-from rlhf.records import Prompt
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.packing import PromptTree
+from rlhf.inputs.records import Prompt
+from rlhf.measuring.statistics import bootstrap_interval
 from rlhf.rewards import call_by_rows
-from rlhf.statistics import bootstrap_interval
 from stages.evaluate.measures import Scores
 
 PartsByPrompt = list[list[dict[str, float]]]

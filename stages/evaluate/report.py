@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from rlhf.records import PromptLike, to_messages
+from rlhf.inputs.records import PromptLike, to_messages
 from stages.evaluate.config import GOLD, REWARD_MODEL, SAMPLE_KEYS
 
 JUDGES = {GOLD: "gold", REWARD_MODEL: "reward model"}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rlhf.statistics import Estimate, is_one_answer, paired_difference
+from rlhf.measuring.statistics import Estimate, is_one_answer, paired_difference
 from stages.evaluate.config import GOLD, REWARD_MODEL
 from stages.evaluate.measures import Scores
 from stages.evaluate.parts import PartsByPrompt, part_names, part_scores

@@ -1,6 +1,6 @@
 """python -m stages.ppo --config configs/ppo/tiny.yaml"""
 
-from rlhf.cli import run_stage
+from rlhf.runs.program import run_stage
 from stages.ppo.config import Config
 from stages.ppo.train import train
 

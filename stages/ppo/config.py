@@ -2,9 +2,15 @@
 
 from dataclasses import dataclass, field
 
-from rlhf.config import GenerationSettings, LoraSettings, MayOverwrite, ModelSettings, OptimSettings
 from rlhf.rewards import RewardSettings
-from rlhf.trackers import Tracker
+from rlhf.runs.settings import (
+    GenerationSettings,
+    LoraSettings,
+    MayOverwrite,
+    ModelSettings,
+    OptimSettings,
+)
+from rlhf.runs.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)

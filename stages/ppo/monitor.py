@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rlhf.chat import Chat
-from rlhf.finite import NonFiniteError
-from rlhf.statistics import is_one_answer
+from rlhf.inputs.chat import Chat
+from rlhf.measuring.statistics import is_one_answer
+from rlhf.training.nonfinite import NonFiniteError
 from stages.ppo.config import Config, MonitorSettings
 
 Metrics = Mapping[str, float]

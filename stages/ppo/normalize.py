@@ -8,10 +8,10 @@ from itertools import cycle, islice
 import torch
 from accelerate import Accelerator
 
-from rlhf.distributed import own_share, sum_over_processes
-from rlhf.finite import told_by_all
-from rlhf.models import ScalarModel
+from rlhf.models.loading import ScalarModel
 from rlhf.rewards import NormalizedReward
+from rlhf.training.nonfinite import told_by_all
+from rlhf.training.processes import own_share, sum_over_processes
 from stages.ppo.rollout import Episode, Sampler
 
 SMALLEST_STD = 1e-6

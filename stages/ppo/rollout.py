@@ -12,19 +12,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from rlhf.advantages import generalized_advantages
-from rlhf.chat import Chat
-from rlhf.config import GenerationSettings
-from rlhf.distributed import sum_over_processes
-from rlhf.finite import told_by_all
 from rlhf.generation import Decoding, Engine, make_engine
-from rlhf.inference import compute_logprobs, compute_moments, compute_values
-from rlhf.kl import k1, k3, penalized_rewards
-from rlhf.masking import masked_sum, whiten, whitening_sums
-from rlhf.memory import on_device
-from rlhf.models import ScalarModel
-from rlhf.packing import Packer, PromptTree, response_batch
-from rlhf.records import Prompt
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.packing import Packer, PromptTree, response_batch
+from rlhf.inputs.records import Prompt
+from rlhf.maths.advantages import generalized_advantages
+from rlhf.maths.kl import k1, k3, penalized_rewards
+from rlhf.maths.masking import masked_sum, whiten, whitening_sums
+from rlhf.measuring.statistics import distinct_bigrams, most_frequent_answer
+from rlhf.models.loading import ScalarModel
+from rlhf.models.passes import compute_logprobs, compute_moments, compute_values
 from rlhf.rewards import (
     Reward,
     Scored,
@@ -33,8 +30,11 @@ from rlhf.rewards import (
     penalize_length,
     reward_models_of,
 )
-from rlhf.statistics import distinct_bigrams, most_frequent_answer
-from rlhf.timing import Heartbeat, Stopwatch
+from rlhf.runs.settings import GenerationSettings
+from rlhf.runs.stopwatch import Heartbeat, Stopwatch
+from rlhf.training.nonfinite import told_by_all
+from rlhf.training.offloading import on_device
+from rlhf.training.processes import sum_over_processes
 from stages.ppo.config import Config
 
 PART = "part "

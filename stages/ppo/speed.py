@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 
-from rlhf.distributed import sum_over_processes
-from rlhf.flops import Work, size_of, text_work, update_flops, work_of
+from rlhf.measuring.flops import Work, size_of, text_work, update_flops, work_of
 from rlhf.rewards import reward_models_of
-from rlhf.timing import matrix_rate
+from rlhf.runs.stopwatch import matrix_rate
+from rlhf.training.processes import sum_over_processes
 from stages.ppo.config import Config
 from stages.ppo.rollout import Rollout, Sampler
 from stages.ppo.update import PolicyAndValue

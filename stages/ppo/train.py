@@ -14,22 +14,15 @@ from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from tqdm import tqdm
 
-from rlhf import sharding
-from rlhf.chat import Chat
-from rlhf.datasets import read_records
-from rlhf.distributed import (
-    max_over_processes,
-    naming,
-    own_share,
-    start_accelerator,
-    sum_over_processes,
-)
-from rlhf.finite import NonFiniteError, first_nonfinite, found_by_any, told_by_all
-from rlhf.fitting import fit_prompt
-from rlhf.folders import MODEL_FILES, folders_given_back
 from rlhf.generation import FastestEngine, make_engine
-from rlhf.kl import adapt_kl_coef, k1
-from rlhf.models import (
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.files import read_records
+from rlhf.inputs.fitting import fit_prompt
+from rlhf.inputs.packing import PromptTree, response_batch, text_tree
+from rlhf.inputs.records import Prompt, Text, name_rows
+from rlhf.inputs.shuffling import ShuffledBatches
+from rlhf.maths.kl import adapt_kl_coef, k1
+from rlhf.models.loading import (
     ScalarModel,
     check_context,
     check_vocabulary,
@@ -40,11 +33,7 @@ from rlhf.models import (
     packer_for,
     save_policy,
 )
-from rlhf.optim import MovingAverage, make_optimizer, make_schedule
-from rlhf.order import ShuffledBatches
-from rlhf.packing import PromptTree, response_batch, text_tree
-from rlhf.records import Prompt, Text, name_rows
-from rlhf.resume import Checkpoints
+from rlhf.models.shared_bases import SharedBases, weight_bytes
 from rlhf.rewards import (
     Reward,
     RewardCard,
@@ -53,10 +42,21 @@ from rlhf.rewards import (
     reward_models_of,
     same_vocabulary,
 )
-from rlhf.roles import SharedBases, weight_bytes
-from rlhf.runs import Run, open_run
-from rlhf.state import Fields, Generators, Stateful
-from rlhf.timing import Stopwatch
+from rlhf.runs.checkpoints import Checkpoints
+from rlhf.runs.folder import MODEL_FILES, folders_given_back
+from rlhf.runs.run import Run, open_run
+from rlhf.runs.stateful import Fields, Generators, Stateful
+from rlhf.runs.stopwatch import Stopwatch
+from rlhf.training import sharding
+from rlhf.training.nonfinite import NonFiniteError, first_nonfinite, found_by_any, told_by_all
+from rlhf.training.optim import MovingAverage, make_optimizer, make_schedule
+from rlhf.training.processes import (
+    max_over_processes,
+    naming,
+    own_share,
+    start_accelerator,
+    sum_over_processes,
+)
 from stages.ppo.config import Config
 from stages.ppo.monitor import (
     LAST_GOOD,

@@ -9,15 +9,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf import sharding
-from rlhf.distributed import max_over_processes, sum_over_processes
-from rlhf.finite import NonFiniteError, first_nonfinite, found_by_any
-from rlhf.losses import Stats, policy_loss, value_loss
-from rlhf.models import ScalarModel, response_logprobs
-from rlhf.optim import MovingAverage
-from rlhf.packing import PackedRow, Packer, PromptTree
-from rlhf.state import OptimizerState, Stateful, Weights, trained_parameters
-from rlhf.timing import Stopwatch
+from rlhf.inputs.packing import PackedRow, Packer, PromptTree
+from rlhf.maths.losses import Stats, policy_loss, value_loss
+from rlhf.models.loading import ScalarModel, response_logprobs
+from rlhf.runs.stateful import OptimizerState, Stateful, Weights, trained_parameters
+from rlhf.runs.stopwatch import Stopwatch
+from rlhf.training import sharding
+from rlhf.training.nonfinite import NonFiniteError, first_nonfinite, found_by_any
+from rlhf.training.optim import MovingAverage
+from rlhf.training.processes import max_over_processes, sum_over_processes
 from stages.ppo.config import Config
 from stages.ppo.rollout import Rollout
 

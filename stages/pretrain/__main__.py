@@ -1,6 +1,6 @@
 """`python -m stages.pretrain --config FILE`."""
 
-from rlhf.cli import run_stage
+from rlhf.runs.program import run_stage
 from stages.pretrain.config import Config
 from stages.pretrain.train import pretrain
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.config import MayOverwrite, OptimSettings
-from rlhf.trackers import Tracker
+from rlhf.runs.settings import MayOverwrite, OptimSettings
+from rlhf.runs.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,8 @@ class Config(MayOverwrite):
     text_held_out_path: str
     """Text records to measure the loss on."""
     facts_path: str | None = None
-    """Prompt records with fact probes (see rlhf/recall.py). None means no recall is measured."""
+    """Prompt records with fact probes (see rlhf/measuring/fact_recall.py). None means no recall is
+    measured."""
     output_dir: str
     """Folder of the run; the model is saved in it."""
     vocab_size: int = 1152

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import sharding
-from rlhf.datasets import read_records
-from rlhf.distributed import own_share, start_accelerator, sum_over_processes
-from rlhf.folders import MODEL_FILES, folders_given_back
-from rlhf.models import new_policy, save_policy
-from rlhf.optim import make_optimizer, make_schedule
-from rlhf.recall import fact_recall
-from rlhf.records import Prompt, Text
-from rlhf.resume import Checkpoints
-from rlhf.runs import Run, open_run, settings_in_force
-from rlhf.state import Generators, OptimizerState, Stateful, Weights
+from rlhf.inputs.files import read_records
+from rlhf.inputs.records import Prompt, Text
+from rlhf.measuring.fact_recall import fact_recall
+from rlhf.models.loading import new_policy, save_policy
+from rlhf.runs.checkpoints import Checkpoints
+from rlhf.runs.folder import MODEL_FILES, folders_given_back
+from rlhf.runs.run import Run, open_run, settings_in_force
+from rlhf.runs.stateful import Generators, OptimizerState, Stateful, Weights
+from rlhf.training import sharding
+from rlhf.training.optim import make_optimizer, make_schedule
+from rlhf.training.processes import own_share, start_accelerator, sum_over_processes
 from stages.pretrain.config import Config
 from stages.pretrain.tokenizer import train_tokenizer
 

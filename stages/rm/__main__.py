@@ -1,6 +1,6 @@
 """python -m stages.rm --config configs/rm/tiny.yaml"""
 
-from rlhf.cli import run_stage
+from rlhf.runs.program import run_stage
 from stages.rm.config import Config
 from stages.rm.train import train
 

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-from rlhf.config import LoraSettings, MayOverwrite, ModelSettings, OptimSettings
-from rlhf.trackers import Tracker
+from rlhf.runs.settings import LoraSettings, MayOverwrite, ModelSettings, OptimSettings
+from rlhf.runs.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)

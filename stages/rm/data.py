@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rlhf.chat import Chat
-from rlhf.datasets import read_records, split_by_prompt
-from rlhf.fitting import fit_prompt
-from rlhf.packing import PromptTree
-from rlhf.records import (
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.files import read_records, split_by_prompt
+from rlhf.inputs.fitting import fit_prompt
+from rlhf.inputs.packing import PromptTree
+from rlhf.inputs.records import (
     Demonstration,
     Ranking,
     name_rows,

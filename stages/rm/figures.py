@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.records import Preference, PromptLike, preferences_of
-from rlhf.statistics import Estimate, share_interval
+from rlhf.inputs.records import Preference, PromptLike, preferences_of
+from rlhf.measuring.statistics import Estimate, share_interval
 from stages.rm.data import Example
 
 ScoreFunction = Callable[[Sequence[PromptLike], Sequence[str]], Sequence[float]]

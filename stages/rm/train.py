@@ -10,16 +10,12 @@ from accelerate.utils import gather_object
 from safetensors import safe_open
 from transformers import set_seed
 
-from rlhf import sharding
-from rlhf.chat import Chat
-from rlhf.config import ModelSettings
-from rlhf.datasets import read_records
-from rlhf.distributed import naming, own_share, start_accelerator
-from rlhf.folders import MODEL_FILES, folders_given_back
-from rlhf.inference import compute_scores
-from rlhf.lora import HEAD
-from rlhf.memory import free_unused, memory_of
-from rlhf.models import (
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.files import read_records
+from rlhf.inputs.packing import Packer, PromptTree
+from rlhf.inputs.records import Demonstration
+from rlhf.models.adapters import HEAD
+from rlhf.models.loading import (
     ScalarModel,
     check_vocabulary,
     checkpoint_activations,
@@ -29,9 +25,7 @@ from rlhf.models import (
     save_tokenizer,
     save_weights,
 )
-from rlhf.packing import Packer, PromptTree
-from rlhf.records import Demonstration
-from rlhf.resume import Checkpoints, ResumeCallback
+from rlhf.models.passes import compute_scores
 from rlhf.rewards import (
     NUM_GOLDEN,
     REWARD_FILE,
@@ -41,8 +35,14 @@ from rlhf.rewards import (
     load_reward_model,
     rendering_hash,
 )
-from rlhf.runs import Run, open_run
-from rlhf.state import Fields
+from rlhf.runs.checkpoints import Checkpoints, ResumeCallback
+from rlhf.runs.folder import MODEL_FILES, folders_given_back
+from rlhf.runs.run import Run, open_run
+from rlhf.runs.settings import ModelSettings
+from rlhf.runs.stateful import Fields
+from rlhf.training import sharding
+from rlhf.training.offloading import free_unused, memory_of
+from rlhf.training.processes import naming, own_share, start_accelerator
 from stages.rm import figures
 from stages.rm.config import Config
 from stages.rm.data import (

@@ -24,7 +24,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf.distributed import (
+from rlhf.inputs.packing import PackedRow, Packer, PromptTree
+from rlhf.inputs.records import Ranking
+from rlhf.maths.losses import Stats, preferences_from_ranks, ranking_loss
+from rlhf.models.loading import ScalarModel
+from rlhf.runs.run import Run
+from rlhf.training.optim import make_optimizer, make_schedule
+from rlhf.training.processes import (
     TRAINER_STATE,
     check_launch,
     is_bf16,
@@ -35,12 +41,6 @@ from rlhf.distributed import (
     sum_over_processes,
     use_accelerator_at_work,
 )
-from rlhf.losses import Stats, preferences_from_ranks, ranking_loss
-from rlhf.models import ScalarModel
-from rlhf.optim import make_optimizer, make_schedule
-from rlhf.packing import PackedRow, Packer, PromptTree
-from rlhf.records import Ranking
-from rlhf.runs import Run
 from stages.rm.config import Config
 from stages.rm.data import Example
 

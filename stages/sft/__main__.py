@@ -1,6 +1,6 @@
 """`python -m stages.sft --config configs/sft/tiny.yaml`: fine-tunes a policy on demonstrations."""
 
-from rlhf.cli import run_stage
+from rlhf.runs.program import run_stage
 from stages.sft.config import Config
 from stages.sft.train import train
 

@@ -3,8 +3,14 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.config import GenerationSettings, LoraSettings, MayOverwrite, ModelSettings, OptimSettings
-from rlhf.trackers import Tracker
+from rlhf.runs.settings import (
+    GenerationSettings,
+    LoraSettings,
+    MayOverwrite,
+    ModelSettings,
+    OptimSettings,
+)
+from rlhf.runs.trackers import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.chat import Chat
 from rlhf.generation import Decoding, generate
-from rlhf.inference import compute_logprobs
-from rlhf.packing import Packer, PromptTree
-from rlhf.records import Demonstration, prompt_key
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.packing import Packer, PromptTree
+from rlhf.inputs.records import Demonstration, prompt_key
+from rlhf.models.passes import compute_logprobs
 from rlhf.rewards import RewardModel
 from stages.sft.config import Config
 from stages.sft.rows import Example

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from rlhf.chat import Chat
-from rlhf.datasets import read_records, split_by_prompt
-from rlhf.fitting import fit_prompt
-from rlhf.packing import PromptTree, text_tree
-from rlhf.records import Demonstration, Text, name_rows, naming_row
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.files import read_records, split_by_prompt
+from rlhf.inputs.fitting import fit_prompt
+from rlhf.inputs.packing import PromptTree, text_tree
+from rlhf.inputs.records import Demonstration, Text, name_rows, naming_row
 from stages.sft.config import Config
 
 

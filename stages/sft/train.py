@@ -8,13 +8,9 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, set_seed
 
-from rlhf import sharding
-from rlhf.chat import Chat
-from rlhf.config import ModelSettings
-from rlhf.distributed import start_accelerator
-from rlhf.folders import MODEL_FILES, folders_given_back
-from rlhf.memory import free_unused, memory_of
-from rlhf.models import (
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.packing import Packer
+from rlhf.models.loading import (
     check_context,
     check_vocabulary,
     load_chat,
@@ -22,11 +18,15 @@ from rlhf.models import (
     packer_for,
     save_policy,
 )
-from rlhf.packing import Packer
-from rlhf.resume import Checkpoints
 from rlhf.rewards import RewardModel, load_reward_model, measured_dtype
-from rlhf.runs import Run, open_run
-from rlhf.state import Fields
+from rlhf.runs.checkpoints import Checkpoints
+from rlhf.runs.folder import MODEL_FILES, folders_given_back
+from rlhf.runs.run import Run, open_run
+from rlhf.runs.settings import ModelSettings
+from rlhf.runs.stateful import Fields
+from rlhf.training import sharding
+from rlhf.training.offloading import free_unused, memory_of
+from rlhf.training.processes import start_accelerator
 from stages.sft.config import Config
 from stages.sft.measure import Sample, draw_samples, mean_loss, sample_rows, score_samples
 from stages.sft.rows import Rows, fit_batches, lay_out, load_rows

@@ -31,10 +31,17 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
-from rlhf import sharding
-from rlhf.architectures import accepted, num_embeddings
-from rlhf.config import OptimSettings
-from rlhf.distributed import (
+from rlhf.inputs.packing import PromptTree
+from rlhf.models.architectures import accepted, num_embeddings
+from rlhf.models.loading import save_tokenizer, save_weights
+from rlhf.runs.checkpoints import Checkpoints, ResumeCallback
+from rlhf.runs.run import Run
+from rlhf.runs.settings import OptimSettings
+from rlhf.runs.stateful import Fields, Stateful
+from rlhf.training import sharding
+from rlhf.training.offloading import memory_of
+from rlhf.training.optim import make_optimizer, make_schedule
+from rlhf.training.processes import (
     TRAINER_STATE,
     check_launch,
     is_bf16,
@@ -43,13 +50,6 @@ from rlhf.distributed import (
     naming,
     use_accelerator_at_work,
 )
-from rlhf.memory import memory_of
-from rlhf.models import save_tokenizer, save_weights
-from rlhf.optim import make_optimizer, make_schedule
-from rlhf.packing import PromptTree
-from rlhf.resume import Checkpoints, ResumeCallback
-from rlhf.runs import Run
-from rlhf.state import Fields, Stateful
 from stages.sft.config import Config
 
 Metrics = dict[str, float]

@@ -19,9 +19,9 @@ from data.check import (
     statistics,
     warnings,
 )
-from rlhf.chat import Chat
-from rlhf.models import load_tokenizer
-from rlhf.records import Demonstration, Prompt, Ranking, Text
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.records import Demonstration, Prompt, Ranking, Text
+from rlhf.models.loading import load_tokenizer
 from tests.rlhf.tiny_models import byte_tokenizer
 
 REFUSES_SYSTEM = (

@@ -22,11 +22,11 @@ from data.convert.formats import (
 )
 from data.convert.program import ConvertConfig, convert
 from data.convert.readers import split_documents, strip_gutenberg
-from rlhf.datasets import read_records
-from rlhf.records import (
+from rlhf.inputs.files import read_records
+from rlhf.inputs.records import (
     LAYOUTS as KNOWN_LAYOUTS,
 )
-from rlhf.records import (
+from rlhf.inputs.records import (
     RECORD_CLASSES,
     Demonstration,
     Prompt,

@@ -12,8 +12,8 @@ from data.instructions.build import IFEVAL, OPEN_ASSISTANT, InstructionsConfig, 
 from data.instructions.checks import CHECKS, count_word, follows_one, sentences, words
 from data.instructions.ifeval import from_ifeval, known_prompts
 from data.instructions.templates import DRAWS, NUM_GROUPS, draw_instructions, in_words
-from rlhf.datasets import read_records
-from rlhf.records import Prompt
+from rlhf.inputs.files import read_records
+from rlhf.inputs.records import Prompt
 
 
 @pytest.mark.parametrize(

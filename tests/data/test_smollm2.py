@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from data.smollm2 import PACKAGE, Smollm2Config, find_gguf, prepare, write_base
-from rlhf.datasets import read_records
-from rlhf.records import Demonstration, Prompt, Ranking, Text
+from rlhf.inputs.files import read_records
+from rlhf.inputs.records import Demonstration, Prompt, Ranking, Text
 
 QUESTIONS = [f"What is {i} times {i}?" for i in range(40)]
 

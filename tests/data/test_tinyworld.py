@@ -24,8 +24,8 @@ from data.tinyworld.tasks import (
 )
 from data.tinyworld.text import draw_texts, probe_facts
 from data.tinyworld.world import SECRETS, VALUES
-from rlhf.datasets import read_records
-from rlhf.records import Demonstration, Prompt, Text, prompt_key, to_messages
+from rlhf.inputs.files import read_records
+from rlhf.inputs.records import Demonstration, Prompt, Text, prompt_key, to_messages
 
 SMALL = {
     "num_texts": 300,

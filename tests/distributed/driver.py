@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from rlhf import distributed, sharding
-from rlhf.distributed import start_accelerator
+from rlhf.training import processes, sharding
+from rlhf.training.processes import start_accelerator
 from tests.distributed.chain import LORA, run_chain
 from tests.distributed.gpu_files import run_under
 from tests.distributed.gradients import all_steps
@@ -64,14 +64,14 @@ def main() -> None:
 def split_every_weight() -> None:
     """Has ZeRO-3 split also weights of fewer than 100,000 numbers, which it otherwise leaves whole
     on every process: all that the tiny models have."""
-    make_plugin = distributed._deepspeed_plugin
+    make_plugin = processes._deepspeed_plugin
 
     def make_splitting_plugin() -> DeepSpeedPlugin:
         plugin = make_plugin()
         plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return plugin
 
-    distributed._deepspeed_plugin = make_splitting_plugin
+    processes._deepspeed_plugin = make_splitting_plugin
 
 
 if __name__ == "__main__":

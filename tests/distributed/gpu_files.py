@@ -23,9 +23,9 @@ from accelerate.utils import (
     prepare_multi_gpu_env,
 )
 
-from rlhf import distributed
-from rlhf.distributed import start_accelerator
 from rlhf.rewards import RewardModel
+from rlhf.training import processes
+from rlhf.training.processes import start_accelerator
 from stages.ppo.config import PtxSettings
 from stages.sft.train import train as fine_tune
 from tests.distributed.chain import run_rest_of_chain, sft_settings
@@ -56,8 +56,8 @@ def launched_as(name: str) -> Iterator[None]:
             patch.delenv(key)
         for key, value in environment_of(name).items():
             patch.setenv(key, value)
-        patch.setattr(distributed, "_deepspeed_plugin", _plugin_without_cpp())
-        if distributed.is_asked_for("ACCELERATE_USE_FSDP"):
+        patch.setattr(processes, "_deepspeed_plugin", _plugin_without_cpp())
+        if processes.is_asked_for("ACCELERATE_USE_FSDP"):
             kind = "gloo", DistributedType.MULTI_GPU
             patch.setattr(PartialState, "_prepare_backend", lambda *_, **__: kind)
             patch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
@@ -67,7 +67,7 @@ def launched_as(name: str) -> Iterator[None]:
 
 
 def _plugin_without_cpp() -> Any:
-    make_plugin = distributed._deepspeed_plugin
+    make_plugin = processes._deepspeed_plugin
 
     def make() -> DeepSpeedPlugin:
         plugin = make_plugin()

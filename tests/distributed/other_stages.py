@@ -7,8 +7,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from rlhf.config import ModelSettings
-from rlhf.records import PromptLike
+from rlhf.inputs.records import PromptLike
+from rlhf.runs.settings import ModelSettings
 from stages.collect.collect import collect
 from stages.collect.config import Config as CollectConfig
 from stages.evaluate.config import Config as EvaluateConfig

@@ -8,11 +8,11 @@ import pytest
 from accelerate.utils import gather_object
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf import sharding
-from rlhf.config import GenerationSettings, OptimSettings
-from rlhf.distributed import own_share, start_accelerator
 from rlhf.generation import Decoding, generate
-from rlhf.optim import make_optimizer
+from rlhf.runs.settings import GenerationSettings, OptimSettings
+from rlhf.training import sharding
+from rlhf.training.optim import make_optimizer
+from rlhf.training.processes import own_share, start_accelerator
 from stages.ppo import train as ppo_train
 from stages.ppo.rollout import Rollout
 from stages.ppo.update import PolicyAndValue

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from accelerate import PartialState
 
-from rlhf.datasets import split_by_prompt, write_records
 from rlhf.generation import Decoding, Samples
-from rlhf.generation.loop import LoopEngine
-from rlhf.records import Demonstration
+from rlhf.generation.hf import LoopEngine
+from rlhf.inputs.files import split_by_prompt, write_records
+from rlhf.inputs.records import Demonstration
 from rlhf.rewards import RewardSettings
 from stages.ppo import config as ppo_config
 from stages.ppo import train as ppo_train

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from accelerate.utils import gather_object
 
-import rlhf.generation.loop
+import rlhf.generation.hf
 import stages.ppo.update
-from rlhf.distributed import start_accelerator
 from rlhf.rewards import RewardSettings
+from rlhf.training.processes import start_accelerator
 from stages.ppo import train as ppo_train
 from stages.ppo.config import PPOSettings
 from stages.ppo.monitor import TrainingStopped
@@ -20,7 +20,7 @@ from tests.distributed.chain import ppo_settings
 def stopped_by_nan_in_sampling(inputs: Path, results: Path) -> list[str]:
     """PPO over the folders of `run_chain`, in which the last process's sampler meets NaN."""
     accelerator = start_accelerator()
-    sample = rlhf.generation.loop._sample
+    sample = rlhf.generation.hf._sample
     config = ppo_settings(
         inputs,
         results / "sft",
@@ -31,7 +31,7 @@ def stopped_by_nan_in_sampling(inputs: Path, results: Path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingStopped) as stopped:
         if accelerator.is_last_process:
             broken = lambda logits, *rest: sample(logits * math.nan, *rest)  # noqa: E731
-            patch.setattr(rlhf.generation.loop, "_sample", broken)
+            patch.setattr(rlhf.generation.hf, "_sample", broken)
         ppo_train.train(config)
     accelerator.wait_for_everyone()
     return gather_object([str(stopped.value)])

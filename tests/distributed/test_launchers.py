@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.config import ModelSettings
-from rlhf.distributed import check_plugin, naming
 from rlhf.rewards import load_reward_model
+from rlhf.runs.settings import ModelSettings
+from rlhf.training.processes import check_plugin, naming
 from stages.evaluate.evaluate import evaluate
 from stages.ppo.config import PtxSettings
 from stages.pretrain.train import pretrain

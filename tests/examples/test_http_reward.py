@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from examples.http_reward import HttpReward
-from rlhf.records import Prompt
+from rlhf.inputs.records import Prompt
 from rlhf.rewards import FunctionReward, load_function
 
 Answer = tuple[int, bytes]

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from rlhf.config import ModelSettings
 from rlhf.rewards import RewardSettings
-from rlhf.runs import CONFIG, METRICS, RESULTS, RunSettings, settings_in_force
+from rlhf.runs.run import CONFIG, METRICS, RESULTS, RunSettings, settings_in_force
+from rlhf.runs.settings import ModelSettings
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import PPOSettings, PtxSettings

@@ -25,11 +25,11 @@ from experiments.overoptimisation import (
     small_reward_model,
     study,
 )
-from rlhf.config import ModelSettings, OptimSettings
-from rlhf.datasets import read_records, write_records
-from rlhf.models import new_policy, save_policy
-from rlhf.records import Demonstration, Prompt, Ranking
+from rlhf.inputs.files import read_records, write_records
+from rlhf.inputs.records import Demonstration, Prompt, Ranking
+from rlhf.models.loading import new_policy, save_policy
 from rlhf.rewards import RewardSettings
+from rlhf.runs.settings import ModelSettings, OptimSettings
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
 from stages.rm.config import Config as RMConfig

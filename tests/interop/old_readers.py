@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from rlhf import export
-from rlhf.models import save_policy
+from rlhf.models.loading import save_policy
 from stages.pretrain.train import pretrain
 from tests.distributed.chain import LORA, make_inputs, run_chain
 from tests.distributed.other_stages import pretrain_settings
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
+from tools import export
 
 ROOT = Path(__file__).parents[2]
 OLD = ROOT / ".venv-interop/bin/python"

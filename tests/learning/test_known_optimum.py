@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 import stages.ppo.rollout as rollout_module
 import stages.ppo.update as update_module
-from rlhf.config import ModelSettings, OptimSettings
-from rlhf.kl import k1, k3, last_token_mask, penalized_rewards
-from rlhf.losses import policy_loss
-from rlhf.masking import masked_sum, whiten
-from rlhf.optim import make_optimizer, make_schedule
-from rlhf.packing import Packer, PromptTree, response_batch, text_tree
-from rlhf.records import Prompt
+from rlhf.inputs.packing import Packer, PromptTree, response_batch, text_tree
+from rlhf.inputs.records import Prompt
+from rlhf.maths.kl import k1, k3, last_token_mask, penalized_rewards
+from rlhf.maths.losses import policy_loss
+from rlhf.maths.masking import masked_sum, whiten
 from rlhf.rewards import RewardSettings, Scored
+from rlhf.runs.settings import ModelSettings, OptimSettings
+from rlhf.training.optim import make_optimizer, make_schedule
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, Sampler
 from stages.ppo.update import Learner, PolicyAndValue, RowBatch, update
@@ -303,7 +303,7 @@ def score_behind_the_end(scores, logprobs, ref_logprobs, response_mask, kl_coef)
     """Advantages read nothing behind the end, so the score is lost.
 
     Where they did, the optimum would be the right one, and this test blind: the score's place is
-    held by tests/rlhf/test_kl.py and, in a rollout, by tests/stages/test_ppo.py.
+    held by tests/rlhf/maths/test_kl.py and, in a rollout, by tests/stages/test_ppo.py.
     """
     penalty = -kl_coef * k1(logprobs, ref_logprobs, response_mask)
     behind = torch.roll(last_token_mask(response_mask), 1, dims=1)

@@ -26,12 +26,12 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from rlhf.architectures import scalar_class
-from rlhf.chat import Chat
-from rlhf.config import GenerationSettings, ModelSettings, load_config
 from rlhf.generation import Decoding, generate
 from rlhf.generation.decoder import WAYS, way_for
-from rlhf.models import load_chat, load_policy, packer_for
+from rlhf.inputs.chat import Chat
+from rlhf.models.architectures import scalar_class
+from rlhf.models.loading import load_chat, load_policy, packer_for
+from rlhf.runs.settings import GenerationSettings, ModelSettings, load_config
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.evaluate.evaluate import evaluate
 from stages.ppo.config import Config as PPOConfig

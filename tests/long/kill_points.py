@@ -97,7 +97,7 @@ def kill_in_writing(stage: str, config: Any, moments: random.Random) -> bool:
     """Whether it came to the kill before its end."""
     name = moments.choice(sorted(WRITING))
     call = moments.randint(1, WRITING[name])
-    code, printed = run_command(stage, config, Cut("rlhf.checkpoint", name, call))
+    code, printed = run_command(stage, config, Cut("rlhf.runs.checkpoint_files", name, call))
     assert code in (0, KILLED), printed
     return code == KILLED
 

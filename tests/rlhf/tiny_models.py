@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.models import ScalarModel, disable_dropout
+from rlhf.models.loading import ScalarModel, disable_dropout
 
 VOCAB = 61
 

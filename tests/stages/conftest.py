@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.chat import Chat
-from rlhf.config import ModelSettings, OptimSettings
-from rlhf.models import save_policy
+from rlhf.inputs.chat import Chat
+from rlhf.models.loading import save_policy
 from rlhf.rewards import RewardSettings
+from rlhf.runs.settings import ModelSettings, OptimSettings
 from stages.ppo.config import Config, MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
 

@@ -22,11 +22,11 @@ from typing import Any
 
 import yaml
 
-from rlhf.cli import run_stage
-from rlhf.config import ModelSettings, OptimSettings
-from rlhf.datasets import write_records
-from rlhf.records import Demonstration, Ranking, Text
-from rlhf.runs import settings_in_force
+from rlhf.inputs.files import write_records
+from rlhf.inputs.records import Demonstration, Ranking, Text
+from rlhf.runs.program import run_stage
+from rlhf.runs.run import settings_in_force
+from rlhf.runs.settings import ModelSettings, OptimSettings
 from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
 from stages.pretrain.config import ArchitectureSettings
 from stages.pretrain.config import Config as PretrainConfig

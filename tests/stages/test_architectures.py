@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.config import ModelSettings, load_config
-from rlhf.inference import compute_logprobs
-from rlhf.models import load_policy
-from rlhf.packing import Packer, PromptTree
-from rlhf.plan import Launch, make_plan
+from rlhf.inputs.packing import Packer, PromptTree
+from rlhf.models.loading import load_policy
+from rlhf.models.passes import compute_logprobs
+from rlhf.runs.settings import ModelSettings, load_config
 from stages.sft.config import Config
 from stages.sft.trainer import make_trainer
 from tests.long.architectures import stages_of, tokenizer, write_data
 from tests.rlhf.every_architecture import save_tiny
+from tools.plan import Launch, make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(cannot take the packing mask|samples )")
 ROUTER = "output_router_logits"

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.config import ModelSettings, load_config
-from rlhf.datasets import read_records, write_records
-from rlhf.models import new_policy, save_policy
-from rlhf.records import Prompt, PromptLike, Ranking
+from rlhf.inputs.files import read_records, write_records
+from rlhf.inputs.records import Prompt, PromptLike, Ranking
+from rlhf.models.loading import new_policy, save_policy
+from rlhf.runs.settings import ModelSettings, load_config
 from stages.collect.collect import collect, distinct_texts
 from stages.collect.config import Config
 from stages.collect.report import agreement, agreements, describe_samples, tie_share

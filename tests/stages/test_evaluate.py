@@ -13,13 +13,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf.chat import Chat
-from rlhf.config import GenerationSettings, ModelSettings
-from rlhf.inference import compute_scores
-from rlhf.models import load_policy, load_scalar, load_tokenizer, new_policy, save_policy
-from rlhf.packing import Packer, PromptTree
-from rlhf.records import Prompt
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.packing import Packer, PromptTree
+from rlhf.inputs.records import Prompt
+from rlhf.models.loading import load_policy, load_scalar, load_tokenizer, new_policy, save_policy
+from rlhf.models.passes import compute_scores
 from rlhf.rewards import GoldenRow, RewardCard, load_reward_model, rendering_hash
+from rlhf.runs.settings import GenerationSettings, ModelSettings
 from stages.evaluate.config import Config
 from stages.evaluate.curves import PANELS, find_curves, running_mean
 from stages.evaluate.evaluate import evaluate

@@ -14,11 +14,9 @@ from data.instructions.build import build as build_instructions
 from data.smollm2 import Smollm2Config, prepare
 from data.tinyworld.build import build as build_tinyworld
 from data.tinyworld.config import TinyWorldConfig
-from rlhf import runs
-from rlhf.cli import USER_ERROR, run_stage
-from rlhf.export import Config as ExportConfig
-from rlhf.export import export
-from rlhf.folders import LOCK, MARK
+from rlhf.runs.folder import LOCK, MARK
+from rlhf.runs.program import USER_ERROR, run_stage
+from rlhf.runs.run import settings_in_force
 from stages.collect.collect import collect
 from stages.collect.config import Config as CollectConfig
 from stages.evaluate.config import Config as EvaluateConfig
@@ -31,8 +29,10 @@ from stages.rm.config import Config as RewardModelConfig
 from stages.rm.train import train as train_rm
 from stages.sft.config import Config as SFTConfig
 from stages.sft.train import train as train_sft
-from tests.rlhf.test_folders import snapshot
+from tests.rlhf.runs.test_folder import snapshot
 from tests.stages.cut_runs import make_configs
+from tools.export import Config as ExportConfig
+from tools.export import export
 
 STAGES: dict[str, tuple[Callable[[Any], object], type]] = {
     "pretrain": (pretrain, PretrainConfig),
@@ -195,9 +195,9 @@ def test_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "here").mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(runs, "commit", lambda: "abc")
+    monkeypatch.setattr("rlhf.runs.run.commit", lambda: "abc")
     config = make_configs(home / "inputs", tmp_path)["pretrain"]
-    settings = runs.settings_in_force(config) | {"output_dir": "~/runs/base/"}
+    settings = settings_in_force(config) | {"output_dir": "~/runs/base/"}
     settings |= dict.fromkeys(("text_path", "text_held_out_path"), "~/inputs/text.jsonl")
     (home / "settings.yaml").write_text(json.dumps(settings))
     run_stage(*STAGES["pretrain"], ["--config=~/settings.yaml"])

@@ -11,15 +11,15 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from rlhf.config import LoraSettings, ModelSettings, OptimSettings
-from rlhf.datasets import write_records
-from rlhf.lora import read_adapter, weights_sha256
-from rlhf.models import load_chat, load_policy, load_scalar, new_policy, save_policy
-from rlhf.packing import PromptTree, text_tree
-from rlhf.records import Demonstration, Prompt, Ranking
+from rlhf.inputs.files import write_records
+from rlhf.inputs.packing import PromptTree, text_tree
+from rlhf.inputs.records import Demonstration, Prompt, Ranking
+from rlhf.models.adapters import read_adapter, weights_sha256
+from rlhf.models.loading import load_chat, load_policy, load_scalar, new_policy, save_policy
 from rlhf.rewards import RewardSettings, load_reward_model
-from rlhf.sharding import local_gradients
-from rlhf.timing import Stopwatch
+from rlhf.runs.settings import LoraSettings, ModelSettings, OptimSettings
+from rlhf.runs.stopwatch import Stopwatch
+from rlhf.training.sharding import local_gradients
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, roll_out

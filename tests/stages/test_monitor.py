@@ -16,18 +16,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import rlhf.generation.loop
+import rlhf.generation.hf
 import stages.ppo.rollout
 import stages.ppo.train
 import stages.ppo.update
-from rlhf.chat import Chat
-from rlhf.config import GenerationSettings, ModelSettings, OptimSettings
 from rlhf.generation import Samples
-from rlhf.generation.loop import LoopEngine
-from rlhf.inference import compute_scores
-from rlhf.models import load_scalar, load_tokenizer, packer_for
-from rlhf.packing import PromptTree
+from rlhf.generation.hf import LoopEngine
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.packing import PromptTree
+from rlhf.models.loading import load_scalar, load_tokenizer, packer_for
+from rlhf.models.passes import compute_scores
 from rlhf.rewards import GoldenRow, RewardCard, RewardSettings, rendering_hash
+from rlhf.runs.settings import GenerationSettings, ModelSettings, OptimSettings
 from stages.ppo.config import Config, MonitorSettings, PPOSettings
 from stages.ppo.monitor import CODES, RULES, Monitor, TrainingStopped
 from stages.ppo.train import train
@@ -105,9 +105,9 @@ def test_an_update_that_is_not_checked_takes_the_sampler_at_its_word(config: Con
 
 
 def test_a_sampler_that_is_not_the_policy_shows_in_the_first_ratio_too(config: Config, monkeypatch):
-    sample = rlhf.generation.loop._sample
+    sample = rlhf.generation.hf._sample
     broken = break_from(8, sample, sampler(cold, is_honest=True))  # the first rollout's 8 tokens
-    monkeypatch.setattr(rlhf.generation.loop, "_sample", broken)
+    monkeypatch.setattr(rlhf.generation.hf, "_sample", broken)
     rollout = replace(config.rollout, check_every=10)
     with pytest.raises(TrainingStopped, match=r"^PPO_RATIO at update 1: .* stays below 0\.002"):
         train(replace(config, rollout=rollout))
@@ -178,7 +178,7 @@ def sampler(distribution: Callable, *, is_honest: bool) -> Callable:
 @pytest.mark.parametrize("distribution", [top_k, top_p, cold])
 def test_a_sampler_that_is_not_the_policy(distribution, config: Config, monkeypatch):
     sample = sampler(distribution, is_honest=True)
-    monkeypatch.setattr(rlhf.generation.loop, "_sample", sample)
+    monkeypatch.setattr(rlhf.generation.hf, "_sample", sample)
     with pytest.raises(TrainingStopped, match=r"^PPO_SAMPLER at update 0: Sampler and trainer are"):
         train(config)
 
@@ -186,7 +186,7 @@ def test_a_sampler_that_is_not_the_policy(distribution, config: Config, monkeypa
 @pytest.mark.parametrize("distribution", [top_k, top_p, cold])
 def test_a_sampler_that_says_it_is_the_policy(distribution, config: Config, monkeypatch):
     sample = sampler(distribution, is_honest=False)
-    monkeypatch.setattr(rlhf.generation.loop, "_sample", sample)
+    monkeypatch.setattr(rlhf.generation.hf, "_sample", sample)
     with pytest.raises(TrainingStopped, match=r"^PPO_SAMPLER at update \d: .* nats likelier"):
         train(replace(config, rollout=replace(config.rollout, batch_size=256)))
 
@@ -245,13 +245,13 @@ def test_a_code_that_is_not_to_stop_warns_once_and_is_counted(config: Config, mo
 
 
 def test_responses_that_never_end(config: Config, monkeypatch):
-    sample = rlhf.generation.loop._sample
+    sample = rlhf.generation.hf._sample
 
     def never_end(logits, *args):
         logits[:, 1] = -math.inf
         return sample(logits, *args)
 
-    monkeypatch.setattr(rlhf.generation.loop, "_sample", never_end)
+    monkeypatch.setattr(rlhf.generation.hf, "_sample", never_end)
     monitor = MonitorSettings(stop_on=["PPO_NO_EOS"])
     with pytest.raises(TrainingStopped, match=r"^PPO_NO_EOS at update 0: Only 0% .* 8 tokens"):
         train(replace(config, monitor=monitor))

@@ -17,27 +17,27 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-import rlhf.timing
+import rlhf.runs.stopwatch
 import stages.ppo.rollout
 import stages.ppo.train
 import stages.ppo.update
-from rlhf.chat import Chat
-from rlhf.config import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
-from rlhf.generation.loop import LoopEngine
-from rlhf.inference import compute_logprobs, compute_values
-from rlhf.models import save_policy
-from rlhf.optim import MovingAverage, make_optimizer, make_schedule
-from rlhf.packing import Packer, text_tree
-from rlhf.plan import Launch, make_plan
-from rlhf.records import Prompt
+from rlhf.generation.hf import LoopEngine
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.packing import Packer, text_tree
+from rlhf.inputs.records import Prompt
+from rlhf.models.loading import save_policy
+from rlhf.models.passes import compute_logprobs, compute_values
 from rlhf.rewards import RewardSettings, Scored
-from rlhf.sharding import local_gradients
+from rlhf.runs.settings import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
+from rlhf.training.optim import MovingAverage, make_optimizer, make_schedule
+from rlhf.training.sharding import local_gradients
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out
 from stages.ppo.train import text_blocks, train
 from stages.ppo.update import Learner, PolicyAndValue, optimizer_step, update
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 from tests.stages.conftest import is_timing
+from tools.plan import Launch, make_plan
 
 END = 1
 PHASES = (
@@ -156,7 +156,7 @@ def test_a_long_rollout_says_how_far_it_is(monkeypatch):
     told: list[str] = []
     make_rollout(learner, config, told.append)
     assert told == []
-    monkeypatch.setattr(rlhf.timing, "HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr(rlhf.runs.stopwatch, "HEARTBEAT_SECONDS", 0.0)
     make_rollout(learner, config, told.append)
     assert re.fullmatch(r"ppo: sampled \d of 8 after 0 s", told[0])
     assert told[-1] == "ppo: sampled 8 of 8 after 0 s"

@@ -11,11 +11,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from rlhf.advantages import generalized_advantages
-from rlhf.chat import Chat
-from rlhf.config import ModelSettings, OptimSettings
-from rlhf.packing import Packer, PromptTree
-from rlhf.records import Prompt
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.packing import Packer, PromptTree
+from rlhf.inputs.records import Prompt
+from rlhf.maths.advantages import generalized_advantages
 from rlhf.rewards import (
     EnsembleSettings,
     FunctionReward,
@@ -25,6 +24,7 @@ from rlhf.rewards import (
     TokenFunctionReward,
     WeightedReward,
 )
+from rlhf.runs.settings import ModelSettings, OptimSettings
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.normalize import normalize_scores
 from stages.ppo.rollout import Episode, Sampler, roll_out, rollout_metrics, rollout_sums

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.cli import INTERRUPTED
-from rlhf.config import LoraSettings
+from rlhf.runs.program import INTERRUPTED
+from rlhf.runs.settings import LoraSettings
 from tests.stages.cut_runs import (
     KILLED,
     Cut,
@@ -28,10 +28,10 @@ def configs(tmp_path: Path) -> dict[str, Any]:
 
 PPO_CUTS = [
     Cut("stages.ppo.update", "policy_loss", 5),  # before the first checkpoint
-    Cut("rlhf.checkpoint", "save_file", 2),  # in the middle of the first
+    Cut("rlhf.runs.checkpoint_files", "save_file", 2),  # in the middle of the first
     Cut("stages.ppo.train", "update", 3),  # behind the first
-    Cut("rlhf.checkpoint", "Path.rename", 1),  # the second is whole, and has not its name yet
-    Cut("rlhf.resume", "remove_others", 1),  # it has, and the first is still there
+    Cut("rlhf.runs.checkpoint_files", "Path.rename", 1),  # the second is whole, still unnamed
+    Cut("rlhf.runs.checkpoints", "remove_others", 1),  # it has, and the first is still there
     Cut("stages.ppo.train", "save_policy", 1),
 ]
 
@@ -44,9 +44,9 @@ def test_ppo_killed_again_and_again_is_the_run_that_was_not(configs: dict[str, A
 
 RM_CUTS = [
     Cut("stages.rm.trainer", "ranking_loss", 6),
-    Cut("rlhf.checkpoint", "save_file", 2),  # in the middle of the second checkpoint
+    Cut("rlhf.runs.checkpoint_files", "save_file", 2),  # in the middle of the second checkpoint
     Cut("stages.rm.trainer", "AtEpochEnd.on_epoch_end", 1),
-    Cut("rlhf.resume", "remove_others", 2),
+    Cut("rlhf.runs.checkpoints", "remove_others", 2),
     Cut("stages.rm.train", "save_scalar", 1),
 ]
 
@@ -61,10 +61,10 @@ def test_a_reward_model_killed_again_and_again_is_the_one_that_was_not(
 
 SFT_CUTS = [
     Cut("stages.sft.trainer", "_Keeper.on_log", 2),
-    Cut("rlhf.checkpoint", "save_file", 1),
+    Cut("rlhf.runs.checkpoint_files", "save_file", 1),
     Cut("stages.sft.trainer", "save_weights", 3),  # in the middle of keeping the best
     Cut("stages.sft.trainer", "_Keeper.on_step_end", 3),
-    Cut("rlhf.resume", "remove_others", 1),
+    Cut("rlhf.runs.checkpoints", "remove_others", 1),
     Cut("stages.sft.train", "save_policy", 1),
 ]
 
@@ -78,7 +78,7 @@ def test_sft_killed_again_and_again_is_the_run_that_was_not(configs: dict[str, A
 
 PRETRAIN_CUTS = [
     Cut("stages.pretrain.train", "language_model_loss", 8),
-    Cut("rlhf.resume", "remove_others", 1),
+    Cut("rlhf.runs.checkpoints", "remove_others", 1),
     Cut("stages.pretrain.train", "save_policy", 1),
 ]
 
@@ -103,7 +103,7 @@ def test_two_processes_go_on_from_one_checkpoint(
 ):
     cuts = [
         Cut("stages.ppo.train", "update", 4),  # the second process, in the middle of an update
-        Cut("rlhf.resume", "gather_object", 1),  # before it gives its part of a checkpoint
+        Cut("rlhf.runs.checkpoints", "gather_object", 1),  # before it gives its part
     ]
     rows = same_when_killed("ppo", configs["ppo"], cuts, num_processes=2)
     assert [row["step"] for row in rows] == list(range(6))

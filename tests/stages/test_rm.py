@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, modeling_utils
 
-from rlhf.chat import Chat
-from rlhf.config import ModelSettings, OptimSettings
-from rlhf.datasets import write_records
-from rlhf.models import load_scalar, load_tokenizer, new_policy, save_policy
-from rlhf.packing import Packer, PromptTree
-from rlhf.records import Demonstration, Ranking
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.files import write_records
+from rlhf.inputs.packing import Packer, PromptTree
+from rlhf.inputs.records import Demonstration, Ranking
+from rlhf.measuring.statistics import wilson_interval
+from rlhf.models.loading import load_scalar, load_tokenizer, new_policy, save_policy
 from rlhf.rewards import load_reward_model
-from rlhf.runs import open_run
-from rlhf.statistics import wilson_interval
+from rlhf.runs.run import open_run
+from rlhf.runs.settings import ModelSettings, OptimSettings
 from stages.rm import figures
 from stages.rm.config import Config
 from stages.rm.data import Example, make_examples, read_rankings

@@ -10,18 +10,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rlhf.chat import Chat
-from rlhf.config import GenerationSettings, ModelSettings, OptimSettings, load_config
-from rlhf.datasets import write_records
-from rlhf.distributed import start_accelerator
 from rlhf.generation import Decoding, generate
-from rlhf.inference import compute_scores
-from rlhf.models import load_policy, load_scalar, new_policy, save_policy
-from rlhf.packing import Packer, PromptTree, text_tree
-from rlhf.records import Demonstration, Text
-from rlhf.resume import Checkpoints
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.files import write_records
+from rlhf.inputs.packing import Packer, PromptTree, text_tree
+from rlhf.inputs.records import Demonstration, Text
+from rlhf.models.loading import load_policy, load_scalar, new_policy, save_policy
+from rlhf.models.passes import compute_scores
 from rlhf.rewards import GoldenRow, RewardCard, rendering_hash
-from rlhf.runs import Run, open_run
+from rlhf.runs.checkpoints import Checkpoints
+from rlhf.runs.run import Run, open_run
+from rlhf.runs.settings import GenerationSettings, ModelSettings, OptimSettings, load_config
+from rlhf.training.processes import start_accelerator
 from stages.sft import train as train_module
 from stages.sft.config import Config
 from stages.sft.measure import draw_samples, mean_loss

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import stages.ppo.speed
-from rlhf.config import ModelSettings
-from rlhf.flops import Work, forward_flops, size_of
-from rlhf.models import load_chat, load_policy
+from rlhf.measuring.flops import Work, forward_flops, size_of
+from rlhf.models.loading import load_chat, load_policy
+from rlhf.runs.settings import ModelSettings
 from stages.ppo.config import Config, PtxSettings
 from stages.ppo.train import train
 

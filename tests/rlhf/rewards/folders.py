@@ -7,12 +7,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf.chat import Chat
-from rlhf.config import ModelSettings
-from rlhf.inference import compute_scores
-from rlhf.models import load_scalar, load_tokenizer, new_policy, packer_for, save_policy
-from rlhf.packing import PromptTree
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.packing import PromptTree
+from rlhf.models.loading import load_scalar, load_tokenizer, new_policy, packer_for, save_policy
+from rlhf.models.passes import compute_scores
 from rlhf.rewards import GoldenRow, RewardCard, rendering_hash
+from rlhf.runs.settings import ModelSettings
 from tests.rlhf.tiny_models import byte_tokenizer
 
 PROMPTS = ["one", "one", "two", [{"role": "user", "content": "three"}]]

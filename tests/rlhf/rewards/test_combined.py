@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.chat import Chat
-from rlhf.config import ModelSettings
-from rlhf.records import Prompt
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.records import Prompt
 from rlhf.rewards import (
     EnsembleReward,
     EnsembleSettings,
@@ -22,6 +21,7 @@ from rlhf.rewards import (
     load_reward_model,
     reward_models_of,
 )
+from rlhf.runs.settings import ModelSettings
 from tests.rlhf.rewards.folders import PROMPTS, RESPONSES, base_tokenizer
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.chat import Chat
-from rlhf.records import Prompt
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.records import Prompt
 from rlhf.rewards import (
     FunctionReward,
     RewardSettings,

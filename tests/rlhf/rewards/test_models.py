@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from rlhf.chat import Chat
-from rlhf.config import ModelSettings
-from rlhf.models import load_tokenizer
-from rlhf.packing import PromptTree
-from rlhf.records import Prompt
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.packing import PromptTree
+from rlhf.inputs.records import Prompt
+from rlhf.models.loading import load_tokenizer
 from rlhf.rewards import (
     REWARD_FILE,
     PartSettings,
@@ -34,6 +33,7 @@ from rlhf.rewards import (
     same_vocabulary,
     trees_of,
 )
+from rlhf.runs.settings import ModelSettings
 from tests.rlhf.rewards.folders import (
     PROMPTS,
     RESPONSES,

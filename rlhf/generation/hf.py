@@ -1,0 +1,138 @@
+"""Engine `hf`: our own loop over the model's cache, in which finished responses stop costing."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.generation.cpu_products import thin_products
+from rlhf.generation.decoder import Decoder, Way, way_for
+from rlhf.generation.interface import Decoding, Samples
+from rlhf.runs.settings import GenerationSettings
+from rlhf.training.nonfinite import NonFiniteError
+
+COPY_COST = 1.0
+"""Cost of copying a row of the cache, in decoded tokens of a row. Between 0.5 and 2 the sum of both
+costs stays within 3 % for responses of 16 to 256 tokens."""
+
+
+class LoopEngine:
+    """Prompts of like length are decoded side by side until the last of them is finished.
+
+    Rows leave the batch as their responses end; a waiting prompt does not take their place, which
+    the engine `continuous` does. No scores are kept: of each step only the tokens and their
+    log-probabilities.
+    """
+
+    def __init__(self, settings: GenerationSettings) -> None:
+        self.batch_size = settings.batch_size
+        self.policy: PreTrainedModel
+
+    def refresh(self, policy: PreTrainedModel) -> None:
+        self.policy = policy
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
+        generator: torch.Generator | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Samples:
+        """See `Engine.generate`."""
+        device = next(self.policy.parameters()).device
+        draws = _on_device(generator, device)
+        way = way_for(self.policy)
+        samples = Samples([[] for _ in prompts], [[] for _ in prompts])
+        for chosen in _batches(prompts, self.batch_size, way):
+            some_prompts = [prompts[i] for i in chosen]
+            with thin_products(self.policy):
+                decoder = Decoder(self.policy, some_prompts, way)
+                batch = _generate_batch(
+                    decoder, len(some_prompts), decoding, draws, progress or (lambda _: None)
+                )
+            for i, response, logprobs in zip(chosen, *batch, strict=True):
+                samples.responses[i], samples.logprobs[i] = response, logprobs
+        return samples
+
+
+def _batches(prompts: Sequence[Sequence[int]], batch_size: int, way: Way) -> Iterator[list[int]]:
+    """Numbers of prompts of like length, or of one length where the way cannot pad."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = [order]
+    if not way.pads:
+        groups = [list(group) for _, group in groupby(order, key=lambda i: len(prompts[i]))]
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
+
+
+def _generate_batch(
+    decoder: Decoder,
+    num_prompts: int,
+    decoding: Decoding,
+    generator: torch.Generator | None,
+    progress: Callable[[int], object],
+) -> Samples:
+    samples = Samples([[] for _ in range(num_prompts)], [[] for _ in range(num_prompts)])
+    active = list(range(num_prompts))  # rows of the batch -> prompts
+    unfinished = set(active)
+    num_wasted = 0  # tokens decoded in finished rows since rows last left
+    ends = set(decoding.ends)
+    for step in range(decoding.max_new_tokens):
+        tokens, logprobs = _sample(decoder.logits(), decoding.temperature, generator)
+        num_before = len(unfinished)
+        for prompt, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
+            if prompt in unfinished:
+                samples.responses[prompt].append(token)
+                samples.logprobs[prompt].append(logprob)
+                if token in ends:
+                    unfinished.remove(prompt)
+        if not unfinished or step == decoding.max_new_tokens - 1:
+            progress(num_before)  # what is cut at its full length has ended too
+            break
+        progress(num_before - len(unfinished))
+        decoder.append(tokens)
+        # Like renting until the rent has reached the price: never more than twice the best cost,
+        # whatever the lengths of the responses.
+        num_wasted += len(active) - len(unfinished)
+        if num_wasted >= COPY_COST * len(unfinished):
+            kept = [row for row, prompt in enumerate(active) if prompt in unfinished]
+            active, num_wasted = [active[row] for row in kept], 0
+            decoder.keep(torch.tensor(kept, device=tokens.device))
+    return samples
+
+
+def _sample(
+    logits: Tensor, temperature: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-probability, both (rows,)."""
+    probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
+    if probabilities.isnan().any():
+        raise NonFiniteError("logits", "rollout")
+    tokens = logits.argmax(-1) if temperature == 0 else draw(probabilities, generator)
+    return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(1).log()
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One token a row (rows,) from (rows, vocab), by one uniform number each.
+
+    torch.multinomial draws a number for every token of the vocabulary, a quarter of the time of a
+    step of SmolLM2-135M on a CPU.
+    """
+    up_to = probabilities.double().cumsum(-1)
+    shape, device = (len(probabilities), 1), probabilities.device
+    uniform = torch.rand(shape, generator=generator, dtype=torch.double, device=device)
+    tokens = torch.searchsorted(up_to, uniform * up_to[:, -1:], right=True)
+    return tokens.squeeze(1).clamp(max=probabilities.shape[-1] - 1)
+
+
+def _on_device(generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
+    """A generator where the probabilities are, so that they need not come to the CPU; the given
+    one's state still decides all draws."""
+    if device.type == "cpu":
+        return generator
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    return torch.Generator(device).manual_seed(seed)

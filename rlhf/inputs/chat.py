@@ -1,0 +1,343 @@
+"""The one rendering of prompts and responses to token ids, used by every stage.
+
+A prompt becomes ids through the tokenizer's chat template with the generation prompt added; a
+response becomes its own ids followed by the end-of-response token. The two lists are concatenated,
+never re-tokenised together, so SFT, the reward model, PPO and evaluation see the same ids.
+
+Both are what the template renders for the whole conversation, and read back as the text that went
+in: names of control tokens that a person wrote are words, and rules about spaces at the start of a
+text do not reach the response. What cannot be had is warned of.
+"""
+
+import hashlib
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.inputs.control import ControlTokens, Piece, free_character
+from rlhf.inputs.records import Messages, PromptLike, to_messages
+from rlhf.inputs.template import PROBE, add_missing_parts, read_layout, render
+
+
+class Chat:
+    """Renders prompts and responses with one tokenizer.
+
+    Attributes:
+        end_id: the token that ends a response: what the template puts after an assistant's words
+            if that is a token of its own, else the tokenizer's end-of-sequence token.
+        other_ends: further tokens at which sampling stops.
+        pad_id: the padding token, None if the tokenizer has none to spare; masks never depend on
+            it, they come from lengths.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, other_ends: Iterable[int] = ()) -> None:
+        """`other_ends` are what the model's files declare beside the tokenizer's (load_chat)."""
+        other_ends = tuple(other_ends)
+        self.tokenizer = add_missing_parts(tokenizer, other_ends)
+        self._layout = read_layout(tokenizer)
+        self.end_id: int = self._layout.end_id
+        ends = {*other_ends, tokenizer.eos_token_id} - {self.end_id}
+        self.other_ends: tuple[int, ...] = tuple(sorted(ends))
+        self.pad_id: int | None = tokenizer.pad_token_id
+        self._control = ControlTokens(tokenizer, self._layout.control_names)
+        self._turns = ControlTokens(tokenizer, self._layout.turn_names)
+        self._thoughts = ControlTokens(
+            tokenizer, self._layout.control_names - self._layout.turn_names
+        )
+        self._unspelt: set[str] = set()
+        for departure in self._layout.departures:
+            warnings.warn(departure, stacklevel=2)
+
+    def prompt_ids(self, prompt: PromptLike) -> list[int]:
+        """Token ids of a prompt, up to and including the template's generation prompt.
+
+        Control tokens are the template's alone: their names in a turn's content are words.
+        """
+        messages = to_messages(prompt)
+        text = render(self.tokenizer, messages, add_generation_prompt=True)
+        pieces = [(text, True)]
+        if any(self._control.are_in(message["content"]) for message in messages):
+            pieces = self._told_apart(messages, text)
+        ids = self._control.encode(pieces)
+        found = self.show(ids)
+        # Decoding may put spaces between tokens.
+        if not _same("".join(found.split()), "".join(text.split())):
+            self._warn_unspelt("prompt", text, found)
+        return ids
+
+    def response_ids(self, response: str) -> list[int]:
+        """Token ids of a response and, always last, the end-of-response token.
+
+        Words like "</s>" in the response stay words: no end token stands before the end. The
+        marks of thoughts are tokens, and a response that has some gets no empty block of them.
+        """
+        opening = self._layout.opening
+        wanted = response
+        if any(name in opening for name in self._thoughts.found_in(response)):
+            opening, wanted = "", response.removeprefix(self._shown_opening)
+        tried = []
+        for spelling in self._spellings(opening, response):
+            ids = [*spelling, self.end_id]
+            if _same(self.decode(ids), wanted):
+                return ids
+            tried.append(ids)
+        self._warn_unspelt("response", wanted, self.decode(tried[0]))
+        return tried[0]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of plain text (no template), with the tokenizer's own special tokens around
+        it; control tokens' names in it are words."""
+        before, after = self._frame
+        return [*before, *self.bare_text_ids(text), *after]
+
+    def bare_text_ids(self, text: str) -> list[int]:
+        """`text_ids` without special tokens."""
+        ids = self._turns.encode([(text, False)])
+        found = self._decoded(ids)
+        if _same(found, text):
+            return ids
+        if text.startswith(" "):  # taken for the space that the tokenizer puts before a text
+            more = self._turns.encode([(" " + text, False)])
+            if _same(self._decoded(more), text):
+                return more
+        if not _same(found, " " + text):
+            self._warn_unspelt("text", text, found)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of response ids, cut before the end token, special tokens dropped."""
+        ids = list(ids)
+        words = self._without_end(ids)
+        text = self._read(words).removeprefix(self._shown_opening)
+        return text.removesuffix(self._layout.closing) if len(words) < len(ids) else text
+
+    def show(self, ids: Sequence[int]) -> str:
+        """The text of any ids, special tokens by their names."""
+        text = self.tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def has_end(self, ids: Sequence[int]) -> bool:
+        """Whether a sampled response is finished: its last token is one of the ends."""
+        return len(ids) > 0 and (ids[-1] == self.end_id or ids[-1] in self.other_ends)
+
+    def with_own_end(self, ids: Sequence[int]) -> list[int]:
+        """A response that finished with another end, with `end_id` in its place.
+
+        So it is what a reward model was trained to read.
+        """
+        return [*ids[:-1], self.end_id] if self.has_end(ids) else list(ids)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each token of a response adds; the end token adds its own name.
+
+        Without the end token's, the pieces joined are `decode` of the ids. A character that several
+        tokens spell comes whole with the last of them, and the others add nothing; so do special
+        tokens within the response. The tokens since the last whole character are decoded together
+        with those before them, since what a token reads as may depend on its neighbours.
+        """
+        ids = list(ids)
+        end = len(self._without_end(ids))
+        pieces = []
+        first, whole = 0, 0  # ids[first:whole] are context, all before `whole` is in the pieces
+        for stop in range(1, end + 1):
+            known, text = self._read(ids[first:whole]), self._read(ids[first:stop])
+            if text.endswith("\ufffd") and stop < end:
+                pieces.append("")
+                continue
+            pieces.append(text[len(known) :])
+            if pieces[-1]:
+                first = whole  # else the context would be without text, like the start of one
+            whole = stop
+        if "".join(pieces).startswith(self._shown_opening):
+            pieces = _cut(pieces, len(self._shown_opening))
+        closing = self._layout.closing
+        if end < len(ids) and "".join(pieces).endswith(closing):
+            backwards = _cut([piece[::-1] for piece in reversed(pieces)], len(closing))
+            pieces = [piece[::-1] for piece in reversed(backwards)]
+        return [*pieces, *self.tokenizer.convert_ids_to_tokens(ids[end:])]
+
+    def fit_prompt(self, prompt: PromptLike, max_tokens: int) -> list[int] | None:
+        """The prompt's ids with the oldest turns left out until they fit, or None.
+
+        Turns are dropped whole from the front, a system message stays, and the first turn kept is
+        a user's: a prompt cut inside a sentence would be another task. None means that the last
+        turn alone is too long; the caller counts and reports these.
+        """
+        messages = to_messages(prompt)
+        system = messages[:1] if messages[0]["role"] == "system" else []
+        turns = messages[len(system) :]
+        for start, message in enumerate(turns):
+            if message["role"] != "user":
+                continue
+            ids = self.prompt_ids(system + turns[start:])
+            if len(ids) <= max_tokens:
+                return ids
+        return None
+
+    @cached_property
+    def template_hash(self) -> str:
+        """SHA-256 of the chat template, for lineage.json."""
+        return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
+
+    def _told_apart(self, messages: Messages, text: str) -> list[Piece]:
+        """A rendered prompt in pieces: the names in the turns' contents, and all else.
+
+        Each name in a content is hidden behind a sign, and the template is run again. Where it
+        looks for a name, as for the end of thoughts in an earlier answer, its text changes with
+        that name hidden, so the name is left to it.
+        """
+        sign = free_character(text + "".join(message["content"] for message in messages))
+        names = self._control.found_in("\n".join(message["content"] for message in messages))
+        hidden, shown = messages, text
+        for i, message in enumerate(messages):
+            own = self._control.found_in(message["content"])
+            for some in [own, *([name] for name in own)] if own else []:
+                trial = self._try_hiding(hidden, i, some, names, sign, text)
+                if trial is not None:
+                    hidden, shown = trial
+                    if some is own:
+                        break
+        parts = re.split(f"{sign}([0-9]+){sign}", shown)
+        return [
+            (names[int(part)], False) if number % 2 else (part, True)
+            for number, part in enumerate(parts)
+        ]
+
+    def _try_hiding(
+        self,
+        messages: Messages,
+        i: int,
+        some: Sequence[str],
+        names: Sequence[str],
+        sign: str,
+        text: str,
+    ) -> tuple[Messages, str] | None:
+        """Messages with names hidden in the i-th and their rendering, if it says the same.
+
+        White space at the ends stays when it is itself a name, as a template may strip it.
+        """
+        content = messages[i]["content"]
+        start = len(content) - len(content.lstrip())
+        stop = max(start, len(content.rstrip()))
+        for before, core, after in (
+            ("", content, ""),
+            (content[:start], content[start:stop], content[stop:]),
+        ):
+            for name in sorted(some, key=len, reverse=True):
+                core = core.replace(name, f"{sign}{names.index(name)}{sign}")
+            changed = {**messages[i], "content": before + core + after}
+            trial = [*messages[:i], changed, *messages[i + 1 :]]
+            try:
+                shown = render(self.tokenizer, trial, add_generation_prompt=True)
+            except ValueError:
+                continue
+            found = re.sub(f"{sign}([0-9]+){sign}", lambda match: names[int(match[1])], shown)
+            if found == text:
+                return trial, shown
+        return None
+
+    def _spellings(self, opening: str, response: str) -> Iterator[list[int]]:
+        """Ids of a response, the likeliest first: as it follows the prompt; with one space more,
+        where the first is taken for one that the tokenizer puts there; as a text by itself, and
+        after some word, where prompt and response would grow together."""
+        closing = self._layout.closing
+        for text in (response, " " + response):
+            words = [(opening, True), *self._words(text), (closing, True)]
+            ids = self._turns.encode([(self._layout.before, True), *words])
+            if ids[: len(self._before)] == self._before:
+                yield ids[len(self._before) :]
+        words = [(opening, True), *self._words(response), (closing, True)]
+        yield self._turns.encode(words)
+        word = self._turns.encode([(PROBE, True)])
+        ids = self._turns.encode([(PROBE, True), *words])
+        if ids[: len(word)] == word:
+            yield ids[len(word) :]
+
+    def _words(self, text: str) -> list[Piece]:
+        """A response's words, among which only the marks of thoughts count."""
+        names = self._thoughts.found_in(text)
+        if not names:
+            return [(text, False)]
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        return [(part, number % 2 == 1) for number, part in enumerate(parts)]
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        if self.end_id in ids:
+            return ids[: ids.index(self.end_id)]
+        return ids[:-1] if self.has_end(ids) else ids
+
+    def _read(self, ids: list[int]) -> str:
+        """The text of a response's tokens as it follows the prompt, special tokens dropped."""
+        text, before = self._decoded([*self._before, *ids]), self._shown_before
+        return text[len(before) :] if text.startswith(before) else self._decoded(ids)
+
+    def _decoded(self, ids: list[int]) -> str:
+        text = self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    @cached_property
+    def _before(self) -> list[int]:
+        """Ids of what stands between the question and the response."""
+        return self._control.encode([(self._layout.before, True)])
+
+    @cached_property
+    def _shown_before(self) -> str:
+        return self._decoded(self._before)
+
+    @cached_property
+    def _shown_opening(self) -> str:
+        """What stands before the answer in the text of a response: the template's opening, and a
+        space that some tokenizers put there."""
+        found = self._read(next(self._spellings(self._layout.opening, PROBE)))
+        return found[: found.index(PROBE)] if PROBE in found else ""
+
+    @cached_property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts before and after a text."""
+        framed = self.tokenizer(PROBE).input_ids
+        bare = self.tokenizer(PROBE, add_special_tokens=False).input_ids
+        for start in range(len(framed) - len(bare) + 1):
+            if framed[start : start + len(bare)] == bare:
+                return framed[:start], framed[start + len(bare) :]
+        return [], []
+
+    def _warn_unspelt(self, kind: str, text: str, found: str) -> None:
+        """Once for each kind of text: it is not what its ids read as."""
+        if kind in self._unspelt:
+            return
+        self._unspelt.add(kind)
+        pairs = zip(text, found, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(found)))
+        place = slice(max(0, same - 10), same + 20)
+        warnings.warn(
+            f"the tokenizer cannot spell a {kind}: {text[place]!r} in it comes back as "
+            f"{found[place]!r}, and so may others; change the text, or take a model whose "
+            "tokenizer has these characters",
+            stacklevel=3,
+        )
+
+
+def _same(text: str, other: str) -> bool:
+    """Whether two texts are equal but for the form of their accents (Unicode's NFC)."""
+    return text == other or unicodedata.normalize("NFC", text) == unicodedata.normalize(
+        "NFC", other
+    )
+
+
+def _cut(pieces: list[str], length: int) -> list[str]:
+    """The pieces without the first characters of the text that they make."""
+    shorter = []
+    for piece in pieces:
+        shorter.append(piece[length:])
+        length = max(0, length - len(piece))
+    return shorter

@@ -1,0 +1,316 @@
+"""Prompt trees laid into rows without padding, and their results brought back as a batch.
+
+A *prompt tree* is a prompt and the responses that continue it: a ranking (1 prompt, K responses),
+a rollout (1 prompt, n samples), a demonstration (1, 1), a text document (its first token as the
+prompt, the rest as the response). In a row the prompt stands once, then each response; the
+positions of every response continue from the end of the prompt, and a token attends to another iff
+both are of one tree, the other is not later, and the other is in the prompt or in its own response:
+
+    tokens     p0 p1 p2 | a0 a1 | b0 b1 b2        one tree: prompt p, responses a and b
+    positions   0  1  2 |  3  4 |  3  4  5
+    predictor           | p2 a0 | p2 b0 b1        whose logits predict this token
+
+So K responses cost one pass over the prompt instead of K, and different lengths cost no padding.
+A packed pass equals the separate passes up to floating-point noise
+(tests/rlhf/inputs/test_packing.py).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptTree:
+    """A prompt and the responses that continue it, as token ids.
+
+    Example:
+        PromptTree(prompt=(5, 6), responses=((7, 2), (8, 9, 2)))
+    """
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        assert self.prompt, "a prompt tree needs at least one prompt token"
+        assert self.responses, "a prompt tree needs at least one response"
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + sum(len(response) for response in self.responses)
+
+    @property
+    def depth(self) -> int:
+        """Tokens from the root to the end of the longest response."""
+        return len(self.prompt) + max(len(response) for response in self.responses)
+
+
+def text_tree(ids: Sequence[int]) -> PromptTree:
+    """A document: the first token is given, every other one is predicted from those before it."""
+    return PromptTree(prompt=(ids[0],), responses=(tuple(ids[1:]),))
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One row of packed trees: what a model takes and where its results belong.
+
+    Shapes: `length` tokens in the row, `responses` in it, `tokens` of these responses in all.
+    """
+
+    input_ids: Tensor
+    """(1, length)"""
+    position_ids: Tensor
+    """(1, length), each response continuing from the end of its prompt"""
+    tree: Tensor
+    """(length,) number of the tree a token belongs to, within this row"""
+    branch: Tensor
+    """(length,) 0 in a prompt, 1 + the number of the response within its tree otherwise"""
+    predictors: Tensor
+    """(tokens,) position whose hidden state predicts each response token"""
+    targets: Tensor
+    """(tokens,) the response tokens themselves, response after response"""
+    response_index: Tensor
+    """(responses,) number of each response among all responses of the packed trees"""
+    tree_index: Tensor
+    """(responses,) number of the tree of each response among all packed trees"""
+    response_mask: Tensor
+    """(responses, time) True where a response has a token"""
+    plain: bool
+    """True when the row holds one tree with one response, which needs no mask of its own"""
+    mask_dtype: torch.dtype | None = None
+    """Type of a mask that is added to the attention scores; None: a boolean mask"""
+    segments: Tensor | None = None
+    """(1, 1, 4, segments) what packed_attention.py takes for a mask on a CPU; None: a mask"""
+
+    @cached_property
+    def attention_mask(self) -> Tensor | None:
+        """(1, 1, length, length), the third axis attends to the fourth; None: plain causal.
+
+        Boolean, True where a token may attend; or, with `mask_dtype`, 0 there and the type's lowest
+        number elsewhere; or the segments.
+        """
+        if self.plain:
+            return None
+        if self.segments is not None and self.device.type == "cpu":
+            return self.segments
+        prompt = self.tree * (self.branch.max() + 1)  # (length,) a number for each tree's prompt
+        segment = prompt + self.branch  # and one for each of its responses
+        allowed = (segment[:, None] == segment) | (prompt[:, None] == segment)
+        allowed = allowed.tril()[None, None]
+        if self.mask_dtype is None:
+            return allowed
+        lowest = torch.finfo(self.mask_dtype).min
+        return torch.zeros_like(allowed, dtype=self.mask_dtype).masked_fill(~allowed, lowest)
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """(responses,) position in the row of each response's last token, where a score is read.
+
+        Raises:
+            ValueError: a response has no tokens, so it has no end to be scored at.
+        """
+        if (self.lengths == 0).any():
+            raise ValueError("a response without tokens has no score; end it with its end token")
+        ends = self.lengths.cumsum(0) - 1
+        return self._token_positions[ends]
+
+    @property
+    def lengths(self) -> Tensor:
+        """(responses,) number of tokens of each response."""
+        return self.response_mask.sum(1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.input_ids.device
+
+    @property
+    def model_inputs(self) -> dict[str, Tensor | None]:
+        """What the model takes. A plain row leaves positions and mask to it: some architectures
+        have neither, and others count their positions in a way of their own."""
+        if self.plain:
+            return {"input_ids": self.input_ids}
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": self.attention_mask,
+        }
+
+    @cached_property
+    def _token_positions(self) -> Tensor:
+        return (self.branch > 0).nonzero().squeeze(1)
+
+    def unpack(self, flat: Tensor) -> Tensor:
+        """(tokens,) -> (responses, time), zero where a response has no token; keeps gradients."""
+        batch = flat.new_zeros(self.response_mask.shape)
+        return batch.masked_scatter(self.response_mask, flat)
+
+    def select(self, batch: Tensor) -> Tensor:
+        """This row's part of a (all responses, time) tensor, cut to this row's longest response."""
+        return batch[self.response_index][:, : self.response_mask.shape[1]]
+
+    def to(self, device: torch.device | str) -> "PackedRow":
+        tensors = {
+            name: value.to(device)
+            for name, value in self.__dict__.items()
+            if isinstance(value, Tensor) and name in self.__dataclass_fields__
+        }
+        return replace(self, **tensors)  # type: ignore[arg-type]  # only its Tensor fields
+
+
+@dataclass(frozen=True)
+class Packer:
+    """How trees become rows for one model; `packer_for` finds what a model can take."""
+
+    micro_batch_tokens: int
+    """Most tokens a row, and so a pass, may hold. A tree is never cut: one that alone exceeds the
+    budget gets a row of its own."""
+    share_prompts: bool = True
+    """False lays every response into a row of its own behind its own prompt, without a mask."""
+    max_depth: int | None = None
+    """Trees with longer paths than this (a sliding attention window) are not shared either."""
+    mask_dtype: torch.dtype | None = None
+    """Eager attention adds its mask to the scores, of this type; None: boolean masks (sdpa)."""
+    use_segments: bool = False
+    """True on a CPU gives segments (rlhf.models.packed_attention) instead of masks."""
+
+    def rows(self, trees: Sequence[PromptTree]) -> list[PackedRow]:
+        """Lays trees into rows by first fit, longest trees first."""
+        first_response = _starts(len(tree.responses) for tree in trees)
+        laid = [
+            (number, tree.prompt, list(enumerate(tree.responses, start=first_response[number])))
+            for number, tree in enumerate(trees)
+        ]
+        shared = [number for number, tree in enumerate(trees) if self._may_share(tree)]
+        alone = sorted(set(range(len(trees))) - set(shared))
+        sizes = [trees[number].num_tokens for number in shared]
+        rows = [
+            self._finish(_lay_row([laid[shared[item]] for item in items]))
+            for items in _first_fit(sizes, self.micro_batch_tokens)
+        ]
+        for number, prompt, responses in (laid[i] for i in alone):
+            rows += [_lay_row([(number, prompt, [response])]) for response in responses]
+        return rows
+
+    def _finish(self, row: PackedRow) -> PackedRow:
+        segments = _segments(row) if self.use_segments else None
+        return replace(row, mask_dtype=self.mask_dtype, segments=segments)
+
+    def _may_share(self, tree: PromptTree) -> bool:
+        return self.share_prompts and (self.max_depth is None or tree.depth <= self.max_depth)
+
+
+def assemble(rows: Sequence[PackedRow], parts: Sequence[Tensor]) -> Tensor:
+    """Puts the rows' results, each (responses, ...), back into the order of the packed trees.
+
+    Parts of (responses, time) are widened to the longest with zeros.
+    """
+    num_responses = sum(len(row.response_index) for row in rows)
+    widths = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    batch = parts[0].new_zeros([num_responses, *widths])
+    for row, part in zip(rows, parts, strict=True):
+        if part.ndim == 1:
+            batch[row.response_index] = part
+        else:
+            batch[row.response_index, : part.shape[1]] = part
+    return batch
+
+
+def response_batch(responses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Responses as ids (responses, time), zeros behind the end, and their response_mask."""
+    lengths = torch.tensor([len(response) for response in responses])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    tokens = [token for response in responses for token in response]
+    ids[mask] = torch.tensor(tokens, dtype=torch.long)
+    return ids, mask
+
+
+_Laid = tuple[int, tuple[int, ...], list[tuple[int, tuple[int, ...]]]]
+"""Number of a tree, its prompt, and its responses with their numbers."""
+
+
+def _lay_row(laid: list[_Laid]) -> PackedRow:
+    ids: list[int] = []
+    positions: list[int] = []
+    tree: list[int] = []
+    branch: list[int] = []
+    predictors: list[int] = []
+    lengths: list[int] = []
+    response_index: list[int] = []
+    tree_index: list[int] = []
+    for place, (number, prompt, responses) in enumerate(laid):
+        prompt_end = len(ids) + len(prompt) - 1
+        ids += prompt
+        positions += range(len(prompt))
+        branch += [0] * len(prompt)
+        for i, (response_number, response) in enumerate(responses, start=1):
+            start = len(ids)
+            predictors += [prompt_end, *range(start, start + len(response) - 1)][: len(response)]
+            ids += response
+            positions += range(len(prompt), len(prompt) + len(response))
+            branch += [i] * len(response)
+            lengths.append(len(response))
+            response_index.append(response_number)
+            tree_index.append(number)
+        tree += [place] * (len(ids) - len(tree))
+    branches = torch.tensor(branch)
+    input_ids = torch.tensor([ids])
+    time = torch.tensor(lengths)
+    return PackedRow(
+        input_ids=input_ids,
+        position_ids=torch.tensor([positions]),
+        tree=torch.tensor(tree),
+        branch=branches,
+        predictors=torch.tensor(predictors, dtype=torch.long),
+        targets=input_ids[0, branches > 0],
+        response_index=torch.tensor(response_index),
+        tree_index=torch.tensor(tree_index),
+        response_mask=torch.arange(max(lengths)) < time[:, None],
+        plain=len(response_index) == 1,
+    )
+
+
+def _segments(row: PackedRow) -> Tensor:
+    """Prompts and responses in the order of the row; a lone response is one with its prompt."""
+    columns: list[tuple[int, int, int, int]] = []
+    lengths = row.tree.bincount().tolist()
+    for start, length, branch in zip(
+        _starts(lengths), lengths, row.branch.split(lengths), strict=True
+    ):
+        prompt, *responses = branch.bincount().tolist()
+        if len(responses) == 1:
+            columns.append((start, start + length, start, start))
+            continue
+        prompt_end = start + prompt
+        columns.append((start, prompt_end, start, start))
+        for place, size in zip(_starts(responses), responses, strict=True):
+            if size:
+                first = prompt_end + place
+                columns.append((first, first + size, start, prompt_end))
+    return torch.tensor(columns).T[None, None]
+
+
+def _first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Bins of item numbers, each within capacity, by first fit over falling sizes."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda item: (-sizes[item], item)):
+        place = next((i for i, free in enumerate(room) if free >= sizes[item]), None)
+        if place is None:
+            bins.append([])
+            room.append(capacity)
+            place = len(bins) - 1
+        bins[place].append(item)
+        room[place] -= sizes[item]
+    return bins
+
+
+def _starts(lengths: Iterable[int]) -> list[int]:
+    starts, total = [], 0
+    for length in lengths:
+        starts.append(total)
+        total += length
+    return starts

@@ -1,0 +1,150 @@
+"""Losses of the reward model and of PPO.
+
+Every loss is a sum divided by a number that the caller gives: the count over the whole (global)
+batch. So a loss does not depend on how the batch was cut into micro-batches or over processes.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from rlhf.maths.masking import masked_sum
+
+MAX_LOG_RATIO = 20.0
+
+Stats = dict[str, Tensor]
+"""Detached sums over tokens or pairs; divide by their count to log a mean."""
+
+
+def ranking_loss(
+    scores: Float[Tensor, "responses"],
+    preferences: Float[Tensor, "responses responses"],
+    tree_index: Int[Tensor, "responses"],
+    *,
+    num_prompts: int | float,
+    weights: Float[Tensor, "responses"] | None = None,
+    margins: Float[Tensor, "responses responses"] | None = None,
+) -> tuple[Float[Tensor, ""], Stats]:
+    """K-choose-2 pairwise loss: all pairs of a prompt together (Ouyang et al. 2022, eq. 1).
+
+        loss = 1 / num_prompts * sum over prompts of weight / pairs * sum over pairs of
+               - P_ij log sigmoid(s_i - s_j - m_ij) - P_ji log sigmoid(s_j - s_i - m_ji)
+
+    Normaliser: each prompt is divided by the pairs it really has, so every prompt weighs the same
+    (or what `weights` says), whatever its K, its ties and its unranked responses; a prompt without
+    any pair adds nothing.
+
+    Args:
+        preferences: probability P_ij that i is preferred to j. P_ij + P_ji is 1 for a pair, and
+            both are 0 where two responses are not compared. Ranks give 0 and 1, AI and crowd
+            judgements anything between.
+        tree_index: responses with the same number belong to the same prompt.
+        num_prompts: prompts with at least one pair in the whole batch, or the sum of their weights.
+        weights: of each response's prompt, positive; None weighs all prompts 1.
+        margins: m_ij by which s_i shall exceed s_j before the loss is that of equal scores (Touvron
+            et al. 2023, eq. 2); None is 0.
+
+    Returns:
+        loss, and sums over the pairs that lean to one side (P is not 1/2): `pairs`, `correct` (the
+        likelier one scores higher, equal scores half), `margin` (score of the likelier one less the
+        other's).
+    """
+    preferences = preferences.to(scores.dtype)
+    compared = preferences > 0
+    gaps = (scores[:, None] - scores[None, :]).where(compared, 0.0)  # (responses, responses)
+    same_prompt = tree_index[:, None] == tree_index[None, :]
+    pairs_of_prompt = (same_prompt * preferences.sum(1)[None, :]).sum(1)  # (responses,)
+    shares = preferences / pairs_of_prompt.clamp(min=1)[:, None]
+    if weights is not None:
+        shares = shares * weights[:, None]
+    losses = softplus(-gaps) if margins is None else softplus(margins - gaps)
+    loss = (losses * shares).sum() / num_prompts
+    gaps = gaps.detach()
+    likelier = preferences > 0.5
+    stats = {
+        "pairs": likelier.sum(),
+        "correct": (likelier & (gaps > 0)).sum() + 0.5 * (likelier & (gaps == 0)).sum(),
+        "margin": masked_sum(gaps, likelier),
+    }
+    return loss, stats
+
+
+def preferences_from_ranks(
+    ranks: Int[Tensor, "responses"], tree_index: Int[Tensor, "responses"]
+) -> Float[Tensor, "responses responses"]:
+    """1 at (i, j) where response i is ranked above response j of the same prompt, else 0.
+
+    Ranks: 1 is best, equal ranks are ties, 0 means unranked; neither ties nor unranked responses
+    form a pair.
+    """
+    ranked = (ranks[:, None] > 0) & (ranks[None, :] > 0)
+    same_prompt = tree_index[:, None] == tree_index[None, :]
+    return (ranked & same_prompt & (ranks[:, None] < ranks[None, :])).float()
+
+
+def policy_loss(
+    logprobs: Float[Tensor, "batch time"],
+    old_logprobs: Float[Tensor, "batch time"],
+    advantages: Float[Tensor, "batch time"],
+    response_mask: Bool[Tensor, "batch time"],
+    *,
+    clip_range: float,
+    num_tokens: int,
+) -> tuple[Float[Tensor, ""], Stats]:
+    """Clipped surrogate loss (Schulman et al. 2017, eq. 7), summed over tokens / num_tokens.
+
+        ratio = pi / pi_old;   loss = max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range))
+
+    The log-ratio is cut at +-20, far behind every clip range, so that its exponential is finite.
+
+    Returns:
+        loss, and sums over tokens: `ratio`, `clipped` (clipped term in force), `approx_kl`
+        (k3 of the step's policy from the rollout's), `max_log_ratio` (a maximum, not a sum).
+    """
+    log_ratio = (logprobs - old_logprobs).where(response_mask, 0.0)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = masked_sum(torch.maximum(unclipped, clipped), response_mask) / num_tokens
+    stats = {
+        "ratio": masked_sum(ratio.detach(), response_mask),
+        "clipped": (response_mask & (clipped > unclipped)).sum(),
+        "approx_kl": masked_sum((ratio - 1 - log_ratio).detach(), response_mask),
+        "max_log_ratio": log_ratio.detach().abs().max(),
+    }
+    return loss, stats
+
+
+def value_loss(
+    values: Float[Tensor, "batch time"],
+    old_values: Float[Tensor, "batch time"],
+    returns: Float[Tensor, "batch time"],
+    response_mask: Bool[Tensor, "batch time"],
+    *,
+    value_clip_range: float | None,
+    num_tokens: int,
+) -> tuple[Float[Tensor, ""], Stats]:
+    """Half the squared error of the values, clipped around the rollout's, sum / num_tokens.
+
+        loss = 1/2 max((V - return)^2, (clip(V, V_old - c, V_old + c) - return)^2)
+
+    as in openai/lm-human-preferences. `value_clip_range` is in units of the reward: far below the
+    spread of the returns it freezes the value model. None: no clipping.
+
+    Returns:
+        loss, and sums over tokens: `value_clipped`.
+    """
+    values, old_values, returns = (
+        tensor.where(response_mask, 0.0) for tensor in (values, old_values, returns)
+    )
+    error = (values - returns).square()
+    loss_terms = error
+    clipped = torch.zeros_like(response_mask)
+    if value_clip_range is not None:
+        near = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
+        clipped_error = (near - returns).square()
+        clipped = response_mask & (clipped_error > error)
+        loss_terms = torch.maximum(error, clipped_error)
+    loss = 0.5 * masked_sum(loss_terms, response_mask) / num_tokens
+    return loss, {"value_clipped": clipped.sum()}

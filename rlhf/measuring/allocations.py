@@ -1,0 +1,217 @@
+"""What a pass allocates, found by running it on tensors without data.
+
+torch's fake tensors have a shape, a type and a storage with a size, but no memory behind it. The
+functions that the stages run are run on them as they are, forward and backward, and the storages
+alive are added up at every operation. So the numbers hold for every architecture, with packing,
+with logits in chunks and with checkpointed activations, and follow the code when it changes; a
+formula in layers and widths would hold for one of them.
+
+Not seen are buffers within a kernel, what the allocator keeps beyond the tensors, and libraries.
+Operations are those of a CPU; on a GPU attention saves about the same tensors.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, PreTrainedModel
+
+from rlhf.inputs.packing import PackedRow
+from rlhf.models.loading import (
+    ALL_WEIGHTS,
+    ScalarModel,
+    empty_policy,
+    empty_scalar,
+    response_logprobs,
+    response_moments,
+)
+from rlhf.runs.settings import LoraSettings, ModelSettings
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations inside have made and that are still alive."""
+
+    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
+        """`existing` tensors, and views of them, do not count."""
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._alive = {tensor.untyped_storage()._cdata: 0 for tensor in existing}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._alive:
+            return
+        self._alive[storage._cdata] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, storage._cdata)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._alive.pop(key)
+
+
+class DryRun:
+    """Makes models without data, and measures their passes.
+
+    Every measure is the peak of what a pass allocates, in bytes, beside the weights and gradients
+    that are there before.
+    """
+
+    def __init__(self, autocast: torch.dtype | None = None) -> None:
+        """`autocast` is the type of mixed precision, None without."""
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._autocast = autocast
+
+    def policy(
+        self, settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, *, is_shared: bool = False
+    ) -> PreTrainedModel:
+        """See `empty_policy`."""
+        with self._fake:
+            return empty_policy(settings, lora, is_shared=is_shared)
+
+    def scalar(
+        self, settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, *, is_shared: bool = False
+    ) -> ScalarModel:
+        """See `empty_scalar`."""
+        with self._fake:
+            return empty_scalar(settings, lora, is_shared=is_shared)
+
+    def sampling(
+        self, policy: PreTrainedModel, batch: int, prompt_tokens: int, new_tokens: int
+    ) -> tuple[int, int]:
+        """Of reading the prompts and of the last token's step; and the cache's own bytes then."""
+        cache: Any = DynamicCache(config=policy.config)
+
+        def step(num_new: int, num_all: int) -> None:
+            ids = torch.zeros(batch, num_new, dtype=torch.long)
+            logits = policy(
+                input_ids=ids,
+                attention_mask=torch.ones(batch, num_all, dtype=torch.long),
+                position_ids=ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            (logits.float() / 1.0).softmax(-1)
+
+        def sample() -> None:
+            step(prompt_tokens, prompt_tokens)
+            for layer in cache.layers:  # as it is before the last step
+                shape = (*layer.keys.shape[:2], new_tokens - 2, layer.keys.shape[-1])
+                layer.update(layer.keys.new_zeros(shape), layer.values.new_zeros(shape))
+            step(1, prompt_tokens + new_tokens - 1)
+
+        peak = self._peak([policy], sample)
+        tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        return peak, sum(tensor.nbytes for tensor in tensors)
+
+    def moments(self, policy: PreTrainedModel, row: PackedRow) -> int:
+        """Of log-probabilities with their entropy."""
+        return self._peak([policy], lambda: response_moments(policy, self._emptied(row)))
+
+    def logprobs(self, policy: PreTrainedModel, row: PackedRow) -> int:
+        return self._peak([policy], lambda: response_logprobs(policy, self._emptied(row)))
+
+    def values(self, model: ScalarModel, row: PackedRow) -> int:
+        def read() -> Tensor:
+            empty = self._emptied(row)
+            return model(empty.predictors, **empty.model_inputs)
+
+        return self._peak([model], read)
+
+    def training(
+        self,
+        row: PackedRow,
+        policy: PreTrainedModel | None,
+        scalar_model: ScalarModel | None,
+        accumulates: Sequence[nn.Module],
+    ) -> int:
+        """Of the passes of one row through one or both models, and of the backward pass.
+
+        Args:
+            accumulates: models whose gradients are there before, from another row; those of the
+                others are part of the result.
+        """
+
+        def forward() -> Tensor:
+            empty = self._emptied(row)
+            parts = [] if policy is None else [response_logprobs(policy, empty)]
+            if scalar_model is not None:
+                parts += [scalar_model(empty.predictors, **empty.model_inputs)]
+            return torch.stack([part.sum() for part in parts]).sum()
+
+        models = [model for model in (policy, scalar_model) if model is not None]
+        return self._trained(models, forward, accumulates)
+
+    def batch_training(
+        self, policy: PreTrainedModel, rows: int, length: int, accumulates: Sequence[nn.Module]
+    ) -> int:
+        """`training` on a padded batch with the loss of transformers, which holds all logits."""
+
+        def forward() -> Tensor:
+            ids = torch.zeros(rows, length, dtype=torch.long)
+            return policy(input_ids=ids, labels=ids, use_cache=False).loss
+
+        return self._trained([policy], forward, accumulates)
+
+    def _trained(
+        self,
+        models: Sequence[nn.Module],
+        forward: Callable[[], Tensor],
+        accumulates: Sequence[nn.Module],
+    ) -> int:
+        with self._fake:
+            for parameter in (p for model in accumulates for p in model.parameters()):
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+        for model in models:
+            model.train()
+
+        def train() -> None:
+            with self._mixed():
+                loss = forward()
+            loss.backward()
+
+        try:
+            return self._peak(models, train, gradients=True)
+        finally:
+            for model in models:
+                model.eval().zero_grad()
+
+    def _peak(
+        self, models: Iterable[nn.Module], run: Callable[[], object], *, gradients: bool = False
+    ) -> int:
+        existing = [t for m in models for t in (*m.parameters(), *m.buffers())]
+        existing += [t.grad for t in existing if t.grad is not None]
+        live = LiveBytes(existing)
+        mixed = nullcontext() if gradients else self._mixed()  # training wraps its forward pass
+        with self._fake, torch.set_grad_enabled(gradients), live, mixed:
+            run()
+        return live.peak
+
+    def _mixed(self) -> torch.autocast:
+        return torch.autocast("cpu", self._autocast, enabled=self._autocast is not None)
+
+    def _emptied(self, row: PackedRow) -> PackedRow:
+        tensors = {
+            name: torch.empty_like(value)
+            for name, value in vars(row).items()
+            if isinstance(value, Tensor) and name in row.__dataclass_fields__
+        }
+        return replace(row, **tensors)  # type: ignore[arg-type]  # only its Tensor fields

@@ -1,0 +1,162 @@
+"""Model FLOPs: the additions and multiplications that a pass needs, whatever the machine does.
+
+    forward = 2 N tokens + 2 U logits + 4 A pairs
+    forward and backward = 3 forward - 2 F tokens - 2 G logits
+
+with N weights in matrices of the body, embeddings left out (Kaplan et al. 2020, 2.1), U = vocab *
+model of the unembedding where logits are computed, A = layers * heads * head size, and `pairs` the
+(query, key) pairs that attention needs (Chowdhery et al. 2022, appendix B: 12 A T a token for
+training, which is 3 * 4 A T; there every token is charged for T keys, here for those that it may
+see), and F of N and G of U frozen below an adapter: the gradient goes through them, and they get
+none. Norms, biases, activation functions, softmax and the optimizer are left out, as are passes
+that gradient checkpointing makes twice. Of a mixture of experts all experts are counted, which is
+too much.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.inputs.packing import PromptTree
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the FLOPs of a decoder depend on."""
+
+    weights: int
+    """N: in matrices of the body, without embeddings of tokens and positions"""
+    unembedding: int
+    """U: vocab * model; 0 for a model with a scalar head"""
+    attention: int
+    """A: layers * heads * head size"""
+    frozen_weights: int = 0
+    """F: of `weights`"""
+    frozen_unembedding: int = 0
+    """G: of `unembedding`"""
+
+
+def size_of(model: Any) -> ModelSize:
+    """Of a transformers model, on any device, the meta device included."""
+    config = model.config.get_text_config()
+    unembedding = model.get_output_embeddings()
+    outside = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    outside += [] if unembedding is None else [unembedding]
+    skipped = {id(parameter) for module in outside for parameter in module.parameters()}
+    matrices = [p for p in model.parameters() if len(_shape(p)) > 1 and id(p) not in skipped]
+    heads = [] if unembedding is None else [unembedding.weight]
+    return ModelSize(
+        weights=sum(map(_numel, matrices)),
+        unembedding=sum(map(_numel, heads)),
+        attention=_attention_of(config),
+        frozen_weights=sum(_numel(p) for p in matrices if not p.requires_grad),
+        frozen_unembedding=sum(_numel(p) for p in heads if not p.requires_grad),
+    )
+
+
+def _attention_of(config: Any) -> int:
+    """A of a config; 0 where it does not say, as that of a model without attention."""
+    head_size = getattr(config, "head_dim", None)
+    if isinstance(head_size, int):
+        width = getattr(config, "num_attention_heads", 0) * head_size
+    else:
+        width = getattr(config, "hidden_size", 0)
+    return getattr(config, "num_hidden_layers", 0) * width
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass over some trees has to do."""
+
+    tokens: int = 0
+    """that go through the body"""
+    logits: int = 0
+    """positions with logits"""
+    pairs: int = 0
+    """(query, key) pairs of attention: a token sees its own path from the root"""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.tokens + other.tokens, self.logits + other.logits, self.pairs + other.pairs
+        )
+
+    def __mul__(self, factor: int) -> "Work":
+        return Work(self.tokens * factor, self.logits * factor, self.pairs * factor)
+
+
+def work_of(trees: Iterable[PromptTree]) -> Work:
+    """Of one pass over each tree, its prompt once."""
+    return sum((_work_of_tree(tree) for tree in trees), Work())
+
+
+def text_work(num_tokens: int) -> Work:
+    """Of one pass over a block of text."""
+    return Work(num_tokens, num_tokens - 1, _triangle(num_tokens))
+
+
+def forward_flops(size: ModelSize, work: Work) -> float:
+    """FLOPs of one forward pass."""
+    return (
+        2.0 * size.weights * work.tokens
+        + 2.0 * size.unembedding * work.logits
+        + 4.0 * size.attention * work.pairs
+    )
+
+
+def training_flops(size: ModelSize, work: Work) -> float:
+    """FLOPs of a forward pass and its backward pass."""
+    frozen = 2.0 * size.frozen_weights * work.tokens + 2.0 * size.frozen_unembedding * work.logits
+    return 3 * forward_flops(size, work) - frozen
+
+
+def update_flops(
+    policy: ModelSize,
+    value_model: ModelSize,
+    reward_models: Sequence[ModelSize],
+    episodes: Work,
+    texts: Work,
+    num_epochs: float,
+) -> dict[str, float]:
+    """FLOPs of a PPO update by its phases, as they are named in seconds/NAME.
+
+    Args:
+        episodes: of the update's prompts and responses, once.
+        texts: of all its text blocks.
+        num_epochs: passes over the episodes; not whole where an update ended early.
+    """
+    policy_pass = forward_flops(policy, episodes)
+    value_pass = forward_flops(value_model, episodes)
+    training = training_flops(policy, episodes) + training_flops(value_model, episodes)
+    return {
+        "rollout": policy_pass,  # a token at a time, by the cached keys and values
+        "score": sum(forward_flops(size, episodes) for size in reward_models),
+        "logprobs": policy_pass,
+        "reference": policy_pass,
+        "value": value_pass,
+        "ptx": training_flops(policy, texts),
+        "train": num_epochs * training,
+    }
+
+
+def _work_of_tree(tree: PromptTree) -> Work:
+    prompt = len(tree.prompt)
+    lengths = [len(response) for response in tree.responses]
+    pairs = sum(length * prompt + _triangle(length) for length in lengths)
+    return Work(prompt + sum(lengths), sum(lengths), _triangle(prompt) + pairs)
+
+
+def _shape(parameter: Tensor) -> torch.Size:
+    """The whole one, where ZeRO-3 leaves a part, or nothing."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _numel(parameter: Tensor) -> int:
+    return math.prod(_shape(parameter))
+
+
+def _triangle(length: int) -> int:
+    return length * (length + 1) // 2

@@ -1,0 +1,66 @@
+"""Packed passes without gradient: log-probabilities, values and scores of prompt trees."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.inputs.packing import PackedRow, Packer, PromptTree, assemble
+from rlhf.maths.logprobs import TokenMoments
+from rlhf.models.loading import ScalarModel, response_logprobs, response_moments
+
+
+def compute_logprobs(
+    policy: nn.Module, trees: Sequence[PromptTree], packer: Packer, *, temperature: float = 1.0
+) -> Tensor:
+    """Log-probability in nats of every response token, (responses, time), 0 behind the end."""
+
+    def logprobs(row: PackedRow) -> list[Tensor]:
+        return [row.unpack(response_logprobs(policy, row, temperature))]
+
+    return _over_rows(policy, trees, packer, logprobs)[0]
+
+
+def compute_moments(
+    policy: nn.Module, trees: Sequence[PromptTree], packer: Packer, *, temperature: float = 1.0
+) -> TokenMoments:
+    """`compute_logprobs`, and each token's entropy and variance, all (responses, time)."""
+
+    def moments(row: PackedRow) -> list[Tensor]:
+        return [row.unpack(part) for part in response_moments(policy, row, temperature)]
+
+    return TokenMoments(*_over_rows(policy, trees, packer, moments))
+
+
+def compute_values(value_model: ScalarModel, trees: Sequence[PromptTree], packer: Packer) -> Tensor:
+    """Value of the state before every response token, (responses, time), 0 behind the end."""
+
+    def values(row: PackedRow) -> list[Tensor]:
+        return [row.unpack(value_model(row.predictors, **row.model_inputs))]
+
+    return _over_rows(value_model, trees, packer, values)[0]
+
+
+def compute_scores(
+    reward_model: ScalarModel, trees: Sequence[PromptTree], packer: Packer
+) -> Tensor:
+    """Score of every response, (responses,), read at its last token."""
+
+    def scores(row: PackedRow) -> list[Tensor]:
+        return [reward_model(row.last_tokens, **row.model_inputs)]
+
+    return _over_rows(reward_model, trees, packer, scores)[0]
+
+
+@torch.no_grad()
+def _over_rows(
+    model: nn.Module,
+    trees: Sequence[PromptTree],
+    packer: Packer,
+    compute: Callable[[PackedRow], list[Tensor]],
+) -> list[Tensor]:
+    """What `compute` gives for each packed row, back in the order of the trees, on the CPU."""
+    device = next(model.parameters()).device
+    rows = packer.rows(trees)
+    parts = [[part.cpu() for part in compute(row.to(device))] for row in rows]
+    return [assemble(rows, column) for column in zip(*parts, strict=True)]

@@ -1,0 +1,96 @@
+"""Several models over one copy of their frozen weights: PPO's four roles on one base.
+
+Every role is a module tree of its own, with its own adapter and head, in which the frozen weights
+are the very Parameters of the other trees. So no role is ever switched to another: gradients,
+activation checkpointing, generation and data parallelism see plain models.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from rlhf.models.adapters import HEAD, weights_sha256
+from rlhf.models.architectures import body_of, from_config, scalar_class
+from rlhf.models.loading import disable_dropout, load_full, quiet
+from rlhf.runs.settings import ModelSettings
+
+
+class SharedBases:
+    """Full models, each loaded once and frozen, for `load_policy` and `load_scalar`.
+
+    Two settings mean the same weights if these have one SHA-256, one type and one attention.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", quantize: str = "none") -> None:
+        """quantize: how bases of adapters are held, as LoraSettings.quantize."""
+        self._device = device
+        self._quantize = quantize
+        self._full: dict[tuple[Any, ...], PreTrainedModel] = {}
+
+    def share(
+        self, auto_class: Any, settings: ModelSettings, *, new_weights: Sequence[str], is_base: bool
+    ) -> PreTrainedModel:
+        """A tree over the weights of a full model, with a head of its own.
+
+        Args:
+            new_weights: as in load_full.
+            is_base: whether an adapter is to be put on it.
+        """
+        quantize = self._quantize if is_base else "none"
+        held = (weights_sha256(settings.path), settings.dtype, settings.attention, quantize)
+        policy = self._full.get((AutoModelForCausalLM, (), *held))
+        if auto_class is AutoModelForSequenceClassification and policy is not None and new_weights:
+            classifier = _classifier_on(policy, trust_remote_code=settings.trust_remote_code)
+            if classifier is not None:
+                return classifier
+        key = (auto_class, tuple(new_weights), *held)
+        if key not in self._full:
+            full = load_full(auto_class, settings, new_weights=new_weights, quantize=quantize)
+            self._full[key] = full.requires_grad_(False).to(self._device)
+        return _tree_over(self._full[key])
+
+
+def weight_bytes(*models: nn.Module) -> int:
+    """Bytes of all parameters of these models, each storage counted once."""
+    storages = [p.untyped_storage() for model in models for p in model.parameters()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def has_four_bits(model: nn.Module) -> bool:
+    """Whether it has weights of bitsandbytes in 4 bits, be they shared or its own.
+
+    A classifier on the body of a quantised policy says nothing of it (`is_loaded_in_4bit`).
+    """
+    return any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
+
+
+def _tree_over(model: PreTrainedModel) -> PreTrainedModel:
+    """Another tree of modules with the same Parameters, but for the head of a classifier."""
+    shared = {id(p): p for name, p in model.named_parameters() if name != HEAD}
+    return copy.deepcopy(model, shared)
+
+
+def _classifier_on(policy: PreTrainedModel, *, trust_remote_code: bool) -> PreTrainedModel | None:
+    """A classifier over a causal LM's body; None where the architecture has another body for it."""
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    with quiet(), torch.device("meta"):
+        classifier = from_config(
+            scalar_class(config),
+            config,
+            dtype=policy.dtype,
+            attn_implementation=policy.config._attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+    body, own_body = body_of(_tree_over(policy)), body_of(classifier)
+    if type(body) is not type(own_body):
+        return None
+    name = next(name for name, module in classifier.named_modules() if module is own_body)
+    width = classifier.score.in_features
+    classifier.set_submodule(name, body)
+    classifier.score = nn.Linear(width, 1, bias=False, device=policy.device, dtype=policy.dtype)
+    return disable_dropout(classifier)

@@ -1,0 +1,224 @@
+"""A training state as a folder of safetensors and JSON: whole and unaltered, or refused by name.
+
+    manifest.json       which run and step, and the SHA-256 of every other file and of itself
+    state.json          plain values of all parts
+    PART.safetensors    tensors of a part, nested names joined by "/"
+
+A part's state is a mapping of names to tensors, plain JSON values, and mappings of these. It is
+written beside its place, synced to the disk and renamed, so that whenever a machine dies, what
+bears the name of a checkpoint is one. Nothing in a folder is ever run: no pickle.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf.runs.run import sha256_of, sync_to_disk
+from rlhf.runs.stateful import State
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+TENSORS = ".safetensors"
+UNFINISHED = ".part"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint is of."""
+
+    step: int
+    """The last step that it holds, as metrics.jsonl counts them."""
+    seconds: float
+    """Wall time that the run has taken so far."""
+    num_processes: int
+    run: dict[str, Any]
+    """What the run is (see rlhf.runs.run.Run.identity)."""
+    files: dict[str, str]
+    """File -> its SHA-256."""
+
+
+def write_checkpoint(
+    folder: Path,
+    states: Mapping[str, State],
+    *,
+    step: int,
+    seconds: float,
+    num_processes: int,
+    run: dict[str, Any],
+) -> None:
+    """Write the states of all parts to `folder`, which appears when all of it is on the disk.
+
+    Raises:
+        OSError: the disk is full, or may not be written; nothing is left behind then.
+    """
+    part = folder.with_name(folder.name + UNFINISHED)
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        files = _write_states(part, states)
+        manifest = Manifest(
+            step=step, seconds=seconds, num_processes=num_processes, run=run, files=files
+        )
+        body = {"format": FORMAT, **asdict(manifest)}
+        _write_json(part / MANIFEST, {**body, "sha256": _sha256_of_json(body)})
+        sync_to_disk(part)
+        part.rename(folder)
+        sync_to_disk(folder.parent)
+        sync_to_disk(folder.parent.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"{folder} could not be written: {error}") from error
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a checkpoint is of.
+
+    Raises:
+        ValueError: the manifest is missing, altered, or of another format.
+    """
+    body = _read_json(folder, MANIFEST)
+    written = body.pop("sha256", None)
+    if written != _sha256_of_json(body):
+        raise ValueError(_altered(folder / MANIFEST, _sha256_of_json(body), written))
+    if body.pop("format", None) != FORMAT:
+        raise ValueError(
+            f"{folder / MANIFEST} is not of format {FORMAT}, which this version of the program "
+            f"reads; go on with the version that wrote it, {_or_anew(folder)}"
+        )
+    return Manifest(**body)
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Every file of a checkpoint is there and as it was written.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    for name, written in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; put it back, {_or_anew(folder)}")
+        found = sha256_of(path)
+        if found != written:
+            raise ValueError(_altered(path, found, written))
+
+
+def read_states(folder: Path) -> dict[str, State]:
+    """The states of all parts of a checkpoint whose files were checked."""
+    states: dict[str, State] = _read_json(folder, STATE)
+    for name, state in states.items():
+        path = folder / (name + TENSORS)
+        if path.is_file():
+            for tensor_name, tensor in _load_file(path).items():
+                # A copy: what was read hangs on the file, which a later checkpoint removes.
+                _put(state, tensor_name.split("/"), tensor.clone())
+    return states
+
+
+def newest_checkpoint(parent: Path) -> Path | None:
+    """The checkpoint of the latest step below a folder, or None."""
+    folders = [path for path in parent.glob("step-*") if path.suffix != UNFINISHED]
+    return max(folders, key=_step_in_name, default=None)
+
+
+def checkpoint_folder(parent: Path, step: int) -> Path:
+    return parent / f"step-{step}"
+
+
+def remove_others(folder: Path) -> None:
+    """Removes all checkpoints beside this one, and what was left of unfinished ones."""
+    for other in folder.parent.glob("step-*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _write_states(folder: Path, states: Mapping[str, State]) -> dict[str, str]:
+    """Returns file -> SHA-256."""
+    plain: dict[str, State] = {}
+    written = [folder / STATE]
+    for name, state in states.items():
+        tensors = dict(_tensors(state))
+        plain[name] = _without_tensors(state)
+        if tensors:
+            written.append(folder / (name + TENSORS))
+            save_file(tensors, written[-1])
+            sync_to_disk(written[-1])
+    _write_json(folder / STATE, plain)
+    return {path.name: sha256_of(path) for path in written}
+
+
+def _tensors(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            assert "/" not in name, name
+            yield prefix + name, value.detach().contiguous()
+        elif isinstance(value, dict):
+            yield from _tensors(value, f"{prefix}{name}/")
+
+
+def _without_tensors(state: State) -> State:
+    return {
+        name: _without_tensors(value) if isinstance(value, dict) else value
+        for name, value in state.items()
+        if not isinstance(value, Tensor)
+    }
+
+
+def _load_file(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is altered ({error}); {_or_anew(path.parent)}") from error
+
+
+def _put(state: State, names: list[str], tensor: Tensor) -> None:
+    *outer, last = names
+    for name in outer:
+        state = state[name]
+    state[last] = tensor
+
+
+def _step_in_name(folder: Path) -> int:
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; put it back, {_or_anew(folder)}")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is altered ({error}); {_or_anew(folder)}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is altered (it holds no object); {_or_anew(folder)}")
+    return value
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    # Python's own JSON: it reads NaN and Infinity back, and floats to the last bit.
+    path.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync_to_disk(path)
+
+
+def _sha256_of_json(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _altered(path: Path, found: str, written: object) -> str:
+    was = written[:12] if isinstance(written, str) else "none"
+    return f"{path} is altered (sha256 {found[:12]}, written {was}); {_or_anew(path.parent)}"
+
+
+def _or_anew(folder: Path) -> str:
+    return f"or delete {folder} to start anew"

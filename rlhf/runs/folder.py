@@ -1,0 +1,540 @@
+"""Whose an output folder is: what a program may replace in it, and what it must leave as it is.
+
+.rlhf_run.json   the mark: which program took the folder, for which settings and inputs, and the
+                 names of the files that it writes; nothing else writes it
+.rlhf_run.lock   while a program is at work in the folder: its process and its machine
+
+A folder that is not empty and has no mark is somebody else's and is refused. In a folder with a
+mark only the files that the mark names are removed or replaced.
+"""
+
+import errno
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+MARK = ".rlhf_run.json"
+LOCK = ".rlhf_run.lock"
+FORMAT = 1
+CONFIG = "config.yaml"
+LINEAGE = "lineage.json"
+RESULTS = "results.json"
+
+SAVED_WEIGHTS = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+)
+"""Names and patterns of what the weights of a full model are saved as."""
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    *SAVED_WEIGHTS,
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "base.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+"""Names and patterns of what saving a model and its tokenizer writes."""
+
+UNIMPORTANT = ("output_dir", "overwrite", "checkpoint_every", "trackers")
+"""Settings that change nothing of what a run computes."""
+MAX_SHOWN = 5
+"""Differences, or files, that a refusal tells."""
+
+_NOT_LOCKED = (errno.EACCES, errno.EAGAIN)
+"""What a lock that another process holds is told with; other errors mean that there are no locks
+on this file system."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """What the mark in a folder says."""
+
+    program: str
+    """Name of the program that took the folder."""
+    files: tuple[str, ...]
+    """What it wrote, below the folder; while it is at work, patterns of all that it may write."""
+    settings: dict[str, Any] | None = None
+    """Its settings. None means that it has not begun to write."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """Name -> content of what it read (see `content_of`)."""
+
+
+@dataclass
+class OutputFolder:
+    """A folder that this process may write to; made by `take_folder`, given back by `give_back`."""
+
+    path: Path
+    program: str
+    files: tuple[str, ...]
+    _found: Mark | None
+    _lock: int
+    _new_folders: list[Path]
+    is_other: bool = False
+    """The folder holds a run of other settings, inputs or another program."""
+    _settings: dict[str, Any] = field(default_factory=dict)
+    _inputs: dict[str, Any] = field(default_factory=dict)
+    _begun: bool = False
+
+    def compare(
+        self,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        *,
+        overwrite: bool,
+        has_checkpoint: bool = False,
+    ) -> None:
+        """Note what the program is about to do, and hold what the folder's mark says against it.
+
+        Args:
+            inputs: name -> content of what is read (see `content_of`).
+            overwrite: the results of other settings may be replaced.
+            has_checkpoint: the folder holds a checkpoint, which says more of what differs than the
+                mark does (`rlhf.runs.checkpoints`); nothing is refused here then.
+
+        Raises:
+            ValueError: the folder holds a run of other settings or inputs.
+        """
+        important = {name: one for name, one in settings.items() if name not in UNIMPORTANT}
+        self._settings, self._inputs = _as_read(important), _as_read(inputs)
+        found = self._found
+        if found is None or found.settings is None:
+            return
+        if found.program != self.program:
+            self.is_other = True
+            return
+        then = {"settings": found.settings, "inputs": found.inputs}
+        differences = differing(then, {"settings": self._settings, "inputs": self._inputs})
+        shown = list(islice(differences, MAX_SHOWN))
+        self.is_other = bool(shown)
+        if shown and not overwrite and not has_checkpoint:
+            state = "finished" if (self.path / RESULTS).is_file() else "unfinished"
+            raise ValueError(
+                f"output_dir {self.path} holds the {state} run of other settings: "
+                f"{'; '.join(shown)}; give another output_dir, or --overwrite to replace what that "
+                "run wrote"
+            )
+
+    def begin(self, replaced: Iterable[str] = ()) -> None:
+        """From here on the folder is written to.
+
+        Args:
+            replaced: names and patterns of what goes now. Where the folder holds a run of other
+                settings, all that it wrote goes.
+        """
+        self._begun = True
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.remove(replaced)
+        if self.is_other and self._found is not None:
+            self.remove(self._found.files)
+        self._write_mark(self.files)
+
+    def remove(self, files: Iterable[str]) -> None:
+        """Removes what has these names or patterns, and folders that are empty then."""
+        for pattern in files:
+            for path in self.path.glob(pattern):
+                _remove(path)
+            if "/" in pattern:
+                with suppress(OSError):  # somebody else's files are in it, or it is not there
+                    (self.path / pattern).parent.rmdir()
+
+    def finish(self) -> None:
+        """All is written: the mark names what there is, and the folder is given back."""
+        self._write_mark(_present(self.path, self.files))
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Other processes may take the folder; it is as it was before if nothing was begun."""
+        if _taken.pop(self.path.resolve(), None) is None:
+            return
+        with suppress(FileNotFoundError):
+            if not self._begun and self._found is None:
+                (self.path / MARK).unlink()
+        with suppress(FileNotFoundError):
+            (self.path / LOCK).unlink()
+        os.close(self._lock)
+        if not self._begun:
+            for folder in reversed(self._new_folders):
+                with suppress(OSError):  # not empty, or gone
+                    folder.rmdir()
+
+    def _write_mark(self, files: Sequence[str]) -> None:
+        mark = Mark(
+            program=self.program,
+            files=tuple(files),
+            settings=self._settings if self._begun else None,
+            inputs=self._inputs if self._begun else {},
+        )
+        text = json.dumps({"format": FORMAT, **asdict(mark)}, ensure_ascii=False, indent=1) + "\n"
+        beside = self.path / (MARK + ".part")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(self.path / MARK)
+
+
+_taken: dict[Path, OutputFolder] = {}
+"""What this process has taken and not given back."""
+
+
+@contextmanager
+def folders_given_back() -> Iterator[None]:
+    """Within, or in a function that it decorates: folders taken are given back in the end, however
+    it ends."""
+    before = set(_taken)
+    try:
+        yield
+    finally:
+        for path in set(_taken) - before:
+            _taken[path].give_back()
+
+
+def take_folder(
+    output_dir: str | Path,
+    *,
+    program: str,
+    files: Sequence[str],
+    overwrite: bool,
+    is_shared: bool = False,
+) -> OutputFolder:
+    """Take a folder for one process and mark it, before anything else is written.
+
+    Args:
+        program: name of the program, such as sft.
+        files: names and patterns of all that it may write, relative to the folder.
+        overwrite: a run of another program may be replaced.
+        is_shared: the folder may hold other things beside, which are left alone: the folders of
+            other runs.
+
+    Raises:
+        ValueError: the folder is a file, holds files of others, or the run of another program, or
+            another process is at work in it.
+        OSError: it cannot be written.
+    """
+    path = Path(output_dir)
+    if earlier := _taken.get(path.resolve()):
+        earlier.give_back()
+    _refuse_files_of_others(path, program, files, overwrite, is_shared)
+    new_folders = [one for one in [*reversed(path.parents), path] if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = _acquire(path)
+    except BaseException:
+        for one in reversed(new_folders):
+            with suppress(OSError):
+                one.rmdir()
+        raise
+    folder = OutputFolder(path, program, tuple(files), None, lock, new_folders)
+    _taken[path.resolve()] = folder
+    try:  # again, now that nobody else can change it
+        folder._found = _refuse_files_of_others(path, program, files, overwrite, is_shared)
+        if folder._found is None:
+            folder._write_mark(())
+    except BaseException:
+        folder.give_back()
+        raise
+    return folder
+
+
+@contextmanager
+def writing(
+    output_dir: str | Path,
+    *,
+    program: str,
+    files: Sequence[str],
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str | Path] | None = None,
+    overwrite: bool,
+) -> Iterator[OutputFolder]:
+    """Take a folder for a program that is no run of a stage; within, it calls `begin` before it
+    writes and `finish` in the end. Arguments as in `take_folder`.
+
+    Raises:
+        ValueError: what take_folder, refuse_inputs_inside and OutputFolder.compare refuse.
+    """
+    refuse_inputs_inside(output_dir, inputs or {}, files=files)
+    with folders_given_back():
+        folder = take_folder(output_dir, program=program, files=files, overwrite=overwrite)
+        folder.compare(settings, {}, overwrite=overwrite)
+        yield folder
+
+
+def refuse_inputs_inside(
+    output_dir: str | Path,
+    inputs: Mapping[str, str | Path],
+    *,
+    files: Sequence[str] = (),
+    is_shared: bool = False,
+) -> None:
+    """Refuse to read what is to be written over.
+
+    Args:
+        inputs: what is read, by name; what is not there, such as a hub id, is passed over.
+        files: names and patterns that are written.
+        is_shared: inputs in other folders below the output folder are left alone and may be read.
+
+    Raises:
+        ValueError: an input is the output folder, or lies in it.
+    """
+    output = Path(output_dir).resolve()
+    written = {pattern.split("/")[0] for pattern in files if "/" in pattern}
+    for name, source in inputs.items():
+        for path in _places(Path(source)):
+            if path == output:
+                raise ValueError(
+                    f"output_dir {output_dir} is also what {name} is read from, and would be "
+                    "written over; give another folder"
+                )
+            if output not in path.parents:
+                continue
+            first = path.relative_to(output).parts[0]
+            if is_shared and (output / first).is_dir() and first not in written:
+                continue
+            raise ValueError(
+                f"{name} is read from {source}, which lies in output_dir {output_dir}, where files "
+                "are written and removed; give another output_dir"
+            )
+
+
+def content_of(described: Mapping[str, Any]) -> Any:
+    """An input, as lineage.json describes it, without its place and the story of how it was made:
+    hashes, or a hub id."""
+    return [described.get(key) for key in ("sha256", "base", "hub")]
+
+
+def contents_of(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Name -> content of all inputs that lineage.json describes."""
+    return {name: content_of(described) for name, described in inputs.items()}
+
+
+def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What two runs have different, in words; each has `settings`, and `inputs` as contents."""
+    settings = [dict(flat_settings(run["settings"])) for run in (then, now)]
+    for name in dict.fromkeys([*settings[0], *settings[1]]):
+        before, after = (of_run.get(name, "no setting") for of_run in settings)
+        if name not in UNIMPORTANT and not _are_equal(before, after):
+            yield f"{name} was {before} and is {after}"
+    for name in dict.fromkeys([*then["inputs"], *now["inputs"]]):
+        if then["inputs"].get(name) != now["inputs"].get(name):
+            yield f"what {name} names was other data"
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of every setting, names of sections before a point."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from flat_settings(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _are_equal(before: object, after: object) -> bool:
+    if isinstance(before, str) and isinstance(after, str) and before and after:
+        return os.path.normpath(before) == os.path.normpath(after)  # runs/sft is runs/sft/
+    return before == after
+
+
+def _as_read(value: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def _places(path: Path) -> Iterator[Path]:
+    """Where an input lies: itself, what it links to, and what the links in a folder lead to."""
+    if not path.exists():
+        return
+    yield path.parent.resolve() / path.name if path.name != ".." else path.resolve()
+    yield path.resolve()
+    if path.is_dir():
+        yield from (one.resolve() for one in path.iterdir() if one.is_symlink())
+
+
+def _refuse_files_of_others(
+    path: Path, program: str, files: Sequence[str], overwrite: bool, is_shared: bool
+) -> Mark | None:
+    """The folder's mark, None where it is new.
+
+    Raises:
+        ValueError: something in the folder is not the program's to replace.
+    """
+    place = next(one for one in [path, *path.parents] if one.exists())
+    if not place.is_dir():
+        raise ValueError(f"output_dir is {path}, but {place} is a file; give another folder")
+    if place != path:
+        return None
+    mark = _read_mark(path) or _read_old_mark(path, program, files)
+    if mark is None:
+        in_the_way = (
+            _present(path, files)
+            if is_shared
+            else sorted(one.name for one in path.iterdir() if one.name not in (MARK, LOCK))
+        )
+        what = "which this program did not write (there is no mark of it in the folder)"
+    elif mark.program != program and not overwrite:
+        raise ValueError(
+            f"output_dir {path} holds a run of {mark.program}, and this is {program}; give another "
+            "output_dir, or --overwrite to replace what that run wrote"
+        )
+    else:
+        in_the_way = [
+            name
+            for name in _present(path, files)
+            if not any(fnmatchcase(name, pattern) for pattern in mark.files)
+        ]
+        what = f"which the run of {mark.program} in it did not write"
+    if in_the_way:
+        raise ValueError(
+            f"output_dir {path} holds {_shown(in_the_way)}, {what}; move that away, or "
+            "give another output_dir, such as a new folder"
+        )
+    return mark
+
+
+def _read_mark(folder: Path) -> Mark | None:
+    path = folder / MARK
+    if not path.is_file():
+        return None
+    try:
+        body = json.loads(path.read_bytes())
+        if body.pop("format") != FORMAT:
+            raise ValueError("it is of another version of the program")
+        return Mark(**{**body, "files": tuple(body["files"])})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}), so it cannot be told which files of the folder are "
+            "this program's; give another output_dir"
+        ) from error
+
+
+def _read_old_mark(folder: Path, program: str, files: Sequence[str]) -> Mark | None:
+    """What stands for a mark in the folders of versions that wrote none: settings and lineage of
+    the same program, which together nothing else writes. None where they are not there."""
+    try:
+        lineage = json.loads((folder / LINEAGE).read_bytes())
+        settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        is_ours = {"stage", "inputs", "commit", "versions"} <= set(lineage)
+        if not is_ours or lineage["stage"] != program or "output_dir" not in dict(settings):
+            return None
+        inputs = contents_of(lineage["inputs"])
+        settings = _as_read(settings)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        return None
+    return Mark(program=program, files=tuple(files), settings=settings, inputs=inputs)
+
+
+def _present(folder: Path, files: Iterable[str]) -> list[str]:
+    """Names of what there is of these names and patterns."""
+    found = {path.relative_to(folder).as_posix() for one in files for path in folder.glob(one)}
+    return sorted(found)
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+    return ", ".join(names[:MAX_SHOWN]) + more
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _acquire(folder: Path) -> int:
+    """The descriptor of the folder's lock, held until it is closed or the process dies.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    place = folder / LOCK
+    while True:
+        lock = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _hold(lock, folder)
+            if _is_still(lock, place):
+                break
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)  # the one before removed the file between our opening and locking it
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, json.dumps(holder).encode(), 0)
+    return lock
+
+
+def _is_still(lock: int, place: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), place.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _hold(lock: int, folder: Path) -> None:
+    """Raises ValueError where another process holds the lock."""
+    try:
+        if fcntl is not None:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+    except OSError as error:
+        if error.errno in _NOT_LOCKED:
+            raise ValueError(_in_use(folder, _holder(lock))) from None
+    # Without locks only what the file says is known.
+    holder = _holder(lock)
+    is_here = holder.get("host") == socket.gethostname()
+    if holder and not (is_here and _is_over(holder["pid"])):
+        where = f"; if that process is gone, delete {folder / LOCK}"
+        raise ValueError(_in_use(folder, holder) + ("" if is_here else where))
+
+
+def _holder(lock: int) -> dict[str, Any]:
+    try:
+        os.lseek(lock, 0, os.SEEK_SET)
+        holder = json.loads(os.read(lock, 4096))
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) and {"pid", "host", "since"} <= set(holder) else {}
+
+
+def _in_use(folder: Path, holder: Mapping[str, Any]) -> str:
+    who = "another process"
+    if holder:
+        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    return (
+        f"output_dir {folder} is in use: {who} is at work in it; wait for its end, or give another "
+        "output_dir"
+    )
+
+
+def _is_over(pid: int) -> bool:
+    """No other process of this machine has this number."""
+    import psutil  # here, since only file systems without locks need it
+
+    return pid == os.getpid() or not psutil.pid_exists(pid)

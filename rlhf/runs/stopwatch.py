@@ -1,0 +1,92 @@
+"""Where the time of a run goes."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from rlhf.training.offloading import memory_of
+
+HEARTBEAT_SECONDS = 30.0
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by phase. A phase within another one counts for the outer, so they add up."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Work that is queued there is waited for at both ends of a phase."""
+    last_phase: str = "start"
+    """The phase that runs, or the one that ran before."""
+    _seconds: dict[str, float] = field(default_factory=dict)
+    _is_running: bool = False
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts the seconds inside; memory that runs out there is told with the name."""
+        with memory_of(name), self._counted(name):
+            yield
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        if self._is_running:
+            yield
+            return
+        self._is_running = True
+        self.last_phase = name
+        started = self._now()
+        try:
+            yield
+        finally:
+            self._is_running = False
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    def _now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+
+class Heartbeat:
+    """Tells every half minute how far a long piece of work is; nothing of a short one.
+
+    Example:
+        engine.generate(prompts, decoding, progress=Heartbeat("sampled", len(prompts), print))
+    """
+
+    def __init__(self, what: str, total: int, tell: Callable[[str], object]) -> None:
+        self.what = what
+        self.total = total
+        self.tell = tell
+        self.num_done = 0
+        self._started = self._told = time.perf_counter()
+
+    def __call__(self, num_done: int) -> None:
+        """So many more are done."""
+        self.num_done += num_done
+        now = time.perf_counter()
+        if now - self._told >= HEARTBEAT_SECONDS:
+            self._told = now
+            seconds = now - self._started
+            self.tell(f"{self.what} {self.num_done} of {self.total} after {seconds:.0f} s")
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second of a square product of this type here: the best of five, as an estimate of
+    what the machine can do at most. Tens of milliseconds on a CPU; what else runs there counts."""
+    length = 512 if device.type == "cpu" else 8192
+    matrix = torch.ones(length, length, device=device, dtype=dtype)
+    watch = Stopwatch(device)
+    seconds = []
+    for _ in range(6):  # the first one also starts threads and loads kernels
+        with watch.phase("product"):
+            matrix @ matrix
+        seconds.append(watch.take()["product"])
+    return 2.0 * length**3 / min(seconds[1:])

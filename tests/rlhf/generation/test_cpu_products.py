@@ -1,0 +1,80 @@
+"""Linear layers turned round for a few rows compute what they did."""
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf.generation import Decoding, cpu_products, make_engine
+from rlhf.generation.cpu_products import ROWS, thin_products
+from rlhf.runs.settings import GenerationSettings
+from tests.rlhf.tiny_models import tiny_policy_of
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (4, 1), (16, 1), (5, 3), (ROWS.stop,), (50,)])
+def test_same_products(two_threads: None, shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 40, bias=bias)
+    x = torch.randn(*shape, 24)
+    expected = layer(x)
+    with thin_products(layer):
+        found = layer(x)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_only_the_rows_that_gain_are_turned(two_threads: None) -> None:
+    layer = nn.Linear(8, 8)
+    seen = []
+    with (
+        thin_products(layer),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(nn.functional, "linear", lambda x, *_: seen.append(len(x)) or x)
+        for rows in (1, ROWS[0] - 1, ROWS[0], ROWS[-1], ROWS[-1] + 1, 512):
+            layer(torch.zeros(rows, 8))
+    assert seen == [1, ROWS[0] - 1, ROWS[-1] + 1, 512]
+
+
+def test_layers_are_as_before_whatever_happens(two_threads: None) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).bfloat16(), nn.ReLU(), nn.Linear(8, 8))
+    wrapped = model[3].forward = lambda x: x  # an accelerator's wrapper, say
+    with pytest.raises(KeyError), thin_products(model):
+        assert ["forward" in vars(layer) for layer in model] == [True, False, False, True]
+        raise KeyError
+    assert ["forward" in vars(layer) for layer in model] == [False, False, False, True]
+    assert model[3].forward is wrapped
+
+
+def test_one_thread_turns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    layer = nn.Linear(8, 8)
+    with thin_products(layer):
+        assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "opt"])
+def test_decoding_takes_the_same_tokens(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    engine = make_engine(GenerationSettings(batch_size=8))
+    engine.refresh(tiny_policy_of(architecture))
+    prompts = [[3 + i] * (1 + i % 3) for i in range(8)]
+    decoding = Decoding(end_id=1, max_new_tokens=12, temperature=0)
+    plain = engine.generate(prompts, decoding)
+    turned_rows: list[int] = []
+
+    def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        turned_rows.append(len(x))
+        return multiply(layer, x)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    multiply = cpu_products._linear
+    monkeypatch.setattr(cpu_products, "_linear", linear)
+    turned = engine.generate(prompts, decoding)
+    assert turned_rows.count(8) >= 11
+    assert turned.responses == plain.responses

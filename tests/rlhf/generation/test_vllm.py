@@ -1,0 +1,194 @@
+"""The engine vllm against a stand-in for the module, which no GPU is needed for."""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import rlhf.generation
+from rlhf.generation import Decoding, generate, make_engine
+from rlhf.generation.vllm import full_weights
+from rlhf.runs.settings import GenerationSettings
+from rlhf.training.nonfinite import NonFiniteError
+from tests.rlhf.tiny_models import tiny_policy_of
+
+SETTINGS = GenerationSettings(engine="vllm", batch_size=5, vllm_memory_share=0.4)
+PROMPTS = [[5, 6, 7], [30, 8, 9, 12, 11], [5, 6, 7]]
+DECODING = Decoding(end_id=7, max_new_tokens=16, temperature=1.0)
+
+
+class FakeLLM:
+    """What the engine uses of vllm.LLM, on a model of transformers that is made from the folder."""
+
+    started: ClassVar[list[Any]]
+
+    def __init__(self, *, model: str, **arguments: Any) -> None:
+        self.arguments = arguments
+        self.calls: list[str] = []
+        config = AutoConfig.from_pretrained(model)
+        assert config.architectures == ["LlamaForCausalLM"]
+        self.model = AutoModelForCausalLM.from_config(config).eval()
+        self.model.load_weights = self._load_weights
+        self.started.append(self)
+
+    def _load_weights(self, weights: Any) -> None:
+        by_name = dict(weights)
+        assert list(by_name) == [name for name, _ in self.model.named_parameters()]
+        self.model.load_state_dict(by_name, strict=False)
+
+    def apply_model(self, function: Any) -> None:
+        self.calls.append("refresh")
+        function(self.model)
+
+    def reset_prefix_cache(self) -> None:
+        self.calls.append("reset")
+
+    def generate(self, inputs: Any, sampling: Any, *, use_tqdm: bool) -> list[Any]:
+        self.calls.append("generate")
+        return [self._respond(*pair) for pair in zip(inputs, sampling, strict=True)]
+
+    def _respond(self, request: dict[str, list[int]], sampling: SimpleNamespace) -> Any:
+        assert sampling.ignore_eos and sampling.logprobs == 0 and not sampling.detokenize
+        samples = generate(
+            self.model,
+            [request["prompt_token_ids"]],
+            GenerationSettings(),
+            Decoding(
+                end_id=sampling.stop_token_ids[0],
+                other_ends=tuple(sampling.stop_token_ids[1:]),
+                max_new_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+            ),
+            torch.Generator().manual_seed(sampling.seed),
+        )
+        [response], [logprobs] = samples
+        pairs = zip(response, logprobs, strict=True)
+        steps = [{token: SimpleNamespace(logprob=nats)} for token, nats in pairs]
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(response), logprobs=steps)])
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if vLLM were installed and a GPU there."""
+    module = SimpleNamespace(LLM=FakeLLM, SamplingParams=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in "VLLM_ENABLE_V1_MULTIPROCESSING RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR".split():
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    FakeLLM.started = []
+    rlhf.generation._only_vllm.cache_clear()
+    yield
+    rlhf.generation._only_vllm.cache_clear()
+
+
+def sharper(policy: Any) -> Any:
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(2.0)
+    return policy
+
+
+def test_one_start_and_one_refresh_a_call_with_the_weights_of_that_moment() -> None:
+    policy = tiny_policy_of("llama")
+    for changed in (policy, sharper(policy)):
+        samples = generate(changed, PROMPTS, SETTINGS, replace(DECODING, temperature=0))
+        expected = generate(
+            changed, PROMPTS, GenerationSettings(), replace(DECODING, temperature=0)
+        )
+        assert samples.responses == expected.responses
+        for nats, right in zip(samples.logprobs, expected.logprobs, strict=True):
+            assert nats == pytest.approx(right, abs=1e-5)
+    [llm] = FakeLLM.started
+    assert llm.calls == ["refresh", "reset", "generate"] * 2
+
+
+def test_settings_that_vllm_starts_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_engine(SETTINGS).refresh(tiny_policy_of("llama"))
+    arguments = FakeLLM.started[0].arguments
+    assert arguments["max_num_seqs"] == 5
+    assert arguments["gpu_memory_utilization"] == 0.4
+    assert arguments["dtype"] == torch.float32
+    assert arguments["generation_config"] == "vllm"  # no top-k of the model's folder
+    assert arguments["logprobs_mode"] == "processed_logprobs"
+    rlhf.generation._only_vllm.cache_clear()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", {"cuda": torch.bfloat16}.get)
+    make_engine(SETTINGS).refresh(tiny_policy_of("llama"))
+    assert FakeLLM.started[1].arguments["dtype"] == torch.bfloat16
+
+
+def test_every_prompt_has_a_seed_of_its_own_from_the_generator() -> None:
+    policy = tiny_policy_of("llama")
+
+    def sample(seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return generate(policy, PROMPTS, SETTINGS, DECODING, generator).responses
+
+    first = sample(0)
+    assert first[0] != first[2]  # the same prompt
+    assert sample(0) == first != sample(1)
+
+
+def test_lora_layers_give_the_weights_of_the_model_that_they_make() -> None:
+    for architecture, targets in (("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn"])):
+        policy, plain = tiny_policy_of(architecture), tiny_policy_of(architecture)
+        is_transposed = architecture == "gpt2"  # Conv1D
+        policy.add_adapter(
+            LoraConfig(r=2, lora_alpha=6, target_modules=targets, fan_in_fan_out=is_transposed)
+        )
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                if ".lora_B" in name:
+                    torch.nn.init.normal_(parameter)
+        plain.load_state_dict(dict(full_weights(policy)), strict=False)
+        assert [n for n, _ in full_weights(policy)] == [n for n, _ in plain.named_parameters()]
+        ids = torch.tensor([PROMPTS[1]])
+        difference = policy(input_ids=ids).logits - plain(input_ids=ids).logits
+        assert difference.abs().max() < 1e-4
+        untouched = tiny_policy_of(architecture)
+        policy.disable_adapters()
+        for (_, weight), base in zip(full_weights(policy), untouched.parameters(), strict=True):
+            assert torch.equal(weight, base)
+        policy.enable_adapters()
+        assert (policy(input_ids=ids).logits - untouched(input_ids=ids).logits).abs().max() > 0.1
+
+
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    policy = tiny_policy_of("llama")
+    engine = make_engine(SETTINGS)
+    engine.refresh(policy)
+    respond = FakeLLM.started[0]._respond
+
+    def spoilt(request: Any, sampling: Any) -> Any:
+        answer = respond(request, sampling)
+        next(iter(answer.outputs[0].logprobs[0].values())).logprob = math.nan
+        return answer
+
+    FakeLLM.started[0]._respond = spoilt
+    with pytest.raises(NonFiniteError, match="logits is not finite in phase rollout"):
+        engine.generate(PROMPTS, DECODING)
+
+
+def test_a_model_of_another_shape_is_refused() -> None:
+    generate(tiny_policy_of("llama"), PROMPTS, SETTINGS, DECODING)
+    with pytest.raises(ValueError, match="models of one shape in a process"):
+        generate(tiny_policy_of("llama", num_hidden_layers=1), PROMPTS, SETTINGS, DECODING)
+
+
+def test_without_vllm_the_message_holds_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ValueError, match=r"not installed; pip install 'instruct-rlhf\[vllm\]'"):
+        make_engine(SETTINGS)
+
+
+def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA GPU that it could use; choose hf"):
+        make_engine(SETTINGS)

@@ -1,0 +1,67 @@
+import time
+
+import pytest
+import torch
+
+from rlhf.runs.stopwatch import Heartbeat, Stopwatch, matrix_rate
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that stands still; tests move its one entry."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_phases_add_up_and_start_anew_when_taken(clock: list[float]) -> None:
+    watch = Stopwatch()
+    for name, seconds in (("rollout", 3.0), ("train", 2.0), ("rollout", 1.0)):
+        with watch.phase(name):
+            clock[0] += seconds
+        clock[0] += 10.0  # between phases
+    assert watch.take() == {"rollout": 4.0, "train": 2.0}
+    assert watch.take() == {}
+
+
+def test_a_phase_within_another_counts_for_the_outer(clock: list[float]) -> None:
+    watch = Stopwatch()
+    with watch.phase("evaluate"):
+        clock[0] += 1.0
+        with watch.phase("rollout"):
+            clock[0] += 2.0
+    with watch.phase("rollout"):
+        clock[0] += 4.0
+    assert watch.take() == {"evaluate": 3.0, "rollout": 4.0}
+
+
+def test_a_phase_that_fails_is_counted_and_ends(clock: list[float]) -> None:
+    watch = Stopwatch()
+    with pytest.raises(ValueError), watch.phase("score"):
+        clock[0] += 1.0
+        raise ValueError
+    with watch.phase("value"):
+        clock[0] += 1.0
+    assert watch.take() == {"score": 1.0, "value": 1.0}
+
+
+def test_the_matrix_rate_is_that_of_the_fastest_product(clock, monkeypatch) -> None:
+    """Products of 2 * 512^3 FLOPs that take 1, 4, 2, ... seconds; the first is a warm-up."""
+    seconds = iter([1.0, 4.0, 2.0, 4.0, 4.0, 4.0])
+    product = torch.Tensor.__matmul__
+
+    def slow(a, b):
+        clock[0] += next(seconds)
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", slow)
+    assert matrix_rate(torch.device("cpu"), torch.float32) == 512**3
+
+
+def test_a_heartbeat_every_half_minute_and_none_of_short_work(clock: list[float]) -> None:
+    told: list[str] = []
+    beat = Heartbeat("sampled", 64, told.append)
+    for seconds, done in ((29.0, 3), (2.0, 0), (20.0, 4), (10.0, 1), (29.0, 56)):
+        clock[0] += seconds
+        beat(done)
+    assert told == ["sampled 3 of 64 after 31 s", "sampled 8 of 64 after 61 s"]

@@ -1,0 +1,327 @@
+"""The plan's peaks against the memory of real runs, and its table for every shipped preset."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from rlhf.inputs.chat import Chat
+from rlhf.models.loading import load_policy, load_scalar, load_tokenizer, save_policy
+from rlhf.rewards import RewardSettings
+from rlhf.runs.run import settings_in_force
+from rlhf.runs.settings import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
+from stages.ppo.config import Config, MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
+from stages.sft.config import Config as SFTConfig
+from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
+from tools.plan import Launch, Rows, main, make_plan
+
+ROOT = Path(__file__).parents[2]
+VOCAB = 4096
+PROMPT_TOKENS = 112
+TOLERANCE = 0.15
+
+SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6}
+"""6.6 million weights."""
+LARGE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
+"""22 million."""
+
+
+TEXT = PtxSettings(coef=0.1, text="text.jsonl", block_tokens=64, blocks_per_episode=2.0)
+
+
+def write_inputs(folder: Path, **size: int) -> Path:
+    """A policy, prompts of PROMPT_TOKENS tokens each, and text."""
+    folder.mkdir()
+    tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    policy = tiny_policy_of("llama", vocab_size=VOCAB, **heads, **size)
+    for parameter in policy.parameters():
+        parameter.data.mul_(0.1)  # sure of nothing, so that responses do not end
+    save_policy(policy, tokenizer, folder / "sft")
+    filler = PROMPT_TOKENS - len(Chat(tokenizer).prompt_ids(""))
+    rows = [{"prompt": letter * filler} for letter in "abcdefgh"]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "text.jsonl").write_text(json.dumps({"text": "the cat sat. " * 400}) + "\n")
+    return folder
+
+
+def run_config(folder: Path, output: Path, **changes: Any) -> Config:
+    settings = Config(
+        output_dir=str(output),
+        policy=ModelSettings(path=str(folder / "sft")),
+        prompts=str(folder / "prompts.jsonl"),
+        reward=RewardSettings(function="tests.stages.conftest:some_length"),
+        rollout=RolloutSettings(batch_size=8, max_prompt_tokens=PROMPT_TOKENS, max_new_tokens=16),
+        generation=GenerationSettings(batch_size=8),
+        ppo=PPOSettings(mini_batch_size=4, value_clip_range=None),
+        ptx=PtxSettings(coef=0.0),
+        monitor=MonitorSettings(stop_on=[]),
+        optim=OptimSettings(learning_rate=1e-5, schedule="constant"),
+        micro_batch_tokens=256,
+        num_updates=1,
+        ema_decay=None,
+    )
+    return replace(settings, **changes)
+
+
+def measured_peak(folder: Path, config: Config) -> int:
+    """Of the run in a process of its own, where freed memory goes back to the system at once."""
+    warm_up = run_config(
+        write_inputs(folder / "tiny"),
+        folder / "warm_up",
+        rollout=replace(config.rollout, batch_size=2, max_new_tokens=2),
+        ppo=replace(config.ppo, mini_batch_size=2),
+        ptx=replace(config.ptx, text=str(folder / "tiny/text.jsonl"), block_tokens=8),
+        ema_decay=config.ema_decay,
+    )
+    for name, one in (("warm_up", warm_up), ("run", config)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings_in_force(one)))
+    output = subprocess.check_output(
+        [sys.executable, "-m", "tests.tools.measured_run", "warm_up.yaml", "run.yaml"],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "MALLOC_MMAP_THRESHOLD_": "262144",
+            "MALLOC_ARENA_MAX": "1",
+        },
+        text=True,
+    )
+    return int(output.split()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (SMALL, {}),
+        (LARGE, {}),
+        (SMALL, {"ptx": TEXT, "ema_decay": 0.9, "micro_batch_tokens": 512}),
+        (LARGE, {"lora": LoraSettings(rank=8)}),
+    ],
+    ids=["6.6M", "22M", "6.6M with text", "22M with adapters"],
+)
+def test_the_peak_of_a_run_is_what_was_planned(
+    size: dict[str, int], changes: dict[str, Any], tmp_path: Path
+) -> None:
+    inputs = write_inputs(tmp_path / "inputs", **size)
+    config = run_config(inputs, tmp_path / "run", **changes)
+    config = replace(config, ptx=replace(config.ptx, text=str(inputs / "text.jsonl")))
+    planned = make_plan(config, Launch()).peak
+    assert measured_peak(tmp_path, config) == pytest.approx(planned, rel=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("plan") / "inputs")
+
+
+@pytest.fixture
+def config(tiny: Path, tmp_path: Path) -> Config:
+    return replace(run_config(tiny, tmp_path / "run"), ema_decay=0.9)
+
+
+def weights_of(tiny: Path) -> int:
+    """Bytes of the policy's weights, as they are on disk."""
+    return sum(weight.nbytes for weight in load_file(tiny / "sft/model.safetensors").values())
+
+
+def test_what_is_held_is_split_as_the_launcher_says(tiny: Path, config: Config) -> None:
+    full = weights_of(tiny)
+    head = 4 * (32 - VOCAB * 32)  # the value model has a head of one row for the unembedding
+    value = full + head
+
+    def held(**launch: Any) -> list[int]:
+        found = make_plan(config, Launch(**launch)).held
+        return [size for name, size in found.items() if "exchange" not in name]
+
+    frozen = [full, full]  # moving average, reference
+    assert held() == [full, 2 * full, value, 2 * value, *frozen]
+    assert held(num_processes=2, zero_stage=2) == [full, full, value, value, *frozen]
+    assert held(num_processes=2, zero_stage=3) == [full // 2, full, value // 2, value, *frozen]
+    halved = held(num_processes=4, zero_stage=2, mixed_precision="bf16")
+    assert halved == [full // 2, 3 * full // 4, value // 2, 3 * value // 4, full, full // 2]
+    parallel = make_plan(config, Launch(num_processes=2)).held
+    assert parallel["policy: exchange of gradients"] == full
+
+
+def test_offloaded_models_are_there_in_their_phases_only(tiny: Path, config: Config) -> None:
+    kept, moved = (
+        make_plan(replace(config, offload=offload), Launch(device="cuda"))
+        for offload in (False, True)
+    )
+    reference = weights_of(tiny)
+    assert moved.waiting == {"reference": reference}
+    saved = {name: kept.phases[name] - moved.phases[name] for name in kept.phases}
+    assert saved.pop("reference") == 0
+    assert set(saved.values()) == {reference}
+    on_cpu = make_plan(replace(config, offload=True), Launch())
+    assert on_cpu.waiting == {}
+
+
+def test_a_mean_update_has_its_share_of_the_checks(config: Config) -> None:
+    config = replace(config, rollout=replace(config.rollout, check_every=4))
+    flops = make_plan(config, Launch()).flops
+    assert flops["logprobs"] == flops["reference"] / 4 > 0
+
+
+def save_reward(base: Path, folder: Path, lora: LoraSettings) -> str:
+    """A reward model on the body of a policy."""
+    settings = ModelSettings(path=str(base))
+    load_scalar(settings, new_head=True, lora=lora).save(folder, load_tokenizer(str(base)))
+    return str(folder)
+
+
+def test_roles_over_one_base_hold_it_once(tiny: Path, config: Config, tmp_path: Path) -> None:
+    base, lora = tiny / "sft", LoraSettings(rank=4)
+    reward = save_reward(base, tmp_path / "reward", lora)
+    config = replace(config, lora=lora, reward=RewardSettings(model=reward))
+    # Of rank r: r (in + out) numbers for each of q, k, v, o, gate, up, down in two layers.
+    adapter = 4 * 4 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
+    with_head = adapter + 4 * 32
+    roles = {
+        f"base {base}, float32": weights_of(tiny),
+        "policy: adapter and head": adapter,
+        "value model: adapter and head": with_head,
+        "reward.model: adapter and head": with_head,
+        "policy: optimizer": 2 * adapter,
+        "value model: optimizer": 2 * with_head,
+        "policy: moving average": adapter,
+    }
+    assert make_plan(config, Launch()).held == roles
+    halved = replace(config, reward=RewardSettings(model=reward, dtype="bfloat16"))
+    body = weights_of(tiny) // 2 - 2 * VOCAB * 32  # of a classifier, without the unembedding
+    assert make_plan(halved, Launch()).held[f"base {base}, bfloat16"] == body
+    on_two = make_plan(config, Launch(num_processes=2)).held
+    assert on_two["policy: exchange of gradients"] == adapter
+
+    policy = tmp_path / "policy"
+    save_policy(load_policy(config.policy, lora), load_tokenizer(str(base)), policy)
+    trained_on = replace(config, policy=ModelSettings(path=str(policy)))
+    assert make_plan(trained_on, Launch()).held == {
+        **roles,
+        "reference: adapter and head": adapter,
+    }
+    with pytest.raises(ValueError, match=r"lora\.rank is 2, but .* holds an adapter with 4"):
+        make_plan(replace(trained_on, lora=LoraSettings(rank=2)), Launch())
+
+
+def test_a_full_reward_model_is_a_base_of_its_own(
+    tiny: Path, config: Config, tmp_path: Path
+) -> None:
+    """The value model starts over it, since it starts as the reward model."""
+    reward = save_reward(tiny / "sft", tmp_path / "reward", LoraSettings())
+    found = make_plan(
+        replace(config, lora=LoraSettings(rank=4), reward=RewardSettings(model=reward)), Launch()
+    ).held
+    body = weights_of(tiny) - 4 * VOCAB * 32  # without the unembedding
+    assert {name: size for name, size in found.items() if name.startswith("base")} == {
+        f"base {tiny / 'sft'}, float32": weights_of(tiny),
+        f"base {reward}, float32": body,
+    }
+    assert found["reward.model: adapter and head"] == 4 * 32
+
+
+def test_adapters_under_zero3_share_no_base(tiny: Path, config: Config) -> None:
+    """As in a run: ZeRO-3 splits the trained models' weights, the frozen ones are read whole."""
+    zero3 = Launch(num_processes=2, zero_stage=3)
+    found = make_plan(replace(config, lora=LoraSettings(rank=4)), zero3).held
+    adapter = 4 * 4 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
+    assert found["policy: weights"] == (weights_of(tiny) + adapter) // 2
+    assert found["policy: optimizer"] == adapter
+    assert found["reference"] == weights_of(tiny)
+
+
+def test_quantized_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
+    config = SFTConfig(
+        output_dir=str(tmp_path),
+        model=ModelSettings(path=str(tiny / "sft")),
+        demonstrations="unused",
+        lora=LoraSettings(rank=2, quantize="4bit"),
+    )
+    with pytest.raises(ValueError, match=r"lora\.quantize is 4bit, and the plan knows no"):
+        make_plan(config, Launch())
+
+
+@pytest.mark.parametrize(
+    ("device", "attention", "has_mask"),
+    [("cpu", "sdpa", False), ("cuda", "sdpa", True), ("cpu", "eager", True)],
+)
+def test_rows_have_a_mask_where_a_run_has_one(device: str, attention: str, has_mask: bool) -> None:
+    rows = Rows(ModelSettings(path="unused", attention=attention), 32, device)
+    row = rows.of_episodes(prompt=8, response=8, num_trees=2)
+    assert (row.attention_mask is not None) == has_mask
+    assert rows.of_episodes(prompt=8, response=8, num_trees=1).attention_mask is None
+
+
+@pytest.mark.parametrize("stage", ["ppo", "rm", "sft"])
+def test_the_program_tells_the_stage_by_its_settings(
+    stage: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {"ppo": "policy", "rm": "model", "sft": "model"}[stage]
+    small = {
+        "ppo": ["--generation.batch_size=4", "--rollout.batch_size=32"],
+        "rm": [],
+        "sft": ["--micro_batch_size=2", "--num_samples=2"],
+    }[stage]
+    settings = ROOT / f"configs/{stage}/tiny.yaml"
+    main(["--config", str(settings), f"--{model}.path", str(tiny / "sft"), *small])
+    printed = capsys.readouterr().out
+    assert {"ppo": "seconds of an update", "rm": "seconds of a pass of", "sft": "an optimizer"}[
+        stage
+    ] in printed
+    assert printed.count("<- peak") == 1
+
+
+def test_a_launcher_file_is_read() -> None:
+    zero = Launch.read(ROOT / "configs/accelerate/deepspeed_zero3.yaml")
+    assert zero == Launch(8, zero_stage=3, mixed_precision="bf16", device="cuda")
+    assert Launch.read(ROOT / "configs/accelerate/cpu2.yaml") == Launch(2, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["--accelerate", "configs/accelerate/fsdp2.yaml"], "asks for FSDP, which the plan does"),
+        (["--accelerate", "broken.yaml"], "error: broken.yaml is not YAML: while"),
+        (["--config=broken.yaml"], "error: broken.yaml is not YAML: while"),
+    ],
+)
+def test_files_that_cannot_be_planned_are_named(
+    files: list[str],
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "broken.yaml").write_text("model: [a\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config=configs/ppo/tiny.yaml", "--policy.path", str(tiny / "sft"), *files])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_settings_the_plan_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--accelerate" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ROOT / "configs/ppo/tiny.yaml"
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config", str(settings), "--policy.path", str(tmp_path / "none")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: the model folder ")

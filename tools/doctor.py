@@ -1,0 +1,268 @@
+"""`python -m tools.doctor`: what of this machine and installation works, and how to get the rest.
+
+Every line is OK, `no` (only some settings need it) or FAIL (no stage runs without it), the last two
+with the command that mends them. The exit code is 1 if a line says FAIL, else 0. Nothing is asked
+of other machines.
+
+What a check needs is imported inside it, so that the doctor also runs where packages are missing.
+"""
+
+import argparse
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+REINSTALL = "pip install --editable ."
+MODULES = {"pyyaml": "yaml"}
+"""What is imported of a package, where it has another name."""
+EXTRAS = {
+    "deepspeed": "ZeRO",
+    "tensorboard": "trackers",
+    "wandb": "trackers",
+    "bitsandbytes": "QLoRA, on GPUs",
+    "vllm": "faster sampling, on GPUs",
+}
+"""Package -> what the settings that need it are for."""
+
+GLOO_SECONDS = 90
+"""After which a process that did not end is given up."""
+_ALL_REDUCE = """
+import datetime, sys, torch, torch.distributed as dist
+patience = datetime.timedelta(seconds=60)
+store = dist.FileStore(sys.argv[1], 2)
+store.set_timeout(patience)
+dist.init_process_group(
+    "gloo", store=store, world_size=2, rank=int(sys.argv[2]), timeout=patience
+)
+number = torch.ones(1)
+dist.all_reduce(number)
+dist.destroy_process_group()
+sys.exit(number.item() != 2)
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    detail: str
+    remedy: str | None = None
+    """A command or an advice; None means that all is well."""
+    is_needed: bool = False
+    """No stage runs without it."""
+
+    def __str__(self) -> str:
+        if self.remedy is None:
+            return f"OK    {self.name}: {self.detail}"
+        return f"{'FAIL' if self.is_needed else 'no  '}  {self.name}: {self.detail}; {self.remedy}"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Print the report; 1 if something is missing that every stage needs, else 0."""
+    argparse.ArgumentParser(
+        usage="python -m tools.doctor",
+        description="What of this machine and installation works, and how to get the rest.",
+    ).parse_args(args)
+    failed = False
+    for check in (base, extras, hardware, attention, deepspeed, processes, logins, space):
+        try:
+            findings = list(check())
+        except Exception as error:  # the report gets to its end, whatever is broken
+            needed = check in (base, attention)
+            findings = [Finding(check.__name__, _told(error), REINSTALL, needed)]
+        for finding in findings:
+            print(finding, flush=True)
+            failed |= finding.is_needed and finding.remedy is not None
+    print("the base is not whole: mend what says FAIL" if failed else "the base is whole")
+    return int(failed)
+
+
+def base() -> Iterator[Finding]:
+    """Python, and the packages that all stages need: their versions, and that they import."""
+    from packaging.requirements import Requirement
+
+    yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
+    for requirement in map(Requirement, _declared()["dependencies"]):
+        found = replace(_package(requirement), is_needed=True)
+        if found.remedy is None:
+            try:
+                importlib.import_module(MODULES.get(requirement.name, requirement.name))
+            except Exception as error:
+                remedy = f'pip install --force-reinstall "{requirement}"'
+                found = replace(found, detail=f"{found.detail}, {_told(error)}", remedy=remedy)
+        yield found
+
+
+def extras() -> Iterator[Finding]:
+    """Packages that only some settings need."""
+    from packaging.requirements import Requirement
+
+    declared = _declared()["optional-dependencies"]
+    for name, purpose in EXTRAS.items():
+        (line,) = declared.get(name, [name])
+        yield replace(_package(Requirement(line)), name=f"{name} ({purpose})")
+
+
+def hardware() -> Iterator[Finding]:
+    """Cores and devices, and whether they gain by bfloat16."""
+    import torch
+
+    from rlhf.runs.stopwatch import matrix_rate
+
+    threads = os.environ.get("OMP_NUM_THREADS", "not set")
+    yield Finding(
+        "processor",
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, OMP_NUM_THREADS {threads}",
+    )
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        yield Finding(f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+    if device.type != "cuda":
+        yield Finding("GPU", f"no CUDA device; everything runs on {device.type}")
+    single, half = (matrix_rate(device, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    yield Finding(
+        "bfloat16",
+        f"{half:.0f} GFLOPs a second in matrix products, against {single:.0f} in float32",
+        None if half > single else "it would be slower here, keep mixed precision off",
+    )
+
+
+def attention() -> Iterator[Finding]:
+    """What a packed row can be computed with."""
+    import torch
+    from packaging.requirements import Requirement
+    from torch.nn.functional import scaled_dot_product_attention
+
+    query, key, value = torch.randn(3, 1, 2, 6, 8).unbind(0)  # (batch, heads, sequence, head dim)
+    mask = torch.tril(torch.ones(6, 6, dtype=torch.bool))
+    mask[4:, 2:4] = False  # two responses to one prompt
+    found = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    scores = (query @ key.mT / 8**0.5).masked_fill(~mask, -torch.inf)
+    is_right = torch.allclose(found, scores.softmax(-1) @ value, atol=1e-5)
+    yield Finding(
+        "sdpa with a packing mask",
+        "right" if is_right else "wrong",
+        None if is_right else "pip install --force-reinstall torch",
+        is_needed=True,
+    )
+    if torch.cuda.is_available():
+        flash = _package(Requirement("flash-attn"))
+        yield (
+            flash
+            if flash.remedy is None
+            else replace(
+                flash, remedy="pip install flash-attn --no-build-isolation, or keep attention sdpa"
+            )
+        )
+    else:
+        yield Finding("flash attention", "needs a CUDA device; sdpa is used")
+
+
+def deepspeed() -> Iterator[Finding]:
+    """Where the package is: that it imports, and what compiles its Adam for offloading."""
+    if _version("deepspeed") is None:
+        return
+    try:
+        importlib.import_module("deepspeed")
+    except Exception as error:
+        yield Finding("DeepSpeed", _told(error), "pip install --force-reinstall deepspeed")
+        return
+    tools = (os.environ.get("CXX", "c++"), "ninja")
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    yield Finding(
+        "DeepSpeed's offloading",
+        f"{' and '.join(missing)} missing" if missing else f"{' and '.join(tools)} are there",
+        "install what is missing, or leave offloading off" if missing else None,
+    )
+
+
+def processes() -> Iterator[Finding]:
+    """Two processes add up a number over gloo."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", _ALL_REDUCE, str(Path(folder) / "store")]
+        both = [
+            subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
+            for rank in range(2)
+        ]
+        try:
+            errors = "".join(one.communicate(timeout=GLOO_SECONDS)[1] for one in both)
+        except subprocess.TimeoutExpired:
+            errors = f"no answer within {GLOO_SECONDS} seconds"
+        finally:
+            for one in both:
+                one.kill()
+                one.wait()
+    if all(one.returncode == 0 for one in both):
+        yield Finding("two processes", "joined over gloo")
+    else:
+        *_, why = ["their sum is wrong", *errors.splitlines()]
+        detail = f"did not join over gloo, {why}"
+        yield Finding("two processes", detail, "run on one process")
+
+
+def logins() -> Iterator[Finding]:
+    """Trackers."""
+    if _version("wandb") is None:
+        return
+    from rlhf.runs.trackers import is_logged_in_to_wandb
+
+    if is_logged_in_to_wandb():
+        yield Finding("W&B", "logged in")
+    else:
+        yield Finding("W&B", "not logged in, so its runs stay on this disk", "wandb login")
+
+
+def space() -> Iterator[Finding]:
+    """What `python -m tools.plan` can be held against."""
+    import psutil
+
+    memory, disk = psutil.virtual_memory().available, shutil.disk_usage(".").free
+    yield Finding("memory", f"{memory / 2**30:.0f} GiB available")
+    yield Finding("disk", f"{disk / 2**30:.0f} GiB free in this folder")
+
+
+def _declared() -> dict[str, Any]:
+    """What pyproject.toml says of the project."""
+    return tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+
+
+def _package(requirement: "Requirement") -> Finding:
+    """Whether a package is installed, in a version that the requirement takes."""
+    name, version = requirement.name, _version(requirement.name)
+    remedy = f'pip install "{requirement}"'
+    if version is None:
+        return Finding(name, "not installed", remedy)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(name, f"{version}, expected {requirement.specifier}", remedy)
+    return Finding(name, version)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""`python -m tools.export --folder runs/mine/ppo --output_dir merged`: an adapter and its base as
+one full model, for tools that do not know adapters."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.models.adapters import find_adapter, merge_adapter
+from rlhf.models.architectures import hidden_states
+from rlhf.models.loading import load_policy, load_scalar, load_tokenizer, save_policy
+from rlhf.models.shared_bases import SharedBases
+from rlhf.rewards import REWARD_FILE
+from rlhf.runs.folder import MODEL_FILES, folders_given_back
+from rlhf.runs.program import run_stage
+from rlhf.runs.run import open_run
+from rlhf.runs.settings import MayOverwrite, ModelSettings
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
+"""Largest difference of an output between the adapter beside its base and the merged weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(MayOverwrite):
+    """Merge an adapter into its base and write the full weights of a policy or a reward model."""
+
+    folder: str
+    """Folder that a stage wrote with lora.rank above 0."""
+    output_dir: str
+    """Folder to write."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the merged weights."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the base. Only for sources that you trust."""
+
+
+@folders_given_back()
+def export(config: Config) -> None:
+    """Writes the full model, with its tokenizer, template, reward card and lineage.
+
+    Raises:
+        ValueError: the folder holds no adapter, the base is another one, the output folder holds
+            files of others, or the merged weights do not compute what the adapter does.
+    """
+    files = (*MODEL_FILES, REWARD_FILE)
+    run = open_run(config, stage="export", inputs={"folder": config.folder}, files=files)
+    adapter = find_adapter(config.folder)
+    if adapter is None:
+        raise ValueError(
+            f"{config.folder} holds no adapter (adapter_config.json), so there is nothing to merge"
+        )
+    settings = ModelSettings(
+        path=config.folder, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
+    tokenizer = load_tokenizer(config.folder, trust_remote_code=config.trust_remote_code)
+    bases = SharedBases()  # keeps the adapter beside its base; no other model shares it here
+    if adapter.has_head:
+        scalar = load_scalar(settings, bases=bases)
+        difference = _merge(scalar.classifier, config.dtype)
+        scalar.save(run.dir, tokenizer)
+        if (Path(config.folder) / REWARD_FILE).is_file():
+            shutil.copyfile(Path(config.folder) / REWARD_FILE, run.dir / REWARD_FILE)
+    else:
+        policy = load_policy(settings, bases=bases)
+        difference = _merge(policy, config.dtype)
+        save_policy(policy, tokenizer, run.dir)
+    run.finish({"base": adapter.base, "max_difference": difference})
+
+
+def _merge(model: PreTrainedModel, dtype: str) -> float:
+    """The largest difference of an output that merging makes, tried on a few tokens."""
+    before = _outputs(model)
+    merge_adapter(model)
+    difference = (_outputs(model) - before).abs().max().item()
+    if not difference <= TOLERANCE[dtype]:
+        raise ValueError(
+            f"merged weights differ from the adapter's by {difference:.2g} in an output, more than "
+            f"{TOLERANCE[dtype]} ({dtype}); the adapter's weights are too large for this type"
+        )
+    print(f"export: merged weights differ by at most {difference:.2g} in an output")
+    return difference
+
+
+@torch.no_grad()
+def _outputs(model: PreTrainedModel) -> Tensor:
+    """Logits, or scores, behind eight tokens from all over the vocabulary."""
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    ids = torch.arange(8) * (embeddings.num_embeddings // 8)
+    hidden = hidden_states(model, input_ids=ids[None])
+    head = model.get_output_embeddings() or model.score
+    assert isinstance(head, torch.nn.Module)
+    return head(hidden).float()
+
+
+if __name__ == "__main__":
+    run_stage(export, Config)

@@ -1,0 +1,564 @@
+"""What a run will need, before anything is loaded: bytes by what holds them, and seconds.
+
+    python -m tools.plan --config configs/ppo/tiny.yaml [--accelerate FILE] [--KEY VALUE]...
+
+Of the models only config.json is read. The peak of a phase is what is held all the time, plus what
+is held in this phase, plus what its passes allocate at most:
+
+    held       weights of all models, those of a base on which PPO's roles are adapters once;
+               Adam's two moments of each trained weight, of its type; the moving average, fp32;
+               the buffers in which several processes exchange gradients
+    train      gradients of both models, the text's gradients if they are watched, and a pass with
+               its backward pass over a row of micro_batch_tokens (rlhf/measuring/allocations.py),
+               through one model at a time where there is one process
+    ptx        gradients of the policy, and such a pass of it alone over text
+    step       gradients, the text's, and PPO's own beside them to be compared; or the optimizer's
+               temporaries: two of the largest weight, and on a GPU, where a model's weights are
+               stepped at once, one of each
+    rollout    prompts of max_prompt_tokens read at once, or the last step with the whole cache
+    others     a pass without gradient over a row of micro_batch_tokens
+
+DDP holds all of this in every process. ZeRO-2 splits optimizer and gradients over the processes,
+ZeRO-3 the trained weights too; with mixed precision DeepSpeed keeps fp32 weights beside halved
+ones. tests/tools/test_plan.py holds the peak of real runs on a CPU to it; GPUs and ZeRO were never
+measured. Lengths are the settings' limits: shorter data need less in the rollout, and less time.
+"""
+
+import argparse
+import math
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlhf.inputs.packing import PackedRow, Packer, PromptTree, text_tree
+from rlhf.maths.logprobs import CHUNK_TOKENS
+from rlhf.measuring.allocations import DryRun
+from rlhf.measuring.flops import (
+    Work,
+    forward_flops,
+    size_of,
+    text_work,
+    training_flops,
+    update_flops,
+    work_of,
+)
+from rlhf.models.adapters import CONFIG_FILE, adapter_weights
+from rlhf.models.loading import ScalarModel, checkpoint_activations
+from rlhf.rewards import measured_dtype
+from rlhf.runs.program import run_stage
+from rlhf.runs.settings import ModelSettings, config_files
+from rlhf.runs.stateful import trained_parameters
+from rlhf.runs.stopwatch import matrix_rate
+from stages.ppo.config import Config as PPOConfig
+from stages.rm.config import Config as RMConfig
+from stages.sft.config import Config as SFTConfig
+
+Config = PPOConfig | RMConfig | SFTConfig
+STAGES: dict[str, Any] = {"ppo": PPOConfig, "rm": RMConfig, "sft": SFTConfig}
+TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Of the launcher's settings what memory depends on."""
+
+    num_processes: int = 1
+    zero_stage: int = 0
+    mixed_precision: str = "no"
+    device: str = "cpu"
+
+    @classmethod
+    def read(cls, path: Path | None) -> "Launch":
+        """A file that `accelerate config` wrote; None: one process on the device that is there.
+
+        Raises:
+            ValueError, OSError: the file cannot be used.
+        """
+        try:
+            settings = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} holds no settings; give a file of configs/accelerate")
+        if settings.get("distributed_type") == "FSDP":
+            raise ValueError(
+                f"{path} asks for FSDP, which the plan does not know; ZeRO-3 "
+                "(configs/accelerate/deepspeed_zero3.yaml) splits alike, and its plan comes near"
+            )
+        is_parallel = settings.get("distributed_type", "NO") != "NO"
+        has_gpu = torch.cuda.is_available() or is_parallel
+        return cls(
+            num_processes=settings.get("num_processes", 1),
+            zero_stage=settings.get("deepspeed_config", {}).get("zero_stage", 0),
+            mixed_precision=settings.get("mixed_precision", "no"),
+            device="cuda" if has_gpu and not settings.get("use_cpu", False) else "cpu",
+        )
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether one process holds everything."""
+        return self.num_processes == 1 and not self.zero_stage
+
+    def share(self, num_bytes: int, from_zero_stage: int) -> int:
+        """What a process holds of them, which ZeRO splits from this stage on."""
+        return num_bytes // self.num_processes if self.zero_stage >= from_zero_stage else num_bytes
+
+
+@dataclass
+class Plan:
+    """Bytes of one process, and the FLOPs of its work."""
+
+    launch: Launch
+    held: dict[str, int] = field(default_factory=dict)
+    """All the time, on the device."""
+    waiting: dict[str, int] = field(default_factory=dict)
+    """In CPU memory between uses."""
+    parts: dict[str, int] = field(default_factory=dict)
+    """What stands out of what the phases need."""
+    phases: dict[str, int] = field(default_factory=dict)
+    """Peak of each phase, with all that is held."""
+    work: str = "an update"
+    """What the FLOPs are of."""
+    flops: dict[str, float] = field(default_factory=dict)
+    """By phase."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    def add_phase(self, name: str, *parts: int) -> None:
+        """A phase needs these together; one that is added twice needs the larger."""
+        needed = sum(self.held.values()) + sum(parts)
+        self.phases[name] = max(needed, self.phases.get(name, 0))
+
+    def hold(self, name: str, model: nn.Module) -> None:
+        """Weights of a model."""
+        full = _bytes(model.parameters())
+        self.held[f"{name}: weights"] = self.launch.share(full // 2 if self.is_halved else full, 3)
+
+    def hold_on_base(self, name: str, model: PreTrainedModel) -> None:
+        """Weights of a role: its adapter and head, and the base below, which it shares with the
+        roles over the same one (`rlhf.models.shared_bases`)."""
+        own = sum(weight.nbytes for weight in adapter_weights(model).values())
+        base = f"base {model.config.name_or_path}, {str(model.dtype).removeprefix('torch.')}"
+        size = (_bytes(model.parameters()) - own) // (1 + self.is_halved)
+        self.held[base] = max(self.held.get(base, 0), size)  # a classifier's has no unembedding
+        if own:
+            self.held[f"{name}: adapter and head"] = own
+
+    def hold_optimizer(self, name: str, model: nn.Module) -> None:
+        """What a model needs beside its weights to learn."""
+        launch, trained = self.launch, _bytes(trained_parameters(model).values())
+        self.held[f"{name}: optimizer"] = launch.share((2 + self.is_halved) * trained, 1)
+        if launch.num_processes > 1 and not launch.zero_stage:
+            self.held[f"{name}: exchange of gradients"] = trained
+
+    @property
+    def is_halved(self) -> bool:
+        return self.launch.zero_stage > 0 and self.launch.mixed_precision != "no"
+
+
+def make_plan(config: Config, launch: Launch) -> Plan:
+    """The plan of a stage's settings.
+
+    Raises:
+        ValueError, OSError: a model's config cannot be read, an adapter does not fit the settings,
+            weights are to be quantized, or the stage would refuse the launcher.
+    """
+    if config.lora.rank and config.lora.quantize != "none":
+        raise ValueError(
+            f"lora.quantize is {config.lora.quantize}, and the plan knows no quantized weights; "
+            "give --lora.quantize none for what the run would need without, which is more"
+        )
+    dry, plan = DryRun(TYPES[launch.mixed_precision]), Plan(launch)
+    try:
+        if isinstance(config, PPOConfig):
+            config.check_launch(launch.mixed_precision, launch.num_processes)
+            _plan_ppo(plan, dry, config)
+        elif isinstance(config, RMConfig):
+            _plan_rm(plan, dry, config)
+        else:
+            _plan_sft(plan, dry, config)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # what an architecture does with tensors without data is its own
+        path = config.policy.path if isinstance(config, PPOConfig) else config.model.path
+        raise ValueError(
+            f"{path} cannot be planned: its architecture cannot be run without data "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:150]}); mixtures of experts "
+            "and state space models are among these. Try a short run instead: num_updates or "
+            "num_epochs 1"
+        ) from error
+    return plan
+
+
+@dataclass(frozen=True)
+class Roles:
+    """PPO's models, without data."""
+
+    policy: PreTrainedModel
+    value_model: ScalarModel
+    reference: PreTrainedModel
+    rewards: dict[str, ScalarModel]
+    are_shared: bool
+    """Whether they are adapters over common bases (`stages.ppo.train.load_models`)."""
+
+    @classmethod
+    def of(cls, config: PPOConfig, dry: DryRun, launch: Launch) -> "Roles":
+        are_shared = config.lora.rank > 0 and launch.zero_stage < 3
+        settings = _dry(config.policy)
+        rewards = {
+            name: dry.scalar(_dry(_reward_settings(config, path)), is_shared=are_shared)
+            for name, path in config.reward.model_paths.items()
+        }
+        roles = cls(
+            dry.policy(settings, config.lora, is_shared=are_shared),
+            dry.scalar(_dry(_value_settings(config)), config.lora, is_shared=are_shared),
+            dry.policy(settings, is_shared=are_shared),
+            rewards,
+            are_shared,
+        )
+        if config.gradient_checkpointing:
+            checkpoint_activations(roles.policy)
+            checkpoint_activations(roles.value_model.classifier)
+        return roles
+
+
+def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
+    roles = Roles.of(config, dry, plan.launch)
+    _hold_roles(plan, roles, config)
+    _plan_rollout(plan, dry, config, roles)
+    _plan_training(plan, dry, config, roles.policy, roles.value_model)
+    num_episodes = config.rollout.batch_size // plan.launch.num_processes
+    num_texts = math.ceil(config.text_blocks_per_step / plan.launch.num_processes)
+    episodes = work_of([_tree(*_lengths(config))]) * num_episodes
+    texts = text_work(config.ptx.block_tokens) * (num_texts * config.steps_per_update)
+    policy, value_model = size_of(roles.policy), size_of(roles.value_model.classifier)
+    plan.flops = update_flops(
+        policy,
+        value_model,
+        [size_of(model.classifier) for model in roles.rewards.values()],
+        episodes,
+        texts,
+        config.ppo.num_epochs,
+    )
+    plan.flops["logprobs"] /= config.rollout.check_every  # of a mean update
+    if config.gradient_checkpointing:
+        again = forward_flops(policy, episodes) + forward_flops(value_model, episodes)
+        plan.flops["ptx"] += forward_flops(policy, texts)
+        plan.flops["train"] += config.ppo.num_epochs * again
+
+
+def _hold_roles(plan: Plan, roles: Roles, config: PPOConfig) -> None:
+    trained = {"policy": roles.policy, "value model": roles.value_model.classifier}
+    frozen = {"reference": roles.reference}
+    frozen |= {f"reward.{name}": model.classifier for name, model in roles.rewards.items()}
+    if roles.are_shared:
+        for name, model in (trained | frozen).items():
+            plan.hold_on_base(name, model)
+    for name, model in trained.items():
+        if not roles.are_shared:
+            plan.hold(name, model)
+        plan.hold_optimizer(name, model)
+    if config.ema_decay is not None:
+        average = _bytes(trained_parameters(roles.policy).values(), as_type=torch.float32)
+        plan.held["policy: moving average"] = average
+    if not roles.are_shared:
+        resting = plan.waiting if config.offload and plan.launch.device != "cpu" else plan.held
+        halved = {"reference"} if plan.is_halved else set()  # as the policy, whose twin it is
+        resting |= {n: _bytes(m.parameters()) // (1 + (n in halved)) for n, m in frozen.items()}
+
+
+def _plan_rollout(plan: Plan, dry: DryRun, config: PPOConfig, roles: Roles) -> None:
+    """Sampling, and passes without gradient. Models that wait elsewhere come for their phase."""
+    num_episodes = config.rollout.batch_size // plan.launch.num_processes
+    batch = min(config.generation.batch_size, num_episodes)
+    sampling, cache = dry.sampling(roles.policy, batch, *_lengths(config))
+    plan.parts["KV cache of a rollout"] = cache
+    row = _rows(config, plan.launch).of_episodes(*_lengths(config), num_episodes)
+    plan.add_phase("rollout", sampling)
+    if roles.rewards:  # all of them come for the phase
+        visitors = sum(plan.waiting.get(f"reward.{name}", 0) for name in roles.rewards)
+        passes = [dry.values(model, row) for model in roles.rewards.values()]
+        plan.add_phase("score", visitors, max(passes))
+    plan.add_phase("logprobs", dry.moments(roles.policy, row))
+    visitor = plan.waiting.get("reference", 0)
+    plan.add_phase("reference", visitor, dry.logprobs(roles.reference, row))
+    plan.add_phase("value", dry.values(roles.value_model, row))
+
+
+def _plan_training(
+    plan: Plan, dry: DryRun, config: PPOConfig, policy: PreTrainedModel, value_model: ScalarModel
+) -> None:
+    """The passes with gradient, of episodes and of text, and the optimizer's step."""
+    launch, budget = plan.launch, config.micro_batch_tokens
+    rows = _rows(config, launch)
+    own_step = config.ppo.mini_batch_size // launch.num_processes
+    own_blocks = math.ceil(config.text_blocks_per_step / launch.num_processes)
+    row = rows.of_episodes(*_lengths(config), own_step)
+    of_policy, of_value = (_gradient_bytes(launch, model) for model in (policy, value_model))
+    is_watched = config.ptx.gradient_norms or config.ptx.grad_norm_ratio is not None
+    of_text = of_policy if own_blocks and is_watched else 0
+    accumulates: list[nn.Module] = []
+    if own_blocks:
+        blocks = rows.of_texts(config.ptx.block_tokens, own_blocks)
+        if own_blocks * config.ptx.block_tokens > budget:
+            accumulates = [policy]
+        a_pass = dry.training(blocks, policy, None, accumulates)
+        plan.add_phase("ptx", of_policy * bool(accumulates), a_pass)
+    is_one_row = own_step * sum(_lengths(config)) <= budget
+    accumulates = [policy, value_model] if not is_one_row else [policy] if own_blocks else []
+    turns = [(policy, None), (None, value_model)] if launch.is_alone else [(policy, value_model)]
+    passes = []
+    for turn in turns:
+        before = sum(_gradient_bytes(launch, model) for model in accumulates)
+        passes.append(dry.training(row, *turn, [model for model in accumulates if model in turn]))
+        plan.add_phase("train", before, of_text, passes[-1])
+        accumulates = list({*accumulates, policy})
+    comparing = of_text + _largest(policy) if of_text else 0
+    stepping = _step_bytes(launch, policy, value_model)
+    plan.add_phase("step", of_policy, of_value, of_text, max(comparing, stepping))
+    plan.parts |= {
+        "gradients of policy and value model": of_policy + of_value,
+        "gradients of the text": of_text,
+        f"pass of {row.input_ids.numel()} tokens, forward and backward": max(passes),
+        "  of it logits at a time": _logits_bytes(policy, min(CHUNK_TOKENS, len(row.targets))),
+    }
+
+
+def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
+    """A pass of a full row; a longer ranking, which is not cut, needs more."""
+    model = dry.scalar(_dry(config.model), config.lora)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model.classifier)
+    plan.hold("reward model", model)
+    plan.hold_optimizer("reward model", model)
+    lengths = config.max_prompt_tokens, config.max_response_tokens
+    rows = Rows(config.model, config.micro_batch_tokens, plan.launch.device)
+    row = rows.of_episodes(*lengths, config.batch_size)
+    gradients = _gradient_bytes(plan.launch, model)
+    a_pass = dry.training(row, None, model, [model])
+    plan.add_phase("train", gradients, a_pass)
+    plan.add_phase("step", gradients, _step_bytes(plan.launch, model))
+    num_tokens = row.input_ids.numel()
+    plan.parts |= {
+        "gradients": gradients,
+        f"pass of {num_tokens} tokens, forward and backward": a_pass,
+    }
+    plan.work = f"a pass of {num_tokens} tokens"
+    work = work_of([_tree(*lengths)]) * max(1, num_tokens // sum(lengths))
+    plan.flops["train"] = _training_flops(model.classifier, work, config)
+
+
+def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
+    """A padded batch with all of its logits, as TRL trains."""
+    policy = dry.policy(_dry(config.model), config.lora)
+    plan.hold("policy", policy)
+    plan.hold_optimizer("policy", policy)
+    if config.reward_model is not None:
+        path = _with_config(config.reward_model, config.model.path)
+        plan.held["reward model"] = _bytes(dry.scalar(ModelSettings(path=path)).parameters())
+    prompt, response = config.max_prompt_tokens, config.max_response_tokens
+    batch = min(config.generation.batch_size, config.num_samples)
+    sampling, plan.parts["KV cache of the samples"] = dry.sampling(policy, batch, prompt, response)
+    plan.add_phase("samples", sampling)
+    if config.gradient_checkpointing:
+        checkpoint_activations(policy)
+    rows = config.rows_per_pass(plan.launch.num_processes)
+    length = prompt + response
+    gradients = _gradient_bytes(plan.launch, policy)
+    accumulates = [policy] if config.batch_size > rows * plan.launch.num_processes else []
+    a_pass = dry.batch_training(policy, rows, length, accumulates)
+    plan.add_phase("train", gradients * bool(accumulates), a_pass)
+    plan.add_phase("step", gradients, _step_bytes(plan.launch, policy))
+    plan.parts |= {
+        "gradients": gradients,
+        f"pass of {rows} x {length} tokens, forward and backward": a_pass,
+        "  of it logits": _logits_bytes(policy, rows * length),
+    }
+    plan.work = "an optimizer step"
+    own_rows = config.batch_size // plan.launch.num_processes
+    work = Work(length, length, text_work(length).pairs) * own_rows
+    plan.flops["train"] = _training_flops(policy, work, config)
+
+
+def _reward_settings(config: PPOConfig, path: str) -> ModelSettings:
+    return ModelSettings(
+        path=_with_config(path, config.policy.path),
+        dtype=measured_dtype(path) if config.reward.dtype == "measured" else config.reward.dtype,
+        attention=config.reward.attention,
+        trust_remote_code=config.reward.trust_remote_code,
+    )
+
+
+def _value_settings(config: PPOConfig) -> ModelSettings:
+    """As the run starts it, but where a reward model has another vocabulary than the policy, whose
+    body the run takes then."""
+    start = config.reward.value_start
+    path = config.value_model or (None if start is None else start[0])
+    if path is None or _with_config(path, config.policy.path) == config.policy.path:
+        return config.policy
+    return config.value_settings(path)
+
+
+def _with_config(path: str, other: str) -> str:
+    """Of a reward model that is yet to be trained the shape is taken for that of the policy."""
+    files = ("config.json", CONFIG_FILE)
+    return path if any((Path(path) / name).is_file() for name in files) else other
+
+
+def _dry(settings: ModelSettings) -> ModelSettings:
+    """Flash attention has no kernel here; sdpa saves the same tensors where there is no mask."""
+    is_flash = settings.attention.startswith("flash")
+    return replace(settings, attention="sdpa") if is_flash else settings
+
+
+def _tree(prompt: int, response: int) -> PromptTree:
+    return PromptTree((0,) * prompt, ((0,) * response,))
+
+
+def _lengths(config: PPOConfig) -> tuple[int, int]:
+    """Most tokens of a prompt and of a response."""
+    return config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
+
+
+def _rows(config: PPOConfig, launch: Launch) -> "Rows":
+    return Rows(config.policy, config.micro_batch_tokens, launch.device)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The fullest rows that a model gets."""
+
+    settings: ModelSettings
+    budget: int
+    """tokens"""
+    device: str
+
+    def of_episodes(self, prompt: int, response: int, num_trees: int) -> PackedRow:
+        """Trees of the largest size, and a smaller one that fills what is left."""
+        num_whole = max(1, min(self.budget // (prompt + response), num_trees))
+        trees = [_tree(prompt, response)] * num_whole
+        left = self.budget - num_whole * (prompt + response)
+        if left > 1 and num_whole < num_trees:
+            trees.append(_tree(max(1, left - response), min(response, left - 1)))
+        return self._lay(trees)
+
+    def of_texts(self, block: int, num_blocks: int) -> PackedRow:
+        """Blocks of text."""
+        return self._lay([text_tree([0] * block)] * max(1, min(self.budget // block, num_blocks)))
+
+    def _lay(self, trees: Sequence[PromptTree]) -> PackedRow:
+        if self.settings.attention.startswith("flash"):
+            trees = trees[:1]  # without a mask every response is alone
+        (row,) = Packer(self.budget).rows(trees)
+        # With segments as without a mask, attention keeps queries, keys and values alone.
+        has_segments = self.device == "cpu" and self.settings.attention == "sdpa"
+        return replace(row, plain=row.plain or has_segments)
+
+
+def _bytes(weights: Iterable[nn.Parameter], as_type: torch.dtype | None = None) -> int:
+    return sum(p.numel() * (p.dtype if as_type is None else as_type).itemsize for p in weights)
+
+
+def _gradient_bytes(launch: Launch, model: nn.Module) -> int:
+    return launch.share(_bytes(trained_parameters(model).values()), 2)
+
+
+def _largest(*models: nn.Module) -> int:
+    return max(p.nbytes for model in models for p in trained_parameters(model).values())
+
+
+def _step_bytes(launch: Launch, *models: nn.Module) -> int:
+    """Temporaries of AdamW."""
+    if launch.device == "cpu":
+        return 2 * _largest(*models)
+    return launch.share(max(_bytes(trained_parameters(model).values()) for model in models), 1)
+
+
+def _training_flops(model: PreTrainedModel, work: Work, config: RMConfig | SFTConfig) -> float:
+    size = size_of(model)
+    again = forward_flops(size, work) if config.gradient_checkpointing else 0.0
+    return training_flops(size, work) + again
+
+
+def _logits_bytes(policy: nn.Module, tokens: int) -> int:
+    return 4 * tokens * policy.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+
+
+def show(plan: Plan, rate: float, dtype: torch.dtype) -> str:
+    """The plan as a table."""
+    launch = plan.launch
+    zero = f", ZeRO-{launch.zero_stage}" if launch.zero_stage else ""
+    each = (
+        "one process" if launch.num_processes == 1 else f"each of {launch.num_processes} processes"
+    )
+    lines = [f"plan for {each} on {launch.device}, mixed precision {launch.mixed_precision}{zero}"]
+
+    def add(title: str, rows: dict[str, int], marked: int | None = None) -> None:
+        lines.extend(["", title] if rows else [])
+        for name, value in rows.items():
+            mark = "  <- peak" if value == marked else ""
+            lines.append(f"  {name:<46}{value / 1e6:>12,.1f} MB{mark}")
+
+    add("held all the time", plan.held | {"together": sum(plan.held.values())})
+    add("waiting in CPU memory", plan.waiting)
+    add("what phases need besides", {name: size for name, size in plan.parts.items() if size})
+    add("peak of each phase, all in all", plan.phases, plan.peak)
+    lines += ["", f"seconds of {plan.work}, at the matrix rate of this machine (an estimate: "]
+    lines[-1] += f"{rate / 1e9:,.0f} GFLOPS in {str(dtype).removeprefix('torch.')})"
+    seconds = {name: flops / rate for name, flops in plan.flops.items() if flops}
+    for name, value in (seconds | {"together": sum(seconds.values())}).items():
+        lines.append(f"  {name:<46}{value:>12,.3f} s")
+    lines.append("  a lower bound: no pass reaches the rate, and sampling waits for memory")
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        usage="python -m tools.plan --config FILE [--accelerate FILE] [--KEY VALUE]...",
+        description="Memory and time that a run will need; other options are the stage's own.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("--stage", choices=STAGES)
+    parser.add_argument("--accelerate", type=lambda path: Path(os.path.expanduser(path)))
+    own, words = parser.parse_known_args(args)
+    if not words or words == ["--help"]:
+        parser.print_help()
+        parser.exit()
+
+    def tell(config: Any) -> None:
+        launch = Launch.read(own.accelerate)
+        plan = make_plan(config, launch)
+        model = config.policy if isinstance(config, PPOConfig) else config.model
+        dtype = TYPES[launch.mixed_precision] or getattr(torch, model.dtype)
+        is_here = launch.device == "cuda" and torch.cuda.is_available()
+        device = torch.device("cuda" if is_here else "cpu")
+        print(show(plan, matrix_rate(device, dtype), dtype), flush=True)
+
+    run_stage(tell, STAGES[own.stage or _stage_of(words)], words)
+
+
+def _stage_of(words: Sequence[str]) -> str:
+    """By the keys that only one stage's settings have."""
+    given = {
+        word.removeprefix("--").split("=")[0].split(".")[0] for word in words if word[:2] == "--"
+    }
+    for path in config_files(words):
+        with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):  # load_config names it
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            given |= set(settings) if isinstance(settings, dict) else set()
+    return "ppo" if "policy" in given else "rm" if "rankings" in given else "sft"
+
+
+if __name__ == "__main__":
+    main()
