@@ -21,7 +21,7 @@ from benchmarks.compare import compare
 from benchmarks.folders import SHAPES, VOCAB_SIZES, policy_folder, reward_folder
 from benchmarks.report import TABLE, TARGETS, write
 from benchmarks.workload import DType, Workload, every, ppo_prompts, rm_data, spread_lengths
-from rlhf.runs.run import commit
+from rlhf.runs.lineage import commit
 
 WORK_DIR = Path("runs/benchmarks")
 RESULTS_DIR = Path("benchmarks/results")

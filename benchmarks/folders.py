@@ -8,10 +8,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import PromptTree
-from rlhf.models.loading import load_chat, load_scalar, new_policy, packer_for, save_policy
+from rlhf.models.layout import packer_for
+from rlhf.models.loading import load_scalar, new_policy
 from rlhf.models.passes import compute_scores
-from rlhf.rewards import REWARD_FILE, GoldenRow, RewardCard, rendering_hash
-from rlhf.runs.settings import ModelSettings
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_chat
+from rlhf.rewards.models import REWARD_FILE, GoldenRow, RewardCard
+from rlhf.rewards.rendering import rendering_hash
 from stages.pretrain.tokenizer import train_tokenizer
 
 SMOLLM2 = "runs/smollm2/base"

@@ -21,12 +21,15 @@ from benchmarks.workload import LEARNING_RATE, Workload, text_blocks
 from rlhf.generation.hf import draw
 from rlhf.inputs.packing import PromptTree, text_tree
 from rlhf.inputs.records import Prompt, Ranking
-from rlhf.models.loading import load_chat, load_scalar, packer_for
-from rlhf.rewards import RewardSettings
+from rlhf.models.layout import packer_for
+from rlhf.models.loading import load_scalar
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_chat
+from rlhf.rewards.settings import RewardSettings
 from rlhf.runs.run import open_run
-from rlhf.runs.settings import ModelSettings, OptimSettings
 from rlhf.runs.stopwatch import Stopwatch
 from rlhf.training.processes import start_accelerator
+from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, Sampler, roll_out, rollout_metrics, rollout_sums

@@ -30,15 +30,8 @@ from benchmarks.protocol import Worker
 from benchmarks.workload import Workload
 from experiments.shared import markdown_table
 from rlhf.inputs.packing import PromptTree
-from rlhf.measuring.flops import (
-    ModelSize,
-    Work,
-    size_of,
-    training_flops,
-    update_flops,
-    work_of,
-)
-from rlhf.runs.run import commit
+from rlhf.measuring.flops import ModelSize, Work, size_of, training_flops, update_flops, work_of
+from rlhf.runs.lineage import commit
 
 OUTPUT = "roofline"
 FLOAT_BYTES = 4

@@ -26,7 +26,7 @@ from benchmarks.folders import SHAPES, VOCAB_SIZES, policy_folder, reward_folder
 from benchmarks.protocol import Worker
 from benchmarks.workload import Workload, ppo_prompts, rm_data, spread_lengths
 from experiments.shared import INK, save_figure, style_axes
-from rlhf.runs.run import commit
+from rlhf.runs.lineage import commit
 
 OUTPUT = "scaling"
 NUM_RESPONSES, NUM_RANKINGS = 36, 4

@@ -185,7 +185,7 @@ def trained_texts(record: Record) -> tuple[str, ...]:
 def _load_chat(path: str) -> "Chat":
     # here, because torch takes seconds to import and most checks need none of it
     from rlhf.inputs.chat import Chat
-    from rlhf.models.loading import load_tokenizer
+    from rlhf.models.tokenizers import load_tokenizer
 
     return Chat(load_tokenizer(path))
 

@@ -20,15 +20,21 @@ from transformers import PreTrainedModel
 from data.convert.formats import CONVERTERS
 from data.convert.program import Counts, convert_rows
 from data.convert.readers import read_source, read_texts
-from rlhf.generation import Decoding, generate
+from rlhf.generation.engines import generate
+from rlhf.generation.interface import Decoding
+from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import split_by_prompt, write_records
 from rlhf.inputs.records import Record
+from rlhf.models.full import quiet
 from rlhf.models.gguf import load_gguf
-from rlhf.models.loading import load_chat, load_policy, quiet, save_policy
+from rlhf.models.loading import load_policy
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_chat
 from rlhf.runs.folder import MODEL_FILES, writing
 from rlhf.runs.program import run_stage
-from rlhf.runs.settings import GenerationSettings, MayOverwrite, ModelSettings
+from rlhf.runs.settings import MayOverwrite
 
 RESULTS_FILE = "results.json"
 """Written last: a folder without it is unfinished."""

@@ -38,9 +38,9 @@ from experiments.shared import (
 )
 from rlhf.inputs.files import read_records, write_records
 from rlhf.inputs.records import Ranking
-from rlhf.runs.folder import folders_given_back
+from rlhf.runs.folder import METRICS, folders_given_back
 from rlhf.runs.program import run_stage
-from rlhf.runs.run import METRICS, open_run
+from rlhf.runs.run import open_run
 from rlhf.runs.settings import MayOverwrite
 from stages.evaluate.curves import COLOURS, read_metrics
 from stages.rm.config import Config as RewardModelConfig

@@ -42,11 +42,14 @@ from rlhf.inputs.files import read_records, write_records
 from rlhf.inputs.fitting import fit_prompt
 from rlhf.inputs.records import Prompt
 from rlhf.measuring.statistics import best_of_n, best_of_n_kl
-from rlhf.models.loading import load_chat, load_policy, packer_for
-from rlhf.rewards import load_function, load_reward
-from rlhf.runs.folder import folders_given_back
+from rlhf.models.layout import packer_for
+from rlhf.models.loading import load_policy
+from rlhf.models.tokenizers import load_chat
+from rlhf.rewards.functions import load_function
+from rlhf.rewards.load import load_reward
+from rlhf.runs.folder import SAMPLES, folders_given_back
 from rlhf.runs.program import run_stage
-from rlhf.runs.run import RESULTS, SAMPLES, open_run
+from rlhf.runs.run import RESULTS, open_run
 from rlhf.runs.settings import MayOverwrite
 from rlhf.training.processes import start_accelerator
 from stages.evaluate.config import Config as EvaluateConfig

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf.measuring.statistics import t_interval
-from rlhf.runs.run import CONFIG, RESULTS, RunSettings, settings_in_force
-from rlhf.runs.settings import load_config
+from rlhf.runs.run import CONFIG, RESULTS, RunSettings
+from rlhf.runs.settings import load_config, settings_in_force
 
 Settings = TypeVar("Settings", bound=RunSettings)
 

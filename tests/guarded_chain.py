@@ -100,7 +100,7 @@ def make_labelers(path: str) -> list[LengthLabeler]:
 def write_inputs(folder: Path) -> None:
     """A random policy, prompts and demonstrations."""
     from rlhf.inputs.chat import Chat
-    from rlhf.models.loading import save_policy
+    from rlhf.models.saving import save_policy
     from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
 
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
@@ -116,8 +116,9 @@ def write_inputs(folder: Path) -> None:
 
 def run_chain(folder: Path, runs: Path) -> None:
     """All stages, each from the folders of those before it."""
-    from rlhf.rewards import RewardSettings
-    from rlhf.runs.settings import ModelSettings, OptimSettings
+    from rlhf.models.settings import ModelSettings
+    from rlhf.rewards.settings import RewardSettings
+    from rlhf.training.settings import OptimSettings
     from stages.collect.collect import collect
     from stages.collect.config import Config as CollectConfig
     from stages.evaluate.config import Config as EvaluateConfig

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from rlhf.inputs.chat import Chat
-from rlhf.models.loading import save_policy
+from rlhf.models.saving import save_policy
 from rlhf.runs.program import USER_ERROR, run_stage
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.evaluate.evaluate import evaluate

@@ -23,10 +23,13 @@ from hypothesis import strategies as st
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import read_records
 from rlhf.inputs.records import RECORD_CLASSES
-from rlhf.models.loading import load_chat, load_policy, load_scalar, save_policy
-from rlhf.rewards import GoldenRow, RewardCard
+from rlhf.models.loading import load_policy, load_scalar
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import LoraSettings, ModelSettings
+from rlhf.models.tokenizers import load_chat
+from rlhf.rewards.models import GoldenRow, RewardCard
 from rlhf.runs.checkpoint_files import check_files, read_manifest, read_states, write_checkpoint
-from rlhf.runs.settings import LoraSettings, ModelSettings, keys_of, load_config
+from rlhf.runs.settings import keys_of, load_config
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 from tests.test_configs import SETTINGS, config_class_of
 

@@ -18,15 +18,19 @@ import torch
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import read_records
 from rlhf.inputs.records import Demonstration, Text
-from rlhf.models.loading import load_chat, load_policy, load_scalar, save_policy
-from rlhf.rewards import REWARD_FILE, RewardCard, load_function
-from rlhf.runs.settings import ConfigError, ModelSettings, load_config
+from rlhf.models.loading import load_policy, load_scalar
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_chat
+from rlhf.rewards.functions import load_function
+from rlhf.rewards.models import REWARD_FILE, RewardCard
+from rlhf.runs.settings import ConfigError, load_config
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.ppo.config import Config as PPOConfig
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 
 ROOT = Path(__file__).parents[1]
-WALKED = "rlhf stages data experiments examples benchmarks".split()
+WALKED = "rlhf stages data tools experiments examples benchmarks".split()
 
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal"}
 UNSAFE_MODULES |= {"shelve"}

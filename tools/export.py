@@ -12,13 +12,16 @@ from transformers import PreTrainedModel
 
 from rlhf.models.adapters import find_adapter, merge_adapter
 from rlhf.models.architectures import hidden_states
-from rlhf.models.loading import load_policy, load_scalar, load_tokenizer, save_policy
+from rlhf.models.loading import load_policy, load_scalar
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import ModelSettings
 from rlhf.models.shared_bases import SharedBases
-from rlhf.rewards import REWARD_FILE
+from rlhf.models.tokenizers import load_tokenizer
+from rlhf.rewards.models import REWARD_FILE
 from rlhf.runs.folder import MODEL_FILES, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
-from rlhf.runs.settings import MayOverwrite, ModelSettings
+from rlhf.runs.settings import MayOverwrite
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 """Largest difference of an output between the adapter beside its base and the merged weights."""

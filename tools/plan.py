@@ -51,12 +51,14 @@ from rlhf.measuring.flops import (
     work_of,
 )
 from rlhf.models.adapters import CONFIG_FILE, adapter_weights
-from rlhf.models.loading import ScalarModel, checkpoint_activations
-from rlhf.rewards import measured_dtype
+from rlhf.models.full import checkpoint_activations
+from rlhf.models.scalar import ScalarModel
+from rlhf.models.settings import ModelSettings
+from rlhf.rewards.models import measured_dtype
 from rlhf.runs.program import run_stage
-from rlhf.runs.settings import ModelSettings, config_files
-from rlhf.runs.stateful import trained_parameters
+from rlhf.runs.settings import config_files
 from rlhf.runs.stopwatch import matrix_rate
+from rlhf.training.parameters import trained_parameters
 from stages.ppo.config import Config as PPOConfig
 from stages.rm.config import Config as RMConfig
 from stages.sft.config import Config as SFTConfig

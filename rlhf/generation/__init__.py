@@ -3,60 +3,14 @@
 All engines sample from the whole softmax at one temperature. There is no top-k, top-p or
 repetition penalty: with one, the log-probabilities that PPO computes would not be those of the
 policy that sampled (recipe: checklist 15).
+
+    settings.py        which engine samples, and how much at once
+    interface.py       what every engine is asked, and what it gives
+    engines.py         the engine that the settings name
+    hf.py              our own loop over the model's cache
+    decoder.py         the model's step of one token, as fast as it goes on a CPU
+    cpu_products.py    products of linear layers turned round for a few rows
+    continuous.py      continuous batching of transformers
+    vllm.py            vLLM on the GPU that trains
+    auto.py            the faster of two engines, timed on the first prompts
 """
-
-import functools
-from collections.abc import Callable, Sequence
-
-import torch
-from transformers import PreTrainedModel
-
-from rlhf.generation.auto import FastestEngine
-from rlhf.generation.continuous import ContinuousEngine
-from rlhf.generation.hf import LoopEngine
-from rlhf.generation.interface import Decoding, Engine, Samples
-from rlhf.runs.settings import GenerationSettings
-
-__all__ = ["Decoding", "Engine", "FastestEngine", "Samples", "generate", "make_engine"]
-
-
-def make_engine(settings: GenerationSettings, tell: Callable[[str], object] = print) -> Engine:
-    """The engine that the settings name; it has no weights before `refresh`.
-
-    Args:
-        tell: prints a line.
-
-    Raises:
-        ValueError: vLLM is asked for and not installed, or there is no GPU for it.
-    """
-    if settings.engine == "vllm":
-        return _only_vllm(settings)
-    engines: dict[str, Engine] = {
-        "hf": LoopEngine(settings),
-        "continuous": ContinuousEngine(settings),
-    }
-    if settings.engine == "auto":
-        return FastestEngine(engines, settings.batch_size, tell)
-    return engines[settings.engine]
-
-
-def generate(
-    policy: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    settings: GenerationSettings,
-    decoding: Decoding,
-    generator: torch.Generator | None = None,
-    progress: Callable[[int], object] | None = None,
-) -> Samples:
-    """One response a prompt, by an engine made for this call; arguments as of `Engine.generate`."""
-    engine = make_engine(settings)
-    engine.refresh(policy)
-    return engine.generate(prompts, decoding, generator, progress)
-
-
-@functools.cache
-def _only_vllm(settings: GenerationSettings) -> Engine:
-    """vLLM does not give a GPU's memory back within a process, so there is one to a process."""
-    from rlhf.generation.vllm import VllmEngine
-
-    return VllmEngine(settings)

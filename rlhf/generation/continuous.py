@@ -4,19 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import (
-    ContinuousBatchingConfig,
-    DynamicCache,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from rlhf.generation.interface import Decoding, Samples
+from rlhf.generation.settings import GenerationSettings
 from rlhf.models.architectures import accepts
-from rlhf.runs.settings import GenerationSettings
 from rlhf.training.nonfinite import NonFiniteError
 
 _PAGED = {DynamicLayer, DynamicSlidingWindowLayer}

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from rlhf.generation.cpu_products import thin_products
 from rlhf.generation.decoder import Decoder, Way, way_for
 from rlhf.generation.interface import Decoding, Samples
-from rlhf.runs.settings import GenerationSettings
+from rlhf.generation.settings import GenerationSettings
 from rlhf.training.nonfinite import NonFiniteError
 
 COPY_COST = 1.0

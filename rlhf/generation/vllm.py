@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.generation.interface import Decoding, Samples
-from rlhf.runs.settings import GenerationSettings
+from rlhf.generation.settings import GenerationSettings
 from rlhf.training.nonfinite import NonFiniteError
 
 ALONE = {

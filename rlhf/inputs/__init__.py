@@ -3,6 +3,7 @@
 records.py      the four records that stages exchange, each checked field by field
 files.py        records on disk and from the hub: read, written, split by prompt
 template.py     what a chat template writes around prompts and answers
+ranges.py       a value of a setting is in its range, or refused
 control.py      text to ids where only a template's own names are control tokens
 chat.py         the one rendering of prompts and responses to token ids
 fitting.py      a prompt that fits: from records to ids, oldest turns left out

@@ -24,15 +24,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.inputs.packing import PackedRow
-from rlhf.models.loading import (
-    ALL_WEIGHTS,
-    ScalarModel,
-    empty_policy,
-    empty_scalar,
-    response_logprobs,
-    response_moments,
-)
-from rlhf.runs.settings import LoraSettings, ModelSettings
+from rlhf.models.empty import empty_policy, empty_scalar
+from rlhf.models.heads import response_logprobs, response_moments
+from rlhf.models.scalar import ScalarModel
+from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
 
 
 class LiveBytes(TorchDispatchMode):

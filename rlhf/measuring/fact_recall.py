@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.generation import Decoding, generate
+from rlhf.generation.engines import generate
+from rlhf.generation.interface import Decoding
+from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.records import Prompt, show
-from rlhf.runs.settings import GenerationSettings
 
 
 def fact_recall(

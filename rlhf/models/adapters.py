@@ -32,8 +32,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from rlhf.models.architectures import body_of
-from rlhf.runs.run import BASE_FILE
-from rlhf.runs.settings import LoraSettings
+from rlhf.models.settings import LoraSettings
+from rlhf.runs.lineage import BASE_FILE
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

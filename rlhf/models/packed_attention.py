@@ -11,7 +11,7 @@ its own over its prompt and itself:
 
 The segments travel where transformers takes a four-dimensional mask, which it hands to the layers
 as it is. They are integers, as no mask is, and by that our "sdpa" knows them; anything else goes to
-transformers' own. rlhf.models.loading registers it, and a probe there decides for each model
+transformers' own. rlhf.models.layout registers it, and a probe there decides for each model
 whether it works (packer_for).
 """
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from rlhf.inputs.packing import PackedRow, Packer, PromptTree, assemble
 from rlhf.maths.logprobs import TokenMoments
-from rlhf.models.loading import ScalarModel, response_logprobs, response_moments
+from rlhf.models.heads import response_logprobs, response_moments
+from rlhf.models.scalar import ScalarModel
 
 
 def compute_logprobs(

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.models.adapters import HEAD, weights_sha256
 from rlhf.models.architectures import body_of, from_config, scalar_class
-from rlhf.models.loading import disable_dropout, load_full, quiet
-from rlhf.runs.settings import ModelSettings
+from rlhf.models.full import disable_dropout, load_full, quiet
+from rlhf.models.settings import ModelSettings
 
 
 class SharedBases:

@@ -1,85 +1,19 @@
 """Where a score comes from: reward models, functions of the user's, and sums of them.
 
-All answer `score(...)` with what each response is worth before the KL penalty (`Scored`). What
-follows are pure functions of scores, applied by the caller in this order:
+All answer `score(...)` with what each response is worth before the KL penalty (`Scored`). The
+functions of scores.py are pure, and the caller applies them in this order:
 
     scores = clip_scores(scores, settings.clip)
     scores = penalize_length(scores, lengths, ...)
     scores = adjust_missing_end(scores, finished_mask, ...)
 
 The clip comes first, or it could swallow the penalties.
+
+    settings.py     what the reward is made of
+    scores.py       what every reward answers, and functions of scores
+    models.py       reward models: their folder, their card, their scores
+    rendering.py    whether two models render a prompt to the same ids
+    functions.py    functions of the user's, called with whole batches
+    combined.py     ensembles, weighted sums and normalised rewards
+    load.py         the reward that the settings name
 """
-
-from rlhf.rewards.combined import EnsembleReward, NormalizedReward, WeightedReward
-from rlhf.rewards.functions import (
-    FunctionReward,
-    TokenFunctionReward,
-    call_by_rows,
-    load_function,
-)
-from rlhf.rewards.load import load_judge, load_reward, reward_models_of
-from rlhf.rewards.models import (
-    NUM_GOLDEN,
-    REWARD_FILE,
-    GoldenRow,
-    RewardCard,
-    RewardModel,
-    TextRewardModel,
-    load_reward_model,
-    load_value_model,
-    measured_dtype,
-    trees_of,
-)
-from rlhf.rewards.rendering import (
-    check_rendering,
-    rendering_hash,
-    same_rendering,
-    same_vocabulary,
-)
-from rlhf.rewards.scores import (
-    Reward,
-    Scored,
-    adjust_missing_end,
-    clip_scores,
-    combine_members,
-    penalize_length,
-    spread,
-)
-from rlhf.rewards.settings import EnsembleSettings, PartSettings, RewardSettings
-
-__all__ = [
-    "NUM_GOLDEN",
-    "REWARD_FILE",
-    "EnsembleReward",
-    "EnsembleSettings",
-    "FunctionReward",
-    "GoldenRow",
-    "NormalizedReward",
-    "PartSettings",
-    "Reward",
-    "RewardCard",
-    "RewardModel",
-    "RewardSettings",
-    "Scored",
-    "TextRewardModel",
-    "TokenFunctionReward",
-    "WeightedReward",
-    "adjust_missing_end",
-    "call_by_rows",
-    "check_rendering",
-    "clip_scores",
-    "combine_members",
-    "load_function",
-    "load_judge",
-    "load_reward",
-    "load_reward_model",
-    "load_value_model",
-    "measured_dtype",
-    "penalize_length",
-    "rendering_hash",
-    "reward_models_of",
-    "same_rendering",
-    "same_vocabulary",
-    "spread",
-    "trees_of",
-]

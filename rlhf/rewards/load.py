@@ -5,20 +5,15 @@ from collections.abc import Callable
 import torch
 
 from rlhf.inputs.chat import Chat
-from rlhf.models.loading import ScalarModel
+from rlhf.models.scalar import ScalarModel
+from rlhf.models.settings import ModelSettings
 from rlhf.models.shared_bases import SharedBases
 from rlhf.rewards.combined import EnsembleReward, NormalizedReward, WeightedReward
 from rlhf.rewards.functions import FunctionReward, TokenFunctionReward, load_function
-from rlhf.rewards.models import (
-    RewardModel,
-    TextRewardModel,
-    load_reward_model,
-    measured_dtype,
-)
+from rlhf.rewards.models import RewardModel, TextRewardModel, load_reward_model, measured_dtype
 from rlhf.rewards.rendering import same_rendering
 from rlhf.rewards.scores import Reward
 from rlhf.rewards.settings import RewardSettings
-from rlhf.runs.settings import ModelSettings
 
 
 def load_reward(

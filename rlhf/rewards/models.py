@@ -17,12 +17,15 @@ from rlhf.inputs.fitting import fit_prompt
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Demonstration, Prompt, PromptLike, naming_row, show
 from rlhf.models.adapters import find_adapter
-from rlhf.models.loading import ALL_WEIGHTS, ScalarModel, load_chat, load_scalar, packer_for
+from rlhf.models.layout import packer_for
+from rlhf.models.loading import load_scalar
 from rlhf.models.passes import compute_scores
+from rlhf.models.scalar import ScalarModel
+from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
 from rlhf.models.shared_bases import SharedBases, has_four_bits
+from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.rendering import check_rendering
 from rlhf.rewards.scores import Scored
-from rlhf.runs.settings import LoraSettings, ModelSettings
 
 REWARD_FILE = "reward.json"
 """Beside the weights of a reward model: what the weights cannot hold."""

@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf.models.settings import Attention
 from rlhf.rewards.scores import Combination, MissingEnd
-from rlhf.runs.settings import Attention
 
 _PART_NAME = re.compile(r"[A-Za-z][\w-]*")
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf.runs.run import sha256_of, sync_to_disk
+from rlhf.runs.files import sha256_of, sync_to_disk
 from rlhf.runs.stateful import State
 
 MANIFEST = "manifest.json"

@@ -20,11 +20,11 @@ from rlhf.runs.checkpoint_files import (
     remove_others,
     write_checkpoint,
 )
-from rlhf.training.processes import max_over_processes
 from rlhf.runs.folder import MAX_SHOWN, contents_of, differing
 from rlhf.runs.interrupts import Interrupted, interrupts
 from rlhf.runs.run import Run
 from rlhf.runs.stateful import Generators, OptimizerState, State, Stateful, Together, Weights
+from rlhf.training.processes import max_over_processes
 
 _PROCESSES = "processes"
 _PRECISION = "mixed_precision"

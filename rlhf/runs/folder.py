@@ -34,6 +34,8 @@ LOCK = ".rlhf_run.lock"
 FORMAT = 1
 CONFIG = "config.yaml"
 LINEAGE = "lineage.json"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 RESULTS = "results.json"
 
 SAVED_WEIGHTS = (

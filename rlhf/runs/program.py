@@ -7,9 +7,9 @@ from typing import NoReturn, TypeVar
 
 from safetensors import SafetensorError
 
-from rlhf.runs.settings import load_config
 from rlhf.runs.interrupts import interrupts
-from rlhf.training.offloading import explain, is_out_of_memory
+from rlhf.runs.settings import load_config
+from rlhf.training.out_of_memory import explain, is_out_of_memory
 
 Config = TypeVar("Config")
 

@@ -5,7 +5,7 @@ lineage.json    hashes of the inputs, results of the runs that made them, commit
 metrics.jsonl   one object a logged step: {"step": 10, "sft/loss": 2.1}
 samples.jsonl   texts that the model wrote, one object a row
 trackers/       the same for TensorBoard and W&B, where the settings ask for them
-base.json       of an adapter: path and hash of the full model that it belongs over (rlhf.models.adapters)
+base.json       of an adapter: path and hash of the full model that it belongs over
 results.json    final figures; written last, so its presence says that the run is complete
 checkpoints/    while the run is not: what it goes on from when it is started again
 
@@ -13,59 +13,40 @@ Only a folder that bears the mark of the program is written over (rlhf.runs.fold
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
-import platform
-import re
-import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 
+from rlhf.runs.files import plain_values, sync_to_disk, to_json, write_json, write_text
 from rlhf.runs.folder import (
     CONFIG,
     LINEAGE,
+    METRICS,
     RESULTS,
+    SAMPLES,
     OutputFolder,
     contents_of,
     flat_settings,
     refuse_inputs_inside,
     take_folder,
 )
+from rlhf.runs.lineage import BASE_FILE, check_input, commit, describe_input, versions
+from rlhf.runs.settings import settings_in_force
 from rlhf.runs.trackers import TRACKERS, Tracker, Trackers, check_trackers
 
-METRICS = "metrics.jsonl"
-SAMPLES = "samples.jsonl"
 CHECKPOINTS = "checkpoints"
-BASE_FILE = "base.json"
+
 _CHECKPOINT_FILES = (f"{CHECKPOINTS}/step-*", f"{CHECKPOINTS}/checkpoint-*")
 _TRACKER_FILES = (f"{TRACKERS}/tensorboard", f"{TRACKERS}/wandb")
 _WRITTEN = (CONFIG, LINEAGE, METRICS, SAMPLES, RESULTS, *_CHECKPOINT_FILES, *_TRACKER_FILES)
 """What every run may write."""
-
-_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
-_HASHED = (
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "reward.json",
-    "*.safetensors",
-    "*.jsonl",
-    "*.jsonl.gz",
-)
-_RUN_FILES = {METRICS, SAMPLES}
-_FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".gguf", ".txt", ".yaml"}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class RunSettings(Protocol):
@@ -146,7 +127,7 @@ class Run:
         """Append one object to metrics.jsonl; keys are "stage/thing", values numbers."""
         self._append(METRICS, [{"step": step, **metrics}])
         if self._trackers is not None:
-            self._trackers.log(step, _plain(metrics))
+            self._trackers.log(step, plain_values(metrics))
 
     def samples(self, rows: Iterable[Mapping[str, Any]], step: int | None = None) -> None:
         """Append texts to samples.jsonl, each with the step if there is one."""
@@ -169,7 +150,7 @@ class Run:
             return
         others = results.get("seconds")
         of_all = seconds if others is None else _with_total({**others, self.stage: seconds})
-        _write_json(self._dir / RESULTS, {**results, "seconds": of_all})
+        write_json(self._dir / RESULTS, {**results, "seconds": of_all})
         if self._trackers is not None:
             self._trackers.finish()
         self._folder.remove(_CHECKPOINT_FILES)
@@ -180,7 +161,7 @@ class Run:
         self._begin()
         if _is_first_process():
             with (self._dir / name).open("a", encoding="utf-8") as file:
-                file.writelines(_to_json(row) + "\n" for row in rows)
+                file.writelines(to_json(row) + "\n" for row in rows)
 
     def _begin(self) -> None:
         if self._begun or self._folder is None:
@@ -192,8 +173,8 @@ class Run:
             _keep_until(self._dir / name, self._resume_step)
         settings = _lasting_settings(self._config)
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        _write(self._dir / CONFIG, text)
-        _write_json(self._dir / LINEAGE, self._lineage)
+        write_text(self._dir / CONFIG, text)
+        write_json(self._dir / LINEAGE, self._lineage)
         self._trackers = self._start_trackers()
 
     def _start_trackers(self) -> Trackers | None:
@@ -232,7 +213,7 @@ def open_run(
     started = time.monotonic()
     sources = {name: str(path) for name, path in inputs.items()}
     for name, path in sources.items():
-        _check_input(stage, name, path)
+        check_input(stage, name, path)
     check_trackers(_trackers_of(config))
     output = Path(config.output_dir)
     written = (*_WRITTEN, *files)
@@ -244,7 +225,7 @@ def open_run(
         folder = take_folder(
             output, program=stage, files=written, overwrite=overwrite, is_shared=is_shared
         )
-        described = {name: _describe_input(path) for name, path in sources.items()}
+        described = {name: describe_input(path) for name, path in sources.items()}
         folder.compare(
             _lasting_settings(config),
             contents_of(described),
@@ -256,7 +237,7 @@ def open_run(
             "stage": stage,
             "inputs": described,
             "commit": commit(),
-            "versions": _versions(),
+            "versions": versions(),
         }
     return run
 
@@ -296,25 +277,6 @@ def _trackers_of(config: RunSettings) -> list[Tracker]:
     return getattr(config, "trackers", [])
 
 
-def settings_in_force(config: Any) -> dict[str, Any]:
-    """A settings dataclass as plain YAML values, sections as mappings."""
-    return _plain(dataclasses.asdict(config))
-
-
-def sync_to_disk(path: Path) -> None:
-    """What was written to a file, or renamed in a folder, is on the disk, not only with the system.
-
-    Windows can sync neither folders nor files that were opened for reading.
-    """
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _is_first_process() -> bool:
     # Read from the launcher's variable: asking accelerate here would start the process group
     # before the stage's Accelerator has chosen its backend.
@@ -330,71 +292,13 @@ def _announce(stage: str, config: RunSettings, sources: dict[str, str], output: 
     print(f"{stage}: writes {output}", flush=True)
 
 
-def _check_input(stage: str, name: str, path: str) -> None:
-    if Path(path).exists() or path.startswith("hub:"):
-        return
-    if _HUB_ID.fullmatch(path) is None or Path(path).suffix in _FILE_SUFFIXES:
-        raise FileNotFoundError(
-            f"{stage} reads {name} from {path}, which does not exist; run the stage that makes "
-            f"it, or correct the path"
-        )
-
-
-def _describe_input(path: str) -> dict[str, Any]:
-    """Where an input comes from: SHA-256 of its files, and results of the run that made it."""
-    place = Path(path)
-    if not place.exists():
-        return {"hub": path}
-    folder = place if place.is_dir() else place.parent
-    files = sorted(_hashed_files(place)) if place.is_dir() else [place]
-    described: dict[str, Any] = {
-        "path": path,
-        "sha256": {file.name: sha256_of(file) for file in files},
-    }
-    if (folder / BASE_FILE).is_file():
-        described["base"] = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
-    if (folder / RESULTS).is_file() and (folder / LINEAGE).is_file():
-        described["results"] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        described["lineage_sha256"] = sha256_of(folder / LINEAGE)
-    return described
-
-
-def _hashed_files(folder: Path) -> set[Path]:
-    found = {file for pattern in _HASHED for file in folder.glob(pattern) if file.is_file()}
-    return {file for file in found if file.name not in _RUN_FILES}
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def commit() -> str | None:
-    """Commit of this source tree, marked when files differ from it; None outside a git tree."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], stderr=subprocess.DEVNULL)
-        changes = subprocess.check_output([*git, "status", "--porcelain", "-uno"])
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.decode().strip() + (" with local changes" if changes.strip() else "")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in _PACKAGES:
-        versions[package] = metadata.version(package)
-    return versions
-
-
 def _keep_until(path: Path, step: int | None) -> None:
     if step is None:
         path.unlink(missing_ok=True)
     elif path.is_file():
         with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines ends at U+2028 too
             kept = [line for line in file if _step_of(line) <= step]
-        _write(path, "".join(kept))
+        write_text(path, "".join(kept))
 
 
 def _step_of(line: str) -> float:
@@ -403,39 +307,3 @@ def _step_of(line: str) -> float:
         return json.loads(line).get("step", math.inf)
     except json.JSONDecodeError:
         return math.inf
-
-
-def _plain(value: Any) -> Any:
-    """Tensors and NumPy numbers as Python numbers, tuples as lists, paths as text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value.item() if hasattr(value, "item") else value
-
-
-def _finite(value: Any) -> Any:
-    """What JSON cannot hold (nan, inf) as text."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _to_json(value: Mapping[str, Any], indent: int | None = None) -> str:
-    return json.dumps(_finite(_plain(value)), ensure_ascii=False, indent=indent, allow_nan=False)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    _write(path, _to_json(value, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Written beside and renamed: a reader sees the old file or the whole new one."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    sync_to_disk(beside)
-    beside.replace(path)

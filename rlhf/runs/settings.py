@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 import os
 import re
 import sys
@@ -11,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from rlhf.inputs.records import show
+from rlhf.runs.files import plain_values
 
 Config = TypeVar("Config")
 
@@ -42,139 +42,6 @@ class MayOverwrite:
     overwrite: bool = False
     """Replace what a run of other settings, or other data, left in the folder to write. Files that
     no program of this project wrote stay in any case."""
-
-
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings:
-    """Which model to load and how to hold it."""
-
-    path: str
-    """Model: a local folder, a hub id, or a .gguf file."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights. Keep float32 for what is trained: at RLHF's learning rates bfloat16
-    weights hardly move."""
-    attention: Attention = "sdpa"
-    """Attention implementation. One that cannot take a packing mask costs one row a response."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for sources that you trust."""
-
-    def __post_init__(self) -> None:
-        if not self.path.strip():
-            raise ValueError("path is empty; give a model folder, a hub id or a .gguf file")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """Train a low-rank adapter over frozen weights instead of all of them (Hu et al. 2021).
-
-    There is no dropout: with it the first ratio of PPO would not be 1.
-    """
-
-    rank: int = 0
-    """Rank of the adapter; 0 trains all weights. A model folder that is an adapter already is
-    trained on if it has this rank, and merged into its base with 0."""
-    alpha: float = 16.0
-    """The adapter's output is scaled by alpha / rank."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of the linear layers that get an adapter, such as [q_proj, v_proj]; all-linear: every
-    one but the output layer, or those of the adapter that is trained on."""
-    quantize: Literal["none", "4bit"] = "none"
-    """How the frozen weights are held: as model.dtype says, or in 4 bits (QLoRA, Dettmers et al.
-    2023), which needs the package bitsandbytes."""
-
-    def __post_init__(self) -> None:
-        _require(self.rank >= 0, "rank", self.rank, "give 0 (all weights) or more, such as 16")
-        _require(
-            0 < self.alpha < math.inf, "alpha", self.alpha, "give a positive number, such as 16"
-        )
-        if not self.target_modules:
-            raise ValueError("target_modules is empty; name linear layers, or give all-linear")
-        if self.quantize != "none" and self.rank == 0:
-            raise ValueError(
-                f"quantize is {self.quantize} and rank is 0; quantised weights cannot be trained, "
-                "only an adapter over them; give a rank, such as 16"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimSettings:
-    """AdamW, its learning rate schedule and the gradient clip."""
-
-    learning_rate: float = 1e-5
-    """Peak learning rate, reached after the warm-up."""
-    matrix_learning_rate: float | None = None
-    """Peak learning rate of Muon, which then moves the matrices between embedding and head, such as
-    0.02 for a model from scratch. None means that AdamW moves all weights. Not with weights in
-    shards."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after the warm-up, down to min_lr_ratio on the last step."""
-    warmup_steps: int = 0
-    """Optimizer steps in which the learning rate rises linearly from min_lr_ratio of its peak to
-    its peak."""
-    min_lr_ratio: float = 0.1
-    """Learning rate on the first step of a warm-up, and on the last step unless the schedule is
-    constant, as a share of the peak."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of Adam's first and second moment."""
-    eps: float = 1e-8
-    """Added to the root of Adam's second moment."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay on matrices; biases and norm weights are left out."""
-    max_grad_norm: float = 1.0
-    """Gradients with a larger global norm are scaled down to it. .inf means no clip."""
-
-    def __post_init__(self) -> None:
-        _require(
-            0 < self.learning_rate < math.inf,
-            "learning_rate",
-            self.learning_rate,
-            "give a positive number, such as 1e-5",
-        )
-        _require(
-            self.matrix_learning_rate is None or 0 < self.matrix_learning_rate < math.inf,
-            "matrix_learning_rate",
-            self.matrix_learning_rate,
-            "give a positive number, such as 0.02, or null for AdamW alone",
-        )
-        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "give 0 or more steps")
-        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "give 0 to 1")
-        _require(
-            all(0 <= beta < 1 for beta in self.betas),
-            "betas",
-            list(self.betas),
-            "give two numbers from 0 to below 1, such as [0.9, 0.95]",
-        )
-        _require(self.eps > 0, "eps", self.eps, "give a positive number, such as 1e-8")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "give 0 or more")
-        _require(
-            self.max_grad_norm > 0,
-            "max_grad_norm",
-            self.max_grad_norm,
-            "give a positive number, such as 1.0, or .inf for no clip",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationSettings:
-    """How responses are sampled; changes no result but by floating point and the order of draws."""
-
-    engine: Literal["hf", "continuous", "auto", "vllm"] = "hf"
-    """hf: our own loop over the model's cache. continuous: continuous batching of transformers,
-    where ended responses make room for waiting prompts; for many more prompts than batch_size.
-    auto: the faster of the two, timed on the first prompts. vllm: vLLM on the GPU that trains,
-    given the weights before every rollout; not yet tried out."""
-    batch_size: int = 64
-    """Responses sampled side by side on each process; bounds the memory of the KV cache."""
-    vllm_memory_share: float = 0.3
-    """Share of the GPU's memory that vllm takes, for its copy of the weights and its cache."""
-
-    def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "give 1 or more")
-        share = self.vllm_memory_share
-        _require(0 < share < 1, "vllm_memory_share", share, "give a number in (0, 1), such as 0.3")
 
 
 def load_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
@@ -287,11 +154,6 @@ def _program() -> str:
     """How this process was started: `python -m stages.sft`, or a script's path."""
     spec = sys.modules["__main__"].__spec__
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
-
-
-def _require(condition: bool, key: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise ValueError(f"{key} is {value}; {remedy}")
 
 
 def _field_types(config_class: type) -> dict[str, Any]:
@@ -424,3 +286,8 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def settings_in_force(config: Any) -> dict[str, Any]:
+    """A settings dataclass as plain YAML values, sections as mappings."""
+    return plain_values(dataclasses.asdict(config))

@@ -2,12 +2,14 @@
 values by name. Loading is strict: all names, and the same shapes."""
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from rlhf.training.parameters import check_names, copy_into, trained_parameters
 
 State = dict[str, Any]
 """Name -> tensor, plain JSON value, or another State."""
@@ -134,37 +136,8 @@ class Fields:
             setattr(self._owner, name, state[name])
 
 
-def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, each once."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Writes the values of a state into tensors of the same names and shapes."""
-    check_names(state, tensors, "weights")
-    for name, tensor in tensors.items():
-        if state[name].shape != tensor.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(state[name].shape)} in the checkpoint and "
-                f"{tuple(tensor.shape)} in this run; {_REMEDY}"
-            )
-        tensor.copy_(state[name])
-
-
-def check_names(found: Iterable[str], expected: Iterable[str], what: str) -> None:
-    """ValueError unless a state has exactly these names."""
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    for names, how in ((missing, "not in the checkpoint"), (unknown, "only in the checkpoint")):
-        if names:
-            raise ValueError(f"{what}: {', '.join(names[:3])} {how}; {_REMEDY}")
-
-
 def _plain(value: Any) -> Any:
     """NumPy's arrays, in mappings, as lists."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     return value.tolist() if isinstance(value, np.ndarray) else value
-
-
-_REMEDY = "go on with the version of the program that wrote it, or delete it to start anew"

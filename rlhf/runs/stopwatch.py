@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlhf.training.offloading import memory_of
+from rlhf.training.out_of_memory import memory_of
 
 HEARTBEAT_SECONDS = 30.0
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlhf.runs.settings import OptimSettings
-from rlhf.runs.stateful import copy_into, trained_parameters
+from rlhf.training.parameters import copy_into, trained_parameters
+from rlhf.training.settings import OptimSettings
 from rlhf.training.sharding import local_weights, set_local_weights
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from rlhf.inputs.files import read_records, write_records
 from rlhf.inputs.records import Prompt, PromptLike, Ranking
-from rlhf.models.loading import check_context, check_vocabulary, load_chat, load_policy
+from rlhf.models.limits import check_context, check_vocabulary
+from rlhf.models.loading import load_policy
+from rlhf.models.tokenizers import load_chat
 from rlhf.runs.folder import folders_given_back
 from rlhf.runs.run import Run, open_run
 from rlhf.training.processes import start_accelerator

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from rlhf.runs.settings import GenerationSettings, MayOverwrite, ModelSettings
+from rlhf.generation.settings import GenerationSettings
+from rlhf.models.settings import ModelSettings
+from rlhf.runs.settings import MayOverwrite
 
 
 @dataclass(frozen=True, kw_only=True)

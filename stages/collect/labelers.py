@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from rlhf.inputs.records import PromptLike, Ranking, RecordError
-from rlhf.rewards import load_function
+from rlhf.rewards.functions import load_function
 from stages.collect.config import Config
 
 SO_FAR_FILE = "rankings_so_far.jsonl"

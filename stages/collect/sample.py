@@ -10,7 +10,8 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rlhf.generation import Decoding, generate
+from rlhf.generation.engines import generate
+from rlhf.generation.interface import Decoding
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.fitting import fit_prompt
 from rlhf.inputs.records import Prompt, PromptLike, name_rows

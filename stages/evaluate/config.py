@@ -4,7 +4,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.runs.settings import Attention, GenerationSettings, MayOverwrite
+from rlhf.generation.settings import GenerationSettings
+from rlhf.models.settings import Attention
+from rlhf.runs.settings import MayOverwrite
 
 RESERVED = ("baseline", "judge", "judges", "policies", "prompts", "seconds", "speed", "warnings")
 """Keys of results.json that no policy and no report can take."""

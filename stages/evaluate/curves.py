@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlhf.runs.run import METRICS
+from rlhf.runs.folder import METRICS
 
 NUM_COLUMNS = 3
 INK = "#333333"

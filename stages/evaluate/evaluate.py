@@ -18,18 +18,18 @@ from rlhf.inputs.fitting import fit_prompt
 from rlhf.inputs.packing import Packer, PromptTree, text_tree
 from rlhf.inputs.records import Prompt, Text, name_rows, naming_row
 from rlhf.measuring.fact_recall import fact_recall
-from rlhf.models.loading import check_vocabulary, load_chat, load_policy, packer_for
-from rlhf.rewards import (
-    FunctionReward,
-    Reward,
-    load_function,
-    load_judge,
-    measured_dtype,
-    same_rendering,
-)
+from rlhf.models.layout import packer_for
+from rlhf.models.limits import check_vocabulary
+from rlhf.models.loading import load_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_chat
+from rlhf.rewards.functions import FunctionReward, load_function
+from rlhf.rewards.load import load_judge
+from rlhf.rewards.models import measured_dtype
+from rlhf.rewards.rendering import same_rendering
+from rlhf.rewards.scores import Reward
 from rlhf.runs.folder import folders_given_back
 from rlhf.runs.run import RESULTS, open_run
-from rlhf.runs.settings import ModelSettings
 from rlhf.training.processes import start_accelerator
 from stages.evaluate.config import GOLD, REWARD_MODEL, Config
 from stages.evaluate.curves import draw_curves
@@ -46,13 +46,7 @@ from stages.evaluate.measures import (
     text_loss,
 )
 from stages.evaluate.pairs import Judged, outcomes_by_part, pair_figures
-from stages.evaluate.parts import (
-    Grader,
-    PartsByPrompt,
-    describe_parts,
-    find_grader,
-    part_names,
-)
+from stages.evaluate.parts import Grader, PartsByPrompt, describe_parts, find_grader, part_names
 from stages.evaluate.report import format_results, format_samples
 from stages.evaluate.warnings import EvaluationWarning, Frequent, find_warnings
 

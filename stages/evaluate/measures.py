@@ -12,7 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rlhf.generation import Decoding, generate
+from rlhf.generation.engines import generate
+from rlhf.generation.interface import Decoding
+from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Prompt
@@ -25,8 +27,7 @@ from rlhf.measuring.statistics import (
     win_rate,
 )
 from rlhf.models.passes import compute_logprobs
-from rlhf.rewards import Reward
-from rlhf.runs.settings import GenerationSettings
+from rlhf.rewards.scores import Reward
 
 PASSES_BETWEEN_TICKS = 4
 """Passes through the model between two steps of a progress bar."""

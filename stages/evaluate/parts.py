@@ -20,7 +20,7 @@ from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import PromptTree
 from rlhf.inputs.records import Prompt
 from rlhf.measuring.statistics import bootstrap_interval
-from rlhf.rewards import call_by_rows
+from rlhf.rewards.functions import call_by_rows
 from stages.evaluate.measures import Scores
 
 PartsByPrompt = list[list[dict[str, float]]]

@@ -8,8 +8,8 @@ from itertools import cycle, islice
 import torch
 from accelerate import Accelerator
 
-from rlhf.models.loading import ScalarModel
-from rlhf.rewards import NormalizedReward
+from rlhf.models.scalar import ScalarModel
+from rlhf.rewards.combined import NormalizedReward
 from rlhf.training.nonfinite import told_by_all
 from rlhf.training.processes import own_share, sum_over_processes
 from stages.ppo.rollout import Episode, Sampler

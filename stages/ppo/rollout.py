@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from rlhf.generation import Decoding, Engine, make_engine
+from rlhf.generation.engines import make_engine
+from rlhf.generation.interface import Decoding, Engine
+from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer, PromptTree, response_batch
 from rlhf.inputs.records import Prompt
@@ -20,17 +22,10 @@ from rlhf.maths.advantages import generalized_advantages
 from rlhf.maths.kl import k1, k3, penalized_rewards
 from rlhf.maths.masking import masked_sum, whiten, whitening_sums
 from rlhf.measuring.statistics import distinct_bigrams, most_frequent_answer
-from rlhf.models.loading import ScalarModel
 from rlhf.models.passes import compute_logprobs, compute_moments, compute_values
-from rlhf.rewards import (
-    Reward,
-    Scored,
-    adjust_missing_end,
-    clip_scores,
-    penalize_length,
-    reward_models_of,
-)
-from rlhf.runs.settings import GenerationSettings
+from rlhf.models.scalar import ScalarModel
+from rlhf.rewards.load import reward_models_of
+from rlhf.rewards.scores import Reward, Scored, adjust_missing_end, clip_scores, penalize_length
 from rlhf.runs.stopwatch import Heartbeat, Stopwatch
 from rlhf.training.nonfinite import told_by_all
 from rlhf.training.offloading import on_device

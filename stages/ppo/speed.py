@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from rlhf.measuring.flops import Work, size_of, text_work, update_flops, work_of
-from rlhf.rewards import reward_models_of
+from rlhf.rewards.load import reward_models_of
 from rlhf.runs.stopwatch import matrix_rate
 from rlhf.training.processes import sum_over_processes
 from stages.ppo.config import Config

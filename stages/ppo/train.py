@@ -14,7 +14,8 @@ from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from tqdm import tqdm
 
-from rlhf.generation import FastestEngine, make_engine
+from rlhf.generation.auto import FastestEngine
+from rlhf.generation.engines import make_engine
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import read_records
 from rlhf.inputs.fitting import fit_prompt
@@ -22,26 +23,18 @@ from rlhf.inputs.packing import PromptTree, response_batch, text_tree
 from rlhf.inputs.records import Prompt, Text, name_rows
 from rlhf.inputs.shuffling import ShuffledBatches
 from rlhf.maths.kl import adapt_kl_coef, k1
-from rlhf.models.loading import (
-    ScalarModel,
-    check_context,
-    check_vocabulary,
-    checkpoint_activations,
-    load_chat,
-    load_policy,
-    load_scalar,
-    packer_for,
-    save_policy,
-)
+from rlhf.models.full import checkpoint_activations
+from rlhf.models.layout import packer_for
+from rlhf.models.limits import check_context, check_vocabulary
+from rlhf.models.loading import load_policy, load_scalar
+from rlhf.models.saving import save_policy
+from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared_bases import SharedBases, weight_bytes
-from rlhf.rewards import (
-    Reward,
-    RewardCard,
-    load_reward,
-    load_value_model,
-    reward_models_of,
-    same_vocabulary,
-)
+from rlhf.models.tokenizers import load_chat
+from rlhf.rewards.load import load_reward, reward_models_of
+from rlhf.rewards.models import RewardCard, load_value_model
+from rlhf.rewards.rendering import same_vocabulary
+from rlhf.rewards.scores import Reward
 from rlhf.runs.checkpoints import Checkpoints
 from rlhf.runs.folder import MODEL_FILES, folders_given_back
 from rlhf.runs.run import Run, open_run

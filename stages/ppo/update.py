@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 
 from rlhf.inputs.packing import PackedRow, Packer, PromptTree
 from rlhf.maths.losses import Stats, policy_loss, value_loss
-from rlhf.models.loading import ScalarModel, response_logprobs
-from rlhf.runs.stateful import OptimizerState, Stateful, Weights, trained_parameters
+from rlhf.models.heads import response_logprobs
+from rlhf.models.scalar import ScalarModel
+from rlhf.runs.stateful import OptimizerState, Stateful, Weights
 from rlhf.runs.stopwatch import Stopwatch
 from rlhf.training import sharding
 from rlhf.training.nonfinite import NonFiniteError, first_nonfinite, found_by_any
 from rlhf.training.optim import MovingAverage
+from rlhf.training.parameters import trained_parameters
 from rlhf.training.processes import max_over_processes, sum_over_processes
 from stages.ppo.config import Config
 from stages.ppo.rollout import Rollout

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.runs.settings import MayOverwrite, OptimSettings
+from rlhf.runs.settings import MayOverwrite
 from rlhf.runs.trackers import Tracker
+from rlhf.training.settings import OptimSettings
 
 
 @dataclass(frozen=True, kw_only=True)

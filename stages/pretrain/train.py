@@ -12,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.inputs.files import read_records
 from rlhf.inputs.records import Prompt, Text
 from rlhf.measuring.fact_recall import fact_recall
-from rlhf.models.loading import new_policy, save_policy
+from rlhf.models.loading import new_policy
+from rlhf.models.saving import save_policy
 from rlhf.runs.checkpoints import Checkpoints
 from rlhf.runs.folder import MODEL_FILES, folders_given_back
-from rlhf.runs.run import Run, open_run, settings_in_force
+from rlhf.runs.run import Run, open_run
+from rlhf.runs.settings import settings_in_force
 from rlhf.runs.stateful import Generators, OptimizerState, Stateful, Weights
 from rlhf.training import sharding
 from rlhf.training.optim import make_optimizer, make_schedule

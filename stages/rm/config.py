@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass, field
 
-from rlhf.runs.settings import LoraSettings, MayOverwrite, ModelSettings, OptimSettings
+from rlhf.models.settings import LoraSettings, ModelSettings
+from rlhf.runs.settings import MayOverwrite
 from rlhf.runs.trackers import Tracker
+from rlhf.training.settings import OptimSettings
 
 
 @dataclass(frozen=True, kw_only=True)

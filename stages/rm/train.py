@@ -15,43 +15,29 @@ from rlhf.inputs.files import read_records
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Demonstration
 from rlhf.models.adapters import HEAD
-from rlhf.models.loading import (
-    ScalarModel,
-    check_vocabulary,
-    checkpoint_activations,
-    load_chat,
-    load_scalar,
-    packer_for,
-    save_tokenizer,
-    save_weights,
-)
+from rlhf.models.full import checkpoint_activations
+from rlhf.models.layout import packer_for
+from rlhf.models.limits import check_vocabulary
+from rlhf.models.loading import load_scalar
 from rlhf.models.passes import compute_scores
-from rlhf.rewards import (
-    NUM_GOLDEN,
-    REWARD_FILE,
-    GoldenRow,
-    RewardCard,
-    load_function,
-    load_reward_model,
-    rendering_hash,
-)
+from rlhf.models.saving import save_tokenizer, save_weights
+from rlhf.models.scalar import ScalarModel
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_chat
+from rlhf.rewards.functions import load_function
+from rlhf.rewards.models import NUM_GOLDEN, REWARD_FILE, GoldenRow, RewardCard, load_reward_model
+from rlhf.rewards.rendering import rendering_hash
 from rlhf.runs.checkpoints import Checkpoints, ResumeCallback
 from rlhf.runs.folder import MODEL_FILES, folders_given_back
 from rlhf.runs.run import Run, open_run
-from rlhf.runs.settings import ModelSettings
 from rlhf.runs.stateful import Fields
 from rlhf.training import sharding
-from rlhf.training.offloading import free_unused, memory_of
+from rlhf.training.offloading import free_unused
+from rlhf.training.out_of_memory import memory_of
 from rlhf.training.processes import naming, own_share, start_accelerator
 from stages.rm import figures
 from stages.rm.config import Config
-from stages.rm.data import (
-    Counts,
-    Example,
-    make_demonstrations,
-    make_examples,
-    read_rankings,
-)
+from stages.rm.data import Counts, Example, make_demonstrations, make_examples, read_rankings
 from stages.rm.trainer import AtEpochEnd, RankingTrainer
 
 

@@ -16,18 +16,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf.inputs.packing import PackedRow, Packer, PromptTree
 from rlhf.inputs.records import Ranking
 from rlhf.maths.losses import Stats, preferences_from_ranks, ranking_loss
-from rlhf.models.loading import ScalarModel
+from rlhf.models.scalar import ScalarModel
 from rlhf.runs.run import Run
 from rlhf.training.optim import make_optimizer, make_schedule
 from rlhf.training.processes import (

@@ -3,14 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.runs.settings import (
-    GenerationSettings,
-    LoraSettings,
-    MayOverwrite,
-    ModelSettings,
-    OptimSettings,
-)
+from rlhf.generation.settings import GenerationSettings
+from rlhf.models.settings import LoraSettings, ModelSettings
+from rlhf.runs.settings import MayOverwrite
 from rlhf.runs.trackers import Tracker
+from rlhf.training.settings import OptimSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.generation import Decoding, generate
+from rlhf.generation.engines import generate
+from rlhf.generation.interface import Decoding
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Demonstration, prompt_key
 from rlhf.models.passes import compute_logprobs
-from rlhf.rewards import RewardModel
+from rlhf.rewards.models import RewardModel
 from stages.sft.config import Config
 from stages.sft.rows import Example
 

@@ -10,22 +10,20 @@ from transformers import PreTrainedModel, set_seed
 
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer
-from rlhf.models.loading import (
-    check_context,
-    check_vocabulary,
-    load_chat,
-    load_policy,
-    packer_for,
-    save_policy,
-)
-from rlhf.rewards import RewardModel, load_reward_model, measured_dtype
+from rlhf.models.layout import packer_for
+from rlhf.models.limits import check_context, check_vocabulary
+from rlhf.models.loading import load_policy
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_chat
+from rlhf.rewards.models import RewardModel, load_reward_model, measured_dtype
 from rlhf.runs.checkpoints import Checkpoints
 from rlhf.runs.folder import MODEL_FILES, folders_given_back
 from rlhf.runs.run import Run, open_run
-from rlhf.runs.settings import ModelSettings
 from rlhf.runs.stateful import Fields
 from rlhf.training import sharding
-from rlhf.training.offloading import free_unused, memory_of
+from rlhf.training.offloading import free_unused
+from rlhf.training.out_of_memory import memory_of
 from rlhf.training.processes import start_accelerator
 from stages.sft.config import Config
 from stages.sft.measure import Sample, draw_samples, mean_loss, sample_rows, score_samples

@@ -33,14 +33,13 @@ from trl import SFTConfig, SFTTrainer
 
 from rlhf.inputs.packing import PromptTree
 from rlhf.models.architectures import accepted, num_embeddings
-from rlhf.models.loading import save_tokenizer, save_weights
+from rlhf.models.saving import save_tokenizer, save_weights
 from rlhf.runs.checkpoints import Checkpoints, ResumeCallback
 from rlhf.runs.run import Run
-from rlhf.runs.settings import OptimSettings
 from rlhf.runs.stateful import Fields, Stateful
 from rlhf.training import sharding
-from rlhf.training.offloading import memory_of
 from rlhf.training.optim import make_optimizer, make_schedule
+from rlhf.training.out_of_memory import memory_of
 from rlhf.training.processes import (
     TRAINER_STATE,
     check_launch,
@@ -50,6 +49,7 @@ from rlhf.training.processes import (
     naming,
     use_accelerator_at_work,
 )
+from rlhf.training.settings import OptimSettings
 from stages.sft.config import Config
 
 Metrics = dict[str, float]

@@ -13,7 +13,7 @@ from benchmarks.folders import reward_folder
 from benchmarks.protocol import Worker
 from benchmarks.workload import Workload, every, ppo_prompts, rm_data
 from rlhf.inputs.chat import Chat
-from rlhf.models.loading import save_policy
+from rlhf.models.saving import save_policy
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
 
 OURS = [sys.executable, "-m", "benchmarks.ours"]

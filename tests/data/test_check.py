@@ -21,7 +21,7 @@ from data.check import (
 )
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.records import Demonstration, Prompt, Ranking, Text
-from rlhf.models.loading import load_tokenizer
+from rlhf.models.tokenizers import load_tokenizer
 from tests.rlhf.tiny_models import byte_tokenizer
 
 REFUSES_SYSTEM = (

@@ -7,9 +7,10 @@ from typing import Any
 from accelerate import PartialState
 
 from rlhf.inputs.chat import Chat
-from rlhf.models.loading import save_policy
-from rlhf.rewards import RewardSettings
-from rlhf.runs.settings import LoraSettings, ModelSettings, OptimSettings
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import LoraSettings, ModelSettings
+from rlhf.rewards.settings import RewardSettings
+from rlhf.training.settings import OptimSettings
 from stages.ppo import config as ppo_config
 from stages.ppo import train as ppo_train
 from stages.rm import config as rm_config

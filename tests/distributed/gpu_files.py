@@ -23,7 +23,7 @@ from accelerate.utils import (
     prepare_multi_gpu_env,
 )
 
-from rlhf.rewards import RewardModel
+from rlhf.rewards.models import RewardModel
 from rlhf.training import processes
 from rlhf.training.processes import start_accelerator
 from stages.ppo.config import PtxSettings

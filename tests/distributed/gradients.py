@@ -15,14 +15,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rlhf.inputs.packing import Packer, PromptTree, response_batch, text_tree
 from rlhf.inputs.records import Ranking
-from rlhf.models.loading import checkpoint_activations
+from rlhf.models.full import checkpoint_activations
 from rlhf.models.passes import compute_logprobs, compute_values
-from rlhf.rewards import RewardSettings
+from rlhf.models.settings import ModelSettings
+from rlhf.rewards.settings import RewardSettings
 from rlhf.runs.run import open_run
-from rlhf.runs.settings import ModelSettings, OptimSettings
 from rlhf.training import sharding
 from rlhf.training.optim import make_optimizer, make_schedule
 from rlhf.training.processes import is_asked_for, own_share, start_accelerator
+from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config, PPOSettings, PtxSettings
 from stages.ppo.rollout import Rollout
 from stages.ppo.update import Learner, PolicyAndValue, optimizer_step

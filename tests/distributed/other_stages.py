@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from rlhf.inputs.records import PromptLike
-from rlhf.runs.settings import ModelSettings
+from rlhf.models.settings import ModelSettings
 from stages.collect.collect import collect
 from stages.collect.config import Config as CollectConfig
 from stages.evaluate.config import Config as EvaluateConfig

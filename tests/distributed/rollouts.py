@@ -8,11 +8,13 @@ import pytest
 from accelerate.utils import gather_object
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf.generation import Decoding, generate
-from rlhf.runs.settings import GenerationSettings, OptimSettings
+from rlhf.generation.engines import generate
+from rlhf.generation.interface import Decoding
+from rlhf.generation.settings import GenerationSettings
 from rlhf.training import sharding
 from rlhf.training.optim import make_optimizer
 from rlhf.training.processes import own_share, start_accelerator
+from rlhf.training.settings import OptimSettings
 from stages.ppo import train as ppo_train
 from stages.ppo.rollout import Rollout
 from stages.ppo.update import PolicyAndValue

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from accelerate import PartialState
 
-from rlhf.generation import Decoding, Samples
 from rlhf.generation.hf import LoopEngine
+from rlhf.generation.interface import Decoding, Samples
 from rlhf.inputs.files import split_by_prompt, write_records
 from rlhf.inputs.records import Demonstration
-from rlhf.rewards import RewardSettings
+from rlhf.rewards.settings import RewardSettings
 from stages.ppo import config as ppo_config
 from stages.ppo import train as ppo_train
 from stages.rm import config as rm_config

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 
 import rlhf.generation.hf
 import stages.ppo.update
-from rlhf.rewards import RewardSettings
+from rlhf.rewards.settings import RewardSettings
 from rlhf.training.processes import start_accelerator
 from stages.ppo import train as ppo_train
 from stages.ppo.config import PPOSettings

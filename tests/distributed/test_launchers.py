@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.rewards import load_reward_model
-from rlhf.runs.settings import ModelSettings
+from rlhf.models.settings import ModelSettings
+from rlhf.rewards.models import load_reward_model
 from rlhf.training.processes import check_plugin, naming
 from stages.evaluate.evaluate import evaluate
 from stages.ppo.config import PtxSettings

@@ -10,7 +10,7 @@ import pytest
 
 from examples.http_reward import HttpReward
 from rlhf.inputs.records import Prompt
-from rlhf.rewards import FunctionReward, load_function
+from rlhf.rewards.functions import FunctionReward, load_function
 
 Answer = tuple[int, bytes]
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import yaml
 
-from rlhf.rewards import RewardSettings
-from rlhf.runs.run import CONFIG, METRICS, RESULTS, RunSettings, settings_in_force
-from rlhf.runs.settings import ModelSettings
+from rlhf.models.settings import ModelSettings
+from rlhf.rewards.settings import RewardSettings
+from rlhf.runs.folder import METRICS
+from rlhf.runs.run import CONFIG, RESULTS, RunSettings
+from rlhf.runs.settings import settings_in_force
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import PPOSettings, PtxSettings

@@ -27,9 +27,11 @@ from experiments.overoptimisation import (
 )
 from rlhf.inputs.files import read_records, write_records
 from rlhf.inputs.records import Demonstration, Prompt, Ranking
-from rlhf.models.loading import new_policy, save_policy
-from rlhf.rewards import RewardSettings
-from rlhf.runs.settings import ModelSettings, OptimSettings
+from rlhf.models.loading import new_policy
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.rewards.settings import RewardSettings
+from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
 from stages.rm.config import Config as RMConfig

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.models.loading import save_policy
+from rlhf.models.saving import save_policy
 from stages.pretrain.train import pretrain
 from tests.distributed.chain import LORA, make_inputs, run_chain
 from tests.distributed.other_stages import pretrain_settings

@@ -24,9 +24,11 @@ from rlhf.inputs.records import Prompt
 from rlhf.maths.kl import k1, k3, last_token_mask, penalized_rewards
 from rlhf.maths.losses import policy_loss
 from rlhf.maths.masking import masked_sum, whiten
-from rlhf.rewards import RewardSettings, Scored
-from rlhf.runs.settings import ModelSettings, OptimSettings
+from rlhf.models.settings import ModelSettings
+from rlhf.rewards.scores import Scored
+from rlhf.rewards.settings import RewardSettings
 from rlhf.training.optim import make_optimizer, make_schedule
+from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, Sampler
 from stages.ppo.update import Learner, PolicyAndValue, RowBatch, update

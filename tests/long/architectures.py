@@ -26,12 +26,17 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from rlhf.generation import Decoding, generate
 from rlhf.generation.decoder import WAYS, way_for
+from rlhf.generation.engines import generate
+from rlhf.generation.interface import Decoding
+from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.models.architectures import scalar_class
-from rlhf.models.loading import load_chat, load_policy, packer_for
-from rlhf.runs.settings import GenerationSettings, ModelSettings, load_config
+from rlhf.models.layout import packer_for
+from rlhf.models.loading import load_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_chat
+from rlhf.runs.settings import load_config
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.evaluate.evaluate import evaluate
 from stages.ppo.config import Config as PPOConfig

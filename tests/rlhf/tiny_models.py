@@ -13,7 +13,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.models.loading import ScalarModel, disable_dropout
+from rlhf.models.full import disable_dropout
+from rlhf.models.scalar import ScalarModel
 
 VOCAB = 61
 

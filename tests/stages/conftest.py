@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from rlhf.inputs.chat import Chat
-from rlhf.models.loading import save_policy
-from rlhf.rewards import RewardSettings
-from rlhf.runs.settings import ModelSettings, OptimSettings
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.rewards.settings import RewardSettings
+from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config, MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
 

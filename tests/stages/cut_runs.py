@@ -24,9 +24,10 @@ import yaml
 
 from rlhf.inputs.files import write_records
 from rlhf.inputs.records import Demonstration, Ranking, Text
+from rlhf.models.settings import ModelSettings
 from rlhf.runs.program import run_stage
-from rlhf.runs.run import settings_in_force
-from rlhf.runs.settings import ModelSettings, OptimSettings
+from rlhf.runs.settings import settings_in_force
+from rlhf.training.settings import OptimSettings
 from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
 from stages.pretrain.config import ArchitectureSettings
 from stages.pretrain.config import Config as PretrainConfig

@@ -9,7 +9,8 @@ import torch
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.models.loading import load_policy
 from rlhf.models.passes import compute_logprobs
-from rlhf.runs.settings import ModelSettings, load_config
+from rlhf.models.settings import ModelSettings
+from rlhf.runs.settings import load_config
 from stages.sft.config import Config
 from stages.sft.trainer import make_trainer
 from tests.long.architectures import stages_of, tokenizer, write_data

@@ -15,8 +15,10 @@ import torch
 
 from rlhf.inputs.files import read_records, write_records
 from rlhf.inputs.records import Prompt, PromptLike, Ranking
-from rlhf.models.loading import new_policy, save_policy
-from rlhf.runs.settings import ModelSettings, load_config
+from rlhf.models.loading import new_policy
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.runs.settings import load_config
 from stages.collect.collect import collect, distinct_texts
 from stages.collect.config import Config
 from stages.collect.report import agreement, agreements, describe_samples, tie_share

@@ -13,13 +13,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Prompt
-from rlhf.models.loading import load_policy, load_scalar, load_tokenizer, new_policy, save_policy
+from rlhf.models.loading import load_policy, load_scalar, new_policy
 from rlhf.models.passes import compute_scores
-from rlhf.rewards import GoldenRow, RewardCard, load_reward_model, rendering_hash
-from rlhf.runs.settings import GenerationSettings, ModelSettings
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_tokenizer
+from rlhf.rewards.models import GoldenRow, RewardCard, load_reward_model
+from rlhf.rewards.rendering import rendering_hash
 from stages.evaluate.config import Config
 from stages.evaluate.curves import PANELS, find_curves, running_mean
 from stages.evaluate.evaluate import evaluate

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import PromptTree
 from rlhf.inputs.records import Prompt
-from rlhf.runs.settings import GenerationSettings
 from stages.evaluate.config import Config
 from stages.evaluate.evaluate import evaluate
 from stages.evaluate.measures import Answers, most_frequent_response

@@ -15,10 +15,14 @@ from rlhf.inputs.files import write_records
 from rlhf.inputs.packing import PromptTree, text_tree
 from rlhf.inputs.records import Demonstration, Prompt, Ranking
 from rlhf.models.adapters import read_adapter, weights_sha256
-from rlhf.models.loading import load_chat, load_policy, load_scalar, new_policy, save_policy
-from rlhf.rewards import RewardSettings, load_reward_model
-from rlhf.runs.settings import LoraSettings, ModelSettings, OptimSettings
+from rlhf.models.loading import load_policy, load_scalar, new_policy
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import LoraSettings, ModelSettings
+from rlhf.models.tokenizers import load_chat
+from rlhf.rewards.models import load_reward_model
+from rlhf.rewards.settings import RewardSettings
 from rlhf.runs.stopwatch import Stopwatch
+from rlhf.training.settings import OptimSettings
 from rlhf.training.sharding import local_gradients
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import MonitorSettings, PPOSettings, PtxSettings, RolloutSettings

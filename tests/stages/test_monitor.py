@@ -20,14 +20,20 @@ import rlhf.generation.hf
 import stages.ppo.rollout
 import stages.ppo.train
 import stages.ppo.update
-from rlhf.generation import Samples
 from rlhf.generation.hf import LoopEngine
+from rlhf.generation.interface import Samples
+from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import PromptTree
-from rlhf.models.loading import load_scalar, load_tokenizer, packer_for
+from rlhf.models.layout import packer_for
+from rlhf.models.loading import load_scalar
 from rlhf.models.passes import compute_scores
-from rlhf.rewards import GoldenRow, RewardCard, RewardSettings, rendering_hash
-from rlhf.runs.settings import GenerationSettings, ModelSettings, OptimSettings
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_tokenizer
+from rlhf.rewards.models import GoldenRow, RewardCard
+from rlhf.rewards.rendering import rendering_hash
+from rlhf.rewards.settings import RewardSettings
+from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config, MonitorSettings, PPOSettings
 from stages.ppo.monitor import CODES, RULES, Monitor, TrainingStopped
 from stages.ppo.train import train

@@ -22,14 +22,17 @@ import stages.ppo.rollout
 import stages.ppo.train
 import stages.ppo.update
 from rlhf.generation.hf import LoopEngine
+from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer, text_tree
 from rlhf.inputs.records import Prompt
-from rlhf.models.loading import save_policy
 from rlhf.models.passes import compute_logprobs, compute_values
-from rlhf.rewards import RewardSettings, Scored
-from rlhf.runs.settings import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import LoraSettings, ModelSettings
+from rlhf.rewards.scores import Scored
+from rlhf.rewards.settings import RewardSettings
 from rlhf.training.optim import MovingAverage, make_optimizer, make_schedule
+from rlhf.training.settings import OptimSettings
 from rlhf.training.sharding import local_gradients
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out

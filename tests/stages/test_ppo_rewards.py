@@ -15,16 +15,12 @@ from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Prompt
 from rlhf.maths.advantages import generalized_advantages
-from rlhf.rewards import (
-    EnsembleSettings,
-    FunctionReward,
-    PartSettings,
-    RewardSettings,
-    Scored,
-    TokenFunctionReward,
-    WeightedReward,
-)
-from rlhf.runs.settings import ModelSettings, OptimSettings
+from rlhf.models.settings import ModelSettings
+from rlhf.rewards.combined import WeightedReward
+from rlhf.rewards.functions import FunctionReward, TokenFunctionReward
+from rlhf.rewards.scores import Scored
+from rlhf.rewards.settings import EnsembleSettings, PartSettings, RewardSettings
+from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.normalize import normalize_scores
 from stages.ppo.rollout import Episode, Sampler, roll_out, rollout_metrics, rollout_sums

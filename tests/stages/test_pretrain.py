@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rlhf.generation import Decoding, generate
+from rlhf.generation.engines import generate
+from rlhf.generation.interface import Decoding
+from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import write_records
 from rlhf.inputs.records import Prompt, Text
-from rlhf.runs.settings import GenerationSettings, OptimSettings, load_config
+from rlhf.runs.settings import load_config
+from rlhf.training.settings import OptimSettings
 from stages.pretrain.config import ArchitectureSettings, Config
 from stages.pretrain.tokenizer import train_tokenizer
 from stages.pretrain.train import draw_batches, language_model_loss, pretrain, to_blocks

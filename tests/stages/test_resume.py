@@ -8,16 +8,9 @@ from typing import Any
 
 import pytest
 
+from rlhf.models.settings import LoraSettings
 from rlhf.runs.program import INTERRUPTED
-from rlhf.runs.settings import LoraSettings
-from tests.stages.cut_runs import (
-    KILLED,
-    Cut,
-    make_configs,
-    outcome,
-    run_command,
-    run_to_the_end,
-)
+from tests.stages.cut_runs import KILLED, Cut, make_configs, outcome, run_command, run_to_the_end
 
 
 @pytest.fixture

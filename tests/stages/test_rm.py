@@ -21,21 +21,19 @@ from rlhf.inputs.files import write_records
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Demonstration, Ranking
 from rlhf.measuring.statistics import wilson_interval
-from rlhf.models.loading import load_scalar, load_tokenizer, new_policy, save_policy
-from rlhf.rewards import load_reward_model
+from rlhf.models.loading import load_scalar, new_policy
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_tokenizer
+from rlhf.rewards.models import load_reward_model
 from rlhf.runs.run import open_run
-from rlhf.runs.settings import ModelSettings, OptimSettings
+from rlhf.training.settings import OptimSettings
 from stages.rm import figures
 from stages.rm.config import Config
 from stages.rm.data import Example, make_examples, read_rankings
 from stages.rm.figures import Pair
 from stages.rm.train import check_saved_head, train
-from stages.rm.trainer import (
-    GlobalBatches,
-    RankingCollator,
-    RankingTrainer,
-    make_comparisons,
-)
+from stages.rm.trainer import GlobalBatches, RankingCollator, RankingTrainer, make_comparisons
 from tests.rlhf.tiny_models import byte_tokenizer
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

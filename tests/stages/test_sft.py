@@ -10,18 +10,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rlhf.generation import Decoding, generate
+from rlhf.generation.engines import generate
+from rlhf.generation.interface import Decoding
+from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import write_records
 from rlhf.inputs.packing import Packer, PromptTree, text_tree
 from rlhf.inputs.records import Demonstration, Text
-from rlhf.models.loading import load_policy, load_scalar, new_policy, save_policy
+from rlhf.models.loading import load_policy, load_scalar, new_policy
 from rlhf.models.passes import compute_scores
-from rlhf.rewards import GoldenRow, RewardCard, rendering_hash
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.rewards.models import GoldenRow, RewardCard
+from rlhf.rewards.rendering import rendering_hash
 from rlhf.runs.checkpoints import Checkpoints
 from rlhf.runs.run import Run, open_run
-from rlhf.runs.settings import GenerationSettings, ModelSettings, OptimSettings, load_config
+from rlhf.runs.settings import load_config
 from rlhf.training.processes import start_accelerator
+from rlhf.training.settings import OptimSettings
 from stages.sft import train as train_module
 from stages.sft.config import Config
 from stages.sft.measure import draw_samples, mean_loss

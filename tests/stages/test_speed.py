@@ -8,8 +8,9 @@ import pytest
 
 import stages.ppo.speed
 from rlhf.measuring.flops import Work, forward_flops, size_of
-from rlhf.models.loading import load_chat, load_policy
-from rlhf.runs.settings import ModelSettings
+from rlhf.models.loading import load_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_chat
 from stages.ppo.config import Config, PtxSettings
 from stages.ppo.train import train
 

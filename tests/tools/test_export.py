@@ -5,17 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.models.adapters import weights_sha256
-from rlhf.models.loading import load_policy, load_scalar, save_policy
+from rlhf.models.loading import load_policy, load_scalar
 from rlhf.models.passes import compute_scores
-from rlhf.runs.settings import LoraSettings, ModelSettings
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import LoraSettings, ModelSettings
 from tests.rlhf.tiny_models import byte_tokenizer, change_trained, tiny_policy_of
 from tools.export import TOLERANCE, Config, export
 

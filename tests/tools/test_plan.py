@@ -12,11 +12,15 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
-from rlhf.models.loading import load_policy, load_scalar, load_tokenizer, save_policy
-from rlhf.rewards import RewardSettings
-from rlhf.runs.run import settings_in_force
-from rlhf.runs.settings import GenerationSettings, LoraSettings, ModelSettings, OptimSettings
+from rlhf.models.loading import load_policy, load_scalar
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import LoraSettings, ModelSettings
+from rlhf.models.tokenizers import load_tokenizer
+from rlhf.rewards.settings import RewardSettings
+from rlhf.runs.settings import settings_in_force
+from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config, MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
 from stages.sft.config import Config as SFTConfig
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of

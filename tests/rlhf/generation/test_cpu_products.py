@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.generation import Decoding, cpu_products, make_engine
+from rlhf.generation import cpu_products
 from rlhf.generation.cpu_products import ROWS, thin_products
-from rlhf.runs.settings import GenerationSettings
+from rlhf.generation.engines import make_engine
+from rlhf.generation.interface import Decoding
+from rlhf.generation.settings import GenerationSettings
 from tests.rlhf.tiny_models import tiny_policy_of
 
 

@@ -11,13 +11,14 @@ import torch
 from transformers import DynamicCache
 
 import rlhf.generation.auto
-from rlhf.generation import Decoding, Samples, generate, make_engine
 from rlhf.generation.auto import FastestEngine
 from rlhf.generation.decoder import way_for
+from rlhf.generation.engines import generate, make_engine
 from rlhf.generation.hf import draw
+from rlhf.generation.interface import Decoding, Samples
+from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.models.passes import compute_logprobs
-from rlhf.runs.settings import GenerationSettings
 from rlhf.training.nonfinite import NonFiniteError
 from tests.rlhf.tiny_models import VOCAB, tiny_policy_of
 

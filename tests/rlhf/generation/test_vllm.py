@@ -13,9 +13,10 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rlhf.generation
-from rlhf.generation import Decoding, generate, make_engine
+from rlhf.generation.engines import generate, make_engine
+from rlhf.generation.interface import Decoding
+from rlhf.generation.settings import GenerationSettings
 from rlhf.generation.vllm import full_weights
-from rlhf.runs.settings import GenerationSettings
 from rlhf.training.nonfinite import NonFiniteError
 from tests.rlhf.tiny_models import tiny_policy_of
 
@@ -84,9 +85,9 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("MASTER_PORT", "0")
     FakeLLM.started = []
-    rlhf.generation._only_vllm.cache_clear()
+    rlhf.generation.engines._only_vllm.cache_clear()
     yield
-    rlhf.generation._only_vllm.cache_clear()
+    rlhf.generation.engines._only_vllm.cache_clear()
 
 
 def sharper(policy: Any) -> Any:
@@ -117,7 +118,7 @@ def test_settings_that_vllm_starts_with(monkeypatch: pytest.MonkeyPatch) -> None
     assert arguments["dtype"] == torch.float32
     assert arguments["generation_config"] == "vllm"  # no top-k of the model's folder
     assert arguments["logprobs_mode"] == "processed_logprobs"
-    rlhf.generation._only_vllm.cache_clear()
+    rlhf.generation.engines._only_vllm.cache_clear()
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", {"cuda": torch.bfloat16}.get)
     make_engine(SETTINGS).refresh(tiny_policy_of("llama"))

@@ -12,22 +12,12 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf.inputs.packing import (
-    PackedRow,
-    Packer,
-    PromptTree,
-    assemble,
-    response_batch,
-    text_tree,
-)
-from rlhf.models.loading import (
-    ScalarModel,
-    checkpoint_activations,
-    has_plain_head,
-    packer_for,
-    response_logprobs,
-)
+from rlhf.inputs.packing import PackedRow, Packer, PromptTree, assemble, response_batch, text_tree
+from rlhf.models.full import checkpoint_activations
+from rlhf.models.heads import has_plain_head, response_logprobs
+from rlhf.models.layout import packer_for
 from rlhf.models.passes import compute_logprobs, compute_scores, compute_values
+from rlhf.models.scalar import ScalarModel
 from tests.rlhf.tiny_models import VOCAB, tiny_policy_of, tiny_scalar_of
 
 PACKABLE = ["llama", "gpt2", "gpt_neox", "qwen3", "opt", "mistral", "gemma3_text"]

@@ -8,8 +8,10 @@ import torch
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.maths.logprobs import CHUNK_TOKENS
 from rlhf.measuring.allocations import DryRun, LiveBytes
-from rlhf.models.loading import checkpoint_activations, load_policy, response_logprobs
-from rlhf.runs.settings import ModelSettings
+from rlhf.models.full import checkpoint_activations
+from rlhf.models.heads import response_logprobs
+from rlhf.models.loading import load_policy
+from rlhf.models.settings import ModelSettings
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
 
 TREES = [PromptTree(tuple(range(1, 9)), (tuple(range(1, 13)), (4, 5, 6)))] * 3

@@ -16,7 +16,7 @@ from rlhf.measuring.flops import (
     work_of,
 )
 from rlhf.models.adapters import empty_adapter
-from rlhf.runs.settings import LoraSettings
+from rlhf.models.settings import LoraSettings
 from tests.rlhf.tiny_models import tiny_policy_of, tiny_scalar_of
 
 WITHOUT_ANGLES = 1e-3

@@ -23,16 +23,13 @@ from transformers import (
 
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.models.adapters import find_adapter, weights_sha256
-from rlhf.models.loading import (
-    ScalarModel,
-    load_chat,
-    load_policy,
-    load_scalar,
-    packer_for,
-    save_policy,
-)
+from rlhf.models.layout import packer_for
+from rlhf.models.loading import load_policy, load_scalar
 from rlhf.models.passes import compute_scores
-from rlhf.runs.settings import LoraSettings, ModelSettings
+from rlhf.models.saving import save_policy
+from rlhf.models.scalar import ScalarModel
+from rlhf.models.settings import LoraSettings, ModelSettings
+from rlhf.models.tokenizers import load_chat
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 
 LORA = LoraSettings(rank=4, alpha=6.0)

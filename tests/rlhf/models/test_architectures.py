@@ -9,20 +9,19 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from rlhf.generation import Decoding, generate, make_engine
 from rlhf.generation.decoder import WAYS, way_for
+from rlhf.generation.engines import generate, make_engine
+from rlhf.generation.interface import Decoding
+from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer, PromptTree
-from rlhf.models.loading import (
-    check_vocabulary,
-    load_chat,
-    load_policy,
-    load_scalar,
-    packer_for,
-)
+from rlhf.models.layout import packer_for
+from rlhf.models.limits import check_vocabulary
+from rlhf.models.loading import load_policy, load_scalar
 from rlhf.models.passes import compute_logprobs, compute_scores, compute_values
+from rlhf.models.settings import LoraSettings, ModelSettings
 from rlhf.models.shared_bases import SharedBases, weight_bytes
-from rlhf.runs.settings import GenerationSettings, LoraSettings, ModelSettings
+from rlhf.models.tokenizers import load_chat
 from tests.rlhf.every_architecture import save_tiny, tiny_config
 from tests.rlhf.tiny_models import byte_tokenizer
 

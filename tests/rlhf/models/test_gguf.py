@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rlhf.inputs.chat import Chat
 from rlhf.models.gguf import load_gguf
-from rlhf.models.loading import save_policy
+from rlhf.models.saving import save_policy
 from tests.rlhf.tiny_models import tiny_policy_of
 
 TOKENS = ["<unk>", "<bos>", "<end>", *"abcdefghij", "ab"]

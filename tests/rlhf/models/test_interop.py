@@ -10,7 +10,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.models.interop import name_as_before
-from rlhf.models.loading import save_policy
+from rlhf.models.saving import save_policy
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
 
 PLAIN = {"rope_type": "default", "rope_theta": 5e4}

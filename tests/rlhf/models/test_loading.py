@@ -17,18 +17,12 @@ from transformers import (
 
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer, PromptTree
-from rlhf.models.loading import (
-    check_context,
-    check_vocabulary,
-    load_chat,
-    load_policy,
-    load_scalar,
-    load_tokenizer,
-    new_policy,
-    save_policy,
-)
+from rlhf.models.limits import check_context, check_vocabulary
+from rlhf.models.loading import load_policy, load_scalar, new_policy
 from rlhf.models.passes import compute_scores
-from rlhf.runs.settings import ModelSettings
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_chat, load_tokenizer
 from tests.rlhf.tiny_models import (
     ARCHITECTURES,
     VOCAB,

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.models.loading import load_scalar
 from rlhf.models.passes import compute_scores
-from rlhf.runs.settings import ModelSettings
+from rlhf.models.settings import ModelSettings
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_scalar_of
 
 PAD, END = 2, 1

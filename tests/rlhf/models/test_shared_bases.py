@@ -7,10 +7,13 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.inputs.packing import Packer, PromptTree
-from rlhf.models.loading import ScalarModel, load_policy, load_scalar, packer_for, save_policy
+from rlhf.models.layout import packer_for
+from rlhf.models.loading import load_policy, load_scalar
 from rlhf.models.passes import compute_logprobs, compute_scores, compute_values
+from rlhf.models.saving import save_policy
+from rlhf.models.scalar import ScalarModel
+from rlhf.models.settings import LoraSettings, ModelSettings
 from rlhf.models.shared_bases import SharedBases, weight_bytes
-from rlhf.runs.settings import LoraSettings, ModelSettings
 from tests.rlhf.tiny_models import byte_tokenizer, change_trained, tiny_policy_of, tiny_scalar_of
 
 LORA = LoraSettings(rank=4)

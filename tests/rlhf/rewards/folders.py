@@ -9,10 +9,14 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import PromptTree
-from rlhf.models.loading import load_scalar, load_tokenizer, new_policy, packer_for, save_policy
+from rlhf.models.layout import packer_for
+from rlhf.models.loading import load_scalar, new_policy
 from rlhf.models.passes import compute_scores
-from rlhf.rewards import GoldenRow, RewardCard, rendering_hash
-from rlhf.runs.settings import ModelSettings
+from rlhf.models.saving import save_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_tokenizer
+from rlhf.rewards.models import GoldenRow, RewardCard
+from rlhf.rewards.rendering import rendering_hash
 from tests.rlhf.tiny_models import byte_tokenizer
 
 PROMPTS = ["one", "one", "two", [{"role": "user", "content": "three"}]]

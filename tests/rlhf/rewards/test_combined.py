@@ -9,19 +9,12 @@ from torch import Tensor
 
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.records import Prompt
-from rlhf.rewards import (
-    EnsembleReward,
-    EnsembleSettings,
-    NormalizedReward,
-    PartSettings,
-    RewardSettings,
-    Scored,
-    WeightedReward,
-    load_reward,
-    load_reward_model,
-    reward_models_of,
-)
-from rlhf.runs.settings import ModelSettings
+from rlhf.models.settings import ModelSettings
+from rlhf.rewards.combined import EnsembleReward, NormalizedReward, WeightedReward
+from rlhf.rewards.load import load_reward, reward_models_of
+from rlhf.rewards.models import load_reward_model
+from rlhf.rewards.scores import Scored
+from rlhf.rewards.settings import EnsembleSettings, PartSettings, RewardSettings
 from tests.rlhf.rewards.folders import PROMPTS, RESPONSES, base_tokenizer
 
 

@@ -10,14 +10,10 @@ import torch
 
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.records import Prompt
-from rlhf.rewards import (
-    FunctionReward,
-    RewardSettings,
-    Scored,
-    TokenFunctionReward,
-    load_function,
-    load_reward,
-)
+from rlhf.rewards.functions import FunctionReward, TokenFunctionReward, load_function
+from rlhf.rewards.load import load_reward
+from rlhf.rewards.scores import Scored
+from rlhf.rewards.settings import RewardSettings
 from tests.rlhf.rewards.folders import base_tokenizer
 
 PROMPTS = [Prompt("a", {"weight": 2.0}), Prompt("b", {"weight": 3.0})]

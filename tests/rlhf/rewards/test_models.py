@@ -14,26 +14,21 @@ from transformers import AutoModelForSequenceClassification
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import PromptTree
 from rlhf.inputs.records import Prompt
-from rlhf.models.loading import load_tokenizer
-from rlhf.rewards import (
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_tokenizer
+from rlhf.rewards.load import load_judge, load_reward, reward_models_of
+from rlhf.rewards.models import (
     REWARD_FILE,
-    PartSettings,
     RewardCard,
     RewardModel,
-    RewardSettings,
     TextRewardModel,
-    check_rendering,
-    load_judge,
-    load_reward,
     load_reward_model,
     load_value_model,
     measured_dtype,
-    reward_models_of,
-    same_rendering,
-    same_vocabulary,
     trees_of,
 )
-from rlhf.runs.settings import ModelSettings
+from rlhf.rewards.rendering import check_rendering, same_rendering, same_vocabulary
+from rlhf.rewards.settings import PartSettings, RewardSettings
 from tests.rlhf.rewards.folders import (
     PROMPTS,
     RESPONSES,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf.rewards import (
+from rlhf.rewards.scores import (
     Scored,
     adjust_missing_end,
     clip_scores,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.rewards import EnsembleSettings, PartSettings, RewardSettings
+from rlhf.rewards.settings import EnsembleSettings, PartSettings, RewardSettings
 
 
 @pytest.mark.parametrize(

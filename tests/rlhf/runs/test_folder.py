@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from rlhf.runs.settings import MayOverwrite
 from rlhf.runs.folder import LOCK, MARK, folders_given_back, take_folder, writing
 from rlhf.runs.run import Run, open_run
+from rlhf.runs.settings import MayOverwrite
 
 ROOT = Path(__file__).parents[3]
 FILES = ("model.safetensors", "shards-*.bin")
@@ -34,7 +34,9 @@ class Settings(MayOverwrite):
 
 @pytest.fixture(autouse=True)
 def given_back(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("rlhf.runs.run.commit", lambda: "abc")  # git takes longer than all else here
+    monkeypatch.setattr(
+        "rlhf.runs.lineage.commit", lambda: "abc"
+    )  # git takes longer than all else here
     with folders_given_back():
         yield
 

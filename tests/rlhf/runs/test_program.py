@@ -3,8 +3,8 @@
 import pytest
 from safetensors import SafetensorError
 
-from rlhf.runs.program import INTERRUPTED, USER_ERROR, run_stage
 from rlhf.runs.interrupts import Interrupted
+from rlhf.runs.program import INTERRUPTED, USER_ERROR, run_stage
 from tests.rlhf.runs.test_checkpoints import Settings
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from rlhf.training.processes import check_joined
 from rlhf.runs.run import Run, open_run
+from rlhf.training.processes import check_joined
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,16 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.runs.settings import (
-    ConfigError,
-    GenerationSettings,
-    MayOverwrite,
-    ModelSettings,
-    OptimSettings,
-    keys_of,
-    load_config,
-)
-from rlhf.runs.run import settings_in_force
+from rlhf.generation.settings import GenerationSettings
+from rlhf.models.settings import ModelSettings
+from rlhf.runs.settings import ConfigError, MayOverwrite, keys_of, load_config, settings_in_force
+from rlhf.training.settings import OptimSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlhf.training.processes import start_accelerator
 from rlhf.runs.run import Run, open_run
 from rlhf.runs.trackers import Tracker, is_logged_in_to_wandb
+from rlhf.training.processes import start_accelerator
 from stages.ppo.config import Config as PPOConfig
 from stages.pretrain.config import Config as PretrainConfig
 from stages.rm.config import Config as RMConfig

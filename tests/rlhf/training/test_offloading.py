@@ -11,7 +11,8 @@ from torch import nn
 
 from rlhf.runs.program import USER_ERROR, run_stage
 from rlhf.runs.stopwatch import Stopwatch
-from rlhf.training.offloading import REMEDIES, OutOfMemoryError, memory_of, on_device
+from rlhf.training.offloading import on_device
+from rlhf.training.out_of_memory import REMEDIES, OutOfMemoryError, memory_of
 from stages.evaluate.config import Config
 
 ROOT = Path(__file__).parents[3]

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.runs.settings import OptimSettings
 from rlhf.training.optim import (
     MovingAverage,
     MuonAndAdamW,
@@ -16,6 +15,7 @@ from rlhf.training.optim import (
     orthogonalize,
     schedule_factor,
 )
+from rlhf.training.settings import OptimSettings
 from rlhf.training.sharding import local_gradients
 
 

@@ -1,0 +1,187 @@
+"""A full model with every weight from its folder; what cannot be one is refused by its name."""
+
+import importlib.util
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import logging
+
+from rlhf.models.adapters import CONFIG_FILE, HEAD
+from rlhf.models.architectures import check_is_known, check_is_policy, scalar_class, with_attention
+from rlhf.models.settings import ModelSettings
+
+
+def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Evaluation mode, and every dropout rate 0 also in training mode.
+
+    With dropout the ratio of PPO's first step is not 1 and the KL is noise (recipe: checklist 19).
+    The saved config keeps the architecture's own rates.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if ("dropout" in name or name == "layerdrop") and isinstance(value, float):
+                setattr(module, name, 0.0)
+    model.eval()
+    return model
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """In training mode each layer's activations are computed again in the backward pass: memory
+    for one layer instead of all, about a third more time, the same gradients."""
+    with warnings.catch_warnings():
+        # transformers 5.23's new name for it is not there in 5.19
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers' bars and its loading report, which this module reads itself."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def load_full(
+    auto_class: Any,
+    settings: ModelSettings,
+    *,
+    new_weights: Sequence[str] = (),
+    quantize: str = "none",
+) -> Any:
+    """A full model with every weight from its folder, but for those that are to be new."""
+    check_folder(settings.path)
+    arguments: dict[str, Any] = {}
+    if auto_class is AutoModelForSequenceClassification:
+        arguments["num_labels"] = 1
+    if quantize == "4bit":
+        arguments["quantization_config"] = _four_bits(settings)
+    with quiet(), naming_model(settings.path):
+        config = AutoConfig.from_pretrained(
+            settings.path, trust_remote_code=settings.trust_remote_code
+        )
+    auto_class = class_for(auto_class, config, settings.path)
+
+    def load(attention: str) -> Any:
+        return auto_class.from_pretrained(
+            settings.path,
+            dtype=dtype_of(settings),
+            attn_implementation=attention,
+            trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,  # a .bin is a pickle, which runs code of its own
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, each by its name
+            **arguments,
+        )
+
+    with quiet(), naming_model(settings.path):
+        model, report = with_attention(load, settings.attention)
+    _refuse_missing(settings.path, report, allowed=new_weights)
+    return disable_dropout(model)
+
+
+def class_for(auto_class: Any, config: Any, path: str) -> Any:
+    """The class that loads, once it is known that the folder can be what it is to be."""
+    if auto_class is AutoModelForSequenceClassification:
+        check_is_known(config, path)
+        with quiet(), naming_model(path):
+            return scalar_class(config)
+    check_is_policy(config, path)
+    return auto_class
+
+
+def _four_bits(settings: ModelSettings) -> Any:
+    """NF4 with double quantisation (Dettmers et al. 2023)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "lora.quantize is 4bit, which needs bitsandbytes: pip install bitsandbytes; or give "
+            "none"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype_of(settings),
+    )
+
+
+@contextmanager
+def naming_model(path: str) -> Iterator[None]:
+    """Says which model was meant in whatever transformers makes of files that it cannot use."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        place = "" if Path(path).exists() else " (no folder here, so taken for a hub id)"
+        name = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise kind(f"cannot load {path}{place}: {name}{error}") from error
+
+
+def dtype_of(settings: ModelSettings) -> torch.dtype:
+    return getattr(torch, settings.dtype)
+
+
+def check_folder(path: str) -> None:
+    """A local path that is not there would else be taken for a hub id, with a puzzling message."""
+    folder = Path(path)
+    if folder.exists() and not any(
+        (folder / name).exists() for name in ("config.json", CONFIG_FILE)
+    ):
+        raise ValueError(
+            f"{path} holds no config.json, so it is no model folder; run the stage that makes it, "
+            "or give the folder that save_pretrained wrote"
+        )
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not folder.exists():
+        raise ValueError(
+            f"the model folder {path} does not exist; run the stage that makes it first, or give "
+            "a hub id (owner/name)"
+        )
+    _refuse_pickles(folder)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = sorted(folder.glob("*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise OSError(
+            f"{folder}: {pickles[0].name} is pickled and could run any code, so it is not read; if "
+            "you trust whoever made it, convert it: load the model with from_pretrained, then "
+            "save_pretrained writes safetensors"
+        )
+
+
+def refuse_no_head(path: str) -> NoReturn:
+    raise ValueError(
+        f"{path} has no reward head ({HEAD}), so its scores would be random; give the folder that "
+        "the rm stage wrote"
+    )
+
+
+def _refuse_missing(path: str, report: dict[str, Any], allowed: Sequence[str]) -> None:
+    missing = sorted(set(report["missing_keys"]) - set(allowed))
+    mismatched = sorted({entry[0] for entry in report["mismatched_keys"]} - set(allowed))
+    if HEAD in missing:
+        refuse_no_head(path)
+    if missing or mismatched:
+        raise ValueError(
+            f"{path} does not hold these weights in the right shape: "
+            f"{', '.join(sorted({*missing, *mismatched})[:5])}; the folder is incomplete or of "
+            "another model"
+        )

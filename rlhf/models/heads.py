@@ -1,0 +1,88 @@
+"""Log-probabilities of a policy's response tokens over a packed row."""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.inputs.packing import PackedRow
+from rlhf.maths.logprobs import Head, TokenMoments, chunked_logprobs, chunked_moments
+from rlhf.models.architectures import accepted, accepts, body_of, find_body, hidden_states
+
+_plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What `has_plain_head` found."""
+
+
+def response_logprobs(policy: nn.Module, row: PackedRow, temperature: float = 1.0) -> Tensor:
+    """Log-probability (tokens,) in nats of every response token of a packed row."""
+    features, head = _features_and_head(policy, row)
+    return chunked_logprobs(features, row.targets, head, temperature)
+
+
+def response_moments(policy: nn.Module, row: PackedRow, temperature: float = 1.0) -> TokenMoments:
+    """`response_logprobs`, and each token's entropy and variance, all (tokens,); no gradient."""
+    features, head = _features_and_head(policy, row)
+    return chunked_moments(features, row.targets, head, temperature)
+
+
+@torch.no_grad()
+def has_plain_head(policy: nn.Module) -> bool:
+    """Whether logits are the unembedding of the last hidden states and nothing more.
+
+    Some architectures scale or cap them afterwards (Gemma 2, Granite, Cohere); tried on three
+    tokens, bit for bit, once a model.
+    """
+    if policy not in _plain_heads:
+        plain = False
+        head = policy.get_output_embeddings() if isinstance(policy, PreTrainedModel) else None
+        if (
+            isinstance(policy, PreTrainedModel)
+            and isinstance(head, nn.Linear)
+            and find_body(policy) is not None
+        ):
+            ids = torch.tensor([[1, 2, 3]], device=policy.device)
+            hidden, logits = hidden_states(policy, input_ids=ids), _logits(policy, input_ids=ids)
+            plain = hidden.shape[-1] == head.in_features and torch.equal(head(hidden), logits)
+        _plain_heads[policy] = plain
+    return _plain_heads[policy]
+
+
+def find_plain_head(policy: PreTrainedModel) -> None:
+    """Answers `has_plain_head` for a model without data, whose logits cannot be compared."""
+    _plain_heads[policy] = _passes_logits_on(policy)
+
+
+@torch.no_grad()
+def _passes_logits_on(policy: PreTrainedModel) -> bool:
+    """What `has_plain_head` asks, of a model without data: is what the head gives what comes out,
+    and what the body gives what the head gets?"""
+    seen: list[Tensor] = []
+    head = policy.get_output_embeddings()
+    hooks = [
+        body_of(policy).register_forward_hook(lambda module, _, output: seen.append(output[0])),
+        head.register_forward_hook(lambda module, inputs, output: seen.extend([*inputs, output])),
+    ]
+    logits = _logits(policy, input_ids=torch.tensor([[1, 2, 3]]))
+    for hook in hooks:
+        hook.remove()
+    *hidden, read, given = (tensor.untyped_storage()._cdata for tensor in seen)
+    # OPT goes round its own body's forward, so that there is no hidden to compare.
+    return all(one == read for one in hidden) and given == logits.untyped_storage()._cdata
+
+
+def _features_and_head(policy: nn.Module, row: PackedRow) -> tuple[Tensor, Head]:
+    """What predicts each response token (tokens, ...), and what makes logits of it."""
+    if has_plain_head(policy):
+        assert isinstance(policy, PreTrainedModel)
+        hidden = hidden_states(policy, **row.model_inputs)
+        return hidden[0, row.predictors], policy.get_output_embeddings()
+    if accepts(policy, "logits_to_keep"):
+        return _logits(policy, **row.model_inputs, logits_to_keep=row.predictors)[0], nn.Identity()
+    return _logits(policy, **row.model_inputs)[0, row.predictors], nn.Identity()
+
+
+def _logits(policy: nn.Module, **inputs: Any) -> Tensor:
+    """Logits without a cache, and without the loss over its experts that a mixture may add."""
+    return policy(**inputs, **accepted(policy, use_cache=False, output_router_logits=False)).logits

@@ -1,0 +1,65 @@
+"""Settings of a model: which one, how it is held, and its adapter."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf.inputs.ranges import require
+
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model to load and how to hold it."""
+
+    path: str
+    """Model: a local folder, a hub id, or a .gguf file."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights. Keep float32 for what is trained: at RLHF's learning rates bfloat16
+    weights hardly move."""
+    attention: Attention = "sdpa"
+    """Attention implementation. One that cannot take a packing mask costs one row a response."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources that you trust."""
+
+    def __post_init__(self) -> None:
+        if not self.path.strip():
+            raise ValueError("path is empty; give a model folder, a hub id or a .gguf file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Train a low-rank adapter over frozen weights instead of all of them (Hu et al. 2021).
+
+    There is no dropout: with it the first ratio of PPO would not be 1.
+    """
+
+    rank: int = 0
+    """Rank of the adapter; 0 trains all weights. A model folder that is an adapter already is
+    trained on if it has this rank, and merged into its base with 0."""
+    alpha: float = 16.0
+    """The adapter's output is scaled by alpha / rank."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the linear layers that get an adapter, such as [q_proj, v_proj]; all-linear: every
+    one but the output layer, or those of the adapter that is trained on."""
+    quantize: Literal["none", "4bit"] = "none"
+    """How the frozen weights are held: as model.dtype says, or in 4 bits (QLoRA, Dettmers et al.
+    2023), which needs the package bitsandbytes."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "rank", self.rank, "give 0 (all weights) or more, such as 16")
+        require(
+            0 < self.alpha < math.inf, "alpha", self.alpha, "give a positive number, such as 16"
+        )
+        if not self.target_modules:
+            raise ValueError("target_modules is empty; name linear layers, or give all-linear")
+        if self.quantize != "none" and self.rank == 0:
+            raise ValueError(
+                f"quantize is {self.quantize} and rank is 0; quantised weights cannot be trained, "
+                "only an adapter over them; give a rank, such as 16"
+            )
+
+
+ALL_WEIGHTS = LoraSettings()
+"""No adapter: one that a folder holds is merged into its base."""

@@ -1,0 +1,57 @@
+"""The tokenizer of a model, with a chat template, a pad token and all ends that it declares."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.template import add_missing_parts
+from rlhf.models.adapters import find_adapter
+from rlhf.models.full import check_folder, naming_model
+from rlhf.models.settings import ModelSettings
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, hub id or GGUF file, with chat template and pad token."""
+    if path.endswith(".gguf"):
+        file = Path(path)
+        return add_missing_parts(
+            AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        )
+    check_folder(path)
+    with naming_model(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return add_missing_parts(tokenizer, _declared_ends(path, tokenizer))
+
+
+def load_chat(settings: ModelSettings) -> Chat:
+    """The rendering of a model folder, hub id or GGUF file, with all ends that it declares."""
+    tokenizer = load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
+    return Chat(tokenizer, _declared_ends(settings.path, tokenizer))
+
+
+def _declared_ends(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ends of a model's generation_config.json; none where there is no such file."""
+    if path.endswith(".gguf"):
+        return []
+    adapter = find_adapter(path)
+    for place in [path] if adapter is None else [path, adapter.base]:
+        try:
+            return ends_of(GenerationConfig.from_pretrained(place), tokenizer)
+        except (OSError, ValueError):  # there is none, or none that can be read
+            continue
+    return []
+
+
+def ends_of(generation: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ends that a generation config declares; of those that are an architecture's default only
+    what can be one by the tokenizer: an added token without another role."""
+    ends = generation.eos_token_id
+    declared = [ends] if isinstance(ends, int) else list(ends or ())
+    known: Iterable[int] = range(len(tokenizer))
+    if getattr(generation, "_from_model_config", False):
+        others = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+        known = {*tokenizer.added_tokens_decoder} - others | {tokenizer.eos_token_id}
+    return [end for end in declared if end in known]

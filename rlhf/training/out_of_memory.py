@@ -1,0 +1,71 @@
+"""Memory that runs out, told by the phase of a run and with the setting to lower."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_FIRST_TOKENS = "micro_batch_tokens, then set gradient_checkpointing"
+REMEDIES = {
+    "load": "the model's size, or hold frozen models with dtype bfloat16; in PPO offload keeps the "
+    "reference and the reward model in CPU memory",
+    "rollout": "generation.batch_size, or rollout.max_new_tokens",
+    "score": "micro_batch_tokens, or set offload",
+    "logprobs": "micro_batch_tokens",
+    "reference": "micro_batch_tokens, or set offload",
+    "value": "micro_batch_tokens",
+    "ptx": _FIRST_TOKENS,
+    "train": _FIRST_TOKENS,
+    "step": "ptx.gradient_norms (false), ema_decay (null), or the model's size; several processes "
+    "with DeepSpeed split the optimizer (configs/accelerate)",
+    "evaluate": "generation.batch_size, or micro_batch_tokens",
+    "sft training": "micro_batch_size, or the limits of tokens, then set gradient_checkpointing",
+}
+"""Phase -> the settings that bound its memory."""
+
+_CPU_MESSAGES = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+
+
+class OutOfMemoryError(ValueError):
+    """Memory ran out in a known phase; the message names the setting to lower."""
+
+
+def is_of_the_device(error: BaseException) -> bool:
+    """Whether torch found no memory, a fault of the device, or tensors on several devices."""
+    if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and "device" in str(error).lower()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch (on any device) or Python found no memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    is_torch = isinstance(error, RuntimeError)
+    return is_torch and any(message in str(error) for message in _CPU_MESSAGES)
+
+
+def explain(error: BaseException, phase: str | None = None) -> str:
+    """Where memory ran out, what was asked for, and what to lower, in one line."""
+    asked = " ".join(str(error).split())[:200] or type(error).__name__
+    where = "" if phase is None else f" in phase {phase}"
+    remedy = REMEDIES.get(phase or "", "micro_batch_tokens or generation.batch_size")
+    return (
+        f"out of memory{where} ({asked}); lower {remedy}. `python -m tools.plan` with the same "
+        "settings shows what every phase needs"
+    )
+
+
+@contextmanager
+def memory_of(phase: str) -> Iterator[None]:
+    """Memory that runs out inside is told with the phase.
+
+    Raises:
+        OutOfMemoryError: instead of what torch or Python raise.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(explain(error, phase)) from None
