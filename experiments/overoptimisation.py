@@ -47,9 +47,9 @@ from rlhf.models.loading import load_policy
 from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.functions import load_function
 from rlhf.rewards.load import load_reward
-from rlhf.runs.folder import SAMPLES, folders_given_back
+from rlhf.runs.folder import RESULTS, SAMPLES, folders_given_back
 from rlhf.runs.program import run_stage
-from rlhf.runs.run import RESULTS, open_run
+from rlhf.runs.run import open_run
 from rlhf.runs.settings import MayOverwrite
 from rlhf.training.processes import start_accelerator
 from stages.evaluate.config import Config as EvaluateConfig

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.shared import TABLE, markdown_table, mean_cell, over_seeds, read_json
-from rlhf.runs.folder import folders_given_back
+from rlhf.runs.folder import RESULTS, folders_given_back
 from rlhf.runs.program import run_stage
-from rlhf.runs.run import RESULTS, open_run
+from rlhf.runs.run import open_run
 from rlhf.runs.settings import MayOverwrite
 from stages.ppo.config import MonitorSettings
 

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlhf.measuring.statistics import t_interval
-from rlhf.runs.run import CONFIG, RESULTS, RunSettings
+from rlhf.runs.folder import CONFIG, RESULTS
+from rlhf.runs.run import RunSettings
 from rlhf.runs.settings import load_config, settings_in_force
 
 Settings = TypeVar("Settings", bound=RunSettings)

@@ -34,9 +34,9 @@ from experiments.shared import (
     style_axes,
     values_cell,
 )
-from rlhf.runs.folder import METRICS, folders_given_back
+from rlhf.runs.folder import METRICS, RESULTS, folders_given_back
 from rlhf.runs.program import run_stage
-from rlhf.runs.run import RESULTS, open_run
+from rlhf.runs.run import open_run
 from rlhf.runs.settings import MayOverwrite
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.evaluate.curves import COLOURS, read_metrics

@@ -28,8 +28,8 @@ from rlhf.rewards.load import load_judge
 from rlhf.rewards.models import measured_dtype
 from rlhf.rewards.rendering import same_rendering
 from rlhf.rewards.scores import Reward
-from rlhf.runs.folder import folders_given_back
-from rlhf.runs.run import RESULTS, open_run
+from rlhf.runs.folder import RESULTS, folders_given_back
+from rlhf.runs.run import open_run
 from rlhf.training.processes import start_accelerator
 from stages.evaluate.config import GOLD, REWARD_MODEL, Config
 from stages.evaluate.curves import draw_curves

@@ -9,8 +9,8 @@ import yaml
 
 from rlhf.models.settings import ModelSettings
 from rlhf.rewards.settings import RewardSettings
-from rlhf.runs.folder import METRICS
-from rlhf.runs.run import CONFIG, RESULTS, RunSettings
+from rlhf.runs.folder import CONFIG, METRICS, RESULTS
+from rlhf.runs.run import RunSettings
 from rlhf.runs.settings import settings_in_force
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.ppo.config import Config as PPOConfig
