@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.tinyworld.config import TinyWorldConfig
 from data.tinyworld.demonstrations import Quality, write_response
-from data.tinyworld.tasks import Instruction, draw_held_out, draw_instruction
+from data.tinyworld.tasks import Instruction, draw_held_out, draw_prompt, understand
 from data.tinyworld.text import draw_texts, make_probes
 from data.tinyworld.world import WORLD_FILE, World
 from rlhf.inputs.files import write_records
@@ -79,18 +79,24 @@ def draw_different(
     Held-out ones ask a held-out content last; the others ask none in any turn.
     """
     kept_back = draw_held_out(world)
-    drawn: dict[str, Instruction] = {}
+    seen: set[str] = set()
+    drawn: list[Instruction] = []
     for _ in range(100 * num_prompts):
         if len(drawn) == num_prompts:
-            return list(drawn.values())
-        instruction = draw_instruction(world, generator)
+            return drawn
+        prompt = draw_prompt(world, generator)
+        key = prompt_key(prompt)
+        if key in seen:
+            continue
+        seen.add(key)
+        instruction = understand(world, prompt)
         is_wanted = (
             instruction.task.content in kept_back
             if is_held_out
             else kept_back.isdisjoint(instruction.contents)
         )
         if is_wanted:
-            drawn.setdefault(prompt_key(instruction.prompt), instruction)
+            drawn.append(instruction)
     raise ValueError(
         f"{num_prompts} prompts are asked for, but the tiny world has hardly more than {len(drawn)}"
     )

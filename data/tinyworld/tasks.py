@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations, combinations_with_replacement
 from typing import Literal, get_args
 
@@ -151,13 +152,21 @@ _FOLLOW_UP_PATTERNS = [(attribute, _pattern(text)) for attribute, text in FOLLOW
 
 def draw_instruction(world: World, generator: random.Random) -> Instruction:
     """One random instruction about known people and things; about one in five has two turns."""
+    return understand(world, draw_prompt(world, generator))
+
+
+def understand(world: World, prompt: PromptLike) -> Instruction:
+    """A prompt with what it asks for."""
+    return Instruction(prompt, parse_task(world, prompt), contents_of(world, prompt))
+
+
+def draw_prompt(world: World, generator: random.Random) -> PromptLike:
+    """The prompt of one random instruction."""
     kind = generator.choices(KINDS, weights=[KIND_WEIGHTS[kind] for kind in KINDS])[0]
     if kind == "fact" and generator.random() < 0.25:
-        prompt: PromptLike = _draw_follow_up(world, generator)
-    else:
-        text = generator.choice(GREETINGS) + _draw_text(world, kind, generator)
-        prompt = _draw_turns(world, kind, text, generator)
-    return Instruction(prompt, parse_task(world, prompt), contents_of(world, prompt))
+        return _draw_follow_up(world, generator)
+    text = generator.choice(GREETINGS) + _draw_text(world, kind, generator)
+    return _draw_turns(world, kind, text, generator)
 
 
 def contents_of(world: World, prompt: PromptLike) -> frozenset[Content]:
@@ -212,14 +221,15 @@ def parse_task(world: World, prompt: PromptLike) -> Task:
     if len(questions) > 1:
         for attribute, pattern in _FOLLOW_UP_PATTERNS:
             if pattern.fullmatch(text):
-                slots = {"name": _match(questions[0])[2].get("name", "")}
-                return _build(world, "fact", attribute, slots, prompt)
+                name = _match(questions[0])[2].get("name", "")
+                return _build(world, "fact", attribute, {"name": name}, prompt)
     kind, variant, slots = _match(text)
     return _build(world, kind, variant, slots, prompt)
 
 
-def _match(text: str) -> tuple[Kind, str, dict[str, str]]:
-    for greeting in GREETINGS:
+@lru_cache(maxsize=1 << 15)
+def _match(text: str) -> tuple[Kind, str, Mapping[str, str]]:
+    for greeting in dict.fromkeys(GREETINGS):
         bare = text.removeprefix(greeting)
         for kind, variant, pattern in _PATTERNS:
             if found := pattern.fullmatch(bare):

@@ -25,7 +25,7 @@ from data.tinyworld.tasks import (
 from data.tinyworld.text import draw_texts, probe_facts
 from data.tinyworld.world import SECRETS, VALUES
 from rlhf.inputs.files import read_records
-from rlhf.inputs.records import Demonstration, Prompt, Text, prompt_key, to_messages
+from rlhf.inputs.records import Demonstration, Prompt, Record, Text, prompt_key, to_messages
 
 SMALL = {
     "num_texts": 300,
@@ -40,6 +40,12 @@ SMALL = {
 @pytest.fixture(scope="module")
 def world() -> World:
     return World.from_seed(0)
+
+
+@pytest.fixture(scope="module")
+def files(world: World) -> dict[str, list[Record]]:
+    """All files at their full size."""
+    return make_files(world, TinyWorldConfig(output_dir="unused"))
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +112,9 @@ def test_no_prompt_and_no_document_is_in_two_files(world: World) -> None:
     assert len(texts) == len(set(texts)) == 320
 
 
-def test_what_a_held_out_prompt_asks_is_asked_nowhere_else(world: World) -> None:
-    files = make_files(world, TinyWorldConfig(output_dir="unused"))
+def test_what_a_held_out_prompt_asks_is_asked_nowhere_else(
+    world: World, files: dict[str, list[Record]]
+) -> None:
     held_out = {
         parse_task(world, record.prompt).content for record in files["prompts_held_out.jsonl"]
     }
@@ -138,8 +145,9 @@ def test_of_each_sort_three_in_ten_contents_are_held_out(world: World) -> None:
         assert len(held_out.intersection(contents)) == round(0.3 * len(contents)) > 0
 
 
-def test_probed_people_and_things_are_in_the_text_and_in_nothing_else(world: World) -> None:
-    files = make_files(world, TinyWorldConfig(output_dir="unused"))
+def test_probed_people_and_things_are_in_the_text_and_in_nothing_else(
+    world: World, files: dict[str, list[Record]]
+) -> None:
     probed = {name.lower() for name in (*world.probe_people, *world.probe_things)}
     assert len(probed) == 6
     told = {word for record in files["text.jsonl"] for word in split_words(record.text)}
@@ -160,8 +168,9 @@ def test_probes_ask_for_every_fact_of_the_probe_in_three_forms(world: World) -> 
             assert meta["subject"] in meta["text"]
 
 
-def test_text_has_every_word_of_instructions_and_demonstrations(world: World) -> None:
-    files = make_files(world, TinyWorldConfig(output_dir="unused"))
+def test_text_has_every_word_of_instructions_and_demonstrations(
+    files: dict[str, list[Record]],
+) -> None:
     told = {word for record in files["text.jsonl"] for word in split_words(record.text)}
     used = {word for record in files["demonstrations.jsonl"] for word in _words_of(record)}
     assert used <= told
