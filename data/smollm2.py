@@ -9,7 +9,6 @@ split goes by a hash of the prompt. Weights: SmolLM2-135M-Instruct from the pack
 
 import importlib.util
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import split_by_prompt, write_records
 from rlhf.inputs.records import Record
+from rlhf.inputs.whole_files import write_text
 from rlhf.models.full import quiet
 from rlhf.models.gguf import load_gguf
 from rlhf.models.loading import load_policy
@@ -239,9 +239,7 @@ def _read(config: Smollm2Config, sources: tuple[Source, ...]) -> Iterator[Record
 
 
 def _write_results(folder: Path, results: dict[str, object]) -> None:
-    partial = folder / f".{RESULTS_FILE}.partial"
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(partial, folder / RESULTS_FILE)
+    write_text(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

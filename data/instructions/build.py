@@ -1,7 +1,6 @@
 """The program that writes the prompts."""
 
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from data.instructions.ifeval import known_prompts
 from data.instructions.templates import NUM_GROUPS, draw_instructions, in_words
 from rlhf.inputs.files import split_by_prompt, write_records
 from rlhf.inputs.records import Prompt
+from rlhf.inputs.whole_files import write_text
 from rlhf.runs.folder import writing
 from rlhf.runs.settings import MayOverwrite
 
@@ -81,9 +81,8 @@ def build(config: InstructionsConfig) -> None:
         for name, prompts in files.items():
             write_records(folder / name, prompts)
             print(f"wrote {folder / name}: {len(prompts)} prompts, {_kinds(prompts)}")
-        partial = folder / f".{RESULTS_FILE}.partial"
-        partial.write_text(json.dumps({name: len(rows) for name, rows in files.items()}) + "\n")
-        os.replace(partial, folder / RESULTS_FILE)
+        counts = {name: len(rows) for name, rows in files.items()}
+        write_text(folder / RESULTS_FILE, json.dumps(counts) + "\n")
         output.finish()
 
 

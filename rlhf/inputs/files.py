@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf.inputs.records import RecordError, RecordT
+from rlhf.inputs.whole_files import written_whole
 
 HUB = "hub:"
 FILE_ENDINGS = (".jsonl", ".jsonl.gz")
@@ -121,9 +121,8 @@ def write_records(path: str | Path, records: Iterable[RecordT]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as raw:
+    with written_whole(path) as file:
+        with file.open("wb") as raw:
             if path.name.endswith(".gz"):
                 # no time and no name in the header: equal records give equal bytes
                 with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed:
@@ -132,9 +131,6 @@ def write_records(path: str | Path, records: Iterable[RecordT]) -> None:
                 num_written = _write_lines(raw, records)
         if not num_written:
             raise NoRecordsError(f"no records to write to {path}")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def split_by_prompt(

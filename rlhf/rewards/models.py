@@ -16,6 +16,7 @@ from rlhf.inputs.chat import Chat
 from rlhf.inputs.fitting import fit_prompt
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Demonstration, Prompt, PromptLike, naming_row, show
+from rlhf.inputs.whole_files import write_text
 from rlhf.models.adapters import find_adapter
 from rlhf.models.layout import packer_for
 from rlhf.models.loading import load_scalar
@@ -87,10 +88,7 @@ class RewardCard:
 
     def save(self, folder: str | Path) -> None:
         text = json.dumps(asdict(self), ensure_ascii=False, indent=2, allow_nan=False)
-        path = Path(folder) / REWARD_FILE
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(text + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_text(Path(folder) / REWARD_FILE, text + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "RewardCard":

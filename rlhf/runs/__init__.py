@@ -4,7 +4,7 @@ program.py             the door of every program: errors become one line on stde
 settings.py            one loader of settings for all programs
 run.py                 a run: what went in, what was measured, what came out
 lineage.py             where inputs come from: hashes, commit, versions
-files.py               a file is the old one or the whole new one, and on the disk
+files.py               JSON of what runs measure, and hashes of files
 folder.py              whose an output folder is, and what may be replaced in it
 checkpoints.py         when checkpoints are written, and going on from one
 checkpoint_files.py    a training state as files: whole and unaltered, or refused

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf.runs.files import sha256_of, sync_to_disk
+from rlhf.inputs.whole_files import sync_to_disk
+from rlhf.runs.files import sha256_of
 from rlhf.runs.stateful import State
 
 MANIFEST = "manifest.json"

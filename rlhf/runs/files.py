@@ -1,26 +1,13 @@
-"""A file is the old one or the whole new one, and it is on the disk."""
+"""JSON of what runs measure, and hashes of files."""
 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
-def sync_to_disk(path: Path) -> None:
-    """What was written to a file, or renamed in a folder, is on the disk, not only with the system.
-
-    Windows can sync neither folders nor files that were opened for reading.
-    """
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from rlhf.inputs.whole_files import write_text
 
 
 def sha256_of(path: Path) -> str:
@@ -57,11 +44,3 @@ def to_json(value: Mapping[str, Any], indent: int | None = None) -> str:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, to_json(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Written beside and renamed: a reader sees the old file or the whole new one."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    sync_to_disk(beside)
-    beside.replace(path)

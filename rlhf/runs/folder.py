@@ -24,6 +24,8 @@ from typing import Any
 
 import yaml
 
+from rlhf.inputs.whole_files import write_text
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -196,9 +198,7 @@ class OutputFolder:
             inputs=self._inputs if self._begun else {},
         )
         text = json.dumps({"format": FORMAT, **asdict(mark)}, ensure_ascii=False, indent=1) + "\n"
-        beside = self.path / (MARK + ".part")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(self.path / MARK)
+        write_text(self.path / MARK, text)
 
 
 _taken: dict[Path, OutputFolder] = {}

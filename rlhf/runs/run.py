@@ -24,7 +24,8 @@ from typing import Any, Protocol
 
 import yaml
 
-from rlhf.runs.files import plain_values, sync_to_disk, to_json, write_json, write_text
+from rlhf.inputs.whole_files import sync_to_disk, write_text
+from rlhf.runs.files import plain_values, to_json, write_json
 from rlhf.runs.folder import (
     CONFIG,
     LINEAGE,

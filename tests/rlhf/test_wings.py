@@ -1,0 +1,24 @@
+"""The docstring of a wing is the map of its files, and importing it does nothing else."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WINGS = sorted(path.parent for path in (ROOT / "rlhf").glob("*/__init__.py"))
+
+
+@pytest.mark.parametrize("wing", WINGS, ids=lambda wing: wing.name)
+def test_a_wing_is_the_map_of_its_files(wing: Path) -> None:
+    tree = ast.parse((wing / "__init__.py").read_text(encoding="utf-8"))
+    text = ast.get_docstring(tree, clean=False)
+    assert text is not None and len(tree.body) == 1
+    named = re.findall(r"^ *(\w+\.py) ", text, flags=re.M)
+    assert sorted(named) == sorted({path.name for path in wing.glob("*.py")} - {"__init__.py"})
+
+
+def test_no_file_lies_loose_beside_the_wings() -> None:
+    assert [path.name for path in (ROOT / "rlhf").glob("*.py")] == ["__init__.py"]
+    assert len(WINGS) == 8
