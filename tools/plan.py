@@ -407,8 +407,8 @@ def _reward_settings(config: PPOConfig, path: str) -> ModelSettings:
 def _value_settings(config: PPOConfig) -> ModelSettings:
     """Return the value model's settings as the run would use them, with one exception.
 
-    If a reward model has another vocabulary than the policy, the run takes the policy's body. The plan
-    does not know vocabularies."""
+    If a reward model has another vocabulary than the policy, the run takes the policy's body. The
+    plan does not know vocabularies."""
     start = config.reward.value_start
     path = config.value_model or (None if start is None else start[0])
     if path is None or _with_config(path, config.policy.path) == config.policy.path:

@@ -15,7 +15,7 @@ as fast for 8 to 32 rows, and slower beyond 64 (EXPERIMENTS.md). One thread gain
 
 @contextmanager
 def thin_products(model: nn.Module) -> Iterator[None]:
-    """Transpose the products of fp32 linear layers on the CPU inside the block, where faster.
+    """Transpose products of fp32 linear layers on the CPU in the block, where that is faster.
 
     For x of few rows, the library that computes x W^T divides the work so badly that two threads
     are slower than one. It divides the equal product (W x^T)^T well. Results differ by rounding.

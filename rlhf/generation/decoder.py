@@ -36,6 +36,7 @@ LARGEST_DIFFERENCE = 1e-3
 """The most that any log-probability may differ in fp32."""
 
 PROBE_STEPS = 5
+"""Tokens that the test of a way decodes."""
 
 KEYS_AND_VALUES = "past_key_values"
 
@@ -119,6 +120,7 @@ def way_for(policy: PreTrainedModel) -> Way:
 
 def _is_right(policy: PreTrainedModel, way: Way) -> bool:
     """Return whether three prompts, continued by given tokens, get what plain passes give."""
+    # Different lengths make the first way pad. The ids vary between rows, and none is 0.
     lengths = (2, 9, 5) if way.pads else (6, 6, 6)
     top = num_embeddings(policy) - 1
     texts = [
@@ -145,7 +147,7 @@ def _is_right(policy: PreTrainedModel, way: Way) -> bool:
     share = LARGEST_SHARE if is_full else LARGEST_SHARE_IN_HALF_PRECISION
     largest = LARGEST_DIFFERENCE if is_full else math.inf
     return bool(
-        # 1e-7 allows for a model whose history has no effect at all.
+        # 1e-7 allows for rounding in a model on which the history has no effect at all.
         _root_mean_square(difference) <= share * _root_mean_square(effect) + 1e-7
         and difference.abs().max() <= largest
     )

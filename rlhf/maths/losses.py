@@ -12,6 +12,7 @@ from torch.nn.functional import softplus
 from rlhf.maths.masking import masked_sum
 
 MAX_LOG_RATIO = 20.0
+"""Limit of the log-ratio. Its exponential, about 5e8, is finite and outside every clip range."""
 
 Stats = dict[str, Tensor]
 """Detached sums over tokens or pairs. Divide by their count to log a mean."""

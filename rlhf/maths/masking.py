@@ -1,4 +1,4 @@
-"""Computes sums and whitening over the tokens that count.
+"""Sums and whitens over the tokens that count.
 
 Masks are boolean and True where a token counts, everywhere in this project.
 """

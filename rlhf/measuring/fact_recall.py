@@ -65,6 +65,7 @@ def _continue_greedily(
         GenerationSettings(batch_size=batch_size),
         Decoding(
             end_id=tokenizer.eos_token_id,
+            # Two tokens more, to see whether the answer's last word ends there.
             max_new_tokens=max(len(answer.input_ids) for answer in answers) + 2,
             temperature=0.0,
         ),

@@ -22,6 +22,7 @@ Z_975 = 1.959964
 """Quantile 0.975 of the normal distribution."""
 
 NUM_RESAMPLES = 2000
+"""Sets of clusters that a bootstrap draws."""
 
 ONE_ANSWER_ODDS = 3.0
 """Factor by which the odds of one answer must grow to be suspicious."""
@@ -65,6 +66,7 @@ def bootstrap_interval(
 
 
 FEW_CLUSTERS = 20
+"""Number of clusters from which `share_interval` trusts the bootstrap alone."""
 
 
 def share_interval(values_by_cluster: Sequence[Sequence[float]], seed: int) -> tuple[float, float]:

@@ -412,6 +412,6 @@ def _sha256(files: tuple[Path, ...], states: tuple[tuple[int, int], ...]) -> str
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
+            while block := stream.read(1 << 22):  # 4 MiB
                 digest.update(block)
     return digest.hexdigest()

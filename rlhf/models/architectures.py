@@ -122,6 +122,7 @@ def check_causal(model: PreTrainedModel, path: str) -> None:
         ValueError: The two passes differ.
     """
     top = num_embeddings(model) - 1
+    # Two texts of 16 ids, equal in the first eight and different after them.
     ids = torch.tensor([[1 + (7 * i + 3 * j * (i > 7)) % top for i in range(16)] for j in (0, 1)])
     ids = ids.to(model.device)
     try:

@@ -52,6 +52,7 @@ def _agrees(model: PreTrainedModel, packer: Packer) -> bool:
     """
     if "local" in getattr(model.config, "attention_layers", ()):
         return False  # GPT-Neo counts its window by places in the row; the test is too short for it
+    # Varied ids without 0, which is often the padding token.
     top = num_embeddings(model) - 1
     ids = tuple(1 + (7 * i) % top for i in range(26))
     trees = [PromptTree(ids[:6], (ids[6:12], ids[12:20])), PromptTree(ids[20:23], (ids[23:],))]

@@ -37,6 +37,7 @@ DEFAULT_DTYPE: Dtype = "float32"
 """Type of a reward model whose card does not record in which type it was measured."""
 
 NUM_GOLDEN = 8
+"""Rows whose scores a reward card keeps; they are scored again at every load."""
 GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "4bit": 0.5}
 """Largest difference of a golden score, relative to max(1, |score|), by type of the weights. 4bit
 is for a base shared under QLoRA, which was tested on tiny models only."""

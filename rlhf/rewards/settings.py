@@ -82,7 +82,8 @@ class RewardSettings:
     """Type of the reward models' weights. measured: the type in which each was measured, from its
     reward.json."""
     attention: Attention = "sdpa"
-    """Attention implementation of the reward models, as in model.attention."""
+    """Attention implementation of the reward models. One that cannot take a packing mask needs one
+    row per response."""
     trust_remote_code: bool = False
     """Run Python code that comes with the reward models. Set it only for sources that you trust."""
     allow_chance_reward: bool = False

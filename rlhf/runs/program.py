@@ -14,7 +14,7 @@ from rlhf.training.out_of_memory import explain, is_out_of_memory
 Config = TypeVar("Config")
 
 USER_ERROR = 2
-INTERRUPTED = 130
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def run_stage(

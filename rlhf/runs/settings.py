@@ -40,8 +40,8 @@ class MayOverwrite:
     """Settings of a program that writes a folder."""
 
     overwrite: bool = False
-    """Replace what a run of other settings, or other data, left in the folder to write. Files that
-    no program of this project wrote always stay."""
+    """Replace what a run of other settings, or other data, left in the output folder. Files that no
+    program of this project wrote always stay."""
 
 
 def load_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:

@@ -83,6 +83,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
     It estimates the most that this machine can do. It takes tens of milliseconds on a CPU; other
     work there lowers it."""
+    # Large enough to reach the full rate, small enough to take milliseconds.
     length = 512 if device.type == "cpu" else 8192
     matrix = torch.ones(length, length, device=device, dtype=dtype)
     watch = Stopwatch(device)

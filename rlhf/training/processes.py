@@ -127,7 +127,7 @@ def use_accelerator_at_work(arguments: Any) -> None:
 
 
 def is_bf16() -> bool:
-    """Return whether the launcher asked for bfloat16. A Trainer must get DeepSpeed's setting."""
+    """Return whether the launcher asked for bfloat16. A Trainer must get what DeepSpeed got."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
 
 

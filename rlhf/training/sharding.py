@@ -105,7 +105,7 @@ def clip_gradients(
         return float(accelerator.clip_grad_norm_(parameters, max_norm))
     before = norm(accelerator, local_gradients(parameters))
     if before > max_norm:
-        # 1e-6 avoids a division by 0, as in torch's clip_grad_norm_.
+        # The 1e-6 makes this equal to torch's clip_grad_norm_.
         scale_gradients(parameters, max_norm / (before + 1e-6))
     return before
 
