@@ -171,9 +171,10 @@ class Packer:
     """The most tokens in a row, and so in a pass. A tree is never cut: if it exceeds the budget, it
     gets a row of its own."""
     share_prompts: bool = True
-    """False puts every response into its own row after its own prompt, without a mask."""
+    """Whether the responses of a tree share its prompt and rows are shared. False puts every
+    response into its own row after its own prompt, without a mask."""
     max_depth: int | None = None
-    """Trees with longer paths than this (a sliding attention window) do not share rows."""
+    """Trees with longer paths than this (a sliding attention window) are not shared either."""
     mask_dtype: torch.dtype | None = None
     """Type of the mask that eager attention adds to its scores. None: boolean masks (sdpa)."""
     use_segments: bool = False

@@ -271,7 +271,7 @@ def _added_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return all special tokens. Those without a role, such as Phi's <|end|>, need the decoder."""
+    """Return all special tokens, also those without a role, such as Phi's <|end|>."""
     added = tokenizer.added_tokens_decoder.values()
     without_role = [token.content for token in added if token.special]
     return list(dict.fromkeys([*tokenizer.all_special_tokens, *without_role]))

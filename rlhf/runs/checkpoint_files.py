@@ -60,7 +60,7 @@ def write_checkpoint(
     """Write the states of all parts to `folder`, which appears once everything is on the disk.
 
     Raises:
-        OSError: The disk is full, or cannot be written. Nothing is left on it then.
+        OSError: The disk is full, or cannot be written. No part of the checkpoint is left then.
     """
     part = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(part, ignore_errors=True)

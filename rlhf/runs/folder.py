@@ -342,7 +342,7 @@ def contents_of(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield in words what differs between two runs, each with `settings` and content `inputs`."""
+    """Yield in words what differs between two runs. Their `inputs` are as `contents_of` gives."""
     settings = [dict(flat_settings(run["settings"])) for run in (then, now)]
     for name in dict.fromkeys([*settings[0], *settings[1]]):
         before, after = (of_run.get(name, "no setting") for of_run in settings)
