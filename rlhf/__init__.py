@@ -1,4 +1,4 @@
-"""The library that all stages share, in eight wings. An arrow between them goes down only.
+"""The library that all stages share, in eight wings. A wing imports only from those below it.
 
 measuring     what is reported: statistics, fact recall, FLOPs, memory
 rewards       where a score comes from

@@ -1,6 +1,6 @@
-"""Programs about runs and machines; they may read the settings of every stage.
+"""Programs about runs and machines. They may read the settings of every stage.
 
-python -m tools.doctor    what of this machine and installation works
-python -m tools.plan      what a run will need, before anything is loaded
-python -m tools.export    an adapter and its base as one full model
+python -m tools.doctor    reports what works on this machine and in this installation
+python -m tools.plan      computes what a run will need, before anything is loaded
+python -m tools.export    merges an adapter and its base into one full model
 """

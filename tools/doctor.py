@@ -1,10 +1,10 @@
-"""`python -m tools.doctor`: what of this machine and installation works, and how to get the rest.
+"""`python -m tools.doctor` reports what works here, and how to get the rest.
 
-Every line is OK, `no` (only some settings need it) or FAIL (no stage runs without it), the last two
-with the command that mends them. The exit code is 1 if a line says FAIL, else 0. Nothing is asked
-of other machines.
+Every line is OK, `no` (only some settings need it) or FAIL (no stage runs without it). `no` and
+FAIL come with the command that fixes them. The exit code is 1 if a line says FAIL, otherwise 0.
+Other machines are not contacted.
 
-What a check needs is imported inside it, so that the doctor also runs where packages are missing.
+Each check imports what it needs by itself, so that the doctor also runs if packages are missing.
 """
 
 import argparse
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 REINSTALL = "pip install --editable ."
 MODULES = {"pyyaml": "yaml"}
-"""What is imported of a package, where it has another name."""
+"""Maps a package to the module to import, if it has another name."""
 EXTRAS = {
     "deepspeed": "ZeRO",
     "tensorboard": "trackers",
@@ -36,10 +36,10 @@ EXTRAS = {
     "bitsandbytes": "QLoRA, on GPUs",
     "vllm": "faster sampling, on GPUs",
 }
-"""Package -> what the settings that need it are for."""
+"""Maps a package to the purpose of the settings that need it."""
 
 GLOO_SECONDS = 90
-"""After which a process that did not end is given up."""
+"""How long to wait for a process before giving it up."""
 _ALL_REDUCE = """
 import datetime, sys, torch, torch.distributed as dist
 patience = datetime.timedelta(seconds=60)
@@ -62,9 +62,9 @@ class Finding:
     name: str
     detail: str
     remedy: str | None = None
-    """A command or an advice; None means that all is well."""
+    """A command or advice. None means that all is well."""
     is_needed: bool = False
-    """No stage runs without it."""
+    """Whether no stage runs without it."""
 
     def __str__(self) -> str:
         if self.remedy is None:
@@ -73,7 +73,7 @@ class Finding:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Print the report; 1 if something is missing that every stage needs, else 0."""
+    """Print the report. Return 1 if something that every stage needs is missing, otherwise 0."""
     argparse.ArgumentParser(
         usage="python -m tools.doctor",
         description="What of this machine and installation works, and how to get the rest.",
@@ -82,7 +82,7 @@ def main(args: Sequence[str] | None = None) -> int:
     for check in (base, extras, hardware, attention, deepspeed, processes, logins, space):
         try:
             findings = list(check())
-        except Exception as error:  # the report gets to its end, whatever is broken
+        except Exception as error:  # finish the report, whatever is broken
             needed = check in (base, attention)
             findings = [Finding(check.__name__, _told(error), REINSTALL, needed)]
         for finding in findings:
@@ -93,7 +93,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def base() -> Iterator[Finding]:
-    """Python, and the packages that all stages need: their versions, and that they import."""
+    """Check Python, and that the packages that all stages need are there and import."""
     from packaging.requirements import Requirement
 
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
@@ -109,7 +109,7 @@ def base() -> Iterator[Finding]:
 
 
 def extras() -> Iterator[Finding]:
-    """Packages that only some settings need."""
+    """Check packages that only some settings need."""
     from packaging.requirements import Requirement
 
     declared = _declared()["optional-dependencies"]
@@ -119,7 +119,7 @@ def extras() -> Iterator[Finding]:
 
 
 def hardware() -> Iterator[Finding]:
-    """Cores and devices, and whether they gain by bfloat16."""
+    """Report cores and devices, and whether bfloat16 is faster on them."""
     import torch
 
     from rlhf.runs.stopwatch import matrix_rate
@@ -144,7 +144,7 @@ def hardware() -> Iterator[Finding]:
 
 
 def attention() -> Iterator[Finding]:
-    """What a packed row can be computed with."""
+    """Check which attention can compute a packed row."""
     import torch
     from packaging.requirements import Requirement
     from torch.nn.functional import scaled_dot_product_attention
@@ -175,7 +175,7 @@ def attention() -> Iterator[Finding]:
 
 
 def deepspeed() -> Iterator[Finding]:
-    """Where the package is: that it imports, and what compiles its Adam for offloading."""
+    """Check that DeepSpeed imports, and what compiles its Adam for offloading, if installed."""
     if _version("deepspeed") is None:
         return
     try:
@@ -193,7 +193,7 @@ def deepspeed() -> Iterator[Finding]:
 
 
 def processes() -> Iterator[Finding]:
-    """Two processes add up a number over gloo."""
+    """Check that two processes can add up a number over gloo."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", _ALL_REDUCE, str(Path(folder) / "store")]
         both = [
@@ -217,7 +217,7 @@ def processes() -> Iterator[Finding]:
 
 
 def logins() -> Iterator[Finding]:
-    """Trackers."""
+    """Check the login of trackers."""
     if _version("wandb") is None:
         return
     from rlhf.runs.trackers import is_logged_in_to_wandb
@@ -229,7 +229,7 @@ def logins() -> Iterator[Finding]:
 
 
 def space() -> Iterator[Finding]:
-    """What `python -m tools.plan` can be held against."""
+    """Report memory and disk, to compare with `python -m tools.plan`."""
     import psutil
 
     memory, disk = psutil.virtual_memory().available, shutil.disk_usage(".").free
@@ -238,12 +238,12 @@ def space() -> Iterator[Finding]:
 
 
 def _declared() -> dict[str, Any]:
-    """What pyproject.toml says of the project."""
+    """Return the project table of pyproject.toml."""
     return tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
 
 
 def _package(requirement: "Requirement") -> Finding:
-    """Whether a package is installed, in a version that the requirement takes."""
+    """Return whether a package is installed in a version that the requirement accepts."""
     name, version = requirement.name, _version(requirement.name)
     remedy = f'pip install "{requirement}"'
     if version is None:

@@ -1,5 +1,6 @@
-"""`python -m tools.export --folder runs/mine/ppo --output_dir merged`: an adapter and its base as
-one full model, for tools that do not know adapters."""
+"""`python -m tools.export --folder runs/mine/ppo --output_dir merged` merges an adapter.
+
+It writes the adapter and its base as one full model, for programs that cannot read adapters."""
 
 import shutil
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from rlhf.runs.run import open_run
 from rlhf.runs.settings import MayOverwrite
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
-"""Largest difference of an output between the adapter beside its base and the merged weights."""
+"""Largest difference of an output between the adapter on its base and the merged weights. bfloat16
+rounds the merged weights to 8 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +40,16 @@ class Config(MayOverwrite):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the merged weights."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the base. Only for sources that you trust."""
+    """Run Python code that comes with the base. Set it only for sources that you trust."""
 
 
 @folders_given_back()
 def export(config: Config) -> None:
-    """Writes the full model, with its tokenizer, template, reward card and lineage.
+    """Write the full model with its tokenizer, template, reward card and lineage.
 
     Raises:
-        ValueError: the folder holds no adapter, the base is another one, the output folder holds
-            files of others, or the merged weights do not compute what the adapter does.
+        ValueError: The folder holds no adapter, its base has changed, the output folder holds files
+            of others, or the merged weights do not compute what the adapter does.
     """
     files = (*MODEL_FILES, REWARD_FILE)
     run = open_run(config, stage="export", inputs={"folder": config.folder}, files=files)
@@ -60,7 +62,7 @@ def export(config: Config) -> None:
         path=config.folder, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
     tokenizer = load_tokenizer(config.folder, trust_remote_code=config.trust_remote_code)
-    bases = SharedBases()  # keeps the adapter beside its base; no other model shares it here
+    bases = SharedBases()  # with shared bases, loading does not merge, so both can be compared
     if adapter.has_head:
         scalar = load_scalar(settings, bases=bases)
         difference = _merge(scalar.classifier, config.dtype)
@@ -75,7 +77,7 @@ def export(config: Config) -> None:
 
 
 def _merge(model: PreTrainedModel, dtype: str) -> float:
-    """The largest difference of an output that merging makes, tried on a few tokens."""
+    """Merge, and return the largest difference this makes in an output for a few tokens."""
     before = _outputs(model)
     merge_adapter(model)
     difference = (_outputs(model) - before).abs().max().item()
@@ -90,7 +92,7 @@ def _merge(model: PreTrainedModel, dtype: str) -> float:
 
 @torch.no_grad()
 def _outputs(model: PreTrainedModel) -> Tensor:
-    """Logits, or scores, behind eight tokens from all over the vocabulary."""
+    """Return logits, or scores, after each of eight tokens from all over the vocabulary."""
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, torch.nn.Embedding)
     ids = torch.arange(8) * (embeddings.num_embeddings // 8)

@@ -1,27 +1,28 @@
-"""What a run will need, before anything is loaded: bytes by what holds them, and seconds.
+"""Computes the bytes and seconds that a run will need, before anything is loaded.
 
     python -m tools.plan --config configs/ppo/tiny.yaml [--accelerate FILE] [--KEY VALUE]...
 
-Of the models only config.json is read. The peak of a phase is what is held all the time, plus what
-is held in this phase, plus what its passes allocate at most:
+It reads only config.json of each model. The peak of a phase has three parts: what is held all the
+time, what is held in this phase, and the most that its passes allocate.
 
-    held       weights of all models, those of a base on which PPO's roles are adapters once;
-               Adam's two moments of each trained weight, of its type; the moving average, fp32;
+    held       weights of all models; a base under several of PPO's adapters counts once;
+               Adam's two moments of each trained weight, in its type; the moving average, fp32;
                the buffers in which several processes exchange gradients
-    train      gradients of both models, the text's gradients if they are watched, and a pass with
-               its backward pass over a row of micro_batch_tokens (rlhf/measuring/allocations.py),
-               through one model at a time where there is one process
-    ptx        gradients of the policy, and such a pass of it alone over text
-    step       gradients, the text's, and PPO's own beside them to be compared; or the optimizer's
-               temporaries: two of the largest weight, and on a GPU, where a model's weights are
-               stepped at once, one of each
+    train      gradients of both models; the text's gradients if they are measured; a forward and
+               backward pass over a row of micro_batch_tokens (rlhf/measuring/allocations.py),
+               through one model at a time if there is one process
+    ptx        gradients of the policy, and such a pass through it alone over text
+    step       gradients, the text's too; then the larger of two: PPO's own gradients to compare
+               them with, or the optimizer's temporaries. These are two of the largest weight; on
+               a GPU, which steps all weights of a model at once, one of each weight
     rollout    prompts of max_prompt_tokens read at once, or the last step with the whole cache
     others     a pass without gradient over a row of micro_batch_tokens
 
-DDP holds all of this in every process. ZeRO-2 splits optimizer and gradients over the processes,
-ZeRO-3 the trained weights too; with mixed precision DeepSpeed keeps fp32 weights beside halved
-ones. tests/tools/test_plan.py holds the peak of real runs on a CPU to it; GPUs and ZeRO were never
-measured. Lengths are the settings' limits: shorter data need less in the rollout, and less time.
+Under DDP every process holds all of this. ZeRO-2 splits optimizer and gradients over the processes;
+ZeRO-3 also splits the trained weights. With mixed precision, DeepSpeed keeps fp32 weights besides
+the halved ones. tests/tools/test_plan.py compares the peak of real runs on a CPU with the plan.
+GPUs and ZeRO were never measured. Lengths are the settings' limits, so shorter data need less in
+the rollout, and less time.
 """
 
 import argparse
@@ -70,7 +71,7 @@ TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Launch:
-    """Of the launcher's settings what memory depends on."""
+    """The launcher's settings on which memory depends."""
 
     num_processes: int = 1
     zero_stage: int = 0
@@ -79,10 +80,10 @@ class Launch:
 
     @classmethod
     def read(cls, path: Path | None) -> "Launch":
-        """A file that `accelerate config` wrote; None: one process on the device that is there.
+        """Read a file that `accelerate config` wrote. None means one process on this device.
 
         Raises:
-            ValueError, OSError: the file cannot be used.
+            ValueError, OSError: The file cannot be used.
         """
         try:
             settings = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -110,7 +111,7 @@ class Launch:
         return self.num_processes == 1 and not self.zero_stage
 
     def share(self, num_bytes: int, from_zero_stage: int) -> int:
-        """What a process holds of them, which ZeRO splits from this stage on."""
+        """Return how many bytes one process holds, if ZeRO splits them from this stage on."""
         return num_bytes // self.num_processes if self.zero_stage >= from_zero_stage else num_bytes
 
 
@@ -120,44 +121,45 @@ class Plan:
 
     launch: Launch
     held: dict[str, int] = field(default_factory=dict)
-    """All the time, on the device."""
+    """Bytes held all the time, on the device."""
     waiting: dict[str, int] = field(default_factory=dict)
-    """In CPU memory between uses."""
+    """Bytes in CPU memory between uses."""
     parts: dict[str, int] = field(default_factory=dict)
-    """What stands out of what the phases need."""
+    """The largest parts of what the phases need."""
     phases: dict[str, int] = field(default_factory=dict)
-    """Peak of each phase, with all that is held."""
+    """Peak of each phase, including all that is held."""
     work: str = "an update"
-    """What the FLOPs are of."""
+    """The work that the FLOPs are for."""
     flops: dict[str, float] = field(default_factory=dict)
-    """By phase."""
+    """FLOPs by phase."""
 
     @property
     def peak(self) -> int:
         return max(self.phases.values())
 
     def add_phase(self, name: str, *parts: int) -> None:
-        """A phase needs these together; one that is added twice needs the larger."""
+        """Add a phase that needs these parts together. If added twice, the larger need counts."""
         needed = sum(self.held.values()) + sum(parts)
         self.phases[name] = max(needed, self.phases.get(name, 0))
 
     def hold(self, name: str, model: nn.Module) -> None:
-        """Weights of a model."""
+        """Add the weights of a model."""
         full = _bytes(model.parameters())
         self.held[f"{name}: weights"] = self.launch.share(full // 2 if self.is_halved else full, 3)
 
     def hold_on_base(self, name: str, model: PreTrainedModel) -> None:
-        """Weights of a role: its adapter and head, and the base below, which it shares with the
-        roles over the same one (`rlhf.models.shared_bases`)."""
+        """Add the weights of a role: its adapter and head, and the base below them.
+
+        Roles over the same base share it (`rlhf.models.shared_bases`)."""
         own = sum(weight.nbytes for weight in adapter_weights(model).values())
         base = f"base {model.config.name_or_path}, {str(model.dtype).removeprefix('torch.')}"
         size = (_bytes(model.parameters()) - own) // (1 + self.is_halved)
-        self.held[base] = max(self.held.get(base, 0), size)  # a classifier's has no unembedding
+        self.held[base] = max(self.held.get(base, 0), size)  # a classifier lacks the unembedding
         if own:
             self.held[f"{name}: adapter and head"] = own
 
     def hold_optimizer(self, name: str, model: nn.Module) -> None:
-        """What a model needs beside its weights to learn."""
+        """Add what a model needs besides its weights to learn."""
         launch, trained = self.launch, _bytes(trained_parameters(model).values())
         self.held[f"{name}: optimizer"] = launch.share((2 + self.is_halved) * trained, 1)
         if launch.num_processes > 1 and not launch.zero_stage:
@@ -169,10 +171,10 @@ class Plan:
 
 
 def make_plan(config: Config, launch: Launch) -> Plan:
-    """The plan of a stage's settings.
+    """Make the plan of a stage's settings.
 
     Raises:
-        ValueError, OSError: a model's config cannot be read, an adapter does not fit the settings,
+        ValueError, OSError: A model's config cannot be read, an adapter does not fit the settings,
             weights are to be quantized, or the stage would refuse the launcher.
     """
     if config.lora.rank and config.lora.quantize != "none":
@@ -191,7 +193,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
             _plan_sft(plan, dry, config)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # what an architecture does with tensors without data is its own
+    except Exception as error:  # an architecture may fail in any way on tensors without data
         path = config.policy.path if isinstance(config, PPOConfig) else config.model.path
         raise ValueError(
             f"{path} cannot be planned: its architecture cannot be run without data "
@@ -252,7 +254,7 @@ def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
         texts,
         config.ppo.num_epochs,
     )
-    plan.flops["logprobs"] /= config.rollout.check_every  # of a mean update
+    plan.flops["logprobs"] /= config.rollout.check_every  # the mean over updates
     if config.gradient_checkpointing:
         again = forward_flops(policy, episodes) + forward_flops(value_model, episodes)
         plan.flops["ptx"] += forward_flops(policy, texts)
@@ -275,19 +277,20 @@ def _hold_roles(plan: Plan, roles: Roles, config: PPOConfig) -> None:
         plan.held["policy: moving average"] = average
     if not roles.are_shared:
         resting = plan.waiting if config.offload and plan.launch.device != "cpu" else plan.held
-        halved = {"reference"} if plan.is_halved else set()  # as the policy, whose twin it is
+        # The reference is held in the policy's type, since both have the same weights.
+        halved = {"reference"} if plan.is_halved else set()
         resting |= {n: _bytes(m.parameters()) // (1 + (n in halved)) for n, m in frozen.items()}
 
 
 def _plan_rollout(plan: Plan, dry: DryRun, config: PPOConfig, roles: Roles) -> None:
-    """Sampling, and passes without gradient. Models that wait elsewhere come for their phase."""
+    """Add sampling and passes without gradient. Offloaded models return for their phase."""
     num_episodes = config.rollout.batch_size // plan.launch.num_processes
     batch = min(config.generation.batch_size, num_episodes)
     sampling, cache = dry.sampling(roles.policy, batch, *_lengths(config))
     plan.parts["KV cache of a rollout"] = cache
     row = _rows(config, plan.launch).of_episodes(*_lengths(config), num_episodes)
     plan.add_phase("rollout", sampling)
-    if roles.rewards:  # all of them come for the phase
+    if roles.rewards:  # the phase brings all of them to the device
         visitors = sum(plan.waiting.get(f"reward.{name}", 0) for name in roles.rewards)
         passes = [dry.values(model, row) for model in roles.rewards.values()]
         plan.add_phase("score", visitors, max(passes))
@@ -300,7 +303,7 @@ def _plan_rollout(plan: Plan, dry: DryRun, config: PPOConfig, roles: Roles) -> N
 def _plan_training(
     plan: Plan, dry: DryRun, config: PPOConfig, policy: PreTrainedModel, value_model: ScalarModel
 ) -> None:
-    """The passes with gradient, of episodes and of text, and the optimizer's step."""
+    """Add the passes with gradient, over episodes and over text, and the optimizer's step."""
     launch, budget = plan.launch, config.micro_batch_tokens
     rows = _rows(config, launch)
     own_step = config.ppo.mini_batch_size // launch.num_processes
@@ -337,7 +340,7 @@ def _plan_training(
 
 
 def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
-    """A pass of a full row; a longer ranking, which is not cut, needs more."""
+    """Plan a pass over a full row. A longer ranking is not cut, and needs more."""
     model = dry.scalar(_dry(config.model), config.lora)
     if config.gradient_checkpointing:
         checkpoint_activations(model.classifier)
@@ -361,7 +364,7 @@ def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
 
 
 def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
-    """A padded batch with all of its logits, as TRL trains."""
+    """Plan a padded batch with all of its logits, as TRL trains."""
     policy = dry.policy(_dry(config.model), config.lora)
     plan.hold("policy", policy)
     plan.hold_optimizer("policy", policy)
@@ -402,8 +405,10 @@ def _reward_settings(config: PPOConfig, path: str) -> ModelSettings:
 
 
 def _value_settings(config: PPOConfig) -> ModelSettings:
-    """As the run starts it, but where a reward model has another vocabulary than the policy, whose
-    body the run takes then."""
+    """Return the value model's settings as the run would use them, with one exception.
+
+    If a reward model has another vocabulary than the policy, the run takes the policy's body. The
+    plan does not know vocabularies."""
     start = config.reward.value_start
     path = config.value_model or (None if start is None else start[0])
     if path is None or _with_config(path, config.policy.path) == config.policy.path:
@@ -412,13 +417,13 @@ def _value_settings(config: PPOConfig) -> ModelSettings:
 
 
 def _with_config(path: str, other: str) -> str:
-    """Of a reward model that is yet to be trained the shape is taken for that of the policy."""
+    """Return a path that holds a config, or `other` for a reward model that is not yet trained."""
     files = ("config.json", CONFIG_FILE)
     return path if any((Path(path) / name).is_file() for name in files) else other
 
 
 def _dry(settings: ModelSettings) -> ModelSettings:
-    """Flash attention has no kernel here; sdpa saves the same tensors where there is no mask."""
+    """Replace flash attention, which has no kernel here; sdpa without a mask saves the same."""
     is_flash = settings.attention.startswith("flash")
     return replace(settings, attention="sdpa") if is_flash else settings
 
@@ -428,7 +433,7 @@ def _tree(prompt: int, response: int) -> PromptTree:
 
 
 def _lengths(config: PPOConfig) -> tuple[int, int]:
-    """Most tokens of a prompt and of a response."""
+    """Return the most tokens of a prompt and of a response."""
     return config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
 
 
@@ -442,11 +447,11 @@ class Rows:
 
     settings: ModelSettings
     budget: int
-    """tokens"""
+    """The most tokens in a row."""
     device: str
 
     def of_episodes(self, prompt: int, response: int, num_trees: int) -> PackedRow:
-        """Trees of the largest size, and a smaller one that fills what is left."""
+        """Make a row of trees of the largest size, and a smaller one that fills the rest."""
         num_whole = max(1, min(self.budget // (prompt + response), num_trees))
         trees = [_tree(prompt, response)] * num_whole
         left = self.budget - num_whole * (prompt + response)
@@ -455,14 +460,14 @@ class Rows:
         return self._lay(trees)
 
     def of_texts(self, block: int, num_blocks: int) -> PackedRow:
-        """Blocks of text."""
+        """Make a row of blocks of text."""
         return self._lay([text_tree([0] * block)] * max(1, min(self.budget // block, num_blocks)))
 
     def _lay(self, trees: Sequence[PromptTree]) -> PackedRow:
         if self.settings.attention.startswith("flash"):
-            trees = trees[:1]  # without a mask every response is alone
+            trees = trees[:1]  # without a mask every response has its own row
         (row,) = Packer(self.budget).rows(trees)
-        # With segments as without a mask, attention keeps queries, keys and values alone.
+        # With segments, as without a mask, attention saves only queries, keys and values.
         has_segments = self.device == "cpu" and self.settings.attention == "sdpa"
         return replace(row, plain=row.plain or has_segments)
 
@@ -480,7 +485,7 @@ def _largest(*models: nn.Module) -> int:
 
 
 def _step_bytes(launch: Launch, *models: nn.Module) -> int:
-    """Temporaries of AdamW."""
+    """Return the bytes of AdamW's temporaries."""
     if launch.device == "cpu":
         return 2 * _largest(*models)
     return launch.share(max(_bytes(trained_parameters(model).values()) for model in models), 1)
@@ -493,11 +498,12 @@ def _training_flops(model: PreTrainedModel, work: Work, config: RMConfig | SFTCo
 
 
 def _logits_bytes(policy: nn.Module, tokens: int) -> int:
+    # 4 bytes, because logits are computed in fp32.
     return 4 * tokens * policy.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
 
 
 def show(plan: Plan, rate: float, dtype: torch.dtype) -> str:
-    """The plan as a table."""
+    """Format the plan as a table."""
     launch = plan.launch
     zero = f", ZeRO-{launch.zero_stage}" if launch.zero_stage else ""
     each = (
@@ -551,7 +557,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _stage_of(words: Sequence[str]) -> str:
-    """By the keys that only one stage's settings have."""
+    """Guess the stage by the keys that only one stage's settings have."""
     given = {
         word.removeprefix("--").split("=")[0].split(".")[0] for word in words if word[:2] == "--"
     }

@@ -1,4 +1,4 @@
-"""Engine `auto`: the faster one on this model and this machine."""
+"""Provides the engine `auto`, which picks the fastest engine for this model and machine."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,14 +9,14 @@ from transformers import PreTrainedModel
 from rlhf.generation.interface import Decoding, Engine, Samples
 
 TRIAL_BATCHES = 2
-"""Batches of the first prompts that every engine answers in the trial."""
+"""How many batches of the first prompts every engine answers in the trial."""
 
 
 class FastestEngine:
-    """All engines answer the first prompts twice; who is quickest the second time answers the rest.
+    """Lets all engines answer the first prompts twice; the fastest the second time does the rest.
 
-    The trial has draws of its own. As engines draw in different orders, two runs that choose
-    differently have different samples of the same distribution.
+    The trial has its own random draws. Engines draw in different orders, so two runs that choose
+    different engines have different samples of the same distribution.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class FastestEngine:
                 del self.engines[name]
 
     def state_dict(self) -> dict[str, str | None]:
-        """The name of the chosen one; None before the trial."""
+        """Return the name of the chosen engine; None before the trial."""
         return {"chosen": next((n for n, e in self.engines.items() if e is self.chosen), None)}
 
     def load_state_dict(self, state: dict[str, str | None]) -> None:
@@ -67,7 +67,7 @@ class FastestEngine:
 
 
 def _seconds(engine: Engine, prompts: Sequence[Sequence[int]], decoding: Decoding) -> float:
-    """Of the second of two equal calls: the first one also compiles and allocates."""
+    """Return the seconds of the second of two equal calls; the first also compiles, allocates."""
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Engine `continuous`: transformers' continuous batching over a paged cache."""
+"""Provides the engine `continuous`: transformers' continuous batching over a paged cache."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,18 +17,18 @@ from rlhf.training.nonfinite import NonFiniteError
 _PAGED = {DynamicLayer, DynamicSlidingWindowLayer}
 
 PREFILL_TOKENS = 1024
-"""Prompt tokens that one pass reads at most; longer prompts take several."""
+"""The most prompt tokens that one pass reads. Longer prompts take several passes."""
 
 
 class ContinuousEngine:
-    """A waiting prompt takes the place of every response that ends.
+    """Gives the place of every response that ends to a waiting prompt.
 
-    It pays where there are many more prompts than `batch_size` and lengths differ much. Sampling
-    runs in a thread of its own, which mixed precision does not reach: it computes in the type of
-    the weights. Draws come from torch's global generator, seeded for each call by the given one and
-    put back afterwards, so a seed gives the same draws again on the same machine.
+    That pays if there are many more prompts than `batch_size` and lengths differ much. Sampling
+    runs in its own thread, which autocast does not reach, so it computes in the type of the
+    weights. Draws come from torch's global generator. Each call seeds it from the given generator
+    and restores it afterwards, so one seed gives the same draws on the same machine.
 
-    Tested on the CPU, where it is slower than `hf`; on CUDA it is untested.
+    Tested on the CPU, where it is slower than `hf`. Not tested on CUDA.
     """
 
     def __init__(self, settings: GenerationSettings) -> None:
@@ -36,7 +36,7 @@ class ContinuousEngine:
         self.policy: PreTrainedModel
 
     def refresh(self, policy: PreTrainedModel) -> None:
-        """Raises ValueError where a layer keeps something else than keys and values."""
+        """Raise ValueError if a layer keeps anything other than keys and values."""
         layers = {type(layer) for layer in DynamicCache(config=policy.config).layers}
         if not accepts(policy, "past_key_values") or not layers <= _PAGED:
             raise ValueError(
@@ -58,8 +58,8 @@ class ContinuousEngine:
         device = self.policy.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             manager = self._manager(prompts, decoding, generator)
-            # All requests wait before the thread starts: otherwise the clock would decide which of
-            # them share a pass, and with it the draws.
+            # All requests wait before the thread starts. Otherwise timing would decide which of
+            # them share a pass, and so which draws they get.
             names = manager.add_requests([list(prompt) for prompt in prompts])
             manager.start()
             try:
@@ -78,7 +78,7 @@ class ContinuousEngine:
         decoding: Decoding,
         generator: torch.Generator | None,
     ) -> ContinuousBatchingManager:
-        # A new one: the model's own may hold filters.
+        # A new GenerationConfig, because the model's own may hold filters such as top-k.
         do_sample = decoding.temperature > 0
         generation_config = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
@@ -92,7 +92,7 @@ class ContinuousEngine:
             max_batch_tokens=max(num_rows, PREFILL_TOKENS),
             return_logprobs=True,
             seed=int(torch.randint(2**31, (), generator=generator)),
-            auto_switch_to_flash=self.policy.dtype != torch.float32,  # it takes half types only
+            auto_switch_to_flash=self.policy.dtype != torch.float32,  # flash takes only half types
         )
         longest = max(len(prompt) for prompt in prompts) + decoding.max_new_tokens
         config.num_blocks = num_rows * math.ceil(longest / config.page_size)
@@ -102,7 +102,7 @@ class ContinuousEngine:
 def _collect(
     manager: ContinuousBatchingManager, count: int, progress: Callable[[int], object]
 ) -> dict[str, GenerationOutput]:
-    """The outputs of all requests, by their names."""
+    """Wait for the outputs of all requests and return them by name."""
     outputs: dict[str, GenerationOutput] = {}
     while len(outputs) < count:
         output = manager.get_result(timeout=1.0)

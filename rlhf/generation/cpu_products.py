@@ -1,4 +1,4 @@
-"""Linear layers on a few rows, as decoding has them, on the CPU."""
+"""Speeds up linear layers on the few rows of a decoding step, on the CPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 ROWS = range(4, 49)
-"""Rows for which the product is turned round. On two threads it is two to three times as fast from
-8 to 32 of them, and slower beyond 64 (EXPERIMENTS.md); on one thread nothing is gained."""
+"""Numbers of rows for which the transposed product is used. On two threads it is two to three times
+as fast for 8 to 32 rows, and slower beyond 64 (EXPERIMENTS.md). One thread gains nothing."""
 
 
 @contextmanager
 def thin_products(model: nn.Module) -> Iterator[None]:
-    """Inside, linear layers in fp32 on the CPU multiply from the left where that is faster.
+    """Transpose products of fp32 linear layers on the CPU in the block, where that is faster.
 
-    With x of few rows, the library behind x W^T shares the work among its threads so badly that two
-    are slower than one. The same product as (W x^T)^T it shares well. Results differ by rounding.
+    For x of few rows, the library that computes x W^T divides the work so badly that two threads
+    are slower than one. It divides the equal product (W x^T)^T well. Results differ by rounding.
     """
     turned: list[nn.Linear] = []
     if torch.get_num_threads() > 1:

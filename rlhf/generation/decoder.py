@@ -1,4 +1,4 @@
-"""Prompts read side by side, and the way in which a policy can do that."""
+"""Reads several prompts at once, in the fastest way that is right for a policy."""
 
 import math
 import warnings
@@ -16,35 +16,36 @@ from rlhf.models.architectures import accepted, accepts, num_embeddings
 
 @dataclass(frozen=True)
 class Way:
-    """How prompts are read side by side."""
+    """How several prompts are read at once."""
 
     pads: bool
-    """Prompts of different lengths share a batch, the shorter ones padded on the left."""
+    """Whether prompts of different lengths share a batch, the shorter ones padded on the left."""
     caches: bool
-    """What was read is kept in a cache; otherwise every token reads the whole text anew."""
+    """Whether a cache keeps what was read. Otherwise every token reads the whole text again."""
 
 
 WAYS = (Way(pads=True, caches=True), Way(pads=False, caches=True), Way(pads=False, caches=False))
-"""The fastest first. The last one is right for every model: it is how a model is trained."""
+"""Fastest first. The last one is right for every model, because models are trained that way."""
 
 LARGEST_SHARE = 0.01
 LARGEST_SHARE_IN_HALF_PRECISION = 0.1
-"""By how much a way may differ from plain passes, as a share of what leaving out the history
-changes (root mean squares of log-probabilities): far above rounding, far below a lost token."""
+"""How much a way may differ from plain passes. The unit is what leaving out the history changes
+(root mean squares of log-probabilities). Rounding is far below it, one lost token far above."""
 
 LARGEST_DIFFERENCE = 1e-3
-"""Of any log-probability in fp32."""
+"""The most that any log-probability may differ in fp32."""
 
 PROBE_STEPS = 5
+"""Tokens that the test of a way decodes."""
 
 KEYS_AND_VALUES = "past_key_values"
 
 _ways: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
-"""What `way_for` found."""
+"""The ways that `way_for` has found."""
 
 
 class Decoder:
-    """Rows of tokens that grow by one token each, and may leave."""
+    """Rows of tokens that each grow by one token per step, and may leave."""
 
     def __init__(self, policy: PreTrainedModel, prompts: Sequence[Sequence[int]], way: Way) -> None:
         assert way.pads or len({len(prompt) for prompt in prompts}) == 1
@@ -56,7 +57,7 @@ class Decoder:
         self._cache = DynamicCache(config=policy.config) if way.caches else None
 
     def logits(self) -> Tensor:
-        """Of the next token of every row, (rows, vocab)."""
+        """Return the logits of the next token of every row (rows, vocab)."""
         inputs: dict[str, Any] = {"input_ids": self._ids}
         if self._cache is None:
             options = accepted(self._policy, use_cache=False, logits_to_keep=1)
@@ -69,40 +70,42 @@ class Decoder:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        # The loss of a mixture over its experts wants a mask as long as the ids.
+        # The router loss of a mixture of experts needs a mask as long as the ids, so turn it off.
         options |= accepted(self._policy, output_router_logits=False)
         return self._policy(**inputs, **options).logits[:, -1]
 
     def _attention_mask(self) -> Tensor | None:
-        """None where nothing is padded, and where a state, which has no places that a mask could
-        hide, stands for all that was read before."""
+        """Return the mask, or None if nothing is padded.
+
+        Also return None once a recurrent state stands for what was read: it has no positions that a
+        mask could hide."""
         has_read = self._mask.shape[1] > self._ids.shape[1]
         is_state = _cache_name(self._policy) != KEYS_AND_VALUES
         return None if not self._way.pads or (has_read and is_state) else self._mask
 
     def append(self, tokens: Tensor) -> None:
-        """One token a row (rows,)."""
+        """Add one token to each row (rows,)."""
         self._mask = nn.functional.pad(self._mask, (0, 1), value=1)
         self._positions = self._positions[:, -1:] + 1
         fresh = tokens[:, None]
         self._ids = torch.cat([self._ids, fresh], 1) if self._cache is None else fresh
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows stay."""
+        """Keep only these rows."""
         self._ids, self._mask = self._ids[rows], self._mask[rows]
         self._positions = self._positions[rows]
         if self._cache is not None:
-            # Layers with a recurrent state have no other way.
+            # The only method that layers with a recurrent state have for this.
             self._cache.reorder_cache(rows)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def way_for(policy: PreTrainedModel) -> Way:
-    """The first way in which rows that grow and leave get the log-probabilities of plain passes
-    without a cache, each over one row alone. Tried out once a model.
+    """Return the first way that gives the log-probabilities of plain passes.
 
-    State space models and hybrids often fail it: padding gets into their state, or their state does
-    not come back through the cache.
+    Plain passes read one row alone without a cache. The test lets rows grow and leave, once per
+    model. State space models and hybrids often fail it: padding gets into their state, or the cache
+    does not return their state.
     """
     if policy not in _ways:
         device = next(policy.parameters()).device
@@ -116,7 +119,8 @@ def way_for(policy: PreTrainedModel) -> Way:
 
 
 def _is_right(policy: PreTrainedModel, way: Way) -> bool:
-    """Whether three prompts, continued by given tokens, get what plain passes give."""
+    """Return whether three prompts, continued by given tokens, get what plain passes give."""
+    # Different lengths make the first way pad. The ids vary between rows, and none is 0.
     lengths = (2, 9, 5) if way.pads else (6, 6, 6)
     top = num_embeddings(policy) - 1
     texts = [
@@ -127,7 +131,7 @@ def _is_right(policy: PreTrainedModel, way: Way) -> bool:
         found = _step_through(policy, texts, lengths, way)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception:  # whatever an architecture makes of a cache that it does not know
+    except Exception:  # an architecture may raise anything for a cache that it does not know
         return False
     differences, effects = [], []
     for text, length, logprobs in zip(texts, lengths, found, strict=True):
@@ -138,11 +142,12 @@ def _is_right(policy: PreTrainedModel, way: Way) -> bool:
         effects.append(forgetful - expected)
     difference, effect = torch.cat(differences), torch.cat(effects)
     if not effect.isfinite().all():
-        return True  # nothing can be compared; sampling says that the logits are no numbers
+        return True  # nothing to compare; sampling reports that the logits are not finite
     is_full = policy.dtype == torch.float32
     share = LARGEST_SHARE if is_full else LARGEST_SHARE_IN_HALF_PRECISION
     largest = LARGEST_DIFFERENCE if is_full else math.inf
     return bool(
+        # 1e-7 allows for rounding in a model on which the history has no effect at all.
         _root_mean_square(difference) <= share * _root_mean_square(effect) + 1e-7
         and difference.abs().max() <= largest
     )
@@ -151,7 +156,7 @@ def _is_right(policy: PreTrainedModel, way: Way) -> bool:
 def _step_through(
     policy: PreTrainedModel, texts: Sequence[Sequence[int]], lengths: Sequence[int], way: Way
 ) -> list[Tensor]:
-    """Log-probabilities (steps, vocab) of each row; the second row leaves halfway."""
+    """Return log-probabilities (steps, vocab) of each row; the second row leaves halfway."""
     decoder = Decoder(policy, [text[:n] for text, n in zip(texts, lengths, strict=True)], way)
     active = list(range(len(texts)))
     found: list[list[Tensor]] = [[] for _ in texts]
@@ -168,7 +173,7 @@ def _step_through(
 
 
 def _plain(policy: PreTrainedModel, texts: Sequence[Sequence[int]]) -> Tensor:
-    """Log-probabilities (batch, sequence, vocab) after every token of texts of one length."""
+    """Return log-probabilities (batch, sequence, vocab) after every token of equal-length texts."""
     ids = torch.tensor(texts, device=next(policy.parameters()).device)
     options = accepted(policy, use_cache=False, output_router_logits=False)
     return policy(input_ids=ids, **options).logits.float().log_softmax(-1)
@@ -179,12 +184,12 @@ def _root_mean_square(values: Tensor) -> float:
 
 
 def _cache_name(policy: PreTrainedModel) -> str:
-    """What the forward pass calls its cache; state space models have a name of their own."""
+    """Return what the forward pass calls its cache; state space models have their own name."""
     return "cache_params" if accepts(policy, "cache_params") else KEYS_AND_VALUES
 
 
 def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids with zeros in front, (batch, time), so that the next token follows every prompt."""
+    """Pad ids with zeros on the left, (batch, time), so that the next token follows each prompt."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths.max())
     mask = torch.arange(longest) >= longest - lengths[:, None]

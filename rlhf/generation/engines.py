@@ -1,4 +1,4 @@
-"""The engine that the settings name, and sampling by one made for a single call."""
+"""Makes the engine that the settings name, and samples with one for a single call."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ from rlhf.generation.settings import GenerationSettings
 
 
 def make_engine(settings: GenerationSettings, tell: Callable[[str], object] = print) -> Engine:
-    """The engine that the settings name; it has no weights before `refresh`.
+    """Make the engine that the settings name. It has no weights before `refresh`.
 
     Args:
-        tell: prints a line.
+        tell: Prints a line.
 
     Raises:
-        ValueError: vLLM is asked for and not installed, or there is no GPU for it.
+        ValueError: The settings name vLLM, but it is not installed or there is no GPU for it.
     """
     if settings.engine == "vllm":
         return _only_vllm(settings)
@@ -41,7 +41,7 @@ def generate(
     generator: torch.Generator | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Samples:
-    """One response a prompt, by an engine made for this call; arguments as of `Engine.generate`."""
+    """Sample one response per prompt, by a new engine. For the arguments see `Engine.generate`."""
     engine = make_engine(settings)
     engine.refresh(policy)
     return engine.generate(prompts, decoding, generator, progress)
@@ -49,7 +49,7 @@ def generate(
 
 @functools.cache
 def _only_vllm(settings: GenerationSettings) -> Engine:
-    """vLLM does not give a GPU's memory back within a process, so there is one to a process."""
+    """Make vLLM's engine once per process, since it does not free its GPU memory before the end."""
     from rlhf.generation.vllm import VllmEngine
 
     return VllmEngine(settings)

@@ -1,4 +1,4 @@
-"""Engine `hf`: our own loop over the model's cache, in which finished responses stop costing."""
+"""Provides the engine `hf`: our own loop over the model's cache, which drops finished responses."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -14,16 +14,16 @@ from rlhf.generation.settings import GenerationSettings
 from rlhf.training.nonfinite import NonFiniteError
 
 COPY_COST = 1.0
-"""Cost of copying a row of the cache, in decoded tokens of a row. Between 0.5 and 2 the sum of both
-costs stays within 3 % for responses of 16 to 256 tokens."""
+"""Cost of copying a row of the cache, in decoded tokens of a row. For values from 0.5 to 2, the sum
+of both costs changes by at most 3 % for responses of 16 to 256 tokens."""
 
 
 class LoopEngine:
-    """Prompts of like length are decoded side by side until the last of them is finished.
+    """Decodes prompts of similar length together until the last of them is finished.
 
-    Rows leave the batch as their responses end; a waiting prompt does not take their place, which
-    the engine `continuous` does. No scores are kept: of each step only the tokens and their
-    log-probabilities.
+    Rows leave the batch after their responses end. Waiting prompts do not take their place; the
+    engine `continuous` does that. The loop keeps only the tokens of each step and their
+    log-probabilities, not the scores.
     """
 
     def __init__(self, settings: GenerationSettings) -> None:
@@ -59,7 +59,7 @@ class LoopEngine:
 
 
 def _batches(prompts: Sequence[Sequence[int]], batch_size: int, way: Way) -> Iterator[list[int]]:
-    """Numbers of prompts of like length, or of one length where the way cannot pad."""
+    """Yield numbers of prompts of similar length, or of one length if the way cannot pad."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = [order]
     if not way.pads:
@@ -77,9 +77,9 @@ def _generate_batch(
     progress: Callable[[int], object],
 ) -> Samples:
     samples = Samples([[] for _ in range(num_prompts)], [[] for _ in range(num_prompts)])
-    active = list(range(num_prompts))  # rows of the batch -> prompts
+    active = list(range(num_prompts))  # the prompt of each row of the batch
     unfinished = set(active)
-    num_wasted = 0  # tokens decoded in finished rows since rows last left
+    num_wasted = 0  # tokens decoded in finished rows since rows were last removed
     ends = set(decoding.ends)
     for step in range(decoding.max_new_tokens):
         tokens, logprobs = _sample(decoder.logits(), decoding.temperature, generator)
@@ -91,12 +91,12 @@ def _generate_batch(
                 if token in ends:
                     unfinished.remove(prompt)
         if not unfinished or step == decoding.max_new_tokens - 1:
-            progress(num_before)  # what is cut at its full length has ended too
+            progress(num_before)  # responses cut at full length have ended too
             break
         progress(num_before - len(unfinished))
         decoder.append(tokens)
-        # Like renting until the rent has reached the price: never more than twice the best cost,
-        # whatever the lengths of the responses.
+        # Remove rows once they have wasted as much as removing costs, as one rents until the rent
+        # equals the price. The cost is at most twice the best, whatever the lengths.
         num_wasted += len(active) - len(unfinished)
         if num_wasted >= COPY_COST * len(unfinished):
             kept = [row for row, prompt in enumerate(active) if prompt in unfinished]
@@ -108,7 +108,7 @@ def _generate_batch(
 def _sample(
     logits: Tensor, temperature: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-probability, both (rows,)."""
+    """Draw one token per row and return it with its log-probability, both (rows,)."""
     probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
     if probabilities.isnan().any():
         raise NonFiniteError("logits", "rollout")
@@ -117,10 +117,10 @@ def _sample(
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token a row (rows,) from (rows, vocab), by one uniform number each.
+    """Draw one token per row (rows,) from probabilities (rows, vocab), by one uniform number each.
 
-    torch.multinomial draws a number for every token of the vocabulary, a quarter of the time of a
-    step of SmolLM2-135M on a CPU.
+    torch.multinomial draws a number for every token of the vocabulary. That takes a quarter of the
+    time of a step of SmolLM2-135M on a CPU.
     """
     up_to = probabilities.double().cumsum(-1)
     shape, device = (len(probabilities), 1), probabilities.device
@@ -130,8 +130,9 @@ def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _on_device(generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
-    """A generator where the probabilities are, so that they need not come to the CPU; the given
-    one's state still decides all draws."""
+    """Return a generator on the device, so that probabilities need not be copied to the CPU.
+
+    The given generator seeds it, and so still decides all draws."""
     if device.type == "cpu":
         return generator
     seed = int(torch.randint(2**63 - 1, (), generator=generator))

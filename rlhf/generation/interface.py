@@ -1,4 +1,4 @@
-"""What every engine takes and returns."""
+"""Defines what every engine takes and returns."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How tokens are drawn, and when a response is over."""
+    """How tokens are drawn, and when a response ends."""
 
     end_id: int
     """The end-of-response token."""
     max_new_tokens: int
-    """A response without its end token is cut here."""
+    """The length at which a response without its end token is cut."""
     temperature: float
-    """Logits are divided by it; 0 takes the likeliest token (greedy)."""
+    """The number that logits are divided by; 0 takes the most likely token (greedy)."""
     other_ends: tuple[int, ...] = ()
-    """Further tokens that end a response, as a model's files may declare."""
+    """Other tokens that end a response, as a model's files may declare."""
 
     @property
     def ends(self) -> list[int]:
@@ -28,20 +28,20 @@ class Decoding:
 
 
 class Samples(NamedTuple):
-    """One response a prompt, in the order of the prompts, without padding."""
+    """One response per prompt, in the order of the prompts, without padding."""
 
     responses: list[list[int]]
-    """Token ids; the last one is an end token where the response finished."""
+    """Token ids. The last one is an end token if the response finished."""
     logprobs: list[list[float]]
-    """Log-probability in nats of each token as the engine saw it, at the sampling temperature
-    (greedy: at temperature 1)."""
+    """Log-probability in nats of each token, as the engine computed it at the sampling temperature
+    (for greedy: at temperature 1)."""
 
 
 class Engine(Protocol):
-    """A way to sample. The choice changes no result but by floating point and the draws."""
+    """A way to sample. Engines differ only in speed, in rounding and in the draws."""
 
     def refresh(self, policy: PreTrainedModel) -> None:
-        """Sample from these weights from now on; to be called after every change of them."""
+        """Sample from these weights from now on. Call it after every change of the weights."""
 
     def generate(
         self,
@@ -50,14 +50,14 @@ class Engine(Protocol):
         generator: torch.Generator | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> Samples:
-        """One response a prompt.
+        """Sample one response per prompt.
 
         Args:
-            prompts: token ids; repeat a prompt to get several samples of it.
-            generator: CPU generator of the draws; None: torch's own.
-            progress: called now and then, with the number of responses that ended since the last
-                call; 0 says that sampling goes on.
+            prompts: Token ids. Repeat a prompt to get several samples of it.
+            generator: CPU generator of the draws. None means torch's global one.
+            progress: Called now and then with the number of responses that ended since the last
+                call. 0 says that sampling goes on.
 
         Raises:
-            NonFiniteError: the policy's logits are no numbers.
+            NonFiniteError: The policy's logits are not finite.
         """

@@ -1,4 +1,4 @@
-"""Settings of sampling, which every stage that samples shares."""
+"""Settings of sampling, shared by every stage that samples."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,17 +8,17 @@ from rlhf.inputs.ranges import require
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How responses are sampled; changes no result but by floating point and the order of draws."""
+    """How responses are sampled. The choice changes only speed, rounding and the order of draws."""
 
     engine: Literal["hf", "continuous", "auto", "vllm"] = "hf"
-    """hf: our own loop over the model's cache. continuous: continuous batching of transformers,
-    where ended responses make room for waiting prompts; for many more prompts than batch_size.
-    auto: the faster of the two, timed on the first prompts. vllm: vLLM on the GPU that trains,
-    given the weights before every rollout; not yet tried out."""
+    """hf: our own loop over the model's cache. continuous: transformers' continuous batching, which
+    gives the place of ended responses to waiting prompts; it suits many more prompts than
+    batch_size. auto: the faster of the two, timed on the first prompts. vllm: vLLM on the GPU that
+    trains, which gets the weights before every rollout; not yet tested."""
     batch_size: int = 64
-    """Responses sampled side by side on each process; bounds the memory of the KV cache."""
+    """Responses sampled at once in each process. It bounds the memory of the KV cache."""
     vllm_memory_share: float = 0.3
-    """Share of the GPU's memory that vllm takes, for its copy of the weights and its cache."""
+    """Share of the GPU's memory that vllm takes for its copy of the weights and its cache."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "give 1 or more")

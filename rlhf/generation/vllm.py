@@ -1,4 +1,4 @@
-"""Engine `vllm`: vLLM in the same process and on the same GPU as training."""
+"""Provides the engine `vllm`: vLLM in the process and on the GPU that train."""
 
 import copy
 import math
@@ -21,22 +21,22 @@ ALONE = {
     "LOCAL_RANK": "0",
     "WORLD_SIZE": "1",
     "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "0",  # any that is free
+    "MASTER_PORT": "0",  # any free port
 }
-"""What a launcher would say of a single process."""
+"""Variables that a launcher would set for a single process."""
 
 
 class VllmEngine:
-    """Every process has a vLLM of its own, with a copy of the weights in the type of the pass.
+    """Runs one vLLM per process, with a copy of the weights in the type of the forward pass.
 
-    Untested: no machine that this project was built on has a GPU. Its tests run against a stand-in
-    for the module, written from the interface of vLLM 0.22 to 0.31. Draws are seeded one by one
-    from the given generator; kernels whose result depends on the batch can still make two runs
-    differ. Log-probabilities differ from the trainer's more than those of the other engines.
+    Not tested on a GPU. Its tests use a stand-in for the module, written from the interface of
+    vLLM 0.22 to 0.31. The given generator seeds each draw. Two runs can still differ, because the
+    results of some kernels depend on the batch. Log-probabilities differ more from the trainer's
+    than those of the other engines.
     """
 
     def __init__(self, settings: GenerationSettings) -> None:
-        """Raises ValueError where vLLM cannot run."""
+        """Raise ValueError if vLLM cannot run here."""
         try:
             import vllm
         except ImportError as error:
@@ -54,10 +54,10 @@ class VllmEngine:
         self.shapes: dict[str, torch.Size] = {}
 
     def refresh(self, policy: PreTrainedModel) -> None:
-        """Copies the weights; the first call starts vLLM.
+        """Copy the weights; the first call starts vLLM.
 
         Raises:
-            ValueError: a policy of another shape than the first one's.
+            ValueError: The policy has another shape than the first one.
         """
         shapes = {name: parameter.shape for name, parameter in _plain_parameters(policy)}
         if self.llm is None:
@@ -69,7 +69,7 @@ class VllmEngine:
             )
         weights = full_weights(policy)
         self.llm.apply_model(lambda model: model.load_weights(weights))
-        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+        self.llm.reset_prefix_cache()  # it holds keys and values from the old weights
 
     def generate(
         self,
@@ -87,8 +87,8 @@ class VllmEngine:
                 temperature=decoding.temperature,
                 max_tokens=decoding.max_new_tokens,
                 stop_token_ids=decoding.ends,
-                ignore_eos=True,  # a response ends at these alone
-                logprobs=0,  # of the sampled token and no other
+                ignore_eos=True,  # a response ends only at stop_token_ids
+                logprobs=0,  # the sampled token's only
                 detokenize=False,
                 seed=seed,
             )
@@ -108,9 +108,9 @@ class VllmEngine:
         return Samples(responses, logprobs)
 
     def _start(self, policy: PreTrainedModel) -> Any:
-        """A vLLM for this architecture whose weights mean nothing yet."""
-        # In this process: weights are then copied from tensor to tensor. The launcher has set the
-        # other variables where there are several processes.
+        """Start a vLLM for this architecture, without real weights."""
+        # vLLM runs in this process, so that weights are copied from tensor to tensor. With several
+        # processes, the launcher has set the other variables.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         for name, value in ALONE.items():
             os.environ.setdefault(name, value)
@@ -123,19 +123,20 @@ class VllmEngine:
                 model=folder,
                 load_format="dummy",
                 skip_tokenizer_init=True,
-                generation_config="vllm",  # no filters that a model's folder may ask for
+                generation_config="vllm",  # ignores filters in a model's folder, such as top-k
                 dtype=torch.get_autocast_dtype("cuda") if is_mixed else policy.dtype,
                 distributed_executor_backend="external_launcher",
                 gpu_memory_utilization=self.settings.vllm_memory_share,
                 max_num_seqs=self.settings.batch_size,
-                max_model_len=-1,  # the model's context, or what the memory holds of it
+                max_model_len=-1,  # the model's context, or as much of it as fits in memory
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
             )
 
 
 def full_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every weight by its name in a full model, that of LoRA layers as W + alpha / rank * B A
-    of the adapters that are on."""
+    """Yield every weight by its name in a full model.
+
+    A LoRA layer's weight is W + alpha / rank * B A of the adapters that are on."""
     layers = {
         f"{name}.weight": layer
         for name, layer in policy.named_modules()
@@ -150,7 +151,7 @@ def full_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain_parameters(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of the model under the LoRA layers, by their names without them."""
+    """Yield the parameters below the LoRA layers, by their names in a model without adapter."""
     for name, parameter in policy.named_parameters():
         if ".lora_" not in name:
             yield name.replace(".base_layer.", "."), parameter

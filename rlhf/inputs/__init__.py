@@ -1,13 +1,13 @@
-"""From a row on disk to token ids and packed rows. Imports nothing else of ours.
+"""Turns a row on disk into token ids and packed rows. Imports no other wing of rlhf.
 
 records.py        the four records that stages exchange, each checked field by field
 files.py          records on disk and from the hub: read, written, split by prompt
 template.py       what a chat template writes around prompts and answers
-ranges.py         a value of a setting is in its range, or refused
-control.py        text to ids where only a template's own names are control tokens
+ranges.py         refuses a setting whose value is out of range
+control.py        text to ids, where only names that a template wrote are control tokens
 chat.py           the one rendering of prompts and responses to token ids
-fitting.py        a prompt that fits: from records to ids, oldest turns left out
-packing.py        prompt trees laid into rows without padding, and results brought back
-whole_files.py    a file is the old one or the whole new one
-shuffling.py      the order in which things are taken, and where in it a run stands
+fitting.py        a prompt that fits a limit: from records to ids, oldest turns left out
+packing.py        prompt trees packed into rows without padding, and results unpacked
+whole_files.py    files that are always the old one or the whole new one
+shuffling.py      the order of items, and how far in it a run is
 """

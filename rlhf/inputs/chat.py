@@ -1,12 +1,13 @@
-"""The one rendering of prompts and responses to token ids, used by every stage.
+"""Renders prompts and responses to token ids, in the one way that every stage uses.
 
-A prompt becomes ids through the tokenizer's chat template with the generation prompt added; a
-response becomes its own ids followed by the end-of-response token. The two lists are concatenated,
-never re-tokenised together, so SFT, the reward model, PPO and evaluation see the same ids.
+A prompt becomes ids through the tokenizer's chat template with the generation prompt added. A
+response becomes its own ids followed by the end-of-response token. The two lists are concatenated
+and never tokenized together, so SFT, the reward model, PPO and evaluation see the same ids.
 
-Both are what the template renders for the whole conversation, and read back as the text that went
-in: names of control tokens that a person wrote are words, and rules about spaces at the start of a
-text do not reach the response. What cannot be had is warned of.
+The ids are those that the template renders for the whole conversation, and decode to the original
+text. Two traps are avoided. The name of a control token that a person wrote stays a word. Rules
+about spaces at the start of a text do not apply to the response. Where this fails, there is a
+warning.
 """
 
 import hashlib
@@ -27,15 +28,15 @@ class Chat:
     """Renders prompts and responses with one tokenizer.
 
     Attributes:
-        end_id: the token that ends a response: what the template puts after an assistant's words
-            if that is a token of its own, else the tokenizer's end-of-sequence token.
-        other_ends: further tokens at which sampling stops.
-        pad_id: the padding token, None if the tokenizer has none to spare; masks never depend on
-            it, they come from lengths.
+        end_id: The token that ends a response. It is what the template puts after an assistant's
+            words if that is a single token, otherwise the tokenizer's end-of-sequence token.
+        other_ends: Other tokens at which sampling stops.
+        pad_id: The padding token; None if the tokenizer has no free one. Masks never depend on it,
+            they come from lengths.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, other_ends: Iterable[int] = ()) -> None:
-        """`other_ends` are what the model's files declare beside the tokenizer's (load_chat)."""
+        """Read the template. `other_ends` are end tokens that the model's files declare."""
         other_ends = tuple(other_ends)
         self.tokenizer = add_missing_parts(tokenizer, other_ends)
         self._layout = read_layout(tokenizer)
@@ -53,9 +54,9 @@ class Chat:
             warnings.warn(departure, stacklevel=2)
 
     def prompt_ids(self, prompt: PromptLike) -> list[int]:
-        """Token ids of a prompt, up to and including the template's generation prompt.
+        """Return the ids of a prompt, including the template's generation prompt.
 
-        Control tokens are the template's alone: their names in a turn's content are words.
+        Only the template writes control tokens. Their names in a turn's content stay words.
         """
         messages = to_messages(prompt)
         text = render(self.tokenizer, messages, add_generation_prompt=True)
@@ -64,16 +65,16 @@ class Chat:
             pieces = self._told_apart(messages, text)
         ids = self._control.encode(pieces)
         found = self.show(ids)
-        # Decoding may put spaces between tokens.
+        # Compare without white space, because decoding may put spaces between tokens.
         if not _same("".join(found.split()), "".join(text.split())):
             self._warn_unspelt("prompt", text, found)
         return ids
 
     def response_ids(self, response: str) -> list[int]:
-        """Token ids of a response and, always last, the end-of-response token.
+        """Return the ids of a response, which always end with the end-of-response token.
 
-        Words like "</s>" in the response stay words: no end token stands before the end. The
-        marks of thoughts are tokens, and a response that has some gets no empty block of them.
+        Words like "</s>" in the response stay words, so no end token comes before the end. Only
+        the marks of thoughts become tokens. A response with such marks gets no empty thoughts.
         """
         opening = self._layout.opening
         wanted = response
@@ -89,18 +90,19 @@ class Chat:
         return tried[0]
 
     def text_ids(self, text: str) -> list[int]:
-        """Token ids of plain text (no template), with the tokenizer's own special tokens around
-        it; control tokens' names in it are words."""
+        """Return the ids of plain text without a template, with the tokenizer's special tokens.
+
+        Names of control tokens in the text stay words."""
         before, after = self._frame
         return [*before, *self.bare_text_ids(text), *after]
 
     def bare_text_ids(self, text: str) -> list[int]:
-        """`text_ids` without special tokens."""
+        """Return `text_ids` without special tokens."""
         ids = self._turns.encode([(text, False)])
         found = self._decoded(ids)
         if _same(found, text):
             return ids
-        if text.startswith(" "):  # taken for the space that the tokenizer puts before a text
+        if text.startswith(" "):  # the tokenizer may take it for the space it puts before a text
             more = self._turns.encode([(" " + text, False)])
             if _same(self._decoded(more), text):
                 return more
@@ -109,14 +111,14 @@ class Chat:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of response ids, cut before the end token, special tokens dropped."""
+        """Return the text of response ids, without the end token and special tokens."""
         ids = list(ids)
         words = self._without_end(ids)
         text = self._read(words).removeprefix(self._shown_opening)
         return text.removesuffix(self._layout.closing) if len(words) < len(ids) else text
 
     def show(self, ids: Sequence[int]) -> str:
-        """The text of any ids, special tokens by their names."""
+        """Return the text of any ids, with special tokens by their names."""
         text = self.tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -124,28 +126,28 @@ class Chat:
         return text
 
     def has_end(self, ids: Sequence[int]) -> bool:
-        """Whether a sampled response is finished: its last token is one of the ends."""
+        """Return whether a sampled response is finished: its last token is an end token."""
         return len(ids) > 0 and (ids[-1] == self.end_id or ids[-1] in self.other_ends)
 
     def with_own_end(self, ids: Sequence[int]) -> list[int]:
-        """A response that finished with another end, with `end_id` in its place.
+        """Return a response with `end_id` in place of another end token.
 
-        So it is what a reward model was trained to read.
+        A reward model was trained to read responses that end with `end_id`.
         """
         return [*ids[:-1], self.end_id] if self.has_end(ids) else list(ids)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text that each token of a response adds; the end token adds its own name.
+        """Return the text that each token of a response adds; the end token adds its own name.
 
-        Without the end token's, the pieces joined are `decode` of the ids. A character that several
-        tokens spell comes whole with the last of them, and the others add nothing; so do special
-        tokens within the response. The tokens since the last whole character are decoded together
-        with those before them, since what a token reads as may depend on its neighbours.
+        Joined without the end token's, the pieces equal `decode` of the ids. If several tokens
+        spell a character, the last one gets it and the others add nothing. Special tokens inside
+        the response also add nothing. What a token reads as may depend on its neighbours, so new
+        tokens are decoded together with those before them.
         """
         ids = list(ids)
         end = len(self._without_end(ids))
         pieces = []
-        first, whole = 0, 0  # ids[first:whole] are context, all before `whole` is in the pieces
+        first, whole = 0, 0  # ids[first:whole] are context; `pieces` has all text before `whole`
         for stop in range(1, end + 1):
             known, text = self._read(ids[first:whole]), self._read(ids[first:stop])
             if text.endswith("\ufffd") and stop < end:
@@ -153,7 +155,7 @@ class Chat:
                 continue
             pieces.append(text[len(known) :])
             if pieces[-1]:
-                first = whole  # else the context would be without text, like the start of one
+                first = whole  # context must have text, or decoding would treat it as a start
             whole = stop
         if "".join(pieces).startswith(self._shown_opening):
             pieces = _cut(pieces, len(self._shown_opening))
@@ -164,11 +166,11 @@ class Chat:
         return [*pieces, *self.tokenizer.convert_ids_to_tokens(ids[end:])]
 
     def fit_prompt(self, prompt: PromptLike, max_tokens: int) -> list[int] | None:
-        """The prompt's ids with the oldest turns left out until they fit, or None.
+        """Return the prompt's ids, without its oldest turns if they do not fit; or None.
 
-        Turns are dropped whole from the front, a system message stays, and the first turn kept is
-        a user's: a prompt cut inside a sentence would be another task. None means that the last
-        turn alone is too long; the caller counts and reports these.
+        Whole turns are dropped from the front. A system message stays, and the first kept turn is a
+        user's, because a prompt cut inside a sentence would be another task. None means that even
+        the last turn is too long; the caller counts and reports these.
         """
         messages = to_messages(prompt)
         system = messages[:1] if messages[0]["role"] == "system" else []
@@ -187,11 +189,11 @@ class Chat:
         return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
 
     def _told_apart(self, messages: Messages, text: str) -> list[Piece]:
-        """A rendered prompt in pieces: the names in the turns' contents, and all else.
+        """Split a rendered prompt into names that occur in the turns' contents, and all else.
 
-        Each name in a content is hidden behind a sign, and the template is run again. Where it
-        looks for a name, as for the end of thoughts in an earlier answer, its text changes with
-        that name hidden, so the name is left to it.
+        Each name in a content is replaced by a sign, and the template renders again. A template may
+        look for a name, such as the end of thoughts in an earlier answer. Then hiding the name
+        changes the text, so that name is left to the template.
         """
         sign = free_character(text + "".join(message["content"] for message in messages))
         names = self._control.found_in("\n".join(message["content"] for message in messages))
@@ -219,9 +221,9 @@ class Chat:
         sign: str,
         text: str,
     ) -> tuple[Messages, str] | None:
-        """Messages with names hidden in the i-th and their rendering, if it says the same.
+        """Hide names in the i-th message; return messages and rendering if the text is unchanged.
 
-        White space at the ends stays when it is itself a name, as a template may strip it.
+        White space at the ends stays outside if needed, because a template may strip it.
         """
         content = messages[i]["content"]
         start = len(content) - len(content.lstrip())
@@ -244,9 +246,11 @@ class Chat:
         return None
 
     def _spellings(self, opening: str, response: str) -> Iterator[list[int]]:
-        """Ids of a response, the likeliest first: as it follows the prompt; with one space more,
-        where the first is taken for one that the tokenizer puts there; as a text by itself, and
-        after some word, where prompt and response would grow together."""
+        """Yield possible ids of a response, the most likely first.
+
+        First as it follows the prompt. Then with one more space, in case the tokenizer takes the
+        first space for one that it adds. Then as a text by itself. Last after some word, for a
+        prompt and response that would grow together."""
         closing = self._layout.closing
         for text in (response, " " + response):
             words = [(opening, True), *self._words(text), (closing, True)]
@@ -261,7 +265,7 @@ class Chat:
             yield ids[len(word) :]
 
     def _words(self, text: str) -> list[Piece]:
-        """A response's words, among which only the marks of thoughts count."""
+        """Split a response into words and marks of thoughts, which alone count as tokens."""
         names = self._thoughts.found_in(text)
         if not names:
             return [(text, False)]
@@ -274,7 +278,7 @@ class Chat:
         return ids[:-1] if self.has_end(ids) else ids
 
     def _read(self, ids: list[int]) -> str:
-        """The text of a response's tokens as it follows the prompt, special tokens dropped."""
+        """Return the text of a response's tokens after the prompt, without special tokens."""
         text, before = self._decoded([*self._before, *ids]), self._shown_before
         return text[len(before) :] if text.startswith(before) else self._decoded(ids)
 
@@ -287,7 +291,7 @@ class Chat:
 
     @cached_property
     def _before(self) -> list[int]:
-        """Ids of what stands between the question and the response."""
+        """Ids of the text between the question and the response."""
         return self._control.encode([(self._layout.before, True)])
 
     @cached_property
@@ -296,8 +300,8 @@ class Chat:
 
     @cached_property
     def _shown_opening(self) -> str:
-        """What stands before the answer in the text of a response: the template's opening, and a
-        space that some tokenizers put there."""
+        """What `_read` shows before the answer: the template's opening, and a space that some
+        tokenizers add."""
         found = self._read(next(self._spellings(self._layout.opening, PROBE)))
         return found[: found.index(PROBE)] if PROBE in found else ""
 
@@ -312,7 +316,7 @@ class Chat:
         return [], []
 
     def _warn_unspelt(self, kind: str, text: str, found: str) -> None:
-        """Once for each kind of text: it is not what its ids read as."""
+        """Warn, once for each kind of text, that its ids do not decode to it."""
         if kind in self._unspelt:
             return
         self._unspelt.add(kind)
@@ -328,14 +332,14 @@ class Chat:
 
 
 def _same(text: str, other: str) -> bool:
-    """Whether two texts are equal but for the form of their accents (Unicode's NFC)."""
+    """Return whether two texts are equal, apart from the form of accents (Unicode's NFC)."""
     return text == other or unicodedata.normalize("NFC", text) == unicodedata.normalize(
         "NFC", other
     )
 
 
 def _cut(pieces: list[str], length: int) -> list[str]:
-    """The pieces without the first characters of the text that they make."""
+    """Cut the first `length` characters off the text that the pieces make."""
     shorter = []
     for piece in pieces:
         shorter.append(piece[length:])

@@ -1,7 +1,7 @@
-"""Text to ids where only the names of control tokens that a template wrote become control tokens.
+"""Turns text into ids so that only names written by a template become control tokens.
 
-A tokenizer takes the text "<|im_end|>" for its control token, whoever wrote it. Here the caller
-says of each piece of a text whether such names count in it; in the others they are words.
+A tokenizer takes the text "<|im_end|>" for its control token, no matter who wrote it. Here the
+caller says for each piece of a text whether such names count. If not, they are words.
 """
 
 import json
@@ -16,15 +16,15 @@ Piece = tuple[str, bool]
 """A piece of a text, and whether names of control tokens in it are control tokens."""
 
 _PRIVATE = range(0xF0000, 0xFFFFE)
-"""Characters without a meaning, one of which marks the names that count."""
+"""Characters without a meaning. One of them marks the names that count."""
 
 
 class ControlTokens:
-    """Encodes texts in which the names of these control tokens are mixed with words.
+    """Encodes texts in which names of these control tokens may also be words.
 
-    A text without such words has the ids that the tokenizer gives. Any other goes through a copy
-    of the tokenizer in which the control tokens have other names: normaliser, rules about spaces
-    and all other tokens are the same.
+    A text without such words gets the ids that the tokenizer gives. Any other text goes through a
+    copy of the tokenizer in which the control tokens have other names. The normaliser, the rules
+    about spaces and all other tokens are the same.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, names: Iterable[str]) -> None:
@@ -38,11 +38,11 @@ class ControlTokens:
         return self._pattern.search(text) is not None
 
     def found_in(self, text: str) -> list[str]:
-        """The names in a text, each once."""
+        """Return the names in a text, each only once."""
         return list(dict.fromkeys(self._pattern.findall(text)))
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
-        """Ids of the pieces joined to one text, without special tokens around it."""
+        """Return the ids of the joined pieces, without special tokens around them."""
         if not any(self.are_in(text) for text, counts in pieces if not counts):
             return self._ids("".join(text for text, _ in pieces), split_special_tokens=False)
         if not isinstance(getattr(self._tokenizer, "backend_tokenizer", None), Tokenizer):
@@ -61,7 +61,7 @@ class ControlTokens:
         return [self._id(str(copy.id_to_token(number)).strip(marker)) for number in ids]
 
     def _encode_by_pieces(self, pieces: Sequence[Piece]) -> list[int]:
-        """For a tokenizer in Python, which has no other copy: each stretch of words on its own."""
+        """Encode each run of words on its own. A tokenizer in Python cannot be copied."""
         parts: list[Piece] = [("", False)]
         for text, counts in pieces:
             words = self._pattern.split(text) if counts else [text]
@@ -88,7 +88,7 @@ class ControlTokens:
         ).input_ids
 
     def _renamed(self, marker: str) -> Tokenizer:
-        """The tokenizer with a marker before and after the name of each control token."""
+        """Copy the tokenizer with a marker before and after the name of each control token."""
         state: dict[str, Any] = json.loads(self._tokenizer.backend_tokenizer.to_str())
         state |= {"post_processor": None, "truncation": None, "padding": None}
         for entry in state["added_tokens"]:
@@ -101,7 +101,7 @@ class ControlTokens:
         if isinstance(model["vocab"], dict):
             vocabulary = model["vocab"].items()
             model["vocab"] = {renamed.get(name, name): number for name, number in vocabulary}
-        else:  # Unigram's list of pieces with their scores
+        else:  # Unigram has a list of pieces with their scores
             model["vocab"] = [[renamed.get(name, name), score] for name, score in model["vocab"]]
         if model.get("unk_token") in renamed:
             model["unk_token"] = renamed[model["unk_token"]]
@@ -109,7 +109,7 @@ class ControlTokens:
 
 
 def free_character(text: str) -> str:
-    """A character of private use that is not in the text."""
+    """Return a character of private use that is not in the text."""
     return next(chr(code) for code in _PRIVATE if chr(code) not in text)
 
 

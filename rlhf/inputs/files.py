@@ -1,4 +1,4 @@
-"""Records on disk and from the hub: read with bad rows named, written whole, split by prompt."""
+"""Reads records from disk and the hub, writes them, and splits them by prompt."""
 
 import gzip
 import hashlib
@@ -20,7 +20,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class NoRecordsError(ValueError):
-    """There was nothing to write."""
+    """Says that there was nothing to write."""
 
 
 def read_records(
@@ -29,15 +29,15 @@ def read_records(
     """Read and check the records of one kind.
 
     Args:
-        source: a .jsonl or .jsonl.gz file, a folder of those, `hub:owner/name[:split[:subset]]`
-            (split `train` unless given) or `hub:owner/name:path/in/repository.jsonl.gz`.
+        source: A .jsonl or .jsonl.gz file, a folder of those, `hub:owner/name[:split[:subset]]`
+            (default split `train`) or `hub:owner/name:path/in/repository.jsonl.gz`.
         record_class: Demonstration, Ranking, Prompt or Text.
-        limit: stop after so many rows; None means all.
+        limit: The most rows to read; None means all.
 
     Raises:
-        ValueError: bad rows, the first five named by file, row, field, found, expected and remedy;
-            or no row at all.
-        OSError: the source cannot be opened.
+        ValueError: There are bad rows, or no rows. The message names the first five bad rows by
+            file, row, field, found, expected and remedy.
+        OSError: The source cannot be opened.
     """
     records: list[RecordT] = []
     errors: list[str] = []
@@ -66,8 +66,8 @@ def read_records(
 def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, value) for every row of a source; place names file and row.
 
-    A row that is no UTF-8 or no JSON comes as the RecordError that says so, so that the caller can
-    go on and count.
+    A row that is not UTF-8 or not JSON is yielded as a RecordError that says so, so that the caller
+    can go on and count.
     """
     if str(source).startswith(HUB):
         yield from _read_hub(str(source))
@@ -77,9 +77,9 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def list_files(source: Path, endings: tuple[str, ...]) -> list[Path]:
-    """The file itself, or the files of a folder that have one of the endings, sorted by name.
+    """Return the file itself, or a folder's files with one of the endings, sorted by name.
 
-    Raises ValueError when there is none, FileNotFoundError when the source is not there.
+    Raises ValueError if there is none, FileNotFoundError if the source does not exist.
     """
     if source.is_dir():
         paths = sorted(p for p in source.iterdir() if p.name.endswith(endings))
@@ -96,12 +96,12 @@ def list_files(source: Path, endings: tuple[str, ...]) -> list[Path]:
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """Open a file to read bytes, unpacked when its name ends in .gz."""
+    """Open a file to read bytes; unpack it if its name ends in .gz."""
     return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
 
 
 def decode(data: bytes) -> str:
-    """UTF-8 bytes as text. Raises RecordError naming the first byte that is none."""
+    """Decode UTF-8 bytes. Raises RecordError that names the first byte that is not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -114,17 +114,17 @@ def decode(data: bytes) -> str:
 
 
 def write_records(path: str | Path, records: Iterable[RecordT]) -> None:
-    """Write records as JSON Lines, gzipped when the name ends in .gz.
+    """Write records as JSON Lines, gzipped if the name ends in .gz.
 
-    They go into a file beside it that is renamed when every record is written, so an interrupted
-    run leaves what was there before. Raises NoRecordsError when there is no record.
+    They go into another file, which is renamed once all records are written. So an interrupted run
+    leaves the old file. Raises NoRecordsError if there are no records.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
         with file.open("wb") as raw:
             if path.name.endswith(".gz"):
-                # no time and no name in the header: equal records give equal bytes
+                # No time and no name in the header, so that equal records give equal bytes.
                 with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as packed:
                     num_written = _write_lines(packed, records)
             else:
@@ -136,13 +136,13 @@ def write_records(path: str | Path, records: Iterable[RecordT]) -> None:
 def split_by_prompt(
     records: Sequence[RecordT], held_out: float, seed: int, *, salt: str = ""
 ) -> tuple[list[RecordT], list[RecordT]]:
-    """Split records into (train, held out); all records of one prompt fall on the same side.
+    """Split records into (train, held out). All records of one prompt go to the same side.
 
-    A prompt is held out when the hash of (salt, seed, prompt) falls below `held_out` (a share, 0 to
-    1), so it stays on its side in every file and whatever is added; the share is met on average
-    only. Whoever prepares files that a stage will split again gives a salt of its own: with the
-    stage's hash, all that the stage would hold out has gone already.
-    Raises ValueError when a side would be empty.
+    A prompt is held out if the hash of (salt, seed, prompt) is below `held_out` (a share, 0 to 1).
+    So it is on the same side in every file, even after records are added. The share is only met on
+    average. If a stage will split the written files again, give a salt. With the stage's own hash,
+    the part that the stage would hold out is already gone.
+    Raises ValueError if a side would be empty.
     """
     if not 0.0 < held_out < 1.0:
         raise ValueError(f"held_out is {held_out}: expected a share between 0 and 1, such as 0.1")

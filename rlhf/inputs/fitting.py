@@ -1,7 +1,7 @@
-"""A prompt that fits: every stage's door from records to token ids, with file and row in messages.
+"""Turns the prompt of a record into token ids that fit a limit; errors name file and row.
 
-The oldest turns of a prompt are left out until it fits (Chat.fit_prompt); what does not fit even
-then is left out, counted and told by the stage.
+The oldest turns are left out until a prompt fits (Chat.fit_prompt). A prompt that still does not
+fit is dropped; the stage counts and reports it.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ class FittedPrompt:
 
     ids: tuple[int, ...]
     is_cut: bool
-    """It lost its oldest turns."""
+    """Whether its oldest turns were left out."""
 
 
 def fit_prompt(
     record: Demonstration | Ranking | Prompt, chat: Chat, max_tokens: int
 ) -> FittedPrompt | None:
-    """The prompt of a record; None where its last turn alone is too long.
+    """Fit the prompt of a record; return None if its last turn alone is too long.
 
     Raises:
-        ValueError: the chat template refuses it; the message names file and row.
+        ValueError: The chat template refuses the prompt; the message names file and row.
     """
     with naming_row(record):
         whole = chat.prompt_ids(record.prompt)

@@ -1,10 +1,11 @@
-"""Prompt trees laid into rows without padding, and their results brought back as a batch.
+"""Packs prompt trees into rows without padding, and unpacks the results into a batch.
 
-A *prompt tree* is a prompt and the responses that continue it: a ranking (1 prompt, K responses),
-a rollout (1 prompt, n samples), a demonstration (1, 1), a text document (its first token as the
-prompt, the rest as the response). In a row the prompt stands once, then each response; the
-positions of every response continue from the end of the prompt, and a token attends to another iff
-both are of one tree, the other is not later, and the other is in the prompt or in its own response:
+A *prompt tree* is a prompt and the responses that continue it. It may be a ranking (1 prompt, K
+responses), a rollout (1 prompt, n samples), a demonstration (1, 1), or a text document (its first
+token as the prompt, the rest as the response). A row holds the prompt once, then each response.
+The positions of every response continue from the end of the prompt. A token attends to another iff
+both belong to one tree, the other is not later, and the other is in the prompt or in its own
+response:
 
     tokens     p0 p1 p2 | a0 a1 | b0 b1 b2        one tree: prompt p, responses a and b
     positions   0  1  2 |  3  4 |  3  4  5
@@ -44,34 +45,34 @@ class PromptTree:
 
     @property
     def depth(self) -> int:
-        """Tokens from the root to the end of the longest response."""
+        """Number of tokens from the root to the end of the longest response."""
         return len(self.prompt) + max(len(response) for response in self.responses)
 
 
 def text_tree(ids: Sequence[int]) -> PromptTree:
-    """A document: the first token is given, every other one is predicted from those before it."""
+    """Make a tree of a document: its first token is given, the others are predicted."""
     return PromptTree(prompt=(ids[0],), responses=(tuple(ids[1:]),))
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row of packed trees: what a model takes and where its results belong.
+    """One row of packed trees: a model's inputs, and where its results belong.
 
-    Shapes: `length` tokens in the row, `responses` in it, `tokens` of these responses in all.
+    Shapes: `length` tokens in the row, `responses` responses, `tokens` tokens of these responses.
     """
 
     input_ids: Tensor
     """(1, length)"""
     position_ids: Tensor
-    """(1, length), each response continuing from the end of its prompt"""
+    """(1, length), where each response continues from the end of its prompt"""
     tree: Tensor
-    """(length,) number of the tree a token belongs to, within this row"""
+    """(length,) number of the token's tree within this row"""
     branch: Tensor
-    """(length,) 0 in a prompt, 1 + the number of the response within its tree otherwise"""
+    """(length,) 0 in a prompt, otherwise 1 + the number of the response within its tree"""
     predictors: Tensor
     """(tokens,) position whose hidden state predicts each response token"""
     targets: Tensor
-    """(tokens,) the response tokens themselves, response after response"""
+    """(tokens,) the response tokens themselves, one response after another"""
     response_index: Tensor
     """(responses,) number of each response among all responses of the packed trees"""
     tree_index: Tensor
@@ -79,25 +80,26 @@ class PackedRow:
     response_mask: Tensor
     """(responses, time) True where a response has a token"""
     plain: bool
-    """True when the row holds one tree with one response, which needs no mask of its own"""
+    """True if the row holds one tree with one response, so that it needs no mask of its own"""
     mask_dtype: torch.dtype | None = None
-    """Type of a mask that is added to the attention scores; None: a boolean mask"""
+    """Type of a mask that is added to the attention scores. None means a boolean mask."""
     segments: Tensor | None = None
-    """(1, 1, 4, segments) what packed_attention.py takes for a mask on a CPU; None: a mask"""
+    """(1, 1, 4, segments) what packed_attention.py takes as a mask on a CPU. None means a mask."""
 
     @cached_property
     def attention_mask(self) -> Tensor | None:
-        """(1, 1, length, length), the third axis attends to the fourth; None: plain causal.
+        """(1, 1, length, length), the third axis attends to the fourth. None means plain causal.
 
-        Boolean, True where a token may attend; or, with `mask_dtype`, 0 there and the type's lowest
-        number elsewhere; or the segments.
+        The mask is boolean, True where a token may attend. With `mask_dtype` it is 0 there and the
+        type's lowest number elsewhere. On a CPU it may be the segments instead.
         """
         if self.plain:
             return None
         if self.segments is not None and self.device.type == "cpu":
             return self.segments
-        prompt = self.tree * (self.branch.max() + 1)  # (length,) a number for each tree's prompt
-        segment = prompt + self.branch  # and one for each of its responses
+        # Every prompt has its own number, and so has every response.
+        prompt = self.tree * (self.branch.max() + 1)  # (length,)
+        segment = prompt + self.branch
         allowed = (segment[:, None] == segment) | (prompt[:, None] == segment)
         allowed = allowed.tril()[None, None]
         if self.mask_dtype is None:
@@ -110,7 +112,7 @@ class PackedRow:
         """(responses,) position in the row of each response's last token, where a score is read.
 
         Raises:
-            ValueError: a response has no tokens, so it has no end to be scored at.
+            ValueError: A response has no tokens, so there is no place to read its score.
         """
         if (self.lengths == 0).any():
             raise ValueError("a response without tokens has no score; end it with its end token")
@@ -128,8 +130,9 @@ class PackedRow:
 
     @property
     def model_inputs(self) -> dict[str, Tensor | None]:
-        """What the model takes. A plain row leaves positions and mask to it: some architectures
-        have neither, and others count their positions in a way of their own."""
+        """The model's inputs. A plain row leaves positions and mask to the model.
+
+        Some architectures have neither, and others count positions in their own way."""
         if self.plain:
             return {"input_ids": self.input_ids}
         return {
@@ -143,12 +146,12 @@ class PackedRow:
         return (self.branch > 0).nonzero().squeeze(1)
 
     def unpack(self, flat: Tensor) -> Tensor:
-        """(tokens,) -> (responses, time), zero where a response has no token; keeps gradients."""
+        """Turn (tokens,) into (responses, time), 0 without a token; gradients flow through."""
         batch = flat.new_zeros(self.response_mask.shape)
         return batch.masked_scatter(self.response_mask, flat)
 
     def select(self, batch: Tensor) -> Tensor:
-        """This row's part of a (all responses, time) tensor, cut to this row's longest response."""
+        """Return this row's part of (all responses, time), cut to its longest response."""
         return batch[self.response_index][:, : self.response_mask.shape[1]]
 
     def to(self, device: torch.device | str) -> "PackedRow":
@@ -162,22 +165,23 @@ class PackedRow:
 
 @dataclass(frozen=True)
 class Packer:
-    """How trees become rows for one model; `packer_for` finds what a model can take."""
+    """Decides how trees become rows for one model; `packer_for` finds what a model can take."""
 
     micro_batch_tokens: int
-    """Most tokens a row, and so a pass, may hold. A tree is never cut: one that alone exceeds the
-    budget gets a row of its own."""
+    """The most tokens in a row, and so in a pass. A tree is never cut: if it exceeds the budget, it
+    gets a row of its own."""
     share_prompts: bool = True
-    """False lays every response into a row of its own behind its own prompt, without a mask."""
+    """Whether the responses of a tree share its prompt and rows are shared. False puts every
+    response into its own row after its own prompt, without a mask."""
     max_depth: int | None = None
     """Trees with longer paths than this (a sliding attention window) are not shared either."""
     mask_dtype: torch.dtype | None = None
-    """Eager attention adds its mask to the scores, of this type; None: boolean masks (sdpa)."""
+    """Type of the mask that eager attention adds to its scores. None: boolean masks (sdpa)."""
     use_segments: bool = False
-    """True on a CPU gives segments (rlhf.models.packed_attention) instead of masks."""
+    """True gives segments instead of masks on a CPU (rlhf.models.packed_attention)."""
 
     def rows(self, trees: Sequence[PromptTree]) -> list[PackedRow]:
-        """Lays trees into rows by first fit, longest trees first."""
+        """Pack trees into rows by first fit, longest trees first."""
         first_response = _starts(len(tree.responses) for tree in trees)
         laid = [
             (number, tree.prompt, list(enumerate(tree.responses, start=first_response[number])))
@@ -203,9 +207,9 @@ class Packer:
 
 
 def assemble(rows: Sequence[PackedRow], parts: Sequence[Tensor]) -> Tensor:
-    """Puts the rows' results, each (responses, ...), back into the order of the packed trees.
+    """Put the rows' results, each (responses, ...), into the order of the packed trees.
 
-    Parts of (responses, time) are widened to the longest with zeros.
+    Parts of (responses, time) are padded with zeros to the longest.
     """
     num_responses = sum(len(row.response_index) for row in rows)
     widths = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
@@ -219,7 +223,7 @@ def assemble(rows: Sequence[PackedRow], parts: Sequence[Tensor]) -> Tensor:
 
 
 def response_batch(responses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Responses as ids (responses, time), zeros behind the end, and their response_mask."""
+    """Return responses as ids (responses, time), zeros after the end, and their response_mask."""
     lengths = torch.tensor([len(response) for response in responses])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     ids = torch.zeros(mask.shape, dtype=torch.long)
@@ -274,7 +278,7 @@ def _lay_row(laid: list[_Laid]) -> PackedRow:
 
 
 def _segments(row: PackedRow) -> Tensor:
-    """Prompts and responses in the order of the row; a lone response is one with its prompt."""
+    """Return prompts and responses in the row's order; an only response joins its prompt."""
     columns: list[tuple[int, int, int, int]] = []
     lengths = row.tree.bincount().tolist()
     for start, length, branch in zip(
@@ -294,7 +298,7 @@ def _segments(row: PackedRow) -> Tensor:
 
 
 def _first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of item numbers, each within capacity, by first fit over falling sizes."""
+    """Put items into bins within capacity by first fit, largest first; return item numbers."""
     bins: list[list[int]] = []
     room: list[int] = []
     for item in sorted(range(len(sizes)), key=lambda item: (-sizes[item], item)):

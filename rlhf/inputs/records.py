@@ -1,8 +1,8 @@
-"""The four records that stages exchange on disk, each checked field by field when it is made.
+"""Defines the four records that stages exchange on disk, each checked when it is made.
 
-A string prompt stands for one user turn. `messages` is a list of {"role", "content"} that may open
-with a system turn, then alternates user and assistant and ends with the user. An empty response is
-allowed: a policy may well sample one.
+A prompt that is a string stands for one user turn. `messages` is a list of {"role", "content"}. It
+may begin with a system turn, then alternates user and assistant, and ends with the user. An empty
+response is allowed, because a policy may sample one.
 """
 
 import json
@@ -18,10 +18,10 @@ Messages = list[dict[str, str]]
 PromptLike = str | Messages
 
 Preference = tuple[int, int, float]
-"""(i, j, p): response i, an index from 0, is better than response j with probability p."""
+"""(i, j, p) means that response i, counted from 0, is better than j with probability p."""
 
 MAX_WEIGHT = 1e6
-"""Of a ranking, and 1 / the least: sums of weights stay within fp32."""
+"""Largest weight of a ranking. The smallest is 1 / this, so that sums of weights stay in fp32."""
 
 ROLES = ("system", "user", "assistant")
 
@@ -39,15 +39,15 @@ LAYOUTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("prompt", "instruction_id_list"), "ifeval"),
     (("turns", "question_id"), "mt_bench"),
 )
-"""Fields by which a public layout is known -> its name in `python -m data.convert --format`."""
+"""Maps the fields of a public layout to its name in `python -m data.convert --format`."""
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "query", "problem", "input")
 RESPONSE_COLUMNS = ("response", "answer", "output", "completion", "solution", "target")
-"""Usual names of two columns that are a prompt and its response."""
+"""Usual names of two columns that hold a prompt and its response."""
 
 
 class RecordError(ValueError):
-    """A field that cannot be used: which one, what was found and expected, how to mend it."""
+    """Says that a field cannot be used: which one, what was found and expected, the remedy."""
 
     def __init__(self, field: str, *, found: str, expected: str, remedy: str) -> None:
         super().__init__(f"field {field!r}: found {found}; expected {expected}; {remedy}")
@@ -58,7 +58,7 @@ class RecordError(ValueError):
 
 
 def _place_field() -> Any:
-    """File and row that a record was read from, for messages; None: it was made in memory."""
+    """Make the field for the file and row of a record, for messages; None if made in memory."""
     return field(default=None, kw_only=True, compare=False, repr=False)
 
 
@@ -78,7 +78,7 @@ class Demonstration:
 
     @property
     def key(self) -> str:
-        """What splits and joins go by: the prompt."""
+        """The prompt, by which records are split and joined."""
         return prompt_key(self.prompt)
 
     @classmethod
@@ -88,7 +88,7 @@ class Demonstration:
         return cls(prompt=row["prompt"], response=row["response"], place=place)
 
     def to_row(self) -> dict[str, Any]:
-        """The JSON object that `from_row` reads back."""
+        """Return the JSON object that `from_row` reads back."""
         return {"prompt": self.prompt, "response": self.response}
 
 
@@ -96,8 +96,8 @@ class Demonstration:
 class Ranking:
     """A prompt and K >= 2 responses with a labeler's ranks, or with probabilities of pairs.
 
-    Rank 1 is best, equal ranks are ties, None is unranked; a comparison of two is K = 2. Soft
-    labels, of an AI or of a crowd, are `probabilities` instead, and then all ranks are None.
+    Rank 1 is best, equal ranks are ties, and None is unranked. A comparison of two has K = 2. Soft
+    labels, from an AI or a crowd, are `probabilities`; all ranks are then None.
     """
 
     kind: ClassVar[str] = "ranking"
@@ -109,13 +109,13 @@ class Ranking:
     labeler: str | None = None
     probabilities: tuple[Preference, ...] = ()
     weight: float = 1.0
-    """What this ranking counts in the loss, relative to others: trust in its labeler, say."""
+    """Weight of this ranking in the loss relative to others, such as trust in its labeler."""
     place: str | None = _place_field()
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
         _check_responses(self.responses)
-        # NumPy and pandas write 1 as 1.0, or as a number of their own.
+        # NumPy and pandas write 1 as 1.0, or as a number type of their own.
         triples = tuple(_plain_triple(one) for one in self.probabilities)
         for name, value in (
             ("ranks", tuple(_plain_whole(rank) for rank in self.ranks)),
@@ -132,7 +132,7 @@ class Ranking:
 
     @property
     def key(self) -> str:
-        """What splits and joins go by: the prompt."""
+        """The prompt, by which records are split and joined."""
         return prompt_key(self.prompt)
 
     @classmethod
@@ -163,7 +163,7 @@ class Ranking:
         )
 
     def to_row(self) -> dict[str, Any]:
-        """The JSON object that `from_row` reads back."""
+        """Return the JSON object that `from_row` reads back."""
         row = {
             "prompt": self.prompt,
             "responses": list(self.responses),
@@ -176,20 +176,21 @@ class Ranking:
         return {name: value for name, value in row.items() if value is not None}
 
     def preferences(self) -> list[Preference]:
-        """All compared pairs, p at least 1/2; of ranks p is 1, ties and unranked ones make none.
+        """Return all compared pairs as (better, worse, probability >= 0.5).
 
-        Pairs of equal responses are left out: no score can prefer one of the two.
+        Ranks give probability 1; ties and unranked responses give no pair. Pairs of equal responses
+        are left out, because no score can prefer one of the two.
         """
         texts = self.responses
         return [(i, j, p) for i, j, p in self._judgements() if texts[i] != texts[j]]
 
     def equal_pairs(self) -> list[tuple[int, int]]:
-        """The compared pairs that `preferences` leaves out."""
+        """Return the compared pairs that `preferences` leaves out."""
         texts = self.responses
         return [(i, j) for i, j, _ in self._judgements() if texts[i] == texts[j]]
 
     def pairs(self) -> list[tuple[int, int]]:
-        """All (better, worse) pairs of indices into `responses`; without those of p = 1/2."""
+        """Return (better, worse) pairs of indices into `responses`, except those of p = 1/2."""
         return [(i, j) for i, j, p in self.preferences() if p > 0.5]
 
     def _judgements(self) -> list[Preference]:
@@ -198,7 +199,7 @@ class Ranking:
         return [(i, j, p) if p >= 0.5 else (j, i, 1 - p) for i, j, p in self.probabilities]
 
     def restricted_to(self, kept: Sequence[int]) -> Self:
-        """The ranking of these responses alone, in this order."""
+        """Return the ranking of only these responses, in this order."""
         place = {old: new for new, old in enumerate(kept)}
         return replace(
             self,
@@ -214,7 +215,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to sample from; `meta` travels along for the rewards of PPO."""
+    """A prompt to sample from. PPO's rewards get its `meta`."""
 
     kind: ClassVar[str] = "prompt"
 
@@ -228,7 +229,7 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """What splits and joins go by: the prompt."""
+        """The prompt, by which records are split and joined."""
         return prompt_key(self.prompt)
 
     @classmethod
@@ -239,7 +240,7 @@ class Prompt:
         return cls(prompt=row["prompt"], meta={} if meta is None else meta, place=place)
 
     def to_row(self) -> dict[str, Any]:
-        """The JSON object that `from_row` reads back."""
+        """Return the JSON object that `from_row` reads back."""
         return {"prompt": self.prompt, "meta": self.meta} if self.meta else {"prompt": self.prompt}
 
 
@@ -264,7 +265,7 @@ class Text:
 
     @property
     def key(self) -> str:
-        """What splits and joins go by: the text."""
+        """The text, by which records are split and joined."""
         return self.text
 
     @classmethod
@@ -274,7 +275,7 @@ class Text:
         return cls(text=row["text"], place=place)
 
     def to_row(self) -> dict[str, Any]:
-        """The JSON object that `from_row` reads back."""
+        """Return the JSON object that `from_row` reads back."""
         return {"text": self.text}
 
 
@@ -282,7 +283,7 @@ Record = Demonstration | Ranking | Prompt | Text
 
 
 class _AnyRecord(Protocol):
-    """What functions that take every kind alike ask of it."""
+    """What functions that take every kind of record need from it."""
 
     kind: ClassVar[str]
 
@@ -309,18 +310,18 @@ RECORD_CLASSES: dict[str, type[Record]] = {
 
 
 def to_messages(prompt: PromptLike) -> Messages:
-    """A prompt as messages; a string is one user turn."""
+    """Return a prompt as messages; a string is one user turn."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def prompt_key(prompt: PromptLike) -> str:
-    """One text for every spelling of a prompt: string or user turn, whatever the white space."""
+    """Return one text for all forms of a prompt: string or user turn, any white space."""
     turns = [[turn["role"], " ".join(turn["content"].split())] for turn in to_messages(prompt)]
     return json.dumps(turns, ensure_ascii=False)
 
 
 def with_equal_responses(ranking: Ranking, ids: Sequence[Sequence[int]]) -> Ranking:
-    """The ranking with one text for all responses that a tokenizer gives the same ids."""
+    """Give one text to all responses that have the same ids under a tokenizer."""
     text_of: dict[tuple[int, ...], str] = {}
     texts = [
         text_of.setdefault(tuple(one), text)
@@ -330,14 +331,16 @@ def with_equal_responses(ranking: Ranking, ids: Sequence[Sequence[int]]) -> Rank
 
 
 def preferences_of(ranks: Sequence[float | None]) -> list[Preference]:
-    """(better, worse, 1.0) for every two ranks, smaller is better; ties and None make no pair."""
+    """Return (better, worse, 1.0) for every pair of ranks, where smaller is better.
+
+    Ties and None give no pair."""
     ranked = [(i, rank) for i, rank in enumerate(ranks) if rank is not None]
     return [(i, j, 1.0) for i, left in ranked for j, right in ranked if left < right]
 
 
 @contextmanager
 def naming_row(record: _AnyRecord) -> Iterator[None]:
-    """Puts file and row of a record in front of a ValueError that using it raises."""
+    """Put a record's file and row in front of a ValueError that is raised in the block."""
     try:
         yield
     except ValueError as error:
@@ -347,14 +350,14 @@ def naming_row(record: _AnyRecord) -> Iterator[None]:
 
 
 def name_rows(records: Sequence[_AnyRecord], most: int = 3) -> str:
-    """` (FILE, row 3; FILE, row 8)` and so on, for a message; "" for records made in memory."""
+    """Return ` (FILE, row 3; FILE, row 8)` for a message; "" for records made in memory."""
     places = [record.place for record in records if record.place is not None]
     more = f" and {len(places) - most} more" if len(places) > most else ""
     return f" ({'; '.join(places[:most])}{more})" if places else ""
 
 
 def find_layout(row: object) -> str | None:
-    """Name of the public layout that a row has the fields of; None: of none that is known."""
+    """Return the name of the public layout whose fields a row has; None if none is known."""
     if isinstance(row, str):
         return "strings"
     if not isinstance(row, dict):
@@ -367,17 +370,17 @@ def find_layout(row: object) -> str | None:
 
 
 def show(value: object) -> str:
-    """A short form of a value for an error message."""
+    """Return a short form of a value for an error message."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 60
     try:
         return short.repr(value)
-    except ValueError:  # an int of more digits than Python prints
+    except ValueError:  # an int with more digits than Python prints
         return f"a very long {type(value).__name__}"
 
 
 def _check_row(row: object, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
-    """As _check_fields; where the row is of a public layout, the remedy names its converter."""
+    """Check as _check_fields does; for a row of a public layout, the remedy is its converter."""
     try:
         _check_fields(row, required=required, optional=optional)
     except RecordError as error:
@@ -390,7 +393,7 @@ def _check_row(row: object, *, required: tuple[str, ...], optional: tuple[str, .
 
 
 def _conversion(row: object) -> str | None:
-    """How to convert a row of a layout of others; None for a row of ours with a fault."""
+    """Say how to convert a row of a foreign layout; None for a faulty row of ours."""
     command = "convert the file with `python -m data.convert --format"
     layout = find_layout(row)
     if layout is not None:
@@ -509,7 +512,7 @@ def _check_messages(messages: list[Any]) -> None:
 
 
 def _check_role(name: str, role: str, previous: str | None) -> None:
-    """Turns alternate because most chat templates refuse or garble anything else."""
+    """Check that turns alternate, because most chat templates refuse or garble anything else."""
     if role not in ROLES:
         raise RecordError(
             f"{name}.role",
@@ -546,12 +549,12 @@ def _check_responses(responses: tuple[Any, ...]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A number of Python's for one of NumPy's or torch's; anything else as it is."""
+    """Turn a number of NumPy or torch into Python's; leave anything else as it is."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _plain_whole(value: Any) -> Any:
-    """1 for 1.0, as pandas writes whole numbers of a column with gaps; also for NumPy's."""
+    """Turn 1.0 into 1, as pandas writes whole numbers in a column with gaps; NumPy's too."""
     value = _plain(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

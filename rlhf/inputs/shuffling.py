@@ -1,4 +1,4 @@
-"""The order in which things are taken, and where in it a run stands."""
+"""Decides the order in which items are taken, and keeps how far in it a run is."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -9,9 +9,10 @@ Item = TypeVar("Item")
 
 
 class ShuffledBatches(Iterator[list[Item]], Generic[Item]):
-    """Batches without end: every item comes once a pass, each pass in a new order.
+    """Yields batches without end: every item once per pass, each pass in a new order.
 
-    A batch may reach over the end of a pass. Batches of size 0 are empty, and need no items.
+    A batch may contain the end of one pass and the start of the next. Batches of size 0 are empty
+    and need no items.
     """
 
     def __init__(self, items: Sequence[Item], batch_size: int, seed: int) -> None:
@@ -27,7 +28,7 @@ class ShuffledBatches(Iterator[list[Item]], Generic[Item]):
         return [self._items[i] for i in taken]
 
     def state_dict(self) -> dict[str, Any]:
-        """What is to come: the rest of this pass, and the generator of the passes behind it."""
+        """Return what comes next: the rest of this pass, and the generator of later passes."""
         return {
             "waiting": torch.tensor(self._waiting, dtype=torch.long),
             "generator": self._generator.get_state(),

@@ -1,4 +1,4 @@
-"""What a chat template writes around prompts and answers, and what a tokenizer lacks for it."""
+"""Finds what a chat template writes around prompts and answers, and adds what a tokenizer lacks."""
 
 import warnings
 from collections.abc import Iterable
@@ -18,71 +18,71 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
-"""Given to tokenizers that have none: role names as plain text, no new tokens, so that no
-vocabulary has to grow. The line break before a response keeps its first token free of a space."""
+"""Template for tokenizers that have none. Role names are plain text, so that the vocabulary need
+not grow. The line break before a response keeps its first token free of a space."""
 
 DATE = datetime(2024, 7, 26)
-"""What `strftime_now` prints in a template, on every day: the day that Llama 3.1's template prints
-where it finds no clock. With today's date a run over midnight, a resumed run, or a reward model of
-yesterday would read other prompts."""
+"""The date that `strftime_now` prints in a template on every day. Llama 3.1's template prints this
+day if it finds no clock. With today's date, prompts would differ after midnight, in a resumed run,
+or for a reward model trained yesterday."""
 
 PROBE = "probe"
 
 
 def _clock(date: datetime) -> str:
-    """A template's beginning, after which `strftime_now` gives this date; it prints nothing."""
+    """Make the start of a template after which `strftime_now` gives this date; prints nothing."""
     long = {"D": "%m/%d/%y", "F": "%Y-%m-%d", "R": "%H:%M", "T": "%H:%M:%S", "e": "%d", "h": "%b"}
     directives = {letter: f"%{letter}" for letter in "aAbBcdHIjmMpSUwWxXyYzZ"} | long
     values = {f"%{letter}": date.strftime(form) for letter, form in directives.items()}
     values |= {f"%-{key[1]}": value.lstrip("0") or "0" for key, value in values.items()}
     filters = "".join(f" | replace({key!r}, {value!r})" for key, value in values.items())
-    # The empty text at the end keeps the white space that the template begins with.
+    # The empty text at the end keeps white space at the start of the template.
     return "{% macro strftime_now(format) %}{{ format" + filters + ' }}{% endmacro %}{{ "" }}'
 
 
 _CLOCK = _clock(DATE)
 
 _ODD = "\u2603\U0001f600\u4e2d\x07"
-"""Characters for which a vocabulary of words has the unknown token alone."""
+"""Characters for which a vocabulary of words has only the unknown token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a template writes around an answer, found with a question and an answer to it."""
+    """What a template writes around an answer, found from a question and its answer."""
 
     end_id: int
     """The token that ends an assistant's turn."""
     before: str
-    """From the end of the question to the end of the prompt."""
+    """Text from the end of the question to the end of the prompt."""
     opening: str
-    """Between the prompt and the answer, such as a space or an empty block of thoughts."""
+    """Text between the prompt and the answer, such as a space or an empty block of thoughts."""
     closing: str
-    """Between the answer and the end token."""
+    """Text between the answer and the end token."""
     turn_names: frozenset[str]
-    """Names of the control tokens that mark or end turns; no response holds one."""
+    """Names of the control tokens that mark or end turns. No response holds one."""
     control_names: frozenset[str]
-    """Those, all special tokens, and what else the template has of the tokenizer's added tokens,
-    such as the marks of thoughts."""
+    """The turn names, all special tokens, and other added tokens that the template uses, such as
+    the marks of thoughts."""
     departures: tuple[str, ...]
-    """Where prompt, response and end are not what the template renders for the conversation."""
+    """Descriptions of where the ids differ from what the template renders for a conversation."""
 
 
 def add_missing_parts(
     tokenizer: PreTrainedTokenizerBase, other_ends: Iterable[int] = ()
 ) -> PreTrainedTokenizerBase:
-    """Gives a tokenizer a chat template, and a padding token if there is one that no row holds.
+    """Give a tokenizer a chat template, and a padding token that no row holds, if there is one.
 
-    A sequence classifier of transformers reads its score at the last token that is not padding,
-    and `generate` without a mask takes padding for nothing, so a token that ends responses or
-    stands in prompts cannot pad. The vocabulary does not grow: another special token is taken, or
-    the tokenizer has no padding token. Decoding leaves spaces before punctuation as they are.
+    A token that ends responses or occurs in prompts cannot pad, for two reasons. A sequence
+    classifier of transformers reads its score at the last token that is not padding. `generate`
+    without a mask ignores padding. The vocabulary does not grow: another special token is taken, or
+    the tokenizer has no padding token. Decoding keeps spaces before punctuation.
 
     Args:
-        other_ends: tokens that end a response beside the tokenizer's and the template's. One that
-            the tokenizer itself pads with stays its padding token, as in Qwen2.5.
+        other_ends: Tokens that end a response, besides the tokenizer's and the template's. One that
+            the tokenizer already pads with stays its padding token, as in Qwen2.5.
 
     Raises:
-        ValueError: the tokenizer has no vocabulary or no end-of-sequence token.
+        ValueError: The tokenizer has no vocabulary or no end-of-sequence token.
     """
     if not _ids(tokenizer, PROBE):
         raise ValueError(
@@ -109,10 +109,10 @@ def add_missing_parts(
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool
 ) -> str:
-    """The template's text, on one date (see DATE).
+    """Render messages with the template, on one date (see DATE).
 
     Raises:
-        ValueError: the template refuses the messages.
+        ValueError: The template refuses the messages.
     """
     template = tokenizer.chat_template
     if prints_date(tokenizer):
@@ -124,7 +124,7 @@ def render(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-    except Exception as error:  # a template is a program of its own, which may fail in any way
+    except Exception as error:  # a template is a program, which may fail in any way
         roles = ", ".join(message["role"] for message in messages)
         name = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         raise ValueError(
@@ -140,7 +140,7 @@ def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def read_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
-    """See Layout. Warns of a template that prints the date."""
+    """Find the template's Layout. Warn if the template prints the date."""
     prompt = render(tokenizer, [_turn("user")], add_generation_prompt=True)
     whole = render(tokenizer, [_turn("user"), _turn("assistant")], add_generation_prompt=False)
     answer = whole.rindex(PROBE)
@@ -189,8 +189,9 @@ def read_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
 
 
 def _end_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
-    """The first control token that the template writes after an assistant's words, and the text
-    before it; EOS where there is none."""
+    """Return the first control token after an assistant's words, and the text before it.
+
+    Return EOS if the template writes none."""
     whole = render(tokenizer, [_turn("user"), _turn("assistant")], add_generation_prompt=False)
     if whole.count(PROBE) < 2:
         raise ValueError(
@@ -214,7 +215,7 @@ def _turn(role: str) -> dict[str, str]:
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
-    """A system turn, if the template takes one, a question with its answer, and one more."""
+    """Render a question, its answer and a second question, after a system turn if allowed."""
     turns = [_turn("user"), _turn("assistant"), _turn("user")]
     for messages in ([_turn("system"), *turns], turns):
         try:
@@ -230,7 +231,7 @@ def _length_of_common_start(first: str, second: str) -> int:
 
 
 def _names_in(tokenizer: PreTrainedTokenizerBase, text: str, names: Iterable[str]) -> set[str]:
-    """The added tokens that a rendered text has, words not counted."""
+    """Return the added tokens in a rendered text, except words."""
     found = set(_ids(tokenizer, text))
     return {
         name
@@ -240,7 +241,7 @@ def _names_in(tokenizer: PreTrainedTokenizerBase, text: str, names: Iterable[str
 
 
 def _is_word(name: str) -> bool:
-    """A word or white space that someone added to the vocabulary."""
+    """Return whether an added token is a word or white space."""
     return name.isalnum() or name.isspace()
 
 
@@ -249,7 +250,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _default_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of several templates the one that all prompts are rendered with, so the only one to save."""
+    """Return the template named default, which renders all prompts and is the one to save."""
     templates = tokenizer.chat_template
     if "default" not in templates:
         raise ValueError(
@@ -270,20 +271,20 @@ def _added_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """All special tokens; those without a role, such as Phi's <|end|>, are in no other list."""
+    """Return all special tokens, also those without a role, such as Phi's <|end|>."""
     added = tokenizer.added_tokens_decoder.values()
     without_role = [token.content for token in added if token.special]
     return list(dict.fromkeys([*tokenizer.all_special_tokens, *without_role]))
 
 
 def _held(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special tokens that prompts, texts and unknown characters have."""
+    """Return the special tokens that occur in prompts, texts and unknown characters."""
     prompt = _conversation(tokenizer, add_generation_prompt=True)
     return {*_ids(tokenizer, prompt), *tokenizer(PROBE).input_ids, *_ids(tokenizer, _ODD)}
 
 
 def _unused_token(tokenizer: PreTrainedTokenizerBase, taken: set[int]) -> str | None:
-    """A special token that can pad: one made for it first, and BOS last, since it joins texts."""
+    """Return a special token that can pad: one made to pad first, BOS last, as it joins texts."""
     names = [name for name in _added_names(tokenizer) if not _is_word(name)]
     made_for_it = [name for name in names if "pad" in name.lower()]
     special = _special_tokens(tokenizer)

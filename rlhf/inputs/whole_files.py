@@ -1,4 +1,4 @@
-"""A file is the old one or the whole new one, whenever its writing is cut off."""
+"""Writes files so that each is the old one or the whole new one, even if writing is cut off."""
 
 import os
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a file beside `path` to write to, and puts it in its place once it is on the disk.
+    """Give a temporary file to write to, and move it to `path` once it is on the disk.
 
-    A reader sees the old file or the whole new one; an error inside leaves the old one as it was.
+    A reader sees the old file or the whole new one. An error inside leaves the old one unchanged.
     """
     beside = path.with_name(path.name + ".part")
     try:
@@ -22,13 +22,13 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file in UTF-8."""
+    """Write a text file in UTF-8, whole or not at all."""
     with written_whole(path) as file:
         file.write_text(text, encoding="utf-8")
 
 
 def sync_to_disk(path: Path) -> None:
-    """Waits until a file, or what was renamed in a folder, is on the disk and not only in memory.
+    """Wait until a file, or a rename in a folder, is on the disk and not only in memory.
 
     Windows can sync neither folders nor files that were opened for reading.
     """

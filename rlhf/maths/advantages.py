@@ -1,4 +1,4 @@
-"""Generalised advantage estimation over the tokens of a response."""
+"""Estimates generalised advantages over the tokens of a response."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,19 +13,19 @@ def generalized_advantages(
     gamma: float = 1.0,
     gae_lambda: float = 0.95,
 ) -> tuple[Float[Tensor, "batch time"], Float[Tensor, "batch time"]]:
-    """Advantages and returns (Schulman et al. 2016, eq. 16); values after the end count as 0.
+    """Return advantages and returns (Schulman et al. 2016, eq. 16). Values after the end are 0.
 
         delta_t  = r_t + gamma V_{t+1} - V_t
         A_t      = delta_t + gamma lambda A_{t+1}
         return_t = A_t + V_t
 
-    Advantages are not whitened here: returns must come from the unwhitened ones.
+    Advantages are not whitened here, because returns must come from the unwhitened ones.
 
     Args:
-        values: value of the state before each token.
+        values: Value of the state before each token.
 
     Returns:
-        advantages and returns, 0 where no token is.
+        Advantages and returns; 0 where there is no token.
     """
     assert rewards.shape == values.shape == response_mask.shape
     values = values.where(response_mask, 0.0)

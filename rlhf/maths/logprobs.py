@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens that were sampled, and how likely sampled tokens should be."""
+"""Computes log-probabilities of sampled tokens, and what to expect of them under the policy."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,17 +9,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
-"""Features (tokens, model) -> logits (tokens, vocab)."""
+"""Maps features (tokens, model) to logits (tokens, vocab)."""
 
 CHUNK_TOKENS = 512
-"""Tokens whose whole distribution is in memory at once."""
+"""The most tokens whose whole distribution is in memory at once."""
 
 _IMPOSSIBLE = -1e4
-"""A log-probability whose exponential is 0 in fp32, and whose square is finite."""
+"""A log-probability whose exponential is 0 in fp32 and whose square is finite."""
 
 
 class TokenMoments(NamedTuple):
-    """Of each token's distribution, all in the shape of the targets."""
+    """Statistics of each token's distribution, all in the shape of the targets."""
 
     logprobs: Tensor
     """log pi(target), nats"""
@@ -34,10 +34,10 @@ def token_logprobs(
     targets: Int[Tensor, "*tokens"],
     temperature: float = 1.0,
 ) -> Float[Tensor, "*tokens"]:
-    """log softmax(logits / temperature)[target], in nats, in fp32.
+    """Return log softmax(logits / temperature)[target] in nats, in fp32.
 
-    The temperature must be the sampler's: otherwise these are not the log-probabilities of the
-    policy that sampled, and the KL to the reference climbs by itself.
+    The temperature must be the sampler's. Otherwise these are not the log-probabilities of the
+    policy that sampled, and the KL to the reference rises by itself.
     """
     scaled = _scaled(logits, temperature)
     chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -50,10 +50,10 @@ def chunked_logprobs(
     head: Head,
     temperature: float = 1.0,
 ) -> Float[Tensor, "tokens"]:
-    """`token_logprobs` of head(features), at most CHUNK_TOKENS tokens' logits at a time.
+    """Return `token_logprobs` of head(features), holding logits of CHUNK_TOKENS tokens at a time.
 
-    The backward pass makes each chunk's logits again, so a vocabulary of 256k costs no more memory
-    for 100,000 tokens than for 512; the price is one more product with the unembedding.
+    The backward pass computes each chunk's logits again. So a vocabulary of 256k needs no more
+    memory for 100,000 tokens than for 512. The price is one more product with the unembedding.
     """
 
     def logprobs(some_features: Tensor, some_targets: Tensor) -> Tensor:
@@ -75,9 +75,9 @@ def chunked_moments(
     head: Head,
     temperature: float = 1.0,
 ) -> TokenMoments:
-    """`chunked_logprobs`, with mean and variance of what it would be for a token drawn from pi.
+    """Return `chunked_logprobs` with their mean and variance for a token drawn from pi.
 
-    A token the policy gives no probability (logit -inf) adds nothing to either.
+    A token to which the policy gives no probability (logit -inf) adds nothing to either.
     """
     parts = [
         _moments(head(some_features), some_targets, temperature)
@@ -92,12 +92,12 @@ def _chunks(features: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """In fp32; the logits themselves where there is nothing to change."""
+    """Return logits / temperature in fp32; the logits themselves if nothing changes."""
     return logits.float() if temperature == 1 else logits.float() / temperature
 
 
 def _moments(logits: Tensor, targets: Tensor, temperature: float) -> TokenMoments:
-    """In as few passes over (tokens, vocab) as it takes: they cost as much as the unembedding."""
+    """Compute `TokenMoments` in few passes over (tokens, vocab), which cost as much as the head."""
     scaled = _scaled(logits, temperature)
     log_normaliser = scaled.logsumexp(-1)
     chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_normaliser

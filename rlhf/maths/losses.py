@@ -1,7 +1,7 @@
-"""Losses of the reward model and of PPO.
+"""Computes the losses of the reward model and of PPO.
 
 Every loss is a sum divided by a number that the caller gives: the count over the whole (global)
-batch. So a loss does not depend on how the batch was cut into micro-batches or over processes.
+batch. So a loss does not depend on how the batch is split into micro-batches or over processes.
 """
 
 import torch
@@ -12,9 +12,10 @@ from torch.nn.functional import softplus
 from rlhf.maths.masking import masked_sum
 
 MAX_LOG_RATIO = 20.0
+"""Limit of the log-ratio. Its exponential, about 5e8, is finite and outside every clip range."""
 
 Stats = dict[str, Tensor]
-"""Detached sums over tokens or pairs; divide by their count to log a mean."""
+"""Detached sums over tokens or pairs. Divide by their count to log a mean."""
 
 
 def ranking_loss(
@@ -26,29 +27,30 @@ def ranking_loss(
     weights: Float[Tensor, "responses"] | None = None,
     margins: Float[Tensor, "responses responses"] | None = None,
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """K-choose-2 pairwise loss: all pairs of a prompt together (Ouyang et al. 2022, eq. 1).
+    """Compute the K-choose-2 pairwise loss over all pairs of a prompt (Ouyang et al. 2022, eq. 1).
 
         loss = 1 / num_prompts * sum over prompts of weight / pairs * sum over pairs of
                - P_ij log sigmoid(s_i - s_j - m_ij) - P_ji log sigmoid(s_j - s_i - m_ji)
 
-    Normaliser: each prompt is divided by the pairs it really has, so every prompt weighs the same
-    (or what `weights` says), whatever its K, its ties and its unranked responses; a prompt without
+    Each prompt is divided by the number of pairs it really has. So every prompt has the same weight
+    (or what `weights` says), whatever its K, its ties and its unranked responses. A prompt without
     any pair adds nothing.
 
     Args:
-        preferences: probability P_ij that i is preferred to j. P_ij + P_ji is 1 for a pair, and
-            both are 0 where two responses are not compared. Ranks give 0 and 1, AI and crowd
-            judgements anything between.
-        tree_index: responses with the same number belong to the same prompt.
-        num_prompts: prompts with at least one pair in the whole batch, or the sum of their weights.
-        weights: of each response's prompt, positive; None weighs all prompts 1.
-        margins: m_ij by which s_i shall exceed s_j before the loss is that of equal scores (Touvron
-            et al. 2023, eq. 2); None is 0.
+        preferences: Probability P_ij that i is preferred to j. P_ij + P_ji is 1 for a pair; both
+            are 0 if the two responses are not compared. Ranks give 0 and 1, judgements of an AI or
+            a crowd anything between.
+        tree_index: Responses with the same number belong to the same prompt.
+        num_prompts: Number of prompts with at least one pair in the whole batch, or the sum of
+            their weights.
+        weights: Weight of each response's prompt, positive. None gives every prompt weight 1.
+        margins: m_ij by which s_i must exceed s_j for the loss that equal scores have without a
+            margin (Touvron et al. 2023, eq. 2). None means 0.
 
     Returns:
-        loss, and sums over the pairs that lean to one side (P is not 1/2): `pairs`, `correct` (the
-        likelier one scores higher, equal scores half), `margin` (score of the likelier one less the
-        other's).
+        The loss, and sums over the pairs that lean to one side (P is not 1/2): `pairs`, `correct`
+        (the likelier one scores higher; equal scores count half), `margin` (score of the likelier
+        one minus the other's).
     """
     preferences = preferences.to(scores.dtype)
     compared = preferences > 0
@@ -73,9 +75,9 @@ def ranking_loss(
 def preferences_from_ranks(
     ranks: Int[Tensor, "responses"], tree_index: Int[Tensor, "responses"]
 ) -> Float[Tensor, "responses responses"]:
-    """1 at (i, j) where response i is ranked above response j of the same prompt, else 0.
+    """Return 1 at (i, j) if response i is ranked above response j of the same prompt, else 0.
 
-    Ranks: 1 is best, equal ranks are ties, 0 means unranked; neither ties nor unranked responses
+    Rank 1 is best, equal ranks are ties, and 0 means unranked. Neither ties nor unranked responses
     form a pair.
     """
     ranked = (ranks[:, None] > 0) & (ranks[None, :] > 0)
@@ -92,15 +94,17 @@ def policy_loss(
     clip_range: float,
     num_tokens: int,
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """Clipped surrogate loss (Schulman et al. 2017, eq. 7), summed over tokens / num_tokens.
+    """Compute the clipped surrogate loss (Schulman et al. 2017, eq. 7), summed / num_tokens.
 
         ratio = pi / pi_old;   loss = max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range))
 
-    The log-ratio is cut at +-20, far behind every clip range, so that its exponential is finite.
+    The log-ratio is clipped to +-20, far outside every clip range, so that its exponential is
+    finite.
 
     Returns:
-        loss, and sums over tokens: `ratio`, `clipped` (clipped term in force), `approx_kl`
-        (k3 of the step's policy from the rollout's), `max_log_ratio` (a maximum, not a sum).
+        The loss, and sums over tokens: `ratio`, `clipped` (tokens where the clipped term is the
+        larger), `approx_kl` (k3 of the step's policy from the rollout's), and `max_log_ratio` (a
+        maximum, not a sum).
     """
     log_ratio = (logprobs - old_logprobs).where(response_mask, 0.0)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -125,15 +129,15 @@ def value_loss(
     value_clip_range: float | None,
     num_tokens: int,
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """Half the squared error of the values, clipped around the rollout's, sum / num_tokens.
+    """Compute half the squared error of the values, clipped around the rollout's: sum / num_tokens.
 
         loss = 1/2 max((V - return)^2, (clip(V, V_old - c, V_old + c) - return)^2)
 
-    as in openai/lm-human-preferences. `value_clip_range` is in units of the reward: far below the
-    spread of the returns it freezes the value model. None: no clipping.
+    as in openai/lm-human-preferences. `value_clip_range` is in units of the reward. Far below the
+    spread of the returns, it stops the value model from learning. None means no clipping.
 
     Returns:
-        loss, and sums over tokens: `value_clipped`.
+        The loss, and one sum over tokens: `value_clipped`.
     """
     values, old_values, returns = (
         tensor.where(response_mask, 0.0) for tensor in (values, old_values, returns)

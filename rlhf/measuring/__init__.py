@@ -1,7 +1,7 @@
-"""What is reported, and what a run needs.
+"""Measures what stages report, and what a run needs.
 
-statistics.py     figures and their intervals: accuracies, win rates, means
-fact_recall.py    does a model still continue text with what pretraining taught
+statistics.py     accuracies, win rates and means, with their intervals
+fact_recall.py    whether a model still continues text with facts from pretraining
 flops.py          the additions and multiplications that a pass needs
 allocations.py    the memory that a pass allocates, found without data
 """

@@ -1,13 +1,12 @@
-"""What a pass allocates, found by running it on tensors without data.
+"""Measures what a pass allocates by running it on tensors without data.
 
-torch's fake tensors have a shape, a type and a storage with a size, but no memory behind it. The
-functions that the stages run are run on them as they are, forward and backward, and the storages
-alive are added up at every operation. So the numbers hold for every architecture, with packing,
-with logits in chunks and with checkpointed activations, and follow the code when it changes; a
-formula in layers and widths would hold for one of them.
+torch's fake tensors have a shape, a type and a storage with a size, but no memory. The functions of
+the stages run on them unchanged, forward and backward. At every operation, the live storages are
+added up. So the numbers hold for every architecture, for packing, for logits in chunks and for
+checkpointed activations, and they follow the code. A formula would hold for one architecture only.
 
-Not seen are buffers within a kernel, what the allocator keeps beyond the tensors, and libraries.
-Operations are those of a CPU; on a GPU attention saves about the same tensors.
+Three things are not seen: buffers inside a kernel, memory that the allocator keeps beyond the
+tensors, and libraries. The operations are those of a CPU; a GPU's attention saves about the same.
 """
 
 import weakref
@@ -31,10 +30,10 @@ from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations inside have made and that are still alive."""
+    """Counts bytes of storages that operations in the block have made and that are still alive."""
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
-        """`existing` tensors, and views of them, do not count."""
+        """Start at 0 bytes. `existing` tensors, and views of them, do not count."""
         super().__init__()
         self.now = 0
         self.peak = 0
@@ -64,12 +63,12 @@ class LiveBytes(TorchDispatchMode):
 class DryRun:
     """Makes models without data, and measures their passes.
 
-    Every measure is the peak of what a pass allocates, in bytes, beside the weights and gradients
-    that are there before.
+    Every measure is the peak of what a pass allocates, in bytes. Weights and gradients that were
+    there before do not count.
     """
 
     def __init__(self, autocast: torch.dtype | None = None) -> None:
-        """`autocast` is the type of mixed precision, None without."""
+        """Make a dry run. `autocast` is the type of mixed precision; None means none."""
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._autocast = autocast
 
@@ -90,7 +89,9 @@ class DryRun:
     def sampling(
         self, policy: PreTrainedModel, batch: int, prompt_tokens: int, new_tokens: int
     ) -> tuple[int, int]:
-        """Of reading the prompts and of the last token's step; and the cache's own bytes then."""
+        """Measure sampling: the peak of reading prompts and of the last step; and the cache.
+
+        The second number is the size of the cache at the end, in bytes."""
         cache: Any = DynamicCache(config=policy.config)
 
         def step(num_new: int, num_all: int) -> None:
@@ -107,7 +108,7 @@ class DryRun:
 
         def sample() -> None:
             step(prompt_tokens, prompt_tokens)
-            for layer in cache.layers:  # as it is before the last step
+            for layer in cache.layers:  # grow the cache to what it is before the last step
                 shape = (*layer.keys.shape[:2], new_tokens - 2, layer.keys.shape[-1])
                 layer.update(layer.keys.new_zeros(shape), layer.values.new_zeros(shape))
             step(1, prompt_tokens + new_tokens - 1)
@@ -117,7 +118,7 @@ class DryRun:
         return peak, sum(tensor.nbytes for tensor in tensors)
 
     def moments(self, policy: PreTrainedModel, row: PackedRow) -> int:
-        """Of log-probabilities with their entropy."""
+        """Measure log-probabilities with their entropy."""
         return self._peak([policy], lambda: response_moments(policy, self._emptied(row)))
 
     def logprobs(self, policy: PreTrainedModel, row: PackedRow) -> int:
@@ -137,10 +138,10 @@ class DryRun:
         scalar_model: ScalarModel | None,
         accumulates: Sequence[nn.Module],
     ) -> int:
-        """Of the passes of one row through one or both models, and of the backward pass.
+        """Measure a forward and backward pass of one row through one or both models.
 
         Args:
-            accumulates: models whose gradients are there before, from another row; those of the
+            accumulates: Models that already have gradients, from another row. The gradients of the
                 others are part of the result.
         """
 
@@ -157,7 +158,7 @@ class DryRun:
     def batch_training(
         self, policy: PreTrainedModel, rows: int, length: int, accumulates: Sequence[nn.Module]
     ) -> int:
-        """`training` on a padded batch with the loss of transformers, which holds all logits."""
+        """Measure `training` on a padded batch; transformers' loss holds all logits at once."""
 
         def forward() -> Tensor:
             ids = torch.zeros(rows, length, dtype=torch.long)

@@ -1,7 +1,8 @@
-"""Fact recall: does a model still continue plain text with what it learned in pretraining?
+"""Measures whether a model still continues plain text with what it learned in pretraining.
 
-The alignment tax in one number. Each probe is a prompt record whose `meta` holds `text`, given to
-the model as it is, without a chat template, and `answer`, with which the continuation must start.
+Fact recall is the alignment tax in one number. Each probe is a prompt record whose `meta` holds two
+texts. The model gets `text` as it is, without a chat template; the continuation must start with
+`answer`.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ def fact_recall(
     *,
     batch_size: int = 64,
 ) -> float:
-    """Share of the probes whose greedy continuation starts with the answer, 0 to 1.
+    """Return the share (0 to 1) of probes whose greedy continuation starts with the answer.
 
     The answer counts only as a whole word: `oak` is not recalled by `oaken`.
 
@@ -45,7 +46,7 @@ def fact_recall(
 
 
 def starts_with_answer(continuation: str, answer: str) -> bool:
-    """Whether a continuation begins with the answer as whole words, whatever white space leads."""
+    """Return whether a continuation begins with the answer as whole words, after white space."""
     continuation, answer = continuation.lstrip(), answer.strip()
     rest = continuation[len(answer) :]
     return continuation.startswith(answer) and not rest[:1].isalnum()
@@ -64,6 +65,7 @@ def _continue_greedily(
         GenerationSettings(batch_size=batch_size),
         Decoding(
             end_id=tokenizer.eos_token_id,
+            # Two tokens more, to see whether the answer's last word ends there.
             max_new_tokens=max(len(answer.input_ids) for answer in answers) + 2,
             temperature=0.0,
         ),

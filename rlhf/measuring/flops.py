@@ -1,16 +1,20 @@
-"""Model FLOPs: the additions and multiplications that a pass needs, whatever the machine does.
+"""Counts model FLOPs: the additions and multiplications that a pass needs on any machine.
 
     forward = 2 N tokens + 2 U logits + 4 A pairs
     forward and backward = 3 forward - 2 F tokens - 2 G logits
 
-with N weights in matrices of the body, embeddings left out (Kaplan et al. 2020, 2.1), U = vocab *
-model of the unembedding where logits are computed, A = layers * heads * head size, and `pairs` the
-(query, key) pairs that attention needs (Chowdhery et al. 2022, appendix B: 12 A T a token for
-training, which is 3 * 4 A T; there every token is charged for T keys, here for those that it may
-see), and F of N and G of U frozen below an adapter: the gradient goes through them, and they get
-none. Norms, biases, activation functions, softmax and the optimizer are left out, as are passes
-that gradient checkpointing makes twice. Of a mixture of experts all experts are counted, which is
-too much.
+    N      weights in matrices of the body, without embeddings (Kaplan et al. 2020, 2.1)
+    U      vocab * model of the unembedding, where logits are computed
+    A      layers * heads * head size
+    pairs  the (query, key) pairs that attention needs
+    F, G   the part of N and of U that is frozen below an adapter
+
+For `pairs` see Chowdhery et al. 2022, appendix B: 12 A T per token for training, or 3 * 4 A T. They
+charge every token for T keys; here a token is charged for the keys that it may see. A gradient goes
+through frozen weights, but they get none themselves, hence the terms with F and G.
+
+Norms, biases, activation functions, softmax and the optimizer are left out. So are passes that
+gradient checkpointing repeats. All experts of a mixture are counted, which is too many.
 """
 
 import math
@@ -29,19 +33,19 @@ class ModelSize:
     """What the FLOPs of a decoder depend on."""
 
     weights: int
-    """N: in matrices of the body, without embeddings of tokens and positions"""
+    """N: in matrices of the body, without embeddings of tokens and positions."""
     unembedding: int
-    """U: vocab * model; 0 for a model with a scalar head"""
+    """U: vocab * model; 0 for a model with a scalar head."""
     attention: int
-    """A: layers * heads * head size"""
+    """A: layers * heads * head size."""
     frozen_weights: int = 0
-    """F: of `weights`"""
+    """F: the frozen part of `weights`."""
     frozen_unembedding: int = 0
-    """G: of `unembedding`"""
+    """G: the frozen part of `unembedding`."""
 
 
 def size_of(model: Any) -> ModelSize:
-    """Of a transformers model, on any device, the meta device included."""
+    """Return the size of a transformers model on any device, even the meta device."""
     config = model.config.get_text_config()
     unembedding = model.get_output_embeddings()
     outside = [module for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -59,7 +63,7 @@ def size_of(model: Any) -> ModelSize:
 
 
 def _attention_of(config: Any) -> int:
-    """A of a config; 0 where it does not say, as that of a model without attention."""
+    """Return A from a config; 0 if the config does not say, as for a model without attention."""
     head_size = getattr(config, "head_dim", None)
     if isinstance(head_size, int):
         width = getattr(config, "num_attention_heads", 0) * head_size
@@ -73,11 +77,11 @@ class Work:
     """What a pass over some trees has to do."""
 
     tokens: int = 0
-    """that go through the body"""
+    """Tokens that go through the body."""
     logits: int = 0
-    """positions with logits"""
+    """Positions with logits."""
     pairs: int = 0
-    """(query, key) pairs of attention: a token sees its own path from the root"""
+    """(query, key) pairs of attention; a token sees its own path from the root."""
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -89,17 +93,17 @@ class Work:
 
 
 def work_of(trees: Iterable[PromptTree]) -> Work:
-    """Of one pass over each tree, its prompt once."""
+    """Return the work of one pass over each tree, counting its prompt once."""
     return sum((_work_of_tree(tree) for tree in trees), Work())
 
 
 def text_work(num_tokens: int) -> Work:
-    """Of one pass over a block of text."""
+    """Return the work of one pass over a block of text."""
     return Work(num_tokens, num_tokens - 1, _triangle(num_tokens))
 
 
 def forward_flops(size: ModelSize, work: Work) -> float:
-    """FLOPs of one forward pass."""
+    """Return the FLOPs of one forward pass."""
     return (
         2.0 * size.weights * work.tokens
         + 2.0 * size.unembedding * work.logits
@@ -108,7 +112,7 @@ def forward_flops(size: ModelSize, work: Work) -> float:
 
 
 def training_flops(size: ModelSize, work: Work) -> float:
-    """FLOPs of a forward pass and its backward pass."""
+    """Return the FLOPs of a forward pass and its backward pass."""
     frozen = 2.0 * size.frozen_weights * work.tokens + 2.0 * size.frozen_unembedding * work.logits
     return 3 * forward_flops(size, work) - frozen
 
@@ -121,18 +125,18 @@ def update_flops(
     texts: Work,
     num_epochs: float,
 ) -> dict[str, float]:
-    """FLOPs of a PPO update by its phases, as they are named in seconds/NAME.
+    """Return the FLOPs of a PPO update by phase; the names are those in seconds/NAME.
 
     Args:
-        episodes: of the update's prompts and responses, once.
-        texts: of all its text blocks.
-        num_epochs: passes over the episodes; not whole where an update ended early.
+        episodes: Work of one pass over the update's prompts and responses.
+        texts: Work of one pass over all its text blocks.
+        num_epochs: Passes over the episodes; a fraction if the update ended early.
     """
     policy_pass = forward_flops(policy, episodes)
     value_pass = forward_flops(value_model, episodes)
     training = training_flops(policy, episodes) + training_flops(value_model, episodes)
     return {
-        "rollout": policy_pass,  # a token at a time, by the cached keys and values
+        "rollout": policy_pass,  # one token at a time with cached keys and values: the same FLOPs
         "score": sum(forward_flops(size, episodes) for size in reward_models),
         "logprobs": policy_pass,
         "reference": policy_pass,
@@ -150,7 +154,7 @@ def _work_of_tree(tree: PromptTree) -> Work:
 
 
 def _shape(parameter: Tensor) -> torch.Size:
-    """The whole one, where ZeRO-3 leaves a part, or nothing."""
+    """Return the shape of the whole parameter, of which ZeRO-3 may hold only a part, or nothing."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 

@@ -1,8 +1,8 @@
-"""Figures that stages and experiments report, and their intervals: accuracies, win rates, means.
+"""Computes accuracies, win rates and means with the intervals that stages and experiments report.
 
-Samples of one prompt resemble each other, so they are no independent trials: whatever is measured
-several times a prompt gets its interval by drawing whole prompts (the cluster bootstrap, Davison
-and Hinkley 1997, section 3.8), not single values.
+Samples of one prompt resemble each other, so they are not independent trials. If something is
+measured several times per prompt, its interval comes from drawing whole prompts, not single values
+(the cluster bootstrap, Davison and Hinkley 1997, section 3.8).
 """
 
 import math
@@ -22,13 +22,14 @@ Z_975 = 1.959964
 """Quantile 0.975 of the normal distribution."""
 
 NUM_RESAMPLES = 2000
+"""Sets of clusters that a bootstrap draws."""
 
 ONE_ANSWER_ODDS = 3.0
 """Factor by which the odds of one answer must grow to be suspicious."""
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95 % interval."""
+    """A number and its 95 % interval."""
 
     value: float
     interval: tuple[float, float]
@@ -40,15 +41,15 @@ def bootstrap_interval(
     *,
     num_resamples: int = NUM_RESAMPLES,
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean of all values, clusters drawn with replacement.
+    """Return the 95 % percentile interval of the mean, drawing clusters with replacement.
 
     Args:
-        values_by_cluster: values of each cluster (of a prompt, say); empty clusters are left out.
-        seed: of the draws; equal seeds give equal intervals.
-        num_resamples: sets of clusters drawn.
+        values_by_cluster: Values of each cluster, such as a prompt. Empty clusters are left out.
+        seed: Seed of the draws; equal seeds give equal intervals.
+        num_resamples: How many sets of clusters are drawn.
 
     Returns:
-        (low, high); (nan, nan) with fewer than two clusters, which tell nothing of their spread.
+        (low, high); (nan, nan) for fewer than two clusters, which say nothing about their spread.
     """
     clusters = [cluster for cluster in values_by_cluster if len(cluster) > 0]
     if len(clusters) < 2:
@@ -65,13 +66,15 @@ def bootstrap_interval(
 
 
 FEW_CLUSTERS = 20
+"""Number of clusters from which `share_interval` trusts the bootstrap alone."""
 
 
 def share_interval(values_by_cluster: Sequence[Sequence[float]], seed: int) -> tuple[float, float]:
-    """95 % interval of a share: `bootstrap_interval`, widened where there are few clusters.
+    """Return the 95 % interval of a share: `bootstrap_interval`, wider if there are few clusters.
 
     A bootstrap cannot draw what no cluster showed, so two prompts that agree would give an interval
-    without width. With fewer than FEW_CLUSTERS it covers Wilson's (1927) for as many trials too.
+    of width 0. For fewer than FEW_CLUSTERS, it therefore also covers Wilson's interval (1927) for
+    that many trials.
     """
     low, high = bootstrap_interval(values_by_cluster, seed)
     clusters = [cluster for cluster in values_by_cluster if len(cluster) > 0]
@@ -83,7 +86,7 @@ def share_interval(values_by_cluster: Sequence[Sequence[float]], seed: int) -> t
 
 
 def wilson_interval(share: float, num_trials: int) -> tuple[float, float]:
-    """95 % interval of a probability of which a share of independent trials came true (Wilson
+    """Return the 95 % interval of a probability, from a share of independent trials (Wilson
     1927)."""
     spread = Z_975**2 / num_trials
     centre = (share + spread / 2) / (1 + spread)
@@ -94,15 +97,16 @@ def wilson_interval(share: float, num_trials: int) -> tuple[float, float]:
 def win_rate(
     scores_a: Sequence[Sequence[float]], scores_b: Sequence[Sequence[float]], seed: int = 0
 ) -> Estimate:
-    """How often a response of a beats one of b to the same prompt, ties half.
+    """Return how often a response of a beats one of b to the same prompt; a tie counts half.
 
     Args:
-        scores_a: scores of each prompt's responses by a.
-        scores_b: the same prompts' by b; of a prompt, every response is compared with every one.
-        seed: of the bootstrap over prompts that gives the interval.
+        scores_a: Scores of a's responses by prompt.
+        scores_b: Scores of b's responses to the same prompts. Within a prompt, every response of a
+            is compared with every one of b.
+        seed: Seed of the bootstrap over prompts, which gives the interval.
 
     Raises:
-        ValueError: the two have not the same prompts, or no response at all.
+        ValueError: The two have different prompts, or there are no responses.
     """
     if len(scores_a) != len(scores_b):
         raise ValueError(
@@ -121,15 +125,16 @@ def win_rate(
 def paired_difference(
     values_a: Sequence[Sequence[float]], values_b: Sequence[Sequence[float]], seed: int = 0
 ) -> Estimate:
-    """Mean over prompts of a's mean less b's, and its interval by drawing prompts.
+    """Return the mean over prompts of a's mean minus b's; the interval comes from drawing prompts.
 
     Args:
-        values_a: values of each prompt's responses by a.
-        values_b: the same prompts' by b; prompts for which either has none are left out.
-        seed: of the bootstrap.
+        values_a: Values of a's responses by prompt.
+        values_b: Values of b's, for the same prompts. Prompts for which either has none are left
+            out.
+        seed: Seed of the bootstrap.
 
     Returns:
-        (nan, (nan, nan)) where no prompt is left.
+        (nan, (nan, nan)) if no prompt is left.
     """
     differences = [
         math.fsum(a) / len(a) - math.fsum(b) / len(b)
@@ -143,7 +148,7 @@ def paired_difference(
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of independent values and its standard error, nan for fewer than two."""
+    """Return the mean of independent values and its standard error; nan for fewer than two."""
     if not values:
         return math.nan, math.nan
     error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -151,12 +156,12 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def t_interval(values: Sequence[float]) -> Estimate:
-    """Mean of a few independent values, such as of one run a seed, and its 95 % t interval.
+    """Return the mean of a few independent values, such as one per seed, with its 95 % t interval.
 
     The interval is (nan, nan) for a single value.
 
     Raises:
-        ValueError: there is no value, or there are more than T_975 has quantiles for.
+        ValueError: There is no value, or more values than T_975 has quantiles for.
     """
     most = len(T_975) + 1
     if not 1 <= len(values) <= most:
@@ -167,17 +172,17 @@ def t_interval(values: Sequence[float]) -> Estimate:
 
 
 def best_of_n(proxy: Sequence[float], values: Sequence[float], n: int) -> float:
-    """Expected value of the response that the proxy likes best among n of these N.
+    """Return the expected value of the response that the proxy likes best among n of these N.
 
         R_n = sum_{i=n..N} C(i-1, n-1) / C(N, n) * value(y_i),   y sorted by proxy, worst first
 
-    An unbiased estimate of best-of-n from N >= n samples of one prompt: y_i is the best of
-    C(i-1, n-1) of the C(N, n) subsets (Nakano et al. 2021, appendix I). Among responses that the
-    proxy scores alike the choice is taken to be random: each counts with the mean of its group.
+    This is an unbiased estimate of best-of-n from N >= n samples of one prompt: y_i is the best of
+    C(i-1, n-1) of the C(N, n) subsets (Nakano et al. 2021, appendix I). Among responses with equal
+    proxy scores the choice is random, so each counts with the mean of its group.
 
     Args:
         proxy: (N,) scores that choose.
-        values: (N,) what is wanted of the chosen response: its gold score, its length, its proxy.
+        values: (N,) what to measure of the chosen response: its gold score, its length, its proxy.
 
     Raises:
         ValueError: n is not 1 to N.
@@ -194,10 +199,10 @@ def best_of_n(proxy: Sequence[float], values: Sequence[float], n: int) -> float:
 
 
 def best_of_n_kl(n: int) -> float:
-    """Nats from the sampled policy to its best-of-n, ln n - (n-1)/n (Stiennon et al. 2020, G.3).
+    """Return the nats from a policy to its best-of-n, ln n - (n-1)/n (Stiennon et al. 2020, G.3).
 
-    Exact where no two responses have one score; an upper bound for a policy with few different
-    responses, whose best-of-n has fewer places to go (Beirami et al. 2024).
+    It is exact if no two responses have the same score. For a policy with few different responses
+    it is an upper bound (Beirami et al. 2024).
     """
     return math.log(n) - (n - 1) / n
 
@@ -206,13 +211,13 @@ Answer = TypeVar("Answer", bound=Hashable)
 
 
 def most_frequent_answer(answers_by_prompt: Sequence[Sequence[Answer]]) -> tuple[Answer, float]:
-    """The answer that the most prompts get, and their share of all prompts.
+    """Return the answer that most prompts get, and its share of all prompts.
 
-    A prompt that was asked several times counts for the share of its answers that are this one. Of
-    equally frequent answers it is the one that came first.
+    A prompt that was asked several times counts by the share of its answers that are this one.
+    Among equally frequent answers, the first one wins.
 
     Args:
-        answers_by_prompt: answers to each prompt, at least one; a prompt must not come twice.
+        answers_by_prompt: Answers to each prompt, at least one. A prompt must not occur twice.
     """
     shares: dict[Answer, float] = {}
     for answers in answers_by_prompt:
@@ -223,21 +228,21 @@ def most_frequent_answer(answers_by_prompt: Sequence[Sequence[Answer]]) -> tuple
 
 
 def is_one_answer(share: float, share_before: float, max_share: float) -> bool:
-    """Whether one answer goes to too many prompts: to more than max_share of them, and its odds,
-    share / (1 - share), have more than ONE_ANSWER_ODDS times those of the policy before.
+    """Return whether one answer goes to too many prompts.
 
-    The second condition leaves alone a task that has few right answers, such as yes and no. Odds
-    and not shares, since a share of 0.4 cannot become three times as large.
+    Two conditions must hold. The share is above max_share. The odds, share / (1 - share), are more
+    than ONE_ANSWER_ODDS times those of the earlier policy. The second one spares a task with few
+    right answers, such as yes and no. It uses odds, since a share of 0.4 cannot triple.
     """
     odds, odds_before = share * (1 - share_before), share_before * (1 - share)
     return share > max_share and odds > ONE_ANSWER_ODDS * odds_before
 
 
 def distinct_bigrams(responses: Sequence[Sequence[int]]) -> float:
-    """Different pairs of neighbouring tokens as a share of all pairs (distinct-2, Li et al. 2016).
+    """Return the share of different pairs of neighbouring tokens (distinct-2, Li et al. 2016).
 
-    It falls with the number of tokens, so compare it only on batches of one size and kind. 0
-    without any pair.
+    It falls with the number of tokens, so compare it only on batches of the same size and kind. It
+    is 0 if there are no pairs.
     """
     bigrams = [pair for response in responses for pair in pairwise(response)]
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0

@@ -1,20 +1,20 @@
-"""Loading, changing, saving and asking models of any architecture that transformers loads.
+"""Loads, changes, saves and runs models of any architecture that transformers loads.
 
 settings.py            which model to load, and its adapter
-tokenizers.py          the tokenizer of a model, with chat template and ends
-full.py                a full model with every weight from its folder, or a refusal
+tokenizers.py          the tokenizer of a model, with chat template and end tokens
+full.py                a full model with every weight from its folder, or an error
 adapters.py            LoRA adapters: their files and their place in a model
 loading.py             policies and scalar models, with or without an adapter
-scalar.py              one number a token: reward and value models
-limits.py              what a model can read: ids that it embeds, positions
+scalar.py              reward and value models: one number per token
+limits.py              which token ids and how many positions a model can read
 empty.py               models without weights, from their config alone
 shared_bases.py        several models over one copy of their frozen weights
 saving.py              folders that transformers loads as they are
 interop.py             names that transformers 4 reads in a saved folder
 gguf.py                a GGUF file as an ordinary model
 architectures.py       what differs between architectures
-packed_attention.py    attention over packed rows, only what the mask allows
-layout.py              how trees become rows for a model, by trying
+packed_attention.py    attention over packed rows, computing only what the mask allows
+layout.py              how prompt trees become rows for a model, found by a test pass
 heads.py               log-probabilities of a policy over a packed row
-passes.py              packed passes without gradient over many trees
+passes.py              packed passes without gradient over many prompt trees
 """

@@ -1,8 +1,8 @@
-"""LoRA adapters (Hu et al. 2021): their files, which PEFT loads as they are, and their place in a
-model, y = W x + alpha / rank * B A x with W frozen.
+"""Loads, trains and saves LoRA adapters (Hu et al. 2021), in PEFT's file format.
 
-A folder holds one adapter over a full model, its base. A stage that starts from an adapter trains a
-copy of it on over the same base, so adapters are never stacked, nor merged between stages.
+A layer with an adapter computes y = W x + alpha / rank * B A x with W frozen. A folder holds one
+adapter over a full model, its base. A stage that starts from an adapter continues to train a copy
+of it over the same base. So adapters are never stacked, nor merged between stages.
 
     adapter_config.json          rank, alpha, layers, and the path of the base
     adapter_model.safetensors    A and B of every layer, and the head of a reward model
@@ -40,10 +40,10 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 HEAD = "score.weight"
 
 _NAME = "default"
-"""PEFT's name of the one adapter of a model."""
+"""PEFT's name for the only adapter of a model."""
 _LAYER = re.compile(rf"\.lora_[AB]\.{_NAME}\.weight$")
 _PREFIX = "base_model.model."
-"""In front of every name in a file of PEFT's."""
+"""PEFT puts this in front of every name in a file."""
 _READ = {
     "base_model_name_or_path",
     "peft_type",
@@ -62,32 +62,32 @@ _UNUSED = {
     "peft_version",
     "revision",
 }
-"""Fields of adapter_config.json that change nothing of what a loaded adapter computes."""
+"""Fields of adapter_config.json that do not change what a loaded adapter computes."""
 _HARMLESS_STARTS = (True, False, "gaussian")
-"""Values of init_lora_weights that leave the base's weights as they are."""
+"""Values of init_lora_weights that leave the base's weights unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """What a folder says of its adapter."""
+    """What a folder records about its adapter."""
 
     base: str
     """Folder or hub id of the full model."""
     base_sha256: str | None
-    """`weights_sha256` of the base; None: not recorded, the adapter was made elsewhere."""
+    """`weights_sha256` of the base. None means not recorded: another program made the adapter."""
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
     has_head: bool
-    """Whether it is a reward model's."""
+    """Whether it belongs to a reward model and includes the head."""
 
 
 def find_adapter(path: str) -> Adapter | None:
-    """The adapter of a folder, its base compared with what it was trained on; None: a full model.
+    """Return a folder's adapter after checking its base's hash; None if it holds a full model.
 
     Raises:
-        ValueError: no plain LoRA adapter, or the base has other weights than it had.
-        OSError: the base is not there.
+        ValueError: It is no plain LoRA adapter, or its base has other weights than in training.
+        OSError: The base does not exist.
     """
     if not (Path(path) / CONFIG_FILE).is_file():
         return None
@@ -113,10 +113,10 @@ def find_adapter(path: str) -> Adapter | None:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """What the folder says; nothing is compared.
+    """Read what the folder records, without comparing the base.
 
     Raises:
-        ValueError: no LoRA adapter, or one with more to it than A and B.
+        ValueError: It is no LoRA adapter, or one with more than A and B.
     """
     path = Path(folder) / CONFIG_FILE
     try:
@@ -129,12 +129,14 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def weights_sha256(path: str) -> str:
-    """Of all *.safetensors files of a full model, one after the other in the order of their names
-    (`cat *.safetensors | sha256sum`); for a hub id its commit.
+    """Return the SHA-256 of a full model's weights; for a hub id, its commit.
+
+    It covers all *.safetensors files in the order of their names, as
+    `cat *.safetensors | sha256sum` does.
 
     Raises:
-        ValueError: the folder holds no safetensors file, or is an adapter itself.
-        OSError: no such folder or hub id.
+        ValueError: The folder holds no safetensors file, or is an adapter itself.
+        OSError: There is no such folder or hub id.
     """
     folder = Path(path)
     if not folder.exists():
@@ -155,11 +157,12 @@ def weights_sha256(path: str) -> str:
 
 
 def new_adapter(model: PreTrainedModel, base: str, settings: LoraSettings) -> None:
-    """Freezes a full model and puts a new adapter on it: A random from torch's generator, B = 0,
-    so that it computes what it did.
+    """Freeze a full model and add a new adapter to it.
+
+    A is random, from torch's generator. B is 0, so the model computes what it did before.
 
     Args:
-        base: path of the model, as the adapter will record it.
+        base: Path of the model, as the adapter will record it.
 
     Raises:
         ValueError: target_modules names no layer, or layers that cannot have an adapter.
@@ -170,9 +173,11 @@ def new_adapter(model: PreTrainedModel, base: str, settings: LoraSettings) -> No
 def empty_adapter(
     model: PreTrainedModel, base: str, settings: LoraSettings, adapter: Adapter | None = None
 ) -> None:
-    """Puts on a model without data what new_adapter, or load_adapter with the adapter of a folder,
-    puts on one with data; no weights are read."""
-    with torch.device("meta"):  # else PEFT moves what it makes, and fake tensors cannot be moved
+    """Add an adapter to a model without data, reading no weights.
+
+    With `adapter`, from a folder, it stands for load_adapter; otherwise for new_adapter."""
+    # On the meta device, because PEFT moves what it makes, and fake tensors cannot be moved.
+    with torch.device("meta"):
         _inject(model, adapter or _adapter_over(model, base, None, settings))
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -184,13 +189,13 @@ def empty_adapter(
 def load_adapter(
     model: PreTrainedModel, folder: str, adapter: Adapter, *, new_head: bool = False
 ) -> None:
-    """Freezes a base and puts the adapter of a folder on it, to be trained on or only used.
+    """Freeze a base and add the adapter of a folder to it, to be trained further or only used.
 
     Args:
-        new_head: the head of the model is not in the folder, or not wanted.
+        new_head: Whether to leave out the head: it is not in the folder, or not wanted.
 
     Raises:
-        ValueError: weights are missing, unknown, or of another shape.
+        ValueError: Weights are missing, unknown, or have another shape.
     """
     _inject(model, adapter)
     path = Path(folder) / WEIGHTS_FILE
@@ -215,7 +220,7 @@ def load_adapter(
 
 
 def check_same(folder: str, adapter: Adapter, settings: LoraSettings) -> None:
-    """Refuses settings of another adapter than the one that a folder holds."""
+    """Refuse settings that describe another adapter than the one in the folder."""
     pairs: list[tuple[str, Any, Any]] = [
         ("rank", settings.rank, adapter.rank),
         ("alpha", settings.alpha, adapter.alpha),
@@ -233,9 +238,9 @@ def check_same(folder: str, adapter: Adapter, settings: LoraSettings) -> None:
 
 
 def merge_adapter(model: PreTrainedModel) -> None:
-    """W + alpha / rank * B A in the place of W, and no adapter; all weights can be trained.
+    """Replace W by W + alpha / rank * B A and remove the adapter; all weights become trainable.
 
-    Not for a model that shares its weights with others: theirs would change with them.
+    Do not use it on a model that shares its weights with others: theirs would change too.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
@@ -249,17 +254,17 @@ def merge_adapter(model: PreTrainedModel) -> None:
 
 
 def adapter_of(model: nn.Module) -> Adapter | None:
-    """The adapter that a model has; None: all its weights are its own."""
+    """Return the adapter that a model has; None if it has none."""
     return getattr(model, "lora_adapter", None)
 
 
 def adapter_weights(
     model: PreTrainedModel, state: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """A and B of every layer and a classifier's head, by their names in a file.
+    """Return A and B of every layer and a classifier's head, by their names in a file.
 
     Args:
-        state: the model's state dict, where it had to be gathered; None: its own.
+        state: The model's state dict if it had to be gathered. None means the model's own.
     """
     state = model.state_dict() if state is None else state
     return {
@@ -272,10 +277,10 @@ def adapter_weights(
 def save_adapter(
     model: PreTrainedModel, folder: str | Path, state: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Writes the adapter's three files (see the head of this module).
+    """Write the adapter's three files (listed at the top of this module).
 
     Args:
-        state: as in `adapter_weights`.
+        state: As in `adapter_weights`.
     """
     adapter = adapter_of(model)
     assert adapter is not None
@@ -307,18 +312,19 @@ def _adapter_over(
 
 
 def _inject(model: PreTrainedModel, adapter: Adapter) -> None:
-    """LoRA layers in place, so that the model stays what it is to all other code."""
+    """Replace layers by LoRA layers inside the model, so that other code sees the same model."""
     config = LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # any number divides by the rank
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides it by the rank
         target_modules=list(adapter.target_modules),
         task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
     )
     model.requires_grad_(False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2's; PEFT sets it right
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # GPT-2's; PEFT corrects it
         model.add_adapter(config)
-    model.__dict__["lora_adapter"] = adapter  # what a module assigns is a tensor or a module
+    # torch's annotations allow only tensors and modules as attributes of a module.
+    model.__dict__["lora_adapter"] = adapter
     for name, parameter in model.named_parameters():
         if _is_trained(name):
             parameter.data = parameter.data.float()
@@ -326,7 +332,7 @@ def _inject(model: PreTrainedModel, adapter: Adapter) -> None:
 
 
 def _targets(model: PreTrainedModel, settings: LoraSettings) -> list[str]:
-    """Last names of the linear layers that get an adapter."""
+    """Return the last part of the names of the linear layers that get an adapter."""
     body = body_of(model)
     linear = [n for n, m in body.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     known = {name.rpartition(".")[2] for name in linear}
@@ -402,10 +408,10 @@ def _parse(values: Mapping[str, Any], base_sha256: str | None) -> Adapter:
 
 @functools.cache
 def _sha256(files: tuple[Path, ...], states: tuple[tuple[int, int], ...]) -> str:
-    """Of the files' contents; `states` (sizes and times) only tell a changed file from a known."""
+    """Hash the files' contents. `states` (sizes and times) only detect that a file changed."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
+            while block := stream.read(1 << 22):  # 4 MiB
                 digest.update(block)
     return digest.hexdigest()

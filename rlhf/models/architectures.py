@@ -1,7 +1,8 @@
-"""What differs between architectures: the arguments they take, where their body and head are, which
-attention they have, and whether a token's probability depends on later tokens.
+"""Finds out what differs between architectures.
 
-Nothing here names an architecture: a model is asked, or tried out.
+Differences are: the arguments of the forward pass, where body and head are, which attention there
+is, and whether a token's probability depends on later tokens. The code here names no architecture:
+it inspects the model, or tries it.
 """
 
 import copy
@@ -30,7 +31,7 @@ NO_POLICY = (
     "TokenClassification",
     "QuestionAnswering",
 )
-"""Ends of the names of classes whose weights hold another head than a language model's."""
+"""Endings of class names whose weights hold another head than a language model's."""
 
 
 @functools.cache
@@ -39,32 +40,32 @@ def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
 
 
 def accepts(model: nn.Module, name: str) -> bool:
-    """Whether the forward pass of a model has this argument by name."""
+    """Return whether the forward pass of a model has an argument of this name."""
     return name in _parameters(type(model).forward)
 
 
 def accepted(model: nn.Module, **arguments: Any) -> dict[str, Any]:
-    """Those of the arguments that the model's forward pass has by name.
+    """Return those arguments that the model's forward pass has by name.
 
-    The rest would be dropped in silence by a forward pass with **kwargs, or refused by others.
+    A forward pass with **kwargs would drop the others without an error; the rest would refuse them.
     """
     return {name: value for name, value in arguments.items() if accepts(model, name)}
 
 
 def find_body(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The model without its head; None where it cannot be told from the whole."""
+    """Return the model without its head; None where no part of it is the body."""
     if isinstance(model.base_model, PreTrainedModel) and model.base_model is not model:
         return model.base_model
-    # base_model is the model itself where its class names a body that it has not, as Llama 4's.
+    # base_model is the model itself if its class names a body that it lacks, such as Llama 4's.
     parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
     return parts[0] if len(parts) == 1 else None
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
-    """`find_body`.
+    """Return the model without its head, as `find_body`, or raise an error.
 
     Raises:
-        ValueError: there is none.
+        ValueError: The model has no known body.
     """
     body = find_body(model)
     if body is None:
@@ -76,7 +77,7 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def with_attention(load: Callable[[str], Any], attention: str) -> Any:
-    """What `load` gives for this attention, or for eager where the architecture has no sdpa."""
+    """Return load(attention), or load("eager") if the architecture has no sdpa."""
     try:
         return load(attention)
     except ValueError as error:
@@ -86,10 +87,10 @@ def with_attention(load: Callable[[str], Any], attention: str) -> Any:
 
 
 def check_is_policy(config: PretrainedConfig, path: str) -> None:
-    """Refuses a folder whose weights are a reward model's or another classifier's.
+    """Refuse a folder that holds a reward model or another classifier.
 
     Raises:
-        ValueError: config.json names such a class, or transformers can make no policy of it.
+        ValueError: config.json names such a class, or transformers cannot make a policy from it.
     """
     check_is_known(config, path)
     for name in config.architectures or ():
@@ -101,7 +102,7 @@ def check_is_policy(config: PretrainedConfig, path: str) -> None:
 
 
 def check_is_known(config: PretrainedConfig, path: str) -> None:
-    """Raises ValueError where neither transformers nor code in the folder has a causal LM of it."""
+    """Raise ValueError if neither transformers nor the folder's code has a causal LM for it."""
     own = getattr(config, "auto_map", None) or {}
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own:
         raise ValueError(
@@ -112,15 +113,16 @@ def check_is_known(config: PretrainedConfig, path: str) -> None:
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel, path: str) -> None:
-    """Refuses a model in which later tokens change what an earlier one is followed by.
+    """Refuse a model in which later tokens change the prediction after an earlier one.
 
-    Eight tokens are read twice, with other tokens after them. Such a model would see the token that
-    it is to predict, so that its losses and log-probabilities would say nothing.
+    It reads eight tokens twice, with different tokens after them. A model whose predictions differ
+    sees the token that it is to predict, so its losses and log-probabilities would mean nothing.
 
     Raises:
-        ValueError: the two passes differ.
+        ValueError: The two passes differ.
     """
     top = num_embeddings(model) - 1
+    # Two texts of 16 ids, equal in the first eight and different after them.
     ids = torch.tensor([[1 + (7 * i + 3 * j * (i > 7)) % top for i in range(16)] for j in (0, 1)])
     ids = ids.to(model.device)
     try:
@@ -134,9 +136,11 @@ def check_causal(model: PreTrainedModel, path: str) -> None:
             "needs nothing but text"
         ) from error
     scale = first.abs().max().item()
+    # Shares of the largest value, above rounding: bfloat16 keeps 8 bits (0.4 %).
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.02
     difference = (first - second).abs().max().item()
-    if difference > tolerance * max(scale, 1e-6):  # what is no number is told where it is used
+    # 1e-6 allows for features that are all 0. A NaN passes here; whoever uses it reports it.
+    if difference > tolerance * max(scale, 1e-6):
         raise ValueError(
             f"the model at {path} ({type(model).__name__}) is bidirectional: what it says of a "
             f"token depends on later tokens (by {difference:.2g} of {scale:.2g}), so it cannot be "
@@ -145,24 +149,24 @@ def check_causal(model: PreTrainedModel, path: str) -> None:
 
 
 def hidden_states(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
-    """Last hidden states (batch, sequence, model) of a model's body.
+    """Return the last hidden states (batch, sequence, model) of a model's body.
 
     Raises:
-        ValueError: as body_of.
+        ValueError: As body_of.
     """
     body = body_of(model)
     return body(**inputs, **accepted(body, use_cache=False))[0]
 
 
 def features_of(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
-    """What passes are compared by: hidden states, or logits of a policy without a known body."""
+    """Return what passes are compared by: hidden states, or logits if the body is unknown."""
     if find_body(model) is not None:
         return hidden_states(model, **inputs)
     return model(**inputs, **accepted(model, use_cache=False)).logits
 
 
 def num_embeddings(model: PreTrainedModel) -> int:
-    """Token ids that the model can both read and write."""
+    """Return the number of token ids that the model can both read and write."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     rows = weight.shape[0]
@@ -171,11 +175,11 @@ def num_embeddings(model: PreTrainedModel) -> int:
 
 
 def scalar_class(config: PretrainedConfig) -> Any:
-    """What makes a scalar model of this config: transformers' sequence classifier where there is
-    one with a head `score`, else a class of our own over the body of the causal LM.
+    """Return the class that makes a scalar model from this config.
 
-    A folder of the latter is read by rlhf.models.loading.load_scalar, and its body by AutoModel;
-    the whole has no class in transformers.
+    It is transformers' sequence classifier if there is one with a head `score`. Otherwise it is a
+    class of our own over the body of the causal LM. rlhf.models.loading.load_scalar reads a folder
+    of our class; transformers' AutoModel reads only its body.
     """
     if "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {}):
         return AutoModelForSequenceClassification
@@ -185,7 +189,7 @@ def scalar_class(config: PretrainedConfig) -> Any:
 
 
 def from_config(auto_class: Any, config: PretrainedConfig, **arguments: Any) -> Any:
-    """auto_class.from_config, also for a class of `scalar_class`."""
+    """Call auto_class.from_config; also works for a class from `scalar_class`."""
     if isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel):
         arguments.pop("trust_remote_code", None)
         text = config.get_text_config()
@@ -195,7 +199,7 @@ def from_config(auto_class: Any, config: PretrainedConfig, **arguments: Any) -> 
 
 
 _scalar_classes: dict[type, Any] = {}
-"""By the class of the config."""
+"""Cache of `scalar_class`, by the class of the config."""
 
 
 def _find_scalar_class(config: PretrainedConfig) -> Any:
@@ -212,7 +216,7 @@ def _find_scalar_class(config: PretrainedConfig) -> Any:
 
 
 def _scalar_over(causal_class: Any) -> Any:
-    """A causal LM whose unembedding is replaced by a head with one output, `score`."""
+    """Return a causal LM class whose unembedding is replaced by `score`, a head with one output."""
 
     class Scalar(causal_class):
         def __init__(self, config: PretrainedConfig, *arguments: Any, **settings: Any) -> None:
@@ -236,13 +240,13 @@ def _scalar_over(causal_class: Any) -> Any:
             return None
 
         def forward(self, **inputs: Any) -> Tensor:
-            """A number for every token (batch, sequence)."""
+            """Return a number for every token (batch, sequence)."""
             return self.score(hidden_states(self, **inputs)).squeeze(-1)
 
     stem = re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "", causal_class.__name__)
-    # Not ...ForSequenceClassification: transformers may have that, with another kind of head.
+    # Not ...ForSequenceClassification: transformers may have that class, with another head.
     Scalar.__name__ = Scalar.__qualname__ = f"{stem}WithScore"
-    # transformers leaves out a part of the initialization of classes that are not its own, which
-    # buffers outside the files need (Falcon H1's).
+    # transformers skips part of the initialization for classes outside its own modules. Buffers
+    # that are in no file need that part (Falcon H1's).
     Scalar.__module__ = causal_class.__module__
     return Scalar

@@ -1,4 +1,4 @@
-"""Models without weights, from their config alone; under FakeTensorMode they take no memory."""
+"""Makes models without weights from their config; under FakeTensorMode they take no memory."""
 
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,15 @@ from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
 def empty_policy(
     settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, *, is_shared: bool = False
 ) -> PreTrainedModel:
-    """The causal LM that load_policy gives, from its config alone: no weights are read. Under
-    torch's FakeTensorMode it takes no memory.
+    """Make the causal LM that load_policy returns, from its config alone, reading no weights.
+
+    Under torch's FakeTensorMode it takes no memory.
 
     Args:
-        is_shared: as with `bases` in load_policy.
+        is_shared: Whether load_policy would get `bases`.
 
     Raises:
-        ValueError, OSError: the config cannot be read, or `lora` asks for another adapter.
+        ValueError, OSError: The config cannot be read, or `lora` asks for another adapter.
     """
     model = _empty(AutoModelForCausalLM, settings, lora, is_shared)
     find_plain_head(model)
@@ -39,7 +40,7 @@ def empty_policy(
 def empty_scalar(
     settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, *, is_shared: bool = False
 ) -> ScalarModel:
-    """The scalar model that load_scalar gives, as `empty_policy`."""
+    """Make the scalar model that load_scalar returns; see `empty_policy`."""
     auto_class = AutoModelForSequenceClassification
     return ScalarModel(_empty(auto_class, settings, lora, is_shared, num_labels=1))
 

@@ -1,4 +1,4 @@
-"""A full model with every weight from its folder; what cannot be one is refused by its name."""
+"""Loads a full model with every weight from its folder; refuses by name what is not one."""
 
 import importlib.util
 import warnings
@@ -18,9 +18,9 @@ from rlhf.models.settings import ModelSettings
 
 
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Evaluation mode, and every dropout rate 0 also in training mode.
+    """Set evaluation mode, and every dropout rate to 0, so that training mode has none either.
 
-    With dropout the ratio of PPO's first step is not 1 and the KL is noise (recipe: checklist 19).
+    With dropout, the ratio of PPO's first step is not 1 and the KL is noise (recipe: checklist 19).
     The saved config keeps the architecture's own rates.
     """
     for module in model.modules():
@@ -34,17 +34,19 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """In training mode each layer's activations are computed again in the backward pass: memory
-    for one layer instead of all, about a third more time, the same gradients."""
+    """Make each layer recompute its activations in the backward pass, in training mode.
+
+    It takes memory for one layer instead of all and about a third more time. The gradients are the
+    same."""
     with warnings.catch_warnings():
-        # transformers 5.23's new name for it is not there in 5.19
+        # The new name of this method in transformers 5.23 does not exist in 5.19.
         warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences transformers' bars and its loading report, which this module reads itself."""
+    """Silence transformers' progress bars and its loading report, which this module checks."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -62,7 +64,7 @@ def load_full(
     new_weights: Sequence[str] = (),
     quantize: str = "none",
 ) -> Any:
-    """A full model with every weight from its folder, but for those that are to be new."""
+    """Load a full model with every weight from its folder, except those in `new_weights`."""
     check_folder(settings.path)
     arguments: dict[str, Any] = {}
     if auto_class is AutoModelForSequenceClassification:
@@ -81,9 +83,9 @@ def load_full(
             dtype=dtype_of(settings),
             attn_implementation=attention,
             trust_remote_code=settings.trust_remote_code,
-            use_safetensors=True,  # a .bin is a pickle, which runs code of its own
+            use_safetensors=True,  # a .bin file is a pickle, which can run code
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, each by its name
+            ignore_mismatched_sizes=True,  # _refuse_missing refuses them, each by its name
             **arguments,
         )
 
@@ -94,7 +96,7 @@ def load_full(
 
 
 def class_for(auto_class: Any, config: Any, path: str) -> Any:
-    """The class that loads, once it is known that the folder can be what it is to be."""
+    """Return the class that loads this model, or refuse a folder that does not fit `auto_class`."""
     if auto_class is AutoModelForSequenceClassification:
         check_is_known(config, path)
         with quiet(), naming_model(path):
@@ -104,7 +106,7 @@ def class_for(auto_class: Any, config: Any, path: str) -> Any:
 
 
 def _four_bits(settings: ModelSettings) -> Any:
-    """NF4 with double quantisation (Dettmers et al. 2023)."""
+    """Return settings for NF4 with double quantisation (Dettmers et al. 2023)."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             "lora.quantize is 4bit, which needs bitsandbytes: pip install bitsandbytes; or give "
@@ -122,7 +124,7 @@ def _four_bits(settings: ModelSettings) -> Any:
 
 @contextmanager
 def naming_model(path: str) -> Iterator[None]:
-    """Says which model was meant in whatever transformers makes of files that it cannot use."""
+    """Name the model in any error that transformers raises because of its files."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
@@ -139,7 +141,7 @@ def dtype_of(settings: ModelSettings) -> torch.dtype:
 
 
 def check_folder(path: str) -> None:
-    """A local path that is not there would else be taken for a hub id, with a puzzling message."""
+    """Refuse a path that holds no model. transformers would take a missing folder for a hub id."""
     folder = Path(path)
     if folder.exists() and not any(
         (folder / name).exists() for name in ("config.json", CONFIG_FILE)

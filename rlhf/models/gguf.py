@@ -1,4 +1,4 @@
-"""A GGUF file (llama.cpp's format, often quantised) as an ordinary model with plain weights."""
+"""Loads a GGUF file (llama.cpp's format, often quantised) as a model with plain weights."""
 
 from pathlib import Path
 
@@ -21,12 +21,12 @@ def load_gguf(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read a GGUF file's weights, dequantised, and its tokenizer.
 
-    transformers leaves a mark of the quantisation on the model, with which save_pretrained refuses;
-    the weights therefore move into a model made from the same config without the mark.
+    transformers marks the model as quantised, and save_pretrained refuses a marked model. So the
+    weights move into a model made from the same config without the mark.
 
     Raises:
-        ValueError: the file is no GGUF file.
-        OSError: the file cannot be read.
+        ValueError: The file is no GGUF file.
+        OSError: The file cannot be read.
     """
     file = Path(path)
     _check_magic(file)

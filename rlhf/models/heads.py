@@ -1,4 +1,4 @@
-"""Log-probabilities of a policy's response tokens over a packed row."""
+"""Computes log-probabilities of a policy's response tokens over a packed row."""
 
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,27 +12,29 @@ from rlhf.maths.logprobs import Head, TokenMoments, chunked_logprobs, chunked_mo
 from rlhf.models.architectures import accepted, accepts, body_of, find_body, hidden_states
 
 _plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""What `has_plain_head` found."""
+"""Answers that `has_plain_head` has found."""
 
 
 def response_logprobs(policy: nn.Module, row: PackedRow, temperature: float = 1.0) -> Tensor:
-    """Log-probability (tokens,) in nats of every response token of a packed row."""
+    """Return the log-probability (tokens,) in nats of every response token of a packed row."""
     features, head = _features_and_head(policy, row)
     return chunked_logprobs(features, row.targets, head, temperature)
 
 
 def response_moments(policy: nn.Module, row: PackedRow, temperature: float = 1.0) -> TokenMoments:
-    """`response_logprobs`, and each token's entropy and variance, all (tokens,); no gradient."""
+    """Return `response_logprobs` and each token's entropy and variance, all (tokens,).
+
+    Computes no gradient."""
     features, head = _features_and_head(policy, row)
     return chunked_moments(features, row.targets, head, temperature)
 
 
 @torch.no_grad()
 def has_plain_head(policy: nn.Module) -> bool:
-    """Whether logits are the unembedding of the last hidden states and nothing more.
+    """Return whether logits are the unembedding of the last hidden states and nothing more.
 
-    Some architectures scale or cap them afterwards (Gemma 2, Granite, Cohere); tried on three
-    tokens, bit for bit, once a model.
+    Some architectures scale or cap them afterwards (Gemma 2, Granite, Cohere). The test compares
+    both on three tokens bit for bit, once per model.
     """
     if policy not in _plain_heads:
         plain = False
@@ -50,14 +52,15 @@ def has_plain_head(policy: nn.Module) -> bool:
 
 
 def find_plain_head(policy: PreTrainedModel) -> None:
-    """Answers `has_plain_head` for a model without data, whose logits cannot be compared."""
+    """Note the answer of `has_plain_head` for a model without data; it has no logits to compare."""
     _plain_heads[policy] = _passes_logits_on(policy)
 
 
 @torch.no_grad()
 def _passes_logits_on(policy: PreTrainedModel) -> bool:
-    """What `has_plain_head` asks, of a model without data: is what the head gives what comes out,
-    and what the body gives what the head gets?"""
+    """Answer `has_plain_head` for a model without data, by which tensor goes where.
+
+    The head's output must be the model's output, and the body's output the head's input."""
     seen: list[Tensor] = []
     head = policy.get_output_embeddings()
     hooks = [
@@ -68,12 +71,12 @@ def _passes_logits_on(policy: PreTrainedModel) -> bool:
     for hook in hooks:
         hook.remove()
     *hidden, read, given = (tensor.untyped_storage()._cdata for tensor in seen)
-    # OPT goes round its own body's forward, so that there is no hidden to compare.
+    # OPT does not call its own body's forward pass, so there is no hidden state to compare.
     return all(one == read for one in hidden) and given == logits.untyped_storage()._cdata
 
 
 def _features_and_head(policy: nn.Module, row: PackedRow) -> tuple[Tensor, Head]:
-    """What predicts each response token (tokens, ...), and what makes logits of it."""
+    """Return what predicts each response token (tokens, ...), and the head that gives logits."""
     if has_plain_head(policy):
         assert isinstance(policy, PreTrainedModel)
         hidden = hidden_states(policy, **row.model_inputs)
@@ -84,5 +87,5 @@ def _features_and_head(policy: nn.Module, row: PackedRow) -> tuple[Tensor, Head]
 
 
 def _logits(policy: nn.Module, **inputs: Any) -> Tensor:
-    """Logits without a cache, and without the loss over its experts that a mixture may add."""
+    """Return logits, without a cache and without the router loss that a mixture of experts adds."""
     return policy(**inputs, **accepted(policy, use_cache=False, output_router_logits=False)).logits

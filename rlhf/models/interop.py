@@ -1,9 +1,9 @@
-"""Names that transformers 4 reads in a saved folder, beside those that transformers 5 writes.
+"""Adds to a saved folder the names that transformers 4 reads, next to those of transformers 5.
 
 Version 5 moved the settings of rotary positions into `rope_parameters`, and gives tokenizers a
-class that version 4 does not know. Version 4, and whatever reads config.json as it did, would take
-its own default base of the angles without a word, and could not load the tokenizer. Version 5 reads
-both names, which always say the same here.
+class that version 4 does not know. Version 4, and any program that reads config.json the same way,
+would use its own default base of the angles without a warning. It also could not load the
+tokenizer. Version 5 reads both names, which here always have the same value.
 """
 
 import json
@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")
-"""In `rope_parameters`, but beside `rope_scaling` and not in it."""
+"""Settings that version 4 has next to `rope_scaling`, not inside it."""
 
 _LONGROPE_FACTORS = ("short_factor", "long_factor")
-"""All that version 4 lets Phi-3 have in `rope_scaling`, beside its type."""
+"""All that version 4 allows in Phi-3's `rope_scaling`, besides its type."""
 
 _OWN_NAMES = {
     "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     "gpt_neox_japanese": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     "modernbert-decoder": {"rope_theta": "global_rope_theta", "local": "local_rope_theta"},
 }
-"""model_type -> what it calls a setting in version 4, where not as the others do; "local" is the
-base in layers with a window."""
+"""Maps a model_type to its names in version 4 where these differ from the usual ones. "local" is
+the base of the angles in layers with a window."""
 
 
 def name_as_before(folder: str | Path) -> None:
-    """Adds these names to the files of a folder, as far as they are there."""
+    """Add these names to the config and tokenizer files of a folder, if the files exist."""
     config, tokenizer = (Path(folder) / f"{name}.json" for name in ("config", "tokenizer_config"))
     if config.is_file():
         values = _read(config)
@@ -48,7 +48,7 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 
 def _add_rope_settings(config: dict[str, Any]) -> None:
-    """Also in the configs inside this one, such as the text model's of one that sees images too."""
+    """Add version 4's names, also in inner configs, such as the text model's of a vision model."""
     for value in config.values():
         if isinstance(value, dict) and "model_type" in value:
             _add_rope_settings(value)
@@ -57,7 +57,7 @@ def _add_rope_settings(config: dict[str, Any]) -> None:
         return
     names = {"local": "rope_local_base_freq"} | _OWN_NAMES.get(config.get("model_type", ""), {})
     settings = dict(rope)
-    if isinstance(full := rope.get("full_attention"), dict):  # each kind of layer has its own
+    if isinstance(full := rope.get("full_attention"), dict):  # settings by kind of layer
         settings = dict(full)
         local = rope.get("sliding_attention")
         if isinstance(local, dict) and "rope_theta" in local:
@@ -78,14 +78,16 @@ def _scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _prefix_space(path: Path) -> bool | None:
-    """Whether a tokenizer.json puts a space before a text; None: it does not say."""
+    """Return whether a tokenizer.json puts a space before a text; None if it does not say."""
     splitter = _read(path).get("pre_tokenizer") if path.is_file() else None
     return None if splitter is None else splitter.get("add_prefix_space")
 
 
 def _name_tokenizer(config: dict[str, Any], prefix_space: bool | None) -> None:
-    """The class that reads tokenizer.json as it is, special tokens without a name, and the space
-    before a text, which version 4 would take away unless told here too."""
+    """Name the tokenizer's class, special tokens and leading space as version 4 does.
+
+    The class must read tokenizer.json as it is. Without the setting for the space before a text,
+    version 4 would remove that space."""
     if prefix_space is not None:
         config["add_prefix_space"] = prefix_space
     if config.get("tokenizer_class") == "TokenizersBackend":

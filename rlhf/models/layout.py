@@ -1,4 +1,4 @@
-"""How trees become rows for one model, found by trying."""
+"""Finds by a test pass how prompt trees become rows for one model."""
 
 import warnings
 from dataclasses import replace
@@ -15,18 +15,19 @@ from rlhf.training.out_of_memory import is_of_the_device
 AttentionInterface.register("sdpa", segmented_sdpa)
 
 PACKING_TOLERANCE = 1e-3
-"""Largest difference of a logit between packed and plain passes that the probe accepts."""
+"""Largest difference that the test accepts between packed and separate passes in fp32."""
 
 
 def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
-    """How trees are laid out for this model: the first way that a probe finds to agree with
-    separate passes, which are themselves the last, one response a row.
+    """Return how trees are laid out for this model: the first layout that passes the test.
 
-    Models without an attention mask over positions (state space, ALiBi), with flash attention, or
-    with a window shorter than the probe's tree come to that.
+    A layout passes if its results agree with separate passes. If none does, every response gets
+    its own row. That happens to models without an attention mask over positions (state space,
+    ALiBi), with flash attention, or with a window shorter than the test's tree.
     """
     attention = model.config._attn_implementation
-    eager = model.dtype if attention == "eager" else None  # adds its mask: True would count as one
+    # Eager attention adds its mask to the scores, so True would count as 1.
+    eager = model.dtype if attention == "eager" else None
     masks = Packer(micro_batch_tokens, mask_dtype=eager)
     ways = [replace(masks, use_segments=True), masks] if attention == "sdpa" else [masks]
     packer = next((packer for packer in ways if _agrees(model, packer)), None)
@@ -44,12 +45,14 @@ def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
 
 @torch.no_grad()
 def _agrees(model: PreTrainedModel, packer: Packer) -> bool:
-    """Whether passes laid this way and separate passes agree, tried on two trees of 26 tokens.
+    """Return whether packed and separate passes agree on two trees of 26 tokens in all.
 
-    What stops the separate passes too, and errors of memory or device, are no refusal of the mask.
+    Only errors of the packed pass count as a refusal of the mask. Errors of memory or device, and
+    those that stop the separate passes too, are raised.
     """
     if "local" in getattr(model.config, "attention_layers", ()):
-        return False  # GPT-Neo cuts its window by places in the row, beyond the probe's tokens
+        return False  # GPT-Neo counts its window by places in the row; the test is too short for it
+    # Varied ids without 0, which is often the padding token.
     top = num_embeddings(model) - 1
     ids = tuple(1 + (7 * i) % top for i in range(26))
     trees = [PromptTree(ids[:6], (ids[6:12], ids[12:20])), PromptTree(ids[20:23], (ids[23:],))]
@@ -64,10 +67,11 @@ def _agrees(model: PreTrainedModel, packer: Packer) -> bool:
             raise
         return False
     difference = (torch.cat(packed) - torch.cat(plain)).abs().max().item()
+    # bfloat16 keeps 8 bits, so rounding alone moves values of a few units by some hundredths.
     tolerance = PACKING_TOLERANCE if model.dtype == torch.float32 else 0.25
     return difference < tolerance
 
 
 def _features(model: PreTrainedModel, row: PackedRow) -> Tensor:
-    """What a row's tokens see: hidden states (tokens, model) at the predicting positions."""
+    """Return hidden states (tokens, model) at the positions that predict a row's tokens."""
     return features_of(model, **row.model_inputs)[0, row.predictors].float()

@@ -1,4 +1,4 @@
-"""What a model can read: the ids that it embeds, and as many as it has positions for."""
+"""Checks what a model can read: the token ids that it embeds, and the positions that it has."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from rlhf.models.architectures import num_embeddings
 
 
 def check_vocabulary(model: PreTrainedModel, chat: Chat, path: str) -> None:
-    """Refuses a tokenizer that can give ids for which the model has no embedding."""
+    """Refuse a tokenizer that can produce ids for which the model has no embedding."""
     rows = num_embeddings(model)
     numbers = chat.tokenizer.get_vocab()
     beyond = sorted((number, token) for token, number in numbers.items() if number >= rows)
@@ -30,7 +30,7 @@ def check_vocabulary(model: PreTrainedModel, chat: Chat, path: str) -> None:
 
 
 def check_context(model: PreTrainedModel, path: str, limits: Mapping[str, int]) -> None:
-    """Refuses limits (setting -> tokens) that add up to more positions than the model knows."""
+    """Refuse limits (setting -> tokens) whose sum is more than the model's positions."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and sum(limits.values()) > context:
         names = " + ".join(f"{name} {tokens}" for name, tokens in limits.items())

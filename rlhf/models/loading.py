@@ -1,4 +1,4 @@
-"""The common model loader: policies (causal LM) and scalar models, with or without an adapter."""
+"""Loads policies (causal LMs) and scalar models, with or without an adapter."""
 
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -32,19 +32,19 @@ from rlhf.models.tokenizers import load_tokenizer
 def load_policy(
     settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, bases: SharedBases | None = None
 ) -> PreTrainedModel:
-    """A causal LM in evaluation mode with dropout off, every weight of it from the file.
+    """Load a causal LM in evaluation mode with dropout off and every weight from its files.
 
     Args:
-        lora: with a rank, the model has an adapter to be trained over frozen weights: the one that
-            the folder holds, or a new one where it holds a full model. Without, all weights can be
-            trained: an adapter is merged into its base.
-        bases: holds the frozen weights for several models; without a rank in `lora` the model is
-            frozen, and its adapter stays beside its base.
+        lora: With a rank, the model has a trainable adapter over frozen weights: the folder's own,
+            or a new one if the folder holds a full model. Without a rank, all weights can be
+            trained, and an adapter is merged into its base.
+        bases: Holds frozen weights for several models. With it and no rank in `lora`, the model is
+            frozen and its adapter is not merged.
 
     Raises:
-        ValueError: weights are missing or do not fit the architecture; an adapter's base is not
-            the one it was trained over, or `lora` asks for another adapter.
-        OSError: the folder or the hub id cannot be read.
+        ValueError: Weights are missing or do not fit the architecture, an adapter's base has other
+            weights than in its training, or `lora` asks for another adapter.
+        OSError: The folder or the hub id cannot be read.
     """
     if settings.path.endswith(".gguf"):
         from rlhf.models.gguf import load_gguf
@@ -60,17 +60,17 @@ def load_policy(
         )
     model = _load_base(AutoModelForCausalLM, settings, adapter, lora, bases)
     _adapt(model, settings.path, adapter, lora, is_shared=bases is not None)
-    if lora.quantize == "none":  # 4 bits may need a GPU, where the model is not yet
+    if lora.quantize == "none":  # 4 bits may need a GPU, and the model is not on one yet
         check_causal(model, settings.path)
     return model
 
 
 def new_policy(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A causal LM from scratch, random weights from torch's generator.
+    """Make a causal LM with random weights from torch's generator.
 
     Args:
-        architecture: what transformers' config takes, with `model_type`, for example
-            {"model_type": "llama", "hidden_size": 128, ...}; the vocabulary and the special tokens
+        architecture: Arguments of transformers' config with `model_type`, for example
+            {"model_type": "llama", "hidden_size": 128, ...}. The vocabulary and the special tokens
             come from the tokenizer.
     """
     settings = dict(architecture)
@@ -93,17 +93,18 @@ def load_scalar(
     lora: LoraSettings = ALL_WEIGHTS,
     bases: SharedBases | None = None,
 ) -> ScalarModel:
-    """A scalar model in evaluation mode with dropout off.
+    """Load a scalar model in evaluation mode with dropout off.
 
     Args:
-        new_head: True puts a new head N(0, 1/(d+1)) on the body of any causal LM (Stiennon et al.
-            2020, B.1; the variance 1/(d+1) keeps first scores of order 1), from torch's generator.
-            False needs the head in the folder: a random one would score at random in silence.
-        lora: as in load_policy; with a rank, the head is trained beside the adapter.
-        bases: as in load_policy.
+        new_head: True puts a new head from torch's generator on the body of any causal LM. It is
+            N(0, 1/(d+1)), whose variance keeps first scores of order 1 (Stiennon et al. 2020,
+            B.1). False needs the head in the folder, because a random one would score at random
+            without an error.
+        lora: As in load_policy. With a rank, the head is trained together with the adapter.
+        bases: As in load_policy.
 
     Raises:
-        ValueError: weights are missing, the head included unless it is to be new; or as in
+        ValueError: Weights are missing, which includes the head unless it is to be new; or as in
             load_policy.
     """
     path = settings.path
@@ -138,7 +139,7 @@ def _load_base(
     *,
     new_head: bool = False,
 ) -> Any:
-    """The full model that a folder's adapter, or a new one, belongs over; else the folder's own."""
+    """Load the base of a folder's adapter, or the folder's own full model."""
     if adapter is not None:
         settings = replace(settings, path=adapter.base)
     has_own_head = new_head or (adapter is not None and adapter.has_head)
@@ -159,7 +160,7 @@ def _adapt(
     is_shared: bool,
     new_head: bool = False,
 ) -> None:
-    """Puts the adapter that `load_policy` promises on its base."""
+    """Add to its base the adapter that `load_policy` describes."""
     if adapter is None and lora.rank:
         new_adapter(model, path, lora)
     elif adapter is not None:

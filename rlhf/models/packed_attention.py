@@ -1,18 +1,18 @@
-"""Attention over packed rows that computes only what the mask allows.
+"""Computes attention over packed rows only where the mask allows it.
 
-A mask of a row says for every pair of tokens whether it is allowed, and sdpa computes all pairs: of
-a row of n trees about n times too many. On a CPU, where that is up to a quarter of a pass, a row
-names its *segments* instead, the prompts and the responses in it, and each is a small attention of
-its own over its prompt and itself:
+A row's mask says for every pair of tokens whether it is allowed. sdpa computes all pairs: for a row
+of n trees about n times too many. On a CPU that takes up to a quarter of a pass. There, a row
+instead names its *segments*, which are its prompts and responses. Each segment is a small attention
+over its prompt and itself:
 
     tokens     p0 p1 p2 | a0 a1 | b0 b1 b2 || q0 q1 | c0 c1
     queries    p0 p1 p2 | a0 a1 | b0 b1 b2 || q0 q1   c0 c1
-    keys       p0 p1 p2 | p a   | p b      || q0 q1   c0 c1     (a lone response is one with it)
+    keys       p0 p1 p2 | p a   | p b      || q0 q1   c0 c1     (an only response joins its prompt)
 
-The segments travel where transformers takes a four-dimensional mask, which it hands to the layers
-as it is. They are integers, as no mask is, and by that our "sdpa" knows them; anything else goes to
-transformers' own. rlhf.models.layout registers it, and a probe there decides for each model
-whether it works (packer_for).
+The segments are passed where transformers takes a four-dimensional mask, which it hands to the
+layers unchanged. They are integers, which no mask is, so our "sdpa" recognises them. Everything
+else goes to transformers' own. rlhf.models.layout registers it and tests for each model whether it
+works (packer_for).
 """
 
 from typing import Any
@@ -30,23 +30,23 @@ def segmented_sdpa(
     attention_mask: Tensor | None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa, which also takes the segments of a packed row.
+    """Compute transformers' sdpa, which here also takes the segments of a packed row.
 
     Args:
         query: (1, heads, length, size); key and value likewise, with their own number of heads.
-        attention_mask: a mask, or segments (1, 1, 4, segments) int64: first and last place + 1 of
-            each segment, then of the prompt before it (an empty range where there is none). They
-            follow each other and cover the row.
+        attention_mask: A mask, or segments (1, 1, 4, segments) int64. Their four numbers are the
+            first and last place + 1 of a segment, then of its prompt (an empty range if there is
+            none). Segments follow each other and cover the row.
 
     Returns:
-        (1, length, heads, size), and None as transformers expects.
+        (1, length, heads, size), and None, which transformers expects.
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     segments = attention_mask[0, 0].T.tolist()
     places = {start: place for place, (start, *_) in enumerate(segments)}
     sizes = [end - start for start, end, *_ in segments]
-    # Split, not sliced: the gradient of a slice is as long as the row, for each segment anew.
+    # Split, not sliced: each slice's gradient would be as long as the whole row.
     queries, keys, values = (tensor.split(sizes, 2) for tensor in (query, key, value))
     outputs = []
     for place, (_, _, prompt_start, prompt_end) in enumerate(segments):

@@ -1,4 +1,4 @@
-"""Packed passes without gradient: log-probabilities, values and scores of prompt trees."""
+"""Runs packed passes without gradient: log-probabilities, values and scores of prompt trees."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ from rlhf.models.scalar import ScalarModel
 def compute_logprobs(
     policy: nn.Module, trees: Sequence[PromptTree], packer: Packer, *, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probability in nats of every response token, (responses, time), 0 behind the end."""
+    """Return the log-probability in nats of every response token (responses, time), padded by 0."""
 
     def logprobs(row: PackedRow) -> list[Tensor]:
         return [row.unpack(response_logprobs(policy, row, temperature))]
@@ -25,7 +25,7 @@ def compute_logprobs(
 def compute_moments(
     policy: nn.Module, trees: Sequence[PromptTree], packer: Packer, *, temperature: float = 1.0
 ) -> TokenMoments:
-    """`compute_logprobs`, and each token's entropy and variance, all (responses, time)."""
+    """Return `compute_logprobs` and each token's entropy and variance, all (responses, time)."""
 
     def moments(row: PackedRow) -> list[Tensor]:
         return [row.unpack(part) for part in response_moments(policy, row, temperature)]
@@ -34,7 +34,7 @@ def compute_moments(
 
 
 def compute_values(value_model: ScalarModel, trees: Sequence[PromptTree], packer: Packer) -> Tensor:
-    """Value of the state before every response token, (responses, time), 0 behind the end."""
+    """Return the value of the state before every response token (responses, time), padded by 0."""
 
     def values(row: PackedRow) -> list[Tensor]:
         return [row.unpack(value_model(row.predictors, **row.model_inputs))]
@@ -45,7 +45,7 @@ def compute_values(value_model: ScalarModel, trees: Sequence[PromptTree], packer
 def compute_scores(
     reward_model: ScalarModel, trees: Sequence[PromptTree], packer: Packer
 ) -> Tensor:
-    """Score of every response, (responses,), read at its last token."""
+    """Return the score of every response (responses,), read at its last token."""
 
     def scores(row: PackedRow) -> list[Tensor]:
         return [reward_model(row.last_tokens, **row.model_inputs)]
@@ -60,7 +60,7 @@ def _over_rows(
     packer: Packer,
     compute: Callable[[PackedRow], list[Tensor]],
 ) -> list[Tensor]:
-    """What `compute` gives for each packed row, back in the order of the trees, on the CPU."""
+    """Return what `compute` gives for each packed row, in the order of the trees, on the CPU."""
     device = next(model.parameters()).device
     rows = packer.rows(trees)
     parts = [[part.cpu() for part in compute(row.to(device))] for row in rows]

@@ -1,4 +1,4 @@
-"""Folders that transformers loads as they are."""
+"""Saves folders that transformers loads as they are."""
 
 from pathlib import Path
 
@@ -20,14 +20,14 @@ def save_policy(
     folder: str | Path,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Writes a folder that AutoModelForCausalLM and AutoTokenizer load as it is.
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load as it is.
 
-    Generation stops at the end-of-response token by the saved generation_config, and at all ends
-    that the base model declared; the sampling settings that it brought along go: they would distort
-    later rollouts.
+    The saved generation_config stops at the end-of-response token and at all end tokens that the
+    base model declared. Its sampling settings are dropped, since they would distort later rollouts.
 
     Args:
-        weights: what to write where the model holds a shard of each only; None: the model's own.
+        weights: The weights to write if the model holds only a shard of each. None means the
+            model's own.
     """
     chat = Chat(tokenizer, ends_of(model.generation_config, tokenizer))
     generation = type(model.generation_config)(
@@ -37,7 +37,7 @@ def save_policy(
     )
     model.generation_config = generation
     save_model(model, tokenizer, folder, weights)
-    generation.save_pretrained(folder)  # an adapter's save does not write it
+    generation.save_pretrained(folder)  # saving an adapter does not write it
 
 
 def save_model(
@@ -54,10 +54,10 @@ def save_model(
 def save_weights(
     model: PreTrainedModel, folder: str | Path, state: dict[str, Tensor] | None = None
 ) -> None:
-    """Writes the adapter of a model that has one, else all weights with their config.json.
+    """Write the adapter of a model that has one, otherwise all weights with their config.json.
 
     Args:
-        state: the model's state dict, where it had to be gathered; None: its own.
+        state: The model's state dict if it had to be gathered. None means the model's own.
     """
     folder = Path(folder)
     if adapter_of(model) is not None:
@@ -69,12 +69,12 @@ def save_weights(
     else:
         model.save_pretrained(folder, state_dict=state)
         old = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, BASE_FILE)]
-    for path in old:  # what an earlier run of the other kind left would be taken for this one
+    for path in old:  # files of an earlier run of the other kind would be taken for this one's
         path.unlink(missing_ok=True)
     name_as_before(folder)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Writes it with its chat template, so that older versions of transformers know it too."""
+    """Write the tokenizer with its chat template, also under names that transformers 4 knows."""
     tokenizer.save_pretrained(folder)
     name_as_before(folder)

@@ -1,4 +1,4 @@
-"""A model that gives one number a token: a reward or a value model."""
+"""Defines the model behind rewards and values: it gives one number per token."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from rlhf.models.saving import save_model
 
 
 class ScalarModel(nn.Module):
-    """One number a token, from a sequence classifier with one label: a reward or a value model.
+    """Gives one number per token, from a sequence classifier with one label.
 
         output = scale * (head(hidden state) - bias)
 
-    The head reads in fp32, also under autocast. Saved as the plain classifier; bias and scale live
-    in reward.json.
+    It is a reward or a value model. The head computes in fp32, also under autocast. The model is
+    saved as the plain classifier; bias and scale are in reward.json.
     """
 
     def __init__(self, classifier: PreTrainedModel, bias: float = 0.0, scale: float = 1.0) -> None:
@@ -31,13 +31,15 @@ class ScalarModel(nn.Module):
         return head
 
     def forward(self, positions: Tensor, **model_inputs: Tensor | None) -> Tensor:
-        """Numbers (n,) at these positions (n,) of the one row in `model_inputs` (see PackedRow)."""
+        """Return numbers (n,) at `positions` (n,) of the row in `model_inputs` (see PackedRow)."""
         hidden = hidden_states(self.classifier, **model_inputs)
-        # A sum of products, since autocast would make a linear layer's operands bf16.
+        # A sum of products, because autocast would cast a linear layer's operands to bf16.
         raw = (hidden[0, positions].float() * self.head.weight[0].float()).sum(-1)
         return self.scale * (raw - self.bias)
 
     def save(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes a folder that load_scalar reads, and AutoModelForSequenceClassification where
-        transformers has a classifier for the architecture."""
+        """Write a folder that load_scalar reads.
+
+        AutoModelForSequenceClassification reads it too, if transformers has a classifier for the
+        architecture."""
         save_model(self.classifier, tokenizer, folder)

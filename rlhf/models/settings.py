@@ -1,4 +1,4 @@
-"""Settings of a model: which one, how it is held, and its adapter."""
+"""Settings of a model: which one, how its weights are held, and its adapter."""
 
 import math
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ class ModelSettings:
     path: str
     """Model: a local folder, a hub id, or a .gguf file."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights. Keep float32 for what is trained: at RLHF's learning rates bfloat16
-    weights hardly move."""
+    """Type of the weights. Keep float32 for a model that is trained: at the learning rates of RLHF,
+    bfloat16 weights hardly move."""
     attention: Attention = "sdpa"
-    """Attention implementation. One that cannot take a packing mask costs one row a response."""
+    """Attention implementation. One that cannot take a packing mask needs one row per response."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for sources that you trust."""
+    """Run Python code that comes with the model. Set it only for sources that you trust."""
 
     def __post_init__(self) -> None:
         if not self.path.strip():
@@ -30,22 +30,22 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """Train a low-rank adapter over frozen weights instead of all of them (Hu et al. 2021).
+    """Train a low-rank adapter over frozen weights instead of all weights (Hu et al. 2021).
 
-    There is no dropout: with it the first ratio of PPO would not be 1.
+    There is no dropout, because with it the first ratio of PPO would not be 1.
     """
 
     rank: int = 0
-    """Rank of the adapter; 0 trains all weights. A model folder that is an adapter already is
-    trained on if it has this rank, and merged into its base with 0."""
+    """Rank of the adapter; 0 trains all weights. An adapter in the model folder is trained further,
+    if this is its own rank; 0 merges it into its base."""
     alpha: float = 16.0
     """The adapter's output is scaled by alpha / rank."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of the linear layers that get an adapter, such as [q_proj, v_proj]; all-linear: every
-    one but the output layer, or those of the adapter that is trained on."""
+    """Names of the linear layers that get an adapter, such as [q_proj, v_proj]. all-linear means
+    every one except the output layer, or those of the adapter that is trained further."""
     quantize: Literal["none", "4bit"] = "none"
     """How the frozen weights are held: as model.dtype says, or in 4 bits (QLoRA, Dettmers et al.
-    2023), which needs the package bitsandbytes."""
+    2023). 4bit needs the package bitsandbytes."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "rank", self.rank, "give 0 (all weights) or more, such as 16")
@@ -62,4 +62,4 @@ class LoraSettings:
 
 
 ALL_WEIGHTS = LoraSettings()
-"""No adapter: one that a folder holds is merged into its base."""
+"""No adapter: all weights are trained. An adapter in the folder is merged into its base."""

@@ -1,7 +1,7 @@
-"""Several models over one copy of their frozen weights: PPO's four roles on one base.
+"""Builds several models over one copy of their frozen weights, such as PPO's four roles.
 
-Every role is a module tree of its own, with its own adapter and head, in which the frozen weights
-are the very Parameters of the other trees. So no role is ever switched to another: gradients,
+Every role is a module tree of its own with its own adapter and head. The frozen weights in it are
+the same Parameter objects as in the other trees. So no role ever has to be switched: gradients,
 activation checkpointing, generation and data parallelism see plain models.
 """
 
@@ -20,13 +20,13 @@ from rlhf.models.settings import ModelSettings
 
 
 class SharedBases:
-    """Full models, each loaded once and frozen, for `load_policy` and `load_scalar`.
+    """Loads each full model once, frozen, for `load_policy` and `load_scalar`.
 
-    Two settings mean the same weights if these have one SHA-256, one type and one attention.
+    Two settings mean the same weights if the SHA-256, the type and the attention are equal.
     """
 
     def __init__(self, device: torch.device | str = "cpu", quantize: str = "none") -> None:
-        """quantize: how bases of adapters are held, as LoraSettings.quantize."""
+        """Hold the bases of adapters as `quantize` says (see LoraSettings.quantize)."""
         self._device = device
         self._quantize = quantize
         self._full: dict[tuple[Any, ...], PreTrainedModel] = {}
@@ -34,11 +34,11 @@ class SharedBases:
     def share(
         self, auto_class: Any, settings: ModelSettings, *, new_weights: Sequence[str], is_base: bool
     ) -> PreTrainedModel:
-        """A tree over the weights of a full model, with a head of its own.
+        """Return a module tree over the weights of a full model, with its own head.
 
         Args:
-            new_weights: as in load_full.
-            is_base: whether an adapter is to be put on it.
+            new_weights: As in load_full.
+            is_base: Whether an adapter will be added to it.
         """
         quantize = self._quantize if is_base else "none"
         held = (weights_sha256(settings.path), settings.dtype, settings.attention, quantize)
@@ -55,27 +55,27 @@ class SharedBases:
 
 
 def weight_bytes(*models: nn.Module) -> int:
-    """Bytes of all parameters of these models, each storage counted once."""
+    """Return the bytes of all parameters of these models, counting each storage once."""
     storages = [p.untyped_storage() for model in models for p in model.parameters()]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def has_four_bits(model: nn.Module) -> bool:
-    """Whether it has weights of bitsandbytes in 4 bits, be they shared or its own.
+    """Return whether any weights, shared or its own, are in bitsandbytes' 4 bits.
 
-    A classifier on the body of a quantised policy says nothing of it (`is_loaded_in_4bit`).
+    A classifier on the body of a quantised policy lacks the usual flag (`is_loaded_in_4bit`).
     """
     return any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
 
 
 def _tree_over(model: PreTrainedModel) -> PreTrainedModel:
-    """Another tree of modules with the same Parameters, but for the head of a classifier."""
+    """Copy the modules but share their Parameters, except for the head of a classifier."""
     shared = {id(p): p for name, p in model.named_parameters() if name != HEAD}
     return copy.deepcopy(model, shared)
 
 
 def _classifier_on(policy: PreTrainedModel, *, trust_remote_code: bool) -> PreTrainedModel | None:
-    """A classifier over a causal LM's body; None where the architecture has another body for it."""
+    """Build a classifier over a causal LM's body; None if the classifier needs another body."""
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     with quiet(), torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The tokenizer of a model, with a chat template, a pad token and all ends that it declares."""
+"""Loads a model's tokenizer, with a chat template, a pad token and all declared end tokens."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ from rlhf.models.settings import ModelSettings
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, hub id or GGUF file, with chat template and pad token."""
+    """Load the tokenizer of a model folder, hub id or GGUF file. Add missing template and pad."""
     if path.endswith(".gguf"):
         file = Path(path)
         return add_missing_parts(
@@ -27,27 +27,29 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_chat(settings: ModelSettings) -> Chat:
-    """The rendering of a model folder, hub id or GGUF file, with all ends that it declares."""
+    """Load the rendering of a model folder, hub id or GGUF file, with all declared end tokens."""
     tokenizer = load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
     return Chat(tokenizer, _declared_ends(settings.path, tokenizer))
 
 
 def _declared_ends(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ends of a model's generation_config.json; none where there is no such file."""
+    """Return the end tokens in a model's generation_config.json; none if there is no such file."""
     if path.endswith(".gguf"):
         return []
     adapter = find_adapter(path)
     for place in [path] if adapter is None else [path, adapter.base]:
         try:
             return ends_of(GenerationConfig.from_pretrained(place), tokenizer)
-        except (OSError, ValueError):  # there is none, or none that can be read
+        except (OSError, ValueError):  # there is no such file, or it cannot be read
             continue
     return []
 
 
 def ends_of(generation: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ends that a generation config declares; of those that are an architecture's default only
-    what can be one by the tokenizer: an added token without another role."""
+    """Return the end tokens that a generation config declares.
+
+    A config made from the model's config holds an architecture's defaults. From these, only an
+    added token without another role is taken."""
     ends = generation.eos_token_id
     declared = [ends] if isinstance(ends, int) else list(ends or ())
     known: Iterable[int] = range(len(tokenizer))

@@ -1,4 +1,4 @@
-"""Rewards made of rewards: weighted parts, ensembles, and scores brought to a common scale."""
+"""Combines rewards: weighted parts, ensembles, and scores brought to a common scale."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +12,10 @@ from rlhf.rewards.scores import Combination, Reward, Scored, combine_members, sp
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """score = sum of weight * part."""
+    """Returns score = sum of weight * part."""
 
     parts: Mapping[str, tuple[Reward, float]]
-    """Name -> reward and its weight."""
+    """Maps a name to a reward and its weight."""
 
     def score(
         self,
@@ -24,7 +24,7 @@ class WeightedReward:
         response_ids: Sequence[Sequence[int]],
         responses: Sequence[str],
     ) -> Scored:
-        """As Reward.score; `parts` are the scores before their weights."""
+        """Score as Reward.score does. `parts` are the scores before their weights."""
         scored = {
             name: part.score(prompts, prompt_ids, response_ids, responses)
             for name, (part, _) in self.parts.items()
@@ -44,7 +44,7 @@ class WeightedReward:
 
 @dataclass(frozen=True)
 class EnsembleReward:
-    """Several rewards as one (Coste et al. 2023); see combine_members."""
+    """Combines several rewards into one (Coste et al. 2023); see combine_members."""
 
     members: Sequence[Reward]
     combination: Combination
@@ -57,7 +57,7 @@ class EnsembleReward:
         response_ids: Sequence[Sequence[int]],
         responses: Sequence[str],
     ) -> Scored:
-        """As Reward.score; `parts` are the members' scores and their spread, a variance."""
+        """Score as Reward.score does. `parts` are the members' scores and their variance."""
         scores = torch.stack(
             [
                 member.score(prompts, prompt_ids, response_ids, responses).scores
@@ -75,7 +75,7 @@ class EnsembleReward:
 
 @dataclass(frozen=True)
 class NormalizedReward:
-    """score = (score of the reward - mean) / std; its parts stay as they are."""
+    """Returns (score of the reward - mean) / std; the parts stay unchanged."""
 
     reward: Reward
     mean: float
@@ -88,7 +88,7 @@ class NormalizedReward:
         response_ids: Sequence[Sequence[int]],
         responses: Sequence[str],
     ) -> Scored:
-        """As Reward.score; the shift stands at the last token."""
+        """Score as Reward.score does. The shift applies at the last token."""
         scored = self.reward.score(prompts, prompt_ids, response_ids, responses)
         token_rewards = scored.token_rewards
         return replace(

@@ -1,4 +1,4 @@
-"""A user's function as a reward; whatever it gets wrong is told with its row."""
+"""Uses a user's function as a reward; an error names the row that it got wrong."""
 
 import importlib
 import math
@@ -20,7 +20,7 @@ TokenRewardFunction = Callable[
 
 
 class FunctionReward:
-    """A function of prompts, responses and metas that gives one number a response."""
+    """A function of prompts, responses and metas that returns one number per response."""
 
     def __init__(self, function: RewardFunction, name: str) -> None:
         self.function = function
@@ -33,10 +33,11 @@ class FunctionReward:
         response_ids: Sequence[Sequence[int]],
         responses: Sequence[str],
     ) -> Scored:
-        """As Reward.score; only prompts and responses are looked at.
+        """Score as Reward.score does. Only prompts and responses are used.
 
         Raises:
-            ValueError: the function failed, gave another number of scores, or one not finite.
+            ValueError: The function failed, or returned a wrong number of scores, or one that is
+                not finite.
         """
         columns = (prompts, responses)
         values = call_by_rows(
@@ -48,10 +49,10 @@ class FunctionReward:
 
 
 class TokenFunctionReward:
-    """A function that gives one number a token; a response's score is the sum of its numbers.
+    """A function that returns one number per token. A response's score is the sum of its numbers.
 
-    It is called with prompts, responses, metas and tokens: the texts of each response's tokens (see
-    Chat.pieces), the end token's included.
+    It is called with prompts, responses, metas and tokens. The tokens are the texts of each
+    response's tokens (see Chat.pieces), including the end token.
     """
 
     def __init__(self, function: TokenRewardFunction, name: str, chat: Chat) -> None:
@@ -66,11 +67,11 @@ class TokenFunctionReward:
         response_ids: Sequence[Sequence[int]],
         responses: Sequence[str],
     ) -> Scored:
-        """As Reward.score.
+        """Score as Reward.score does.
 
         Raises:
-            ValueError: the function failed, or gave another number of rows, a row of another
-                length than its response, or a number that is not finite.
+            ValueError: The function failed, or returned a wrong number of rows, a row that is not
+                as long as its response, or a number that is not finite.
         """
         tokens = [self.chat.pieces(ids) for ids in response_ids]
         columns = (prompts, responses, tokens)
@@ -83,7 +84,7 @@ class TokenFunctionReward:
         return Scored(rewards.sum(1), token_rewards=rewards)
 
     def _row(self, i: int, row: Any, pieces: list[str]) -> Tensor:
-        """The numbers of one response, (tokens,)."""
+        """Check and return the numbers of one response (tokens,)."""
         try:
             values = list(row)
         except TypeError:
@@ -104,10 +105,12 @@ class TokenFunctionReward:
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """What package.module:name names: a reward function, a labeler's or a gold score's maker.
+    """Import what package.module:name names.
+
+    It may be a reward function, a labeler, or a function that makes gold scores.
 
     Raises:
-        ValueError: the spelling, the module, or the name in it is wrong.
+        ValueError: The spelling, the module, or the name in it is wrong.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
@@ -138,16 +141,16 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 Columns = Sequence[Sequence[Any]]
-"""Prompt records, responses, and what else a function is to get; each (batch,)."""
+"""Prompt records, responses, and whatever else a function gets; each (batch,)."""
 
 
 def call_by_rows(
     function: Callable[..., Any], name: str, columns: Columns, expected: str
 ) -> list[Any]:
-    """What the function returns, one entry a response; `expected` says in words what it should.
+    """Call the function and return one entry per response. `expected` says it in words.
 
     Raises:
-        ValueError: the function failed, or gave another number of entries.
+        ValueError: The function failed, or returned a wrong number of entries.
     """
     try:
         values = _call_plainly(function, columns)
@@ -170,7 +173,7 @@ def call_by_rows(
 
 
 def _call_plainly(function: Callable[..., Any], columns: Columns) -> Any:
-    """The function gets lists of its own, which it may change."""
+    """Call the function with new lists, which it may change."""
     prompts, responses, *others = columns
     return function(
         [prompt.prompt for prompt in prompts],
@@ -203,5 +206,5 @@ def _number(value: Any, name: str, place: str) -> float:
 
 
 def _describe(error: Exception) -> str:
-    """Kind and words of an error, in one line."""
+    """Describe an error by its type and message, in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

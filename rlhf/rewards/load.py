@@ -1,4 +1,4 @@
-"""From the settings to a reward that is checked and ready to score."""
+"""Loads the reward that the settings describe, checked and ready to score."""
 
 from collections.abc import Callable
 
@@ -24,16 +24,16 @@ def load_reward(
     tell: Callable[[str], object] = print,
     bases: SharedBases | None = None,
 ) -> Reward:
-    """The reward of these settings, checked and ready to score; not yet normalised.
+    """Load the reward of these settings, checked and ready to score, but not yet normalised.
 
     Args:
         chat: The policy's rendering.
-        micro_batch_tokens: Most tokens of one pass of a reward model.
+        micro_batch_tokens: The most tokens in one pass of a reward model.
         tell: Called with a line for each reward model that reads text instead of the policy's ids.
-        bases: Holds frozen weights for several models; None: each model's weights are its own.
+        bases: Holds frozen weights for several models. None gives each model its own weights.
 
     Raises:
-        ValueError: What load_judge and load_function refuse.
+        ValueError: As load_judge and load_function.
     """
 
     def load(model: str | None, function: str | None, per_token: bool) -> Reward:
@@ -82,11 +82,12 @@ def load_judge(
     tell: Callable[[str], object] = print,
     bases: SharedBases | None = None,
 ) -> Reward:
-    """A reward model for a policy's responses: it reads their ids if it renders text as the policy
-    does, else their text.
+    """Load a reward model for a policy's responses.
+
+    It reads the policy's ids if it renders text as the policy does, otherwise their text.
 
     Raises:
-        ValueError: What load_reward_model refuses.
+        ValueError: As load_reward_model.
     """
     reward_model = load_reward_model(
         settings,
@@ -105,7 +106,7 @@ def load_judge(
 
 
 def reward_models_of(reward: Reward) -> list[ScalarModel]:
-    """The models that a reward runs; none for a function."""
+    """Return the models that a reward runs; none for a function."""
     match reward:
         case RewardModel():
             return [reward.model]

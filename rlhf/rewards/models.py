@@ -1,4 +1,4 @@
-"""Trained reward models: their card, their golden rows, and how they read what a policy wrote."""
+"""Loads trained reward models, checks their scores, and lets them read what a policy wrote."""
 
 import json
 import sys
@@ -29,17 +29,18 @@ from rlhf.rewards.rendering import check_rendering
 from rlhf.rewards.scores import Scored
 
 REWARD_FILE = "reward.json"
-"""Beside the weights of a reward model: what the weights cannot hold."""
+"""The file next to a reward model's weights that holds what the weights cannot."""
 
 Dtype = Literal["float32", "bfloat16"]
 
 DEFAULT_DTYPE: Dtype = "float32"
-"""Of a reward model whose card does not say in which type it was measured."""
+"""Type of a reward model whose card does not record in which type it was measured."""
 
 NUM_GOLDEN = 8
+"""Rows whose scores a reward card keeps; they are scored again at every load."""
 GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "4bit": 0.5}
-"""Largest difference of a golden score, relative to max(1, |score|), by type of the weights; that
-of 4 bits is of a base that is shared under QLoRA, which ran on tiny models only."""
+"""Largest difference of a golden score, relative to max(1, |score|), by type of the weights. 4bit
+is for a base shared under QLoRA, which was tested on tiny models only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +52,21 @@ class GoldenRow:
     score: float
 
     def __post_init__(self) -> None:
-        Demonstration(self.prompt, self.response)  # checks both
+        Demonstration(self.prompt, self.response)  # its own checks cover both
         _check_number("score", self.score)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardCard:
-    """What reward.json holds.
+    """The content of reward.json.
 
     score = scale * (raw score of the classifier - bias)
     """
 
     bias: float
-    """Mean raw score of the demonstrations, so that these score 0 (Ouyang et al. 2022, 3.5)."""
+    """Mean raw score of the demonstrations, so that they score 0 (Ouyang et al. 2022, 3.5)."""
     scale: float
-    """1 unless a user sets it: InstructGPT shifts its rewards and does not scale them."""
+    """1 unless a user sets it. InstructGPT shifts its rewards and does not scale them."""
     pair_accuracy: float
     """Share of held-out pairs that the model orders as the labelers do."""
     interval: tuple[float, float]
@@ -76,7 +77,7 @@ class RewardCard:
     rendering_hash: str
     """`rendering_hash` of the chat that the model was trained with."""
     dtype: Dtype | None = None
-    """Type of the weights with which everything here was measured; None: not recorded."""
+    """Type of the weights in all measurements here. None means not recorded."""
 
     def __post_init__(self) -> None:
         for name in ("bias", "scale", "pair_accuracy"):
@@ -92,7 +93,7 @@ class RewardCard:
 
     @classmethod
     def load(cls, folder: str | Path) -> "RewardCard":
-        """Raises ValueError where the folder holds no readable reward.json."""
+        """Load the card. Raises ValueError if the folder holds no readable reward.json."""
         path = Path(folder) / REWARD_FILE
         if not path.is_file():
             raise ValueError(
@@ -113,7 +114,7 @@ class RewardCard:
 
 
 class RewardModel:
-    """A trained reward model with its bias and scale; scores in evaluation mode, no gradient."""
+    """A trained reward model with its bias and scale. It scores without dropout or gradient."""
 
     def __init__(self, model: ScalarModel, card: RewardCard, chat: Chat, packer: Packer) -> None:
         self.model = model
@@ -128,31 +129,31 @@ class RewardModel:
         response_ids: Sequence[Sequence[int]],
         responses: Sequence[str],
     ) -> Scored:
-        """As Reward.score; only the ids are looked at."""
+        """Score as Reward.score does. Only the ids are used."""
         return Scored(self.scores(prompt_ids, response_ids))
 
     def scores(
         self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]
     ) -> Tensor:
-        """Scores (batch,), fp32, of responses; neighbours with one prompt share its pass.
+        """Return fp32 scores (batch,). Neighbours with the same prompt share its pass.
 
         Raises:
-            ValueError: a response has no token at all.
+            ValueError: A response has no tokens.
         """
         return compute_scores(self.model, trees_of(prompt_ids, response_ids), self.packer).float()
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model can read; None: any number."""
+        """How many tokens the model can read; None means any number."""
         return getattr(
             self.model.classifier.config.get_text_config(), "max_position_embeddings", None
         )
 
     def recheck(self) -> None:
-        """Scores the golden rows again.
+        """Score the golden rows again.
 
         Raises:
-            ValueError: a score is not what it was when the model was saved.
+            ValueError: A score differs from when the model was saved.
         """
         golden = self.card.golden
         found = self.scores(
@@ -173,7 +174,7 @@ class RewardModel:
                 )
 
     def _other_type(self, dtype: str) -> str:
-        """What to try where the type of the weights may be the cause."""
+        """Say what to try if the type of the weights may be the cause."""
         if self.card.dtype is None:
             return (
                 f". {REWARD_FILE} does not say in which type it was measured; if that was not "
@@ -185,12 +186,12 @@ class RewardModel:
 
 
 class TextRewardModel:
-    """A reward model whose tokenizer or chat template is not the policy's, so it reads text.
+    """A reward model that reads text, because the policy has another tokenizer or chat template.
 
-    It sees the prompt record and the decoded response in its own rendering. A response that has
-    its end token gets the reward model's own; one that was cut gets none. Where a prompt and its
-    response are longer than the reward model's context, the oldest turns are left out, whatever the
-    policy could read.
+    It reads the prompt record and the decoded response in its own rendering. A response with the
+    policy's end token gets the reward model's own; a cut one gets none. If a prompt and its
+    response are longer than the reward model's context, the oldest turns are left out, even if the
+    policy could read them.
     """
 
     def __init__(self, reward_model: RewardModel, policy_end_id: int) -> None:
@@ -204,10 +205,10 @@ class TextRewardModel:
         response_ids: Sequence[Sequence[int]],
         responses: Sequence[str],
     ) -> Scored:
-        """As Reward.score; of the response's ids only the last is looked at: is it the end?
+        """Score as Reward.score does. Of the response's ids only the last is used: is it the end?
 
         Raises:
-            ValueError: a prompt's last turn and its response are longer than the model's context.
+            ValueError: A prompt's last turn and its response are longer than the model's context.
         """
         own_responses = [
             self._response_ids(text, ended=ids[-1] == self.policy_end_id)
@@ -220,7 +221,7 @@ class TextRewardModel:
         return Scored(self.reward_model.scores(own_prompts, own_responses))
 
     def _response_ids(self, text: str, ended: bool) -> list[int]:
-        """A cut response without any text is read as an empty one, since a score needs a token."""
+        """Render a response. A cut one without text keeps its end, since a score needs a token."""
         ids = self.reward_model.chat.response_ids(text)
         return ids if ended or len(ids) == 1 else ids[:-1]
 
@@ -241,13 +242,13 @@ class TextRewardModel:
 
 
 def measured_dtype(folder: str | Path) -> Dtype:
-    """The type in which a reward model was measured, and so is to be read.
+    """Return the type in which a reward model was measured; it should be loaded in that type.
 
     Raises:
-        ValueError: the folder's reward.json cannot be read.
+        ValueError: The folder's reward.json cannot be read.
     """
     if not (Path(folder) / REWARD_FILE).is_file():
-        return DEFAULT_DTYPE  # load_reward_model says what is missing
+        return DEFAULT_DTYPE  # load_reward_model reports what is missing
     return RewardCard.load(folder).dtype or DEFAULT_DTYPE
 
 
@@ -260,16 +261,16 @@ def load_reward_model(
     allow_chance_reward: bool = False,
     bases: SharedBases | None = None,
 ) -> RewardModel:
-    """A folder of the rm stage, its golden rows scored again.
+    """Load a folder of the rm stage and score its golden rows again.
 
     Args:
-        policy_chat: Rendering of the policy that is to be scored; None: not compared.
-        allow_chance_reward: Load it even if it may be no better than a coin.
-        bases: Holds frozen weights for several models; None: the model's weights are its own.
+        policy_chat: Rendering of the policy that is to be scored. None does not compare it.
+        allow_chance_reward: Whether to load a model that may be no better than a coin.
+        bases: Holds frozen weights for several models. None gives the model its own weights.
 
     Raises:
-        ValueError: no head, no reward.json, another rendering than the policy's, an accuracy that
-            may be chance, or golden scores that changed.
+        ValueError: There is no head or no reward.json, the policy's rendering is another one, the
+            accuracy may be chance, or golden scores have changed.
     """
     model, card = _load_with_card(settings, bases=bases)
     chat = load_chat(settings)
@@ -285,14 +286,14 @@ def load_reward_model(
 def load_value_model(
     settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, bases: SharedBases | None = None
 ) -> ScalarModel:
-    """The value model that PPO starts from: the reward model, in units of its scores.
+    """Load the value model that PPO starts from: the reward model, in units of its scores.
 
     Args:
-        lora: As in load_policy, but an adapter that the folder holds keeps its own settings.
+        lora: As in load_policy, but an adapter in the folder keeps its own settings.
         bases: As in load_reward_model.
 
     Raises:
-        ValueError: the folder has no head or no reward.json.
+        ValueError: The folder has no head or no reward.json.
     """
     adapter = find_adapter(settings.path)
     if adapter is not None and lora.rank:
@@ -303,7 +304,7 @@ def load_value_model(
 def trees_of(
     prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]
 ) -> list[PromptTree]:
-    """One tree for each stretch of neighbours with the same prompt; keeps the responses' order."""
+    """Make one tree for each run of neighbours with the same prompt; the order is kept."""
     rows = zip(prompt_ids, response_ids, strict=True)
     pairs = [(tuple(prompt), tuple(response)) for prompt, response in rows]
     return [

@@ -1,4 +1,4 @@
-"""Whether two models read the same ids for the same text."""
+"""Checks whether two models read the same ids for the same text."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ _RENDERING_PROBE = "A probe: 12,345 times \u00e9\u4e2d\U0001f600\n\n\tend."
 
 
 def rendering_hash(chat: Chat) -> str:
-    """SHA-256 of all that turns text into ids: template, vocabulary, end token, and a probe."""
+    """Hash all that turns text into ids: template, vocabulary, end token, and a sample text."""
     parts = [
         chat.template_hash,
         sorted(chat.tokenizer.get_vocab().items()),
@@ -21,17 +21,17 @@ def rendering_hash(chat: Chat) -> str:
 
 
 def same_vocabulary(chat_a: Chat, chat_b: Chat) -> bool:
-    """Whether ids mean the same to both, so that a model of one reads what the other wrote."""
+    """Return whether ids mean the same to both, so that a model of one can read the other's."""
     return chat_a.tokenizer.get_vocab() == chat_b.tokenizer.get_vocab()
 
 
 def same_rendering(chat_a: Chat, chat_b: Chat) -> bool:
-    """Whether two models' tokenizers and templates give the same ids for every text."""
+    """Return whether two models' tokenizers and templates give the same ids for every text."""
     return rendering_hash(chat_a) == rendering_hash(chat_b)
 
 
 def check_rendering(policy_chat: Chat, reward_chat: Chat, path: str) -> None:
-    """Raises ValueError when policy and reward model at `path` would not read the same ids."""
+    """Raise ValueError if the policy and the reward model at `path` would read different ids."""
     if same_rendering(policy_chat, reward_chat):
         return
     what = (

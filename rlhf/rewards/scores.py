@@ -1,4 +1,4 @@
-"""What a reward says of a batch of responses, and what is done to its scores."""
+"""Defines what a reward returns for a batch of responses, and functions that change scores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,23 +15,23 @@ Combination = Literal["mean", "worst", "mean_minus_spread"]
 
 @dataclass(frozen=True)
 class Scored:
-    """What a reward gives for a batch of responses, before the KL penalty; fp32, on the CPU.
+    """What a reward returns for a batch of responses, before the KL penalty; fp32, on the CPU.
 
-    Example: a response of three tokens with scores [2.0] and token_rewards [[0.5, 0.0, 0.0]] is
-    worth 2.0: 0.5 at its first token, the rest, at_end, at its last one.
+    Example: a response of three tokens has scores [2.0] and token_rewards [[0.5, 0.0, 0.0]]. It is
+    worth 2.0 in all: 0.5 at its first token, and the rest (`at_end`) at its last one.
     """
 
     scores: Tensor
-    """(batch,) what each response is worth in all"""
+    """(batch,) what each response is worth in all."""
     token_rewards: Tensor | None = None
-    """(batch, time) the share of the scores that has its place at single tokens, 0 behind the end;
-    None: none has, the whole score stands at the last token"""
+    """(batch, time) the share of the scores that belongs to single tokens, 0 after the end. None
+    means that the whole score belongs to the last token."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
-    """(batch,) what the score is made of, by name, each before its weight"""
+    """(batch,) what the score is made of, by name, each before its weight."""
 
     @property
     def at_end(self) -> Tensor:
-        """(batch,) the share of each score that stands at the last token."""
+        """(batch,) the share of each score that belongs to the last token."""
         return (
             self.scores if self.token_rewards is None else self.scores - self.token_rewards.sum(1)
         )
@@ -47,18 +47,18 @@ class Reward(Protocol):
         response_ids: Sequence[Sequence[int]],
         responses: Sequence[str],
     ) -> Scored:
-        """Scores of a batch. All four arguments have one entry a response.
+        """Score a batch. All four arguments have one entry per response.
 
         Args:
-            prompt_ids: as the policy read them.
-            response_ids: as the policy wrote them, with the end token where there is one.
-            responses: their text, without the end token.
+            prompt_ids: Ids as the policy read them.
+            response_ids: Ids as the policy wrote them, including an end token if there is one.
+            responses: Their text, without the end token.
         """
         ...
 
 
 def combine_members(scores: Tensor, combination: Combination, spread_coef: float) -> Tensor:
-    """One score from those of an ensemble (Coste et al. 2023).
+    """Combine the scores of an ensemble into one (Coste et al. 2023).
 
         mean                 1/k sum_i R_i
         worst                min_i R_i                        (worst-case optimisation)
@@ -77,21 +77,21 @@ def combine_members(scores: Tensor, combination: Combination, spread_coef: float
 
 
 def spread(scores: Tensor) -> Tensor:
-    """Variance over the members, 1/k sum_i (R_i - mean)^2: (members, batch) -> (batch,)."""
+    """Return the variance over members, 1/k sum_i (R_i - mean)^2: (members, batch) -> (batch,)."""
     return scores.var(0, correction=0)
 
 
 def clip_scores(scores: Tensor, limit: float | None) -> Tensor:
-    """Scores cut to -limit..limit; None: as they are."""
+    """Clip scores to -limit..limit. None leaves them unchanged."""
     return scores if limit is None else scores.clamp(-limit, limit)
 
 
 def penalize_length(scores: Tensor, lengths: Tensor, penalty: float, allowance: int) -> Tensor:
-    """scores - penalty * (tokens beyond the allowance).
+    """Return scores - penalty * (tokens beyond the allowance).
 
     Args:
         scores: (batch,)
-        lengths: (batch,) tokens of each response, the end token included.
+        lengths: (batch,) tokens of each response, including the end token.
     """
     return scores - penalty * (lengths - allowance).clamp(min=0)
 
@@ -99,11 +99,12 @@ def penalize_length(scores: Tensor, lengths: Tensor, penalty: float, allowance: 
 def adjust_missing_end(
     scores: Tensor, finished_mask: Tensor, mode: MissingEnd, value: float
 ) -> Tensor:
-    """What a response costs that did not end by itself; without a cost policies run on.
+    """Change the scores of responses that did not end by themselves.
 
-    "replace" puts `value` in place of the score: Huang et al. 2024 (the N+ details) use -1.
-    "subtract" takes `value` off the score: TRL's missing_eos_penalty, usually 1, which keeps the
-    order among unfinished responses. "none" changes nothing.
+    Without a penalty, policies learn not to stop. "replace" puts `value` in place of the score:
+    Huang et al. 2024 (the N+ details) use -1. "subtract" takes `value` off the score, which keeps
+    the order among unfinished responses; this is TRL's missing_eos_penalty, usually 1. "none"
+    changes nothing.
 
     Args:
         scores: (batch,)

@@ -13,17 +13,17 @@ _PART_NAME = re.compile(r"[A-Za-z][\w-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class PartSettings:
-    """One part of a reward: exactly one of model and function."""
+    """One part of a reward. Give exactly one of model and function."""
 
     model: str | None = None
     """Folder that the rm stage wrote. None means that function gives this part."""
     function: str | None = None
-    """Own reward, as package.module:name. None means that model gives this part."""
+    """Your own reward, as package.module:name. None means that model gives this part."""
     per_token: bool = False
-    """The function gives a list with one number a token for each response, and is called with the
-    tokens' texts as its fourth argument."""
+    """Whether the function returns a list with one number per token for each response. It is then
+    called with the tokens' texts as its fourth argument."""
     weight: float = 1.0
-    """The part's scores times this are added to the score; below 0 it turns the part around."""
+    """Weight of the part's scores in the sum. Below 0 the part counts against the response."""
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.function is None):
@@ -42,8 +42,8 @@ class EnsembleSettings:
     models: tuple[str, ...] = ()
     """Folders that the rm stage wrote, best with different seeds. Empty means no ensemble."""
     combine: Combination = "mean"
-    """The score from those of the members: their mean, the worst (smallest) of them, or their mean
-    minus spread_coef times their variance."""
+    """How the members' scores become one: their mean, the worst (smallest), or the mean minus
+    spread_coef times their variance."""
     spread_coef: float = 1.0
     """Weight of the variance over the members in mean_minus_spread."""
 
@@ -59,48 +59,50 @@ class EnsembleSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSettings:
-    """Where the reward comes from: exactly one of model, function, parts and ensemble.models.
+    """Where the reward comes from. Give exactly one of model, function, parts and ensemble.models.
 
-    What follows is done to every score in this order: normalize_on, clip, length_penalty,
+    Four settings then change every score, in this order: normalize_on, clip, length_penalty,
     missing_end.
     """
 
     model: str | None = None
     """Folder that the rm stage wrote. None means that the reward comes from elsewhere."""
     function: str | None = None
-    """Own reward, as package.module:name of a function (prompts, responses, metas) -> list of
-    numbers, one a response. None means that the reward comes from elsewhere."""
+    """Your own reward, as package.module:name of a function (prompts, responses, metas) -> list of
+    numbers, one per response. None means that the reward comes from elsewhere."""
     per_token: bool = False
-    """The function gives a list with one number a token for each response, and is called with the
-    tokens' texts as its fourth argument."""
+    """Whether the function returns a list with one number per token for each response. It is then
+    called with the tokens' texts as its fourth argument."""
     parts: dict[str, PartSettings] = field(default_factory=dict)
-    """Name -> part, a section with the keys model, function, per_token and weight; the score is the
-    sum of weight * part. Empty means that the reward comes from elsewhere."""
+    """Maps a name to a part, a section with the keys model, function, per_token and weight. The
+    score is the sum of weight * part. Empty means that the reward comes from elsewhere."""
     ensemble: EnsembleSettings = field(default_factory=EnsembleSettings)
     """Several reward models as one."""
     dtype: Literal["measured", "float32", "bfloat16"] = "measured"
-    """Type of the reward models' weights. measured: that in which each was measured, as its
-    reward.json says."""
+    """Type of the reward models' weights. measured: the type in which each was measured, from its
+    reward.json."""
     attention: Attention = "sdpa"
-    """Attention implementation of the reward models; as ModelSettings.attention."""
+    """Attention implementation of the reward models. One that cannot take a packing mask needs one
+    row per response."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the reward models. Only for sources that you trust."""
+    """Run Python code that comes with the reward models. Set it only for sources that you trust."""
     allow_chance_reward: bool = False
-    """Use a reward model although the interval of its held-out accuracy reaches down to 0.5."""
+    """Use a reward model even if the interval of its held-out accuracy reaches down to 0.5."""
     normalize_on: int | None = None
-    """Samples of the reference policy, drawn before the first update, whose scores get mean 0 and
-    standard deviation 1 (Ziegler et al. 2019). None means scores as they come."""
+    """Number of samples of the reference policy, drawn before the first update, whose scores get
+    mean 0 and standard deviation 1 (Ziegler et al. 2019). None leaves scores unchanged."""
     clip: float | None = None
-    """Scores are cut to -clip..clip. None means no clip."""
+    """Limit of the scores: they are clipped to -clip..clip. None means no clip."""
     length_penalty: float = 0.0
-    """Taken off the score for every response token beyond length_allowance. 0 means no penalty."""
+    """Subtracted from the score for every response token beyond length_allowance. 0 means no
+    penalty."""
     length_allowance: int = 0
-    """Response tokens, the end token included, that length_penalty leaves free."""
+    """Response tokens, including the end token, that cost no length_penalty."""
     missing_end: MissingEnd = "subtract"
-    """A response without its end token: replace its score by missing_end_value, subtract
-    missing_end_value from it, or none, leave it."""
+    """What happens to the score of a response without its end token: replace puts missing_end_value
+    in its place, subtract subtracts missing_end_value, none leaves it."""
     missing_end_value: float = 1.0
-    """What replaces the score (such as -1) or is subtracted from it (such as 1), in its units."""
+    """Replaces the score (such as -1) or is subtracted from it (such as 1)."""
 
     def __post_init__(self) -> None:
         self._check_source()
@@ -156,7 +158,7 @@ class RewardSettings:
 
     @property
     def value_start(self) -> tuple[str, float] | None:
-        """The reward model that a value model may start from, the first one, and its weight."""
+        """The first reward model, from which a value model may start, and its weight."""
         starts = [
             (self.model, 1.0),
             *((part.model, part.weight) for part in self.parts.values()),

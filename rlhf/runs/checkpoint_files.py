@@ -1,12 +1,13 @@
-"""A training state as a folder of safetensors and JSON: whole and unaltered, or refused by name.
+"""Stores a training state as a folder of safetensors and JSON files.
 
     manifest.json       which run and step, and the SHA-256 of every other file and of itself
     state.json          plain values of all parts
     PART.safetensors    tensors of a part, nested names joined by "/"
 
-A part's state is a mapping of names to tensors, plain JSON values, and mappings of these. It is
-written beside its place, synced to the disk and renamed, so that whenever a machine dies, what
-bears the name of a checkpoint is one. Nothing in a folder is ever run: no pickle.
+A part's state is a mapping of names to tensors, plain JSON values, and mappings of these. A
+checkpoint that is not whole, or was altered, is refused by name. It is written under another name,
+synced to the disk and renamed: a machine that dies at any moment leaves no half checkpoint under a
+checkpoint's name. Loading runs no code from the folder: there is no pickle.
 """
 
 import hashlib
@@ -34,17 +35,17 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint is of."""
+    """What the manifest says about a checkpoint."""
 
     step: int
-    """The last step that it holds, as metrics.jsonl counts them."""
+    """The last step in the checkpoint, as metrics.jsonl counts steps."""
     seconds: float
     """Wall time that the run has taken so far."""
     num_processes: int
     run: dict[str, Any]
     """What the run is (see rlhf.runs.run.Run.identity)."""
     files: dict[str, str]
-    """File -> its SHA-256."""
+    """Maps each file to its SHA-256."""
 
 
 def write_checkpoint(
@@ -56,10 +57,10 @@ def write_checkpoint(
     num_processes: int,
     run: dict[str, Any],
 ) -> None:
-    """Write the states of all parts to `folder`, which appears when all of it is on the disk.
+    """Write the states of all parts to `folder`, which appears once everything is on the disk.
 
     Raises:
-        OSError: the disk is full, or may not be written; nothing is left behind then.
+        OSError: The disk is full, or cannot be written. No part of the checkpoint is left then.
     """
     part = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(part, ignore_errors=True)
@@ -81,10 +82,10 @@ def write_checkpoint(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What a checkpoint is of.
+    """Read what a checkpoint holds and which run wrote it.
 
     Raises:
-        ValueError: the manifest is missing, altered, or of another format.
+        ValueError: The manifest is missing, altered, or has another format.
     """
     body = _read_json(folder, MANIFEST)
     written = body.pop("sha256", None)
@@ -99,10 +100,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Every file of a checkpoint is there and as it was written.
+    """Check that every file of a checkpoint is there and unaltered.
 
     Raises:
-        ValueError: naming the first that is not.
+        ValueError: A file is missing or altered; the message names the first one.
     """
     for name, written in manifest.files.items():
         path = folder / name
@@ -114,19 +115,19 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def read_states(folder: Path) -> dict[str, State]:
-    """The states of all parts of a checkpoint whose files were checked."""
+    """Read the states of all parts of a checkpoint. Call `check_files` first."""
     states: dict[str, State] = _read_json(folder, STATE)
     for name, state in states.items():
         path = folder / (name + TENSORS)
         if path.is_file():
             for tensor_name, tensor in _load_file(path).items():
-                # A copy: what was read hangs on the file, which a later checkpoint removes.
+                # A copy, because the tensor maps the file, which a later checkpoint removes.
                 _put(state, tensor_name.split("/"), tensor.clone())
     return states
 
 
 def newest_checkpoint(parent: Path) -> Path | None:
-    """The checkpoint of the latest step below a folder, or None."""
+    """Return the checkpoint of the latest step below a folder, or None if there is none."""
     folders = [path for path in parent.glob("step-*") if path.suffix != UNFINISHED]
     return max(folders, key=_step_in_name, default=None)
 
@@ -136,14 +137,14 @@ def checkpoint_folder(parent: Path, step: int) -> Path:
 
 
 def remove_others(folder: Path) -> None:
-    """Removes all checkpoints beside this one, and what was left of unfinished ones."""
+    """Remove all other checkpoints in the same folder, and the remains of unfinished ones."""
     for other in folder.parent.glob("step-*"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
 
 
 def _write_states(folder: Path, states: Mapping[str, State]) -> dict[str, str]:
-    """Returns file -> SHA-256."""
+    """Write the files and return the SHA-256 of each by name."""
     plain: dict[str, State] = {}
     written = [folder / STATE]
     for name, state in states.items():
@@ -207,7 +208,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    # Python's own JSON: it reads NaN and Infinity back, and floats to the last bit.
+    # Python's own JSON, because it reads NaN and Infinity back, and floats to the last bit.
     path.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
     sync_to_disk(path)
 

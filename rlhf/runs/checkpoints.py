@@ -1,5 +1,6 @@
-"""Going on where a run was cut off, to the same bits: when checkpoints are written, and whether one
-that is found is of this run."""
+"""Resumes a run where it was cut off, to the same bits.
+
+Decides when checkpoints are written, and whether a checkpoint belongs to this run."""
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -27,29 +28,29 @@ from rlhf.runs.stateful import Generators, OptimizerState, State, Stateful, Toge
 from rlhf.training.processes import max_over_processes
 
 _PROCESSES = "processes"
+"""Name of the part that holds the state of each process by its number, such as its generators."""
 _PRECISION = "mixed_precision"
-"""The part that holds what each process has its own of, by its number."""
 _SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
 class Checkpoints:
-    """The checkpoints of one run; only the last one is kept.
+    """Writes and restores the checkpoints of one run. Only the last one is kept.
 
         checkpoints = Checkpoints(run, accelerator, every)
         checkpoints.restore(parts, own)
-        for step in ...:  # those behind checkpoints.step
+        for step in ...:  # the steps after checkpoints.step
             ...
             checkpoints.end_step(step)
         checkpoints.close()
 
-    Made before anything of the run is written. The folder must be one that all processes see.
+    Make it before the run writes anything. All processes must see the folder.
 
     Args:
-        every: steps between checkpoints; None writes none.
-        unit: what a step is called.
+        every: Number of steps between checkpoints. None writes none.
+        unit: What the stage calls a step in messages.
 
     Raises:
-        ValueError: the folder holds a checkpoint of another run, or one that is not whole.
+        ValueError: The folder holds a checkpoint of another run, or one that is not whole.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Checkpoints:
                 "optimizer up between processes, and a run under it cannot be resumed"
             )
         self.step: int | None = None
-        """The step that the run goes on behind; None: it begins."""
+        """The last step that is done; the run resumes after it. None means a new run."""
         self._states: dict[str, State] = {}
         if accelerator.is_main_process:
             self.step, self._states = self._find()
@@ -79,20 +80,21 @@ class Checkpoints:
 
     @property
     def are_written(self) -> bool:
-        """Whether this run writes any."""
+        """Whether this run writes checkpoints."""
         return self._every is not None
 
     def saved(self, part: str) -> State | None:
-        """The state of a part in the checkpoint that was found; None if there is none."""
+        """Return a part's state from the checkpoint that was found; None if there is none."""
         return self._states.get(part)
 
     def restore(self, parts: Mapping[str, Stateful], own: Mapping[str, Stateful]) -> None:
-        """Give the parts the states of the checkpoint that was found, if one was, and keep them for
-        the next one. From here until `close`, an interrupt waits for the end of a step.
+        """Load the checkpoint that was found, if any, and keep the parts for the next one.
+
+        From this call until `close`, an interrupt waits for the end of a step.
 
         Args:
-            parts: what all processes have the same of.
-            own: what each process has its own of, such as its generators.
+            parts: The parts whose state is the same in all processes.
+            own: The parts whose state differs between processes, such as generators.
         """
         self._parts, self._own = Together(parts), Together(own)
         states, self._states = self._states, {}
@@ -103,14 +105,14 @@ class Checkpoints:
         interrupts.are_deferred = self.are_written
 
     def end_step(self, step: int) -> bool:
-        """Note that a step was done and logged; save if it is time, or if the run is to end.
+        """Note that a step is done and logged. Save if it is time, or if the run is to end.
 
         Returns:
-            whether it was saved.
+            Whether it was saved.
 
         Raises:
-            Interrupted: a signal asked for the end.
-            OSError: the checkpoint could not be written; the one before it is still there.
+            Interrupted: A signal asked for the end.
+            OSError: The checkpoint could not be written; the previous one is still there.
         """
         if self._every is None:
             return False
@@ -127,9 +129,10 @@ class Checkpoints:
         return is_time
 
     def close(self) -> None:
-        """The last step is done: an interrupt, also one that waited, ends the program at once.
+        """Note that the last step is done. From now on an interrupt ends the program at once.
 
-        The parts are let go, since a model among them would stay in memory.
+        An interrupt that waited ends it here. The parts are released, since a model among them
+        would stay in memory.
         """
         self._parts, self._own = Together(), Together()
         interrupts.are_deferred = False
@@ -137,7 +140,7 @@ class Checkpoints:
             raise KeyboardInterrupt
 
     def _find(self) -> tuple[int | None, dict[str, State]]:
-        """The step and the states to go on from, on the first process; None if there are none."""
+        """Return step and states to resume from, on the first process; None if there are none."""
         folder = newest_checkpoint(self._run.checkpoints)
         if folder is None or self._run.is_finished:
             return None, {}
@@ -158,7 +161,7 @@ class Checkpoints:
         return manifest.step, states
 
     def _other_run(self, manifest: Manifest) -> str:
-        """What differs between a checkpoint's run and this one, in words; empty if nothing does."""
+        """Return in words how a checkpoint's run differs from this one; empty if it does not."""
         now, then = self._identity(), manifest.run
         differences = list(islice(_differences(then, now), MAX_SHOWN))
         if differences:
@@ -185,7 +188,7 @@ class Checkpoints:
         return {**self._run.identity(), _PRECISION: self._accelerator.mixed_precision}
 
     def _save(self, step: int) -> None:
-        self._run.sync()  # a checkpoint is not of a step whose row could still be lost
+        self._run.sync()  # rows first: a checkpoint must not hold a step whose row can be lost
         own = gather_object([self._own.state_dict()])
         if self._accelerator.is_main_process:
             states = self._parts.state_dict()
@@ -216,15 +219,16 @@ class Checkpoints:
 
 
 class ResumeCallback(TrainerCallback):
-    """The same for a transformers Trainer, which gets only the batches behind `checkpoints.step`.
+    """Writes and restores checkpoints under a transformers Trainer.
 
-    A step is saved when the next one begins: by then all that follows it is logged, the figures of
-    its epoch too, and nothing of the next has drawn a random number but the loading of its batch.
-    Trainer's own checkpoints are pickles.
+    The Trainer must get only the batches after `checkpoints.step`. A step is saved when the next
+    one begins. By then everything that follows it is logged, including its epoch's metrics, and the
+    next step has drawn random numbers only for loading its batch. The Trainer's own checkpoints are
+    not used because they are pickles.
 
     Args:
-        parts: what the run carries beside the model, its optimizer and its schedule.
-        after_save: called when a checkpoint was written.
+        parts: What the run carries besides the model, its optimizer and its schedule.
+        after_save: Called after each checkpoint.
     """
 
     def __init__(
@@ -257,13 +261,13 @@ class ResumeCallback(TrainerCallback):
         step = self._checkpoints.step
         if step is not None:
             state.global_step = step
-            trainer._globalstep_last_logged = step  # what it takes the mean loss since
+            trainer._globalstep_last_logged = step  # the Trainer averages the loss from here on
             self._before_first_step = self._generators.state_dict()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self._before_first_step is not None:  # the Trainer has drawn numbers to begin an epoch
+        if self._before_first_step is not None:  # the Trainer drew numbers when it began the epoch
             self._generators.load_state_dict(self._before_first_step)
             self._before_first_step = None
         elif state.global_step > 0 and self._checkpoints.end_step(state.global_step):
@@ -276,7 +280,7 @@ class ResumeCallback(TrainerCallback):
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What a checkpoint's run and this one have different, in words."""
+    """Yield in words what differs between a checkpoint's run and this one."""
     contents = [{**run, "inputs": contents_of(run["inputs"])} for run in (then, now)]
     yield from differing(*contents)
     if then.get(_PRECISION) != now[_PRECISION]:

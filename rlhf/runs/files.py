@@ -1,4 +1,4 @@
-"""JSON of what runs measure, and hashes of files."""
+"""Writes JSON of what runs measure, and hashes files."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ from rlhf.inputs.whole_files import write_text
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plain_values(value: Any) -> Any:
-    """Tensors and NumPy numbers as Python numbers, tuples as lists, paths as text."""
+    """Turn tensors and NumPy numbers into Python numbers, tuples into lists, paths into text."""
     if isinstance(value, Mapping):
         return {str(key): plain_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -28,7 +28,7 @@ def plain_values(value: Any) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """What JSON cannot hold (nan, inf) as text."""
+    """Turn numbers that JSON cannot hold (nan, inf) into text."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

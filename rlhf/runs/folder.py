@@ -1,11 +1,11 @@
-"""Whose an output folder is: what a program may replace in it, and what it must leave as it is.
+"""Decides who owns an output folder: what a program may replace in it, and what must stay.
 
-.rlhf_run.json   the mark: which program took the folder, for which settings and inputs, and the
-                 names of the files that it writes; nothing else writes it
-.rlhf_run.lock   while a program is at work in the folder: its process and its machine
+.rlhf_run.json   the mark: the program that took the folder, its settings and inputs, and the names
+                 of the files that it writes; only this module writes it
+.rlhf_run.lock   the process and machine of a program that is at work in the folder
 
-A folder that is not empty and has no mark is somebody else's and is refused. In a folder with a
-mark only the files that the mark names are removed or replaced.
+A folder that is not empty and has no mark belongs to somebody else and is refused. In a folder with
+a mark, only the files that the mark names are removed or replaced.
 """
 
 import errno
@@ -45,7 +45,7 @@ SAVED_WEIGHTS = (
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
 )
-"""Names and patterns of what the weights of a full model are saved as."""
+"""Names and patterns of the files that hold the weights of a full model."""
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -66,35 +66,36 @@ MODEL_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-"""Names and patterns of what saving a model and its tokenizer writes."""
+"""Names and patterns of the files that saving a model and its tokenizer writes."""
 
 UNIMPORTANT = ("output_dir", "overwrite", "checkpoint_every", "trackers")
-"""Settings that change nothing of what a run computes."""
+"""Settings that do not change what a run computes."""
 MAX_SHOWN = 5
-"""Differences, or files, that a refusal tells."""
+"""The most differences, or files, that an error message lists."""
 
 _NOT_LOCKED = (errno.EACCES, errno.EAGAIN)
-"""What a lock that another process holds is told with; other errors mean that there are no locks
-on this file system."""
+"""Error numbers that mean another process holds the lock. Any other error means that this file
+system has no locks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """What the mark in a folder says."""
+    """The content of the mark in a folder."""
 
     program: str
     """Name of the program that took the folder."""
     files: tuple[str, ...]
-    """What it wrote, below the folder; while it is at work, patterns of all that it may write."""
+    """What the program wrote, relative to the folder. While it is at work: patterns of all that it
+    may write."""
     settings: dict[str, Any] | None = None
-    """Its settings. None means that it has not begun to write."""
+    """The program's settings. None means that it has not begun to write."""
     inputs: dict[str, Any] = field(default_factory=dict)
-    """Name -> content of what it read (see `content_of`)."""
+    """Maps the name of each input to its content (see `content_of`)."""
 
 
 @dataclass
 class OutputFolder:
-    """A folder that this process may write to; made by `take_folder`, given back by `give_back`."""
+    """A folder that this process may write to, from `take_folder` until `give_back`."""
 
     path: Path
     program: str
@@ -103,7 +104,7 @@ class OutputFolder:
     _lock: int
     _new_folders: list[Path]
     is_other: bool = False
-    """The folder holds a run of other settings, inputs or another program."""
+    """Whether the folder holds a run of other settings, other inputs or another program."""
     _settings: dict[str, Any] = field(default_factory=dict)
     _inputs: dict[str, Any] = field(default_factory=dict)
     _begun: bool = False
@@ -116,16 +117,16 @@ class OutputFolder:
         overwrite: bool,
         has_checkpoint: bool = False,
     ) -> None:
-        """Note what the program is about to do, and hold what the folder's mark says against it.
+        """Note what the program is about to do, and compare it with the folder's mark.
 
         Args:
-            inputs: name -> content of what is read (see `content_of`).
-            overwrite: the results of other settings may be replaced.
-            has_checkpoint: the folder holds a checkpoint, which says more of what differs than the
-                mark does (`rlhf.runs.checkpoints`); nothing is refused here then.
+            inputs: Maps the name of each input to its content (see `content_of`).
+            overwrite: Whether the results of other settings may be replaced.
+            has_checkpoint: Whether the folder holds a checkpoint. If so nothing is refused here,
+                because the checkpoint says more about what differs (`rlhf.runs.checkpoints`).
 
         Raises:
-            ValueError: the folder holds a run of other settings or inputs.
+            ValueError: The folder holds a run of other settings or inputs.
         """
         important = {name: one for name, one in settings.items() if name not in UNIMPORTANT}
         self._settings, self._inputs = _as_read(important), _as_read(inputs)
@@ -148,11 +149,11 @@ class OutputFolder:
             )
 
     def begin(self, replaced: Iterable[str] = ()) -> None:
-        """From here on the folder is written to.
+        """Start writing to the folder: remove what is to be replaced and write the mark.
 
         Args:
-            replaced: names and patterns of what goes now. Where the folder holds a run of other
-                settings, all that it wrote goes.
+            replaced: Names and patterns of what is removed now. If the folder holds a run of other
+                settings, everything that run wrote is removed too.
         """
         self._begun = True
         self.path.mkdir(parents=True, exist_ok=True)
@@ -162,21 +163,21 @@ class OutputFolder:
         self._write_mark(self.files)
 
     def remove(self, files: Iterable[str]) -> None:
-        """Removes what has these names or patterns, and folders that are empty then."""
+        """Remove all files with these names or patterns, and folders that are empty after that."""
         for pattern in files:
             for path in self.path.glob(pattern):
                 _remove(path)
             if "/" in pattern:
-                with suppress(OSError):  # somebody else's files are in it, or it is not there
+                with suppress(OSError):  # the folder holds files of others, or is not there
                     (self.path / pattern).parent.rmdir()
 
     def finish(self) -> None:
-        """All is written: the mark names what there is, and the folder is given back."""
+        """Name in the mark the files that were written, and give the folder back."""
         self._write_mark(_present(self.path, self.files))
         self.give_back()
 
     def give_back(self) -> None:
-        """Other processes may take the folder; it is as it was before if nothing was begun."""
+        """Let other processes take the folder. If nothing was begun, leave it as it was before."""
         if _taken.pop(self.path.resolve(), None) is None:
             return
         with suppress(FileNotFoundError):
@@ -202,13 +203,14 @@ class OutputFolder:
 
 
 _taken: dict[Path, OutputFolder] = {}
-"""What this process has taken and not given back."""
+"""The folders that this process has taken and not given back."""
 
 
 @contextmanager
 def folders_given_back() -> Iterator[None]:
-    """Within, or in a function that it decorates: folders taken are given back in the end, however
-    it ends."""
+    """Give back, at the end of the block or decorated function, all folders taken in it.
+
+    An error gives them back too."""
     before = set(_taken)
     try:
         yield
@@ -228,16 +230,16 @@ def take_folder(
     """Take a folder for one process and mark it, before anything else is written.
 
     Args:
-        program: name of the program, such as sft.
-        files: names and patterns of all that it may write, relative to the folder.
-        overwrite: a run of another program may be replaced.
-        is_shared: the folder may hold other things beside, which are left alone: the folders of
-            other runs.
+        program: Name of the program, such as sft.
+        files: Names and patterns of all that it may write, relative to the folder.
+        overwrite: Whether a run of another program may be replaced.
+        is_shared: Whether the folder may also hold other things, such as the folders of other
+            runs. These are left alone.
 
     Raises:
-        ValueError: the folder is a file, holds files of others, or the run of another program, or
+        ValueError: The folder is a file, holds files of others or the run of another program, or
             another process is at work in it.
-        OSError: it cannot be written.
+        OSError: The folder cannot be written.
     """
     path = Path(output_dir)
     if earlier := _taken.get(path.resolve()):
@@ -254,7 +256,7 @@ def take_folder(
         raise
     folder = OutputFolder(path, program, tuple(files), None, lock, new_folders)
     _taken[path.resolve()] = folder
-    try:  # again, now that nobody else can change it
+    try:  # check once more, now that nobody else can change the folder
         folder._found = _refuse_files_of_others(path, program, files, overwrite, is_shared)
         if folder._found is None:
             folder._write_mark(())
@@ -274,11 +276,13 @@ def writing(
     inputs: Mapping[str, str | Path] | None = None,
     overwrite: bool,
 ) -> Iterator[OutputFolder]:
-    """Take a folder for a program that is no run of a stage; within, it calls `begin` before it
-    writes and `finish` in the end. Arguments as in `take_folder`.
+    """Take a folder for a program that is not a run of a stage.
+
+    Inside the block the program calls `begin` before it writes and `finish` at the end. The
+    arguments are those of `take_folder`.
 
     Raises:
-        ValueError: what take_folder, refuse_inputs_inside and OutputFolder.compare refuse.
+        ValueError: As refuse_inputs_inside, take_folder and OutputFolder.compare.
     """
     refuse_inputs_inside(output_dir, inputs or {}, files=files)
     with folders_given_back():
@@ -294,15 +298,16 @@ def refuse_inputs_inside(
     files: Sequence[str] = (),
     is_shared: bool = False,
 ) -> None:
-    """Refuse to read what is to be written over.
+    """Refuse to read what is to be overwritten.
 
     Args:
-        inputs: what is read, by name; what is not there, such as a hub id, is passed over.
-        files: names and patterns that are written.
-        is_shared: inputs in other folders below the output folder are left alone and may be read.
+        inputs: What is read, by name. What does not exist, such as a hub id, is passed over.
+        files: Names and patterns of what is written.
+        is_shared: Whether inputs in other folders below the output folder may be read. Those
+            folders are left alone.
 
     Raises:
-        ValueError: an input is the output folder, or lies in it.
+        ValueError: An input is the output folder, or lies in it.
     """
     output = Path(output_dir).resolve()
     written = {pattern.split("/")[0] for pattern in files if "/" in pattern}
@@ -325,18 +330,19 @@ def refuse_inputs_inside(
 
 
 def content_of(described: Mapping[str, Any]) -> Any:
-    """An input, as lineage.json describes it, without its place and the story of how it was made:
-    hashes, or a hub id."""
+    """Return what identifies an input of lineage.json: its hashes, or its hub id.
+
+    Its path and the run that made it are left out."""
     return [described.get(key) for key in ("sha256", "base", "hub")]
 
 
 def contents_of(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Name -> content of all inputs that lineage.json describes."""
+    """Map the name of each input that lineage.json describes to its content."""
     return {name: content_of(described) for name, described in inputs.items()}
 
 
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What two runs have different, in words; each has `settings`, and `inputs` as contents."""
+    """Yield in words what differs between two runs. Their `inputs` are as `contents_of` gives."""
     settings = [dict(flat_settings(run["settings"])) for run in (then, now)]
     for name in dict.fromkeys([*settings[0], *settings[1]]):
         before, after = (of_run.get(name, "no setting") for of_run in settings)
@@ -348,7 +354,7 @@ def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of every setting, names of sections before a point."""
+    """Yield (name, value) of every setting; the names of sections come before a dot."""
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             yield from flat_settings(value, f"{prefix}{key}.")
@@ -358,17 +364,17 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tup
 
 def _are_equal(before: object, after: object) -> bool:
     if isinstance(before, str) and isinstance(after, str) and before and after:
-        return os.path.normpath(before) == os.path.normpath(after)  # runs/sft is runs/sft/
+        return os.path.normpath(before) == os.path.normpath(after)  # "runs/sft" is "runs/sft/"
     return before == after
 
 
 def _as_read(value: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """Return the value as it is after JSON wrote and read it: tuples are lists."""
     return json.loads(json.dumps(value))
 
 
 def _places(path: Path) -> Iterator[Path]:
-    """Where an input lies: itself, what it links to, and what the links in a folder lead to."""
+    """Yield where an input lies: itself, what it links to, and what links in a folder lead to."""
     if not path.exists():
         return
     yield path.parent.resolve() / path.name if path.name != ".." else path.resolve()
@@ -380,10 +386,10 @@ def _places(path: Path) -> Iterator[Path]:
 def _refuse_files_of_others(
     path: Path, program: str, files: Sequence[str], overwrite: bool, is_shared: bool
 ) -> Mark | None:
-    """The folder's mark, None where it is new.
+    """Return the folder's mark; None where the folder is new.
 
     Raises:
-        ValueError: something in the folder is not the program's to replace.
+        ValueError: The program may not replace something that is in the folder.
     """
     place = next(one for one in [path, *path.parents] if one.exists())
     if not place.is_dir():
@@ -435,8 +441,10 @@ def _read_mark(folder: Path) -> Mark | None:
 
 
 def _read_old_mark(folder: Path, program: str, files: Sequence[str]) -> Mark | None:
-    """What stands for a mark in the folders of versions that wrote none: settings and lineage of
-    the same program, which together nothing else writes. None where they are not there."""
+    """Make a mark for a folder of an early version, which wrote no marks.
+
+    Settings and lineage of the same program stand for it, since nothing else writes both. Returns
+    None where they are missing."""
     try:
         lineage = json.loads((folder / LINEAGE).read_bytes())
         settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
@@ -451,7 +459,7 @@ def _read_old_mark(folder: Path, program: str, files: Sequence[str]) -> Mark | N
 
 
 def _present(folder: Path, files: Iterable[str]) -> list[str]:
-    """Names of what there is of these names and patterns."""
+    """Return the names of the files that are there and match these names and patterns."""
     found = {path.relative_to(folder).as_posix() for one in files for path in folder.glob(one)}
     return sorted(found)
 
@@ -469,10 +477,10 @@ def _remove(path: Path) -> None:
 
 
 def _acquire(folder: Path) -> int:
-    """The descriptor of the folder's lock, held until it is closed or the process dies.
+    """Return the descriptor of the folder's lock, held until it closes or the process dies.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: Another process holds it.
     """
     place = folder / LOCK
     while True:
@@ -484,7 +492,7 @@ def _acquire(folder: Path) -> int:
         except BaseException:
             os.close(lock)
             raise
-        os.close(lock)  # the one before removed the file between our opening and locking it
+        os.close(lock)  # its holder removed the file after we opened it and before we locked it
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
     os.ftruncate(lock, 0)
@@ -500,7 +508,7 @@ def _is_still(lock: int, place: Path) -> bool:
 
 
 def _hold(lock: int, folder: Path) -> None:
-    """Raises ValueError where another process holds the lock."""
+    """Raise ValueError if another process holds the lock."""
     try:
         if fcntl is not None:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -508,7 +516,7 @@ def _hold(lock: int, folder: Path) -> None:
     except OSError as error:
         if error.errno in _NOT_LOCKED:
             raise ValueError(_in_use(folder, _holder(lock))) from None
-    # Without locks only what the file says is known.
+    # Where the file system has no locks, we know only what the file says.
     holder = _holder(lock)
     is_here = holder.get("host") == socket.gethostname()
     if holder and not (is_here and _is_over(holder["pid"])):
@@ -536,7 +544,7 @@ def _in_use(folder: Path, holder: Mapping[str, Any]) -> str:
 
 
 def _is_over(pid: int) -> bool:
-    """No other process of this machine has this number."""
-    import psutil  # here, since only file systems without locks need it
+    """Return whether no other process of this machine has this number."""
+    import psutil  # imported here, since only file systems without locks need it
 
     return pid == os.getpid() or not psutil.pid_exists(pid)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at once, or at the end of a step from which the run can go on."""
+"""Handles Ctrl-C and SIGTERM: end at once, or at the end of a step that can be resumed."""
 
 import os
 import signal
@@ -11,21 +11,21 @@ _NOTE = b"\nfinishing this step and saving a checkpoint first; once more ends at
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to end, and says how to go on."""
+    """Ends a run that was asked to end. Its text says how to resume."""
 
 
 class Interrupts:
-    """The requests to end that this process got."""
+    """The requests to end that this process received."""
 
     def __init__(self) -> None:
         self.are_deferred = False
-        """A loop looks for them at the end of its steps."""
+        """Whether a loop looks for requests at the end of its steps."""
         self.is_pending = False
-        """One came meanwhile."""
+        """Whether a request came while they are deferred."""
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Within, both signals are a KeyboardInterrupt: at once, unless they are deferred."""
+        """Raise KeyboardInterrupt for both signals: at once, unless they are deferred."""
         before = [signal.signal(number, self._handle) for number in SIGNALS]
         try:
             yield
@@ -38,8 +38,8 @@ class Interrupts:
         if not self.are_deferred or self.is_pending:
             raise KeyboardInterrupt
         self.is_pending = True
-        os.write(2, _NOTE)  # print might be what was interrupted
+        os.write(2, _NOTE)  # no print, since the signal may have interrupted one
 
 
 interrupts = Interrupts()
-"""Of this process: signals belong to it as a whole."""
+"""One object for the process, since signals go to the process as a whole."""

@@ -1,4 +1,4 @@
-"""Where the inputs of a run come from: hashes, earlier results, commit and versions."""
+"""Records where the inputs of a run come from: hashes, earlier results, commit and versions."""
 
 import json
 import platform
@@ -47,7 +47,7 @@ def check_input(stage: str, name: str, path: str) -> None:
 
 
 def describe_input(path: str) -> dict[str, Any]:
-    """Where an input comes from: SHA-256 of its files, and results of the run that made it."""
+    """Describe an input: SHA-256 of its files, and the results of the run that made it."""
     place = Path(path)
     if not place.exists():
         return {"hub": path}
@@ -71,7 +71,7 @@ def _hashed_files(folder: Path) -> set[Path]:
 
 
 def commit() -> str | None:
-    """Commit of this source tree, marked when files differ from it; None outside a git tree."""
+    """Return the commit of this source tree, marked if files differ; None outside a git tree."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         commit = subprocess.check_output([*git, "rev-parse", "HEAD"], stderr=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""The door of every program: settings in, one line on stderr for what a user can mend."""
+"""Starts every program: reads settings, and turns errors a user can fix into one line on stderr."""
 
 import io
 import sys
@@ -14,7 +14,7 @@ from rlhf.training.out_of_memory import explain, is_out_of_memory
 Config = TypeVar("Config")
 
 USER_ERROR = 2
-INTERRUPTED = 130
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def run_stage(
@@ -24,16 +24,16 @@ def run_stage(
 ) -> None:
     """Load the settings and call `function` with them.
 
-    ValueError (settings, records), OSError (files) and a lack of memory end the program with
-    `error: ...` on stderr and exit code 2, an interrupt (Ctrl-C, SIGTERM) with 130; anything else
-    is our mistake and keeps its traceback.
+    Some errors are for the user to fix: ValueError (settings, records), OSError (files) and a lack
+    of memory. They end the program with `error: ...` on stderr and exit code 2. An interrupt
+    (Ctrl-C, SIGTERM) ends it with 130. Any other error is our mistake and keeps its traceback.
     """
     escape_what_the_terminal_lacks()
     try:
         with interrupts.caught():
             function(load_config(config_class, args))
         return
-    except (ValueError, OSError, SafetensorError) as error:  # the last one where a disk is full
+    except (ValueError, OSError, SafetensorError) as error:  # safetensors raises its own: disk full
         message, code = f"error: {error}", USER_ERROR
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -41,15 +41,15 @@ def run_stage(
         message, code = f"error: {explain(error)}", USER_ERROR
     except KeyboardInterrupt as interrupt:
         message, code = str(interrupt) or "interrupted", INTERRUPTED
-    # Only here are the frames of the failed call gone, and with them a progress bar whose line the
-    # message would continue.
+    # Print only here: the frames of the failed call are gone, and so is any progress bar. Before
+    # that the message would continue the bar's line.
     _stop(message, code)
 
 
 def escape_what_the_terminal_lacks() -> None:
-    """Makes printing a character that the terminal's encoding lacks write its code instead.
+    """Print the code of a character instead of failing where the terminal's encoding lacks it.
 
-    Rows of users hold any character; a terminal of cp1252 or ASCII is no fault of theirs.
+    Users' rows hold any character, and a terminal of cp1252 or ASCII is not their fault.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -1,15 +1,15 @@
-"""A run's folder: what went in, what was measured, what came out. The next stage takes its path.
+"""Writes a run's folder: what it read, measured and made. The next stage takes the folder's path.
 
-config.yaml     settings in force; --config of the same program takes it again
+config.yaml     the settings in use; --config of the same program reads them again
 lineage.json    hashes of the inputs, results of the runs that made them, commit, versions
-metrics.jsonl   one object a logged step: {"step": 10, "sft/loss": 2.1}
-samples.jsonl   texts that the model wrote, one object a row
+metrics.jsonl   one object per logged step: {"step": 10, "sft/loss": 2.1}
+samples.jsonl   texts that the model wrote, one object per row
 trackers/       the same for TensorBoard and W&B, where the settings ask for them
-base.json       of an adapter: path and hash of the full model that it belongs over
-results.json    final figures; written last, so its presence says that the run is complete
-checkpoints/    while the run is not: what it goes on from when it is started again
+base.json       only for an adapter: path and hash of its base, a full model
+results.json    final results; written last, so its presence says that the run is complete
+checkpoints/    only until the run is complete: what it resumes from
 
-Only a folder that bears the mark of the program is written over (rlhf.runs.folder).
+Only a folder with the program's mark is overwritten (rlhf.runs.folder).
 """
 
 import dataclasses
@@ -47,11 +47,11 @@ CHECKPOINTS = "checkpoints"
 _CHECKPOINT_FILES = (f"{CHECKPOINTS}/step-*", f"{CHECKPOINTS}/checkpoint-*")
 _TRACKER_FILES = (f"{TRACKERS}/tensorboard", f"{TRACKERS}/wandb")
 _WRITTEN = (CONFIG, LINEAGE, METRICS, SAMPLES, RESULTS, *_CHECKPOINT_FILES, *_TRACKER_FILES)
-"""What every run may write."""
+"""Names and patterns of what every run may write."""
 
 
 class RunSettings(Protocol):
-    """What open_run asks of a stage's settings."""
+    """What open_run needs from a stage's settings."""
 
     @property
     def output_dir(self) -> str: ...
@@ -59,7 +59,7 @@ class RunSettings(Protocol):
 
 @dataclasses.dataclass
 class Run:
-    """One run of one stage; made by open_run. Only the first process writes."""
+    """One run of one stage, made by open_run. Only the first process writes."""
 
     stage: str
     _dir: Path
@@ -67,57 +67,58 @@ class Run:
     _lineage: dict[str, Any]
     _started: float
     _folder: OutputFolder | None = None
-    """None in all processes but the first."""
+    """None in all processes except the first."""
     _resume_step: int | None = None
     _begun: bool = False
     _trackers: Trackers | None = None
 
     @property
     def dir(self) -> Path:
-        """The run's folder. It is made at first use, so a run that fails on its inputs leaves
-        what was there before as it was."""
+        """The run's folder, made at first use. A run that fails on its inputs therefore leaves
+        everything as it was."""
         self._begin()
         return self._dir
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints of this run lie, whether or not there are any."""
+        """The folder of this run's checkpoints, whether or not there are any."""
         return self._dir / CHECKPOINTS
 
     @property
     def is_finished(self) -> bool:
-        """The folder holds the results of an earlier run, which is about to be done anew."""
+        """Whether the folder holds the results of an earlier run, which will be done anew."""
         return not self._begun and (self._dir / RESULTS).is_file()
 
     @property
     def replaces_another(self) -> bool:
-        """The folder holds a run of other settings, which this one is to replace; only the first
-        process knows."""
+        """Whether the folder holds a run of other settings, which this one will replace. Only the
+        first process knows."""
         return self._folder is not None and self._folder.is_other
 
     @property
     def may_overwrite(self) -> bool:
-        """What a run of other settings left in the folder may be replaced."""
+        """Whether the results of other settings in the folder may be replaced."""
         return _may_overwrite(self._config)
 
     @property
     def seconds(self) -> float:
-        """Wall time of this run so far, that before a resume included."""
+        """Wall time of this run so far, including the time before a resume."""
         return time.monotonic() - self._started
 
     def identity(self) -> dict[str, Any]:
-        """What the run does, as plain values: a checkpoint is of this run if it agrees. Only the
-        first process knows its inputs."""
+        """Return what the run does, as plain values. A checkpoint of this run has the same.
+
+        Only the first process knows the inputs."""
         return {"stage": self.stage, "settings": settings_in_force(self._config), **self._lineage}
 
     def resume(self, step: int, seconds: float) -> None:
-        """Go on behind a step: rows of later ones are dropped, the seconds count as taken."""
+        """Go on after a step: drop the rows of later steps, and count the seconds as taken."""
         assert not self._begun
         self._resume_step = step
         self._started -= seconds
 
     def sync(self) -> None:
-        """All rows so far are on the disk, not only with the system."""
+        """Force all rows written so far onto the disk, out of the system's buffers."""
         self._begin()
         if _is_first_process():
             for path in (self._dir / METRICS, self._dir / SAMPLES, self._dir):
@@ -125,13 +126,13 @@ class Run:
                     sync_to_disk(path)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one object to metrics.jsonl; keys are "stage/thing", values numbers."""
+        """Append one object to metrics.jsonl. Keys are "stage/thing", values are numbers."""
         self._append(METRICS, [{"step": step, **metrics}])
         if self._trackers is not None:
             self._trackers.log(step, plain_values(metrics))
 
     def samples(self, rows: Iterable[Mapping[str, Any]], step: int | None = None) -> None:
-        """Append texts to samples.jsonl, each with the step if there is one."""
+        """Append texts to samples.jsonl, each with the step if one is given."""
         mark = {} if step is None else {"step": step}
         marked = [{**mark, **row} for row in rows]
         self._append(SAMPLES, marked)
@@ -139,11 +140,10 @@ class Run:
             self._trackers.samples(step, marked)
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write results.json and "seconds" since open_run in it: the run is complete, and its
-        checkpoints go.
+        """Complete the run: write results.json with the "seconds" taken, and remove checkpoints.
 
-        Where the results have the "seconds" of other stages by name, this stage's join them, and
-        "total" is their sum: stages that ran side by side took less by the clock.
+        Results may hold the "seconds" of other stages by name. Then this stage's seconds are added
+        to them, and "total" is the sum. Stages that ran at the same time took less wall time.
         """
         self._begin()
         seconds = round(self.seconds, 1)
@@ -194,22 +194,22 @@ def open_run(
     files: Sequence[str] = (),
     is_shared: bool = False,
 ) -> Run:
-    """Print the settings in force and what is read and written; note where the inputs come from.
+    """Print the settings in use and what is read and written; note where the inputs come from.
 
-    The folder is taken for this process until the run is finished, or `folders_given_back` ends.
+    This process holds the folder until the run is finished or `folders_given_back` ends.
 
     Args:
-        config: The stage's settings, a dataclass with `output_dir`; `trackers` and `overwrite` if
-            it has any.
+        config: The stage's settings, a dataclass with `output_dir`. Its `trackers` and `overwrite`
+            are used if it has them.
         stage: Name of the stage.
         inputs: What is read, by name: files, folders, or hub ids.
-        files: Names and patterns of what the stage writes beside what every run does.
-        is_shared: The folder may hold other things, such as the folders of other runs.
+        files: Names and patterns of what the stage writes besides what every run writes.
+        is_shared: Whether the folder may hold other things, such as the folders of other runs.
 
     Raises:
-        FileNotFoundError: An input is neither there nor a possible hub id.
-        ValueError: A tracker's package is not installed, an input lies in the folder to write, or
-            the folder is not this run's to write over (rlhf.runs.folder).
+        FileNotFoundError: An input neither exists nor can be a hub id.
+        ValueError: The package of a tracker is not installed, an input lies in the folder to write,
+            or the folder does not belong to this run (rlhf.runs.folder).
     """
     started = time.monotonic()
     sources = {name: str(path) for name, path in inputs.items()}
@@ -248,24 +248,24 @@ def _may_overwrite(config: RunSettings) -> bool:
 
 
 def _lasting_settings(config: RunSettings) -> dict[str, Any]:
-    """Without `overwrite`: whoever takes config.yaml for another run has not asked for it."""
+    """Leave out `overwrite`: whoever reads config.yaml for another run has not asked for it."""
     settings = settings_in_force(config)
     settings.pop("overwrite", None)
     return settings
 
 
 def _with_bases(sources: Mapping[str, str]) -> dict[str, str]:
-    """What is read, and the bases of the adapters among it."""
+    """Return what is read, together with the bases of the adapters among it."""
     bases = {}
     for name, path in sources.items():
-        with suppress(OSError, ValueError, KeyError, TypeError):  # whoever loads it tells
+        with suppress(OSError, ValueError, KeyError, TypeError):  # the loader reports what is wrong
             base = json.loads((Path(path) / BASE_FILE).read_bytes())["path"]
             bases[f"the base of {name}"] = str(base)
     return {**sources, **bases}
 
 
 def _has_checkpoint(folder: Path) -> bool:
-    """An unfinished run can go on from one."""
+    """Return whether the folder holds an unfinished run that can resume from a checkpoint."""
     steps = (folder / CHECKPOINTS).glob("step-*")
     return not (folder / RESULTS).is_file() and any(path.suffix != ".part" for path in steps)
 
@@ -279,8 +279,8 @@ def _trackers_of(config: RunSettings) -> list[Tracker]:
 
 
 def _is_first_process() -> bool:
-    # Read from the launcher's variable: asking accelerate here would start the process group
-    # before the stage's Accelerator has chosen its backend.
+    # Read the launcher's variable. Asking accelerate here would start the process group before the
+    # stage's Accelerator has chosen its backend.
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -297,13 +297,15 @@ def _keep_until(path: Path, step: int | None) -> None:
     if step is None:
         path.unlink(missing_ok=True)
     elif path.is_file():
-        with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines ends at U+2028 too
+        with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines splits at U+2028
             kept = [line for line in file if _step_of(line) <= step]
         write_text(path, "".join(kept))
 
 
 def _step_of(line: str) -> float:
-    """A row without a step is of the end of a run: it goes, as does a line that was cut off."""
+    """Return the step of a row. A row without one, or a line cut off, is dropped: inf.
+
+    Rows without a step are written at the end of a run."""
     try:
         return json.loads(line).get("step", math.inf)
     except json.JSONDecodeError:

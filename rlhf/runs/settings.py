@@ -1,4 +1,4 @@
-"""Settings: one loader for all programs, and the sections that several stages share."""
+"""Loads the settings of every program."""
 
 import dataclasses
 import difflib
@@ -28,11 +28,11 @@ _KEY = re.compile(r'Parser key "([\w.]+)": (.*)')
 _NOT_ACCEPTED = re.compile(r"Option '(.*?)' is not accepted")
 
 OWN_NAME = "NAME"
-"""Stands in `keys_of` for the names that a user gives to the sections of a mapping."""
+"""Stands in `keys_of` for a name that the user gives to a section."""
 
 
 class ConfigError(ValueError):
-    """Settings that cannot be used; the message names the key, the value and the remedy."""
+    """Settings that cannot be used. The message names the key, the value and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,26 +40,26 @@ class MayOverwrite:
     """Settings of a program that writes a folder."""
 
     overwrite: bool = False
-    """Replace what a run of other settings, or other data, left in the folder to write. Files that
-    no program of this project wrote stay in any case."""
+    """Replace what a run of other settings, or other data, left in the output folder. Files that no
+    program of this project wrote always stay."""
 
 
 def load_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
-    """Settings from the dataclass's defaults, then --config files in their order, then options.
+    """Load settings: the dataclass's defaults, then --config files in order, then options.
 
     Args:
         config_class: A frozen, keyword-only dataclass with an attribute docstring for each field.
-        args: Command line words; None means those of this process.
+        args: Command line words. None means those of this process.
 
     Raises:
-        ConfigError: An unknown key (named, with the nearest known one), a wrong type, a missing
-            key, an unreadable file, or what `__post_init__` refused.
+        ConfigError: A key is unknown (the message names the nearest known one) or missing, a type
+            is wrong, a file cannot be read, or `__post_init__` refused a value.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         usage=f"{_program()} [--config FILE]... [--KEY VALUE]...",
         description=config_class.__doc__,
-        allow_abbrev=False,  # otherwise --learn would be taken for --learning_rate
+        allow_abbrev=False,  # otherwise --learn would mean --learning_rate
         exit_on_error=False,
     )
     parser.add_argument(
@@ -82,9 +82,9 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
 
 
 def keys_of(config_class: type) -> list[str]:
-    """All keys of a settings class, those of its sections dotted: `seed`, `optim.learning_rate`.
+    """Return all keys of a settings class; those of sections are dotted: `optim.learning_rate`.
 
-    Sections that the user names have NAME in their place: `reward.parts.NAME.weight`.
+    NAME stands for a section that the user names: `reward.parts.NAME.weight`.
     """
     keys = []
     for name, kind in _field_types(config_class).items():
@@ -98,8 +98,9 @@ def keys_of(config_class: type) -> list[str]:
 
 
 def _at_home(value: Any, key: str = "") -> Any:
-    """Settings whose texts that begin with `~` are paths below the home folder; no other text of
-    any setting begins with it."""
+    """Replace a leading `~` in every text of the settings by the home folder.
+
+    Only paths begin with `~`; no other setting does."""
     if isinstance(value, str):
         return _home_path(value, key)
     if isinstance(value, Namespace):
@@ -112,7 +113,7 @@ def _at_home(value: Any, key: str = "") -> Any:
 
 
 def _home_path(path: str, key: str) -> str:
-    """A path whose `~` or `~name` at the beginning is the home folder; all else as it is."""
+    """Replace a leading `~` or `~name` by the home folder; leave any other text as it is."""
     if not path.startswith("~"):
         return path
     expanded = os.path.expanduser(path)
@@ -126,8 +127,9 @@ def _home_path(path: str, key: str) -> str:
 
 
 def _with_values(words: Sequence[str], config_class: type) -> list[str]:
-    """Command line words in which a switch that is given alone, as in `--overwrite`, has its value,
-    and settings files below the home folder their place."""
+    """Complete command line words: give a lone switch, as in `--overwrite`, its value.
+
+    Replace `~` in the paths of settings files too."""
     switches = {f"--{name}" for name in _switches(config_class)}
     found = []
     for word, after in pairwise([*words, "--"]):
@@ -142,7 +144,7 @@ def _with_values(words: Sequence[str], config_class: type) -> list[str]:
 
 
 def _switches(config_class: type) -> Iterator[str]:
-    """Keys of the settings that are true or false."""
+    """Yield the keys of the settings that are true or false."""
     for name, kind in _field_types(config_class).items():
         if kind is bool:
             yield name
@@ -151,7 +153,7 @@ def _switches(config_class: type) -> Iterator[str]:
 
 
 def _program() -> str:
-    """How this process was started: `python -m stages.sft`, or a script's path."""
+    """Return how this process was started: `python -m stages.sft`, or a script's path."""
     spec = sys.modules["__main__"].__spec__
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0]
 
@@ -166,7 +168,7 @@ def _is_section(kind: Any) -> bool:
 
 
 def _named_section(kind: Any) -> type | None:
-    """The settings class of a mapping from the user's names to sections, dict[str, Section]."""
+    """Return the settings class in a dict[str, Section], whose names the user gives, or None."""
     values = typing.get_args(kind)[1:] if typing.get_origin(kind) is dict else ()
     return values[0] if values and _is_section(values[0]) else None
 
@@ -185,7 +187,7 @@ def _check_sections(config_class: type, values: Namespace) -> None:
 
 
 def _check_section(name: str, section: type, value: object) -> None:
-    """Refuse what is no section, or what the section's own checks refuse, by its whole name."""
+    """Refuse a value that is no section, or that its own checks refuse; name its full key."""
     if not isinstance(value, Namespace):
         keys = ", ".join(keys_of(section))
         raise ConfigError(f"{name} is {value!r}; give a section with the keys {keys}")
@@ -201,14 +203,14 @@ def _type_name(kind: Any) -> str:
 
 
 def config_files(words: Sequence[str]) -> list[Path]:
-    """The settings files that a command line names."""
+    """Return the settings files that a command line names."""
     after = [path for word, path in pairwise(words) if word == "--config"]
     joined = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     return [Path(os.path.expanduser(path)) for path in after + joined]
 
 
 def _check_file(path: Path, config_class: type) -> None:
-    """Refuse a settings file with a message that names it, which jsonargparse's do not."""
+    """Refuse a bad settings file with a message that names it; jsonargparse's messages do not."""
     if not path.is_file():
         raise ConfigError(f"--config {path} does not exist or is no file; correct the path")
     try:
@@ -219,7 +221,7 @@ def _check_file(path: Path, config_class: type) -> None:
         raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {_one_line(str(error))}") from error
-    if has_alias:  # ten lines of them can stand for more values than fit in memory
+    if has_alias:  # ten lines of aliases can stand for more values than fit in memory
         raise ConfigError(f"{path} holds a YAML alias (*name); write the value out in its place")
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds {show(settings)}; write settings as `key: value` lines")
@@ -240,7 +242,7 @@ def _dotted_keys(settings: dict[Any, Any], known: Sequence[str], prefix: str = "
 
 
 def _with_own_names(known: Sequence[str], key: str) -> list[str]:
-    """Known keys in which the words of `key` stand in the place of NAME."""
+    """Return the known keys with NAME replaced by the word of `key` at the same place."""
     own = key.split(".")
 
     def fill(other: str) -> str:
@@ -251,7 +253,7 @@ def _with_own_names(known: Sequence[str], key: str) -> list[str]:
 
 
 def _explain(message: str, config_class: type) -> str:
-    """The library's message in one line; an unknown option is followed by the nearest known one."""
+    """Put the library's message into one line; name the nearest key to an unknown one."""
     message = _one_line(message)
     if option := _UNKNOWN_OPTION.search(message):
         key = option[1].removeprefix("--")
@@ -268,7 +270,7 @@ def _explain(message: str, config_class: type) -> str:
 
 
 def _explain_named(key: str, message: str, known: Sequence[str]) -> str:
-    """The library's message about a section that the user named; it does not say which one."""
+    """Explain an error in a section that the user named; the library does not say which one."""
     own = f"{key}.{OWN_NAME}"
     if option := _NOT_ACCEPTED.search(message):
         wrong = f"{own}.{option[1]}"
@@ -289,5 +291,5 @@ def _one_line(text: str) -> str:
 
 
 def settings_in_force(config: Any) -> dict[str, Any]:
-    """A settings dataclass as plain YAML values, sections as mappings."""
+    """Turn a settings dataclass into plain YAML values, sections into mappings."""
     return plain_values(dataclasses.asdict(config))

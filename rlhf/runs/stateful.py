@@ -1,5 +1,7 @@
-"""What a run carries from step to step, as states that a checkpoint can hold: tensors and plain
-values by name. Loading is strict: all names, and the same shapes."""
+"""Gives what a run carries from step to step as states that a checkpoint can hold.
+
+A state holds tensors and plain values by name. Loading is strict: it wants all names and the same
+shapes."""
 
 import random
 from collections.abc import Mapping
@@ -12,11 +14,11 @@ from torch import nn
 from rlhf.training.parameters import check_names, copy_into, trained_parameters
 
 State = dict[str, Any]
-"""Name -> tensor, plain JSON value, or another State."""
+"""Maps a name to a tensor, a plain JSON value, or another State."""
 
 
 class Stateful(Protocol):
-    """A part of what a run carries, by torch's names for saving and loading it."""
+    """A part of what a run carries. Its methods have torch's names for saving and loading."""
 
     def state_dict(self) -> State: ...
 
@@ -24,9 +26,9 @@ class Stateful(Protocol):
 
 
 class Weights:
-    """The weights that learn; frozen ones, such as those below an adapter, come from their source.
+    """The weights that learn. Frozen ones, such as an adapter's base, come from their source.
 
-    Loading writes into them, so that an optimizer goes on holding them.
+    Loading copies into the existing tensors, because an optimizer holds them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -40,7 +42,7 @@ class Weights:
 
 
 class OptimizerState:
-    """The optimizer's, by the names of the module's parameters, since their numbers may change."""
+    """The state of an optimizer, by parameter names, since torch's parameter numbers may change."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
         self._optimizer = optimizer
@@ -48,14 +50,15 @@ class OptimizerState:
 
     @property
     def _names(self) -> list[str]:
-        """Asked for when it is saved or loaded only: DeepSpeed's optimizers, which are not, hold
-        other parameters than the module's."""
+        """Parameter names in the optimizer's order. They are looked up only to save or load.
+
+        DeepSpeed's optimizers hold other parameters than the module's, and are never saved."""
         of_parameter = {id(p): name for name, p in trained_parameters(self._module).items()}
         groups = self._optimizer.param_groups
         return [of_parameter[id(p)] for group in groups for p in group["params"]]
 
     def state_dict(self) -> State:
-        """A parameter that has not been stepped yet has no moments."""
+        """Return moments and groups. A parameter that was never stepped has no moments."""
         state = self._optimizer.state_dict()
         groups = [
             {key: value for key, value in group.items() if key != "params"}
@@ -78,7 +81,7 @@ class OptimizerState:
 
 
 class Generators:
-    """All generators of random numbers of this process: the global ones, and some by name."""
+    """All random generators of this process: the global ones, and some by name."""
 
     def __init__(self, **named: torch.Generator) -> None:
         self._named = named
@@ -109,7 +112,7 @@ class Generators:
 
 
 class Together(dict[str, Stateful]):
-    """Several parts, by name, as one."""
+    """Several parts by name, saved and loaded as one."""
 
     def state_dict(self) -> State:
         return {name: part.state_dict() for name, part in self.items()}
@@ -121,7 +124,7 @@ class Together(dict[str, Stateful]):
 
 
 class Fields:
-    """Some attributes of an object, by name; they hold plain values."""
+    """Some attributes of an object by name; they hold plain values."""
 
     def __init__(self, owner: object, *names: str) -> None:
         self._owner = owner
@@ -137,7 +140,7 @@ class Fields:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's arrays, in mappings, as lists."""
+    """Turn NumPy arrays, also inside mappings, into lists."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     return value.tolist() if isinstance(value, np.ndarray) else value

@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Measures where the time of a run goes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,18 +14,18 @@ HEARTBEAT_SECONDS = 30.0
 
 @dataclass
 class Stopwatch:
-    """Seconds by phase. A phase within another one counts for the outer, so they add up."""
+    """Counts seconds by phase. A phase inside another one counts for the outer, so they add up."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Work that is queued there is waited for at both ends of a phase."""
+    """The device whose queued work is waited for at both ends of a phase."""
     last_phase: str = "start"
-    """The phase that runs, or the one that ran before."""
+    """The phase that is running, or else the one before."""
     _seconds: dict[str, float] = field(default_factory=dict)
     _is_running: bool = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts the seconds inside; memory that runs out there is told with the name."""
+        """Count the seconds inside. If memory runs out there, the error names the phase."""
         with memory_of(name), self._counted(name):
             yield
 
@@ -44,7 +44,7 @@ class Stopwatch:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - started
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call."""
+        """Return the seconds by phase since the last call."""
         seconds, self._seconds = self._seconds, {}
         return seconds
 
@@ -55,7 +55,7 @@ class Stopwatch:
 
 
 class Heartbeat:
-    """Tells every half minute how far a long piece of work is; nothing of a short one.
+    """Reports every 30 seconds how far a long piece of work is; says nothing of a short one.
 
     Example:
         engine.generate(prompts, decoding, progress=Heartbeat("sampled", len(prompts), print))
@@ -69,7 +69,7 @@ class Heartbeat:
         self._started = self._told = time.perf_counter()
 
     def __call__(self, num_done: int) -> None:
-        """So many more are done."""
+        """Note that `num_done` more are done."""
         self.num_done += num_done
         now = time.perf_counter()
         if now - self._told >= HEARTBEAT_SECONDS:
@@ -79,13 +79,16 @@ class Heartbeat:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of a square product of this type here: the best of five, as an estimate of
-    what the machine can do at most. Tens of milliseconds on a CPU; what else runs there counts."""
+    """Measure the FLOPs per second of a square matrix product: the best of five.
+
+    It estimates the most that this machine can do. It takes tens of milliseconds on a CPU; other
+    work there lowers it."""
+    # Large enough to reach the full rate, small enough to take milliseconds.
     length = 512 if device.type == "cpu" else 8192
     matrix = torch.ones(length, length, device=device, dtype=dtype)
     watch = Stopwatch(device)
     seconds = []
-    for _ in range(6):  # the first one also starts threads and loads kernels
+    for _ in range(6):  # the first one also starts threads and loads kernels, and is not counted
         with watch.phase("product"):
             matrix @ matrix
         seconds.append(watch.take()["product"])

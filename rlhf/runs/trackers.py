@@ -1,7 +1,7 @@
-"""TensorBoard and Weights & Biases, fed with what a run writes to metrics.jsonl and samples.jsonl.
+"""Sends what a run writes to metrics.jsonl and samples.jsonl to TensorBoard and Weights & Biases.
 
-They are a view: nothing is read back from them. What they write lies in the run's folder below
-trackers/. Without a login, W&B runs offline; `wandb sync FOLDER` sends it later.
+Trackers only show: nothing is read back from them. They write to trackers/ in the run's folder.
+Without a login, W&B runs offline; `wandb sync FOLDER` sends the data later.
 """
 
 import importlib.util
@@ -31,13 +31,13 @@ class Trackers:
         settings: Mapping[str, Any],
         first_step: int | None = None,
     ) -> None:
-        """Start them.
+        """Start the trackers.
 
         Args:
             folder: Where they write.
-            settings: In force, for W&B's table of runs.
-            first_step: A run that goes on from a checkpoint logs steps from here: TensorBoard shows
-                later ones of the interrupted run no more, W&B gets a run of its own.
+            settings: The settings in use, for W&B's table of runs.
+            first_step: The first step of a resumed run; None for a new one. TensorBoard then hides
+                the interrupted run's rows from this step on, and W&B starts a new run.
         """
         self._trackers: list[GeneralTracker] = []
         for name in names:
@@ -52,13 +52,13 @@ class Trackers:
             self._trackers.append(tracker)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """The numbers of one step."""
+        """Log the numbers of one step."""
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
         for tracker in self._trackers:
             tracker.log(numbers, step=step)
 
     def samples(self, step: int | None, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Texts of one step as a table."""
+        """Log the texts of one step as a table."""
         columns = list(dict.fromkeys(name for row in rows for name in row))
         cells = [[str(row.get(name, "")) for name in columns] for row in rows]
         for tracker in self._trackers:
@@ -73,7 +73,7 @@ class Trackers:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises ValueError for a tracker whose package is not installed."""
+    """Raise ValueError for a tracker whose package is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
@@ -83,7 +83,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def is_logged_in_to_wandb() -> bool:
-    """A key is there, in the environment or where `wandb login` puts it; asks no server."""
+    """Return whether a key is set, or stored by `wandb login`. Asks no server."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -95,7 +95,7 @@ def is_logged_in_to_wandb() -> bool:
 
 
 def _wandb_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # of its own errors, to its makers
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it reports its errors to W&B
     import wandb
 
     mode = os.environ.get("WANDB_MODE", "online" if is_logged_in_to_wandb() else "offline")
@@ -109,7 +109,7 @@ def _wandb_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as TensorBoard shows it; line breaks and bars would end a cell."""
+    """Format a table for TensorBoard. It replaces line breaks and bars, which would end a cell."""
     lines = [columns, ["---"] * len(columns), *rows]
     safe = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in safe)

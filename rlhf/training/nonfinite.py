@@ -1,4 +1,4 @@
-"""Telling where the first NaN or infinite value stands."""
+"""Finds where the first NaN or infinite value is."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,9 +10,10 @@ from rlhf.inputs.packing import PromptTree
 
 
 class NonFiniteError(ValueError):
-    """A value is NaN or infinite: in which tensor and phase, and for which prompt if known.
+    """Says that a value is NaN or infinite: in which tensor and phase, and for which prompt.
 
-    `step` is the optimizer step, counted over the run from 0; None where none was being taken.
+    The prompt is None if it is not known. `step` is the optimizer step, counted over the run from
+    0; None if no step was being taken.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ def first_nonfinite(
     phase: str,
     step: int | None = None,
 ) -> NonFiniteError | None:
-    """Of tensors (batch,) or (batch, time) in the order of the trees, the first that is not finite,
-    with its first tree; None: all are finite."""
+    """Return an error for the first tensor that is not finite, with its first bad tree.
+
+    Tensors are (batch,) or (batch, time), in the order of the trees. None means that all are
+    finite."""
     for name, tensor in tensors.items():
         bad = (~tensor.isfinite()).reshape(len(trees), -1).any(1)
         if bad.any():
@@ -46,7 +49,7 @@ def first_nonfinite(
 
 
 def found_by_any(own: NonFiniteError | None) -> NonFiniteError | None:
-    """What the first of the processes that found something did find; all of them take part."""
+    """Return the error of the first process that has one. All processes must call this."""
     fields = None if own is None else (own.tensor, own.phase, own.tree, own.step)
     found = next((one for one in gather_object([fields]) if one is not None), None)
     return None if found is None else NonFiniteError(*found)
@@ -54,11 +57,13 @@ def found_by_any(own: NonFiniteError | None) -> NonFiniteError | None:
 
 @contextmanager
 def told_by_all() -> Iterator[None]:
-    """A value that one process alone finds not finite inside stops all of them behind it, where the
-    others would wait for that one for ever. Inside, processes must not need each other.
+    """Stop all processes after the block if one of them found a value that is not finite.
+
+    Otherwise the others would wait for that process for ever. Inside the block, processes must not
+    need each other.
 
     Raises:
-        NonFiniteError: one of them found something.
+        NonFiniteError: One of the processes found such a value.
     """
     own = None
     try:

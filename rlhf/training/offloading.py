@@ -1,4 +1,4 @@
-"""Models that leave the device between uses, and memory that no name holds any more."""
+"""Moves models off the device between uses, and frees memory that is no longer used."""
 
 import gc
 from collections.abc import Iterator, Sequence
@@ -9,10 +9,10 @@ from torch import nn
 
 
 def free_unused() -> None:
-    """Gives back the memory of what no name holds any more.
+    """Free the memory of objects that nothing uses any more.
 
-    A Trainer, its model and its optimizer hold each other, so they outlive the function that made
-    them until Python looks for such circles.
+    A Trainer, its model and its optimizer refer to each other. They therefore outlive the function
+    that made them until Python looks for such cycles.
     """
     gc.collect()
     if torch.accelerator.is_available():
@@ -21,8 +21,9 @@ def free_unused() -> None:
 
 @contextmanager
 def on_device(models: Sequence[nn.Module], device: torch.device, offload: bool) -> Iterator[None]:
-    """With `offload`, models are on the device inside and in CPU memory outside; else they stay
-    where they are. Where the device is the CPU, nothing moves."""
+    """Hold models on the device inside the block and in CPU memory outside, if `offload` is set.
+
+    Otherwise, or if the device is the CPU, nothing moves."""
     if not offload or device.type == "cpu":
         yield
         return

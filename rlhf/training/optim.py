@@ -1,4 +1,4 @@
-"""Optimizer, learning rate schedule and moving average of weights."""
+"""Makes the optimizer, the learning rate schedule and the moving average of weights."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -16,11 +16,11 @@ from rlhf.training.sharding import local_weights, set_local_weights
 def make_optimizer(
     groups: Iterable[tuple[nn.Module, float]], settings: OptimSettings
 ) -> torch.optim.AdamW:
-    """AdamW over several modules, each with its own peak learning rate; Muon for the matrices
-    between embedding and head where settings.matrix_learning_rate is given.
+    """Make AdamW over several modules, each with its own peak learning rate.
 
-    Weight decay is for matrices only; biases and norm weights have none. Every parameter group has
-    the number of its module under "module".
+    If settings.matrix_learning_rate is given, Muon trains the matrices between embedding and head.
+    Weight decay applies to matrices only, not to biases and norm weights. Every parameter group
+    has the number of its module under "module".
     """
     parameters = []
     for number, (module, learning_rate) in enumerate(groups):
@@ -39,13 +39,15 @@ def make_optimizer(
                 group = {"params": chosen, "lr": rate, "weight_decay": group_decay}
                 parameters.append({**group, "module": number, "muon": is_muon})
     maker = torch.optim.AdamW if settings.matrix_learning_rate is None else MuonAndAdamW
-    # One pass over memory; the default on a CPU, an operation after another, takes several.
+    # Fused: one pass over memory. The default on a CPU takes several, one per operation.
     return maker(parameters, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def _inner_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """Weights of linear layers between the embedding and the head: the head is as wide as the
-    vocabulary or, of a scalar model, one row; tied to the embedding it is the same parameter."""
+    """Return the weights of the linear layers between the embedding and the head.
+
+    A policy's head is as wide as the vocabulary; a scalar model's has one row. A head that is tied
+    to the embedding is the same parameter."""
     outer = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     heads = {name for name, _ in module.named_modules() if name.split(".")[-1] in HEADS}
     inner = []
@@ -59,17 +61,17 @@ def _inner_matrices(module: nn.Module) -> list[nn.Parameter]:
 
 
 HEADS = ("lm_head", "embed_out", "score", "head")
-"""Names of the linear layers that end a policy or a scalar model."""
+"""Names that the last linear layer of a policy or a scalar model can have."""
 
 
 class MuonAndAdamW(torch.optim.AdamW):
-    """Muon for the groups with "muon" set (Jordan et al. 2024), AdamW for the others.
+    """Muon (Jordan et al. 2024) for the groups with "muon" set, AdamW for the others.
 
         m <- 0.95 m + 0.05 g;   w <- w - lr * (decay * w + s * orthogonal(0.05 g + 0.95 m))
 
-    with s = sqrt(max(1, rows / columns)). A small model learns facts in about a third of the steps
-    that AdamW takes. torch.optim.Muon orthogonalises in bfloat16, one matrix after another, which
-    took five times as long a step on a CPU; here it is fp32, and matrices of one shape go together.
+    with s = sqrt(max(1, rows / columns)). A small model learns facts in about a third of AdamW's
+    steps. torch.optim.Muon works in bfloat16, one matrix after another, which made a step on a CPU
+    five times as long. Here it works in fp32, on all matrices of one shape at once.
     """
 
     MOMENTUM = 0.95
@@ -103,12 +105,12 @@ class MuonAndAdamW(torch.optim.AdamW):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=rate)
 
     def _direction(self, matrix: nn.Parameter) -> Tensor:
-        """Nesterov momentum of a matrix's gradient."""
+        """Return the Nesterov momentum of a matrix's gradient."""
         gradient = matrix.grad
         assert gradient is not None
         state = self.state[matrix]
         if not state:
-            state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
+            state["step"] = torch.zeros(())  # AdamW expects it in every state that it loads
             state["momentum"] = torch.zeros_like(matrix)
         state["step"] += 1
         momentum: Tensor = state["momentum"].lerp_(gradient, 1 - self.MOMENTUM)
@@ -116,14 +118,15 @@ class MuonAndAdamW(torch.optim.AdamW):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Matrices (batch, rows, columns) with the same singular vectors and singular values near 1.
+    """Return matrices (batch, rows, columns) with the same singular vectors, all values near 1.
 
-    Five Newton-Schulz steps with the coefficients of Jordan et al. 2024, which leave the singular
-    values between about 0.7 and 1.2.
+    Takes five Newton-Schulz steps with the coefficients of Jordan et al. 2024. They leave the
+    singular values between about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if is_tall else matrices
+    # 1e-7 keeps a gradient of zeros from dividing by zero.
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
@@ -137,11 +140,13 @@ def make_schedule(
     num_steps: int,
     first_steps: Mapping[int, int] | None = None,
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Scales every group's learning rate by `schedule_factor`, one call of step() a step.
+    """Make a scheduler that scales every group's learning rate by `schedule_factor`.
+
+    Call its step() once per optimizer step.
 
     Args:
-        first_steps: number of a module of `make_optimizer` -> step at which its schedule begins;
-            until then its gradients must be None.
+        first_steps: Maps the number of a module in `make_optimizer` to the step at which its
+            schedule begins. Until then its gradients must be None.
     """
     waits = [(first_steps or {}).get(group["module"], 0) for group in optimizer.param_groups]
     factors = [schedule_factor(settings, num_steps, wait) for wait in waits]
@@ -151,10 +156,11 @@ def make_schedule(
 def schedule_factor(
     settings: OptimSettings, num_steps: int, first_step: int = 0
 ) -> Callable[[int], float]:
-    """Learning rate of a step (0 first) as a share of the peak, on a schedule from `first_step` on.
+    """Return the learning rate as a function of the step (from 0), as a share of the peak.
 
-    Linear warm-up from min_lr_ratio (InstructGPT's PPO: a tenth of the peak), then constant, or
-    falling to min_lr_ratio on the last step along a line or half a cosine.
+    The schedule begins at `first_step`. The rate rises linearly from min_lr_ratio (InstructGPT's
+    PPO: a tenth of the peak). Then it is constant, or falls to min_lr_ratio on the last step along
+    a line or half a cosine.
     """
     low = settings.min_lr_ratio
 
@@ -176,12 +182,12 @@ def schedule_factor(
 class MovingAverage:
     """Exponential moving average of the trained weights, in fp32: avg <- d avg + (1 - d) weight.
 
-    InstructGPT evaluates the average with decay 0.992 (Ouyang et al. 2022, C.4); the paper does not
-    say how often it is updated, here it is once an optimizer step.
+    InstructGPT evaluates the average with decay 0.992 (Ouyang et al. 2022, C.4). The paper does not
+    say how often it is updated; here it is updated after every optimizer step.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        """The module as the optimizer knows it: where its weights are in shards, so is this."""
+        """Start at the weights. `module` is the one the optimizer holds; shards stay shards."""
         self.decay = decay
         trained = trained_parameters(module)
         weights = local_weights(trained.values())

@@ -1,4 +1,4 @@
-"""Memory that runs out, told by the phase of a run and with the setting to lower."""
+"""Explains an out-of-memory error: the phase of the run, and the setting to lower."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,24 +21,24 @@ REMEDIES = {
     "evaluate": "generation.batch_size, or micro_batch_tokens",
     "sft training": "micro_batch_size, or the limits of tokens, then set gradient_checkpointing",
 }
-"""Phase -> the settings that bound its memory."""
+"""Maps a phase to the settings that bound its memory."""
 
 _CPU_MESSAGES = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
 
 class OutOfMemoryError(ValueError):
-    """Memory ran out in a known phase; the message names the setting to lower."""
+    """Memory ran out in a known phase. The message names the setting to lower."""
 
 
 def is_of_the_device(error: BaseException) -> bool:
-    """Whether torch found no memory, a fault of the device, or tensors on several devices."""
+    """Return whether torch ran out of memory, or met a device fault or tensors on two devices."""
     if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
         return True
     return isinstance(error, RuntimeError) and "device" in str(error).lower()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch (on any device) or Python found no memory."""
+    """Return whether torch (on any device) or Python ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     is_torch = isinstance(error, RuntimeError)
@@ -46,7 +46,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, phase: str | None = None) -> str:
-    """Where memory ran out, what was asked for, and what to lower, in one line."""
+    """Say in one line where memory ran out, what was asked for, and what to lower."""
     asked = " ".join(str(error).split())[:200] or type(error).__name__
     where = "" if phase is None else f" in phase {phase}"
     remedy = REMEDIES.get(phase or "", "micro_batch_tokens or generation.batch_size")
@@ -58,10 +58,10 @@ def explain(error: BaseException, phase: str | None = None) -> str:
 
 @contextmanager
 def memory_of(phase: str) -> Iterator[None]:
-    """Memory that runs out inside is told with the phase.
+    """Name the phase in an out-of-memory error that is raised in the block.
 
     Raises:
-        OutOfMemoryError: instead of what torch or Python raise.
+        OutOfMemoryError: Replaces the error of torch or Python.
     """
     try:
         yield

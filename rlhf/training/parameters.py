@@ -1,4 +1,4 @@
-"""What of a model is trained, by name, and writing a state into it."""
+"""Finds the trained parameters of a model by name, and copies a state into them."""
 
 from collections.abc import Iterable, Mapping
 
@@ -9,13 +9,13 @@ _REMEDY = "go on with the version of the program that wrote it, or delete it to 
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, each once."""
+    """Return the trained parameters by name, each only once."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
 def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Writes the values of a state into tensors of the same names and shapes."""
+    """Copy the values of a state into tensors of the same names and shapes."""
     check_names(state, tensors, "weights")
     for name, tensor in tensors.items():
         if state[name].shape != tensor.shape:
@@ -27,7 +27,7 @@ def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Non
 
 
 def check_names(found: Iterable[str], expected: Iterable[str], what: str) -> None:
-    """ValueError unless a state has exactly these names."""
+    """Raise ValueError unless a state has exactly these names."""
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     for names, how in ((missing, "not in the checkpoint"), (unknown, "only in the checkpoint")):
         if names:

@@ -1,5 +1,6 @@
-"""Joining the processes that the launcher started, and what they must agree on: sums over all of
-them, and who takes which rows. What is split between them is the concern of sharding.py."""
+"""Joins the processes that the launcher started, sums over them, and divides rows among them.
+
+sharding.py handles models that are split between them."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -24,21 +25,22 @@ Row = TypeVar("Row")
 Number = TypeVar("Number", int, float)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""A process that waits for another one gives up after this; the longest rollout is shorter."""
+"""How long a process waits for another one before it gives up. The longest rollout is shorter."""
 
 _LOST = ("timed out", "timeout", "connection closed", "connection reset", "connection refused")
-"""Words in the errors of torch's backends that say that another process is late or gone."""
+"""Words in the errors of torch's backends that mean another process is late or gone."""
 
 
 def start_accelerator() -> Accelerator:
-    """accelerate's handle on the device and on the other processes.
+    """Return accelerate's object for the device and the other processes.
 
-    Without a GPU, accelerate 1.15 lets several launched processes train alone, in silence, unless
-    told to use the CPU and gloo; and told to use the CPU it leaves DeepSpeed out, in silence too.
-    This tells it what it needs, and refuses to go on should either happen nevertheless.
+    Without a GPU, accelerate 1.15 lets several launched processes train alone, without a warning,
+    unless it is told to use the CPU and gloo. If it is told to use the CPU, it leaves DeepSpeed
+    out, again without a warning. This function prevents both, and refuses to go on if either one
+    happens anyway.
 
     Raises:
-        ValueError: The processes did not join, or the plugin that was asked for is not at work.
+        ValueError: The processes did not join, or the requested plugin is not in use.
     """
     deepspeed = is_asked_for("ACCELERATE_USE_DEEPSPEED")
     if deepspeed and not is_deepspeed_available():
@@ -50,7 +52,7 @@ def start_accelerator() -> Accelerator:
     if deepspeed and on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _reduce_by_gloo()
-    if deepspeed and is_initialized():  # by a stage before, in this same process
+    if deepspeed and is_initialized():  # an earlier stage in this process set it up
         AcceleratorState._reset_state()
     group = InitProcessGroupKwargs(
         backend="gloo" if on_cpu and "LOCAL_RANK" in os.environ else None,
@@ -67,14 +69,13 @@ def start_accelerator() -> Accelerator:
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """ValueError when the processes or the plugin at work are not those that the launcher asked
-    for."""
+    """Raise ValueError unless the processes and the plugin in use are those the launcher wanted."""
     check_joined(accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1")))
     check_plugin(accelerator.distributed_type)
 
 
 def check_joined(num_processes: int, num_launched: int) -> None:
-    """ValueError when fewer processes work together than the launcher started."""
+    """Raise ValueError if fewer processes work together than the launcher started."""
     if num_processes != num_launched:
         raise ValueError(
             f"{num_launched} processes were started but only {num_processes} work together; on "
@@ -83,7 +84,7 @@ def check_joined(num_processes: int, num_launched: int) -> None:
 
 
 def check_plugin(distributed_type: DistributedType) -> None:
-    """ValueError when the launcher asked for DeepSpeed or FSDP2 and something else is at work."""
+    """Raise ValueError if the launcher asked for DeepSpeed or FSDP2 and got something else."""
     for variable, wanted, remedy in (
         (
             "ACCELERATE_USE_DEEPSPEED",
@@ -111,48 +112,48 @@ def check_plugin(distributed_type: DistributedType) -> None:
 
 
 TRAINER_STATE = {"use_configured_state": True}
-"""accelerator_config of TrainingArguments, which otherwise undo `start_accelerator` and join the
-processes anew in their own way."""
+"""The accelerator_config for TrainingArguments. Without it they undo `start_accelerator` and join
+the processes again in their own way."""
 
 
 def use_accelerator_at_work(arguments: Any) -> None:
-    """Has a transformers Trainer take what `start_accelerator` made.
+    """Make a transformers Trainer use what `start_accelerator` made.
 
     TrainingArguments make a DeepSpeed plugin of their own, which accelerate refuses as a second
-    one; and in one process that sees several GPUs they would spread each batch over all of them.
+    one. In one process that sees several GPUs, they would also spread each batch over all of them.
     """
     arguments.deepspeed_plugin = None
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
 def is_bf16() -> bool:
-    """Whether the launcher asked for bfloat16; a Trainer must be told what DeepSpeed was told."""
+    """Return whether the launcher asked for bfloat16. A Trainer must get what DeepSpeed got."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
 
 
 def is_on_cpu() -> bool:
-    """Whether the launcher's settings, or the lack of anything faster, leave the CPU to work on."""
+    """Return whether the work runs on the CPU, by the launcher's settings or for lack of a GPU."""
     return PartialState().device.type == "cpu"
 
 
 def load_models_whole() -> None:
-    """Has from_pretrained load whole weights on the calling process, also under ZeRO-3.
+    """Make from_pretrained load whole weights in the calling process, also under ZeRO-3.
 
-    accelerate and the Trainer tell transformers that ZeRO-3 is at work; from then on every new
-    model is split as it is made, by all processes together, the reference policy and the plain
-    load of a finished folder too.
+    accelerate and the Trainer tell transformers that ZeRO-3 is in use. From then on all processes
+    together split every new model as it is made. That would include the reference policy, and a
+    finished folder that is only read.
     """
     unset_hf_deepspeed_config()
 
 
 @contextmanager
 def naming(accelerator: Accelerator, place: Callable[[], str]) -> Iterator[None]:
-    """Says where this process stood when the others did not answer.
+    """Say where this process stood if the others did not answer.
 
-    On GPUs, NCCL ends the process by itself, and its own words must do.
+    On GPUs, NCCL ends the process by itself, so only its own message appears.
 
     Raises:
-        TimeoutError: another process is late or gone.
+        TimeoutError: Another process is late or gone.
     """
     try:
         yield
@@ -167,7 +168,7 @@ def naming(accelerator: Accelerator, place: Callable[[], str]) -> Iterator[None]
 
 
 def sum_over_processes(accelerator: Accelerator, value: Tensor | float) -> Tensor:
-    """The sum of a number or tensor over all processes, in fp64 on the CPU."""
+    """Return the sum of a number or tensor over all processes, in fp64 on the CPU."""
     tensor = torch.as_tensor(value, dtype=torch.float64)
     if accelerator.num_processes == 1:
         return tensor.cpu()
@@ -176,7 +177,7 @@ def sum_over_processes(accelerator: Accelerator, value: Tensor | float) -> Tenso
 
 
 def max_over_processes(accelerator: Accelerator, value: Number) -> Number:
-    """The largest of the processes' numbers; NaN if one of them is."""
+    """Return the largest of the processes' numbers; NaN if one of them is NaN."""
     if accelerator.num_processes == 1:
         return value
     gathered = accelerator.gather(torch.tensor([value], device=accelerator.device))
@@ -184,20 +185,20 @@ def max_over_processes(accelerator: Accelerator, value: Number) -> Number:
 
 
 def own_share(accelerator: Accelerator, rows: Sequence[Row]) -> list[Row]:
-    """This process's rows of a global batch: every num_processes-th, so all ranks have as many."""
+    """Return this process's rows of a global batch: every num_processes-th, equally many each."""
     return list(rows[accelerator.process_index :: accelerator.num_processes])
 
 
 def is_asked_for(variable: str) -> bool:
-    """Whether accelerate's launcher said so: ACCELERATE_USE_DEEPSPEED, ACCELERATE_USE_FSDP."""
+    """Return whether accelerate's launcher set a variable, such as ACCELERATE_USE_DEEPSPEED."""
     return bool(str_to_bool(os.environ.get(variable, "false")))
 
 
 def _deepspeed_plugin() -> DeepSpeedPlugin:
-    """What the launcher's settings say, with the batch and the clip left to each stage.
+    """Make the plugin from the launcher's settings; each stage sets its own batch and clip.
 
-    Whole weights are loaded and then split: transformers' own way would split a model while it
-    loads, and with it the reference policy and the reward model, which are kept whole.
+    Weights are loaded whole and split afterwards. transformers would split a model while it loads.
+    That would also split the reference policy and the reward model, which stay whole.
     """
     return DeepSpeedPlugin(
         gradient_accumulation_steps="auto",
@@ -208,8 +209,10 @@ def _deepspeed_plugin() -> DeepSpeedPlugin:
 
 
 def _reduce_by_gloo() -> None:
-    """On CPUs DeepSpeed would reduce through shared memory, by C++ that it compiles at the first
-    start: minutes, and a start that is cut short leaves a lock for which all later ones wait."""
+    """Make DeepSpeed use gloo on CPUs instead of its own shared memory operation.
+
+    It compiles that C++ operation at the first start, which takes minutes. A start that is cut
+    short leaves a lock for which all later starts wait."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,4 +1,4 @@
-"""Settings of the optimizer, which every stage that trains shares."""
+"""Settings of the optimizer, shared by every stage that trains."""
 
 import math
 from dataclasses import dataclass
@@ -14,23 +14,24 @@ class OptimSettings:
     learning_rate: float = 1e-5
     """Peak learning rate, reached after the warm-up."""
     matrix_learning_rate: float | None = None
-    """Peak learning rate of Muon, which then moves the matrices between embedding and head, such as
-    0.02 for a model from scratch. None means that AdamW moves all weights. Not with weights in
-    shards."""
+    """Peak learning rate of Muon, such as 0.02 for a model from scratch. Muon then trains the
+    matrices between embedding and head. None trains all weights with AdamW. Muon cannot train
+    weights that are split between processes."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after the warm-up, down to min_lr_ratio on the last step."""
+    """Shape of the learning rate after the warm-up. Cosine and linear end at min_lr_ratio on the
+    last step."""
     warmup_steps: int = 0
-    """Optimizer steps in which the learning rate rises linearly from min_lr_ratio of its peak to
+    """Optimizer steps in which the learning rate rises linearly from min_lr_ratio times its peak to
     its peak."""
     min_lr_ratio: float = 0.1
-    """Learning rate on the first step of a warm-up, and on the last step unless the schedule is
-    constant, as a share of the peak."""
+    """Learning rate on the first step of a warm-up, as a share of the peak. Unless the schedule is
+    constant, the last step has it too."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of Adam's first and second moment."""
+    """Decay of Adam's first and second moments."""
     eps: float = 1e-8
-    """Added to the root of Adam's second moment."""
+    """Number added to the root of Adam's second moment."""
     weight_decay: float = 0.0
-    """Decoupled weight decay on matrices; biases and norm weights are left out."""
+    """Decoupled weight decay on matrices. Biases and norm weights have none."""
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it. .inf means no clip."""
 

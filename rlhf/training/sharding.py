@@ -1,4 +1,4 @@
-"""One training step and one look at the weights, whatever is split between the processes.
+"""Trains one step and reads the weights, whatever is split between the processes.
 
     launcher    weights      gradients    optimizer states
     DDP         whole        whole        whole
@@ -7,12 +7,11 @@
     FSDP2       in shards    in shards    in shards
 
 A *shard* is the part that this process holds. A loop that uses these functions reads the same under
-each launcher: `one_pass` and `backward` for every pass of a step, `clip_gradients` and `take_step`
-at its end, `whole_weights` around whatever runs the model without a gradient.
+each launcher. Every pass of a step uses `one_pass` and `backward`. Its end uses `clip_gradients`
+and `take_step`. Code that runs the model without a gradient goes inside `whole_weights`.
 
-DeepSpeed itself would clip both models of PPO by one norm and keep to itself what the gradients
-are, so its clip is off and its shards are read and written here. It is imported in functions that
-run under it only.
+DeepSpeed would clip both models of PPO by one norm and hide the gradients. So its clip is off, and
+this module reads and writes its shards. Functions import DeepSpeed only when they run under it.
 """
 
 import math
@@ -35,12 +34,12 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def shards_gradients(accelerator: Accelerator) -> bool:
-    """Whether each process has a part of the gradients only."""
+    """Return whether each process has only a part of the gradients."""
     return accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
 def shards_weights(accelerator: Accelerator) -> bool:
-    """Whether each process has a part of the weights only."""
+    """Return whether each process has only a part of the weights."""
     if is_deepspeed(accelerator):
         return accelerator.state.deepspeed_plugin.zero_stage == 3
     return accelerator.distributed_type == DistributedType.FSDP
@@ -49,19 +48,19 @@ def shards_weights(accelerator: Accelerator) -> bool:
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model as the launcher wants it wrapped, and the optimizer of what it holds."""
+    """Return the model wrapped for the launcher, and the optimizer over its parameters."""
     if is_deepspeed(accelerator):
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        settings["train_micro_batch_size_per_gpu"] = 1  # it wants a number, and reads it nowhere
+        settings["train_micro_batch_size_per_gpu"] = 1  # required, but never read
         settings["gradient_clipping"] = 0.0
     return accelerator.prepare(model, optimizer)
 
 
 def autocast_unwrapped(accelerator: Accelerator) -> AbstractContextManager[object]:
-    """The launcher's mixed precision for a model that the launcher did not wrap.
+    """Return the launcher's mixed precision for a model that the launcher did not wrap.
 
-    DeepSpeed casts the weights that it wraps and nothing else, so accelerate's own autocast does
-    nothing under it, and a frozen model in float32 would be several times slower than the policy.
+    DeepSpeed casts only the weights that it wraps, and accelerate's autocast does nothing under it.
+    A frozen model would stay in float32, several times slower than the policy.
     """
     if is_deepspeed(accelerator) and accelerator.mixed_precision == "bf16":
         return torch.autocast(accelerator.device.type, torch.bfloat16)
@@ -70,10 +69,10 @@ def autocast_unwrapped(accelerator: Accelerator) -> AbstractContextManager[objec
 
 @contextmanager
 def one_pass(accelerator: Accelerator, model: nn.Module, *, is_last: bool) -> Iterator[None]:
-    """Around the forward and the backward pass of one row; `is_last` of those that are summed.
+    """Run the forward and backward pass of one row inside; `is_last` marks the step's last row.
 
-    Gradients travel in the last pass only where they are whole, in every pass where they are in
-    shards. In both cases all processes must make as many passes.
+    Whole gradients are exchanged in the last pass only, shards in every pass. In both cases all
+    processes must make the same number of passes.
     """
     if is_deepspeed(accelerator):
         model.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
@@ -86,8 +85,9 @@ def one_pass(accelerator: Accelerator, model: nn.Module, *, is_last: bool) -> It
 
 
 def backward(accelerator: Accelerator, model: nn.Module, loss: Tensor) -> None:
-    """Adds the gradient of the loss; the processes' gradients are averaged, not summed."""
-    if is_deepspeed(accelerator):  # accelerate's own would take the step too
+    """Add the gradient of the loss. It is averaged over processes, not summed."""
+    # accelerate's own backward would also take DeepSpeed's step.
+    if is_deepspeed(accelerator):
         model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
     else:
         accelerator.backward(loss)
@@ -96,16 +96,17 @@ def backward(accelerator: Accelerator, model: nn.Module, loss: Tensor) -> None:
 def clip_gradients(
     accelerator: Accelerator, parameters: Iterable[nn.Parameter], max_norm: float
 ) -> float:
-    """Scales gradients down to a norm of at most `max_norm`, over all of them; their norm before.
+    """Scale gradients down to a total norm of at most `max_norm`; return the norm before.
 
-    Between the last pass and the step.
+    Call it after the last pass and before the step.
     """
     parameters = list(parameters)
     if not shards_gradients(accelerator):
         return float(accelerator.clip_grad_norm_(parameters, max_norm))
     before = norm(accelerator, local_gradients(parameters))
     if before > max_norm:
-        scale_gradients(parameters, max_norm / (before + 1e-6))  # as torch's clip_grad_norm_ does
+        # The 1e-6 makes this equal to torch's clip_grad_norm_.
+        scale_gradients(parameters, max_norm / (before + 1e-6))
     return before
 
 
@@ -115,11 +116,11 @@ def take_step(
     optimizer: torch.optim.Optimizer,
     frozen: Mapping[int, nn.Module] | None = None,
 ) -> None:
-    """One step of the optimizer. DeepSpeed forgets the gradients, else they are still there.
+    """Take one step of the optimizer. DeepSpeed drops the gradients; otherwise they remain.
 
     Args:
-        frozen: modules that stay as they are, by their number in `make_optimizer`: a gradient of 0
-            would still move them by weight decay and age Adam's moments.
+        frozen: Modules that must not change, by their number in `make_optimizer`. A gradient of 0
+            is not enough: weight decay would move them, and Adam's moments would decay.
     """
     frozen = frozen or {}
     parameters = [parameter for module in frozen.values() for parameter in module.parameters()]
@@ -131,22 +132,23 @@ def take_step(
     scale_gradients(parameters, 0.0)
     for group in optimizer.param_groups:
         if group["module"] in frozen:
-            group["lr"] = 0.0  # until the schedule's next step
+            group["lr"] = 0.0  # the schedule sets it again at its next step
     model.step()  # type: ignore[operator]
     if frozen:
         _forget_empty_steps(model)
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """This process's shard of each gradient, or the whole where it has that; flat, in fp32.
+    """Return each gradient flat in fp32: this process's shard, or all of it if it is whole.
 
-    Zeros where there is none. Under DeepSpeed after a last pass and before the step only.
+    A parameter without a gradient gives zeros. Under DeepSpeed this works only after the last pass
+    and before the step.
     """
     return [_local_gradient(parameter) for parameter in parameters]
 
 
 def set_local_gradients(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
-    """The inverse of `local_gradients`; what has no gradient gets none."""
+    """Write back what `local_gradients` returned. A parameter without a gradient stays so."""
     for parameter, value in zip(parameters, values, strict=True):
         if not parameter.requires_grad:
             continue
@@ -159,7 +161,7 @@ def set_local_gradients(parameters: Iterable[nn.Parameter], values: Iterable[Ten
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Multiplies gradients, or this process's shards of them; 0 makes zeros of NaN too."""
+    """Multiply gradients, or this process's shards. A factor of 0 also replaces NaN by 0."""
     parameters = list(parameters)
     scaled = [
         torch.zeros_like(gradient) if factor == 0 else gradient * factor
@@ -171,10 +173,10 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
 def zero_gradients(
     accelerator: Accelerator, model: nn.Module, parameters: Iterable[nn.Parameter]
 ) -> None:
-    """Has the passes that follow add to nothing, between two passes of one step.
+    """Discard the gradients so far, between two passes of one step.
 
     Args:
-        parameters: all that are trained.
+        parameters: All trained parameters.
     """
     scale_gradients(parameters, 0.0)
     if is_deepspeed(accelerator):
@@ -183,12 +185,12 @@ def zero_gradients(
 
 
 def norm(accelerator: Accelerator, gradients: Sequence[Tensor]) -> float:
-    """Of what `local_gradients` gave on all processes, in full."""
+    """Return the norm over all processes of gradients from `local_gradients`."""
     return math.sqrt(dot(accelerator, gradients, gradients))
 
 
 def dot(accelerator: Accelerator, some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    """Inner product of two gradients that `local_gradients` gave, in full."""
+    """Return the inner product over all processes of two gradients from `local_gradients`."""
     parts = [(a * b).sum(dtype=torch.float64) for a, b in zip(some, others, strict=True)]
     own = float(torch.stack(parts).sum()) if parts else 0.0
     return float(sum_over_processes(accelerator, own)) if shards_gradients(accelerator) else own
@@ -196,10 +198,10 @@ def dot(accelerator: Accelerator, some: Sequence[Tensor], others: Sequence[Tenso
 
 @contextmanager
 def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Has every process hold all weights, gathered once, until the end.
+    """Gather all weights once and hold them in every process until the end of the block.
 
-    Inside, no module of the model gathers or drops weights, so processes may run it as often as
-    they like and without each other. Nothing is to be done where weights are whole anyway.
+    Inside, no module gathers or drops weights. Processes may run the model as often as they like,
+    without each other. Nothing happens if weights are whole anyway.
     """
     if not shards_weights(accelerator):
         yield
@@ -214,10 +216,10 @@ def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
 def whole_state(
     accelerator: Accelerator, model: nn.Module, part: str = ""
 ) -> dict[str, Tensor] | None:
-    """Names and whole weights of a part of the model, such as "policy", to be saved by the first
-    process; None where each process has them all and the model saves itself.
+    """Return names and whole weights of a part of the model, such as "policy", for saving.
 
-    All processes take part, and only the first one gets anything.
+    All processes must call this, and only the first one gets the weights. Returns None if each
+    process has all weights, since the model can then save itself.
     """
     if not shards_weights(accelerator):
         return None
@@ -227,7 +229,7 @@ def whole_state(
 
 
 def local_weights(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
-    """This process's shard of each weight, or the whole where it has that; detached, in fp32."""
+    """Yield each weight detached in fp32: this process's shard, or all of it if it is whole."""
     for parameter in parameters:
         if hasattr(parameter, "ds_id"):
             from deepspeed.utils import safe_get_local_fp32_param
@@ -240,7 +242,9 @@ def local_weights(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def set_local_weights(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
-    """The inverse of `local_weights`, for the end of a run: optimizer states know nothing of it."""
+    """Write back what `local_weights` yielded. Only at the end of a run.
+
+    The optimizer's states are not updated with the new weights."""
     for parameter, value in zip(parameters, values, strict=True):
         if hasattr(parameter, "ds_id"):
             _set_deepspeed_shard(parameter, value)
@@ -266,8 +270,9 @@ def _local_gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _place_of_gradient(parameter: Any) -> Tensor | None:
-    """The tensor that holds the gradient, or this process's shard of it, where there is one."""
-    if hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2; None: the parameter is another process's
+    """Return the tensor that holds the gradient, or this process's shard of it, if there is one."""
+    # ZeRO-1 and 2. A mapping of None means that the parameter belongs to another process.
+    if hasattr(parameter, "_hp_mapping"):
         if parameter._hp_mapping is None:
             return None
         return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
@@ -276,18 +281,18 @@ def _place_of_gradient(parameter: Any) -> Tensor | None:
 
 
 def _forget_empty_steps(engine: Any) -> None:
-    """Sets Adam's count of steps back where its moments saw zeros only, as if there were none."""
+    """Reset Adam's step count where its moments have seen only zeros, as if no step was taken."""
     for state in engine.optimizer.optimizer.state.values():
         if "exp_avg_sq" in state and not state["exp_avg_sq"].any():
-            step = state["step"]  # a tensor of torch's AdamW, a number of DeepSpeed's CPU Adam
+            step = state["step"]  # a tensor in torch's AdamW, a number in DeepSpeed's CPU Adam
             state["step"] = torch.zeros_like(step) if isinstance(step, Tensor) else 0
 
 
 def _accumulated_gradients(engine: Any) -> list[Tensor]:
-    """What DeepSpeed adds the gradients of the next pass to.
+    """Return the buffers to which DeepSpeed adds the gradients of the next pass.
 
-    With offload_optimizer the gradients that `local_gradients` reads are copies of it, made at the
-    last pass, and zeros in these copies do not last.
+    With offload_optimizer, `local_gradients` reads copies of them made at the last pass. Zeros
+    written to the copies would not last.
     """
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
@@ -300,7 +305,7 @@ def _accumulated_gradients(engine: Any) -> list[Tensor]:
 
 @contextmanager
 def _gathered_by_deepspeed(engine: Any) -> Iterator[None]:
-    """DeepSpeed's hooks would drop each module's weights behind its first use."""
+    """Remove DeepSpeed's hooks, which would drop each module's weights after its first use."""
     from deepspeed.runtime.zero import GatheredParameters
 
     offload = engine.optimizer.parameter_offload
@@ -320,7 +325,7 @@ def _gathered_by_deepspeed(engine: Any) -> Iterator[None]:
 @contextmanager
 def _gathered_by_torch(model: nn.Module) -> Iterator[None]:
     assert isinstance(model, FSDPModule)
-    # The root is whichever module runs first, and inside it would be a layer.
+    # Otherwise the first module that runs becomes the root, which would be a layer here.
     model._get_fsdp_state()._lazy_init()
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
