@@ -55,8 +55,8 @@ def matrix_rate(rows: int, inner: int, columns: int, dtype: torch.dtype = torch.
 def memory_bandwidth(num_bytes: int = 3 * 2**27) -> float:
     """Measure bytes a second of the triad a = b + s * c (McCalpin 1995).
 
-    The three arrays take `num_bytes` in all. Two are read and one is written. What a processor
-    reads in order to write is not counted.
+    The three arrays take `num_bytes` in all, which must be far more than the caches hold. Two are
+    read and one is written. What a processor reads in order to write is not counted.
     """
     count = num_bytes // 3 // 4
     a, b, c = (torch.zeros(count, device=default_device()) for _ in range(3))

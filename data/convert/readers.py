@@ -66,6 +66,7 @@ def split_documents(text: str, max_characters: int) -> list[str]:
     documents: list[str] = []
     for paragraph in _BLANK_LINES.split(text.strip()):
         for piece in _cut(paragraph.strip(), max_characters):
+            # 2 characters are for the blank line between paragraphs.
             if documents and len(documents[-1]) + 2 + len(piece) <= max_characters:
                 documents[-1] += "\n\n" + piece
             else:

@@ -60,7 +60,7 @@ _WEIGHTS: Mapping[str, tuple[float, float, float, float, float]] = {
 }
 """Maps the name of a labeler to the weights of correct, polite, complete, brief and safe."""
 
-NOISE = 1.8  # makes two labelers agree on about 73 % of pairs, as above
+NOISE = 1.8  # with this noise two labelers agree on about 73 % of the pairs
 
 
 def make_labelers(data_dir: str | Path) -> list[TinyLabeler]:

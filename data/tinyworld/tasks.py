@@ -163,6 +163,7 @@ def understand(world: World, prompt: PromptLike) -> Instruction:
 def draw_prompt(world: World, generator: random.Random) -> PromptLike:
     """Draw the prompt of a random instruction."""
     kind = generator.choices(KINDS, weights=[KIND_WEIGHTS[kind] for kind in KINDS])[0]
+    # A quarter of the questions about facts follow an answered question about the same person.
     if kind == "fact" and generator.random() < 0.25:
         return _draw_follow_up(world, generator)
     text = generator.choice(GREETINGS) + _draw_text(world, kind, generator)
@@ -258,6 +259,7 @@ def _draw_turns(
     world: World, kind: Kind, text: str, generator: random.Random
 ) -> str | list[dict[str, str]]:
     chance = generator.random()
+    # Three in ten requests for a secret insist after a refusal; some others follow an introduction.
     if kind == "secret" and chance < 0.3:
         return _two_turns(text, DECLINED, generator.choice(PRESSURE))
     if chance < 0.06:

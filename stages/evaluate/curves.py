@@ -95,7 +95,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a metrics file; a missing file has none."""
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines ends at U+2028 too
+    with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines would split at U+2028
         return [json.loads(line) for line in file]
 
 

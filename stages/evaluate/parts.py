@@ -103,8 +103,10 @@ def part_scores(parts: PartsByPrompt, name: str) -> Scores:
 def describe_parts(
     parts: PartsByPrompt, right_part: str | None, kinds: Sequence[str] | None, seed: int
 ) -> dict[str, Any]:
-    """Compute the mean of every part over responses, and more of the part that says what is
-    right."""
+    """Compute the mean of every part over responses.
+
+    The part that says what is right also gets an interval and its means by kind.
+    """
     names = part_names(parts)
     figures: dict[str, Any] = {"parts": {name: _mean(part_scores(parts, name)) for name in names}}
     if right_part not in names:

@@ -53,7 +53,7 @@ HISTORY = 10
 
 
 def sampler_noise(config: Config, token_noise: float) -> float:
-    """Nats a token by which sampler and trainer may differ when both compute in the run's dtype."""
+    """Return the nats a token by which sampler and trainer may differ in the run's dtype."""
     return SAMPLER_NOISE * token_noise + ENGINE_NOISE[config.generation.engine]
 
 
@@ -63,7 +63,7 @@ class TrainingStopped(ValueError):
 
 @dataclass(frozen=True)
 class Rule:
-    """A fault, how it shows, and what to do about it."""
+    """Describes a fault, how it shows, and what to do about it."""
 
     code: str
     needs: tuple[str, ...]

@@ -93,7 +93,7 @@ def _measure(
 ) -> tuple[float, float]:
     """Return the mean and (biased) standard deviation of one sample's score for each episode, over
     all processes."""
-    # Each process draws from its own generator: up to 1000 processes no two seeds meet.
+    # Each process has its own generator, as in train.py.
     seed = (sampler.config.seed + SEED_SHIFT) * 1000 + accelerator.process_index
     generator = torch.Generator().manual_seed(seed)
     with accelerator.autocast(), told_by_all():

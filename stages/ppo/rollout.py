@@ -198,7 +198,7 @@ class Sampler:
     def check(
         self, policy: nn.Module, trees: Sequence[PromptTree], sampler_logprobs: Tensor
     ) -> tuple[Tensor, SamplerCheck]:
-        """Return `logprobs`, and their mean and variance if the policy itself drew the tokens."""
+        """Return `logprobs`, and what to expect of them if the policy itself drew the tokens."""
         temperature = self.config.rollout.temperature
         moments = compute_moments(policy, trees, self.packer, temperature=temperature)
         check = SamplerCheck(sampler_logprobs, moments.entropy, moments.variance)
@@ -345,6 +345,7 @@ def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
         "ppo/return": sums["returns"] / tokens,
         "ppo/advantage_std": advantage_variance**0.5,
         "ppo/value_error": advantage_squares**0.5,
+        # 1e-8 stands in for a variance of 0, when all returns are equal.
         "ppo/explained_variance": 1 - advantage_variance / max(return_variance, 1e-8),
         **_check_metrics(sums),
         **{
@@ -361,5 +362,6 @@ def _check_metrics(sums: dict[str, float]) -> dict[str, float]:
     return {
         "ppo/entropy": sums["entropy"] / sums["tokens"],
         "ppo/sampler_excess": sums["excess"] / sums["tokens"],
+        # 1e-12 stands in for a variance of 0, when every token was certain.
         "ppo/sampler_z": sums["excess"] / max(sums["excess_variance"], 1e-12) ** 0.5,
     }

@@ -98,7 +98,8 @@ def train(config: Config) -> None:
     text_order = shuffled_text(config, chat, accelerator)
     texts = (own_share(accelerator, batch) for batch in text_order)
     order = ShuffledBatches(episodes, config.rollout.batch_size, config.seed)
-    # Each process samples with its own generator: up to 1000 processes no two seeds meet.
+    # Each process has its own generator. The factor keeps those of different seeds apart, for up to
+    # 1000 processes.
     sampling = torch.Generator().manual_seed(config.seed * 1000 + accelerator.process_index)
     shuffling = torch.Generator().manual_seed(config.seed)
     speed = Speedometer(learner.models, sampler, accelerator, config, _dtype(config, accelerator))
@@ -573,8 +574,11 @@ def _rollout_metrics(rollout: Rollout, accelerator: Accelerator) -> dict[str, fl
 
 
 def _check_sampler(config: Config, token_noise: float) -> None:
-    """Raise a ValueError if PPO is to use log-probabilities of a sampler as noisy as the clip range
-    is wide."""
+    """Refuse to use the log-probabilities of a sampler whose noise reaches the clip range.
+
+    Raises:
+        ValueError: rollout.check_every is above 1 with such a sampler.
+    """
     noise = sampler_noise(config, token_noise)
     if config.rollout.check_every > 1 and noise >= config.ppo.clip_range:
         raise ValueError(

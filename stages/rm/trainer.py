@@ -49,8 +49,8 @@ _IDLE = -1
 class GlobalBatches:
     """Yields this process's share of each global batch as indices, in a new order every epoch.
 
-    The first pass starts after `first_step` steps. The last batch of an epoch may be small, and a
-    process may get no ranking of it. So every ranking is seen exactly once an epoch.
+    The first pass starts after `first_step` steps. Every ranking is seen exactly once an epoch. So
+    the last batch of an epoch may be small, and a process may get no ranking of it.
     """
 
     def __init__(
