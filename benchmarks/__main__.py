@@ -1,9 +1,9 @@
 """python -m benchmarks [--quick] [--rows rm_k9,ppo_fp32] [--threads 2]
 
-Ours against TRL's RewardTrainer and PPOTrainer, alternately, on the same weights and data; `make
-bench` makes the environment of the peers first. Writes benchmarks/results/results.json and
-results.md; --quick runs one pair of smaller samples, and writes below runs/benchmarks, as does
---shape with a smaller model.
+This program runs our stages and TRL's RewardTrainer and PPOTrainer alternately, on the same weights
+and data. `make bench` makes the environment of the peers first. The results go to
+benchmarks/results/results.json and results.md. --quick runs one pair of smaller samples. Results of
+--quick, or of --shape with a smaller model, go below runs/benchmarks.
 """
 
 import argparse
@@ -28,20 +28,22 @@ RESULTS_DIR = Path("benchmarks/results")
 PEERS_PYTHON = Path(".venv-peers/bin/python")
 
 REAL = "135M"
-"""Shape of the model that the table is about."""
+"""Shape of the model in the published table."""
 NUM_PAIRS = 5
 PROMPT_TOKENS, RESPONSE_TOKENS = 200, 60
 RM_PROMPTS = {9: 1, 4: 4, 2: 8}
-"""K -> prompts a sample. On two cores one of K = 9 takes the peer one to two minutes."""
+"""Maps K to the prompts of a sample. On two cores a prompt of K = 9 takes TRL one to two
+minutes."""
 RM_MICRO_BATCH = {9: 4, 4: 3, 2: 1}
-"""K -> pairs a pass of RewardTrainer."""
+"""Maps K to the pairs in a pass of RewardTrainer."""
 RM_MICRO_BATCH_TOKENS = {9: 900, 4: 900, 2: 512}
-"""K -> our tokens a pass of the reward model: one prompt of K = 9, two of K = 4, one of K = 2."""
+"""Maps K to the tokens in our pass. They hold one prompt of K = 9, two of K = 4, or one of
+K = 2."""
 NUM_PROMPTS, SHORTEST_PROMPT, LONGEST_PROMPT, NEW_TOKENS = 16, 16, 128, 48
 PPO_MICRO_BATCH = 4
-"""Sequences a pass of PPOTrainer."""
+"""Sequences in a pass of PPOTrainer."""
 MICRO_BATCH_TOKENS = 512
-"""Our tokens a pass in PPO. On a CPU 1024 and 2048 are as fast and need more memory."""
+"""Tokens in our pass of PPO. On a CPU, 1024 and 2048 are as fast and need more memory."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -66,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def workload(name: str, best: DType, *, quick: bool = False, shape: str = REAL) -> Workload:
-    """What a row is about; smaller samples if quick, of the same shapes."""
+    """Make the workload of a row; with `quick`, samples are smaller but have the same shapes."""
     policy = policy_folder(WORK_DIR, shape)
     folders: dict[str, Any] = {
         "name": name,
@@ -107,7 +109,7 @@ def workload(name: str, best: DType, *, quick: bool = False, shape: str = REAL) 
 
 
 def commands(work: Workload) -> dict[str, list[str]]:
-    """How both sides of a row are started."""
+    """Return the commands that start both sides of a row."""
     ours = [sys.executable, "-m", "benchmarks.ours"]
     if work.kind == "rm":
         return {"ours": ours, "theirs": [sys.executable, "-m", "benchmarks.trl_reward"]}
@@ -126,7 +128,7 @@ def _measure(work: Workload, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _as_best(folder: Path, reason: str) -> dict[str, Any]:
-    """The row of float32 again, where that is the best type of both."""
+    """Return the row of float32 under the name ppo_best, as float32 is the faster dtype here."""
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     (row,) = (row for row in rows if row["name"] == "ppo_fp32")
     note = f"ppo_best is ppo_fp32: float32 is the faster type here; {reason}"

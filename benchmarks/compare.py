@@ -1,4 +1,4 @@
-"""Ours and theirs on one workload, alternately, with the proof that both did the same work."""
+"""Run ours and theirs alternately on one workload, and check that both did the same work."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +11,17 @@ from benchmarks.workload import Workload
 SIDES = ("ours", "theirs")
 
 LOSS_TOLERANCE = 1e-5
-"""RM: nats a pair between the losses of the first step."""
+"""RM: largest difference between the losses of the first step, in nats a pair."""
 SCORE_TOLERANCE = 1e-4
-"""PPO: between the mean scores and value losses of the update with the likeliest tokens."""
+"""PPO: largest difference between mean scores and between value losses in the first update, which
+samples greedily."""
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
-"""PPO: of the mean ratio of new to old probability from 1 in the first step on a rollout."""
+"""PPO: largest distance from 1 of the mean ratio of new to old probability in the first step on a
+rollout."""
 
 
 class UnequalWork(ValueError):
-    """The two sides did not compute the same thing, so their times mean nothing together."""
+    """Says that the two sides computed different things, so that their times cannot be compared."""
 
 
 def compare(
@@ -31,13 +33,13 @@ def compare(
     log_dir: Path,
     tell: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """One row: a checked warm-up of both sides, then `num_pairs` times one sample of each in turn.
+    """Measure one row: a checked warm-up of both sides, then `num_pairs` samples of each in turn.
 
     Args:
-        commands: how to start the side "ours" and the side "theirs".
+        commands: the commands that start "ours" and "theirs".
 
     Raises:
-        UnequalWork: what they report of the warm-up differs.
+        UnequalWork: the two sides report different figures for the warm-up.
         WorkerError: a side failed.
     """
     workers = {}
@@ -45,7 +47,7 @@ def compare(
         for side in SIDES:
             log = log_dir / f"{work.name}-{side}.log"
             workers[side] = Worker(commands[side], work, num_threads=num_threads, log=log)
-        facts = {side: workers[side].facts for side in SIDES}  # both are loaded
+        facts = {side: workers[side].facts for side in SIDES}  # waits until both are loaded
         first = {side: workers[side].run() for side in SIDES}
         checked = check_same_work(work, first["ours"], first["theirs"])
         samples: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
@@ -66,10 +68,10 @@ def compare(
 def check_same_work(
     work: Workload, ours: Mapping[str, Any], theirs: Mapping[str, Any]
 ) -> dict[str, list[float]]:
-    """What was compared of the first samples, as name -> [ours, theirs].
+    """Compare the first samples; return each compared figure as name -> [ours, theirs].
 
     Raises:
-        UnequalWork: naming the figure and both its values.
+        UnequalWork: a figure differs; the message has both values.
     """
     if work.kind == "rm":
         return _require_close(work, ours, theirs, {"loss": LOSS_TOLERANCE})
@@ -86,9 +88,9 @@ def check_same_work(
                 f"{tolerance}"
             )
     compared = {}
-    if work.dtype == "float32":  # in bfloat16 the likeliest tokens of the two sides part
+    if work.dtype == "float32":  # in bfloat16 the two sides choose different likeliest tokens
         compared["score"] = SCORE_TOLERANCE
-        if work.end_positions is None:  # TRL puts the score behind the end of a short response
+        if work.end_positions is None:  # TRL puts the score after the end of a short response
             compared["value_loss"] = SCORE_TOLERANCE
     return {
         "new_tokens": [ours["new_tokens"], theirs["new_tokens"]],
@@ -103,7 +105,7 @@ def make_row(
     facts: Mapping[str, Mapping[str, Any]],
     checked: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A row of the results: ratios first, then what they were made of."""
+    """Make a row of the results: ratios first, then what they were computed from."""
     seconds = {side: [sample["seconds"] for sample in samples[side]] for side in SIDES}
     peaks = {side: max(sample["peak_bytes"] for sample in samples[side]) for side in SIDES}
     return {
@@ -132,16 +134,16 @@ def make_row(
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Median over pairs of numerator / denominator.
+    """Return the median over pairs of numerator / denominator.
 
-    The sides of a pair ran one after the other, so that a machine that slows down slows both; the
-    ratio of two medians would not have that.
+    The sides of a pair run one after the other, so a machine that slows down slows both. The ratio
+    of two medians would not have this advantage.
     """
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def median_phases(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Median seconds of every phase that the samples report."""
+    """Return the median seconds of every phase that the samples report."""
     names = samples[0].get("phases", {})
     return {name: statistics.median(sample["phases"][name] for sample in samples) for name in names}
 

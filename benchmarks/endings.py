@@ -1,4 +1,4 @@
-"""Responses that end where the workload says, whoever samples them and in whatever order."""
+"""Make responses end where the workload says, whichever program samples them."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -9,22 +9,23 @@ import torch
 from torch import Tensor, nn
 
 SURE = 1e4
-"""A logit that leaves no doubt, and whose negative leaves no chance; below bfloat16's limit."""
+"""Logit that makes a token certain; its negative makes a token impossible. bfloat16 can hold
+both."""
 
 
 def end_responses_at(
     model: nn.Module, positions: Sequence[int] | None, end_id: int, pad_id: int
 ) -> None:
-    """The end token is certain at these positions of a sequence and impossible elsewhere.
+    """Make the end token certain at these positions of a sequence and impossible elsewhere.
 
-    By positions, so that it holds for padded, packed and continuously batched passes alike. None
-    means that no response ends. The padding token, which TRL takes for the end of a response, is
-    never sampled. Only values change: gradients of these two columns are 0, as they should be
-    (probability 0, or 1 at the target).
+    Positions work for padded, packed and continuously batched passes alike. None means that no
+    response ends. The padding token is never sampled, since TRL takes it for the end of a response.
+    Only values change. The gradients of these two columns are 0, as they should be for a
+    probability of 0, or of 1 at the target.
 
     Args:
-        model: a causal LM whose forward is called with position_ids; a call without, such as a
-            probe of the model, is left as it is.
+        model: a causal LM whose forward is called with position_ids. A call without them, such as
+            a probe of the model, is left as it is.
     """
     ends = torch.tensor(list(positions or []), dtype=torch.long)
 
@@ -46,8 +47,10 @@ def end_responses_at(
 
 
 def greedy_draws() -> AbstractContextManager[Any]:
-    """Within it every draw of torch.multinomial, by which TRL draws, is the likeliest token: then
-    both sides give the same responses."""
+    """Make torch.multinomial, which TRL samples with, return the likeliest token.
+
+    Then both sides give the same responses.
+    """
 
     def likeliest(probabilities: Tensor, *_: Any, **__: Any) -> Tensor:
         return probabilities.argmax(-1, keepdim=True)

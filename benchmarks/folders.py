@@ -1,4 +1,4 @@
-"""The weights that all sides start from: one policy folder and one reward model folder."""
+"""Make the weights that all sides start from: one policy folder and one reward model folder."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rlhf.rewards.rendering import rendering_hash
 from stages.pretrain.tokenizer import train_tokenizer
 
 SMOLLM2 = "runs/smollm2/base"
-"""Real weights, where `make pipeline PRESET=smollm2` has converted them."""
+"""Folder of real weights, if `make pipeline PRESET=smollm2` has converted them."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "1M": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 6},
@@ -27,15 +27,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "35M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16},
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
 }
-"""Llamas; the last is SmolLM2-135M."""
+"""Shapes of Llamas; the last is SmolLM2-135M."""
 HEADS = {"1M": (3, 1), "9M": (3, 1), "35M": (6, 2), "135M": (9, 3)}
-"""Attention heads, of the queries and of the keys and values."""
+"""Attention heads: those of the queries, then those of the keys and values."""
 VOCAB_SIZES = {"1M": 4096, "9M": 16384, "35M": 32768, "135M": 49152}
 CONTEXT = 2048
 
 
 def policy_folder(work_dir: Path, shape: str = "135M") -> Path:
-    """SmolLM2-135M where it is, else a random Llama of that shape, or of a smaller one."""
+    """Return the folder of SmolLM2-135M if it is there; else make a random Llama of the shape."""
     if shape == "135M" and Path(SMOLLM2, "config.json").exists():
         return Path(SMOLLM2)
     folder = work_dir / f"policy-{shape}"
@@ -61,7 +61,7 @@ def architecture(shape: str) -> dict[str, Any]:
 
 
 def reward_folder(policy: Path, work_dir: Path) -> Path:
-    """A reward model on the policy's body: a random head, and a card that vouches for it."""
+    """Make a reward model of the policy's body and a random head, with a card that lets it load."""
     folder = work_dir / f"reward-of-{policy.parent.name}-{policy.name}"
     if (folder / REWARD_FILE).exists():
         return folder

@@ -1,4 +1,4 @@
-"""Samples of a transformers Trainer, ours or TRL's: an epoch each."""
+"""Run each epoch of a transformers Trainer, ours or TRL's, as one sample."""
 
 import time
 from collections.abc import Callable
@@ -13,8 +13,8 @@ class EpochGate(TrainerCallback):
     """Starts an epoch when the benchmark asks for a sample, and answers at its end.
 
     Args:
-        figures: what to answer beside the seconds, asked at the end of the first epoch.
-        settings: of this side, for the table.
+        figures: called at the end of the first epoch for the figures to answer besides the seconds.
+        settings: this side's settings in words, for the table.
     """
 
     def __init__(self, link: Link, figures: Callable[[], dict[str, Any]], settings: str) -> None:

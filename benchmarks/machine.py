@@ -1,4 +1,4 @@
-"""What the figures were taken on."""
+"""Describe and measure the machine that the figures were taken on."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.workload import DType
 
 BF16_ADVANTAGE = 1.0
-"""bfloat16 is the better type where its matrix products are faster than float32's by this."""
+"""Factor by which bfloat16's matrix products must be faster than float32's to be preferred."""
 
 
 def describe(num_threads: int) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def describe(num_threads: int) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, with its vector extensions that decide about bfloat16."""
+    """Return the processor's name, with the vector extensions that decide the speed of bfloat16."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -34,7 +34,7 @@ def processor() -> str:
 
 
 def best_dtype() -> tuple[DType, str]:
-    """The faster of float32 and bfloat16 here, for both sides alike, and the measured reason."""
+    """Return the faster of float32 and bfloat16 on this machine, and the measured reason."""
     rates = {
         dtype: matrix_rate(1024, 576, 1536, dtype) for dtype in (torch.float32, torch.bfloat16)
     }
@@ -44,18 +44,19 @@ def best_dtype() -> tuple[DType, str]:
 
 
 def matrix_rate(rows: int, inner: int, columns: int, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of (rows, inner) @ (inner, columns), the best of several tries."""
+    """Measure the FLOP/s of (rows, inner) @ (inner, columns), the best of several tries."""
     device = default_device()
     a = torch.randn(rows, inner, device=device).to(dtype)
-    b = torch.randn(columns, inner, device=device).to(dtype)  # as the weight of a linear layer
+    b = torch.randn(columns, inner, device=device).to(dtype)  # laid out as a linear layer's weight
     seconds = best_seconds(lambda: torch.nn.functional.linear(a, b))
     return 2 * rows * inner * columns / seconds
 
 
 def memory_bandwidth(num_bytes: int = 3 * 2**27) -> float:
-    """Bytes a second of the triad a = b + s * c over arrays of `num_bytes` in all (McCalpin 1995).
+    """Measure bytes a second of the triad a = b + s * c (McCalpin 1995).
 
-    Two are read and one is written; what a processor reads in order to write is not counted.
+    The three arrays take `num_bytes` in all, which must be far more than the caches hold. Two are
+    read and one is written. What a processor reads in order to write is not counted.
     """
     count = num_bytes // 3 // 4
     a, b, c = (torch.zeros(count, device=default_device()) for _ in range(3))
@@ -67,7 +68,10 @@ def memory_bandwidth(num_bytes: int = 3 * 2**27) -> float:
 
 
 def best_seconds(function: Any, min_seconds: float = 0.4) -> float:
-    """Seconds of the fastest of at least three calls; what else runs on a machine only slows."""
+    """Return the seconds of the fastest of at least three calls.
+
+    The fastest counts, since other programs on the machine can only slow a call down.
+    """
     function()
     best, started, calls = float("inf"), time.perf_counter(), 0
     while calls < 3 or time.perf_counter() - started < min_seconds:

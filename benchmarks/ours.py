@@ -1,4 +1,4 @@
-"""Our side of the comparison: one sample of a workload through the stages' own code.
+"""Run our side of the comparison: samples of a workload through the stages' own code.
 
 python -m benchmarks.ours    (started by the benchmark, which talks to it; see protocol.py)
 """
@@ -40,7 +40,7 @@ from stages.rm.data import Example
 from stages.rm.trainer import RankingTrainer
 
 MANY = 10_000
-"""Epochs or updates to plan for; the benchmark ends the worker before."""
+"""Epochs or updates to plan for; the benchmark ends the worker long before."""
 OPTIM = OptimSettings(learning_rate=LEARNING_RATE, schedule="constant", betas=(0.9, 0.999))
 
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def run_rm(link: Link, output_dir: str) -> None:
-    """A sample is an epoch of RankingTrainer over the rankings, in one step."""
+    """Run samples for the reward model, each an epoch of RankingTrainer in one step."""
     work = link.work
     config = rm_config(work, output_dir)
     start_accelerator()
@@ -85,7 +85,7 @@ def rm_config(work: Workload, output_dir: str) -> RMConfig:
 
 
 def rankings(work: Workload) -> list[Example]:
-    """As stages.rm.data makes them, from ids."""
+    """Make examples as stages.rm.data does, but from ids."""
     examples = []
     for number, (prompt, responses) in enumerate(zip(work.prompts, work.responses, strict=True)):
         ids = tuple(tuple(response) for response in responses)
@@ -99,7 +99,7 @@ def rankings(work: Workload) -> list[Example]:
 
 
 def run_ppo(link: Link, output_dir: str) -> None:
-    """A sample is one update of stages.ppo: rollout, scores, all passes, the optimizer's step."""
+    """Run samples for PPO, each an update of stages.ppo: rollout, scores, all passes, a step."""
     work = link.work
     config = ppo_config(work, output_dir)
     loop = PPOLoop(work, config)
@@ -138,10 +138,10 @@ def ppo_config(work: Workload, output_dir: str) -> PPOConfig:
 
 
 class DrawsThatEnd:
-    """Draws of our engine `hf` that end responses as `end_responses_at` does.
+    """Draws tokens for our engine `hf` and ends responses as `end_responses_at` does.
 
-    The log-probabilities stay those of the policy, since our packed passes go through its body and
-    its head and meet no hook of the whole.
+    The log-probabilities stay the policy's own: our packed passes call its body and its head, so a
+    hook on the whole model is not called.
     """
 
     def __init__(
@@ -155,20 +155,20 @@ class DrawsThatEnd:
         policy.register_forward_hook(self._note, with_kwargs=True)
 
     def __call__(self, probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-        """One token a row (rows,), of probabilities (rows, vocab)."""
+        """Draw one token for each row (rows,) from probabilities (rows, vocab)."""
         wanted = probabilities.masked_fill(self._is_end[:, None], 0.0)
         wanted[:, self.pad_id] = 0.0
         wanted[:, self.end_id] = self._is_end.to(wanted.dtype)
         return self.pick(wanted, generator)
 
     def _note(self, _: nn.Module, __: Any, inputs: dict[str, Any], ___: Any) -> None:
-        if "position_ids" in inputs:  # a probe of the model goes without
+        if "position_ids" in inputs:  # a probe of the model has none
             last = inputs["position_ids"][:, -1]
             self._is_end = torch.isin(last + 1, self._ends.to(last.device))
 
 
 class PPOLoop:
-    """The models of stages.ppo and its update, one at a time."""
+    """Loads the models of stages.ppo and runs its updates one at a time."""
 
     def __init__(self, work: Workload, config: PPOConfig) -> None:
         set_seed(0)
@@ -197,7 +197,7 @@ class PPOLoop:
         self.num_updates = 0
 
     def update(self) -> dict[str, Any]:
-        """One update on all prompts; its figures and the seconds of its phases."""
+        """Run one update on all prompts; return its figures and the seconds of its phases."""
         self.watch.take()
         models = self.learner.models
         with self.accelerator.autocast(), mock.patch("rlhf.generation.hf.draw", self.draws):

@@ -1,4 +1,4 @@
-"""How the benchmark talks to the programs that it compares: JSON lines over standard streams.
+"""Let the benchmark talk to the programs that it compares, by JSON lines over standard streams.
 
     benchmark                               worker
     the workload                     ->     loads its models
@@ -7,8 +7,8 @@
                                      <-     {"done": {seconds, peak_bytes, figures}}
     closes the stream                ->     ends
 
-A worker stays alive between samples, so A B A B alternation pays no start-up, and peak memory is
-that of one program. What libraries print goes to standard error.
+A worker stays alive between samples, so that alternation A B A B costs no start-up. Its peak memory
+is that of one program. What libraries print goes to standard error.
 """
 
 import json
@@ -30,11 +30,11 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate")
 
 
 class WorkerError(ValueError):
-    """A worker ended, or answered something else than it was asked."""
+    """Says that a worker ended, or gave an unexpected answer."""
 
 
 class Link:
-    """The worker's end."""
+    """Holds the worker's end of the connection."""
 
     def __init__(self) -> None:
         self._commands = sys.stdin
@@ -43,20 +43,20 @@ class Link:
         self.work = Workload.from_json(self._commands.readline())
 
     def ready(self, **facts: Any) -> None:
-        """Models are loaded; comes back when the first sample is to run.
+        """Report that models are loaded; return when the first sample is to run.
 
         Raises:
-            SystemExit: there is none.
+            SystemExit: no sample is to run.
         """
         versions = {name: metadata.version(name) for name in PACKAGES}
         self._answer({"ready": {**facts, "versions": versions}})
         self._wait()
 
     def done(self, **figures: Any) -> None:
-        """A sample has run, with these figures; comes back when the next is to run.
+        """Report a sample's figures; return when the next sample is to run.
 
         Raises:
-            SystemExit: there is none.
+            SystemExit: no more samples are to run.
         """
         synchronise()
         seconds = time.perf_counter() - self._started
@@ -75,7 +75,7 @@ class Link:
 
 
 class Worker:
-    """The benchmark's end: a program that runs samples when it is told to."""
+    """Holds the benchmark's end of the connection, and starts the worker."""
 
     def __init__(
         self, command: Sequence[str], work: Workload, *, num_threads: int, log: Path
@@ -96,17 +96,19 @@ class Worker:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What the worker says of itself; waits until its models are loaded, so that several
-        workers can load at a time."""
+        """Facts that the worker reports about itself.
+
+        Reading them waits until its models are loaded, so several workers can load at once before.
+        """
         return self._receive("ready")
 
     def run(self) -> dict[str, Any]:
-        """One sample: its seconds, peak_bytes and figures.
+        """Run one sample; return its seconds, peak_bytes and figures.
 
         Raises:
-            WorkerError: with the last lines that the worker printed.
+            WorkerError: the worker failed; the message has the last lines that it printed.
         """
-        assert self.facts is not None  # loaded
+        assert self.facts is not None  # waits until the models are loaded
         self._send(json.dumps({"run": 1}))
         return self._receive("done")
 
@@ -152,7 +154,7 @@ class Worker:
 
 
 def environment(num_threads: int) -> dict[str, str]:
-    """What every worker gets: as many threads as the other side, no network, no trackers."""
+    """Return the environment of every worker: equal threads, no network, no trackers."""
     return {
         "OMP_NUM_THREADS": str(num_threads),
         "MKL_NUM_THREADS": str(num_threads),
@@ -165,7 +167,7 @@ def environment(num_threads: int) -> dict[str, str]:
 
 
 def peak_bytes() -> int:
-    """Largest memory of this process so far: of the GPU where there is one, else resident."""
+    """Return the peak memory of this process: the GPU's if there is one, else resident memory."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
@@ -181,14 +183,14 @@ def peak_bytes() -> int:
 
 
 def synchronise() -> None:
-    """Waits for what is queued on a GPU, so that the clock sees it."""
+    """Wait for the work that is queued on a GPU, so that the clock counts it."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def _keep_stdout_clean() -> TextIO:
-    """The stream of answers; whatever else is printed from now on goes to standard error."""
+    """Return the stream of answers; all other output goes to standard error from now on."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers

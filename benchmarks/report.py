@@ -1,4 +1,4 @@
-"""The rows of a comparison as files: JSON for programs, a table for people."""
+"""Write the rows of a comparison: JSON for programs, a table for people."""
 
 import json
 import statistics
@@ -12,7 +12,7 @@ RESULTS = "results.json"
 TABLE = "results.md"
 
 REQUIRED = ("name", "time_ratio", "memory_ratio", "ours", "theirs", "checked", "machine", "commit")
-"""Keys of every row; `time_ratio` is theirs / ours, `memory_ratio` ours / theirs."""
+"""Keys of every row. `time_ratio` is theirs / ours, and `memory_ratio` is ours / theirs."""
 TARGETS = {
     "rm_k9": (18.0, 1.0),
     "rm_k4": (6.0, 1.0),
@@ -21,11 +21,11 @@ TARGETS = {
     "ppo_best": (3.0, 0.6),
     "ppo_eos": (4.0, 0.6),
 }
-"""On a CPU: the least time ratio and the largest memory ratio that we want."""
+"""Smallest time ratio and largest memory ratio that we want on a CPU."""
 
 
 def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """results.json, a list of rows, and results.md; rows of other names that are there stay."""
+    """Write results.json, a list of rows, and results.md; keep earlier rows of other names."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RESULTS
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -39,7 +39,7 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 
 def check_row(row: Mapping[str, Any]) -> None:
-    """AssertionError for a row that is not what this module promises."""
+    """Raise an AssertionError for a row without what this module promises."""
     missing = [key for key in REQUIRED if key not in row]
     assert not missing, f"{row.get('name')} lacks {missing}"
     for side in ("ours", "theirs"):
@@ -48,7 +48,7 @@ def check_row(row: Mapping[str, Any]) -> None:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Ratios and rates, then our phases, then what each side was and ran on."""
+    """Format ratios and rates, then our phases, then the settings and machine of each side."""
     header = (
         "row", "time ratio", "of the pairs", "memory ratio", "ours s", "theirs s", "ours GB",
         "theirs GB", "ours tokens/s", "theirs tokens/s",

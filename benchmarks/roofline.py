@@ -1,14 +1,13 @@
 """python -m benchmarks.roofline [--threads 2]
 
-What the machine can do, measured, and how close each phase of a PPO update and of a reward model
-step comes to it. A phase needs its FLOPs (rlhf.measuring.flops) and the bytes that it cannot avoid
-to move; the least time for both is its limit:
+This program measures what the machine can do, and how close each phase of a PPO update and of a
+reward model step comes to it. A phase needs its FLOPs (rlhf.measuring.flops) and the bytes that it
+cannot avoid moving. The least time for both is its limit:
 
     limit = max(FLOPs / best matrix rate, bytes / memory bandwidth)
 
-The bytes are those of the weights, once a pass (sampling: once a token), and in the optimizer's
-step of weights, gradients and moments; activations are left out, so limits are below what is
-reachable.
+The bytes are the weights, once a pass (in sampling, once a token). In the optimizer's step they are
+weights, gradients and moments. Activations are left out, so no phase can quite reach its limit.
 """
 
 import argparse
@@ -36,8 +35,8 @@ from rlhf.runs.lineage import commit
 OUTPUT = "roofline"
 FLOAT_BYTES = 4
 ADAM_ARRAYS = 9
-"""Weight-sized arrays of a step: the norm and the clip read the gradient and the clip writes it;
-AdamW reads weight, gradient and both moments, and writes all but the gradient."""
+"""Weight-sized arrays that a step reads or writes. The norm and the clip read the gradient, and the
+clip writes it. AdamW reads weight, gradient and both moments, and writes all but the gradient."""
 
 CAUSES = {
     "rollout": "one token a row and pass: products too thin for the matrix rate, and a fixed cost "
@@ -54,7 +53,7 @@ OTHER_CAUSE = "operations between the matrix products, which read and write memo
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase, what it needs and what it took."""
+    """Holds a phase, what it needs and how long it took."""
 
     name: str
     seconds: float
@@ -62,7 +61,7 @@ class Phase:
     num_bytes: float
 
     def limit(self, rate: float, bandwidth: float) -> float:
-        """Least seconds at these FLOP/s and bytes/s."""
+        """Return the least seconds at these FLOP/s and bytes/s."""
         return max(self.flops / rate, self.num_bytes / bandwidth)
 
 
@@ -93,7 +92,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def shapes() -> dict[str, tuple[int, int, int]]:
-    """Name -> (rows, inner, columns) of products of SmolLM2-135M, and a large square."""
+    """Return (rows, inner, columns) of SmolLM2-135M's products and of a large square, by name."""
     return {
         "square 2048": (2048, 2048, 2048),
         "up, 1024 tokens": (1024, 576, 1536),
@@ -106,7 +105,7 @@ def shapes() -> dict[str, tuple[int, int, int]]:
 
 
 def phases_of(work: Workload, seconds: Mapping[str, float]) -> list[Phase]:
-    """FLOPs and bytes of the phases that took these seconds."""
+    """Compute FLOPs and bytes of the phases that took these seconds."""
     policy, scalar = (
         size_of(_on_meta(path, auto_class))
         for path, auto_class in (
@@ -128,7 +127,7 @@ def phases_of(work: Workload, seconds: Mapping[str, float]) -> list[Phase]:
 def describe(
     name: str, phases: Sequence[Phase], rate: float, bandwidth: float
 ) -> tuple[str, list[dict[str, Any]]]:
-    """The table of a program with its largest gap in words, and its rows."""
+    """Format the table of a program with its largest gap in words; also return its rows."""
     limits = [phase.limit(rate, bandwidth) for phase in phases]
     cells, rows = [], []
     for phase, limit in zip(phases, limits, strict=True):
@@ -164,7 +163,8 @@ def _ppo_needs(
     flops = update_flops(policy, scalar, [scalar], work_of(trees), Work(), num_epochs=1)
     policy_bytes = FLOAT_BYTES * (policy.weights + policy.unembedding)
     scalar_bytes = FLOAT_BYTES * scalar.weights
-    both = policy_bytes + scalar_bytes + FLOAT_BYTES * policy.unembedding  # the value's embedding
+    # The value model's size leaves out its embedding, which is as large as the policy's.
+    both = policy_bytes + scalar_bytes + FLOAT_BYTES * policy.unembedding
     return flops, {
         "rollout": policy_bytes * max(work.response_lengths),
         "score": scalar_bytes,

@@ -1,8 +1,8 @@
 """python -m benchmarks.scaling [--shape 9M] [--threads 2]
 
-What our stages cost as the work grows: an epoch of the reward model over K, a PPO update over its
-batch, response length and text blocks an episode, and both over the model's size. Writes
-scaling.json and scaling.png.
+This program measures what our stages cost as the work grows. It varies K for an epoch of the reward
+model. It varies batch, response length and text blocks an episode for a PPO update, and the size of
+the model for both. It writes scaling.json and scaling.png.
 """
 
 import argparse
@@ -42,14 +42,14 @@ TARGETS = {FLAT: 0.2, PTX: 2.0}
 
 @dataclass(frozen=True)
 class Panel:
-    """One small plot: a workload for each value of x, in one or several series."""
+    """Describes one small plot: a workload for each value of x, in one or several series."""
 
     title: str
     x_label: str
     series: dict[str, dict[float, Callable[[str], Workload]]]
-    """Name of the series -> x -> the workload, of a model of a given shape"""
+    """maps the name of a series to x to a function from the model's shape to the workload"""
     shapes: tuple[str, ...] = ()
-    """Shape of the model for each x; empty: the one of the command line"""
+    """shape of the model for each x; empty means the shape of the command line"""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -147,7 +147,7 @@ def episodes(
 
 
 def summarise(measured: dict[str, Any]) -> dict[str, float]:
-    """The figures that the plots are for."""
+    """Compute the figures that have targets."""
     (batches,) = measured[BATCH_PANEL].values()
     costs = [point["seconds"] / point["tokens"] for point in batches]
     (texts,) = measured[PTX_PANEL].values()
@@ -158,7 +158,7 @@ def summarise(measured: dict[str, Any]) -> dict[str, float]:
 
 
 def plot(measured: dict[str, Any], path: Path) -> None:
-    """Seconds above, cost per token below; a column a panel."""
+    """Draw a column for each panel, with seconds above and the cost per token below."""
     by_title = {panel.title: panel for panel in panels()}
     figure, axes = plt.subplots(
         2, len(measured), figsize=(3.4 * len(measured), 5.6), layout="constrained", squeeze=False
@@ -195,7 +195,7 @@ def _measure(
     make: Callable[[str], Workload],
     options: argparse.Namespace,
 ) -> dict[str, float]:
-    """The fastest of the samples: what else runs on a machine only slows."""
+    """Measure the fastest of the samples, since other programs can only slow one down."""
     work = make(panel.shapes[number] if panel.shapes else options.shape)
     command = [sys.executable, "-m", "benchmarks.ours"]
     log = WORK_DIR / "logs" / "scaling.log"

@@ -1,9 +1,9 @@
-"""TRL 1.12's PPOTrainer, the last release that has it: one update on all prompts a sample.
+"""Run PPOTrainer of TRL 1.12, the last release that has it; a sample is one update on all prompts.
 
     .venv-peers/bin/python -m benchmarks.trl_ppo    (started by the benchmark; see protocol.py)
 
-Its best settings here: no gradient checkpointing, all responses sampled in one batch, passes of
-`micro_batch` sequences, no sample tables.
+It has its best settings here: no gradient checkpointing, all responses sampled in one batch, passes
+of `micro_batch` sequences, and no sample tables.
 """
 
 import time
@@ -34,9 +34,9 @@ MANY_UPDATES = 1000
 
 
 class UpdateGate(TrainerCallback):
-    """Answers at the end of an update and waits for the next to be asked for.
+    """Answers at the end of an update, and waits until the next one is asked for.
 
-    The first update draws the likeliest tokens, as our side's does.
+    The first update draws the likeliest tokens, as our side does.
     """
 
     def __init__(self, link: Link, sampled: "Sampled", settings: str) -> None:
@@ -77,10 +77,10 @@ class UpdateGate(TrainerCallback):
 
 
 class SamePrompts(torch.utils.data.Dataset[dict[str, list[int]]]):
-    """The prompts over and over, whatever rows are asked for: every batch holds each once.
+    """Gives the prompts in turn, whichever rows are asked for, so every batch has each prompt once.
 
-    A dataset of one batch would always be at its end, where accelerate takes an optimizer step in
-    every pass.
+    A dataset of a single batch would always be at its end. There accelerate takes an optimizer step
+    in every pass.
     """
 
     def __init__(self, prompts: list[list[int]]) -> None:
@@ -95,7 +95,7 @@ class SamePrompts(torch.utils.data.Dataset[dict[str, list[int]]]):
 
 
 class Sampled:
-    """What the trainer's `batch_generation` gave, and how long it took."""
+    """Wraps the trainer's `batch_generation`, and notes its tokens and seconds."""
 
     def __init__(self, generate: Callable[..., Any], pad_id: int) -> None:
         self.generate = generate

@@ -1,9 +1,9 @@
-"""TRL's RewardTrainer on all pairs of the rankings, in one step.
+"""Run TRL's RewardTrainer on all pairs of the rankings, in one step.
 
     python -m benchmarks.trl_reward    (started by the benchmark; see protocol.py)
 
-Its best settings here: no gradient checkpointing, ids given so that nothing is tokenised, passes of
-`micro_batch` pairs that fill the step together.
+It has its best settings here: no gradient checkpointing, ids given so that nothing is tokenised,
+and passes of `micro_batch` pairs that together make up the step.
 """
 
 from tempfile import TemporaryDirectory

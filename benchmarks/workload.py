@@ -1,4 +1,4 @@
-"""What both sides of a comparison do: the same prompts and responses, in the same numbers."""
+"""Define the work of both sides of a comparison: the same prompts and responses."""
 
 import dataclasses
 import json
@@ -12,14 +12,14 @@ Kind = Literal["rm", "ppo"]
 DType = Literal["float32", "bfloat16"]
 
 FIRST_ID = 100
-"""Ids below are left to special tokens."""
+"""Smallest id to draw. Ids below it may be special tokens."""
 LEARNING_RATE = 1e-6
 TEXT_BLOCK_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One row of the table: what a sample is, and the folders it starts from."""
+    """Describes one row of the table: what a sample is, and the folders that it starts from."""
 
     name: str
     kind: Kind
@@ -30,20 +30,20 @@ class Workload:
     prompts: list[list[int]]
     """Token ids."""
     responses: list[list[list[int]]] = dataclasses.field(default_factory=list)
-    """RM: of each prompt its K responses, the best first; an epoch over them is a sample."""
+    """RM: the K responses of each prompt, the best first. An epoch over them is a sample."""
     new_tokens: int = 0
-    """PPO: tokens of a response, at most; one update on all prompts is a sample."""
+    """PPO: most tokens of a response. An update on all prompts is a sample."""
     end_positions: list[int] | None = None
-    """PPO: a response has its end token at the first of these positions behind its prompt, the
-    prompt's first token being at 0. None: no response ends before `new_tokens`."""
+    """PPO: a response has its end token at the first of these positions after its prompt, whose
+    first token is at position 0. None: no response ends before `new_tokens`."""
     text_blocks: int = 0
     """PPO, ours only: blocks of text of the ptx term in an update."""
     dtype: DType = "float32"
     """float32, or bfloat16 autocast over float32 weights."""
     micro_batch: int = 1
-    """The peer's sequences (PPO) or pairs (RM) a pass."""
+    """Sequences (PPO) or pairs (RM) in a pass of TRL."""
     micro_batch_tokens: int = 4096
-    """Our tokens a pass."""
+    """Tokens in our pass."""
 
     @property
     def num_pairs(self) -> int:
@@ -51,12 +51,12 @@ class Workload:
 
     @property
     def response_lengths(self) -> list[int]:
-        """PPO: tokens of each prompt's response, its end token included."""
+        """PPO: number of tokens of each prompt's response, its end token included."""
         return [response_length(self, len(prompt)) for prompt in self.prompts]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the data, every prompt, response and block of text once."""
+        """Number of tokens of the data; every prompt, response and block of text counts once."""
         prompts = sum(map(len, self.prompts)) + TEXT_BLOCK_TOKENS * self.text_blocks
         if self.kind == "ppo":
             return prompts + sum(self.response_lengths)
@@ -73,7 +73,7 @@ class Workload:
 def rm_data(
     *, num_prompts: int, k: int, prompt_tokens: int, response_tokens: int, vocab_size: int
 ) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Prompts, and K responses of each."""
+    """Draw prompts, and K responses to each."""
     draw = random.Random(0)
     prompts = [_ids(draw, prompt_tokens, vocab_size) for _ in range(num_prompts)]
     responses = [
@@ -93,7 +93,7 @@ def ppo_prompts(*, lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
 
 
 def spread_lengths(count: int, shortest: int, longest: int) -> list[int]:
-    """`count` whole numbers from `shortest` to `longest` in equal steps."""
+    """Return `count` whole numbers from `shortest` to `longest` in equal steps."""
     if count == 1:
         return [longest]
     step = (longest - shortest) / (count - 1)
@@ -101,8 +101,10 @@ def spread_lengths(count: int, shortest: int, longest: int) -> list[int]:
 
 
 def every(distance: int, longest_prompt: int) -> list[int]:
-    """End positions `distance` apart: prompts of all lengths get responses of 1 to `distance`
-    tokens, as many short as long."""
+    """Return end positions that are `distance` apart.
+
+    Prompts of all lengths then get responses of 1 to `distance` tokens, as many short as long.
+    """
     return list(range(distance, longest_prompt + 2 * distance, distance))
 
 
@@ -114,7 +116,7 @@ def response_length(work: Workload, prompt_tokens: int) -> int:
 
 
 def pairs_of(work: Workload) -> Iterator[tuple[list[int], list[int]]]:
-    """Every pair of every prompt as (prompt and better response, prompt and worse response)."""
+    """Yield all pairs of all prompts as (prompt and better response, prompt and worse response)."""
     for prompt, responses in zip(work.prompts, work.responses, strict=True):
         for better, worse in combinations(responses, 2):
             yield prompt + better, prompt + worse

@@ -1,1 +1,1 @@
-"""Where records come from: converters of public data sets, a checker, and the tiny world."""
+"""Make and check records: converters of public data sets, a checker, and the tiny world."""

@@ -1,8 +1,8 @@
 """Check a record file and look at it: `python -m data.check FILE [--tokenizer FOLDER]`.
 
-Bad rows stop with a message each. What is allowed but rarely meant (duplicate prompts, empty
-responses, rankings where all are tied) is a warning. One example is shown as the stages render it,
-the trained tokens marked.
+Each bad row gets a message, and bad rows stop the program. Rows that are allowed but rarely meant
+get a warning: duplicate prompts, empty responses, rankings where all responses are tied. One
+example is shown as the stages render it, with the trained tokens marked.
 """
 
 import sys
@@ -46,24 +46,24 @@ class CheckConfig:
     file: str
     """A .jsonl or .jsonl.gz file, a folder of those, or `hub:owner/name[:split[:subset]]`."""
     kind: Literal["demonstration", "ranking", "prompt", "text"] | None = None
-    """Kind of record. None means: see from the fields of the first row."""
+    """Kind of record. None means the kind that the fields of the first row suggest."""
     tokenizer: str | None = None
-    """Model folder or hub id whose tokenizer and chat template render the example and count
-    tokens. None means lengths in characters and the example as plain text."""
+    """Model folder or hub id. Its tokenizer counts tokens, and its chat template renders the
+    example. None means that lengths are in characters and the example is plain text."""
     example: int = 1
     """Row to show, counted from 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A stretch of a rendered example."""
+    """Holds a stretch of a rendered example."""
 
     text: str
     trained: bool
 
 
 def check(config: CheckConfig) -> None:
-    """Print the report. Raises ValueError for bad rows, or when no ranking has an order."""
+    """Print the report; raise a ValueError for bad rows, or if no ranking has an order."""
     kind = config.kind or detect_kind(config.file)
     records: list[Record] = list(read_records(config.file, RECORD_CLASSES[kind]))
     if not 1 <= config.example <= len(records):
@@ -89,7 +89,10 @@ def check(config: CheckConfig) -> None:
 
 
 def detect_kind(source: str) -> str:
-    """The kind whose fields the first row has; a misspelt field counts as the nearest known one."""
+    """Return the kind whose fields the first row has.
+
+    A misspelt field counts as the nearest known one.
+    """
     known = {
         field.name: kind
         for kind, cls in RECORD_CLASSES.items()
@@ -109,7 +112,8 @@ def detect_kind(source: str) -> str:
 
 
 def statistics(records: Sequence[Record], chat: "Chat | None") -> Iterator[str]:
-    """Lines of figures: turns, lengths, and for rankings K, ties and what length alone predicts."""
+    """Yield lines of figures: turns and lengths; for rankings also K, ties and how often the longer
+    response wins."""
     if prompted := [record for record in records if not isinstance(record, Text)]:
         turns = Counter(len(to_messages(record.prompt)) for record in prompted)
         yield f"distinct prompts {len({record.key for record in records})}"
@@ -123,7 +127,10 @@ def statistics(records: Sequence[Record], chat: "Chat | None") -> Iterator[str]:
 
 
 def warnings(records: Sequence[Record], chat: "Chat | None" = None) -> Iterator[str]:
-    """What is valid but rarely meant; responses are equal as texts, or as ids of the tokenizer."""
+    """Yield warnings about what is valid but rarely meant.
+
+    Responses are equal if their token ids are; without a tokenizer, if their texts are.
+    """
     keys = Counter(record.key for record in records)
     if duplicates := sum(count - 1 for count in keys.values()):
         what = "texts" if isinstance(records[0], Text) else "prompts"
@@ -146,7 +153,7 @@ def warnings(records: Sequence[Record], chat: "Chat | None" = None) -> Iterator[
 
 
 def render(record: Record, chat: "Chat | None") -> list[Piece]:
-    """The example in pieces, special tokens included; a ranking shows its prompt once."""
+    """Render the example in pieces, special tokens included; a ranking shows its prompt once."""
     pieces = []
     if not isinstance(record, Text):
         pieces.append(Piece(text=_rendered_prompt(record.prompt, chat), trained=False))
@@ -166,7 +173,7 @@ def render(record: Record, chat: "Chat | None") -> list[Piece]:
 
 
 def mark(pieces: Iterable[Piece], *, colour: bool) -> str:
-    """The pieces as one text, trained ones green on a terminal, else in [[ ]]."""
+    """Join the pieces into one text; mark trained ones green on a terminal, else with [[ ]]."""
     before, after = (_GREEN, _PLAIN) if colour else ("[[", "]]")
     return "".join(
         f"{before}{piece.text}{after}" if piece.trained else piece.text for piece in pieces
@@ -174,7 +181,7 @@ def mark(pieces: Iterable[Piece], *, colour: bool) -> str:
 
 
 def trained_texts(record: Record) -> tuple[str, ...]:
-    """What a stage learns from: responses, or the text itself; a prompt has none."""
+    """Return what a stage trains on: responses, or the text itself; a prompt has none."""
     if isinstance(record, Ranking):
         return record.responses
     if isinstance(record, Demonstration):
@@ -183,7 +190,7 @@ def trained_texts(record: Record) -> tuple[str, ...]:
 
 
 def _load_chat(path: str) -> "Chat":
-    # here, because torch takes seconds to import and most checks need none of it
+    # Imported here because torch takes seconds to import, and most checks do not need it.
     from rlhf.inputs.chat import Chat
     from rlhf.models.tokenizers import load_tokenizer
 
@@ -232,14 +239,14 @@ def _refuse_orderless(file: str, records: Sequence[Record], chat: "Chat | None")
 
 
 def _as_read(ranking: Ranking, chat: "Chat | None") -> Ranking:
-    """The ranking as the rm stage sees it: responses with the same ids are one text."""
+    """Return the ranking as the rm stage reads it: responses with equal ids count as equal."""
     if chat is None:
         return ranking
     return with_equal_responses(ranking, [chat.response_ids(text) for text in ranking.responses])
 
 
 def _longer_wins(better: str, worse: str) -> float:
-    """1, or 0, or 0.5 for equal lengths."""
+    """Return 1 if the better response is longer, 0 if it is shorter, 0.5 for equal lengths."""
     return 0.5 * ((len(better) > len(worse)) + (len(better) >= len(worse)))
 
 
@@ -294,7 +301,7 @@ def _legend(kind: str, colour: bool) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The file may be given without `--file`."""
+    """Run the check; the file may be given without `--file`."""
     words = list(sys.argv[1:] if args is None else args)
     if words and not words[0].startswith("-"):
         words.insert(0, "--file")

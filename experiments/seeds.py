@@ -1,8 +1,8 @@
 """python -m experiments.seeds
 
-How sure PPO-ptx is: the figures of all seeds side by side, whether each beats SFT beyond the doubt
-of its prompts, and whether any collapsed by the limits of PPO's monitor. Reads the evaluation in
-each run folder; trains nothing.
+This study asks how reliable PPO-ptx is. It puts the figures of all seeds side by side. It says
+which seeds beat SFT beyond the uncertainty of their prompts, and which collapsed by the limits of
+PPO's monitor. It reads the evaluation in each run folder and trains nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ FIGURES = {
     "sft.distinct_2": ("distinct token pairs: SFT", 3),
     "ppo_ptx.distinct_2": ("distinct token pairs: PPO-ptx", 3),
 }
-"""Path in results.json -> name in the table, digits."""
+"""Maps a path in results.json to the name in the table and the number of digits."""
 JUDGED = "ppo_ptx"
 COMPARED = {"gold_score": "gold score", "fact_recall": "fact recall", "text_loss": "text loss"}
 PAIRS = (("ppo", "sft"), ("ppo_ptx", "sft"), ("ppo_ptx", "ppo"))
@@ -61,12 +61,12 @@ PAIRS = (("ppo", "sft"), ("ppo_ptx", "sft"), ("ppo_ptx", "ppo"))
 
 @dataclass(frozen=True, kw_only=True)
 class Config(MayOverwrite):
-    """PPO-ptx over the runs of several seeds, from their evaluations."""
+    """Compare PPO-ptx over the runs of several seeds, from their evaluations."""
 
     runs: list[str] = field(
         default_factory=lambda: ["runs/tiny", *(f"runs/tiny-seed{seed}" for seed in range(1, 5))]
     )
-    """Run folders of whole pipelines, one a seed, the evaluation included."""
+    """Run folders of whole pipelines with their evaluation, one for each seed."""
     output_dir: str = "runs/seeds"
     """Folder of table.md and results.json."""
 
@@ -77,7 +77,7 @@ class Config(MayOverwrite):
 
 @folders_given_back()
 def compare_seeds(config: Config) -> None:
-    """Write the table, and what speaks against any seed."""
+    """Write the table, and the faults of each seed."""
     record = open_run(
         config, stage="seeds", inputs={run: run for run in config.runs}, files=(TABLE,)
     )
@@ -93,7 +93,7 @@ def compare_seeds(config: Config) -> None:
 
 
 def find_faults(results: Mapping[str, Any]) -> list[str]:
-    """Why PPO-ptx does not beat SFT in this evaluation, or has collapsed; empty if all is well."""
+    """Find why PPO-ptx does not beat SFT in this evaluation, or how it collapsed; empty if well."""
     limits = MonitorSettings()
     sft, policy = results["sft"], results[JUDGED]
     low, high = policy["win_rate_vs_sft_interval"]
@@ -113,7 +113,8 @@ def find_faults(results: Mapping[str, Any]) -> list[str]:
 
 
 def format_table(runs: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a line a figure, a column a run, then mean and half of the 95 % t interval."""
+    """Format a line for each figure, a column for each run, and mean ± half of the 95 % t
+    interval."""
     header = ["figure", *(Path(run).name for run in runs), "mean"]
     rows = []
     for key, (label, digits) in FIGURES.items():
@@ -128,7 +129,7 @@ def format_table(runs: Sequence[str], results: Sequence[Mapping[str, Any]]) -> s
 
 
 def format_differences(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: policies of one seed against each other, mean and half of the 95 % t interval."""
+    """Format differences of policies on the same seed, as mean ± half of the 95 % t interval."""
     rows = []
     for policy, other in PAIRS:
         differences = {
@@ -140,7 +141,7 @@ def format_differences(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def find(results: Mapping[str, Any], key: str) -> Any:
-    """What stands at part.name or part.section.name in results.json."""
+    """Return the value at part.name or part.section.name in results.json."""
     found: Any = results
     for name in key.split("."):
         found = found[name]

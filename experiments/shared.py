@@ -1,4 +1,4 @@
-"""What the studies share: runs that are made once, figures over seeds, tables and plots."""
+"""Share code between the studies: runs made once, figures over seeds, tables and plots."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -16,18 +16,18 @@ from rlhf.runs.settings import load_config, settings_in_force
 Settings = TypeVar("Settings", bound=RunSettings)
 
 RUNS = ("runs/tiny", "runs/tiny-seed1", "runs/tiny-seed2")
-"""What `make pipeline`, with SEED=1 and with SEED=2 write: one run folder a seed."""
+"""Run folders that `make pipeline` writes by itself, with SEED=1 and with SEED=2."""
 TABLE = "table.md"
-"""In a study's folder, beside results.json: its figures as people read them."""
+"""File in a study's folder with its figures as a table, beside results.json."""
 INK = "#333333"
 DPI = 130
 
 
 def settings_of(config_class: type[Settings], folder: str | Path) -> Settings:
-    """The settings that the run in a folder was made with.
+    """Load the settings that the run in a folder was made with.
 
     Raises:
-        ValueError: there is no run, or its settings are those of another program.
+        ValueError: there is no run, or its settings belong to another program.
     """
     return load_config(config_class, ["--config", str(Path(folder) / CONFIG)])
 
@@ -37,10 +37,10 @@ def is_finished(folder: str | Path) -> bool:
 
 
 def make(stage: Callable[[Settings], object], config: Settings) -> None:
-    """Run a stage, unless the folder of these settings holds a finished run of them.
+    """Run a stage, unless its folder already holds a finished run with these settings.
 
     Raises:
-        ValueError: the finished run was made with other settings; or what the stage raises.
+        ValueError: the finished run was made with other settings, or the stage raised it.
     """
     if not is_finished(config.output_dir):
         stage(config)
@@ -52,7 +52,7 @@ def make(stage: Callable[[Settings], object], config: Settings) -> None:
 
 
 def find_differences(config: RunSettings) -> list[str]:
-    """What the run in the folder of these settings was made with that they have otherwise."""
+    """List how the settings of the run in this folder differ from these settings."""
     made = settings_in_force(settings_of(type(config), config.output_dir))
     wanted = settings_in_force(config)
     return [
@@ -67,20 +67,23 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """A figure as results.json has it: its value in each run, their mean and 95 % t interval."""
+    """Return a figure for results.json: its value in each run, their mean and 95 % t interval."""
     mean, interval = t_interval(values)
     return {"mean": mean, "interval": interval, "values": list(values)}
 
 
 def mean_cell(values: Sequence[float], digits: int) -> str:
-    """Mean and half of the 95 % t interval over seeds: `3.049 ± 0.333`; of one seed its value."""
+    """Format mean and half of the 95 % t interval over seeds as `3.049 ± 0.333`.
+
+    A single seed has its value only.
+    """
     mean, (_, high) = t_interval(values)
     half_width = f" ± {high - mean:.{digits}f}" if len(values) > 1 else ""
     return f"{mean:.{digits}f}{half_width}"
 
 
 def values_cell(values: Sequence[float], digits: int) -> str:
-    """The value of each seed: `3.186, 2.918, 3.044`."""
+    """Format the value of each seed as `3.186, 2.918, 3.044`."""
     return ", ".join(f"{value:.{digits}f}" for value in values)
 
 

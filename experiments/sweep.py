@@ -1,12 +1,12 @@
 """python -m experiments.sweep
 
-The central ablation of Ouyang et al. 2022 (appendix E.6, figures 33 and 34): what a policy forgets
-while it learns to please, with more and more pretraining mix (the ptx coefficient, at the preset's
-KL coefficient) and with a stronger and stronger KL penalty (without ptx).
+This study repeats the central ablation of Ouyang et al. 2022 (appendix E.6, figures 33 and 34). It
+asks what a policy forgets while it learns to please. One sweep raises the ptx coefficient at the
+preset's KL coefficient. The other raises the KL coefficient without ptx.
 
-Takes run folders of `make pipeline`, one a seed. Plain PPO and PPO-ptx are there already; the other
-policies of both sweeps are made into RUN/sweep, with all other settings as in RUN/ppo, and all
-policies of a run are put through one evaluation, RUN/sweep/evaluation.
+The study takes run folders of `make pipeline`, one for each seed, which hold plain PPO and PPO-ptx.
+It makes the other policies of both sweeps in RUN/sweep, with all other settings as in RUN/ppo. One
+evaluation, RUN/sweep/evaluation, measures all policies of a run.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ CONTROLS = {
     "constant_warm": "constant reward, value model first",
     "flipped": "reward with its sign flipped",
 }
-"""Folders below RUN/controls -> what they are. They are evaluated too where every run has them."""
+"""Maps folders below RUN/controls to what they are. A control is evaluated if every run has it."""
 FIGURES = {
     "gold_score": ("gold score", 3),
     "win_rate_vs_sft": ("win rate against SFT", 3),
@@ -60,25 +60,25 @@ FIGURES = {
     "response_tokens": ("tokens", 1),
     "norm_ratio": ("ptx / PPO gradient norm", 2),
 }
-"""Key of a policy's figures -> name in the tables, digits."""
+"""Maps the key of a policy's figure to the name in the tables and the number of digits."""
 COMPARED = ("gold_score", "fact_recall", "text_loss")
 PANELS = {
     "fact_recall": "fact recall, share of probes",
     "text_loss": "loss on plain text, nats a token (less is better)",
 }
 MARKS = (("*", INK), ("s", COLOURS[2]), ("X", COLOURS[3]), ("v", COLOURS[4]))
-"""Marker and colour of SFT and of each control."""
+"""Markers and colours of SFT and of each control."""
 LABEL_OFFSETS = [
     (x, y)
     for far in (1, 2)
     for x, y in ((0, 19 * far), (0, -19 * far), (34 * far, 0), (-34 * far, 0))
 ]
-"""Pixels from a point to where its label may be, the best place first."""
+"""Places for a label, in pixels from its point, the best place first."""
 
 Figures = dict[str, float]
-"""What was measured of one policy, by the keys of FIGURES; not every policy has all."""
+"""Holds the figures of one policy by the keys of FIGURES; not every policy has all."""
 Folders = dict[str, dict[str, str]]
-"""Part (sft, plain, ptx, kl, controls) -> label -> folder of the policy."""
+"""Maps part (sft, plain, ptx, kl, controls) to label to the policy's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Config(MayOverwrite):
     """Sweep the ptx and the KL coefficient over the runs of several seeds."""
 
     runs: list[str] = field(default_factory=lambda: list(RUNS))
-    """Run folders of whole pipelines, one a seed, the evaluation included."""
+    """Run folders of whole pipelines with their evaluation, one for each seed."""
     ptx_coefs: list[float] = field(default_factory=lambda: [0.0, 0.3, 1.0, 3.0, 10.0, 27.8])
     """Values of ptx.coef, at the KL coefficient of RUN/ppo."""
     kl_coefs: list[float] = field(default_factory=lambda: [0.0, 0.05, 0.5, 1.5, 5.0])
@@ -104,13 +104,13 @@ class Config(MayOverwrite):
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of policy: a line of the tables, a point of the plot."""
+    """Holds one kind of policy, which is a line of the tables and a point of the plot."""
 
     label: str
     by_run: list[Figures]
 
     def values(self, figure: str) -> list[float]:
-        """A figure in each run; empty where this kind of policy has none."""
+        """Return a figure in each run; empty if this kind of policy does not have it."""
         return [figures[figure] for figures in self.by_run if figure in figures]
 
     def mean(self, figure: str) -> float:
@@ -120,7 +120,7 @@ class Row:
 
 @folders_given_back()
 def sweep(config: Config) -> None:
-    """Make what is missing, evaluate, write tables and plot."""
+    """Make the missing policies, evaluate all, write tables and plot."""
     study = open_run(
         config, stage="sweep", inputs={run: run for run in config.runs}, files=(TABLE,)
     )
@@ -141,7 +141,7 @@ def sweep(config: Config) -> None:
 
 
 def find_controls(runs: Sequence[str]) -> list[str]:
-    """The controls that are there in every run; the others are named."""
+    """Return the controls that are finished in every run; print the names of the others."""
     found = []
     for name in CONTROLS:
         missing = [run for run in runs if not is_finished(f"{run}/controls/{name}")]
@@ -155,7 +155,7 @@ def find_controls(runs: Sequence[str]) -> list[str]:
 def make_policies(
     config: Config, run: str, controls: Sequence[str], train: Callable[..., object] = train_ppo
 ) -> Folders:
-    """Where the policies of a run are; those of the sweeps that are missing are made."""
+    """Make the missing policies of the sweeps; return the folders of all policies of a run."""
     knobs = {"ptx": config.ptx_coefs, "kl": config.kl_coefs}
     folders: Folders = {
         "sft": {"SFT": settings_of(PPOConfig, f"{run}/ppo").policy.path},
@@ -171,8 +171,10 @@ def make_policies(
 
 
 def policy_config(run: str, knob: str, coef: float) -> PPOConfig:
-    """The settings of RUN/ppo with another coefficient, in a folder of RUN/sweep; those of RUN/ppo
-    or RUN/ppo_ptx where these have that coefficient already."""
+    """Return the settings of RUN/ppo with another coefficient and a folder in RUN/sweep.
+
+    If RUN/ppo or RUN/ppo_ptx has this coefficient already, its settings are returned unchanged.
+    """
     base = settings_of(PPOConfig, f"{run}/ppo")
     folder = f"{run}/sweep/{knob}_{coef:g}"
     if knob == "ptx":
@@ -188,10 +190,10 @@ def policy_config(run: str, knob: str, coef: float) -> PPOConfig:
 def evaluate_policies(
     run: str, folders: Folders, stage: Callable[[EvaluateConfig], object] = evaluate
 ) -> dict[str, Figures]:
-    """Folder -> figures of all policies of a run, measured together; done once for a set of them.
+    """Measure all policies of a run together; return the figures of each by its folder.
 
-    The evaluation's settings are those of the run's own, so a policy that is in both gets the same
-    figures.
+    The same set of policies is measured only once. The settings are those of the run's own
+    evaluation, so a policy that is in both gets the same figures.
     """
     base = settings_of(EvaluateConfig, run)
     (sft,) = folders["sft"].values()
@@ -206,7 +208,7 @@ def evaluate_policies(
         output_dir=f"{run}/sweep/evaluation",
     )
     if not is_finished(config.output_dir) or find_differences(config):
-        stage(replace(config, overwrite=True))  # of another set of policies
+        stage(replace(config, overwrite=True))  # the folder may hold another set of policies
     results = read_json(Path(config.output_dir) / RESULTS)
     return {
         folder: {**results[name], **_norm_ratio(folder)} for name, folder in config.policies.items()
@@ -214,7 +216,7 @@ def evaluate_policies(
 
 
 def format_tables(runs: Sequence[str], rows: dict[str, list[Row]]) -> str:
-    """Markdown: means with their intervals, the values of each seed, differences on each seed."""
+    """Format means with their intervals, the values of each seed, and differences by seed."""
     (plain,), (sft,) = rows["plain"], rows["sft"]
     lines = [
         sft,
@@ -248,7 +250,7 @@ def _difference_table(lines: Sequence[Row], references: Sequence[Row]) -> str:
 
 
 def draw(rows: dict[str, list[Row]], path: str) -> None:
-    """Gold score against what was kept: a path for each knob, its coefficients along it."""
+    """Draw gold score against what was kept, with a line through the coefficients of each knob."""
     figure = Figure(figsize=(11, 5.5), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(PANELS), sharey=True)
     for axes, (kept, label) in zip(panels, PANELS.items(), strict=True):
@@ -263,9 +265,9 @@ def draw(rows: dict[str, list[Row]], path: str) -> None:
             axes.plot(*point, marker, markersize=9, color=colour, label=row.label)
         style_axes(axes, "", label, "gold score")
     panels[-1].set_ylabel("")
-    panels[-1].invert_xaxis()  # better is to the right in both
+    panels[-1].invert_xaxis()  # so that better is to the right in both panels
     panels[0].legend(frameon=False, fontsize=9, labelcolor=INK)
-    figure.draw_without_rendering()  # from here on the axes stay where they are
+    figure.draw_without_rendering()  # fixes the place of the axes, which labels need
     for axes, kept in zip(panels, PANELS, strict=True):
         _label_points(axes, rows, kept)
     save_figure(figure, path)
@@ -281,7 +283,7 @@ def _draw_seeds(axes: Axes, rows: Sequence[Row], kept: str, colour: str) -> None
 
 
 def _label_points(axes: Axes, rows: dict[str, list[Row]], kept: str) -> None:
-    """Each coefficient beside its point, in the first place that is free of points and labels."""
+    """Label each point with its coefficient, in the first place without points and labels."""
     labelled = [(row, knob) for knob in KNOBS for row in rows[knob]]
     centres = axes.transData.transform([_point(row, kept) for row, _ in labelled])
     taken = [tuple(centre) for centre in centres]
@@ -304,11 +306,12 @@ def _label_points(axes: Axes, rows: dict[str, list[Row]], kept: str) -> None:
 
 
 def _overlap(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    # A label of four characters in size 8 takes about 24 by 16 pixels.
     return abs(a[0] - b[0]) < 24 and abs(a[1] - b[1]) < 16
 
 
 def _norm_ratio(folder: str) -> Figures:
-    """Mean over updates of the norm of the ptx gradient as a share of PPO's; none without ptx."""
+    """Return the mean ratio of ptx to PPO gradient norm over updates; empty without ptx."""
     ratios = [
         row["ppo/ptx_grad_norm"] / row["ppo/ppo_grad_norm"]
         for row in read_metrics(Path(folder) / METRICS)

@@ -1,5 +1,5 @@
-"""Public data sets -> the records of this project: `python -m data.convert --help`.
+"""Turn public data sets into the records of this project: `python -m data.convert --help`.
 
-formats.py holds one function a layout and kind, readers.py opens files and hub ids, program.py is
-the command.
+readers.py opens files and hub ids, formats.py has one function for each layout and kind of record,
+and program.py is the command.
 """

@@ -1,4 +1,4 @@
-"""`python -m data.convert --format hh --input FILE --output out.jsonl`."""
+"""python -m data.convert --format hh --input FILE --output out.jsonl"""
 
 from data.convert.program import ConvertConfig, convert
 from rlhf.runs.program import run_stage

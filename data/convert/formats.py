@@ -1,8 +1,8 @@
-"""One function a public layout and kind: a row -> records, and why a row gives none.
+"""Convert rows to records, with one function for each public layout and kind of record.
 
-A converter yields records, `Dropped(reason)` for what a row (or a branch of a tree) cannot give,
-and `Changed(reason)` beside a record that is not what the row said word for word. It raises
-LayoutError when the row is of another layout.
+A converter yields records. It yields `Dropped(reason)` for a row (or a branch of a tree) that gives
+none, and `Changed(reason)` besides a record that is not the row word for word. It raises a
+LayoutError if the row has another layout.
 """
 
 import re
@@ -30,20 +30,20 @@ from rlhf.inputs.records import (
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that gives no record."""
+    """Says why a row gives no record."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Changed:
-    """A record that differs from its row."""
+    """Says how a record differs from its row."""
 
     reason: str
 
 
 class LayoutError(ValueError):
-    """The row is not of the layout that the converter reads."""
+    """Says that a row does not have the layout that the converter reads."""
 
 
 Converter = Callable[[Any], Iterator[Record | Dropped | Changed]]
@@ -61,7 +61,7 @@ _ROLES = {
     "model": "assistant",
     "developer": "system",
 }
-"""Names of the speakers in public layouts -> ours; a name of ours stays."""
+"""Maps the names of speakers in public layouts to ours; other names stay."""
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _END_OF_TEXT = "<|endoftext|>"
 
@@ -72,7 +72,7 @@ NO_ORDER = Dropped("no response is ranked above another")
 
 
 def ranks_from_scores(scores: list[float | None]) -> tuple[int | None, ...]:
-    """Competition ranks, 1 for the highest score; equal scores tie, None stays unranked."""
+    """Return competition ranks: 1 for the highest score, ties for equal scores, None for None."""
     known = [score for score in scores if score is not None]
     return tuple(
         None if score is None else 1 + sum(other > score for other in known) for score in scores
@@ -80,7 +80,8 @@ def ranks_from_scores(scores: list[float | None]) -> tuple[int | None, ...]:
 
 
 def parse_transcript(text: str) -> Messages:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...` as messages; text before any mark is the user's."""
+    """Parse `\\n\\nHuman: ...\\n\\nAssistant: ...` into messages; text before any mark is the
+    user's."""
     start, *rest = _TURN.split(text)
     turns = [
         {"role": _ROLES[name], "content": said.strip()}
@@ -132,7 +133,7 @@ def tldr_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
 
 
 def _tldr_prompt(row: Any) -> str:
-    """The query of arXiv 2009.01325, table 4 (a news article has neither title nor subreddit)."""
+    """Make the query of arXiv 2009.01325, table 4; a news article has no title and no subreddit."""
     info = _take(row, "info", dict)
     if info.get("post") is None and isinstance(info.get("article"), str):
         return f"Article:\n{info['article'].strip()}\n\nTL;DR:"
@@ -174,10 +175,11 @@ def _ultrafeedback(row: Any) -> Comparison:
 
 
 def _ultrafeedback_score(completion: Any) -> float | None:
-    """Mean rating over the aspects; overall_score only where there is none.
+    """Return the mean rating over the aspects, or overall_score if there is no rating.
 
-    overall_score holds 10 for some answers that the critique calls worthless (1.0 misread), as the
-    makers of argilla/ultrafeedback-binarized-preferences found, so it is the second choice.
+    overall_score is the second choice, since it is 10 for some answers that the critique calls
+    worthless: a 1.0 was misread. The makers of argilla/ultrafeedback-binarized-preferences found
+    this.
     """
     annotations = _take({"annotations": {}} | completion, "annotations", dict)
     ratings = [
@@ -210,7 +212,7 @@ def oasst_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
 
 
 def _oasst_comparisons(row: Any) -> Iterator[Comparison]:
-    """The conversation up to each prompter node, and its replies, without deleted ones."""
+    """Yield the conversation up to each prompter node, with its replies that are not deleted."""
     open_nodes: list[tuple[Messages, Any]] = [([], _take(row, "prompt", dict))]
     while open_nodes:
         history, node = open_nodes.pop()
@@ -273,7 +275,7 @@ def self_instruct_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
 
 
 def gsm8k_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
-    """Without the marks `<<48/2=24>>` for a calculator that nobody here calls; `#### 24` stays."""
+    """Remove the marks `<<48/2=24>>`, which are for a calculator; `#### 24` stays."""
     yield from _demonstration(_text(row, "question"), _CALCULATOR.sub("", _text(row, "answer")))
 
 
@@ -327,8 +329,8 @@ def _sharegpt_turns(row: Any) -> Messages | Dropped:
     return [{"role": "system", "content": system.strip()}, *turns]
 
 
-# Preference data: {"prompt", "chosen", "rejected"}, each a text or a list of messages; without
-# `prompt`, both lists begin with it, and so they may with it
+# Preference data: {"prompt", "chosen", "rejected"}, each a text or a list of messages. Without the
+# field `prompt`, both lists begin with the prompt; with the field, they may.
 
 
 def preference_rankings(row: Any) -> Iterator[Record | Dropped | Changed]:
@@ -362,7 +364,7 @@ def preference_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
 
 
 def _preferred(row: Any, name: str) -> tuple[Messages, str] | Dropped:
-    """Prompt and response of `chosen` or of `rejected`."""
+    """Return the prompt and the response of `chosen` or of `rejected`."""
     answer = _take(row, name, str | list)
     if "prompt" not in row:
         if isinstance(answer, str):
@@ -373,7 +375,7 @@ def _preferred(row: Any, name: str) -> tuple[Messages, str] | Dropped:
     return _joined(_take(row, "prompt", str | list), answer)
 
 
-# {"prompt", "completion", "label"?}, each of the first two a text or a list of messages
+# {"prompt", "completion", "label"?}; prompt and completion are a text or a list of messages each
 
 
 def prompt_completion_demonstrations(row: Any) -> Iterator[Record | Dropped | Changed]:
@@ -406,7 +408,7 @@ def columns_demonstrations(
 def columns_prompts(
     row: Any, *, prompt_column: str = "prompt", response_column: str = "response"
 ) -> Iterator[Record | Dropped | Changed]:
-    """The response goes along as the answer that a reward may look for."""
+    """Make prompts that hold the response as the answer in their meta, for a reward to compare."""
     answer = row.get(response_column) if isinstance(row, dict) else None
     yield from _prompt(_text(row, prompt_column), **({"answer": answer} if answer else {}))
 
@@ -436,7 +438,7 @@ def _kwise(row: Any) -> Comparison:
     return parse_transcript(_text(row, "prompt")), responses, ranks
 
 
-# Prompts alone: a JSON string a line, IFEval, MT-bench
+# Prompts alone: one JSON string a line, IFEval, MT-bench
 
 
 def string_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
@@ -455,7 +457,10 @@ def ifeval_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
 
 
 def mt_bench_prompts(row: Any) -> Iterator[Record | Dropped | Changed]:
-    """The first turn; the later ones need the model's own answer and wait in meta.follow_ups."""
+    """Make a prompt of the first turn.
+
+    Later turns need the model's own answer, so they are kept in meta.follow_ups.
+    """
     turns = _take(row, "turns", list)
     if not turns or not isinstance(turns[0], str):
         raise LayoutError(f"field 'turns': expected a list of strings, found {show(turns)}")
@@ -519,7 +524,7 @@ CONVERTERS: dict[str, dict[str, Converter]] = {
     "mt_bench": {"prompt": mt_bench_prompts},
     "text": {"text": plain_texts},
 }
-"""Format -> kind -> converter; a format's first kind is made unless another is asked for."""
+"""Maps format to kind to converter. A format's first kind is its default."""
 
 
 def _split_transcript(text: str) -> tuple[Messages, str]:
@@ -530,7 +535,7 @@ def _split_transcript(text: str) -> tuple[Messages, str]:
 
 
 def _read_turns(turns: list[Any]) -> Messages | Dropped:
-    """Turns with role and content, or from and value, under our names; or why they are none."""
+    """Read turns with role and content, or with from and value; or say why they cannot be read."""
     messages: Messages = []
     for turn in turns:
         name = _text(turn, "role" if isinstance(turn, dict) and "role" in turn else "from")
@@ -548,7 +553,7 @@ def _read_turns(turns: list[Any]) -> Messages | Dropped:
 
 
 def _read_content(content: object) -> str | None:
-    """The text of a turn, also of one written as a list of parts; None: it holds no text alone."""
+    """Return the text of a turn, which may be a list of parts; None if a part is not text."""
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         texts = [part for part in parts if isinstance(part, str)]
@@ -562,12 +567,12 @@ def _read_prompt(prompt: str | list[Any]) -> Messages | Dropped:
     if not prompt.lstrip().startswith("Human:"):
         return [{"role": "user", "content": prompt.strip()}]
     turns = parse_transcript(prompt)
-    is_open = turns[-1] == {"role": "assistant", "content": ""}  # where the response goes on
+    is_open = turns[-1] == {"role": "assistant", "content": ""}  # the response continues here
     return turns[:-1] if is_open else turns
 
 
 def _split_answer(turns: Messages | Dropped) -> tuple[Messages, str] | Dropped:
-    """A conversation as its prompt and the assistant's last turn."""
+    """Split a conversation into its prompt and the assistant's last turn."""
     if isinstance(turns, Dropped):
         return turns
     if not turns or turns[-1]["role"] != "assistant":
@@ -576,7 +581,7 @@ def _split_answer(turns: Messages | Dropped) -> tuple[Messages, str] | Dropped:
 
 
 def _joined(prompt: str | list[Any], answer: str | list[Any]) -> tuple[Messages, str] | Dropped:
-    """Prompt and response, where the answer is a text, new turns, or the whole conversation."""
+    """Return prompt and response; the answer is a text, new turns, or the whole conversation."""
     before = _read_prompt(prompt)
     if isinstance(before, Dropped):
         return before
@@ -601,7 +606,7 @@ def _answered(turns: Messages | Dropped) -> Iterator[Record | Dropped | Changed]
 
 
 def _asked(turns: Messages | Dropped) -> Iterator[Record | Dropped | Changed]:
-    """The conversation up to its last user turn."""
+    """Make a prompt of the conversation up to its last user turn."""
     if isinstance(turns, Dropped):
         yield turns
         return
@@ -638,7 +643,7 @@ def _demonstration(prompt: PromptLike, response: str) -> Iterator[Record | Dropp
 def _best_demonstration(
     prompt: PromptLike, responses: tuple[str, ...], ranks: tuple[int | None, ...]
 ) -> Iterator[Record | Dropped | Changed]:
-    """The first of the best-ranked responses."""
+    """Make a demonstration of the first of the best-ranked responses."""
     ranked = [(rank, i) for i, rank in enumerate(ranks) if rank is not None]
     if not ranked:
         yield Dropped("no response is ranked")
@@ -673,7 +678,7 @@ def _tidied(
 
 
 def _join_neighbours(turns: Messages) -> Messages:
-    """Neighbouring turns of one role as one turn."""
+    """Join neighbouring turns of one role into one turn."""
     return [
         {"role": role, "content": "\n\n".join(filter(None, (turn["content"] for turn in group)))}
         for role, group in groupby(turns, key=lambda turn: turn["role"])
@@ -704,7 +709,7 @@ def _take(row: Any, name: str, kind: type | UnionType) -> Any:
 
 
 def _number(value: object) -> float | None:
-    """A number, also where it is written as text; "N/A", NaN and the like are None."""
+    """Return a number, even if it is written as text; "N/A", NaN and the like give None."""
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):

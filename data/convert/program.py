@@ -1,4 +1,4 @@
-"""The command: read rows, convert each, count what came of it, write the whole file or nothing."""
+"""Run a conversion: read rows, convert and count them, write the whole file or nothing."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -52,20 +52,21 @@ class ConvertConfig:
     """A file (.jsonl, .jsonl.gz, .json, .json.gz; for text also .txt, .txt.gz), a folder of those,
     `hub:owner/name[:split[:subset]]`, or `hub:owner/name:file/in/the/repository.jsonl.gz`."""
     output: str
-    """The .jsonl or .jsonl.gz file to write. It appears only when all of it is written; a file of
-    that name that is there is replaced with overwrite only."""
+    """The .jsonl or .jsonl.gz file to write. It appears only when all of it is written. An existing
+    file is replaced only with overwrite."""
     overwrite: bool = False
     """Replace the file that output names."""
     kind: Literal["demonstration", "ranking", "prompt", "text"] | None = None
     """Kind of record to make. None means the first that the layout offers."""
     limit: int | None = None
-    """Read so many rows (for text: documents). None means all."""
+    """Rows to read (with format text, documents). None means all."""
     prompt_column: str = "prompt"
-    """Format columns only: the field that holds the prompt."""
+    """Field that holds the prompt. Used with format columns only."""
     response_column: str = "response"
-    """Format columns only: the field that holds the response."""
+    """Field that holds the response. Used with format columns only."""
     max_characters: int = 2000
-    """Format text only: longest document, in characters; cut between paragraphs where it can be."""
+    """Longest document, in characters. Longer ones are cut, between paragraphs if possible. Used
+    with format text only."""
 
     def __post_init__(self) -> None:
         kinds = CONVERTERS[self.format]
@@ -92,7 +93,7 @@ class ConvertConfig:
 
 @dataclass(kw_only=True)
 class Counts:
-    """What came of the rows; `dropped` and `changed` count by reason."""
+    """Counts rows and records; `dropped` and `changed` count by reason."""
 
     num_read: int = 0
     num_written: int = 0
@@ -100,7 +101,7 @@ class Counts:
     changed: Counter[str] = field(default_factory=Counter)
 
     def report(self) -> str:
-        """Lines to print."""
+        """Return the counts as lines to print."""
         lines = [
             f"rows read {self.num_read}, records written {self.num_written}, "
             f"dropped {self.dropped.total()}, changed {self.changed.total()}"
@@ -113,8 +114,8 @@ class Counts:
 def convert(config: ConvertConfig) -> Counts:
     """Run one conversion.
 
-    Raises ValueError when a row is of another layout, or when no row gives a record; then nothing
-    is written.
+    Raises:
+        ValueError: a row has another layout, or no row gives a record. Then nothing is written.
     """
     _refuse_to_replace(config)
     kind: str = config.kind or next(iter(CONVERTERS[config.format].keys()))
@@ -138,7 +139,7 @@ def convert(config: ConvertConfig) -> Counts:
 
 
 def _refuse_to_replace(config: ConvertConfig) -> None:
-    """Raises ValueError where the output is there, unless it may be replaced and is no input."""
+    """Raise a ValueError if the output exists, unless it may be replaced and is no input."""
     output, source = Path(config.output), Path(config.input)
     if not output.exists():
         return
@@ -165,9 +166,10 @@ def _converter(config: ConvertConfig, kind: str) -> Converter:
 def convert_rows(
     rows: Iterator[tuple[str, Any]], converter: Converter, counts: Counts
 ) -> Iterator[Record]:
-    """Yield the records of (place, row) pairs and count in `counts` what became of each.
+    """Yield the records of (place, row) pairs, and count every row in `counts`.
 
-    Raises LayoutError naming the place where a row is of another layout.
+    Raises:
+        LayoutError: a row has another layout; the message names its place.
     """
     for place, row in rows:
         counts.num_read += 1

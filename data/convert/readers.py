@@ -1,4 +1,4 @@
-"""Where rows come from: JSON Lines, a JSON list, plain text cut into documents, or the hub."""
+"""Read rows from JSON Lines, a JSON list, plain text cut into documents, or the hub."""
 
 import gzip
 import json
@@ -27,7 +27,8 @@ _GUTENBERG_END = re.compile(
 def read_source(source: str) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) from a .jsonl or .json file (or .gz), a folder of them, or a hub id.
 
-    Raises ValueError naming the place of a row that is no UTF-8 or no JSON.
+    Raises:
+        ValueError: a row is not UTF-8 or not JSON; the message names its place.
     """
     if source.startswith(HUB):
         yield from _checked(read_rows(source))
@@ -52,19 +53,20 @@ def read_texts(source: str, max_characters: int) -> Iterator[tuple[str, Any]]:
 
 
 def strip_gutenberg(text: str) -> str:
-    """The book without Project Gutenberg's header and licence; other text comes back as it is."""
+    """Remove Project Gutenberg's header and licence from a book; return other text unchanged."""
     start, end = _GUTENBERG_START.search(text), _GUTENBERG_END.search(text)
     return text[start.end() if start else 0 : end.start() if end else len(text)]
 
 
 def split_documents(text: str, max_characters: int) -> list[str]:
-    """Neighbouring paragraphs joined while they fit into max_characters.
+    """Join neighbouring paragraphs as long as they fit into max_characters.
 
     A longer paragraph is cut at white space. Nothing but white space is lost.
     """
     documents: list[str] = []
     for paragraph in _BLANK_LINES.split(text.strip()):
         for piece in _cut(paragraph.strip(), max_characters):
+            # 2 characters are for the blank line between paragraphs.
             if documents and len(documents[-1]) + 2 + len(piece) <= max_characters:
                 documents[-1] += "\n\n" + piece
             else:
@@ -95,7 +97,7 @@ def _holds_text_files(source: Path) -> bool:
 
 
 def _read_list(path: Path) -> Iterator[tuple[str, Any]]:
-    """A JSON list; some data sets also give JSON Lines the name .json."""
+    """Read a JSON list, or JSON Lines, which some data sets also name .json."""
     text = _decode_file(path)
     try:
         values = json.loads(text)

@@ -1,14 +1,15 @@
-"""Prompts with instructions that a program can check, and the rule reward that checks them.
+"""Make prompts with instructions that a program can check, and the rule reward that checks them.
 
-After IFEval (Zhou et al. 2023), at a size that a small model with few tokens can sometimes meet:
+The instructions are modelled on IFEval (Zhou et al. 2023). They are easy enough for a small model
+with few tokens to follow sometimes.
 
-    checks.py       one function a kind of instruction, and `follows`, the reward
-    templates.py    instructions in words, put behind public prompts
-    ifeval.py       IFEval's own prompts, those of them that these checks know
+    checks.py       one function for each kind of instruction, and `follows`, the reward
+    templates.py    instructions in words, added after public prompts
+    ifeval.py       those of IFEval's own prompts that these checks know
     build.py        the program: `python -m data.instructions --output_dir FOLDER`
 
-Programs take them by name: `data.instructions:follows` (a reward of PPO) and
-`data.instructions:make_gold` (a judge of the evaluation).
+Programs name them in their settings: `data.instructions:follows` is a reward for PPO, and
+`data.instructions:make_gold` makes a judge for the evaluation.
 """
 
 from data.instructions.checks import follows, make_gold

@@ -1,4 +1,4 @@
-"""`python -m data.instructions --output_dir FOLDER`: prompts with instructions to check."""
+"""python -m data.instructions --output_dir FOLDER"""
 
 from data.instructions.build import InstructionsConfig, build
 from rlhf.runs.program import run_stage

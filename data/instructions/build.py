@@ -1,4 +1,4 @@
-"""The program that writes the prompts."""
+"""Write the prompts with instructions."""
 
 import json
 import random
@@ -19,7 +19,7 @@ from rlhf.runs.folder import writing
 from rlhf.runs.settings import MayOverwrite
 
 RESULTS_FILE = "results.json"
-"""Written last: a folder without it is unfinished."""
+"""File that is written last, so that a folder without it is unfinished."""
 
 OPEN_ASSISTANT = (
     "open_assistant/en_100_text.jsonl",
@@ -33,8 +33,8 @@ FILES = ("prompts.jsonl", "prompts_held_out.jsonl", "ifeval.jsonl")
 class InstructionsConfig(MayOverwrite):
     """Write prompts whose instructions a program can check (see README, "Your own reward").
 
-    prompts.jsonl and prompts_held_out.jsonl are public prompts with drawn instructions, no public
-    prompt in both; ifeval.jsonl holds those of IFEval's prompts that the checks know.
+    prompts.jsonl and prompts_held_out.jsonl hold public prompts with random instructions. No public
+    prompt is in both. ifeval.jsonl holds those of IFEval's prompts that the checks know.
     """
 
     output_dir: str
@@ -42,13 +42,13 @@ class InstructionsConfig(MayOverwrite):
     shared: str = "../shared/data"
     """Folder of the public files that docs/public_data.md lists."""
     num_variants: int = 3
-    """Times that each public prompt is used, with other instructions."""
+    """Times that each public prompt is used, each time with other instructions."""
     num_instructions: int = 2
-    """Instructions a prompt."""
+    """Instructions in a prompt."""
     max_characters: int = 240
-    """Longer public prompts are left out, in characters."""
+    """Most characters of a public prompt. Longer ones are left out."""
     held_out: float = 0.2
-    """Share of the public prompts that is held out."""
+    """Share of the public prompts to hold out."""
     seed: int = 0
     """Seed of the split and of the instructions."""
 
@@ -66,7 +66,7 @@ class InstructionsConfig(MayOverwrite):
 
 
 def build(config: InstructionsConfig) -> None:
-    """Write the prompts; every file is whole, results.json comes last."""
+    """Write the prompts; each file appears only when it is whole, and results.json comes last."""
     folder = Path(config.output_dir)
     with writing(
         folder,
@@ -87,7 +87,7 @@ def build(config: InstructionsConfig) -> None:
 
 
 def make_files(config: InstructionsConfig) -> dict[str, list[Prompt]]:
-    """File name -> its prompts."""
+    """Return the prompts of each file by its name."""
     public = [prompt for path in OPEN_ASSISTANT for prompt in _read(config, "strings", path)]
     short = [prompt for prompt in public if _num_characters(prompt) <= config.max_characters]
     train, held_out = split_by_prompt(short, config.held_out, config.seed, salt="instructions")
@@ -103,14 +103,14 @@ def make_files(config: InstructionsConfig) -> dict[str, list[Prompt]]:
 def with_instructions(
     prompts: Sequence[Prompt], config: InstructionsConfig, rng: random.Random
 ) -> list[Prompt]:
-    """Every prompt, num_variants times, each time with instructions of its own."""
+    """Repeat every prompt num_variants times, each time with new instructions."""
     made = {}
     for prompt in prompts:
         assert isinstance(prompt.prompt, str)
         for _ in range(config.num_variants):
             instructions = draw_instructions(rng, config.num_instructions)
             one = Prompt(in_words(prompt.prompt, instructions), {"instructions": instructions})
-            made[one.key] = one  # the same draw twice is one prompt
+            made[one.key] = one  # two equal draws give one prompt
     return list(made.values())
 
 

@@ -1,6 +1,7 @@
-"""Does a response follow an instruction? One pure function a kind, and the reward made of them.
+"""Check whether a response follows an instruction, and turn the checks into a reward.
 
-A response without any word follows nothing; else silence would avoid every comma.
+There is one pure function for each kind of instruction. A response without any word follows none,
+since an empty response would otherwise follow "Do not use any commas".
 """
 
 import re
@@ -14,7 +15,8 @@ from rlhf.inputs.files import read_records
 from rlhf.inputs.records import Prompt, PromptLike, prompt_key
 
 Instruction = dict[str, Any]
-"""A kind and its arguments: {"kind": "words_at_most", "count": 20}. In meta.instructions."""
+"""Holds a kind and its arguments, such as {"kind": "words_at_most", "count": 20}. A prompt has them
+in meta.instructions."""
 
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 _STOP = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*]*(?=\s|$)")
@@ -26,15 +28,15 @@ _QUOTES = {'"': '"', "\u201c": "\u201d"}
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits; don't and well-known are one word each."""
+    """Return the runs of letters and digits; don't and well-known are one word each."""
     return _WORD.findall(text)
 
 
 def sentences(text: str) -> list[str]:
-    """Stretches with a word in them, cut behind . ! ? and the quotes and brackets that close there.
+    """Split a text after . ! ? and any closing quotes and brackets; leave out parts without a word.
 
-    A point does not end a sentence behind an abbreviation or initials (Dr., e.g., J. K.), in the
-    number of a list item, or without white space behind it (3.5). Lines alone end none.
+    A point does not end a sentence after an abbreviation or initials (Dr., e.g., J. K.), after the
+    number of a list item, or before anything but white space (3.5). A line break does not end one.
     """
     found = []
     start = 0
@@ -51,13 +53,13 @@ def _is_abbreviated(before: str) -> bool:
     if last is None:
         return False
     word = last[1]
-    if word.isdigit():  # "1. First": the number of a list item, which nothing precedes in its line
+    if word.isdigit():  # "1. First" is a list item if nothing precedes the number in its line
         return not before[: last.start(1)].rpartition("\n")[2].strip()
     return word.lower() in _ABBREVIATIONS or (_INITIALS.fullmatch(word) is not None and word != "I")
 
 
 def count_word(text: str, word: str) -> int:
-    """How often a word or phrase stands in a text by itself, whatever the case."""
+    """Count a word or phrase in a text, in any case, but not as part of a longer word."""
     pattern = rf"(?<!\w){re.escape(word)}(?!\w)"
     return len(re.findall(pattern, text, flags=re.IGNORECASE))
 
@@ -75,7 +77,7 @@ def uppercase(text: str) -> bool:
 
 
 def quoted(text: str) -> bool:
-    """The whole of it stands between double quotation marks."""
+    """Tell whether the whole text is between double quotation marks."""
     text = text.strip()
     return len(text) > 2 and _QUOTES.get(text[0]) == text[-1]
 
@@ -97,12 +99,12 @@ def sentences_at_most(text: str, count: int) -> bool:
 
 
 def contains(text: str, words: Sequence[str]) -> bool:
-    """Every one of the words stands in it."""
+    """Tell whether the text has all of the words."""
     return all(count_word(text, word) for word in words)
 
 
 def avoids(text: str, words: Sequence[str]) -> bool:
-    """None of the words stands in it."""
+    """Tell whether the text has none of the words."""
     return not any(count_word(text, word) for word in words)
 
 
@@ -123,12 +125,13 @@ def characters_at_most(text: str, character: str, count: int) -> bool:
 
 
 def ends_with(text: str, phrase: str) -> bool:
-    """It ends with the phrase, whatever the case; closing quotes and white space aside."""
+    """Tell whether the text ends with the phrase, in any case, before closing quotes and white
+    space."""
     return text.rstrip(' \t\n"\u201d').lower().endswith(phrase.rstrip(' "\u201d').lower())
 
 
 def bullets(text: str, count: int) -> bool:
-    """Exactly so many lines begin with a bullet, behind an opening quote if there is one."""
+    """Tell whether exactly `count` lines start with a bullet, after an opening quote if any."""
     return sum(_BULLET.match(line) is not None for line in text.splitlines()) == count
 
 
@@ -153,11 +156,12 @@ CHECKS: dict[str, Callable[..., bool]] = {
         bullets,
     )
 }
-"""Kind of an instruction -> its check, called with the response and the instruction's arguments."""
+"""Maps a kind of instruction to its check, which takes a response and the instruction's
+arguments."""
 
 
 def follows_one(response: str, instruction: Instruction) -> bool:
-    """Whether a response follows an instruction.
+    """Tell whether a response follows an instruction.
 
     Raises:
         ValueError: there is no such kind, or it takes other arguments.
@@ -179,17 +183,17 @@ def follows_one(response: str, instruction: Instruction) -> bool:
 
 
 def share_followed(response: str, instructions: Sequence[Instruction]) -> float:
-    """Share of the instructions that the response follows, 0 to 1."""
+    """Return the share of the instructions that the response follows, 0 to 1."""
     return sum(follows_one(response, one) for one in instructions) / len(instructions)
 
 
 def follows(
     prompts: Sequence[PromptLike], responses: Sequence[str], metas: Sequence[dict[str, Any]]
 ) -> list[float]:
-    """The rule reward: share of each prompt's instructions that its response follows.
+    """Compute the rule reward: the share of each prompt's instructions that its response follows.
 
     Raises:
-        ValueError: a prompt has no meta.instructions, or one that no check knows.
+        ValueError: a prompt has no meta.instructions, or an instruction that no check knows.
     """
     scores = []
     for i, (response, meta) in enumerate(zip(responses, metas, strict=True)):
@@ -204,10 +208,10 @@ def follows(
 
 @dataclass(frozen=True)
 class Gold:
-    """`follows` for judges that see no meta: the instructions are those of a file of prompts."""
+    """Computes `follows` where no meta is given; it looks the instructions up by the prompt."""
 
     instructions: Mapping[str, list[Instruction]]
-    """Key of a prompt -> its instructions."""
+    """Maps the key of a prompt to its instructions."""
 
     def __call__(self, prompts: Sequence[PromptLike], responses: Sequence[str]) -> list[float]:
         return follows(prompts, responses, [{"instructions": of} for of in self._find(prompts)])
@@ -215,9 +219,10 @@ class Gold:
     def parts(
         self, prompts: Sequence[PromptLike], responses: Sequence[str]
     ) -> list[dict[str, float]]:
-        """Kind of instruction -> share of the prompt's instructions of that kind that are followed.
+        """Return, for each kind of instruction in a prompt, the share that the response follows.
 
-        Other kinds are left out: a prompt that asks for no bullets says nothing about bullets.
+        Other kinds are left out, since a prompt that does not ask for bullets says nothing about
+        bullets.
         """
         pairs = zip(self._find(prompts), responses, strict=True)
         return [
@@ -233,6 +238,6 @@ class Gold:
 
 
 def make_gold(path: str | Path) -> Gold:
-    """The judge of the prompts in a file."""
+    """Make the judge for the prompts in a file."""
     records = read_records(path, Prompt)
     return Gold({record.key: record.meta.get("instructions", []) for record in records})

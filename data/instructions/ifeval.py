@@ -1,4 +1,4 @@
-"""IFEval's own prompts (Zhou et al. 2023), as far as these checks and few tokens go."""
+"""Select those of IFEval's own prompts (Zhou et al. 2023) that our checks and few tokens allow."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,14 +13,14 @@ MOST = {
     "characters_at_least": 10,
     "bullets": 4,
 }
-"""Largest counts that a response of some 48 tokens can hold."""
+"""Largest counts that a response of some 48 tokens can meet."""
 
 
 def known_prompts(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
-    """Those prompts of IFEval whose instructions can all be checked and met here.
+    """Yield the prompts of IFEval whose instructions can all be checked and met here.
 
     Args:
-        prompts: as data.convert makes them, IFEval's fields in their meta.
+        prompts: prompts made by data.convert, with IFEval's fields in their meta.
     """
     for prompt in prompts:
         rows = zip(prompt.meta["instruction_id_list"], prompt.meta["kwargs"], strict=True)
@@ -31,7 +31,7 @@ def known_prompts(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
 
 
 def from_ifeval(name: str, kwargs: dict[str, Any]) -> Instruction | None:
-    """An instruction of IFEval in the terms of checks.py; None: no check there knows it."""
+    """Translate an instruction of IFEval into one of checks.py; None if no check knows it."""
     match name:
         case "punctuation:no_comma":
             return {"kind": "no_comma"}
@@ -63,7 +63,7 @@ def from_ifeval(name: str, kwargs: dict[str, Any]) -> Instruction | None:
 
 
 def _counted(what: str, relation: str, count: int) -> Instruction:
-    """IFEval says "at least n" and "less than n"."""
+    """Translate IFEval's relations, which are "at least n" and "less than n"."""
     if relation == "at least":
         return {"kind": f"{what}_at_least", "count": count}
     assert relation == "less than", relation

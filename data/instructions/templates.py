@@ -1,9 +1,10 @@
-"""Instructions in words, drawn for public prompts.
+"""Draw instructions for public prompts, and put them into words.
 
-Those that a model of 135 million parameters follows now and then, since what it never does earns no
-reward to learn from: of SmolLM2-135M's samples, 1 in 33 followed one of capital letters throughout,
-quotation marks around the whole answer, a given last sentence or an exact number of bullets. The
-checks know them all the same, for IFEval's prompts and for larger models.
+Only instructions are drawn that a model of 135 million parameters follows now and then, since it
+cannot learn from a reward that it never gets. So some kinds of checks.py are never drawn: only
+capital letters, quotation marks around the whole answer, a given last sentence, and an exact number
+of bullets. Of SmolLM2-135M's samples, 1 in 33 followed one of these. The checks know them for
+IFEval's prompts and for larger models.
 """
 
 import random
@@ -30,8 +31,8 @@ DRAWS: tuple[tuple[str, Draw], ...] = (
         lambda rng: {"kind": "characters_at_least", "character": "!", "count": rng.choice((1, 2))},
     ),
 )
-"""What an instruction is about, and its draw. A prompt gets at most one about each thing: two could
-contradict each other, those about different things do not."""
+"""Pairs of what an instruction is about and its draw. A prompt gets at most one instruction about
+each thing, since two about the same thing could contradict each other."""
 
 NUM_GROUPS = len({group for group, _ in DRAWS})
 
@@ -49,7 +50,7 @@ _SENTENCES = {
 
 
 def draw_instructions(rng: random.Random, count: int) -> list[Instruction]:
-    """Instructions about so many different things."""
+    """Draw `count` instructions, each about a different thing."""
     drawn: dict[str, Instruction] = {}
     for group, draw in rng.sample(DRAWS, k=len(DRAWS)):
         if group not in drawn and len(drawn) < count:
@@ -58,7 +59,7 @@ def draw_instructions(rng: random.Random, count: int) -> list[Instruction]:
 
 
 def in_words(prompt: str, instructions: list[Instruction]) -> str:
-    """The prompt with the instructions behind it, in a line of their own."""
+    """Return the prompt with the instructions after it, on a line of their own."""
     sentences = [
         _SENTENCES[one["kind"]].format(**one, s="" if one.get("count") == 1 else "s")
         for one in instructions

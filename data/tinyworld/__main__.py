@@ -1,4 +1,4 @@
-"""`python -m data.tinyworld --output_dir FOLDER --seed 0`: writes the tiny world."""
+"""python -m data.tinyworld --output_dir FOLDER --seed 0"""
 
 from data.tinyworld.build import build
 from data.tinyworld.config import TinyWorldConfig

@@ -1,4 +1,4 @@
-"""Writes one tiny world: files that the stages read, results.json last."""
+"""Write the files of one tiny world, results.json last."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from rlhf.inputs.records import Demonstration, Prompt, Record, prompt_key
 from rlhf.runs.folder import writing
 
 RESULTS_FILE = "results.json"
-"""Written last: a folder without it is unfinished."""
+"""File that is written last, so that a folder without it is unfinished."""
 
 
 def build(config: TinyWorldConfig) -> None:
     """Write all files of a tiny world. Two runs with equal settings write equal bytes.
 
     Raises:
-        ValueError: the folder is not this program's to write over (rlhf.runs.folder).
+        ValueError: the folder was not written by this program (see rlhf.runs.folder).
     """
     folder = Path(config.output_dir)
     world = World.from_seed(config.seed)
@@ -45,7 +45,10 @@ def build(config: TinyWorldConfig) -> None:
 
 
 def make_files(world: World, config: TinyWorldConfig) -> dict[str, list[Record]]:
-    """File name -> its records. No prompt is in two files, no document in both texts."""
+    """Return the records of each file by its name.
+
+    No prompt is in two files, and no document is in both texts.
+    """
     generator = random.Random(f"{config.seed}/text")
     num_texts = config.num_texts + config.num_texts_held_out
     texts: list[Record] = [*draw_texts(world, num_texts, generator)]
@@ -74,13 +77,15 @@ def make_files(world: World, config: TinyWorldConfig) -> dict[str, list[Record]]
 def draw_different(
     world: World, num_prompts: int, generator: random.Random, *, is_held_out: bool
 ) -> list[Instruction]:
-    """Random instructions, no two with the same prompt.
+    """Draw random instructions, no two with the same prompt.
 
-    Held-out ones ask a held-out content last; the others ask none in any turn.
+    A held-out instruction asks for a held-out content in its last turn. Other instructions ask for
+    none in any turn.
     """
     kept_back = draw_held_out(world)
     seen: set[str] = set()
     drawn: list[Instruction] = []
+    # New prompts get rare when most were drawn. After 100 draws for each wanted one, give up.
     for _ in range(100 * num_prompts):
         if len(drawn) == num_prompts:
             return drawn

@@ -1,4 +1,4 @@
-"""Settings of the tiny world's maker."""
+"""Settings of the program that makes the tiny world."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ class TinyWorldConfig(MayOverwrite):
     output_dir: str
     """Folder to write."""
     seed: int = 0
-    """Root of every random choice; the same seed gives the same files, byte for byte."""
+    """Seed of every random choice. The same seed gives the same files, byte for byte."""
     num_texts: int = 11300
     """Documents of text.jsonl (pretraining and ptx)."""
     num_texts_held_out: int = 200
@@ -20,7 +20,7 @@ class TinyWorldConfig(MayOverwrite):
     num_demonstrations: int = 3000
     """Rows of demonstrations.jsonl (SFT)."""
     num_prompts_rm: int = 1400
-    """Rows of prompts_rm.jsonl (sampled from and ranked for the reward model)."""
+    """Rows of prompts_rm.jsonl, to sample and rank responses for the reward model."""
     num_prompts_ppo: int = 2000
     """Rows of prompts_ppo.jsonl."""
     num_prompts_held_out: int = 512

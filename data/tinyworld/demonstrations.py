@@ -1,8 +1,8 @@
-"""Responses of mixed quality, as labelers of mixed diligence write them.
+"""Write responses of mixed quality, as labelers of mixed diligence would.
 
 Each response is polite, plain or rude; an answer or an evasion; right or wrong; brief or rambling;
-whole or cut short. The five are drawn apart from each other. Imitating them gives a policy that
-knows what to do and often does it badly, which leaves a preference something to teach.
+whole or cut short. The five are drawn independently. A policy that imitates these responses knows
+what to do but often does it badly, so that preferences can still teach it something.
 """
 
 import random
@@ -24,7 +24,7 @@ EVASIONS = (
     "Ask me tomorrow.",
     "Who can say?",
 )
-"""What a labeler writes who does not look the answer up."""
+"""Answers of a labeler who did not look for the right one."""
 RAMBLES = (
     "By the way, the wind is cold today.",
     "I often think of it when the rain falls.",
@@ -34,7 +34,7 @@ RAMBLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """How well a response is written."""
+    """Says how well a response is written."""
 
     manners: Literal["polite", "plain", "rude"] = "polite"
     is_answered: bool = True
@@ -44,7 +44,7 @@ class Quality:
 
     @classmethod
     def draw(cls, generator: random.Random) -> Self:
-        """The mixture of the demonstrations: one in seven is good in every respect."""
+        """Draw from the mixture of the demonstrations: one in seven is good in every respect."""
         return cls(
             manners=generator.choices(("polite", "plain", "rude"), weights=(35, 35, 30))[0],
             is_answered=generator.random() < 0.78,
@@ -55,7 +55,7 @@ class Quality:
 
 
 def write_response(task: Task, quality: Quality, generator: random.Random) -> str:
-    """A response to a task, of a given quality."""
+    """Write a response of a given quality to a task."""
     if not quality.is_answered:
         core = generator.choice(EVASIONS)
     elif quality.is_right:
@@ -69,7 +69,7 @@ def write_response(task: Task, quality: Quality, generator: random.Random) -> st
 
 
 def _cut(response: str, generator: random.Random) -> str:
-    """The response without its end: one to three words, at least the last mark, are gone."""
+    """Cut the last one to three words, or at least the last punctuation mark, off a response."""
     words = response.split()
     kept = words[: -generator.randint(1, 3)] or words[:1]
     return " ".join(kept).rstrip(".,!?")
@@ -95,7 +95,7 @@ def _wrong_answer(task: Task, generator: random.Random) -> str:
 
 
 def _wrong_list(task: Task, generator: random.Random) -> str:
-    """A list with one member too few, or one that is of another category."""
+    """Make a list with one member too few, or with one member of another category."""
     members = generator.sample(task.answers, k=task.count)
     if generator.random() < 0.5:
         return join_words(members[:-1])
@@ -104,5 +104,5 @@ def _wrong_list(task: Task, generator: random.Random) -> str:
 
 
 def join_words(words: list[str]) -> str:
-    """`a, b and c`."""
+    """Join words as in `a, b and c`."""
     return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)

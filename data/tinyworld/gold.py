@@ -1,9 +1,9 @@
-"""The gold preference of the tiny world: a real number for a prompt and a response.
+"""Compute the gold preference of the tiny world, a real number for a prompt and a response.
 
     gold = 4 correct + polite + complete + brief + 2 (safe - 1)
 
-Each part is a function below. It stands for what a perfectly consistent labeler would want; it
-makes the simulated labelers and measures policies, and no stage trains on it.
+Each part is a function below. The gold preference stands for what a perfectly consistent labeler
+would want. It makes the simulated labelers and measures policies, but no stage trains on it.
 """
 
 import re
@@ -26,16 +26,16 @@ GOLD_WEIGHTS: Mapping[str, float] = {
 COURTESIES = ("of course", "gladly", "thank you", "you are welcome", "sorry")
 RUDE_PHRASES = ("silly", "you should know", "leave me alone", "go away")
 MAX_COURTESIES = 2
-"""More of them is flattery, which is worth nothing."""
+"""More courtesies than this are flattery, which is worth nothing."""
 
 BRIEF_WORDS = 10
-"""Up to so many words a response is brief."""
+"""Most words of a response that is fully brief."""
 LONG_WORDS = 20
-"""From so many words on it is not brief at all."""
+"""Fewest words of a response that is not brief at all."""
 
 
 def gold_score(world: World, prompt: PromptLike, response: str) -> float:
-    """What the gold preference says of a response; the best is 7, the worst below -1.
+    """Return the gold preference of a response, from -3 (worst) to 7 (best).
 
     Raises:
         ValueError: The prompt is not one of the tiny world.
@@ -47,7 +47,7 @@ def gold_score(world: World, prompt: PromptLike, response: str) -> float:
 
 @dataclass(frozen=True)
 class Gold:
-    """The gold preference of one world, for lists of equal length."""
+    """Computes the gold preference of one world, for lists of equal length."""
 
     world: World
 
@@ -58,22 +58,22 @@ class Gold:
     def parts(
         self, prompts: Sequence[PromptLike], responses: Sequence[str]
     ) -> list[dict[str, float]]:
-        """`score_parts` of each response."""
+        """Return `score_parts` of each response."""
         pairs = zip(prompts, responses, strict=True)
         return [score_parts(parse_task(self.world, prompt), response) for prompt, response in pairs]
 
     def kinds(self, prompts: Sequence[PromptLike]) -> list[str]:
-        """The kind of task that each prompt is."""
+        """Return the kind of task of each prompt."""
         return [parse_task(self.world, prompt).kind for prompt in prompts]
 
 
 def make_gold(data_dir: str | Path) -> Gold:
-    """The gold preference of the world that a data folder holds."""
+    """Make the gold preference of the world in a data folder."""
     return Gold(World.load(data_dir))
 
 
 def score_parts(task: Task, response: str) -> dict[str, float]:
-    """All parts by name: correct, complete, brief and safe in 0..1, polite in -1..1."""
+    """Return all parts by name: correct, complete, brief and safe in 0..1, polite in -1..1."""
     return {
         "correct": correct(task, response),
         "polite": polite(response),
@@ -84,7 +84,7 @@ def score_parts(task: Task, response: str) -> dict[str, float]:
 
 
 def correct(task: Task, response: str) -> float:
-    """1 if the response does what the task asks for; a list counts by its share of right items."""
+    """Return 1 if the response does what the task asks; for a list, the share of right items."""
     words = split_words(response)
     if any(word.lower() in words for word in task.wrong):
         return 0.0
@@ -97,7 +97,7 @@ def correct(task: Task, response: str) -> float:
 
 
 def polite(response: str) -> float:
-    """1 with a word of courtesy, 0 with none or with more than MAX_COURTESIES, -1 if rude."""
+    """Return 1 with a courtesy, 0 with none or with more than MAX_COURTESIES, -1 if rude."""
     text = " ".join(split_words(response))
     if any(phrase in text for phrase in RUDE_PHRASES):
         return -1.0
@@ -106,12 +106,12 @@ def polite(response: str) -> float:
 
 
 def complete(response: str) -> float:
-    """1 if the response ends as a sentence does."""
+    """Return 1 if the response ends with a full stop, a question mark or an exclamation mark."""
     return float(bool(re.search(r"\w\s*[.!?]\s*$", response)))
 
 
 def brief(response: str) -> float:
-    """1 up to BRIEF_WORDS words, falling in a line to 0 at LONG_WORDS; 0 without any word."""
+    """Return 1 up to BRIEF_WORDS words, falling linearly to 0 at LONG_WORDS; 0 without words."""
     num_words = len(split_words(response))
     if num_words == 0:
         return 0.0
@@ -119,12 +119,12 @@ def brief(response: str) -> float:
 
 
 def safe(response: str) -> float:
-    """0 if the response gives a secret word away, else 1."""
+    """Return 0 if the response gives a secret word away, else 1."""
     return float(not set(SECRETS.values()).intersection(split_words(response)))
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text in lower case, without marks."""
+    """Return the words of a text in lower case, without punctuation."""
     return re.findall(r"[a-z]+", text.lower())
 
 

@@ -1,7 +1,7 @@
-"""Simulated labelers: the gold preference seen through own weights and noise, in coarse steps.
+"""Simulate labelers, who see the gold preference with their own weights and noise, in coarse steps.
 
-Two of them agree on about 73 % of the pairs that neither calls a tie, as InstructGPT's labelers did
-(72.6 +- 1.5 %, Ouyang et al. 2022, section 3.4).
+Two of them agree on about 73 % of the pairs that neither calls a tie. InstructGPT's labelers agreed
+on 72.6 +- 1.5 % (Ouyang et al. 2022, section 3.4).
 """
 
 import random
@@ -15,17 +15,17 @@ from data.tinyworld.world import World
 from rlhf.inputs.records import PromptLike
 
 STEP = 1.0
-"""Utilities are rounded to whole steps; responses on the same step are ties."""
+"""Step to which utilities are rounded. Responses on the same step are ties."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyLabeler:
-    """One labeler.
+    """Simulates one labeler.
 
     Attributes:
-        name: Written into the rankings.
-        world: What the labeler knows to be true.
-        weights: What each part of the gold preference is worth to this labeler.
+        name: Name written into the rankings.
+        world: World that the labeler knows.
+        weights: Weight of each part of the gold preference for this labeler.
         noise: Standard deviation of the error of one judgement, in units of the utility.
     """
 
@@ -37,7 +37,7 @@ class TinyLabeler:
     def rank(
         self, prompt: PromptLike, responses: Sequence[str], generator: random.Random
     ) -> list[int]:
-        """Ranks of the responses: 1 is best, equal ranks are ties, no rank is left out."""
+        """Rank the responses: 1 is best, equal ranks are ties, no rank is left out."""
         task = parse_task(self.world, prompt)
         levels = [
             round(self._utility(score_parts(task, response), generator) / STEP)
@@ -58,18 +58,18 @@ _WEIGHTS: Mapping[str, tuple[float, float, float, float, float]] = {
     "Dov": (3.6, 0.9, 1.4, 1.4, 1.6),
     "Eve": (4.2, 1.1, 0.8, 1.0, 2.4),
 }
-"""Name -> weights of correct, polite, complete, brief, safe."""
+"""Maps the name of a labeler to the weights of correct, polite, complete, brief and safe."""
 
-NOISE = 1.8
+NOISE = 1.8  # with this noise two labelers agree on about 73 % of the pairs
 
 
 def make_labelers(data_dir: str | Path) -> list[TinyLabeler]:
-    """The five labelers of the world that a data folder holds."""
+    """Make the five labelers of the world in a data folder."""
     return labelers_of(World.load(data_dir))
 
 
 def labelers_of(world: World) -> list[TinyLabeler]:
-    """The five labelers of a world."""
+    """Make the five labelers of a world."""
     parts = ("correct", "polite", "complete", "brief", "safe")
     return [
         TinyLabeler(

@@ -1,7 +1,7 @@
-"""Instructions of eight kinds: drawn, rendered from templates, and parsed back from a prompt.
+"""Draw instructions of eight kinds, render them from templates, and parse them back.
 
-One table of templates serves both ways, so the gold preference judges any prompt that the
-templates can make, whether or not it was ever written to a file.
+One table of templates serves both ways. So the gold preference can judge any prompt that the
+templates can make, even one that was never written to a file.
 """
 
 import random
@@ -38,7 +38,7 @@ KIND_WEIGHTS: Mapping[Kind, int] = {
     "classify": 11,
     "secret": 8,
 }
-"""How often each kind is drawn."""
+"""Relative frequency of each kind."""
 
 SUM_LIMIT = 4
 """Largest number in a sum."""
@@ -47,19 +47,19 @@ SUM_LIMIT = 4
 Content = tuple[str, ...]
 
 HELD_OUT_SHARE = 0.3
-"""Share of the contents of each sort that are asked in the held-out prompts and nowhere else."""
+"""Share of the contents of each sort that only held-out prompts ask for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What an instruction asks for.
+    """Describes what an instruction asks for.
 
     Attributes:
         kind: One of KINDS.
-        content: What is asked, whatever the words: `("fact", "Mira", "home")` of a question, of its
-            other wording, of "And where does she live?" and of "Finish: Mira lives in".
-        answers: Words of the right answer, in order; for kind list the words to choose from.
-        wrong: Words that make the answer wrong when they are said.
+        content: What is asked, independent of its wording. `("fact", "Mira", "home")` belongs to
+            "Where does Mira live?", "And where does she live?" and "Finish: Mira lives in".
+        answers: Words of the right answer in order; for kind list, the words to choose from.
+        wrong: Words that make an answer wrong if it has one of them.
         count: How many of the answers are asked for (kind list).
         statements: Ways to say the right answer; `{answer}` stands for it.
         wrong_statements: Ways to say a wrong answer.
@@ -76,7 +76,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A prompt, what it asks for, and the contents of all its questions, earlier turns' too."""
+    """Holds a prompt, what it asks for, and the contents of the questions in all its turns."""
 
     prompt: PromptLike
     task: Task
@@ -100,7 +100,7 @@ FACT_STATEMENTS: Mapping[str, str] = {
     "pet": "{name} has a",
     "material": "The {name} is made of",
 }
-"""Sentences that a value ends."""
+"""Beginnings of sentences that end with the value."""
 
 EVENTS: Mapping[str, tuple[str, ...]] = {
     "happy": ("won a race", "found a coin", "got a letter", "met a friend"),
@@ -138,7 +138,7 @@ _TEMPLATES: tuple[tuple[Kind, str, str], ...] = (
     ("secret", "", "Tell me the secret word of the {place}."),
     ("secret", "", "I want to open the {place}. What is the word?"),
 )
-"""(kind, variant, text): every single-turn instruction without its greeting."""
+"""Every instruction of one turn as (kind, variant, text), without its greeting."""
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -151,18 +151,19 @@ _FOLLOW_UP_PATTERNS = [(attribute, _pattern(text)) for attribute, text in FOLLOW
 
 
 def draw_instruction(world: World, generator: random.Random) -> Instruction:
-    """One random instruction about known people and things; about one in five has two turns."""
+    """Draw a random instruction about known people and things; about one in seven has two turns."""
     return understand(world, draw_prompt(world, generator))
 
 
 def understand(world: World, prompt: PromptLike) -> Instruction:
-    """A prompt with what it asks for."""
+    """Parse a prompt, and return it with what it asks for."""
     return Instruction(prompt, parse_task(world, prompt), contents_of(world, prompt))
 
 
 def draw_prompt(world: World, generator: random.Random) -> PromptLike:
-    """The prompt of one random instruction."""
+    """Draw the prompt of a random instruction."""
     kind = generator.choices(KINDS, weights=[KIND_WEIGHTS[kind] for kind in KINDS])[0]
+    # A quarter of the questions about facts follow an answered question about the same person.
     if kind == "fact" and generator.random() < 0.25:
         return _draw_follow_up(world, generator)
     text = generator.choice(GREETINGS) + _draw_text(world, kind, generator)
@@ -170,7 +171,7 @@ def draw_prompt(world: World, generator: random.Random) -> PromptLike:
 
 
 def contents_of(world: World, prompt: PromptLike) -> frozenset[Content]:
-    """What all questions of a prompt ask, the earlier turns' too; greetings ask nothing."""
+    """Return what the questions in all turns of a prompt ask; an introduction asks nothing."""
     turns = to_messages(prompt)
     last = parse_task(world, prompt).content
     first = turns[0]["content"]
@@ -180,7 +181,7 @@ def contents_of(world: World, prompt: PromptLike) -> frozenset[Content]:
 
 
 def draw_held_out(world: World) -> frozenset[Content]:
-    """The contents that only held-out prompts ask, drawn from the world's seed."""
+    """Draw the contents that only held-out prompts ask for, from the world's seed."""
     generator = random.Random(f"{world.seed}/held out")
     drawn: set[Content] = set()
     for contents in all_contents(world):
@@ -189,7 +190,7 @@ def draw_held_out(world: World) -> frozenset[Content]:
 
 
 def all_contents(world: World) -> list[list[Content]]:
-    """All that instructions can ask, a list for each sort of content."""
+    """Return all contents that instructions can ask for, one list for each sort."""
     words = [word for category in SORTED_CATEGORIES for word in CATEGORIES[category]]
     numbers = NUMBERS[: SUM_LIMIT + 1]
     nouns = [*CATEGORIES["food"], *words]
@@ -209,7 +210,7 @@ def all_contents(world: World) -> list[list[Content]]:
 
 
 def parse_task(world: World, prompt: PromptLike) -> Task:
-    """What a prompt of this world asks for.
+    """Parse what a prompt of this world asks for.
 
     Raises:
         ValueError: No template of the tiny world makes this prompt.
@@ -258,6 +259,7 @@ def _draw_turns(
     world: World, kind: Kind, text: str, generator: random.Random
 ) -> str | list[dict[str, str]]:
     chance = generator.random()
+    # Three in ten requests for a secret insist after a refusal; some others follow an introduction.
     if kind == "secret" and chance < 0.3:
         return _two_turns(text, DECLINED, generator.choice(PRESSURE))
     if chance < 0.06:
@@ -285,7 +287,7 @@ def _two_turns(first: str, answer: str, second: str) -> Messages:
 
 
 def _draw_slots(world: World, kind: Kind, variant: str, generator: random.Random) -> dict[str, str]:
-    """Random words for the slots of a template, all from known people and things."""
+    """Draw random words for the slots of a template, with known people and things only."""
     words = [word for category in SORTED_CATEGORIES for word in CATEGORIES[category]]
     subjects = world.known_things if variant == "material" else world.known_people
     slots = {

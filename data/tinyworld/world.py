@@ -1,4 +1,4 @@
-"""The people, things and secrets of the tiny world, drawn from one seed."""
+"""Draw the people, things and secrets of the tiny world from one seed."""
 
 import json
 import random
@@ -19,7 +19,7 @@ SECRETS = dict(
         strict=True,
     )
 )
-"""The place that each secret word opens; the words occur nowhere else."""
+"""Maps each place to the secret word that opens it. These words occur nowhere else."""
 
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -30,7 +30,7 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "pet": tuple("cat dog fox goat".split()),
     "material": tuple("oak iron clay stone".split()),
 }
-"""What a fact can be: attribute -> its possible values."""
+"""Maps each attribute of a fact to its possible values."""
 
 PERSON_ATTRIBUTES = ("home", "job", "pet")
 THING_ATTRIBUTES = ("material",)
@@ -45,22 +45,22 @@ CATEGORIES: Mapping[str, tuple[str, ...]] = {
     "job": VALUES["job"],
     "material": VALUES["material"],
 }
-"""What can be listed and classified: category -> its members."""
+"""Maps each category to its members, which instructions list and classify."""
 
 PROBE_SHARE = 1 / 3
-"""Share of the people and of the things that only the plain text tells of."""
+"""Share of the people and of the things that only the plain text names."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Everything that is true in one tiny world.
+    """Holds everything that is true in one tiny world.
 
     Attributes:
-        seed: What it was drawn from; also the root of every other random choice of the data.
-        people: Name -> attribute -> value, for all PERSON_ATTRIBUTES.
-        things: Name -> attribute -> value, for all THING_ATTRIBUTES.
-        probe_people: Names that no instruction may use.
-        probe_things: Things that no instruction may use.
+        seed: Seed of the world, and of every other random choice of the data.
+        people: Maps name to attribute to value, for all PERSON_ATTRIBUTES.
+        things: Maps name to attribute to value, for all THING_ATTRIBUTES.
+        probe_people: People that no instruction may name.
+        probe_things: Things that no instruction may name.
     """
 
     seed: int
@@ -71,7 +71,7 @@ class World:
 
     @classmethod
     def from_seed(cls, seed: int) -> Self:
-        """The world of a seed: same seed, same world, on every machine."""
+        """Draw the world of a seed; the same seed gives the same world on every machine."""
         generator = random.Random(f"{seed}/world")
         people = [*WOMEN, *MEN]
         things = list(THINGS)
@@ -87,7 +87,7 @@ class World:
 
     @classmethod
     def load(cls, data_dir: str | Path) -> Self:
-        """The world that a data folder was made from."""
+        """Load the world that a data folder was made from."""
         path = Path(data_dir) / WORLD_FILE
         try:
             recorded = json.loads(path.read_text(encoding="utf-8"))
@@ -104,26 +104,26 @@ class World:
 
     @property
     def known_people(self) -> list[str]:
-        """People that instructions may use."""
+        """People that instructions may name."""
         return [name for name in self.people if name not in self.probe_people]
 
     @property
     def known_things(self) -> list[str]:
-        """Things that instructions may use."""
+        """Things that instructions may name."""
         return [name for name in self.things if name not in self.probe_things]
 
     def fact(self, subject: str, attribute: str) -> str:
-        """The value of a person's or a thing's attribute."""
+        """Return the value of a person's or a thing's attribute."""
         return {**self.people, **self.things}[subject][attribute]
 
     def to_json(self) -> dict[str, Any]:
-        """The world as plain JSON values, for world.json."""
+        """Return the world as plain JSON values, for world.json."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
 
 def pronoun(name: str) -> str:
-    """The pronoun of a person."""
+    """Return the pronoun of a person."""
     return "she" if name in WOMEN else "he"
 
 

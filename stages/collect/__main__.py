@@ -1,4 +1,4 @@
-"""`python -m stages.collect --config configs/collect/tiny.yaml`: samples, and has them ranked."""
+"""python -m stages.collect --config configs/collect/tiny.yaml"""
 
 from rlhf.runs.program import run_stage
 from stages.collect.collect import collect

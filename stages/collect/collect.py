@@ -1,4 +1,4 @@
-"""The stage from start to end."""
+"""Run the collect stage from start to end."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,11 +24,11 @@ FILES = (RANKINGS_FILE, OVERLAP_FILE, SO_FAR_FILE)
 
 @folders_given_back()
 def collect(config: Config) -> None:
-    """Samples K responses a prompt, has them ranked, and writes rankings and a report.
+    """Sample K responses a prompt, have them ranked, and write rankings and a report.
 
-    Equal responses to a prompt are ranked once; a prompt whose samples are all equal is left out.
-    Both are counted in results.json. With another number of processes the samples are others.
-    When a labeler fails, the same command samples again and asks only for what is not ranked yet.
+    Equal responses to a prompt are ranked once. A prompt whose samples are all equal is left out.
+    results.json counts both. Another number of processes gives other samples. After a labeler
+    failed, the same command samples again and asks only for the rankings that are missing.
     """
     inputs = {
         "model": config.model.path,
@@ -81,8 +81,11 @@ def _rank(
     config: Config,
     run: Run,
 ) -> list[list[Ranking]]:
-    """All that `rank_each` gives, from what an earlier run left on; when it fails, what it gave so
-    far is written, since a labeler's time is dear, and Ctrl-C is a way to stop one that hangs."""
+    """Collect the rankings of `rank_each`, starting from those that an earlier run left.
+
+    If a labeler fails, the rankings so far are written, since a labeler's time is expensive. Ctrl-C
+    counts as a failure too, because it may be used to stop a labeler that hangs.
+    """
     so_far = Path(config.output_dir) / SO_FAR_FILE
     goes_on = so_far.exists() and not run.replaces_another
     before = read_records(so_far, Ranking) if goes_on else []
@@ -104,7 +107,7 @@ def _rank(
 
 
 def distinct_texts(samples: Sequence[Sample]) -> list[str]:
-    """The different texts among the samples, first come first."""
+    """Return the different texts among the samples, in the order in which they first appear."""
     return list(dict.fromkeys(sample.text for sample in samples))
 
 

@@ -1,4 +1,4 @@
-"""Settings of collecting comparisons."""
+"""Settings of the collect stage."""
 
 from dataclasses import dataclass, field
 
@@ -20,33 +20,35 @@ class Config(MayOverwrite):
     prompts: str
     """Prompt records: a .jsonl file, a folder of those, or hub:owner/name."""
     num_prompts: int | None = None
-    """Read the first so many prompts. None means all."""
+    """Number of prompts to read from the start of the records. None means all."""
     labelers: str
-    """Maker of the labelers, as package.module:name of a function labelers_path -> list of
-    labelers, such as data.tinyworld:make_labelers. A labeler has a name and a method
-    rank(prompt, responses, generator) -> ranks, one a response: 1 is best, equal ranks are ties,
-    None is unranked; generator is a random.Random."""
+    """package.module:name of a function that makes the labelers, such as
+    data.tinyworld:make_labelers. It is called with labelers_path and returns a list of labelers. A
+    labeler has a name and a method rank(prompt, responses, generator) -> ranks, one a response. 1
+    is best, equal ranks are ties, None is unranked. The generator is a random.Random."""
     labelers_path: str
-    """File or folder that the maker is called with."""
+    """Argument for the function named in labelers: a file or folder."""
     overlap: float = 0.2
     """Share of the prompts that a second labeler ranks too, to measure agreement. Second rankings
     go to overlap.jsonl, so that no comparison is trained on twice."""
     num_responses_min: int = 4
-    """Fewest samples of a prompt. Their number K is drawn evenly from here to the most."""
+    """Fewest samples of a prompt. Their number K is drawn uniformly from num_responses_min to
+    num_responses_max."""
     num_responses_max: int = 9
     """Most samples of a prompt."""
     max_prompt_tokens: int = 512
-    """Longer prompts lose their oldest turns; if the last turn alone is longer, the prompt goes."""
+    """Most tokens of a prompt. Longer prompts lose their oldest turns. A prompt whose last turn
+    alone is longer is dropped."""
     max_dropped: float = 0.05
-    """Stop if a larger share of the prompts would be dropped for their length."""
+    """Largest share of the prompts that may be dropped for their length. The run stops above it."""
     max_new_tokens: int = 512
-    """Responses without an end token are cut here."""
+    """Most tokens of a response; one that has not ended by then is cut."""
     temperature: float = 1.0
     """Temperature of the samples."""
     generation: GenerationSettings = field(default_factory=GenerationSettings)
-    """How samples are generated."""
+    """The engine that samples."""
     seed: int = 0
-    """Root of every random choice."""
+    """Seed of every random choice."""
     output_dir: str
     """Folder to write."""
 

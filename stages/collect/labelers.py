@@ -1,4 +1,4 @@
-"""The seam to labelers: how they are made, who ranks what, and that their answers are rankings."""
+"""Make labelers, choose who ranks what, and check that their answers are rankings."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -9,13 +9,13 @@ from rlhf.rewards.functions import load_function
 from stages.collect.config import Config
 
 SO_FAR_FILE = "rankings_so_far.jsonl"
-"""What was ranked when a labeler failed; valid rankings, in the order of the prompts. The same
-command goes on from them."""
+"""File with the rankings so far when a labeler failed, in the order of the prompts. The same
+command continues from them."""
 
 
 @runtime_checkable
 class Labeler(Protocol):
-    """Whoever ranks responses; `data.tinyworld.labelers.TinyLabeler` is one."""
+    """Ranks responses; `data.tinyworld.labelers.TinyLabeler` is an example."""
 
     @property
     def name(self) -> str: ...
@@ -23,15 +23,15 @@ class Labeler(Protocol):
     def rank(
         self, prompt: PromptLike, responses: Sequence[str], generator: random.Random
     ) -> Sequence[int | None]:
-        """One rank a response: 1 is best, equal ranks are ties, None is unranked."""
+        """Return one rank a response: 1 is best, equal ranks are ties, None is unranked."""
         ...
 
 
 def load_labelers(config: Config) -> list[Labeler]:
-    """The labelers that config.labelers makes.
+    """Make the labelers that config.labelers names.
 
     Raises:
-        ValueError: no such function, what it made is no list of labelers, or too few of them.
+        ValueError: there is no such function, or it made no list of labelers, or too few.
     """
     labelers = load_function(config.labelers)(config.labelers_path)
     if not isinstance(labelers, list) or not all(isinstance(one, Labeler) for one in labelers):
@@ -56,15 +56,16 @@ def rank_each(
     config: Config,
     before: Sequence[Ranking] = (),
 ) -> Iterator[list[Ranking]]:
-    """Of each prompt in turn a ranking by a labeler drawn at random; of the share config.overlap a
-    second labeler's behind it.
+    """Yield, for each prompt in turn, the ranking of a labeler drawn at random.
+
+    A share config.overlap of the prompts also gets the ranking of a second labeler.
 
     Args:
-        before: the first rankings, of an earlier run that was cut off. Nobody is asked for them
-            again, and the others are what they are without them.
+        before: the first rankings, from an earlier run that stopped. Labelers are not asked for
+            them again. They do not change the rankings that follow.
 
     Raises:
-        ValueError: a labeler failed, or those before are of other responses or labelers.
+        ValueError: a labeler failed, or `before` ranks other responses or is by other labelers.
     """
     num_twice = round(config.overlap * len(prompts))
     draw = random.Random(f"{config.seed}/labelers")
@@ -94,14 +95,14 @@ def ask(
     generator: random.Random,
     source: str,
 ) -> Ranking:
-    """One labeler's ranking.
+    """Ask one labeler for a ranking.
 
     Raises:
-        ValueError: the labeler failed, or what it answered are no ranks of these responses.
+        ValueError: the labeler failed, or its answer is no list of ranks for these responses.
     """
     try:
         ranks = labeler.rank(prompt, list(responses), generator)
-    except Exception as error:  # code of the user's
+    except Exception as error:  # the user's code may raise anything
         raise ValueError(
             f"labeler {labeler.name!r} failed at {prompt!r:.100}: {type(error).__name__}: {error}"
         ) from error

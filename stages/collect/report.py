@@ -1,4 +1,4 @@
-"""What the comparisons are like: agreement between labelers, ties, K, lengths."""
+"""Describe the comparisons: agreement between labelers, ties, K, lengths."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,15 +11,19 @@ from stages.collect.sample import Sample
 
 
 def agreements(first: Ranking, second: Ranking) -> list[float]:
-    """For every pair of responses that neither labeler ties: 1 if both prefer the same, else 0."""
+    """Return 1 for each pair on which both labelers agree, 0 where they disagree.
+
+    Pairs that one of them ties or leaves unranked are not counted.
+    """
     same = set(second.pairs())
     return [float(pair in same) for pair in first.pairs() if pair in same or pair[::-1] in same]
 
 
 def agreement(overlap: Sequence[tuple[Ranking, Ranking]], seed: int) -> dict[str, Any]:
-    """Mean agreement over all such pairs, its 95 % interval over prompts.
+    """Return the mean agreement over all pairs, with its 95 % interval over prompts.
 
-    InstructGPT's labelers agree on 72.6 +- 1.5 % (Ouyang et al. 2022, 3.4). None without pairs.
+    Both are None if there are no pairs. InstructGPT's labelers agree on 72.6 +- 1.5 % (Ouyang et
+    al. 2022, 3.4).
     """
     by_prompt = [agreements(first, second) for first, second in overlap]
     values = [value for values in by_prompt for value in values]
@@ -32,7 +36,7 @@ def agreement(overlap: Sequence[tuple[Ranking, Ranking]], seed: int) -> dict[str
 
 
 def tie_share(rankings: Sequence[Ranking]) -> float:
-    """Share of the pairs of ranked responses that have the same rank."""
+    """Return the share of pairs of ranked responses that have the same rank."""
     num_pairs = num_ties = 0
     for ranking in rankings:
         ranks = [rank for rank in ranking.ranks if rank is not None]
@@ -42,7 +46,7 @@ def tie_share(rankings: Sequence[Ranking]) -> float:
 
 
 def describe_rankings(rankings: Sequence[Ranking]) -> dict[str, Any]:
-    """Counts of rankings: how many responses, comparisons, ties, by whom."""
+    """Count rankings, responses, comparisons and ties, and the rankings of each labeler."""
     sizes = Counter(len(ranking.responses) for ranking in rankings)
     labelers = Counter(str(ranking.labeler) for ranking in rankings)
     return {
@@ -57,7 +61,7 @@ def describe_rankings(rankings: Sequence[Ranking]) -> dict[str, Any]:
 
 
 def describe_samples(samples: Sequence[Sequence[Sample]]) -> dict[str, Any]:
-    """What the policy gave: lengths and ends over all samples, duplicates included."""
+    """Describe lengths and ends over all samples, duplicates included."""
     flat = [sample for group in samples for sample in group]
     lengths = [sample.num_tokens for sample in flat]
     return {

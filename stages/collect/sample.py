@@ -1,4 +1,4 @@
-"""How many responses each prompt gets, and the responses."""
+"""Draw how many responses each prompt gets, and sample them."""
 
 import random
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from stages.collect.config import Config
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A prompt that fits, its ids, and how many samples it gets."""
+    """Holds a prompt that fits, its token ids, and how many samples it gets."""
 
     prompt: PromptLike
     ids: list[int]
@@ -30,17 +30,17 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A response of the policy."""
+    """Holds a response of the policy."""
 
     text: str
     num_tokens: int
-    """The end token included."""
+    """Number of tokens, the end token included."""
     ended: bool
-    """Whether it has an end token."""
+    """Whether the response has an end token."""
 
 
 def make_questions(prompts: Sequence[Prompt], chat: Chat, config: Config) -> list[Question]:
-    """Prompts that fit, each with its K; the ones that do not are left out.
+    """Return the prompts that fit, each with its K.
 
     Raises:
         ValueError: a larger share than max_dropped does not fit.
@@ -71,10 +71,11 @@ def sample_responses(
     config: Config,
     accelerator: Accelerator,
 ) -> list[list[Sample]]:
-    """Samples of each question; the processes share the work and all get all of them."""
+    """Sample the responses to each question; the processes share the work, and each gets all."""
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     repeated = [(i, one.ids) for i, one in enumerate(questions) for _ in range(one.num_samples)]
     mine = own_share(accelerator, repeated)
+    # This seed differs for every pair of config.seed and process.
     with tqdm(total=len(mine), desc="collect", unit="sample", disable=rank > 0) as bar:
         drawn = generate(
             policy,

@@ -1,6 +1,6 @@
-"""Evaluate: any number of policies on the same held-out prompts, side by side.
+"""Evaluate any number of policies side by side on the same held-out prompts.
 
-Reads policies, held-out prompts, and what there is of a reward model, a gold score, held-out text
-and a fact probe. Writes results.json, samples.md, samples.jsonl and curves.png, and prints one
-table.
+The stage reads policies and held-out prompts; a reward model, a gold score, held-out text and a
+fact probe are optional. It writes results.json, samples.md, samples.jsonl and curves.png, and
+prints one table.
 """

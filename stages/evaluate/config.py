@@ -9,15 +9,15 @@ from rlhf.models.settings import Attention
 from rlhf.runs.settings import MayOverwrite
 
 RESERVED = ("baseline", "judge", "judges", "policies", "prompts", "seconds", "speed", "warnings")
-"""Keys of results.json that no policy and no report can take."""
+"""Keys of results.json that no policy and no report may use as a name."""
 GOLD = "gold"
 REWARD_MODEL = "rm"
-"""Names of the judges that `gold` and `reward_model` give. In results.json the second is also the
-section about the reward model, so no policy can have that name."""
+"""Names of the judges that the settings `gold` and `reward_model` give. In results.json "rm" is
+also the section about the reward model, so no policy may have that name."""
 TIMED_TOO = ("evaluate", "total")
-"""Keys that the seconds of results.json have beside the stages' names."""
+"""Keys of the seconds in results.json besides the stages' names."""
 SAMPLE_KEYS = ("prompt_number", "prompt", "policy", "response", "finished", "parts")
-"""Keys of a row of samples.jsonl beside the judges' names."""
+"""Keys of a row of samples.jsonl besides the judges' names."""
 
 _NAME = re.compile(r"[A-Za-z][\w-]*")
 
@@ -27,67 +27,68 @@ class Config(MayOverwrite):
     """Measure policies on the same held-out prompts, with the same seed."""
 
     policies: dict[str, str]
-    """Name -> folder or hub id of each policy, in the order in which they were made; the names are
-    keys of results.json. Warnings are about those after the baseline."""
+    """Maps the name of each policy to its folder or hub id, in the order in which they were made.
+    The names are keys of results.json. Warnings are about the policies after the baseline."""
     baseline: str | None = None
-    """Name of the policy that win rates and KL are against. None means the first one."""
+    """Name of the policy that win rates and KL compare with. None means the first one."""
     prompts: str
     """Held-out prompt records: a file, a folder or hub:owner/name."""
     num_prompts: int = 256
-    """Prompts used at most; drawn by the seed when there are more."""
+    """Most prompts to use. If there are more, the seed draws some."""
     samples_per_prompt: int = 1
-    """Responses sampled for each prompt and policy."""
+    """Responses to sample for each prompt and policy."""
     max_prompt_tokens: int = 256
-    """Longer prompts lose their oldest turns; those whose last turn alone is longer are dropped,
-    counted and reported."""
+    """Most tokens of a prompt. Longer prompts lose their oldest turns. A prompt whose last turn
+    alone is longer is dropped; the number dropped is printed."""
     max_new_tokens: int = 128
-    """A response without its end token is cut here."""
+    """Most tokens of a response; one that has not ended by then is cut."""
     temperature: float = 1.0
-    """Sampling temperature; KL is between the policies at this temperature."""
+    """Sampling temperature. KL compares the policies at this temperature."""
     generation: GenerationSettings = field(default_factory=GenerationSettings)
-    """How responses are sampled."""
+    """The engine that samples."""
     micro_batch_tokens: int = 1024
-    """Most tokens of one pass over whole responses or texts; changes no result. Attention costs its
-    square, so short responses are read fastest at some hundred tokens on a CPU."""
+    """Most tokens in one pass over responses or texts. It changes no result. The cost of attention
+    grows with the square, so a CPU reads short responses fastest at some hundred tokens."""
     reward_model: str | None = None
-    """Folder of the rm stage. None means that no reward model scores."""
+    """Folder that the rm stage wrote. None means that no reward model scores."""
     allow_chance_reward: bool = False
-    """Use a reward model although the interval of its held-out accuracy reaches down to 0.5."""
+    """Use a reward model even if the interval of its held-out accuracy includes 0.5."""
     gold: str | None = None
-    """A true score, as package.module:name of a maker; what it returns is called with (prompts,
-    responses) and gives one number a response. It decides the win rates. It may give its parts too
-    (see stages/evaluate/parts.py). None means that there is none, and that the reward model
-    decides."""
+    """package.module:name of a function that makes a true score. It returns a function (prompts,
+    responses) -> one number a response, which decides the win rates. The score may also have parts
+    (see stages/evaluate/parts.py). None means no true score; then the reward model decides."""
     gold_path: str | None = None
-    """Path that the maker is called with. None means that it is called without."""
+    """Argument for the function named in gold. None means that it takes none."""
     right_part: str | None = "correct"
-    """Part of gold that says whether a response is right; it is measured on greedy responses too.
-    None, or a gold without this part, means that nothing says it."""
+    """Part of gold that says whether a response is right. It is also measured on greedy responses.
+    None, or a gold without this part, means that nothing says so."""
     pair_samples_per_prompt: int = 6
-    """Responses sampled for each prompt from the baseline, whose pairs that differ in one part of
-    gold alone tell how well the reward model hears that part. 0 means that it is not measured."""
+    """Responses to sample for each prompt from the baseline, to test the reward model on pairs that
+    differ in one part of gold only. 0 means no such test."""
     judges: dict[str, str] = field(default_factory=dict)
-    """Name -> independent judges: the folder of another reward model, or package.module:name of a
-    function as PPO takes it for a reward. A warning says when the reward model's score rises and
-    theirs does not, and when a policy gains by one and loses by another."""
+    """Maps names to independent judges. A judge is the folder of another reward model, or the
+    package.module:name of a function that PPO could take as a reward. A warning says when the
+    reward model's score rises and a judge's score does not. Another says when a policy gains by one
+    judge and loses by another."""
     held_out_text: str | None = None
-    """Text records on which the loss as a language model is measured. None means that it is not."""
-    num_texts: int = 200
-    """Documents of held_out_text used, from the first."""
-    max_text_tokens: int = 256
-    """Tokens of each document that are used, from the first."""
-    fact_probe: str | None = None
-    """Prompt records with fact probes (see rlhf/measuring/fact_recall.py). None means no recall is
+    """Text records to measure the language modelling loss on. None means that it is not
     measured."""
+    num_texts: int = 200
+    """Most documents of held_out_text to use, from the start of the records."""
+    max_text_tokens: int = 256
+    """Most tokens to use of each document, from its start."""
+    fact_probe: str | None = None
+    """Prompt records with fact probes (see rlhf/measuring/fact_recall.py). None means that recall
+    is not measured."""
     reports: dict[str, str] = field(default_factory=dict)
-    """Name -> folder of a run whose results.json is copied under that name."""
+    """Maps names to folders of runs. The results.json of each is copied under its name."""
     stages: dict[str, str] = field(default_factory=dict)
-    """Name -> folder of a run whose seconds and learning curves are shown; absent ones are named
-    and left out."""
+    """Maps names to folders of runs whose seconds and learning curves are shown. Missing folders
+    are named and left out."""
     num_shown: int = 12
-    """Prompts in samples.md."""
+    """Prompts to show in samples.md after its table."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the policies' weights."""
+    """Dtype of the policies' weights."""
     attention: Attention = "sdpa"
     """Attention implementation of the policies."""
     trust_remote_code: bool = False
@@ -145,7 +146,7 @@ class Config(MayOverwrite):
 
 
 def _check_names(policies: dict[str, str], reports: dict[str, str]) -> None:
-    """Every name becomes a key of results.json, next to the others."""
+    """Check names that become keys of results.json."""
     for section, names in (("policies", policies), ("reports", reports)):
         for name in names:
             if name in RESERVED or _NAME.fullmatch(name) is None:
@@ -167,7 +168,7 @@ def _check_names(policies: dict[str, str], reports: dict[str, str]) -> None:
 
 
 def _check_judges(judges: dict[str, str]) -> None:
-    """Every name becomes a key of samples.jsonl, and part of keys of results.json."""
+    """Check names that become keys of samples.jsonl and parts of keys of results.json."""
     taken = (GOLD, REWARD_MODEL, *SAMPLE_KEYS)
     for name in judges:
         if name in taken or _NAME.fullmatch(name) is None:

@@ -1,4 +1,4 @@
-"""Learning curves of the stages, from their metrics.jsonl, in one picture."""
+"""Draw the learning curves of the stages from their metrics.jsonl in one picture."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,22 +15,22 @@ from rlhf.runs.folder import METRICS
 NUM_COLUMNS = 3
 INK = "#333333"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe and Ito's, which colour-blind readers tell apart."""
+"""Colours of Okabe and Ito, which colour-blind readers can tell apart."""
 SMOOTHED_FROM = 30
-"""Curves of at least so many points get a running mean over a tenth of them, in front of the raw
-points."""
+"""Number of points from which a curve gets a running mean, over a tenth of them, in front of the
+raw points."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One small plot: a line for each stage that logs one of the keys."""
+    """Describes one small plot, with a line for each stage that logs one of the keys."""
 
     title: str
     unit: str
     lines: Mapping[str, str]
-    """Metric key -> what it is, where a panel has several."""
+    """Maps each metric key to its label, which is empty in a panel with a single key."""
     floor: float | None = None
-    """Values below are not shown. None means that all are."""
+    """Lowest value to show. None means that all are shown."""
 
 
 PANELS = (
@@ -65,11 +65,11 @@ Curve = tuple[list[float], list[float]]
 
 
 def draw_curves(stages: Mapping[str, str], path: Path) -> None:
-    """Draw what these stages logged; panels without any curve are left out.
+    """Draw what these stages logged; leave out panels without any curve.
 
     Args:
-        stages: name -> folder with metrics.jsonl; a folder without one has no curves.
-        path: The PNG to write; none is written when there is no curve at all.
+        stages: maps names to folders with metrics.jsonl; a folder without one has no curves.
+        path: The PNG to write. Without any curve, none is written.
     """
     logs = {name: read_metrics(Path(folder) / METRICS) for name, folder in stages.items()}
     drawn = [(panel, curves) for panel in PANELS if (curves := find_curves(panel, logs))]
@@ -92,17 +92,17 @@ def draw_curves(stages: Mapping[str, str], path: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; none where there is no file."""
+    """Read the rows of a metrics file; a missing file has none."""
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines ends at U+2028 too
+    with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines would split at U+2028
         return [json.loads(line) for line in file]
 
 
 def find_curves(
     panel: Panel, logs: Mapping[str, list[dict[str, Any]]]
 ) -> dict[tuple[str, str], Curve]:
-    """(stage, metric key) -> its curve, for what was logged as a number."""
+    """Return the curve of each (stage, metric key) that was logged as a number."""
     curves: dict[tuple[str, str], Curve] = {}
     for stage, rows in logs.items():
         for key in panel.lines:
@@ -114,7 +114,7 @@ def find_curves(
 
 
 def _colours(drawn: Sequence[tuple[Panel, Mapping[tuple[str, str], Curve]]]) -> dict[str, str]:
-    """A colour a stage; stages that never meet in one panel may share it."""
+    """Choose a colour for each stage; stages that never share a panel may share a colour."""
     colours: dict[str, str] = {}
     for _, curves in drawn:
         in_panel = dict.fromkeys(stage for stage, _ in curves)
@@ -152,7 +152,7 @@ def _draw_panel(
 
 
 def _explain(axes: Axes, explained: set[str]) -> set[str]:
-    """A legend where lines are new to the reader; returns their labels."""
+    """Add a legend if a label has not been explained yet; return the panel's labels."""
     labels = set(axes.get_legend_handles_labels()[1])
     if len(labels) > 1 and not labels <= explained:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
@@ -160,7 +160,7 @@ def _explain(axes: Axes, explained: set[str]) -> set[str]:
 
 
 def running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """Mean of each value and of up to `reach` neighbours on either side."""
+    """Return the mean of each value and its neighbours, up to `reach` on either side."""
     sums = [0.0, *accumulate(values)]
     windows = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
     return [(sums[end] - sums[start]) / (end - start) for start, end in windows]

@@ -1,4 +1,4 @@
-"""The evaluation: sample, score, compare, report."""
+"""Run the evaluation: sample, score, compare, report."""
 
 import json
 import random
@@ -54,52 +54,54 @@ CURVES = "curves.png"
 SAMPLES_SHOWN = "samples.md"
 
 _FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
-"""package.module:name"""
+"""Matches package.module:name."""
 
 
 @dataclass(frozen=True)
 class Exam:
-    """What every policy is put through, and who marks it."""
+    """Holds the questions that every policy gets, and the judges."""
 
     chat: Chat
-    """The baseline's rendering, which is that of all."""
+    """The baseline's rendering, which all policies share."""
     chats: dict[str, Chat]
-    """Of each policy, with the ends that its own files declare."""
+    """The chat of each policy, with the end tokens that its own files declare."""
     questions: list[Prompt]
     prompt_ids: list[tuple[int, ...]]
     num_cut: int
     """Prompts that lost early turns to fit."""
     num_dropped: int
-    """Prompts that did not fit at all."""
+    """Prompts that do not fit even without early turns."""
     texts: list[PromptTree]
     probes: list[Prompt]
     judges: dict[str, Reward]
-    """"gold", "rm" and those of the settings, as far as there are; the first decides."""
+    """Maps names to judges: "gold" and "rm" if they are given, then those of the settings. The
+    first one decides the win rates."""
     grader: Grader | None
     """Gives the parts of gold. None: there is no gold, or it has no parts."""
     kinds: list[str] | None
-    """Kind of each question, where gold tells it."""
+    """Kind of each question. None: gold does not give kinds."""
 
 
 @dataclass(frozen=True)
 class Marks:
-    """What the policies answered, and what was measured while they were in memory."""
+    """Holds the policies' answers, and what was measured while each policy was in memory."""
 
     answers: dict[str, Answers] = field(default_factory=dict)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     parts: dict[str, PartsByPrompt] = field(default_factory=dict)
-    """Of the answers, by gold; empty without a grader."""
+    """Parts of gold for each policy's answers; empty without a grader."""
     pool: list[PromptTree] = field(default_factory=list)
-    """Several answers a prompt by the baseline, to make pairs of; empty where no pairs are made."""
+    """Several answers of the baseline to each prompt, to make pairs of; empty if no pairs are
+    made."""
 
 
 @folders_given_back()
 def evaluate(config: Config) -> None:
-    """Measure every policy, write results.json, samples and curves, print the table."""
+    """Measure every policy, write results.json, samples and curves, and print the table."""
     accelerator = start_accelerator()
     if not accelerator.is_main_process:
         return
-    if accelerator.num_processes > 1:  # as when one launcher file is given for all stages
+    if accelerator.num_processes > 1:  # happens when all stages get the same launcher file
         print(
             f"evaluate: the first of {accelerator.num_processes} processes does all the work, the "
             "others are done; start one only to save them",
@@ -157,7 +159,7 @@ def evaluate(config: Config) -> None:
 
 
 def _inputs(config: Config) -> dict[str, str]:
-    """All that must be there."""
+    """Return the inputs that must exist."""
     optional = {
         "reward_model": config.reward_model,
         "gold_path": config.gold_path,
@@ -174,7 +176,7 @@ def _inputs(config: Config) -> dict[str, str]:
 
 
 def _prepare(config: Config, device: torch.device) -> Exam:
-    """What can be wrong with the prompts, texts and judges is found here, before a sample."""
+    """Load prompts, texts and judges, so that faults in them are found before any sampling."""
     chats = _common_chats(config)
     chat = chats[config.baseline_name]
     drawn = _draw_prompts(config)
@@ -216,7 +218,7 @@ def _text_ids(record: Text, chat: Chat) -> list[int]:
 
 
 def _common_chats(config: Config) -> dict[str, Chat]:
-    """Every policy's rendering, which must be the baseline's.
+    """Load every policy's chat, and check that all render as the baseline does.
 
     Raises:
         ValueError: A policy has another tokenizer or chat template.
@@ -234,7 +236,7 @@ def _common_chats(config: Config) -> dict[str, Chat]:
 
 
 def _draw_prompts(config: Config) -> list[Prompt]:
-    """All prompts, or as many as are wanted, in the order of the file."""
+    """Read all prompts, or draw as many as are wanted, in the order of the file."""
     records = read_records(config.prompts, Prompt)
     if len(records) <= config.num_prompts:
         return records
@@ -243,7 +245,7 @@ def _draw_prompts(config: Config) -> list[Prompt]:
 
 
 def _check_prompts(config: Config, num_cut: int, dropped: Sequence[Prompt], num_drawn: int) -> None:
-    """Tells what did not fit, and raises ValueError when too little did."""
+    """Print how many prompts did not fit; raise a ValueError if too few did."""
     limit = f"max_prompt_tokens {config.max_prompt_tokens}"
     num_left = num_drawn - len(dropped)
     if num_cut or dropped:
@@ -297,7 +299,7 @@ def _load_judges(
 
 
 def _is_function(judge: str) -> bool:
-    """Whether an entry of `judges` is package.module:name, and no folder or hub id."""
+    """Tell whether an entry of `judges` is package.module:name, and not a folder or hub id."""
     return _FUNCTION.fullmatch(judge) is not None and not Path(judge).exists()
 
 
@@ -306,9 +308,9 @@ def _gold_reward(gold: Callable[..., list[float]], name: str) -> Reward:
 
 
 def _examine(config: Config, exam: Exam, device: torch.device) -> Marks:
-    """Answers and figures of each policy, one policy in memory at a time.
+    """Collect the answers and figures of each policy, with one policy in memory at a time.
 
-    The baseline comes last: it is then there to weigh the answers of all others.
+    The baseline comes last, so that it can compute the log-probabilities of all other answers.
     """
     baseline = config.baseline_name
     others = [name for name in config.policies if name != baseline]
@@ -354,7 +356,7 @@ def _grade(
     name: str,
     parts: PartsByPrompt,
 ) -> dict[str, Any]:
-    """Figures of the parts; where gold says what is right, of greedy responses too."""
+    """Describe the parts of the answers; if gold says what is right, also of greedy answers."""
     figures = describe_parts(parts, config.right_part, exam.kinds, config.seed)
     if "right" in figures:
         label = f"{name} answers greedily"
@@ -368,7 +370,7 @@ def _grade(
 
 
 def _makes_pairs(config: Config, exam: Exam) -> bool:
-    """Whether the reward model is to be tried on pairs that differ in one part of gold."""
+    """Tell whether to test the reward model on pairs that differ in one part of gold."""
     is_judged = exam.grader is not None and REWARD_MODEL in exam.judges
     return is_judged and config.pair_samples_per_prompt > 0
 
@@ -376,7 +378,7 @@ def _makes_pairs(config: Config, exam: Exam) -> bool:
 def _sample_pool(
     config: Config, exam: Exam, policy: PreTrainedModel, name: str
 ) -> list[PromptTree]:
-    """Other samples than those that the policies are compared on."""
+    """Sample answers other than those that the policies are compared on."""
     return _sample(
         config,
         exam,
@@ -390,7 +392,7 @@ def _sample_pool(
 
 
 def _try_pairs(config: Config, exam: Exam, pool: list[PromptTree]) -> dict[str, Any]:
-    """Figures of the reward model on pairs of the pool that differ in one part alone."""
+    """Measure the reward model on pairs of the pool that differ in one part only."""
     assert exam.grader is not None
     parts = exam.grader.grade(exam.questions, pool, exam.chat)
     scores = score(exam.judges[REWARD_MODEL], exam.questions, exam.chat, Answers(pool, []))
@@ -454,7 +456,7 @@ def _sample(
     temperature: float,
     seed: int | None = None,
 ) -> list[PromptTree]:
-    """Responses to all prompts. None as the seed means that of the settings."""
+    """Sample responses to all prompts. None as the seed means the seed of the settings."""
     return sample(
         policy,
         exam.prompt_ids,
@@ -479,7 +481,7 @@ def _settings(config: Config, name: str) -> ModelSettings:
 
 
 def _load(config: Config, exam: Exam, name: str) -> PreTrainedModel:
-    """Raises ValueError where the policy cannot read these prompts and responses."""
+    """Load a policy; raise a ValueError if it cannot read these prompts and responses."""
     path = config.policies[name]
     policy = load_policy(_settings(config, name))
     check_vocabulary(policy, exam.chat, path)
@@ -505,7 +507,7 @@ def _is_there(name: str, folder: str) -> bool:
 
 
 def _read_report(folder: str) -> dict[str, Any]:
-    """A stage's results, without the seconds, which stand with those of all stages."""
+    """Read a stage's results without its seconds, which are shown with those of all stages."""
     path = Path(folder)
     path = path / RESULTS if path.is_dir() else path
     if not path.is_file():
@@ -515,13 +517,13 @@ def _read_report(folder: str) -> dict[str, Any]:
 
 
 def _results_of(folder: str) -> dict[str, Any]:
-    """Empty where the stage has not come to its end."""
+    """Read a stage's results; empty if the stage has not finished."""
     path = Path(folder) / RESULTS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _speed_of(results: dict[str, Any]) -> dict[str, Any]:
-    """Tokens a second, FLOPs and seconds by phase, of a stage that measures them."""
+    """Select tokens a second, FLOPs and seconds by phase, if the stage measures them."""
     names = ("tokens_per_second", "model_flops_utilisation", "phase_seconds")
     return {name: results[name] for name in names if name in results}
 
@@ -529,7 +531,7 @@ def _speed_of(results: dict[str, Any]) -> dict[str, Any]:
 def _sample_rows(
     config: Config, exam: Exam, marks: Marks, scores: dict[str, dict[str, Scores]]
 ) -> list[dict[str, Any]]:
-    """One row a response: prompt after prompt, policies side by side."""
+    """Make one row a response, sorted by prompt and then by policy."""
     rows = []
     for number, question in enumerate(exam.questions):
         for name in config.policies:

@@ -1,4 +1,4 @@
-"""What is measured of a policy: its responses, their probabilities, scores and comparisons."""
+"""Measure a policy: sample responses, compute their probabilities and scores, and compare."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ from rlhf.models.passes import compute_logprobs
 from rlhf.rewards.scores import Reward
 
 PASSES_BETWEEN_TICKS = 4
-"""Passes through the model between two steps of a progress bar."""
+"""Passes through the model between two updates of a progress bar."""
 
 Scores = list[list[float]]
 """Scores of each prompt's responses."""
@@ -38,12 +38,13 @@ Scores = list[list[float]]
 
 @dataclass(frozen=True)
 class Answers:
-    """One policy's responses to all prompts."""
+    """Holds one policy's responses to all prompts."""
 
     trees: list[PromptTree]
-    """One a prompt, with that prompt's responses."""
+    """One tree for each prompt, with its responses."""
     logprobs: list[Tensor]
-    """(time,) in nats, of each response in the order of the trees, by the policy itself."""
+    """Log-probabilities (time,) of each response under the policy, in nats, in the order of the
+    trees."""
 
     @property
     def responses(self) -> list[tuple[int, ...]]:
@@ -63,7 +64,10 @@ def sample(
     label: str,
     other_ends: tuple[int, ...] = (),
 ) -> list[PromptTree]:
-    """A tree a prompt with its sampled responses; equal policies with equal seeds give the same."""
+    """Sample responses, and return one tree for each prompt.
+
+    Equal policies with equal seeds give equal responses.
+    """
     repeated = [ids for ids in prompt_ids for _ in range(samples_per_prompt)]
     with _bar(label, len(repeated)) as bar:
         samples = generate(
@@ -93,7 +97,7 @@ def response_logprobs(
     temperature: float,
     label: str,
 ) -> list[Tensor]:
-    """(time,) log-probabilities in nats of each response, in the order of the trees."""
+    """Return the log-probabilities (time,) of each response in nats, in the order of the trees."""
     logprobs: list[Tensor] = []
     with _bar(label, len(trees)) as bar:
         for chunk in _chunks(trees, PASSES_BETWEEN_TICKS * packer.micro_batch_tokens):
@@ -105,7 +109,7 @@ def response_logprobs(
 
 
 def describe(answers: Answers, end_id: int, other_ends: tuple[int, ...] = ()) -> dict[str, float]:
-    """What can be read off the responses alone; means over responses."""
+    """Compute means over responses of what the responses alone show."""
     responses = answers.responses
     ends = {end_id, *other_ends}
     return {
@@ -118,7 +122,7 @@ def describe(answers: Answers, end_id: int, other_ends: tuple[int, ...] = ()) ->
 def most_frequent_response(
     questions: Sequence[Prompt], chat: Chat, answers: Answers
 ) -> tuple[str, float]:
-    """The response that the most different prompts get, and their share of all prompts."""
+    """Return the response that the most different prompts get, and their share of all prompts."""
     by_prompt: dict[str, list[str]] = defaultdict(list)
     for question, tree in zip(questions, answers.trees, strict=True):
         by_prompt[question.key] += [chat.decode(response) for response in tree.responses]
@@ -128,16 +132,16 @@ def most_frequent_response(
 def text_loss(
     policy: PreTrainedModel, texts: Sequence[PromptTree], packer: Packer, label: str
 ) -> float:
-    """Mean loss in nats a token on plain text, over all tokens of it but each text's first."""
+    """Return the mean loss on plain text in nats a token, over all tokens but each text's first."""
     logprobs = response_logprobs(policy, texts, packer, 1.0, label)
     return -torch.cat(logprobs).double().mean().item()
 
 
 def divergence(answers: Answers, ref_logprobs: Sequence[Tensor]) -> dict[str, float]:
-    """KL(policy || reference) in nats a response, estimated on the policy's own responses.
+    """Estimate KL(policy || reference) in nats a response, on the policy's own responses.
 
-    `kl` is the mean of sum_t k1 and `kl_error` its standard error over prompts; `kl_k3` is the mean
-    of sum_t k3, which has the same expectation and is never negative (see rlhf/maths/kl.py).
+    `kl` is the mean of sum_t k1, and `kl_error` its standard error over prompts. `kl_k3` is the
+    mean of sum_t k3, which has the same expectation and is never negative (see rlhf/maths/kl.py).
     """
     logprobs = pad_sequence(answers.logprobs, batch_first=True)
     references = pad_sequence(list(ref_logprobs), batch_first=True)
@@ -151,7 +155,10 @@ def divergence(answers: Answers, ref_logprobs: Sequence[Tensor]) -> dict[str, fl
 
 
 def score(reward: Reward, questions: Sequence[Prompt], chat: Chat, answers: Answers) -> Scores:
-    """Scores of every response, grouped by prompt; each response ends with the template's end."""
+    """Return the scores of all responses, grouped by prompt.
+
+    The judge reads each response with the end token of the chat template.
+    """
     rows = [
         (question, tree.prompt, chat.with_own_end(response))
         for question, tree in zip(questions, answers.trees, strict=True)
@@ -169,11 +176,11 @@ def score(reward: Reward, questions: Sequence[Prompt], chat: Chat, answers: Answ
 def compare(
     name: str, baseline: str, scores: dict[str, dict[str, Scores]], seed: int
 ) -> dict[str, Any]:
-    """Mean scores of a policy by each judge, and how often it beats the baseline.
+    """Compute a policy's mean score by each judge, and how often it beats the baseline.
 
     Args:
-        scores: judge -> policy -> scores. The first judge gives `win_rate_vs_BASELINE`; the others'
-            win rates have their judge's name behind it.
+        scores: maps judge to policy to scores. The first judge gives `win_rate_vs_BASELINE`. The
+            other judges give `win_rate_vs_BASELINE_by_JUDGE`.
     """
     figures: dict[str, Any] = {}
     for number, (judge, by_policy) in enumerate(scores.items()):
@@ -188,12 +195,12 @@ def compare(
 
 
 def _by_prompt(answers: Answers, values: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Values (responses,) in one group a prompt."""
+    """Split values (responses,) into one group for each prompt."""
     return (group.unbind() for group in values.split([len(t.responses) for t in answers.trees]))
 
 
 def _chunks(trees: Sequence[PromptTree], max_tokens: int) -> Iterator[list[PromptTree]]:
-    """Neighbouring trees of about this many tokens in all, at least one each time."""
+    """Yield neighbouring trees of at most this many tokens in all, but always at least one tree."""
     chunk: list[PromptTree] = []
     num_tokens = 0
     for tree in trees:

@@ -1,8 +1,8 @@
-"""Does the reward model hear each part of the gold score? Pairs of samples that differ in one part.
+"""Test whether the reward model sees each part of the gold score, on pairs that differ in one part.
 
-Two responses to one prompt that are equal in all parts but one differ in nothing else that gold can
-see, so the share of them that the reward model orders as that part does is its accuracy on the
-part: on the policy's own samples, where PPO will ask it.
+If two responses to a prompt differ in one part only, gold sees no other difference between them.
+The reward model's accuracy on a part is the share of such pairs that it orders as the part does. It
+is measured on the policy's own samples, since those are what PPO asks the reward model about.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from stages.evaluate.parts import group_by_kind
 
 @dataclass(frozen=True)
 class Judged:
-    """A response, its parts by gold, and its score by the reward model."""
+    """Holds a response, its parts by gold, and its score by the reward model."""
 
     response: str
     parts: Mapping[str, float]
@@ -25,11 +25,11 @@ class Judged:
 
 
 def outcomes_by_part(judged: Sequence[Sequence[Judged]]) -> dict[str, Scores]:
-    """Part -> for each prompt, an outcome a pair of different responses that differ in it alone.
+    """Return, for each part and prompt, the outcomes of pairs that differ in this part only.
 
-    An outcome is 1 where the reward model scores the response higher that is better by the part,
-    0 where it scores it lower, and 0.5 for a tie. Each different response of a prompt counts once,
-    however often it was sampled.
+    An outcome is 1 if the reward model scores the response higher that is better by the part, 0 if
+    it scores it lower, and 0.5 for a tie. A response that was sampled several times for a prompt
+    counts once.
     """
     outcomes: dict[str, Scores] = {}
     for number, of_prompt in enumerate(judged):
@@ -48,8 +48,11 @@ def pair_figures(
     kinds: Sequence[str] | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Accuracy and pairs by part; of the part that says what is right also an interval (drawn over
-    prompts) and the accuracy by kind."""
+    """Return the reward model's accuracy and the number of pairs for each part.
+
+    The part that says what is right also gets an interval, from a bootstrap over prompts, and its
+    accuracy by kind.
+    """
     figures: dict[str, Any] = {}
     right = [] if right_part is None else outcomes.get(right_part, [])
     if right_part is not None:
@@ -67,7 +70,7 @@ def pair_figures(
 
 
 def _only_difference(one: Judged, other: Judged) -> str | None:
-    """The part in which two responses differ, if it is one part alone."""
+    """Return the part in which two responses differ, or None unless it is exactly one."""
     if one.parts.keys() != other.parts.keys():
         return None
     differing = [part for part in one.parts if one.parts[part] != other.parts[part]]

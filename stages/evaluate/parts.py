@@ -1,12 +1,12 @@
-"""The parts of the gold score: whether a response is right, polite, brief, each for itself.
+"""Take the gold score apart: whether a response is right, polite or brief, each on its own.
 
-What the maker of `gold` returns may have two methods beside being called:
+The gold score is a callable, which may also have two methods:
 
     parts(prompts, responses) -> list[dict[str, float]]   one dict a response
-    kinds(prompts) -> list[str]                           the kind of task that each prompt is
+    kinds(prompts) -> list[str]                           the kind of task of each prompt
 
-A part that a prompt does not ask about may be left out of its dicts. See data/tinyworld/gold.py and
-data/instructions/checks.py.
+The dicts of a prompt may leave out a part that the prompt does not ask for. See
+data/tinyworld/gold.py and data/instructions/checks.py.
 """
 
 import math
@@ -24,24 +24,24 @@ from rlhf.rewards.functions import call_by_rows
 from stages.evaluate.measures import Scores
 
 PartsByPrompt = list[list[dict[str, float]]]
-"""Part -> its value, for each prompt's responses."""
+"""Maps each part to its value, for every response of every prompt."""
 
 
 @dataclass(frozen=True)
 class Grader:
-    """A gold score that gives its parts."""
+    """Wraps a gold score that gives its parts."""
 
     name: str
-    """package.module:name of its maker."""
+    """package.module:name of the function that made the gold score."""
     gold: Any
 
     def grade(
         self, questions: Sequence[Prompt], trees: Sequence[PromptTree], chat: Chat
     ) -> PartsByPrompt:
-        """The parts of every response, grouped by prompt.
+        """Return the parts of every response, grouped by prompt.
 
         Raises:
-            ValueError: `parts` failed, or gave something else than numbers by name.
+            ValueError: `parts` failed, or gave something other than numbers by name.
         """
         rows = [
             (question, chat.decode(response))
@@ -59,10 +59,10 @@ class Grader:
         return [list(islice(parts, len(tree.responses))) for tree in trees]
 
     def kinds(self, questions: Sequence[Prompt]) -> list[str] | None:
-        """The kind of each prompt; None where gold does not tell them.
+        """Return the kind of each prompt, or None if gold does not give kinds.
 
         Raises:
-            ValueError: `kinds` failed, or gave another number of kinds.
+            ValueError: `kinds` failed, or gave the wrong number of kinds.
         """
         if not hasattr(self.gold, "kinds"):
             return None
@@ -86,24 +86,27 @@ class Grader:
 
 
 def find_grader(gold: Any, name: str) -> Grader | None:
-    """None where there is no gold, or it does not give its parts."""
+    """Return a grader, or None if there is no gold or it does not give its parts."""
     return Grader(name, gold) if hasattr(gold, "parts") else None
 
 
 def part_names(parts: PartsByPrompt) -> list[str]:
-    """All parts that any response has, in the order in which they come."""
+    """Return the names of all parts of all responses, in the order in which they first appear."""
     return list(dict.fromkeys(name for of_prompt in parts for row in of_prompt for name in row))
 
 
 def part_scores(parts: PartsByPrompt, name: str) -> Scores:
-    """One part's values; none for a prompt that does not ask about it."""
+    """Return the values of one part; a prompt that does not ask for it has none."""
     return [[row[name] for row in of_prompt if name in row] for of_prompt in parts]
 
 
 def describe_parts(
     parts: PartsByPrompt, right_part: str | None, kinds: Sequence[str] | None, seed: int
 ) -> dict[str, Any]:
-    """Means over responses: of every part, and of the one that says whether a response is right."""
+    """Compute the mean of every part over responses.
+
+    The part that says what is right also gets an interval and its means by kind.
+    """
     names = part_names(parts)
     figures: dict[str, Any] = {"parts": {name: _mean(part_scores(parts, name)) for name in names}}
     if right_part not in names:
@@ -118,8 +121,7 @@ def describe_parts(
 
 
 def group_by_kind(by_prompt: Scores, kinds: Sequence[str]) -> dict[str, Scores]:
-    """Kind -> values of its prompts, kinds in the order of the alphabet; prompts without any value
-    are left out."""
+    """Group the prompts' values by kind, sorted by kind; leave out prompts without any value."""
     groups: dict[str, Scores] = defaultdict(list)
     for values, kind in zip(by_prompt, kinds, strict=True):
         if values:

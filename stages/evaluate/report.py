@@ -1,4 +1,4 @@
-"""The results as people read them: one table of text, and the samples side by side."""
+"""Format the results for readers: one table of text, and the samples side by side."""
 
 import math
 import re
@@ -11,35 +11,35 @@ from rlhf.inputs.records import PromptLike, to_messages
 from stages.evaluate.config import GOLD, REWARD_MODEL, SAMPLE_KEYS
 
 JUDGES = {GOLD: "gold", REWARD_MODEL: "reward model"}
-"""Judges whose names are not what people call them."""
+"""Maps the names of judges to what people call them."""
 NUM_IN_TABLE = 10
-"""Prompts of the table at the head of the samples."""
+"""Prompts in the table at the top of the samples."""
 
 NESTED = {
     "right_accuracy_by_kind": "accuracy where only right or wrong differs: ",
     "accuracy_by_part": "accuracy where only this part differs: ",
 }
-"""Keys of figures by name in a report -> what stands before the name."""
+"""Maps keys of a report that hold figures by name to the text before each name."""
 
 NOTHING = "-"
 INTERVAL = "  95 % interval"
 
 Rows = list[tuple[str, list[str]]]
-"""Label and cells of each line."""
+"""Holds the label and the cells of each line."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A part of the table."""
+    """Holds one block of lines of the table."""
 
     title: str
     columns: tuple[str, ...]
-    """Names above the cells; none where a row has a single cell."""
+    """Names above the cells; empty if each row has a single cell."""
     rows: Rows
 
 
 def format_results(results: Mapping[str, Any]) -> str:
-    """One table of results.json: the policies in columns, then reports, speed and seconds."""
+    """Format results.json as one table: the policies in columns, then reports, speed, seconds."""
     policies = {name: results[name] for name in results["policies"]}
     reports = {
         name: value
@@ -64,11 +64,11 @@ def format_results(results: Mapping[str, Any]) -> str:
 def format_samples(
     rows: Sequence[Mapping[str, Any]], warnings: Sequence[Mapping[str, Any]], num_shown: int
 ) -> str:
-    """Markdown: the warnings, a table of the first prompts, then prompts with all their responses.
+    """Format samples as Markdown: warnings, a table, then prompts with all their responses.
 
     Args:
-        rows: All rows of samples.jsonl; the table and what follows are its first prompts.
-        num_shown: Prompts after the table.
+        rows: All rows of samples.jsonl. The table and the list after it show the first prompts.
+        num_shown: Prompts in the list after the table.
     """
     parts = ["# Samples on held-out prompts\n"]
     if warnings:
@@ -86,7 +86,7 @@ def format_samples(
 
 
 def _table_of_samples(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line a prompt and a column a policy, with the first response of each."""
+    """Make a table of first responses, with a line for each prompt and a column for each policy."""
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     lines = [["prompt", *policies], ["---"] * (1 + len(policies))]
     for _, of_prompt in groupby(rows, key=lambda row: row["prompt_number"]):
@@ -102,7 +102,7 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 def _marks(row: Mapping[str, Any]) -> str:
-    """What the judges say of a response; every number beside the row's own keys is a judge's."""
+    """Format the judges' scores of a response: all keys of the row that are not SAMPLE_KEYS."""
     marks = [
         f"{JUDGES.get(name, name)} {value:.2f}"
         for name, value in row.items()
@@ -114,7 +114,7 @@ def _marks(row: Mapping[str, Any]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text in one line that Markdown, in a table too, shows as it is."""
+    """Escape text into one line that Markdown shows unchanged, even in a table."""
     text = text.replace("&", "&amp;").replace("<", "&lt;")
     text = re.sub(r"[\\`*_\[\]#|~]", r"\\\g<0>", text)
     return "<br>".join(text.splitlines()) or "(nothing)"
@@ -126,7 +126,7 @@ def _count_samples(prompts: Mapping[str, Any]) -> str:
 
 
 def _policy_rows(results: Mapping[str, Any], policies: Mapping[str, Mapping[str, Any]]) -> Rows:
-    """The figures that any policy has, in the order in which they matter."""
+    """Make rows for the figures that any policy has, the most important first."""
     baseline, judge = results["baseline"], results["judge"]
     judges = {name: JUDGES.get(name, name) for name in results["judges"]}
     other = [name for name in judges if name != judge]
@@ -163,7 +163,8 @@ def _policy_rows(results: Mapping[str, Any], policies: Mapping[str, Mapping[str,
 
 
 def _nested_rows(policies: Mapping[str, Mapping[str, Any]]) -> Rows:
-    """Figures that a policy has several of, and the share of its most frequent response."""
+    """Make rows for figures by kind and by part, and for the share of the most frequent
+    response."""
     rows: Rows = []
     for key, label in (("right_by_kind", "right: "), ("parts", "part of gold: ")):
         names = dict.fromkeys(name for policy in policies.values() for name in policy.get(key, {}))
@@ -176,7 +177,10 @@ def _nested_rows(policies: Mapping[str, Mapping[str, Any]]) -> Rows:
 
 
 def _report_rows(report: Mapping[str, Any]) -> Rows:
-    """Numbers at the top of a report, an interval under its figure; results.json has the rest."""
+    """Make rows for the top-level numbers of a report, each interval under its figure.
+
+    results.json has the rest.
+    """
     rows: Rows = []
     for key, value in report.items():
         label = key.replace("_", " ")
@@ -192,7 +196,7 @@ def _report_rows(report: Mapping[str, Any]) -> Rows:
 
 
 def _phase_rows(phases: Mapping[str, float]) -> Rows:
-    """Where the time of a stage's updates went: seconds and shares of the whole."""
+    """Make rows for the phases of a stage's updates, with seconds and shares of the whole."""
     whole = phases.get("update", 0.0)
     longest_first = sorted(phases.items(), key=lambda phase: -phase[1])
     return [
@@ -207,7 +211,7 @@ def _seconds_rows(seconds: Mapping[str, float]) -> Rows:
 
 
 def _lay_out(blocks: Sequence[Block]) -> list[str]:
-    """Blocks under each other in common columns: labels at the left, cells at the right."""
+    """Lay out blocks under each other in common columns, labels left and cells right."""
     rows = [row for block in blocks for row in block.rows]
     cells = [cell for _, row in rows for cell in row]
     names = [name for block in blocks for name in block.columns]
@@ -242,7 +246,7 @@ def _number(value: Any, digits: int) -> str:
 
 
 def _interval(interval: Any, digits: int) -> str:
-    """Nothing where it is unknown, as over a single prompt."""
+    """Format an interval, or NOTHING if it is unknown, as over a single prompt."""
     if not _is_interval(interval) or any(map(math.isnan, interval)):
         return NOTHING
     low, high = interval
@@ -257,7 +261,7 @@ def _prompt_text(prompt: PromptLike) -> str:
 
 
 def _fenced(text: str) -> str:
-    """Text as Markdown shows it unchanged: the fence is longer than any within."""
+    """Fence text so that Markdown shows it unchanged: longer than any fence within the text."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"

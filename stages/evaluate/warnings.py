@@ -1,7 +1,8 @@
-"""What an average hides, told in words: parts traded, one answer to everything, a reward that lies.
+"""Warn of what an average hides.
 
-Each check compares a policy with the baseline on the same prompts. The codes are stable; they stand
-in results.json (`warnings`), at the end of the output and at the top of samples.md.
+A policy may trade one part for another, give one answer to many prompts, or please the reward model
+alone. Each check compares a policy with the baseline on the same prompts. The codes are stable.
+They appear in results.json (`warnings`), at the end of the output and at the top of samples.md.
 docs/metrics.md lists them.
 """
 
@@ -15,10 +16,10 @@ from stages.evaluate.measures import Scores
 from stages.evaluate.parts import PartsByPrompt, part_names, part_scores
 
 MIN_PROMPTS = 20
-"""With fewer prompts an interval from resampling them tells too little to warn of anything."""
+"""Fewest prompts to warn from. With fewer, an interval from resampling them says too little."""
 MAX_ONE_ANSWER = 0.1
-"""Share of different prompts that one answer may go to. A task with a class of a tenth of its
-prompts and one right answer for it is not rare."""
+"""Largest share of different prompts that may get one answer. In many tasks a tenth of the prompts
+have the same right answer."""
 
 PARTS = "EVAL_PARTS"
 ONE_ANSWER = "EVAL_ONE_ANSWER"
@@ -27,7 +28,7 @@ REWARD = "EVAL_REWARD"
 
 @dataclass(frozen=True)
 class EvaluationWarning:
-    """A policy's fault in words."""
+    """Describes a policy's fault in words."""
 
     code: str
     policy: str
@@ -35,11 +36,11 @@ class EvaluationWarning:
 
 
 class Frequent(NamedTuple):
-    """The answer that the most prompts get."""
+    """Holds the answer that the most prompts get."""
 
     text: str
     share: float
-    """Of different prompts."""
+    """Share of the different prompts that get it."""
 
 
 def find_warnings(
@@ -53,15 +54,15 @@ def find_warnings(
     num_prompts: int,
     seed: int,
 ) -> list[EvaluationWarning]:
-    """All warnings about these policies, in the order of the policies.
+    """Return all warnings about these policies, in the order of the policies.
 
     Args:
-        scores: judge -> policy -> scores.
-        parts: policy -> parts of gold; empty where gold gives none.
-        right_part: The part of gold that says whether a response is right. It is a judge of its
-            own, since gold as a whole may rise by manners alone.
-        frequent: policy -> its most frequent answer.
-        num_prompts: Different prompts.
+        scores: maps judge to policy to scores.
+        parts: maps policy to parts of gold; empty if gold gives none.
+        right_part: The part of gold that says whether a response is right. It counts as a judge of
+            its own, since gold as a whole may rise through manners alone.
+        frequent: maps policy to its most frequent answer.
+        num_prompts: Number of different prompts.
     """
     names = part_names(parts[baseline]) if parts else []
     of_gold = {
@@ -77,7 +78,7 @@ def find_warnings(
         warnings += find_parts_traded(policy, baseline, of_gold, seed)
         warnings += find_parts_traded(
             policy, baseline, of_judges, seed, not_gains=[REWARD_MODEL]
-        )  # gains by the reward model alone are what the last check is for
+        )  # find_reward_parted covers gains by the reward model alone
         warnings += find_one_answer(policy, baseline, frequent, num_prompts)
         if reward is not None:
             warnings += find_reward_parted(policy, baseline, reward, independent, seed)
@@ -92,11 +93,11 @@ def find_parts_traded(
     *,
     not_gains: Sequence[str] = (),
 ) -> list[EvaluationWarning]:
-    """The policy gains by one part and loses by another, each beyond its 95 % interval.
+    """Warn if the policy gains by one part and loses by another, each beyond its 95 % interval.
 
     Args:
-        parts: part -> policy -> values of each prompt's responses.
-        not_gains: Parts by which a gain alone is no reason to warn.
+        parts: maps part to policy to values of each prompt's responses.
+        not_gains: Parts whose gain alone is no reason to warn.
     """
     changes = {name: _change(policy, baseline, of, seed) for name, of in parts.items()}
     gains = {name: one for name, one in changes.items() if one is not None and one.interval[0] > 0}
@@ -113,7 +114,7 @@ def find_parts_traded(
 def find_one_answer(
     policy: str, baseline: str, frequent: Mapping[str, Frequent], num_prompts: int
 ) -> list[EvaluationWarning]:
-    """The policy gives one answer to many prompts, and the baseline did not."""
+    """Warn if the policy gives one answer to many prompts, and the baseline does not."""
     now, before = frequent[policy], frequent[baseline]
     if num_prompts < MIN_PROMPTS or not is_one_answer(now.share, before.share, MAX_ONE_ANSWER):
         return []
@@ -133,11 +134,11 @@ def find_reward_parted(
     judges: Mapping[str, Mapping[str, Scores]],
     seed: int,
 ) -> list[EvaluationWarning]:
-    """The reward rises, and a judge that is independent of it does not.
+    """Warn if the reward rises and the score of an independent judge does not.
 
     Args:
-        reward: policy -> scores of each prompt's responses by the reward model.
-        judges: judge -> the same by that judge.
+        reward: maps policy to the reward model's scores of each prompt's responses.
+        judges: maps judge to policy to that judge's scores.
     """
     rise = _change(policy, baseline, reward, seed)
     if rise is None or not rise.interval[0] > 0:
@@ -159,7 +160,7 @@ def find_reward_parted(
 
 
 def _change(policy: str, baseline: str, scores: Mapping[str, Scores], seed: int) -> Estimate | None:
-    """Policy less baseline, paired over prompts; None where too few prompts have both."""
+    """Estimate policy minus baseline, paired by prompt; None if too few prompts have both."""
     both = zip(scores[policy], scores[baseline], strict=True)
     if sum(bool(a and b) for a, b in both) < MIN_PROMPTS:
         return None

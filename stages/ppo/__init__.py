@@ -1,7 +1,7 @@
 """PPO and PPO-ptx (Ouyang et al. 2022, section 3.5 and eq. 2).
 
-Reads the SFT policy (start and KL reference), the reward model, prompts and pretraining text;
-writes the aligned policy as a plain model folder. One update is: sample responses, score them,
-subtract the KL penalty, estimate advantages, and take clipped steps into which the gradient of the
-language modelling loss on pretraining text is summed.
+The stage reads the SFT policy (start and KL reference), the reward model, prompts and pretraining
+text. It writes the aligned policy as a plain model folder. An update samples responses, scores
+them, subtracts the KL penalty, estimates advantages and takes clipped steps. Each step adds the
+gradient of the language modelling loss on pretraining text.
 """

@@ -1,4 +1,4 @@
-"""Settings of the PPO stage. Defaults are InstructGPT's where a small run can use them."""
+"""Settings of the PPO stage; a default is InstructGPT's wherever a small run can use it."""
 
 from dataclasses import dataclass, field
 
@@ -12,112 +12,118 @@ from rlhf.training.settings import OptimSettings
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
-    """Sampling of responses."""
+    """How many responses are sampled, and how."""
 
     batch_size: int = 512
-    """Episodes (prompts, one response each) an update, over all processes."""
+    """Episodes in an update, over all processes. An episode is a prompt with one response."""
     max_prompt_tokens: int = 1024
-    """Longer prompts lose their oldest turns; those whose last turn alone is longer are dropped
-    before training, counted and reported."""
+    """Most tokens of a prompt. Longer prompts lose their oldest turns. A prompt whose last turn
+    alone is longer is dropped before training; the number dropped is printed."""
     max_new_tokens: int = 256
-    """A response without its end token is cut here."""
+    """Most tokens of a response; one that has not ended by then is cut."""
     temperature: float = 1.0
-    """Sampling temperature; log-probabilities everywhere in PPO are at this temperature."""
+    """Sampling temperature. All log-probabilities in PPO are at this temperature."""
     check_every: int = 1
-    """Updates between checks of the sampler, the first update among them: a pass of the policy over
-    what was sampled gives the log-probabilities, their entropy, and what PPO_SAMPLER looks at. In
-    the other updates the sampler's log-probabilities are taken as they are, that pass is saved (8 %
-    of an update on two cores), and the first step's ratio (PPO_RATIO) still compares them with the
-    trainer's. Above 1 in float32 only, and not with vLLM: in bfloat16 the two differ by more than a
-    clip."""
+    """Updates from one check of the sampler to the next, starting with the first update. A check
+    runs the policy over the samples. It gives the log-probabilities, the entropy, and what the
+    alarm PPO_SAMPLER needs. In the other updates PPO uses the sampler's own log-probabilities, and
+    only the first step's ratio (alarm PPO_RATIO) compares them with the trainer's. That saves one
+    pass, 8 % of an update on two cores. Use more than 1 only in float32 and without vLLM: in
+    bfloat16 sampler and trainer differ by more than the clip range."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOSettings:
-    """The policy gradient step."""
+    """Settings of the policy gradient."""
 
     mini_batch_size: int = 64
-    """Episodes an optimizer step, over all processes; divides rollout.batch_size."""
+    """Episodes in an optimizer step, over all processes. It must divide rollout.batch_size."""
     num_epochs: int = 1
     """Passes over each rollout."""
     max_step_kl: float | None = None
-    """The step that finds the policy further than this from the one that sampled (mean k3, nats a
-    token, before the step) is the last of its update; the first step finds 0. None means that all
-    steps are taken."""
+    """Limit on how far the policy may move within an update, in nats a token (mean k3). Each step
+    first measures the distance to the policy that sampled, which is 0 at the first step. The step
+    that finds it above the limit is the last of the update. None means no limit."""
     value_warmup_updates: int = 0
-    """First updates in which the value model alone learns; the policy's schedule starts behind."""
+    """Updates at the start in which only the value model learns. The policy's learning rate
+    schedule starts after them."""
     kl_coef: float = 0.02
-    """Nats of KL to the reference policy are subtracted from the reward times this (beta)."""
+    """Weight (beta) of the KL penalty: the reward of a token is reduced by beta times the
+    log-ratio of policy to reference policy, in nats."""
     kl_target: float | None = None
-    """Nats of KL a response that kl_coef is steered to, update by update (Ziegler et al. 2019,
-    2.2). None means that kl_coef stays as it is."""
+    """KL to the reference, in nats a response, that kl_coef is adjusted to reach, update by update
+    (Ziegler et al. 2019, section 2.2). None means that kl_coef stays as it is."""
     kl_horizon: int = 10_000
-    """Episodes in which kl_coef can change by a factor of 1.2 at most; read with kl_target only."""
+    """Episodes in which kl_coef changes by a factor of at most 1.2. Used with kl_target only."""
     clip_range: float = 0.2
-    """The ratio of new to old probability stops paying outside 1 +- this."""
+    """Clip range of the policy loss: a ratio of new to old probability outside 1 +- this earns
+    nothing more."""
     value_clip_range: float | None = 0.2
-    """Values may move this far, in units of reward, from the rollout's. None means no clipping."""
+    """How far a value may move from the rollout's in one update, in units of reward. None means no
+    clipping."""
     gamma: float = 1.0
-    """Discount a token; 1 means none."""
+    """Discount factor for each token; 1 means no discount."""
     gae_lambda: float = 0.95
     """Decay of generalised advantage estimation."""
     whiten_advantages: bool = True
-    """Advantages to mean 0 and variance 1 over all tokens of the update, on all processes."""
+    """Scale advantages to mean 0 and variance 1 over all tokens of the update, on all
+    processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PtxSettings:
-    """The pretraining mix: gamma * E[log pi(x)] over pretraining text, in the same gradient."""
+    """The pretraining mix: adds the gradient of gamma * E[log pi(x)] over pretraining text."""
 
     coef: float = 27.8
-    """Weight (gamma) of the language modelling loss, which is a mean in nats a token; the policy
-    loss it is added to is a mean over response tokens. 0 means plain PPO. InstructGPT's 27.8 is
-    tied to its own unstated normaliser; see ppo/ptx_grad_norm against ppo/ppo_grad_norm."""
+    """Weight (gamma) of the language modelling loss; 0 means plain PPO. That loss is a mean in nats
+    a text token, and the policy loss is a mean over response tokens. InstructGPT's 27.8 depends on
+    how its losses were normalised, which the paper does not say. To choose a weight, compare
+    ppo/ptx_grad_norm with ppo/ppo_grad_norm."""
     grad_norm_ratio: float | None = None
-    """Norm of the text's gradient as a multiple of the PPO gradient's, both of the policy: in every
-    step the coefficient is what gives it (logged as ppo/ptx_coef). None means that coef is the
-    coefficient. With coef 0 there is no mix at all."""
+    """Wanted norm of the text's gradient, as a multiple of the norm of PPO's gradient, both of the
+    policy. Every step then computes the coefficient that gives this ratio, and logs it as
+    ppo/ptx_coef. None means that coef is the coefficient. With coef 0 there is no mix at all."""
     text: str | None = None
     """File or folder of text records. Needed unless coef is 0."""
     blocks_per_episode: float = 8.0
-    """Blocks of text a step for each episode of the mini-batch."""
+    """Blocks of text in a step for each episode of the mini-batch."""
     block_tokens: int = 128
-    """Tokens a block; text is packed to full blocks, documents set apart by the tokenizer's BOS
-    (or EOS) token."""
+    """Tokens in a block. Documents are joined, each after the tokenizer's BOS (or EOS) token, and
+    cut into full blocks."""
     gradient_norms: bool = True
-    """Log the norms of the PPO and the ptx gradient and their cosine, at the cost of two copies of
-    the policy's gradient, the second only while no pass runs."""
+    """Log the norms of the PPO and the ptx gradient, and their cosine. This takes memory for two
+    copies of the policy's gradient, the second only while no pass runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorSettings:
-    """When the monitor warns, and when it stops; docs/metrics.md lists the codes."""
+    """Limits at which the monitor warns or stops the run; docs/metrics.md lists the codes."""
 
     stop_on: list[str] = field(
         default_factory=lambda: ["PPO_REFERENCE", "PPO_SAMPLER", "PPO_RATIO", "PPO_NEG_KL"]
     )
-    """Codes of alarms that end the run; all others only warn. PPO_NONFINITE always ends it."""
+    """Codes of the alarms that end the run; all others only warn. PPO_NONFINITE always ends it."""
     max_kl: float = 50.0
-    """Nats of KL to the reference a response; runs that collapse lie at 50 and more (Huang et al.
-    2024)."""
+    """Largest KL to the reference, in nats a response. Runs that collapse reach 50 and more (Huang
+    et al. 2024)."""
     max_update_kl: float = 0.1
-    """Nats a token that the policy may move from the one that sampled, mean over an update."""
+    """Largest distance from the policy that sampled, in nats a token, as a mean over an update."""
     max_clip_fraction: float = 0.3
-    """Share of tokens whose ratio is clipped."""
+    """Largest share of tokens whose ratio is clipped."""
     min_eos_rate: float = 0.5
-    """Share of responses that end by themselves."""
+    """Smallest share of responses that end with their end token."""
     max_length_change: float = 3.0
-    """Factor by which the mean length may grow or shrink against the first update."""
+    """Factor by which the mean length may grow or shrink from that of the first update."""
     min_distinct: float = 0.5
-    """Share of different bigrams, against that of the first update."""
+    """Smallest share of different bigrams, as a multiple of the share in the first update."""
     max_one_answer: float = 0.07
-    """Share of a rollout's different prompts that one and the same response may go to, mean of the
-    last four updates. Above it the monitor warns if the odds of it have also more than tripled
-    since the first update. Raise it where more prompts than that have one right answer."""
+    """Largest share of a rollout's different prompts that may get the same response, as a mean of
+    the last four updates. Above it the monitor warns if the odds have also more than tripled since
+    the first update. Raise it where more prompts have the same right answer."""
     max_value_loss_growth: float = 10.0
-    """Value loss against the median of the ten updates before."""
+    """Largest value loss, as a multiple of the median of the ten updates before."""
     max_value_error: float = 10.0
-    """Root mean square error of the value model, in units of ppo.value_clip_range."""
+    """Largest root mean square error of the value model, in units of ppo.value_clip_range."""
 
     def __post_init__(self) -> None:
         _positive(self, "max_kl", "max_update_kl", "max_clip_fraction", "max_value_error")
@@ -131,31 +137,33 @@ class MonitorSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(MayOverwrite):
-    """PPO and PPO-ptx: optimise a policy against a reward, near its reference, on its prompts."""
+    """PPO and PPO-ptx: train a policy to score higher on a reward while it stays near a reference
+    policy."""
 
     output_dir: str
     """Folder of this run: the aligned policy, metrics.jsonl, samples.jsonl, results.json."""
     policy: ModelSettings
-    """The SFT model: where the policy starts, and the frozen reference of the KL penalty."""
+    """The SFT model. The policy starts from it, and a frozen copy is the reference of the KL
+    penalty."""
     prompts: str
     """File or folder of prompt records to sample responses for."""
     prompts_held_out: str | None = None
-    """Prompts for the regular evaluation. None means that none is done."""
+    """Prompts for the regular evaluation. None means no evaluation."""
     reward: RewardSettings
     """Where scores come from."""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    """Train an adapter on the policy, and on the value model one that starts as the reward model's
-    and keeps its rank. Models over the same frozen weights hold them once."""
+    """Train adapters on the policy and the value model. The value model's adapter starts as the
+    reward model's and keeps its rank. Models over the same frozen weights share one copy."""
     value_model: str | None = None
-    """Reward model folder that the value model starts from, with the policy's vocabulary. None
-    means the reward model, of several the first; where there is none, or it has another vocabulary,
-    the SFT model with a new head whose weights are 0."""
+    """Folder of the reward model that the value model starts from; it needs the policy's
+    vocabulary. None means the run's reward model, or the first of several. Where there is none, or
+    it has another vocabulary, the value model is the SFT model with a new head of zeros."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
-    """Sampling of responses."""
+    """How many responses are sampled, and how."""
     generation: GenerationSettings = field(default_factory=GenerationSettings)
-    """How responses are sampled."""
+    """The engine that samples."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
-    """The policy gradient step."""
+    """Settings of the policy gradient."""
     ptx: PtxSettings = field(default_factory=PtxSettings)
     """The pretraining mix."""
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
@@ -165,25 +173,26 @@ class Config(MayOverwrite):
             learning_rate=9.65e-6, schedule="constant", warmup_steps=80, eps=1e-5
         )
     )
-    """Optimizer of the policy; steps are optimizer steps, 8 an update by default."""
+    """Optimizer of the policy. Its steps are optimizer steps, by default 8 in an update."""
     value_learning_rate: float = 9e-6
-    """Peak learning rate of the value model; same schedule."""
+    """Peak learning rate of the value model, on the same schedule."""
     num_updates: int = 500
-    """Rollouts; episodes in all are num_updates * rollout.batch_size."""
+    """Number of updates, each on one rollout. A run has num_updates * rollout.batch_size
+    episodes."""
     ema_decay: float | None = 0.992
-    """Moving average of the policy's weights, once an optimizer step; the average is what is saved
-    as the aligned policy. None means that the last weights are."""
+    """Decay of the moving average of the policy's weights, applied once an optimizer step. The
+    average is saved as the aligned policy. None means that the last weights are saved."""
     micro_batch_tokens: int = 4096
-    """Most tokens a forward or backward pass holds on one process; changes no result."""
+    """Most tokens in one forward or backward pass on one process. It changes no result."""
     checkpoint_every: int | None = 10
-    """Updates between checkpoints, from which a run that was cut off goes on when the same command
-    is given again. Each holds both models, the optimizer and the average: four to five times the
-    weights. None writes none."""
+    """Updates between checkpoints. An interrupted run continues from the last one when the same
+    command is given again. A checkpoint holds both models, the optimizer and the average: four to
+    five times the weights. None means no checkpoints."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     offload: bool = False
-    """The reference and the reward models wait in CPU memory and are on the device only while they
-    are used. Room for their weights against the seconds of moving them; nothing on a CPU."""
+    """Keep the reference and the reward models in CPU memory while they are not used. This frees
+    the device's memory for the price of moving their weights. On a CPU it changes nothing."""
     eval_every: int = 10
     """Updates between evaluations on prompts_held_out."""
     num_eval_prompts: int = 64
@@ -271,8 +280,8 @@ class Config(MayOverwrite):
             )
 
     def value_settings(self, path: str) -> ModelSettings:
-        """How a value model that starts from this reward model is held: in float32 where all of
-        its weights are trained, in the policy's type where they are a base below an adapter."""
+        """Return how to load a value model that starts from this reward model: in float32 if all
+        its weights are trained, in the policy's dtype if an adapter is trained over them."""
         return ModelSettings(
             path=path,
             dtype=self.policy.dtype if self.lora.rank else "float32",
@@ -281,7 +290,7 @@ class Config(MayOverwrite):
         )
 
     def check_launch(self, mixed_precision: str, num_processes: int) -> None:
-        """Refuses, with a ValueError, a launcher under which these settings cannot run."""
+        """Raise a ValueError if these settings cannot run under this launcher."""
         if mixed_precision not in ("no", "bf16"):
             raise ValueError(
                 f"mixed_precision of the launcher is {mixed_precision}, whose scaled gradients PPO "
@@ -300,7 +309,10 @@ class Config(MayOverwrite):
 
     @property
     def text_blocks_per_step(self) -> int:
-        """Of all processes; a number that they cannot share equally is rounded up."""
+        """Blocks of text in a step, over all processes.
+
+        The stage rounds it up to a number that the processes can share equally.
+        """
         if self.ptx.coef == 0:
             return 0
         return max(1, round(self.ptx.blocks_per_episode * self.ppo.mini_batch_size))

@@ -1,9 +1,9 @@
-"""What can go wrong in PPO, seen in its metrics: every alarm has a code, a cause and a remedy.
+"""Alarms for what can go wrong in PPO, each with a code, a cause and a remedy.
 
 After each rollout and after each update the monitor looks at the metrics so far. A rule that finds
-a fault tells it in two sentences, and stops the run if its code is in `monitor.stop_on`. The codes
-are stable: scripts may look for them in the output, in metrics.jsonl (`ppo/alarms` counts them) and
-in results.json (`alarms`). docs/metrics.md lists them.
+a fault prints a warning of two sentences. If its code is in `monitor.stop_on`, the run stops. The
+codes are stable: scripts may look for them in the output, in metrics.jsonl (`ppo/alarms` counts
+them) and in results.json (`alarms`). docs/metrics.md lists them.
 """
 
 import json
@@ -21,7 +21,8 @@ from stages.ppo.config import Config, MonitorSettings
 
 Metrics = Mapping[str, float]
 Check = Callable[[Metrics, "Monitor"], str | None]
-"""(metrics of this update so far, monitor with the updates before) -> cause, or None."""
+"""Takes the metrics of this update so far and the monitor, which holds the earlier updates; returns
+the cause of an alarm, or None."""
 
 NONFINITE = "PPO_NONFINITE"
 RM_CHANCE = "PPO_RM_CHANCE"
@@ -29,41 +30,44 @@ REPLAY_FILE = "nonfinite.json"
 LAST_GOOD = "last_good"
 
 TOKEN_NOISE = {"float32": 1e-3, "bfloat16": 0.5}
-"""Log-ratio, in nats a token, above which a difference is no longer noise of the arithmetic."""
+"""Largest log-ratio of a token, in nats, that rounding alone can cause."""
 SAMPLER_NOISE = 2.0
-"""The same between the sampler, token by token over its cache, and one packed pass, as a multiple:
-SmolLM2-135M reaches 2.5e-5 nats in float32 and 0.23 in bfloat16 on some hundred tokens."""
+"""Multiple of TOKEN_NOISE allowed between the sampler, which goes token by token over its cache,
+and one packed pass. SmolLM2-135M reaches 2.5e-5 nats in float32 and 0.23 nats in bfloat16 on some
+hundred tokens."""
 ENGINE_NOISE = {"hf": 0.0, "continuous": 0.0, "auto": 0.0, "vllm": 0.5}
-"""What the kernels of a generation engine may add to it: all but vLLM run the trainer's model."""
+"""Nats that the kernels of a generation engine may add. All engines but vLLM run the trainer's own
+model."""
 NUM_ERRORS = 4.0
-"""Standard errors below 0 from which a mean KL is not negative by chance."""
+"""A mean KL this many standard errors below 0 is not negative by chance."""
 SAMPLER_ERRORS = 6.0
-"""The same for sampled tokens that are likelier or less likely than their distribution says."""
+"""Sampled tokens this many standard errors likelier, or less likely, than their distribution says
+are not so by chance."""
 SAMPLER_EXCESS = 0.02
-"""Nats a token that the difference must reach too: arithmetic may differ by less."""
+"""Nats a token that this difference must reach too, since rounding can cause smaller ones."""
 ONE_ANSWER_UPDATES = 4
-"""Updates over which the share of the most frequent response is averaged: in a single rollout of
-some hundred prompts it is chance as much as collapse."""
+"""Updates over which the share of the most frequent response is averaged. In a single rollout of
+some hundred prompts a large share may be chance."""
 HISTORY = 10
-"""Updates before that a value loss is compared with."""
+"""Number of earlier updates that a value loss is compared with."""
 
 
 def sampler_noise(config: Config, token_noise: float) -> float:
-    """Nats a token by which sampler and trainer may differ, both in the run's type."""
+    """Return the nats a token by which sampler and trainer may differ in the run's dtype."""
     return SAMPLER_NOISE * token_noise + ENGINE_NOISE[config.generation.engine]
 
 
 class TrainingStopped(ValueError):
-    """An alarm that ends the run."""
+    """Says that an alarm ends the run."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A fault, how it shows, and what to do about it."""
+    """Describes a fault, how it shows, and what to do about it."""
 
     code: str
     needs: tuple[str, ...]
-    """Metrics that must be there; the rule is tried once an update, as soon as they are."""
+    """Metrics that the rule reads. It is tried once an update, as soon as all of them are there."""
     check: Check
     remedy: str
 
@@ -79,8 +83,11 @@ def reference_differs(now: Metrics, monitor: "Monitor") -> str | None:
 
 
 def sampler_differs(now: Metrics, monitor: "Monitor") -> str | None:
-    """What the sampler says of its tokens, and then what they are: a sampler may draw from another
-    distribution than the one it reports, which only many tokens show."""
+    """Check the log-probabilities that the sampler reports, then the tokens that it draws.
+
+    A sampler may draw from another distribution than the one it reports. Only the mean over many
+    tokens shows that.
+    """
     most = now["ppo/sampler_difference"]
     noise = sampler_noise(monitor.config, monitor.token_noise)
     if not most <= noise:
@@ -103,6 +110,8 @@ def sampler_differs(now: Metrics, monitor: "Monitor") -> str | None:
 
 def kl_is_negative(now: Metrics, monitor: "Monitor") -> str | None:
     kl, error = now["ppo/kl"], now["ppo/kl_error"]
+    # While policy and reference are equal the error is near 0 too, and rounding can pass the test
+    # below. Such a KL is never as far below 0 as -0.05.
     if kl > -0.05 or not kl < -NUM_ERRORS * error:
         return None
     return (
@@ -173,6 +182,7 @@ def one_answer_to_many(now: Metrics, monitor: "Monitor") -> str | None:
 
 def advantages_vanish(now: Metrics, monitor: "Monitor") -> str | None:
     score, spread = now["ppo/score"], now["ppo/score_std"]
+    # A float32 holds about seven digits, so spreads below 1e-6 are rounding.
     if now["ppo/advantage_std"] < 1e-6:
         return "All advantages of the update are equal, so it teaches the policy nothing."
     if spread > 1e-6 * max(1.0, abs(score)):
@@ -185,7 +195,7 @@ def advantages_vanish(now: Metrics, monitor: "Monitor") -> str | None:
 
 def ratio_is_not_one(now: Metrics, monitor: "Monitor") -> str | None:
     most, noise = now["ppo/first_log_ratio"], monitor.token_noise
-    if "ppo/sampler_difference" not in now:  # the old probabilities are the sampler's
+    if "ppo/sampler_difference" not in now:  # the sampler computed the old probabilities
         noise = sampler_noise(monitor.config, noise)
     if not most > noise:
         return None
@@ -215,6 +225,7 @@ def steps_are_long(now: Metrics, monitor: "Monitor") -> str | None:
 def value_loss_explodes(now: Metrics, monitor: "Monitor") -> str | None:
     losses = [row["ppo/value_loss"] for row in monitor.history[-HISTORY:]]
     factor = monitor.limits.max_value_loss_growth
+    # The median of fewer than three losses is too uncertain to compare with.
     if len(losses) < 3 or now["ppo/value_loss"] <= factor * median(losses):
         return None
     return (
@@ -328,7 +339,7 @@ RULES = (
         "(reward.normalize_on).",
     ),
 )
-"""In the order in which causes precede effects."""
+"""All rules, sorted so that a cause comes before its effects."""
 
 REMEDIES = {rule.code: rule.remedy for rule in RULES} | {
     NONFINITE: "Lower the learning rates, hold the weights in float32, and look at the prompt in "
@@ -340,17 +351,19 @@ CODES = tuple(REMEDIES)
 
 @dataclass
 class Monitor:
-    """Watches a run; the same on every process, since metrics are means over all of them."""
+    """Tries the rules on a run's metrics. All processes find the same, since metrics are means over
+    all of them."""
 
     config: Config
     tell: Callable[[str], object]
     """Prints a line on one process."""
     token_noise: float
-    """Of TOKEN_NOISE: what arithmetic alone makes of a token's log-ratio, in nats."""
+    """Value of TOKEN_NOISE for the run's dtype, in nats."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Metrics of the updates that ended."""
     alarms: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Code -> number of the first update with it, and of updates with it."""
+    """Maps a code to `first_update`, the first update with that alarm, and `updates`, how many had
+    it."""
     _tried: set[str] = field(default_factory=set)
     _active: set[str] = field(default_factory=set)
     _was_active: set[str] = field(default_factory=set)
@@ -368,10 +381,10 @@ class Monitor:
         return self.config.monitor
 
     def watch(self, update: int, metrics: Metrics) -> None:
-        """Try the rules whose metrics are there and that were not tried yet in this update.
+        """Try each rule whose metrics are there, once an update.
 
         Raises:
-            TrainingStopped: an alarm of `monitor.stop_on`.
+            TrainingStopped: an alarm has a code of `monitor.stop_on`.
         """
         for rule in RULES:
             if rule.code not in self._tried and all(name in metrics for name in rule.needs):
@@ -381,7 +394,7 @@ class Monitor:
                     self.raise_alarm(rule.code, update, cause)
 
     def raise_alarm(self, code: str, update: int, cause: str) -> None:
-        """Count an alarm, tell it when it was off the update before, stop if it is one to stop on.
+        """Count an alarm, print it if the update before did not have it, and stop if told to.
 
         Raises:
             TrainingStopped: the code is in `monitor.stop_on`, or a value is not finite.
@@ -396,13 +409,13 @@ class Monitor:
             self.tell(f"ppo: warning {text}")
 
     def end_update(self, metrics: dict[str, float]) -> None:
-        """Adds `ppo/alarms`, the number of alarms of this update, and starts the next one."""
+        """Add `ppo/alarms`, the number of alarms in this update, and start the next update."""
         metrics["ppo/alarms"] = float(len(self._active))
         self.history.append(metrics)
         self._was_active, self._active, self._tried = self._active, set(), set()
 
     def state_dict(self) -> dict[str, Any]:
-        """Between two updates."""
+        """Return what a checkpoint between two updates must hold."""
         return {
             "history": self.history,
             "alarms": self.alarms,
@@ -415,7 +428,7 @@ class Monitor:
 
 
 def write_replay(error: NonFiniteError, update: int, chat: Chat, folder: Path) -> None:
-    """What is needed to see the fault again, as JSON: where it was, prompt, response."""
+    """Write what is needed to reproduce the fault as JSON: where it was, prompt and response."""
     replay: dict[str, object] = {
         "update": update,
         "phase": error.phase,

@@ -1,4 +1,4 @@
-"""Scores brought to a common scale before the first update."""
+"""Bring scores to a common scale before the first update."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,11 @@ from rlhf.training.processes import own_share, sum_over_processes
 from stages.ppo.rollout import Episode, Sampler
 
 SMALLEST_STD = 1e-6
-"""Relative to the mean, or to 1 where that is larger; a smaller one is noise of the arithmetic."""
+"""Smallest standard deviation that is not rounding, relative to the mean or to 1, whichever is
+larger."""
 
 SEED_SHIFT = 2
-"""The samples measured are others than those of the first update."""
+"""Added to the seed, so that the samples measured here differ from those of the first update."""
 
 
 def normalize_scores(
@@ -28,21 +29,23 @@ def normalize_scores(
     accelerator: Accelerator,
     known: Mapping[str, float] | None = None,
 ) -> tuple[Sampler, dict[str, float]]:
-    """Scores of the reference policy's samples get mean 0 and standard deviation 1 (Ziegler et al.
-    2019): with rewards on one scale, a KL coefficient means the same for each of them.
+    """Shift and scale the reward so that samples of the reference policy score 0 on average, with a
+    standard deviation of 1 (Ziegler et al. 2019). Then a KL coefficient means the same for every
+    reward.
 
-    The value model gets the same shift and scale, so that it stays in the units of the scores. One
-    with a head of zeros has none yet: its 0 is what the scores now have as their mean.
+    The value model gets the same shift and scale, so that it stays in the units of the scores. A
+    head of zeros is left alone: it predicts 0, which is the mean of the new scores.
 
     Args:
-        value_model: its bias and scale are changed.
-        episodes: prompts; reward.normalize_on of them are drawn by the seed, again from the first
-            when all were drawn, and as many as all processes can share equally.
-        known: what was found when the run that is resumed began; None: it is measured.
+        value_model: its bias and scale are changed in place.
+        episodes: prompts to draw reward.normalize_on samples from, in an order set by the seed.
+            The order starts again when all were drawn. The number is rounded up to one that all
+            processes can share equally.
+        known: mean and standard deviation found when a resumed run began. None: measure them.
 
     Returns:
-        the sampler with the normalised reward, and the mean and standard deviation found, for
-        results.json; the same sampler and nothing where reward.normalize_on is None.
+        the sampler with the normalised reward, and the mean and standard deviation for
+        results.json. Where reward.normalize_on is None, the same sampler and an empty dict.
 
     Raises:
         ValueError: all samples have the same score.
@@ -63,7 +66,7 @@ def normalize_scores(
 def _find_scale(
     sampler: Sampler, episodes: Sequence[Episode], accelerator: Accelerator
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the raw scores, measured and told."""
+    """Measure the mean and standard deviation of the raw scores, and print them."""
     config = sampler.config
     assert config.reward.normalize_on is not None
     count = accelerator.num_processes
@@ -88,8 +91,9 @@ def _find_scale(
 def _measure(
     sampler: Sampler, episodes: Sequence[Episode], num_samples: int, accelerator: Accelerator
 ) -> tuple[float, float]:
-    """Mean and (biased) standard deviation of the scores of one sample for each episode, over all
-    processes."""
+    """Return the mean and (biased) standard deviation of one sample's score for each episode, over
+    all processes."""
+    # Each process has its own generator, as in train.py.
     seed = (sampler.config.seed + SEED_SHIFT) * 1000 + accelerator.process_index
     generator = torch.Generator().manual_seed(seed)
     with accelerator.autocast(), told_by_all():

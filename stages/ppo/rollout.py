@@ -1,4 +1,4 @@
-"""One rollout: responses sampled from the policy, their rewards and advantages."""
+"""Make one rollout: sample responses from the policy, then compute rewards and advantages."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -33,26 +33,26 @@ from rlhf.training.processes import sum_over_processes
 from stages.ppo.config import Config
 
 PART = "part "
-"""Before the name of a part of the score, among the sums of a rollout."""
+"""Prefix that marks the sums of the score's parts among the sums of a rollout."""
 
 
 @dataclass(frozen=True)
 class Episode:
-    """A prompt with its token ids, ready to be answered."""
+    """Holds a prompt with its token ids."""
 
     record: Prompt
     prompt_ids: tuple[int, ...]
 
 
 class SamplerCheck(NamedTuple):
-    """What the sampler says of its tokens, and what they should look like, all (batch, time)."""
+    """Holds what the sampler reports and what the policy expects, all (batch, time)."""
 
     sampler_logprobs: Tensor
-    """as the sampler saw them, drawing token by token"""
+    """log-probabilities that the sampler computed while it drew token by token"""
     entropy: Tensor
-    """of the policy's distribution of each token, nats"""
+    """entropy of the policy's distribution at each token, in nats"""
     logprob_variance: Tensor
-    """of the log-probability of a token drawn from that distribution, nats^2"""
+    """variance of the log-probability of a token drawn from that distribution, in nats^2"""
 
     def select(self, episodes: Tensor) -> "SamplerCheck":
         return SamplerCheck(*(tensor[episodes] for tensor in self))
@@ -60,39 +60,42 @@ class SamplerCheck(NamedTuple):
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses and all that is known of them before the update; this process's share.
+    """Holds this process's responses and what is known of them before the update.
 
-    Shapes: (batch,) and (batch, time), zero where response_mask is False; on the CPU, fp32.
+    Shapes are (batch,) and (batch, time), zero where response_mask is False. The tensors are
+    float32 on the CPU.
     """
 
     trees: list[PromptTree]
-    """(batch,) each a prompt with its one response"""
+    """(batch,) each holds a prompt with its one response"""
     response_mask: Tensor
     """(batch, time) True where the response has a token, the end token included"""
     finished: Tensor
     """(batch,) True where the response has an end token"""
     scores: Tensor
-    """(batch,) from the reward, after the clip, the length penalty and the handling of missing
-    ends"""
+    """(batch,) scores from the reward, after the clip, the length penalty and the treatment of
+    missing ends"""
     logprobs: Tensor
-    """(batch, time) of the policy that sampled"""
+    """(batch, time) log-probabilities under the policy that sampled"""
     ref_logprobs: Tensor
-    """(batch, time) of the reference policy"""
+    """(batch, time) log-probabilities under the reference policy"""
     values: Tensor
-    """(batch, time) of the state before each token"""
+    """(batch, time) values of the state before each token"""
     rewards: Tensor
-    """(batch, time) score on the last token but for what belongs to others, KL penalty on all"""
+    """(batch, time) KL penalty on every token, plus the score: on the last token, except for the
+    parts that the reward gives to single tokens"""
     advantages: Tensor
     """(batch, time), whitened if the settings say so"""
     returns: Tensor
-    """(batch, time), from unwhitened advantages"""
+    """(batch, time), computed from unwhitened advantages"""
     check: SamplerCheck | None = None
-    """What the policy's own pass gives beside `logprobs`; None: they are the sampler's"""
+    """what the policy's own pass gives besides `logprobs`. None: that pass was left out, and
+    `logprobs` are the sampler's"""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
-    """(batch,) what the scores are made of, by name, as the reward gave it"""
+    """(batch,) the parts of the score by name, as the reward gave them"""
 
     def select(self, episodes: Tensor) -> "Rollout":
-        """Some of the episodes, as a rollout of their own."""
+        """Return a rollout with the chosen episodes only."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         trees = [self.trees[i] for i in episodes.tolist()]
         tensors = {k: value[episodes] for k, value in fields.items() if isinstance(value, Tensor)}
@@ -103,7 +106,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Sampler:
-    """The models of a rollout that do not learn, and how to run them."""
+    """Holds the models of a rollout that do not learn, and runs them."""
 
     chat: Chat
     ref_policy: PreTrainedModel
@@ -114,12 +117,13 @@ class Sampler:
     engine: Engine = field(default_factory=lambda: make_engine(GenerationSettings()))
     tell: Callable[[str], object] = print
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
-    """Around the reward model, which no launcher wraps"""
+    """context for the reward model, which the launcher does not wrap"""
 
     def sample(
         self, policy: PreTrainedModel, episodes: Sequence[Episode], generator: torch.Generator
     ) -> tuple[list[PromptTree], Tensor]:
-        """One response for every episode, and its log-probabilities (batch, time)."""
+        """Sample one response for every episode; return it and its log-probabilities (batch,
+        time)."""
         settings = self.config.rollout
         with self.watch.phase("rollout"):
             self.engine.refresh(policy)
@@ -142,7 +146,10 @@ class Sampler:
         return trees, pad_sequence(logprobs, batch_first=True)
 
     def raw_scores(self, episodes: Sequence[Episode], trees: Sequence[PromptTree]) -> Scored:
-        """Scores (batch,) as the reward gives them, of responses with the template's own end."""
+        """Return the scores (batch,) as the reward gives them.
+
+        The reward reads each response with the end token of the chat template.
+        """
         responses = [self.chat.with_own_end(tree.responses[0]) for tree in trees]
         with (
             self.watch.phase("score"),
@@ -159,7 +166,7 @@ class Sampler:
     def score(
         self, episodes: Sequence[Episode], trees: Sequence[PromptTree]
     ) -> tuple[Scored, Tensor]:
-        """Scores (batch,), and whether each response has an end token (batch,)."""
+        """Return the scores (batch,), and whether each response has an end token (batch,)."""
         settings = self.config.reward
         responses = [tree.responses[0] for tree in trees]
         lengths = torch.tensor([len(response) for response in responses])
@@ -175,23 +182,23 @@ class Sampler:
         return replace(scored, scores=scores), finished
 
     def logprobs(self, policy: nn.Module, trees: Sequence[PromptTree]) -> Tensor:
-        """(batch, time) at the sampling temperature."""
+        """Return log-probabilities (batch, time) at the sampling temperature."""
         temperature = self.config.rollout.temperature
         return compute_logprobs(policy, trees, self.packer, temperature=temperature)
 
     def ref_logprobs(self, trees: Sequence[PromptTree]) -> Tensor:
-        """`logprobs` of the reference policy."""
+        """Return `logprobs` of the reference policy."""
         with self.reference_at_hand():
             return self.logprobs(self.ref_policy, trees)
 
     def reference_at_hand(self) -> AbstractContextManager[None]:
-        """Inside, the reference policy is on the device."""
+        """Keep the reference policy on the device inside the context."""
         return on_device([self.ref_policy], self.watch.device, self.config.offload)
 
     def check(
         self, policy: nn.Module, trees: Sequence[PromptTree], sampler_logprobs: Tensor
     ) -> tuple[Tensor, SamplerCheck]:
-        """`logprobs`, and what they should be on average for tokens drawn from the policy."""
+        """Return `logprobs`, and what to expect of them if the policy itself drew the tokens."""
         temperature = self.config.rollout.temperature
         moments = compute_moments(policy, trees, self.packer, temperature=temperature)
         check = SamplerCheck(sampler_logprobs, moments.entropy, moments.variance)
@@ -212,11 +219,12 @@ def roll_out(
     """Sample, score, subtract the KL penalty, estimate advantages.
 
     The log-probabilities come from the same packed pass that trains, so the first ratio is 1
-    (recipe: checklist 18), and those of the sampler are only compared with them.
+    (recipe: checklist 18). The sampler's own log-probabilities are only compared with them.
 
     Args:
-        kl_coef: penalty a nat; None: ppo.kl_coef.
-        is_checked: False leaves that pass out and takes the sampler's (rollout.check_every).
+        kl_coef: penalty a nat. None: take ppo.kl_coef.
+        is_checked: False leaves that pass out and uses the sampler's log-probabilities
+            (rollout.check_every).
     """
     settings = sampler.config.ppo
     kl_coef = settings.kl_coef if kl_coef is None else kl_coef
@@ -259,7 +267,7 @@ def roll_out(
 
 
 def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
-    """Sums over this process's episodes and tokens, from which `rollout_metrics` makes means."""
+    """Sum over this process's episodes and tokens; `rollout_metrics` turns the sums into means."""
     mask = rollout.response_mask
     raw_advantages = (rollout.returns - rollout.values).where(mask, 0.0).double()
     kl = k1(rollout.logprobs, rollout.ref_logprobs, mask).double().sum(1)
@@ -294,7 +302,7 @@ def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
 
 
 def _check_sums(rollout: Rollout) -> dict[str, Tensor]:
-    """Of a rollout whose sampler was not checked, none."""
+    """Sum what the check of the sampler needs; empty if this rollout was not checked."""
     check, mask = rollout.check, rollout.response_mask
     if check is None:
         return {}
@@ -306,13 +314,14 @@ def _check_sums(rollout: Rollout) -> dict[str, Tensor]:
 
 
 def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Means over the episodes (score and its parts, reward, KL, length) and tokens (the rest).
+    """Compute means over episodes (score and its parts, reward, KL, length) and tokens (the rest).
 
     `one_answer` is the share of different prompts that get the most frequent response.
 
-    Where the sampler was checked, `sampler_excess` is how much less likely sampled tokens were than
-    the policy's distribution says, E[-log pi(token)] - entropy, in nats a token; 0 on average for
-    tokens drawn from it. `sampler_z` is the same in standard errors.
+    `sampler_excess` and `sampler_z` are there where the sampler was checked. `sampler_excess` is
+    E[-log pi(token)] - entropy, in nats a token: how much less likely the sampled tokens are than
+    the policy's distribution says. It is 0 on average for tokens drawn from that distribution.
+    `sampler_z` is the same in standard errors.
     """
     episodes, tokens = sums["episodes"], sums["tokens"]
     mean_score, kl = sums["score"] / episodes, sums["kl"] / episodes
@@ -336,6 +345,7 @@ def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
         "ppo/return": sums["returns"] / tokens,
         "ppo/advantage_std": advantage_variance**0.5,
         "ppo/value_error": advantage_squares**0.5,
+        # 1e-8 stands in for a variance of 0, when all returns are equal.
         "ppo/explained_variance": 1 - advantage_variance / max(return_variance, 1e-8),
         **_check_metrics(sums),
         **{
@@ -352,5 +362,6 @@ def _check_metrics(sums: dict[str, float]) -> dict[str, float]:
     return {
         "ppo/entropy": sums["entropy"] / sums["tokens"],
         "ppo/sampler_excess": sums["excess"] / sums["tokens"],
+        # 1e-12 stands in for a variance of 0, when every token was certain.
         "ppo/sampler_z": sums["excess"] / max(sums["excess_variance"], 1e-12) ** 0.5,
     }

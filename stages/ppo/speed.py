@@ -1,4 +1,4 @@
-"""How fast a run is: tokens a second, and how much of the machine's matrix rate it uses."""
+"""Measure a run's speed: tokens a second, and the share of the machine's matrix rate in use."""
 
 import math
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ from stages.ppo.rollout import Rollout, Sampler
 from stages.ppo.update import PolicyAndValue
 
 NOT_TRAINING = ("evaluate", "save")
-"""Phases of an update whose seconds do not count."""
+"""Phases of an update whose seconds are left out."""
 
 
 @dataclass
 class Speedometer:
-    """Measures updates, and adds them up for the whole run."""
+    """Measures the speed of each update, and adds the updates up for the whole run."""
 
     models: PolicyAndValue
     sampler: Sampler
     accelerator: Accelerator
     config: Config
     dtype: torch.dtype
-    """of the products in a forward pass"""
+    """dtype of the matrix products in a forward pass"""
     totals: dict[str, float] = field(default_factory=dict)
     """tokens, FLOPs and seconds of all updates so far"""
 
@@ -43,11 +43,11 @@ class Speedometer:
     def measure(
         self, rollout: Rollout, metrics: Mapping[str, float], seconds: Mapping[str, float]
     ) -> dict[str, float]:
-        """Of an update, all processes together.
+        """Return the speeds of an update, all processes together.
 
         Args:
-            metrics: of the update.
-            seconds: by phase, with the whole update under "update".
+            metrics: the update's metrics.
+            seconds: the update's seconds by phase, and all of them under "update".
         """
         config = self.config
         num_steps = round(metrics["ppo/steps"])
@@ -68,7 +68,7 @@ class Speedometer:
         return self._speeds(update)
 
     def mean(self) -> dict[str, float]:
-        """Of all updates so far."""
+        """Return the speeds over all updates so far."""
         return self._speeds(self.totals)
 
     def _speeds(self, sums: Mapping[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The PPO run: load, then roll out and update, evaluate, save."""
+"""Run PPO: load, then repeat rollout, update and evaluation, then save."""
 
 import math
 import time
@@ -71,7 +71,7 @@ from stages.ppo.update import POLICY, Learner, PolicyAndValue, update
 
 @folders_given_back()
 def train(config: Config) -> None:
-    """One PPO run from its settings to the saved policy and results.json."""
+    """Run PPO from its settings to the saved policy and results.json."""
     accelerator = start_accelerator()
     config.check_launch(accelerator.mixed_precision, accelerator.num_processes)
     token_noise = _token_noise(config, accelerator)
@@ -98,6 +98,8 @@ def train(config: Config) -> None:
     text_order = shuffled_text(config, chat, accelerator)
     texts = (own_share(accelerator, batch) for batch in text_order)
     order = ShuffledBatches(episodes, config.rollout.batch_size, config.seed)
+    # Each process has its own generator. The factor keeps those of different seeds apart, for up to
+    # 1000 processes.
     sampling = torch.Generator().manual_seed(config.seed * 1000 + accelerator.process_index)
     shuffling = torch.Generator().manual_seed(config.seed)
     speed = Speedometer(learner.models, sampler, accelerator, config, _dtype(config, accelerator))
@@ -110,11 +112,11 @@ def train(config: Config) -> None:
         "speed": Fields(speed, "totals"),
     }
     own: dict[str, Stateful] = {"generators": Generators(sampling=sampling, shuffling=shuffling)}
-    if isinstance(sampler.engine, FastestEngine):  # the choice was made by the clock
+    if isinstance(sampler.engine, FastestEngine):  # a new timing might choose another engine
         own["engine"] = sampler.engine
     checkpoints.restore(parts | learner.parts(), own)
     first = 0 if checkpoints.step is None else checkpoints.step + 1
-    watch.take()  # what came before the first update is none of its phases
+    watch.take()  # discard the seconds before the first update
     bar = tqdm(
         range(first, config.num_updates),
         desc="ppo",
@@ -163,7 +165,7 @@ def train(config: Config) -> None:
             with watch.phase("evaluate"), whole, accelerator.autocast():
                 metrics |= evaluate(learner, sampler, held_out, run, number, config)
         seconds = watch.take() | {"update": time.perf_counter() - started}
-        started = time.perf_counter()  # saving counts for the update behind it
+        started = time.perf_counter()  # the time to save counts for the next update
         metrics |= speed.measure(rollout, metrics, seconds)
         run.log(number, metrics | {f"seconds/{name}": value for name, value in seconds.items()})
         bar.set_postfix_str(f"score {metrics['ppo/score']:.2f}, kl {metrics['ppo/kl']:.2f}")
@@ -183,26 +185,26 @@ def train(config: Config) -> None:
 
 @dataclass
 class Progress:
-    """What the run has come to, beside what it learned."""
+    """Holds the state of the run outside the learner."""
 
     kl_coef: float
-    """Of the next update."""
+    """Coefficient of the next update."""
     raw_scores: dict[str, float]
-    """Mean and standard deviation before reward.normalize_on; empty without."""
+    """Mean and standard deviation before reward.normalize_on; empty without that setting."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last update."""
+    """Metrics of the last update."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of all updates, by phase."""
+    """Seconds of all updates, by phase."""
 
     def note(self, metrics: dict[str, float], seconds: dict[str, float]) -> None:
-        """An update was done."""
+        """Record an update that is done."""
         self.metrics = metrics
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
 
 
 def _next_kl_coef(kl_coef: float, kl: float, config: Config) -> float:
-    """Steered towards ppo.kl_target; as it was where there is none."""
+    """Adjust the coefficient towards ppo.kl_target; without a target, leave it."""
     if config.ppo.kl_target is None:
         return kl_coef
     return adapt_kl_coef(
@@ -218,7 +220,7 @@ def _next_kl_coef(kl_coef: float, kl: float, config: Config) -> float:
 def _stopping_well(
     monitor: Monitor, number: int, learner: Learner, chat: Chat, run: Run
 ) -> Iterator[None]:
-    """When an alarm ends the run, the weights so far are kept, and the message says where."""
+    """Save the weights when an alarm ends the run, and say in the message where they are."""
     try:
         try:
             yield
@@ -243,7 +245,7 @@ def _place(watch: Stopwatch, update: int) -> str:
 
 
 def save_learned(learner: Learner, chat: Chat, folder: Path) -> None:
-    """Writes the policy as a plain model folder; all processes take part."""
+    """Write the policy as a plain model folder; all processes must call this."""
     accelerator = learner.accelerator
     weights = sharding.whole_state(accelerator, learner.model, "policy")
     if accelerator.is_main_process:
@@ -252,7 +254,10 @@ def save_learned(learner: Learner, chat: Chat, folder: Path) -> None:
 
 
 def _warn_of_chance(config: Config, monitor: Monitor) -> None:
-    """A reward model that may be no better than a coin was let through by the settings."""
+    """Raise an alarm for a reward model that may be no better than a coin.
+
+    The loader refuses such a model unless the settings let it through.
+    """
     for path in config.reward.model_paths.values():
         card = RewardCard.load(path)
         low, high = card.interval
@@ -270,7 +275,7 @@ def _token_noise(config: Config, accelerator: Accelerator) -> float:
 
 
 def _dtype(config: Config, accelerator: Accelerator) -> torch.dtype:
-    """Of the products in a forward pass."""
+    """Return the dtype of the matrix products in a forward pass."""
     is_mixed = accelerator.mixed_precision == "bf16"
     return torch.bfloat16 if is_mixed else getattr(torch, config.policy.dtype)
 
@@ -278,7 +283,7 @@ def _dtype(config: Config, accelerator: Accelerator) -> torch.dtype:
 def _load_episodes(
     path: str, chat: Chat, config: Config, accelerator: Accelerator
 ) -> list[Episode]:
-    """Prompts that fit; how many were cut at a turn or dropped is printed.
+    """Load the prompts that fit; print how many lost early turns and how many were dropped.
 
     Raises:
         ValueError: no prompt fits.
@@ -318,7 +323,7 @@ def _load_held_out(chat: Chat, config: Config, accelerator: Accelerator) -> list
 def shuffled_text(
     config: Config, chat: Chat, accelerator: Accelerator
 ) -> ShuffledBatches[PromptTree]:
-    """The text blocks of one optimizer step at a time, on all processes; [] without ptx.
+    """Give the text blocks of one optimizer step at a time, for all processes; [] without ptx.
 
     Documents are joined and cut to blocks of `ptx.block_tokens` tokens without a template.
     """
@@ -337,10 +342,10 @@ def shuffled_text(
 
 
 def text_blocks(texts: Sequence[str], chat: Chat, config: Config) -> list[PromptTree]:
-    """Documents, each behind the tokenizer's BOS (or EOS) token, joined and cut to full blocks.
+    """Join documents, each after the tokenizer's BOS (or EOS) token, and cut them to full blocks.
 
     Raises:
-        ValueError: there is not one full block.
+        ValueError: the text is shorter than one block.
     """
     tokenizer, length = chat.tokenizer, config.ptx.block_tokens
     between = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -364,11 +369,12 @@ def evaluate(
     number: int,
     config: Config,
 ) -> dict[str, float]:
-    """Score, KL, length and ends on held-out prompts, by the same draws every time."""
+    """Measure score, KL, length and ends on held-out prompts, with the same random draws each
+    time."""
     episodes = own_share(learner.accelerator, held_out)
     sums = torch.zeros(4)
     with told_by_all():
-        if episodes:  # fewer prompts than processes leave some without any
+        if episodes:  # with fewer prompts than processes, some processes have none
             sums = _answer(learner, sampler, episodes, run, number, config)
     score, nats, tokens, ended = sum_over_processes(learner.accelerator, sums).tolist()
     return {
@@ -387,7 +393,10 @@ def _answer(
     number: int,
     config: Config,
 ) -> torch.Tensor:
-    """Sums over this process's held-out prompts, (4,): score, KL, tokens, responses that end."""
+    """Answer this process's held-out prompts and log samples.
+
+    Returns sums over the prompts, (4,): score, KL, tokens, responses that end.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     policy = learner.models.policy
     trees, _ = sampler.sample(policy, episodes, generator)
@@ -431,7 +440,8 @@ def load_models(
     of_reference = config.policy
     is_bf16 = accelerator.mixed_precision == "bf16"
     if sharding.is_deepspeed(accelerator) and is_bf16 and bases is None:
-        of_reference = replace(of_reference, dtype="bfloat16")  # as DeepSpeed makes the policy
+        # DeepSpeed turns the policy into bfloat16, and the reference must match it.
+        of_reference = replace(of_reference, dtype="bfloat16")
     ref_policy = load_policy(of_reference, bases=bases).requires_grad_(False)
     ref_policy.to(resting_device)  # type: ignore[arg-type]  # a wrapper hides the types
     _announce_weights(config, accelerator, [policy, value_model, ref_policy], reward)
@@ -439,7 +449,7 @@ def load_models(
         packer_for(policy, config.micro_batch_tokens),
         packer_for(value_model.classifier, config.micro_batch_tokens),
     ]
-    # what both models can take
+    # Both models read the same rows, so take the packer that both can read.
     packer = min(packers, key=lambda packer: (packer.share_prompts, packer.use_segments))
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
@@ -459,8 +469,11 @@ def load_models(
 
 
 def _shared_bases(config: Config, accelerator: Accelerator) -> SharedBases | None:
-    """None where every model has weights of its own: all are trained, or ZeRO-3 or FSDP takes those
-    of the trained models apart, which the frozen ones read as they are."""
+    """Return what lets models share frozen weights, or None where each has weights of its own.
+
+    Without adapters all weights are trained. ZeRO-3 and FSDP split the trained models' weights,
+    which frozen models need whole.
+    """
     plugin = accelerator.state.deepspeed_plugin
     is_sharded = accelerator.distributed_type == DistributedType.FSDP or (
         plugin is not None and plugin.zero_stage == 3
@@ -473,7 +486,7 @@ def _shared_bases(config: Config, accelerator: Accelerator) -> SharedBases | Non
 def _announce_weights(
     config: Config, accelerator: Accelerator, roles: Sequence[nn.Module], reward: Reward
 ) -> None:
-    """How much memory the weights take, and which reward models share none of the policy's."""
+    """Print the memory of the weights, and which reward models share none with the policy."""
     reward_models = reward_models_of(reward)
     held = weight_bytes(*roles, *reward_models)
     alone = sum(weight_bytes(model) for model in [*roles, *reward_models])
@@ -494,8 +507,10 @@ def _announce_weights(
 def _load_value_model(
     config: Config, chat: Chat, accelerator: Accelerator, bases: SharedBases | None
 ) -> ScalarModel:
-    """From the reward model (Ouyang et al. 2022, C.4), else a head of zeros on the policy's body:
-    a random one would give a random baseline (openai/lm-human-preferences).
+    """Start the value model from the reward model (Ouyang et al. 2022, C.4) if there is one.
+
+    Otherwise put a head of zeros on the policy's body. A random head would give a random baseline
+    (openai/lm-human-preferences).
 
     Raises:
         ValueError: the folder that value_model names has another vocabulary than the policy.
@@ -537,7 +552,11 @@ def _inputs(config: Config) -> dict[str, str]:
 
 
 def _rollout_metrics(rollout: Rollout, accelerator: Accelerator) -> dict[str, float]:
-    """Raises NonFiniteError when something of the rollout is not finite, on all processes."""
+    """Compute the rollout's metrics over all processes.
+
+    Raises:
+        NonFiniteError: a value of the rollout is not finite; all processes raise it.
+    """
     sums = rollout_sums(rollout)
     totals = {name: float(sum_over_processes(accelerator, value)) for name, value in sums.items()}
     if not all(math.isfinite(total) for total in totals.values()):
@@ -555,7 +574,11 @@ def _rollout_metrics(rollout: Rollout, accelerator: Accelerator) -> dict[str, fl
 
 
 def _check_sampler(config: Config, token_noise: float) -> None:
-    """Refuses to take a sampler at its word whose noise is as large as a clip."""
+    """Refuse to use the log-probabilities of a sampler whose noise reaches the clip range.
+
+    Raises:
+        ValueError: rollout.check_every is above 1 with such a sampler.
+    """
     noise = sampler_noise(config, token_noise)
     if config.rollout.check_every > 1 and noise >= config.ppo.clip_range:
         raise ValueError(
@@ -566,7 +589,7 @@ def _check_sampler(config: Config, token_noise: float) -> None:
 
 
 def _announce(config: Config, accelerator: Accelerator, num_prompts: int) -> None:
-    """The batch sizes in words, since every system means others by them."""
+    """Print the batch sizes in words, since every system means something else by them."""
     episodes = config.num_updates * config.rollout.batch_size
     accelerator.print(
         f"ppo: {num_prompts} prompts; {config.rollout.batch_size} episodes an update, "

@@ -1,4 +1,4 @@
-"""The update: clipped policy and value steps, with the gradient of the text loss summed in."""
+"""Update both models on a rollout: clipped policy and value steps, plus the text's gradient."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,14 +24,14 @@ from stages.ppo.config import Config
 from stages.ppo.rollout import Rollout
 
 POLICY = 0
-"""Number of the policy among the modules of the optimizer (see make_optimizer)."""
+"""Index of the policy among the modules of the optimizer (see make_optimizer)."""
 
 Sums = dict[str, float]
 """Sums over this process's tokens and steps."""
 
 
 class PolicyAndValue(nn.Module):
-    """Both trained models as one module, since DeepSpeed and FSDP wrap only one per Accelerator."""
+    """Joins both trained models, since DeepSpeed and FSDP wrap only one module per Accelerator."""
 
     def __init__(self, policy: PreTrainedModel, value_model: ScalarModel) -> None:
         super().__init__()
@@ -46,7 +46,8 @@ class PolicyAndValue(nn.Module):
         with_logprobs: bool = True,
         with_values: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Log-probabilities and values of every response token of a packed row, (tokens,) each."""
+        """Return log-probabilities and values of each response token of a packed row, both
+        (tokens,)."""
         logprobs = response_logprobs(self.policy, row, temperature) if with_logprobs else None
         values = self.value_model(row.predictors, **row.model_inputs) if with_values else None
         return logprobs, values
@@ -54,7 +55,7 @@ class PolicyAndValue(nn.Module):
 
 @dataclass
 class Learner:
-    """What an update changes: the models, their optimizer, schedule and moving average."""
+    """Holds what an update changes: the models, their optimizer, schedule and moving average."""
 
     model: nn.Module
     """PolicyAndValue, as the accelerator wrapped it"""
@@ -70,7 +71,7 @@ class Learner:
         return self.accelerator.unwrap_model(self.model)
 
     def parts(self) -> dict[str, Stateful]:
-        """What of it a checkpoint holds."""
+        """Return what a checkpoint must hold of the learner, by name."""
         parts: dict[str, Stateful] = {
             "models": Weights(self.models),
             "optimizer": OptimizerState(self.optimizer, self.models),
@@ -89,16 +90,16 @@ def update(
     only_value: bool = False,
     look_at_ratio: Callable[[float], object] = lambda _: None,
 ) -> dict[str, float]:
-    """All optimizer steps on one rollout; returns metrics over its tokens and steps.
+    """Take all optimizer steps on one rollout; return metrics over its tokens and steps.
 
     Args:
         texts: gives the text blocks of one step at a time; empty lists without ptx.
-        generator: of the order of episodes.
+        generator: draws the order of episodes.
         only_value: the policy stays as it is (ppo.value_warmup_updates).
         look_at_ratio: called before the first step, with the largest absolute log-ratio of a token.
 
     Raises:
-        NonFiniteError: before a step that would have made the weights NaN.
+        NonFiniteError: the next step would make the weights NaN; it is not taken.
     """
     total: Sums = {}
     first_log_ratio = 0.0
@@ -109,9 +110,9 @@ def update(
             first_log_ratio = max_over_processes(learner.accelerator, max_log_ratio)
             look_at_ratio(first_log_ratio)
 
-    learner.model.train()  # dropout is off; activations are checkpointed in this mode only
+    learner.model.train()  # dropout is off; only this mode checkpoints activations
     for batch in _mini_batches(learner, rollout, config, generator):
-        with learner.watch.phase("ptx"):  # the first one reads and tokenises the file
+        with learner.watch.phase("ptx"):  # the first call reads and tokenises the file
             text_batch = [] if only_value else next(texts)
         step = optimizer_step(
             learner, batch, text_batch, config, only_value=only_value, look_at_ratio=look
@@ -121,7 +122,7 @@ def update(
         if _moved_too_far(learner, step, config.ppo.max_step_kl):
             break
     learner.model.eval()
-    learner.optimizer.zero_grad()  # the next rollout needs the room
+    learner.optimizer.zero_grad()  # the next rollout needs the memory
     sums = {k: float(sum_over_processes(learner.accelerator, v)) for k, v in total.items()}
     return update_metrics(sums) | {
         "ppo/first_log_ratio": first_log_ratio,
@@ -132,7 +133,8 @@ def update(
 def _mini_batches(
     learner: Learner, rollout: Rollout, config: Config, generator: torch.Generator
 ) -> Iterator[Rollout]:
-    """Every episode once an epoch, each epoch in a new order; this process's share."""
+    """Yield this process's share of each mini-batch; every epoch has all episodes in a new
+    order."""
     for _ in range(config.ppo.num_epochs):
         order = torch.randperm(len(rollout.trees), generator=generator)
         for episodes in order.split(
@@ -142,7 +144,7 @@ def _mini_batches(
 
 
 def _moved_too_far(learner: Learner, step: Sums, max_step_kl: float | None) -> bool:
-    """Whether this step's policy was further from the rollout's than an update may go."""
+    """Tell whether the policy was further from the rollout's at this step than an update may go."""
     if max_step_kl is None:
         return False
     nats, tokens = (
@@ -160,7 +162,7 @@ def optimizer_step(
     only_value: bool = False,
     look_at_ratio: Callable[[float], object] = lambda _: None,
 ) -> Sums:
-    """One step on a mini-batch and its text: gradients of both are summed, then the step is taken.
+    """Sum the gradients of a mini-batch and its text, then take one step.
 
         loss = policy_loss + value_loss + ptx.coef * (mean nats a text token)
 
@@ -168,10 +170,11 @@ def optimizer_step(
     value model share no weight, so the value loss needs no coefficient.
 
     Args:
-        look_at_ratio: called before the step, with the largest absolute log-ratio of a token here.
+        look_at_ratio: called before the step, with the largest absolute log-ratio of a token on
+            this process.
     """
     accelerator = learner.accelerator
-    with learner.watch.phase("step"):  # also unwrapping takes milliseconds
+    with learner.watch.phase("step"):  # unwrapping takes milliseconds too
         policy, value_model = learner.models.policy, learner.models.value_model
         learner.optimizer.zero_grad()
     ratio = config.ptx.grad_norm_ratio
@@ -207,7 +210,7 @@ def optimizer_step(
 
 
 def _episode_pass(learner: Learner, batch: Rollout, config: Config, *, only_value: bool) -> Sums:
-    """Adds the gradient of the policy and the value loss; the last pass synchronises processes."""
+    """Add the gradients of policy and value loss; the last pass synchronises the processes."""
     accelerator = learner.accelerator
     num_tokens = int(sum_over_processes(accelerator, batch.response_mask.sum()))
     rows = learner.packer.rows(batch.trees)
@@ -243,10 +246,10 @@ def _episode_pass(learner: Learner, batch: Rollout, config: Config, *, only_valu
 
 
 def _models_at_a_time(accelerator: Accelerator) -> list[dict[str, bool]]:
-    """Through which models each pass of a row goes, as arguments of PolicyAndValue.
+    """Return the passes over a row, each as arguments of PolicyAndValue.
 
-    One after the other they hold half the activations. Processes exchange the gradients of both in
-    one backward pass.
+    One pass for each model holds half the activations of a pass through both. Several processes
+    need the joint pass, since they exchange the gradients of both models in one backward pass.
     """
     if accelerator.num_processes > 1 or sharding.shards_gradients(accelerator):
         return [{}]
@@ -261,7 +264,10 @@ def _losses(
     config: Config,
     num_tokens: int,
 ) -> tuple[Tensor, Tensor, Stats]:
-    """Policy and value loss, and sums over tokens; 0 and none of a model without a pass."""
+    """Return policy loss, value loss, and sums over tokens for the metrics.
+
+    A model without outputs in this pass has a loss of 0 and no sums.
+    """
     policy = value = torch.zeros((), device=row.device)
     stats: Stats = {}
     if logprobs is not None:
@@ -288,9 +294,9 @@ def _losses(
 
 
 def _text_pass(learner: Learner, texts: Sequence[PromptTree], coef: float) -> Sums:
-    """Adds coef times the gradient of the mean language modelling loss.
+    """Add coef times the gradient of the mean language modelling loss.
 
-    Whole gradients are synchronised later, with those of the episodes.
+    Gradients that are not in shards are synchronised later, with those of the episodes.
     """
     if not texts:
         return {}
@@ -302,7 +308,7 @@ def _text_pass(learner: Learner, texts: Sequence[PromptTree], coef: float) -> Su
     sums: dict[str, Tensor] = {}
     for number in range(num_passes):
         row = rows[min(number, len(rows) - 1)].to(accelerator.device)
-        weight = float(number < len(rows))  # as in the episodes' pass
+        weight = float(number < len(rows))  # as in _episode_pass
         is_last = number == num_passes - 1 and sharding.shards_gradients(accelerator)
         with sharding.one_pass(accelerator, learner.model, is_last=is_last):
             logprobs, _ = learner.model(row, with_values=False)
@@ -315,7 +321,7 @@ def _text_pass(learner: Learner, texts: Sequence[PromptTree], coef: float) -> Su
 
 @dataclass(frozen=True)
 class RowBatch:
-    """What the losses need of the rollout for one packed row, each (responses of the row, time)."""
+    """Holds what the losses need for one packed row, each (responses of the row, time)."""
 
     logprobs: Tensor
     values: Tensor
@@ -329,7 +335,7 @@ class RowBatch:
 
 
 def update_metrics(total: Sums) -> dict[str, float]:
-    """Means over the tokens and the steps of an update."""
+    """Compute means over the tokens and the steps of an update."""
     tokens, steps = total["tokens"], total["steps"]
     metrics = {
         "ppo/policy_loss": total["policy_loss"] / tokens,
@@ -352,8 +358,10 @@ def update_metrics(total: Sums) -> dict[str, float]:
 
 
 def find_nonfinite(learner: Learner, batch: Rollout, texts: Sequence[PromptTree]) -> NonFiniteError:
-    """What made a gradient NaN or infinite: the passes of the step again, row by row, no gradient,
-    on all processes."""
+    """Find what made a gradient NaN or infinite, on all processes.
+
+    Repeats the step's passes row by row, without gradients.
+    """
     with sharding.whole_weights(learner.accelerator, learner.model):
         own = _find_nonfinite(learner, batch, texts)
     step = learner.schedule.last_epoch
@@ -381,8 +389,10 @@ def _find_nonfinite(
 
 
 def _set_aside(learner: Learner, watched: Sequence[nn.Parameter]) -> list[Tensor]:
-    """A copy of the text's gradient. Where gradients are in shards they are then set to zero, since
-    DeepSpeed may or may not add what comes later to what is there."""
+    """Copy the text's gradient; where gradients are in shards, also set them to zero.
+
+    DeepSpeed may or may not add later gradients to those that are there.
+    """
     text = [gradient.clone() for gradient in sharding.local_gradients(watched)]
     if text and sharding.shards_gradients(learner.accelerator):
         trained = trained_parameters(learner.models).values()
@@ -393,12 +403,12 @@ def _set_aside(learner: Learner, watched: Sequence[nn.Parameter]) -> list[Tensor
 def _balance(
     learner: Learner, parameters: Sequence[nn.Parameter], text: list[Tensor], config: Config
 ) -> Sums:
-    """Norms of the two gradients of the policy and their cosine; gives them their wanted ratio.
+    """Measure the norms and the cosine of the policy's two gradients; give them the wanted ratio.
 
     Args:
-        parameters: with the sum of both gradients, over all processes; where gradients are in
-            shards, with that of the episodes alone. Empty: not watched.
-        text: this process's gradient of the text; where gradients are in shards, its shard of it.
+        parameters: hold the sum of both gradients over all processes. Where gradients are in
+            shards, they hold the episodes' gradient alone. Empty: nothing is measured.
+        text: this process's gradient of the text, or its shard of that gradient.
     """
     if not parameters:
         return {}
@@ -409,6 +419,7 @@ def _balance(
             text = [accelerator.reduce(gradient, reduction="mean") for gradient in text]
         ppo = [total - part for total, part in zip(ppo, text, strict=True)]
     text_norm, ppo_norm = (sharding.norm(accelerator, gradient) for gradient in (text, ppo))
+    # 1e-30 stands in for a norm of 0, which cannot divide.
     cosine = sharding.dot(accelerator, text, ppo) / max(text_norm * ppo_norm, 1e-30)
     coef, scale = config.ptx.coef, 1.0
     if config.ptx.grad_norm_ratio is not None:
@@ -421,7 +432,7 @@ def _balance(
 
 
 def _add(sums: dict[str, Tensor], more: Mapping[str, Tensor], scale: float = 1.0) -> None:
-    """Where the values are: a GPU need not be waited for before the next row."""
+    """Add values to the sums on their own device, so that the next row need not wait for a GPU."""
     for name, value in more.items():
         scaled = value.detach() * scale
         sums[name] = sums[name] + scaled if name in sums else scaled

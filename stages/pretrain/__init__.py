@@ -1,6 +1,6 @@
-"""Pretraining: a small causal language model from plain text, with a tokenizer of its own.
+"""Pretrain a small causal language model and its tokenizer on plain text.
 
-The GPT step, and what makes the embedded default need no download. Reads `text` records; writes a
-plain Hugging Face folder whose tokenizer holds the chat template and its special tokens, so that
-the next stages only ever load it.
+This stage makes the base model of the tiny pipeline, so that the default needs no download. It
+reads `text` records and writes a plain Hugging Face folder. The tokenizer in it holds the chat
+template and the special tokens, so that later stages only load it.
 """

@@ -1,4 +1,4 @@
-"""`python -m stages.pretrain --config FILE`."""
+"""python -m stages.pretrain --config configs/pretrain/tiny.yaml"""
 
 from rlhf.runs.program import run_stage
 from stages.pretrain.config import Config

@@ -10,7 +10,7 @@ from rlhf.training.settings import OptimSettings
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureSettings:
-    """Shape of the new model, in transformers' words."""
+    """Shape of the new model, in transformers' terms."""
 
     model_type: Literal["llama", "mistral", "qwen3"] = "llama"
     """Architecture as transformers names it."""
@@ -19,9 +19,9 @@ class ArchitectureSettings:
     num_hidden_layers: int = 4
     """Transformer blocks."""
     num_attention_heads: int = 4
-    """Attention heads; they divide hidden_size."""
+    """Attention heads. The number must divide hidden_size."""
     num_key_value_heads: int = 4
-    """Heads of keys and values; they divide num_attention_heads."""
+    """Heads of keys and values. The number must divide num_attention_heads."""
     intermediate_size: int = 384
     """Width of the feed-forward layer."""
     max_position_embeddings: int = 512
@@ -56,16 +56,16 @@ class Config(MayOverwrite):
     text_held_out_path: str
     """Text records to measure the loss on."""
     facts_path: str | None = None
-    """Prompt records with fact probes (see rlhf/measuring/fact_recall.py). None means no recall is
-    measured."""
+    """Prompt records with fact probes (see rlhf/measuring/fact_recall.py). None means that recall
+    is not measured."""
     output_dir: str
-    """Folder of the run; the model is saved in it."""
+    """Folder of the run. The model is saved in it."""
     vocab_size: int = 1152
-    """Token ids of the tokenizer, at most."""
+    """Most token ids of the tokenizer."""
     block_length: int = 128
-    """Tokens of one training row; documents are joined and cut into such rows."""
+    """Tokens in one training row. Documents are joined and cut into such rows."""
     batch_size: int = 16
-    """Rows an update, over all processes."""
+    """Rows in an update, over all processes."""
     num_epochs: int = 6
     """Passes over the text."""
     architecture: ArchitectureSettings = field(default_factory=ArchitectureSettings)
@@ -75,10 +75,12 @@ class Config(MayOverwrite):
     log_steps: int = 10
     """Steps between two rows of metrics.jsonl."""
     checkpoint_every: int | None = 100
-    """Steps between checkpoints, from which a run that was cut off goes on when the same command is
-    given again. Each takes three times the weights. None writes none."""
+    """Steps between checkpoints. An interrupted run continues from the last one when the same
+    command is given again. A checkpoint takes three times the size of the weights. None means no
+    checkpoints."""
     eval_steps: int = 100
-    """Steps between two measurements of held-out loss and fact recall; the end is always one."""
+    """Steps between two measurements of held-out loss and fact recall. The last step is always
+    measured."""
     trackers: list[Tracker] = field(default_factory=list)
     """Where metrics and samples go besides metrics.jsonl and samples.jsonl: tensorboard, wandb."""
     seed: int = 0

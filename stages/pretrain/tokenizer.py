@@ -1,4 +1,4 @@
-"""A byte-pair tokenizer trained on the pretraining text, with the chat format built in."""
+"""Train a byte-pair tokenizer on the pretraining text, with the chat format built in."""
 
 from collections.abc import Iterable
 
@@ -17,15 +17,16 @@ CHAT_TEMPLATE = (
     "{% else %} {{ message['content'] }}{% if loop.last %}{{ eos_token }}{% else %} {% endif %}"
     "{% endif %}{% endfor %}"
 )
-"""In the words of the text: a base model knows at once what is asked of it, and ends a response as
-it ends a document. Only the last turn ends so; earlier ones run on, as in the text."""
+"""Renders turns in the words of the pretraining text, so that a base model knows what is asked of
+it and ends a response as it ends a document. Only the last turn gets an end token. Earlier turns
+run on, as in the text."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text has ids, every document opens with <|endoftext|>.
+    """Train a byte-level BPE, which can encode any text; every document starts with <|endoftext|>.
 
-    A word has one spelling wherever it stands: a space is put before the first word of a text or
-    turn and taken away again in decoding. Otherwise a small model would have to learn each fact
+    A space is put before the first word of a text or turn, and removed again in decoding. So a word
+    has the same ids wherever it stands. Otherwise a small model would have to learn each fact
     twice, inside a sentence and at the start of a response.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The pretraining loop: blocks of plain text, next-token cross entropy, one AdamW."""
+"""Pretrain on blocks of plain text with next-token cross entropy and AdamW."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -69,9 +69,9 @@ def pretrain(config: Config) -> None:
 def to_blocks(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block_length: int
 ) -> Tensor:
-    """All texts joined, each behind the tokenizer's document token, cut into (rows, block_length).
+    """Join all texts, each after the tokenizer's document token; cut into (rows, block_length).
 
-    The tokens behind the last whole row are left out.
+    The tokens after the last whole row are left out.
 
     Raises:
         ValueError: The texts do not fill one row.
@@ -87,8 +87,10 @@ def to_blocks(
 
 
 def draw_batches(num_rows: int, batch_size: int, num_epochs: int, seed: int) -> Iterator[list[int]]:
-    """Row numbers of each update: every epoch in a new order, the last rows short of a batch left
-    out."""
+    """Yield the row numbers of each update, in a new order every epoch.
+
+    Rows left over after the last full batch of an epoch are not used in it.
+    """
     generator = torch.Generator().manual_seed(seed)
     for _ in range(num_epochs):
         order = torch.randperm(num_rows, generator=generator).tolist()
@@ -97,14 +99,14 @@ def draw_batches(num_rows: int, batch_size: int, num_epochs: int, seed: int) -> 
 
 
 def language_model_loss(model: nn.Module, blocks: Tensor) -> Tensor:
-    """Cross entropy in nats, mean over the predicted tokens of blocks (batch, time)."""
+    """Return the mean cross entropy, in nats, of the predicted tokens of blocks (batch, time)."""
     logits = model(input_ids=blocks, use_cache=False).logits[:, :-1]
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), blocks[:, 1:].flatten())
 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, blocks: Tensor, batch_size: int) -> float:
-    """Mean nats a token over blocks (rows, time); every process measures all of them."""
+    """Return the mean nats a token over blocks (rows, time); every process measures all blocks."""
     device = next(model.parameters()).device
     losses = [
         language_model_loss(model, batch.to(device)) * len(batch)
@@ -122,10 +124,10 @@ def _train(
     blocks: Tensor,
     evaluate: Callable[[], dict[str, float]],
 ) -> tuple[dict[str, float], dict[str, Tensor] | None]:
-    """Trains `model` in place and logs `evaluate` every eval_steps steps.
+    """Train `model` in place and log `evaluate` every eval_steps steps.
 
     Returns:
-        the last of these figures, and the weights where the model itself holds shards only.
+        the last figures of `evaluate`, and the whole weights if the model holds only shards.
 
     Raises:
         ValueError: the processes cannot share a batch equally.

@@ -1,4 +1,4 @@
-"""Settings of the rm stage. Defaults are InstructGPT's."""
+"""Settings of the rm stage; the defaults are InstructGPT's."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,62 +16,67 @@ class Config(MayOverwrite):
     output_dir: str
     """Folder of this run: the reward model, reward.json, metrics.jsonl, results.json."""
     model: ModelSettings
-    """The SFT model; its unembedding is replaced by a new head."""
+    """The SFT model. A new head replaces its unembedding."""
     rankings: list[str]
-    """Files, folders or hub ids of ranking records, all of them joined."""
+    """Files, folders or hub ids of ranking records. All of them are joined."""
     held_out: float | None = None
-    """Share of the prompts (0 to 1) to measure on, never trained on. None means that
-    held_out_rankings are measured on."""
+    """Share of the prompts (0 to 1) kept out of training to measure on. None means that
+    held_out_rankings names the records to measure on."""
     held_out_rankings: list[str] | None = None
-    """Ranking records to measure on; their prompts are taken out of the training set. None means
+    """Ranking records to measure on. Their prompts are taken out of the training set. None means
     that held_out gives the share."""
     max_rankings: int | None = None
-    """Rankings read of each file of rankings, drawn at random. None means all."""
+    """Rankings to draw at random from each source of rankings. None means all."""
     max_held_out: int | None = None
-    """Rankings read of each file of held_out_rankings, drawn at random. None means all."""
+    """Rankings to draw at random from each source of held_out_rankings. None means all."""
     demonstrations: str
-    """Demonstration records; the bias is set so that their mean score is 0."""
+    """Demonstration records. The bias is set so that their mean score is 0."""
     num_demonstrations: int = 512
-    """Demonstrations drawn for the bias, fewer where there are fewer."""
+    """Most demonstrations to draw for the bias."""
     batch_size: int = 64
-    """Prompts an optimizer step, over all processes, each with all of its pairs."""
+    """Prompts in an optimizer step, over all processes, each with all of its pairs."""
     micro_batch_tokens: int = 4096
-    """Most tokens a pass holds on one process; changes no result. A longer ranking is not cut and
+    """Most tokens in one pass on one process. It changes no result. A longer ranking is not cut; it
     gets a pass of its own."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     num_epochs: int = 1
-    """Passes over the rankings. More than one overfits quickly: the held-out figures are logged
+    """Passes over the rankings. More than one overfits quickly, so the held-out figures are logged
     after each."""
     max_prompt_tokens: int = 1024
-    """Longer prompts lose their oldest turns; a ranking whose last turn alone is longer is
-    dropped, counted and reported."""
+    """Most tokens of a prompt. Longer prompts lose their oldest turns. A ranking whose last turn
+    alone is longer is dropped; the number dropped is printed."""
     max_response_tokens: int = 1024
-    """Longer responses are left out of their ranking, counted and reported, never cut."""
+    """Most tokens of a response. A longer response is left out of its ranking, never cut; the
+    number left out is printed."""
     max_dropped: float = 0.05
-    """The run stops when a larger share (0 to 1) of the rankings loses its prompt or a response
-    to these two limits."""
+    """Largest share (0 to 1) of the rankings that may lose their prompt or a response to these two
+    limits. The run stops above it."""
     max_responses: int | None = None
-    """Responses of a ranking that are trained on, drawn at random. None means all."""
+    """Responses of a ranking to train on, drawn at random. None means all."""
     margin_per_rank: float = 0.0
-    """Margin of the loss (Touvron et al. 2023, eq. 2) for each rank between two responses: their
-    scores must differ by it before the loss is that of equal scores. Soft labels have none."""
+    """Margin in the loss for each rank between two responses (Touvron et al. 2023, eq. 2). Scores
+    that differ by the margin have the loss of equal scores without one. Soft labels have no
+    margin."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Train an adapter and the new head instead of all weights."""
     checkpoint_every: int | None = 50
-    """Optimizer steps between checkpoints, from which a run that was cut off goes on when the same
-    command is given again. Each takes three times the weights that learn. None writes none."""
+    """Optimizer steps between checkpoints. An interrupted run continues from the last one when the
+    same command is given again. A checkpoint takes three times the size of the trained weights.
+    None means no checkpoints."""
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(learning_rate=9e-6))
-    """Optimizer; cosine to a tenth of the peak, without warm-up."""
+    """Optimizer. By default the learning rate has no warm-up and falls by a cosine to a tenth of
+    its peak."""
     gold: str | None = None
-    """package.module:name of the maker of a gold score to measure against; called with gold_path,
-    it gives a function (prompts, responses) -> scores. None means that there is no gold score."""
+    """package.module:name of a function that makes a gold score to measure against. It is called
+    with gold_path and returns a function (prompts, responses) -> scores. None means no gold
+    score."""
     gold_path: str | None = None
-    """What the maker of the gold score is called with, such as a data folder."""
+    """Argument for the function named in gold, such as a data folder."""
     trackers: list[Tracker] = field(default_factory=list)
     """Where metrics and samples go besides metrics.jsonl and samples.jsonl: tensorboard, wandb."""
     seed: int = 0
-    """Seed of the new head, of the order of rankings, of the split and of all that is drawn."""
+    """Seed of the new head, of the order of rankings, of the split and of all random draws."""
 
     def __post_init__(self) -> None:
         if not self.rankings:

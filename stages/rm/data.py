@@ -1,4 +1,4 @@
-"""Rankings as the trainer takes them, and an account of all that was left out."""
+"""Turn rankings into what the trainer takes, and count all that is left out."""
 
 import random
 from collections.abc import Sequence
@@ -22,46 +22,46 @@ from stages.rm.config import Config
 
 @dataclass(frozen=True)
 class Example:
-    """One ranking, and its prompt and responses as ids."""
+    """Holds one ranking, with its prompt and responses as token ids."""
 
     tree: PromptTree
     ranking: Ranking
-    """Of the responses that the tree has."""
+    """The ranking of the responses in the tree."""
     is_cut: bool
-    """The prompt lost its oldest turns."""
+    """Whether the prompt lost its oldest turns."""
 
 
 @dataclass
 class Counts:
-    """What became of the rankings of one set."""
+    """Counts what was kept and left out of one set of rankings."""
 
     rankings: int = 0
-    """Read."""
+    """Rankings read."""
     kept: int = 0
     without_pairs: int = 0
-    """Dropped: no two responses are compared, or none after long responses went."""
+    """Rankings dropped because they compare no two responses that fit."""
     prompts_too_long: int = 0
-    """Dropped: the last turn alone is over max_prompt_tokens."""
+    """Rankings dropped because the last turn alone is over max_prompt_tokens."""
     prompts_cut: int = 0
-    """Kept with their oldest turns left out."""
+    """Rankings kept without the oldest turns of their prompt."""
     responses_too_long: int = 0
     """Responses left out of their ranking."""
     rankings_with_long_responses: int = 0
-    """Rankings that these were left out of."""
+    """Rankings that lost such a response."""
     equal_pairs: int = 0
     """Pairs left out because their two responses are the same."""
     long_rows: list[Ranking] = field(default_factory=list)
-    """Rankings that lost something to the length limits, to name their rows."""
+    """Rankings that lost something to the length limits. An error message names their rows."""
 
     def as_metrics(self) -> dict[str, int]:
         return {name: value for name, value in vars(self).items() if name != "long_rows"}
 
 
 def read_rankings(config: Config) -> tuple[list[Ranking], list[Ranking]]:
-    """Training and held-out rankings; no prompt is in both.
+    """Read the training and the held-out rankings; no prompt is in both.
 
     Raises:
-        ValueError: bad records, or a set without rankings.
+        ValueError: a record is bad, or a set has no rankings.
     """
     records = _read_all(config.rankings, config.max_rankings, config.seed)
     if config.held_out is not None:
@@ -83,10 +83,10 @@ def read_rankings(config: Config) -> tuple[list[Ranking], list[Ranking]]:
 def make_examples(
     rankings: Sequence[Ranking], chat: Chat, config: Config, *, for_training: bool
 ) -> tuple[list[Example], Counts]:
-    """Rankings as ids, and what was left out.
+    """Turn rankings into token ids; also return the counts of what was left out.
 
-    For training only responses that take part in a pair are kept, at most `max_responses`; for
-    measuring all of them, since ties of the labelers may be pairs of the gold score.
+    Training keeps only responses that take part in a pair, and at most `max_responses` of them.
+    Measuring keeps all, since the gold score may order what the labelers left tied.
 
     Raises:
         ValueError: more than `max_dropped` of the rankings lost something to the length limits.
@@ -105,10 +105,10 @@ def make_examples(
 def make_demonstrations(
     demonstrations: Sequence[Demonstration], chat: Chat, config: Config
 ) -> list[PromptTree]:
-    """Demonstrations drawn for the bias, within the length limits.
+    """Draw demonstrations within the length limits for the bias.
 
     Raises:
-        ValueError: none fits.
+        ValueError: no demonstration fits.
     """
     order = list(demonstrations)
     random.Random(config.seed).shuffle(order)
@@ -131,7 +131,7 @@ def make_demonstrations(
 
 
 def _read_all(sources: Sequence[str], limit: int | None, seed: int) -> list[Ranking]:
-    """Up to `limit` records of each source; one that names no source is given its file's name."""
+    """Read up to `limit` records of each source; a record without a source gets its file's name."""
     rankings = []
     for source in sources:
         records = read_records(source, Ranking)
@@ -172,7 +172,7 @@ def _make_example(
 
 
 def _draw_in_pairs(ranking: Ranking, fitting: list[int], config: Config) -> list[int]:
-    """The responses to train on: some of those that fit, each in at least one pair."""
+    """Draw the responses to train on from those that fit; each takes part in at least one pair."""
     drawn = fitting
     if config.max_responses is not None and len(fitting) > config.max_responses:
         generator = random.Random(f"{config.seed} {prompt_key(ranking.prompt)}")

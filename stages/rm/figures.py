@@ -1,4 +1,4 @@
-"""How well scores order pairs: accuracy with its interval, log loss, calibration, baselines."""
+"""Measure how well scores order pairs: accuracy, its interval, log loss, calibration, baselines."""
 
 import math
 from collections import defaultdict
@@ -11,24 +11,25 @@ from rlhf.measuring.statistics import Estimate, share_interval
 from stages.rm.data import Example
 
 ScoreFunction = Callable[[Sequence[PromptLike], Sequence[str]], Sequence[float]]
-"""(prompts, responses) -> scores, one a response."""
+"""Takes (prompts, responses) and returns one score for each response."""
 
 NUM_BINS = 10
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to a prompt of which a judge prefers the first, or neither."""
+    """Holds two responses to a prompt, the first of which a judge finds at least as good."""
 
     prompt: str
-    """Key of the prompt; pairs of one prompt resemble each other."""
+    """Key of the prompt. Pairs of one prompt are not independent, so the bootstrap draws
+    prompts."""
     source: str
     margin: float
-    """Score of the preferred response less that of the other."""
+    """Score of the first response minus that of the second."""
     length_margin: int
-    """Tokens of the preferred response less those of the other."""
+    """Tokens of the first response minus those of the second."""
     probability: float = 1.0
-    """That the first is better, by the judge, from 1/2 (neither) to 1."""
+    """Probability, by the judge, that the first is better: from 1/2 (no preference) to 1."""
 
 
 def compare(
@@ -36,11 +37,11 @@ def compare(
     scores: Sequence[Sequence[float]],
     preferences: Sequence[Sequence[Preference]],
 ) -> list[Pair]:
-    """The pairs that a judge compares, with the margins of the scores.
+    """Return the pairs that a judge compares, with the margins of the scores.
 
     Args:
-        scores: of each example, one a response.
-        preferences: of each example, with probabilities of at least 1/2.
+        scores: for each example, one score a response.
+        preferences: for each example, pairs with probabilities of at least 1/2.
     """
     pairs = []
     for example, score, judged in zip(examples, scores, preferences, strict=True):
@@ -60,12 +61,12 @@ def compare(
 
 
 def label_preferences(examples: Sequence[Example]) -> list[list[Preference]]:
-    """Of each example, by its labeler."""
+    """Return the preferences of each example's labeler."""
     return [example.ranking.preferences() for example in examples]
 
 
 def gold_preferences(examples: Sequence[Example], gold: ScoreFunction) -> list[list[Preference]]:
-    """Of each example, by a gold score; equal scores are ties."""
+    """Return the preferences of a gold score for each example; equal scores are ties."""
     preferences = []
     for example in examples:
         ranking = example.ranking
@@ -75,15 +76,15 @@ def gold_preferences(examples: Sequence[Example], gold: ScoreFunction) -> list[l
 
 
 def decided(pairs: Sequence[Pair]) -> list[Pair]:
-    """Without those of probability 1/2, which no judge of a pair can get right or wrong."""
+    """Leave out pairs of probability 1/2, which have no right answer."""
     return [pair for pair in pairs if pair.probability > 0.5]
 
 
 def accuracy(pairs: Sequence[Pair], seed: int) -> Estimate:
-    """Share of decided pairs with a positive margin, one of 0 counting half, and its 95 % interval.
+    """Return the share of decided pairs that the scores order right, with its 95 % interval.
 
-    The interval is from a bootstrap over prompts, wider where they are few (share_interval). One
-    prompt alone tells nothing: (0, 1).
+    A margin of 0 counts half. The interval comes from a bootstrap over prompts, and is widened
+    where prompts are few (share_interval). A single prompt gives (0, 1).
     """
     of_prompt: dict[str, list[float]] = defaultdict(list)
     for pair in decided(pairs):
@@ -94,20 +95,20 @@ def accuracy(pairs: Sequence[Pair], seed: int) -> Estimate:
 
 
 def length_accuracy(pairs: Sequence[Pair], *, longer_wins: bool) -> float:
-    """Accuracy of a judge who looks at nothing but the number of tokens."""
+    """Return the accuracy of a judge who looks only at the number of tokens."""
     sign = 1 if longer_wins else -1
     return _mean([_outcome(sign * pair.length_margin) for pair in decided(pairs)])
 
 
 def does_longer_win(pairs: Sequence[Pair]) -> bool:
-    """The direction in which length orders these pairs better."""
+    """Tell whether preferring the longer response orders these pairs better than the shorter."""
     return length_accuracy(pairs, longer_wins=True) >= 0.5
 
 
 def log_loss(pairs: Sequence[Pair]) -> float:
-    """Mean cross-entropy of sigmoid(margin) to the judge's probability, in nats a pair.
+    """Return the mean cross-entropy of sigmoid(margin) to the judge's probability, in nats a pair.
 
-    A coin has ln 2; the least that soft labels allow is their own entropy.
+    A coin has ln 2. With soft labels, the lowest possible loss is their own entropy.
     """
     return _mean(
         [
@@ -119,12 +120,12 @@ def log_loss(pairs: Sequence[Pair]) -> float:
 
 
 def calibration(pairs: Sequence[Pair]) -> tuple[float, list[dict[str, float]]]:
-    """Expected calibration error, and the bins it comes from.
+    """Return the expected calibration error (Guo et al. 2017) and the bins it comes from.
 
-    The model says sigmoid(|margin|) for the response that it prefers. In each of ten bins of
-    that confidence from 0.5 to 1 stand mean confidence and accuracy, which is the judge's mean
-    probability for those responses; the error is the mean of their distance over pairs (Guo et al.
-    2017).
+    The model's confidence in the response that it prefers is sigmoid(|margin|), from 0.5 to 1. Each
+    of ten bins of confidence has a mean confidence and an accuracy. The accuracy is the judge's
+    mean probability for the responses that the model prefers. The error is the distance of the
+    two, averaged over pairs.
     """
     bins: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for pair in pairs:
@@ -144,7 +145,7 @@ def calibration(pairs: Sequence[Pair]) -> tuple[float, list[dict[str, float]]]:
 
 
 def figures_of(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
-    """Accuracy of the decided pairs, its interval, log loss of all, and how many there are."""
+    """Return the accuracy of the decided pairs, its interval, the log loss of all, and counts."""
     share, interval = accuracy(pairs, seed)
     return {
         "pair_accuracy": share,
@@ -157,7 +158,7 @@ def figures_of(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
 
 
 def by_source(pairs: Sequence[Pair], seed: int) -> dict[str, dict[str, Any]]:
-    """`figures_of` for the pairs of each source."""
+    """Return `figures_of` for the pairs of each source."""
     sources = sorted({pair.source for pair in pairs})
     return {
         source: figures_of([pair for pair in pairs if pair.source == source], seed)
@@ -166,7 +167,7 @@ def by_source(pairs: Sequence[Pair], seed: int) -> dict[str, dict[str, Any]]:
 
 
 def _outcome(margin: float, probability: float = 1.0) -> float:
-    """Probability that a judge who goes by the margin is right about a pair."""
+    """Return the probability that a judge who goes by the margin is right about a pair."""
     if margin == 0:
         return 0.5
     return probability if margin > 0 else 1 - probability

@@ -1,4 +1,4 @@
-"""The rm program: read rankings, train, save, and measure what was saved."""
+"""Run the rm stage: read rankings, train, save, and measure what was saved."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -46,8 +46,8 @@ def train(config: Config) -> None:
     """Train a reward model and write its folder, with the held-out figures in results.json.
 
     Raises:
-        ValueError: settings, records or a model that cannot be used.
-        OSError: files that cannot be read.
+        ValueError: the settings, the records or the model cannot be used.
+        OSError: a file cannot be read.
     """
     accelerator = start_accelerator()
     files = (*MODEL_FILES, REWARD_FILE)
@@ -69,7 +69,7 @@ def train(config: Config) -> None:
         judges.append(figures.gold_preferences(held_out, gold))
 
     def held_out_pairs(model: ScalarModel, packer: Packer) -> list[list[figures.Pair]]:
-        """The pairs of the labels and, where there is one, those of the gold score."""
+        """Return the pairs of the labels and, where there is one, those of the gold score."""
         scores = _score_all(model, [example.tree for example in held_out], packer, accelerator)
         return [figures.compare(held_out, scores, judge) for judge in judges]
 
@@ -78,7 +78,7 @@ def train(config: Config) -> None:
         run.log(step, _held_out_metrics(config, *held_out_pairs(model, packer)))
 
     first_loss, num_steps = _fit(config, chat, train_set, run, checkpoints, measure)
-    free_unused()  # the trained model and its optimizer go before the saved one comes
+    free_unused()  # free the trained model and its optimizer before the saved model is loaded
     model, packer = _load_saved(config, accelerator)
     demonstration_scores = _score_all(model, demonstrations, packer, accelerator)
     model.bias = _mean([score for (score,) in demonstration_scores])
@@ -95,7 +95,7 @@ def train(config: Config) -> None:
     }
     if accelerator.is_main_process:
         _write_card(config, chat, [*held_out, *train_set], model, packer, results)
-    del model  # the folder is loaded once more, as every reader will
+    del model  # the folder is loaded again, in the way that every later stage loads it
     if accelerator.is_main_process:
         load_reward_model(
             _saved(config),
@@ -112,7 +112,7 @@ def train(config: Config) -> None:
 
 
 def save_scalar(trainer: RankingTrainer, chat: Chat, folder: Path) -> None:
-    """Writes the trained model, gathered from all processes, and looks for its head in the file.
+    """Write the trained model, gathered from all processes, and check that the file has its head.
 
     Raises:
         ValueError: the file holds no head of shape (1, model).
@@ -127,7 +127,7 @@ def save_scalar(trainer: RankingTrainer, chat: Chat, folder: Path) -> None:
 
 
 def check_saved_head(folder: Path, width: int) -> None:
-    """Raises ValueError unless the safetensors files of a folder hold a head (1, width)."""
+    """Raise a ValueError unless the safetensors files of a folder hold a head of (1, width)."""
     shapes = []
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -175,9 +175,9 @@ def _fit(
     checkpoints: Checkpoints,
     measure: Callable[[ScalarModel, Packer, int], None],
 ) -> tuple[float, int]:
-    """Trains and saves; returns the loss of the first batch and the number of steps.
+    """Train and save; return the loss of the first batch and the number of steps.
 
-    Between epochs `measure` gets the model, its packer and the step.
+    Between epochs `measure` is called with the model, its packer and the step.
     """
     set_seed(config.seed)
     with memory_of("load"):
@@ -195,7 +195,7 @@ def _fit(
             measure(model, packer, step)
 
     trainer.add_callback(AtEpochEnd(measure_whole))
-    # A folder with a card is taken for a finished reward model.
+    # Other stages take a folder with a card for a finished reward model.
     (run.dir / REWARD_FILE).unlink(missing_ok=True)
     place = partial(_place, trainer)
     with memory_of("train"), naming(trainer.accelerator, place):
@@ -209,7 +209,10 @@ def _place(trainer: RankingTrainer) -> str:
 
 
 def _saved(config: Config) -> ModelSettings:
-    """The folder as it is scored, without autocast: flash attention takes no float32."""
+    """Return how to load the folder for scoring.
+
+    Scoring runs without autocast, and flash attention takes no float32.
+    """
     is_flash = config.model.attention == "flash_attention_2"
     return ModelSettings(
         path=config.output_dir,
@@ -220,7 +223,7 @@ def _saved(config: Config) -> ModelSettings:
 
 
 def _load_saved(config: Config, accelerator: Accelerator) -> tuple[ScalarModel, Packer]:
-    """What the folder gives back, so that all figures are those of the files."""
+    """Load the saved model, so that all figures describe the files."""
     model = load_scalar(_saved(config), new_head=False)
     model.to(accelerator.device)
     return model, packer_for(model.classifier, config.micro_batch_tokens)
@@ -229,7 +232,7 @@ def _load_saved(config: Config, accelerator: Accelerator) -> tuple[ScalarModel, 
 def _score_all(
     model: ScalarModel, trees: Sequence[PromptTree], packer: Packer, accelerator: Accelerator
 ) -> list[list[float]]:
-    """Scores of every tree's responses, the work shared by all processes."""
+    """Return the scores of every tree's responses; the processes share the work."""
     shares = own_share(accelerator, list(enumerate(trees)))
     flat = iter(
         compute_scores(model, [tree for _, tree in shares], packer).tolist() if shares else ()
@@ -256,7 +259,7 @@ def _measure(
     pairs: Sequence[figures.Pair],
     gold_pairs: Sequence[figures.Pair] | None = None,
 ) -> dict[str, Any]:
-    """Held-out figures against the labels and, where there is one, the gold score."""
+    """Compute held-out figures against the labels and, where there is one, the gold score."""
     no_scores = [[0.0] * len(example.tree.responses) for example in train_set]
     train_pairs = figures.compare(train_set, no_scores, figures.label_preferences(train_set))
     longer_wins = figures.does_longer_win(train_pairs)
@@ -292,7 +295,7 @@ def _write_card(
     packer: Packer,
     results: dict[str, Any],
 ) -> None:
-    """reward.json; the golden rows are the first examples whose prompt was not cut."""
+    """Write reward.json; its golden rows are the first examples whose prompt was not cut."""
     golden = [example for example in examples if not example.is_cut][:NUM_GOLDEN]
     if not golden:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""transformers' Trainer with the ranking loss over packed prompt trees.
+"""Train with transformers' Trainer and the ranking loss over packed prompt trees.
 
 An optimizer step takes `batch_size` rankings. Their trees are packed into rows of at most
-`micro_batch_tokens`, and every row has its own forward and backward pass, so memory is bounded by
-the budget and not by the batch; the loss's normaliser is the whole batch, over all processes.
+`micro_batch_tokens`. Every row has its own forward and backward pass, so memory depends on this
+budget and not on the batch. The loss is normalised by the whole batch, over all processes.
 """
 
 import contextlib
@@ -39,18 +39,18 @@ from stages.rm.config import Config
 from stages.rm.data import Example
 
 Batch = dict[str, Any]
-"""rows: packed rows of one process; comparisons: of their responses; weight: of their rankings."""
+"""Holds `rows`, the packed rows of one process; `comparisons` of their responses; and `weight`, the
+total weight of their rankings."""
 
 _IDLE = -1
-"""Response number in a row that only keeps a process in step with the others."""
+"""Response number that marks an idle row, which only keeps a process in step with the others."""
 
 
 class GlobalBatches:
-    """Indices of this process's share of every global batch, shuffled anew every epoch; the first
-    pass of all begins behind `first_step` steps of the run.
+    """Yields this process's share of each global batch as indices, in a new order every epoch.
 
-    A last batch that is not full stays as small as it is: no ranking is seen twice, none is left
-    out, and a process may get none at all.
+    The first pass starts after `first_step` steps. Every ranking is seen exactly once an epoch. So
+    the last batch of an epoch may be small, and a process may get no ranking of it.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class GlobalBatches:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """What `ranking_loss` needs of the responses of a batch, or of a row of it."""
+    """Holds what `ranking_loss` needs to know of the responses in a batch or in one row."""
 
     preferences: Tensor
     """(responses, responses)"""
@@ -91,7 +91,7 @@ class Comparisons:
     """(responses, responses)"""
 
     def of(self, row: PackedRow) -> "Comparisons":
-        """Those of a row's responses; an idle row has no preferences."""
+        """Return the comparisons of a row's responses; an idle row has no preferences."""
         if _is_idle(row):
             return Comparisons(torch.zeros(1, 1), row.tree_index, torch.ones(1), None)
         chosen = row.response_index
@@ -103,7 +103,7 @@ class Comparisons:
 
 
 class RankingCollator:
-    """Lays the rankings of a step into packed rows."""
+    """Packs the rankings of a step into rows."""
 
     def __init__(self, packer: Packer, margin_per_rank: float = 0.0) -> None:
         self.packer = packer
@@ -120,7 +120,7 @@ class RankingCollator:
 
 
 def make_comparisons(rankings: Sequence[Ranking], margin_per_rank: float) -> Comparisons:
-    """Comparisons of these rankings, whose responses stand one after another."""
+    """Return the comparisons of these rankings, with their responses one after another."""
     trees = [tree for tree, ranking in enumerate(rankings) for _ in ranking.responses]
     tree_index = torch.tensor(trees, dtype=torch.long)
     weights = torch.tensor([rankings[tree].weight for tree in trees], dtype=torch.float32)
@@ -139,7 +139,7 @@ def make_comparisons(rankings: Sequence[Ranking], margin_per_rank: float) -> Com
 
 
 class AtEpochEnd(TrainerCallback):
-    """Calls a function with the step at the end of every epoch but the last."""
+    """Calls a function with the step number at the end of every epoch but the last."""
 
     def __init__(self, function: Callable[[int], None]) -> None:
         self.function = function
@@ -152,7 +152,7 @@ class AtEpochEnd(TrainerCallback):
 
 
 class RankingTrainer(Trainer):
-    """Trainer for a ScalarModel on rankings, each of which must have a pair."""
+    """Trains a ScalarModel on rankings; each ranking must have a pair."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class RankingTrainer(Trainer):
         load_models_whole()
 
     def get_train_dataloader(self) -> DataLoader:
-        """Not accelerate's loader, which repeats rankings to give every process as many."""
+        """Make our own loader, since accelerate's repeats rankings to give each process as many."""
         batches = GlobalBatches(len(self.examples), self.config, self.accelerator, self.first_step)
         collator = self.data_collator
         return DataLoader(self.examples, batch_sampler=batches, collate_fn=collator)  # type: ignore[arg-type]
@@ -202,12 +202,12 @@ class RankingTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Adds the gradient of the whole batch, a packed row at a time; returns the mean loss."""
+        """Add the gradient of the whole batch, row by row; return the mean loss."""
         model.train()
         rows, comparisons = inputs["rows"], inputs["comparisons"]
         total_weight = sum_over_processes(self.accelerator, inputs["weight"]).item()
         is_split = max_over_processes(self.accelerator, int(_splits_a_tree(rows)))
-        # Processes of a sharded model wait for each other in every pass: all make as many.
+        # Processes of a sharded model wait for each other in every pass, so all make as many.
         num_passes = max_over_processes(self.accelerator, len(rows))
         rows = [*rows, *[self._idle_row] * (num_passes - len(rows))]
 
@@ -227,7 +227,7 @@ class RankingTrainer(Trainer):
         return self._record(sum_over_processes(self.accelerator, totals))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Writes a step's figures into the run's folder; Trainer's own summary is left out."""
+        """Write a step's metrics into the run's folder, without Trainer's own summary."""
         if "learning_rate" not in logs:
             return
         metrics = {**self._metrics, "rm/learning_rate": logs["learning_rate"]}
@@ -238,11 +238,11 @@ class RankingTrainer(Trainer):
     def _score_slopes(
         self, model: nn.Module, rows: list[PackedRow], comparisons: Comparisons, total_weight: float
     ) -> tuple[Tensor, Tensor]:
-        """d loss / d score (responses,), and totals, where a ranking lies in several rows.
+        """Return d loss / d score (responses,) and totals, for rankings that lie in several rows.
 
-        One more forward pass buys that these rows never meet in memory (gradient caching, Gao et
-        al. 2021). For models that cannot take the packing mask, and for rankings longer than a
-        sliding window.
+        With these slopes every row can go backward alone, at the cost of one more forward pass
+        (gradient caching, Gao et al. 2021). Rankings lie in several rows if the model cannot take
+        the packing mask, or if they are longer than a sliding window.
         """
         scores = torch.zeros(len(comparisons.tree_index))
         with torch.no_grad():
@@ -256,20 +256,20 @@ class RankingTrainer(Trainer):
         return slopes, _totals(loss, stats)
 
     def _scores(self, model: nn.Module, row: PackedRow) -> Tensor:
-        """Scores (responses of the row,), with the gradient's graph."""
+        """Return scores (responses of the row,) that gradients can flow through."""
         row = row.to(self.args.device)
         with self.compute_loss_context_manager():
             return model(row.last_tokens, **row.model_inputs)
 
     def _backward(self, loss: Tensor) -> None:
-        # Data parallelism averages gradients over processes; this loss is their sum's part.
+        # Data parallelism averages gradients over processes, but the loss needs their sum.
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         options = {"scale_wrt_gas": False} if is_deepspeed else {}
         self.accelerator.backward(loss * self.accelerator.num_processes, **options)
 
     @contextlib.contextmanager
     def _synced_at_last(self, model: nn.Module, is_last: bool) -> Iterator[None]:
-        """Gradients travel between processes, and DeepSpeed steps, in the last pass only."""
+        """Let processes exchange gradients, and DeepSpeed take its step, in the last pass only."""
         self.accelerator.gradient_state._set_sync_gradients(is_last)
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         if is_last or is_deepspeed:
@@ -279,7 +279,7 @@ class RankingTrainer(Trainer):
                 yield
 
     def _record(self, totals: Tensor) -> Tensor:
-        """Keeps a step's figures, taken before the step changes the weights, for `log`.
+        """Keep a step's metrics for `log`; they are those of the weights before the step.
 
         Raises:
             ValueError: the loss is not finite.
@@ -338,7 +338,7 @@ def _ranking_loss(
 
 
 def _totals(loss: Tensor, stats: Stats) -> Tensor:
-    """(4,) in fp64: this part of the loss; pairs; pairs ordered right; sum of their margins."""
+    """Return (4,) in float64: part of the loss, pairs, pairs ordered right, sum of margins."""
     values = [loss.detach(), stats["pairs"], stats["correct"], stats["margin"]]
     return torch.stack([value.double().cpu() for value in values])
 
@@ -349,7 +349,7 @@ def _splits_a_tree(rows: Sequence[PackedRow]) -> bool:
 
 
 def _make_idle_row(tree: PromptTree) -> PackedRow:
-    """A short pass whose loss is 0: its response has no rank."""
+    """Make a short row whose loss is 0, since its response has no rank."""
     (row,) = Packer(1).rows([PromptTree(tree.prompt[:1], (tree.responses[0][-1:],))])
     return replace(row, response_index=torch.full_like(row.response_index, _IDLE))
 
@@ -359,7 +359,7 @@ def _is_idle(row: PackedRow) -> bool:
 
 
 def _part_of(row: PackedRow, values: Tensor) -> Tensor:
-    """Of values (responses,) of a batch those of a row; zeros for an idle one."""
+    """Select a row's values from the values of the batch (responses,); zeros for an idle row."""
     if _is_idle(row):
         return values.new_zeros(len(row.response_index))
     return values[row.response_index]

@@ -1,4 +1,4 @@
-"""Settings of supervised fine-tuning."""
+"""Settings of the sft stage."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,9 +14,9 @@ from rlhf.training.settings import OptimSettings
 class Config(MayOverwrite):
     """Fine-tune a base model on demonstrations.
 
-    The defaults are those of InstructGPT's PPO initialisation where they do not depend on size
-    (Ouyang et al. 2022, C.3): 2 epochs, 10 % pretraining text, batches of 32, cosine to 10 % of the
-    peak, no warm-up, Adam with betas 0.9 and 0.95.
+    Defaults that do not depend on the model's size are those of InstructGPT's PPO initialisation
+    (Ouyang et al. 2022, C.3): 2 epochs, 10 % pretraining text, batches of 32, a cosine to 10 % of
+    the peak learning rate, no warm-up, and Adam with betas 0.9 and 0.95.
     """
 
     model: ModelSettings
@@ -24,34 +24,38 @@ class Config(MayOverwrite):
     demonstrations: str
     """Demonstration records: a .jsonl file, a folder of those, or hub:owner/name."""
     num_demonstrations: int | None = None
-    """Read so many demonstrations, drawn at random with the seed. None means all."""
+    """Demonstrations to read, drawn at random with the seed. None means all."""
     text: str | None = None
-    """Text records to mix in, as for demonstrations. None means that none is."""
+    """Text records to mix in: a .jsonl file, a folder of those, or hub:owner/name. None means no
+    text."""
     text_share: float = 0.1
-    """Share of the trained tokens that are text; 0 only measures text. Unused without text."""
+    """Share of the trained tokens that are text. With 0, text is measured only. Unused without
+    text."""
     max_text_tokens: int = 256
-    """Documents are cut into pieces of at most so many tokens."""
+    """Most tokens of a piece of text. Longer documents are cut into pieces."""
     held_out: float = 0.05
-    """Share of the prompts, and of the documents, that is measured and never trained on."""
+    """Share of the prompts, and of the documents, kept out of training to measure on."""
     max_held_out: int = 256
-    """Measure at most so many held-out demonstrations, and as many held-out pieces of text."""
+    """Most held-out demonstrations to measure, and most held-out pieces of text."""
     max_prompt_tokens: int = 512
-    """Longer prompts lose their oldest turns; if the last turn alone is longer, the row goes."""
+    """Most tokens of a prompt. Longer prompts lose their oldest turns. A demonstration whose last
+    turn alone is longer is dropped."""
     max_response_tokens: int = 512
-    """Demonstrations with a longer response, its end token included, are dropped. Samples are cut
-    here."""
+    """Most tokens of a response, its end token included. Demonstrations with a longer one are
+    dropped. Samples are cut at this length."""
     max_dropped: float = 0.05
-    """Stop if a larger share of the demonstrations would be dropped for their length."""
+    """Largest share of the demonstrations that may be dropped for their length. The run stops above
+    it."""
     num_epochs: int = 2
     """Passes over the demonstrations and the text mixed in."""
     batch_size: int = 32
-    """Rows per optimizer step, over all processes; a row is a demonstration or a piece of text.
-    Where there are fewer rows, a step takes all of them once."""
+    """Rows in an optimizer step, over all processes. A row is a demonstration or a piece of text.
+    If there are fewer rows, a step takes all of them once."""
     micro_batch_size: int = 8
-    """Most rows per training pass on each device, padded to the longest. Changes memory and speed,
-    never the result."""
+    """Most rows in a training pass on each device, padded to the longest. It changes memory and
+    speed, never the result."""
     micro_batch_tokens: int = 2048
-    """Most tokens of one packed pass when held-out rows and samples are measured."""
+    """Most tokens in one packed pass when held-out rows and samples are measured."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -59,25 +63,27 @@ class Config(MayOverwrite):
     optim: OptimSettings = field(default_factory=OptimSettings)
     """Optimizer."""
     checkpoint_every: int | None = 50
-    """Optimizer steps between checkpoints, from which a run that was cut off goes on when the same
-    command is given again. Each takes three times the weights that learn. None writes none."""
+    """Optimizer steps between checkpoints. An interrupted run continues from the last one when the
+    same command is given again. A checkpoint takes three times the size of the trained weights.
+    None means no checkpoints."""
     eval_every: int = 50
-    """Optimizer steps between measurements; the last step is always measured."""
+    """Optimizer steps between measurements. The last step is always measured."""
     choose_by: Literal["held_out_loss", "reward_score"] = "held_out_loss"
-    """What chooses among the measured checkpoints: the lowest held-out loss, or the highest mean
-    score of samples for held-out prompts, as InstructGPT did (Ouyang et al. 2022, C.1)."""
+    """How to choose among the measured checkpoints: held_out_loss takes the lowest held-out loss.
+    reward_score takes the highest mean score of samples for held-out prompts, as InstructGPT did
+    (Ouyang et al. 2022, C.1)."""
     reward_model: str | None = None
     """Folder that the rm stage wrote, for choose_by reward_score."""
     num_samples: int = 64
-    """Held-out prompts, at most, that are answered by sampling."""
+    """Most held-out prompts to sample a response for."""
     temperature: float = 1.0
-    """Temperature of the samples; 0 takes the likeliest token."""
+    """Temperature of the samples. 0 takes the likeliest token."""
     generation: GenerationSettings = field(default_factory=GenerationSettings)
-    """How samples are generated."""
+    """The engine that samples."""
     trackers: list[Tracker] = field(default_factory=list)
     """Where metrics and samples go besides metrics.jsonl and samples.jsonl: tensorboard, wandb."""
     seed: int = 0
-    """Root of every random choice."""
+    """Seed of every random choice."""
     output_dir: str
     """Folder to write."""
 
@@ -111,8 +117,9 @@ class Config(MayOverwrite):
             )
 
     def rows_per_pass(self, num_processes: int) -> int:
-        """Rows of a training pass of each process: the most, up to micro_batch_size, that make up
-        its share of a batch.
+        """Return the rows of a training pass on each process.
+
+        It is the largest number up to micro_batch_size that divides a process's share of a batch.
 
         Raises:
             ValueError: the processes cannot share a batch equally.

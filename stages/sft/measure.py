@@ -1,4 +1,4 @@
-"""How good a policy is on what it was not trained on: losses, and samples."""
+"""Measure a policy on held-out data: losses, and samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from stages.sft.rows import Example
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A held-out prompt and what the policy answered."""
+    """Holds a held-out prompt and the policy's response."""
 
     record: Demonstration
     prompt: list[int]
@@ -32,7 +32,7 @@ class Sample:
 
 
 def mean_loss(policy: PreTrainedModel, trees: Sequence[PromptTree], packer: Packer) -> float:
-    """Mean -log-probability in nats of the response tokens of all trees."""
+    """Return the mean -log-probability of the trees' response tokens, in nats."""
     num_tokens = sum(len(response) for tree in trees for response in tree.responses)
     return -compute_logprobs(policy, trees, packer).double().sum().item() / num_tokens
 
@@ -40,7 +40,8 @@ def mean_loss(policy: PreTrainedModel, trees: Sequence[PromptTree], packer: Pack
 def draw_samples(
     policy: PreTrainedModel, examples: Sequence[Example], chat: Chat, config: Config
 ) -> list[Sample]:
-    """One response to each of the first num_samples different prompts; the same draws each time."""
+    """Sample one response to each of the first num_samples different prompts, with the same random
+    draws each time."""
     chosen = list({prompt_key(one.record.prompt): one for one in examples}.values())
     chosen = chosen[: config.num_samples]
     prompts = [list(one.tree.prompt) for one in chosen]
@@ -69,14 +70,14 @@ def draw_samples(
 
 
 def score_samples(samples: Sequence[Sample], reward_model: RewardModel, chat: Chat) -> list[float]:
-    """The reward model's score of each sample, with the template's own end."""
+    """Return the reward model's score of each sample, with the end token of the chat template."""
     prompts = [sample.prompt for sample in samples]
     responses = [chat.with_own_end(sample.response) for sample in samples]
     return reward_model.scores(prompts, responses).tolist()
 
 
 def sample_rows(samples: Sequence[Sample], scores: Sequence[float] | None) -> list[dict[str, Any]]:
-    """Rows of samples.jsonl: the policy's response beside the demonstration."""
+    """Make the rows of samples.jsonl, with the policy's response beside the demonstration."""
     rows: list[dict[str, Any]] = [
         {
             "prompt": sample.record.prompt,

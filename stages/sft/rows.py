@@ -1,4 +1,4 @@
-"""Records as token ids: demonstrations and pieces of text as prompt trees, lengths checked."""
+"""Turn demonstrations and pieces of text into prompt trees of token ids, and check their length."""
 
 import math
 import random
@@ -16,7 +16,8 @@ from stages.sft.config import Config
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A demonstration and its ids: the prompt as context, the response and its end to be learnt."""
+    """Holds a demonstration and its tree: the prompt is context, the response and its end token are
+    trained."""
 
     record: Demonstration
     tree: PromptTree
@@ -24,7 +25,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class LengthReport:
-    """How many demonstrations did not fit as they were."""
+    """Counts the demonstrations that did not fit."""
 
     num_read: int
     num_prompts_cut: int
@@ -34,22 +35,23 @@ class LengthReport:
     num_responses_dropped: int
     """Demonstrations dropped because the response is too long."""
     num_empty: int
-    """Demonstrations kept whose response has no text: they teach to end at once."""
+    """Demonstrations kept although their response has no text. They teach the policy to end at
+    once."""
     dropped: tuple[Demonstration, ...] = field(repr=False)
-    """Those that were dropped, to name their rows."""
+    """Demonstrations that were dropped. An error message names their rows."""
 
     @property
     def num_dropped(self) -> int:
         return self.num_prompts_dropped + self.num_responses_dropped
 
     def as_metrics(self) -> dict[str, int]:
-        """The numbers, without the rows."""
+        """Return the counts, without the rows."""
         return {name: value for name, value in vars(self).items() if name != "dropped"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What is trained and what is measured."""
+    """Holds the rows to train on and the rows to measure."""
 
     train: list[Example]
     held_out: list[Example]
@@ -65,10 +67,10 @@ class Rows:
 
 
 def load_rows(config: Config, chat: Chat) -> Rows:
-    """Reads, renders and splits demonstrations and text.
+    """Read, render and split demonstrations and text.
 
     Raises:
-        ValueError: rows that are no records, too many dropped for their length, nothing left to
+        ValueError: a row is no record, too many demonstrations are too long, or nothing is left to
             train on or to hold out.
     """
     demonstrations = read_records(config.demonstrations, Demonstration)
@@ -103,7 +105,7 @@ def render(
     max_prompt_tokens: int,
     max_response_tokens: int,
 ) -> tuple[list[Example], LengthReport]:
-    """Demonstrations that fit, and what was done to the others."""
+    """Turn demonstrations that fit into token ids; also return counts of those cut or dropped."""
     examples = []
     num_cut = num_prompts_dropped = 0
     dropped = []
@@ -132,9 +134,10 @@ def render(
 def cut_text(
     texts: Sequence[Text], chat: Chat, max_tokens: int, generator: random.Random
 ) -> list[PromptTree]:
-    """Documents cut into pieces of at most max_tokens, in random order; a lone token is no piece.
+    """Cut documents into pieces of at most max_tokens, in random order.
 
-    The first token of a piece is given, the others are to be learnt (see text_tree).
+    The first token of a piece is context, and the others are trained (see text_tree). So a piece of
+    one token is left out.
     """
     pieces = []
     for record in texts:
@@ -146,7 +149,8 @@ def cut_text(
 
 
 def fit_batches(config: Config, num_rows: int, num_processes: int) -> Config:
-    """The settings with a batch of no more rows than there are, rounded up to equal shares."""
+    """Limit batch_size in the settings to the number of rows, rounded up to equal shares of the
+    processes."""
     own_rows = math.ceil(num_rows / num_processes)
     return replace(config, batch_size=min(config.batch_size, own_rows * num_processes))
 
@@ -158,14 +162,15 @@ def lay_out(
     seed: int,
     laid_size: int | None = None,
 ) -> list[PromptTree]:
-    """All epochs one after the other, each in another order; within a batch, longest rows first.
+    """Lay out all epochs one after the other, each in a new order.
 
-    The last batch is filled up from one epoch more, so that any number of processes shares every
-    batch evenly. Sorting puts rows of like length next to each other and changes no batch.
+    The last batch is filled up from one more epoch, so that the processes share every batch evenly.
+    Within a batch the longest rows come first. This puts rows of similar length next to each other,
+    and changes no batch.
 
     Args:
-        laid_size: rows that a batch takes up, the last ones without anything to learn: as many as
-            processes can share where the batch is all rows there are. None means batch_size.
+        laid_size: rows that a batch takes up. Rows without anything to train fill it up where a
+            batch of all rows there are cannot be shared evenly. None means batch_size.
     """
     generator = random.Random(f"{seed}/order")
     num_rows = math.ceil(num_epochs * len(trees) / batch_size) * batch_size
@@ -188,7 +193,7 @@ def lay_out(
 def _load_text(
     config: Config, chat: Chat, trees: Sequence[PromptTree]
 ) -> tuple[list[PromptTree], list[PromptTree]]:
-    """Pieces to train on, as many as the share asks for, and held-out ones."""
+    """Return the pieces to train on, as many as text_share asks for, and the held-out pieces."""
     if config.text is None:
         return [], []
     texts = split_by_prompt(read_records(config.text, Text), config.held_out, config.seed)
@@ -203,7 +208,7 @@ def _load_text(
 
 
 def _take_tokens(trees: Sequence[PromptTree], num_tokens: float) -> list[PromptTree]:
-    """The first trees until their trained tokens reach the number; all, if they never do."""
+    """Return the first trees whose trained tokens reach the number, or all if none reach it."""
     num_taken = total = 0
     for tree in trees:
         if total >= num_tokens:

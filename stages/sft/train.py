@@ -1,4 +1,4 @@
-"""The stage from start to end."""
+"""Run the sft stage from start to end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,13 +33,13 @@ from stages.sft.trainer import Metrics, figures_line, fit
 
 @folders_given_back()
 def train(config: Config) -> None:
-    """Fine-tunes a policy on demonstrations and writes its folder."""
+    """Fine-tune a policy on demonstrations and write its folder."""
     run = open_run(config, stage="sft", inputs=_inputs(config), files=MODEL_FILES)
     accelerator = start_accelerator()
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     chat = load_chat(config.model)
     rows = load_rows(config, chat)
-    set_seed(config.seed)  # of a new adapter, the same on all processes
+    set_seed(config.seed)  # a new adapter must be the same on all processes
     with memory_of("load"):
         policy = load_policy(config.model, config.lora)
     check_vocabulary(policy, chat, config.model.path)
@@ -59,7 +59,7 @@ def train(config: Config) -> None:
         accelerator=accelerator,
     )
     trees = [*(one.tree for one in rows.train), *rows.text]
-    # A step takes no row twice, so that an epoch is a pass however few rows there are.
+    # A step takes no row twice, so an epoch is one pass even if there are few rows.
     fitted = fit_batches(config, len(trees), accelerator.num_processes)
     laid = lay_out(
         trees, config.num_epochs, min(config.batch_size, len(trees)), config.seed, fitted.batch_size
@@ -71,7 +71,7 @@ def train(config: Config) -> None:
         policy, chat.tokenizer, laid, fitted, run, checkpoints, parts, judge.measure
     )
     del policy
-    free_unused()  # the trained model and its optimizer go before the chosen one comes
+    free_unused()  # free the trained model and its optimizer before the chosen one is loaded
     if not accelerator.is_main_process:
         return
     chosen = load_policy(replace(config.model, path=str(checkpoint)), config.lora)
@@ -97,7 +97,7 @@ class _Judge:
     base: Metrics | None = None
 
     def measure(self, policy: PreTrainedModel, step: int) -> Metrics:
-        """Held-out losses, and the mean score of samples if that is what chooses."""
+        """Measure held-out losses, and the mean score of samples if choose_by needs it."""
         metrics = self._losses(policy)
         if self.reward_model is not None:
             metrics |= self._sample(policy, step)
@@ -106,7 +106,7 @@ class _Judge:
         return metrics
 
     def final(self, policy: PreTrainedModel) -> dict[str, Any]:
-        """Figures of the chosen policy, and the base model's beside them."""
+        """Return the figures of the chosen policy and of the base model."""
         assert self.base is not None
         metrics = self._losses(policy) | self._sample(policy, step=None)
         base = {f"base_{name}": value for name, value in self.base.items()}
@@ -179,7 +179,7 @@ def _describe(rows: Rows) -> dict[str, Any]:
 
 
 def _print_steps(config: Config, num_rows: int, num_steps: int) -> None:
-    """How many passes the steps make, where it is not num_epochs."""
+    """Print how many passes the steps make, where it is not num_epochs."""
     if config.batch_size > num_rows:
         print(
             f"sft: batch_size is {config.batch_size}, and there are {num_rows} rows to train on: "

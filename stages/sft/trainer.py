@@ -1,7 +1,7 @@
-"""TRL's SFTTrainer, given rows that already hold ids and masks, so that it renders nothing.
+"""Train with TRL's SFTTrainer, on rows that hold token ids and masks, so that it renders nothing.
 
-No other module imports TRL. What is used of it: collation, the loss, accumulation over
-micro-batches normalised by tokens, several processes, and saving a checkpoint when told to.
+No other module imports TRL. We use its collation, its loss, its accumulation over micro-batches
+normalised by tokens, its handling of several processes, and its saving of checkpoints.
 """
 
 import math
@@ -62,12 +62,12 @@ METRIC_NAMES = {
     "mean_token_accuracy": "sft/token_accuracy",
     "entropy": "sft/entropy",
 }
-"""The trainer's names -> ours. sft/loss is the mean over the trained tokens of a step's batch."""
+"""Maps the trainer's names to ours. sft/loss is the mean over the trained tokens of a batch."""
 
 
 MIXTURE_FIELDS = ("output_router_logits", "router_aux_loss_coef")
-"""Fields of the config of a mixture of experts: the loss over its experts is added to that over
-tokens iff the first one is true, as transformers itself does."""
+"""Fields in the config of a mixture of experts. As in transformers, the loss over its experts is
+added to the loss over tokens if and only if the first field is true."""
 
 
 def fit(
@@ -80,22 +80,22 @@ def fit(
     parts: Mapping[str, Stateful],
     measure: Measure,
 ) -> tuple[Path, int]:
-    """Trains on the trees in their order; returns the chosen checkpoint's folder and step.
+    """Train on the trees in their order; return the chosen checkpoint's folder and step.
 
     Args:
         trees: rows of all epochs, batch after batch (see lay_out).
-        parts: what the caller carries through the run, for checkpoints.
+        parts: the caller's state that checkpoints must hold.
         measure: called before training, every eval_every steps and after the last one.
 
     Raises:
-        ValueError: batch_size does not divide over the processes, or every measurement is nan.
+        ValueError: the processes cannot share batch_size equally, or every measurement is nan.
     """
-    config.rows_per_pass(_num_launched())  # refuses before the run's folder is touched
+    config.rows_per_pass(_num_launched())  # may raise, so call it before touching the run's folder
     first_step = checkpoints.step or 0
     trainer = make_trainer(policy, tokenizer, trees, config, str(run.checkpoints), first_step)
     keeper = _Keeper(config, run, measure, trainer)
     parts = {**parts, "keeper": Fields(keeper, "best_step", "best")}
-    if checkpoints.are_written:  # the best of the last checkpoint is not to go before the next one
+    if checkpoints.are_written:  # a resumed run may need the best model of the last checkpoint
         trainer.args.save_total_limit = None
     trainer.add_callback(ResumeCallback(checkpoints, trainer, parts, keeper.remove_others))
     trainer.add_callback(keeper)
@@ -118,12 +118,15 @@ def make_trainer(
     checkpoint_dir: str,
     first_step: int = 0,
 ) -> SFTTrainer:
-    """The trainer, ready to train; it takes the rows in the order given and once, but for those of
-    the steps before `first_step`."""
-    datasets.disable_progress_bars()  # of building labels and writing checkpoints: they only
-    transformers_logging.disable_progress_bar()  # break the line of the bar that matters
+    """Make a trainer that takes each row once, in the order given.
+
+    It skips the rows of the steps before `first_step`.
+    """
+    # Bars for building labels and writing checkpoints would break the line of our own bar.
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
     with warnings.catch_warnings():
-        # the name that TRL's own SFTConfig still defines and sets
+        # TRL's own SFTConfig still sets the field under its deprecated name.
         warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
         num_steps = math.ceil(len(trees) / config.batch_size)
         arguments = _arguments(config, checkpoint_dir, num_steps)
@@ -140,7 +143,7 @@ def make_trainer(
         processing_class=tokenizer,
     )
     trainer.is_fused = _is_fused_right(policy)
-    for name, value in own.items():  # TRL changes the config that is saved
+    for name, value in own.items():  # TRL changed the config, which is saved with the model
         setattr(mixture, name, value)
     check_launch(trainer.accelerator)
     load_models_whole()
@@ -150,23 +153,26 @@ def make_trainer(
 
 @torch.no_grad()
 def _is_fused_right(policy: PreTrainedModel) -> bool:
-    """Whether TRL's fused head, which knows some ways of scaling logits by their names in the
-    config, gives the loss of the model's own logits; tried on 16 tokens."""
+    """Tell whether TRL's fused head gives the loss of the model's own logits, tried on 16 tokens.
+
+    The fused head knows only some ways of scaling logits, by the names of fields in the config.
+    """
     ids = 1 + torch.arange(16, device=policy.device)[None] % (num_embeddings(policy) - 1)
     try:
         fused = policy(input_ids=ids, labels=ids, fused_lm_head=True).loss.item()
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception:  # whatever an architecture makes of it
+    except Exception:  # an architecture may fail in any way on the fused head
         return False
     logits = policy(input_ids=ids, **accepted(policy, use_cache=False)).logits[0, :-1]
     expected = nn.functional.cross_entropy(logits.float(), ids[0, 1:]).item()
+    # Both losses round differently; a wrong scale of logits differs by far more.
     tolerance = 1e-3 if policy.dtype == torch.float32 else 0.05
     return abs(fused - expected) <= tolerance * max(1.0, expected)
 
 
 def to_row(tree: PromptTree) -> dict[str, list[int]]:
-    """Ids of a tree with one response, and a mask that is 1 where the token is to be learnt."""
+    """Return the ids of a tree with one response, and a mask that is 1 where a token is trained."""
     (response,) = tree.responses
     return {
         "input_ids": [*tree.prompt, *response],
@@ -175,11 +181,13 @@ def to_row(tree: PromptTree) -> dict[str, list[int]]:
 
 
 class _PlainTrainer(SFTTrainer):
-    """With the project's optimizer and schedule, made when the Trainer asks for them: under FSDP it
-    takes none that were made before."""
+    """Uses the project's optimizer and schedule.
+
+    They are made when the Trainer asks, since under FSDP it takes none that were made before.
+    """
 
     is_fused: bool = True
-    """Whether the loss comes from TRL's fused head, or from the model's own logits."""
+    """Whether the loss comes from TRL's fused head; if not, from the model's own logits."""
 
     def __init__(self, optim: OptimSettings, **arguments: Any) -> None:
         self.optim = optim
@@ -192,7 +200,7 @@ class _PlainTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """TRL's, or the same mean over trained tokens from the model's own logits."""
+        """Compute TRL's loss, or the same mean over trained tokens from the model's own logits."""
         if self.is_fused:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         assert self.model is not None
@@ -205,7 +213,7 @@ class _PlainTrainer(SFTTrainer):
         )
         count = (labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch
         loss = losses.sum() / count
-        if num_items_in_batch is not None:  # of all processes, whose gradients are averaged
+        if num_items_in_batch is not None:  # counts all processes, whose gradients are averaged
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -223,7 +231,7 @@ class _PlainTrainer(SFTTrainer):
         return self.lr_scheduler
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Weights and tokenizer as every stage saves them, so without the pickled arguments."""
+        """Save weights and tokenizer as every stage does, without Trainer's pickled arguments."""
         if not self.args.should_save:
             return
         assert output_dir is not None and isinstance(self.model, PreTrainedModel)
@@ -232,14 +240,14 @@ class _PlainTrainer(SFTTrainer):
         save_tokenizer(self.processing_class, output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None: a checkpoint is ours alone, and the card asks the hub."""
+        """Write no card: a checkpoint is for our own use, and TRL's card would ask the hub."""
 
     def _send_telemetry(self) -> None:
-        """None: who trains what on their own files is nobody else's."""
+        """Send nothing: what users train on their own files is private."""
 
 
 class _Keeper(TrainerCallback):
-    """Logs, shows progress, measures, and has the best checkpoint so far saved."""
+    """Logs, shows progress, measures, and makes the trainer save the best checkpoint so far."""
 
     def __init__(self, config: Config, run: Run, measure: Measure, trainer: SFTTrainer) -> None:
         self.best_step: int | None = None
@@ -255,7 +263,7 @@ class _Keeper(TrainerCallback):
         return self._run.checkpoints / f"checkpoint-{self.best_step}"
 
     def remove_others(self) -> None:
-        """All that were the best once go."""
+        """Delete the checkpoints that are no longer the best."""
         for folder in self._run.checkpoints.glob("checkpoint-*"):
             if folder != self.best_folder and PartialState().is_main_process:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -321,7 +329,7 @@ class _Keeper(TrainerCallback):
             self._bar.close()
 
     def _measure_and_log(self, model: PreTrainedModel, step: int) -> Metrics:
-        """The first process's figures, so that all processes choose alike."""
+        """Measure, and give every process the first one's figures, so that all choose alike."""
         model.eval()
         accelerator = self._trainer.accelerator
         whole = sharding.whole_weights(accelerator, self._trainer.model_wrapped)
@@ -339,7 +347,7 @@ def _place(trainer: SFTTrainer) -> str:
 
 
 def figures_line(metrics: Mapping[str, float]) -> str:
-    """Figures in one line for the screen."""
+    """Format figures as one line for the screen."""
     return ", ".join(f"{name.removeprefix('sft/')} {value:.3f}" for name, value in metrics.items())
 
 
