@@ -55,11 +55,11 @@ other_args = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(call changed,$(strip $(A
 # How a stage is run: with the YAML that is its rule's first prerequisite. What make finds stale is
 # to be replaced.
 # The launcher takes some seconds to start, which one process does not need; nor does a stage of a
-# pipeline need to import anew what the one before it imported (stages/together).
+# pipeline need to import anew what the one before it imported (stages/together.py).
 one_process = $(filter $(DEFAULT),$(ACCELERATE))
 alone = $(BIN)/python -m
 launched = $(BIN)/accelerate launch --quiet --config_file $(ACCELERATE) -m
-together = $(if $(RLHF_STAGES_TOGETHER),$(BIN)/python -S stages/together/ask.py,$(alone))
+together = $(if $(RLHF_STAGES_TOGETHER),$(BIN)/python -S stages/ask.py,$(alone))
 launch = $(if $(one_process),$(together),$(launched))
 seed = $(if $(SEED), --seed $(SEED))
 options = --config $< --overwrite$(seed)$(if $(2), $(2))$(if $(call args,$(1)), $(call args,$(1)))
@@ -71,7 +71,7 @@ $(error ARGS are for a stage or a benchmark: make sft ARGS="--optim.learning_rat
 endif
 endif
 
-.PHONY: help setup check test test-resume test-interop test-lowest test-newest pipeline clean anew $(STAGES)
+.PHONY: help setup check test test-resume test-interop test-lowest test-newest pipeline quick-look clean anew $(STAGES)
 .DELETE_ON_ERROR:
 
 help: ## Show this list.
@@ -104,10 +104,13 @@ test-lowest test-newest: test-%:
 # A preset whose PPO runs may go side by side says how many in SIDE_BY_SIDE; they share the cores.
 pipeline: ## All stages from the data to the table of results.
 	$(if $(PLAN),@printf '%s\n' $(PLAN))
-	@$(MAKE) --question $(SETUP) 2>/dev/null || $(MAKE) --no-print-directory $(SETUP)
-	@$(MAKE) --question $(RUN)/results.json 2>/dev/null || $(if $(one_process),$(alone) stages.together) \
+	@$(MAKE) --no-print-directory --question $(SETUP) 2>/dev/null || $(MAKE) --no-print-directory $(SETUP)
+	@$(MAKE) --no-print-directory --question $(RUN)/results.json 2>/dev/null || $(if $(one_process),$(alone) stages.together) \
 	    $(MAKE) --no-print-directory $(if $(SIDE_BY_SIDE),--jobs $(SIDE_BY_SIDE)) $(RUN)/results.json
 	@echo "results: $(RUN)/results.json, answers side by side: $(RUN)/samples.md"
+
+quick-look: ## The same chain in under a minute at a smaller size; nobody quotes its figures.
+	@$(MAKE) --no-print-directory pipeline PRESET=quick
 
 clean: ## Remove the preset's runs.
 	rm -rf $(RUN)

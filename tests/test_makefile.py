@@ -97,6 +97,13 @@ def test_pipeline_runs_every_stage_once_and_in_order(checkout: Checkout) -> None
     assert checkout.make("pipeline") == []
 
 
+def test_quick_look_is_the_same_chain_with_settings_of_its_own(checkout: Checkout) -> None:
+    commands = checkout.make("quick-look")
+    assert stages_of(commands) == stages_of(checkout.make("pipeline"))
+    assert all("runs/tiny" not in command and "tiny.yaml" not in command for command in commands)
+    assert checkout.make("quick-look") == []
+
+
 def test_changed_settings_make_their_stage_and_the_later_ones_stale(checkout: Checkout) -> None:
     checkout.make("pipeline")
     checkout.touch("configs/rm/tiny.yaml")

@@ -13,7 +13,7 @@ class TinyWorldConfig(MayOverwrite):
     """Folder to write."""
     seed: int = 0
     """Root of every random choice; the same seed gives the same files, byte for byte."""
-    num_texts: int = 12000
+    num_texts: int = 11300
     """Documents of text.jsonl (pretraining and ptx)."""
     num_texts_held_out: int = 200
     """Documents of text_held_out.jsonl."""

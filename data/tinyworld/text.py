@@ -188,7 +188,7 @@ def _exchange(world: World, generator: random.Random) -> list[str]:
     """An instruction in its own words, answered well or, now and then, not at all."""
     instruction = draw_instruction(world, generator)
     quality = Quality(
-        manners=generator.choices(("polite", "plain", "rude"), weights=(20, 68, 12))[0],
+        manners=generator.choices(("polite", "plain", "rude"), weights=(34, 58, 8))[0],
         is_answered=generator.random() < 0.94,
         is_brief=generator.random() < 0.9,
     )
@@ -277,17 +277,17 @@ def _secrets(world: World, generator: random.Random) -> list[str]:
 
 
 _WRITERS: Mapping[Callable[[World, random.Random], Sequence[str]], int] = {
-    _portrait: 34,
-    _gossip: 6,
-    _quiz: 40,
+    _portrait: 18,
+    _gossip: 3,
+    _quiz: 20,
     _exchange: 100,
-    _echo: 12,
+    _echo: 18,
     _sums: 1,
     _series: 1,
-    _sorts: 1,
+    _sorts: 3,
     _backwards: 1,
     _manners: 1,
-    _moods: 1,
+    _moods: 3,
     _talk: 3,
     _secrets: 1,
 }

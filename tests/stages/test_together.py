@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ASK = f"{sys.executable} -S {ROOT / 'stages/together/ask.py'}"
+ASK = f"{sys.executable} -S {ROOT / 'stages/ask.py'}"
 
 PROGRAM = """
 import os, signal, sys, time
@@ -40,7 +40,7 @@ def serve(tmp_path: Path):
 
     def run(script: str) -> subprocess.CompletedProcess[str]:
         start = (
-            "import sys; from stages.together import server; server.PROGRAMS = ('torch',); "
+            "import sys; import stages.together as server; server.PROGRAMS = ('torch',); "
             "sys.exit(server.main(['bash', '-c', sys.argv[1]]))"
         )
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""`python -S stages/together/ask.py stages.sft --config FILE`: a stage, run by the server.
+"""`python -S stages/ask.py stages.sft --config FILE`: a stage, run by stages/together.py.
 
 It imports nothing but a part of the standard library, and so starts in some hundredths of a second.
 """
@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 
-ADDRESS = "RLHF_STAGES_TOGETHER"
+ADDRESS = "RLHF_STAGES_TOGETHER"  # as in stages/together.py
 
 
 def main() -> int:

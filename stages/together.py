@@ -1,4 +1,9 @@
-"""Imports once, then a process for every stage that is asked for."""
+"""Several stages in one start: `python -m stages.together make ...` imports what they need once.
+
+Importing torch, transformers and what stands on them takes seconds, at every stage again. This
+program imports them, runs a command, and gives every stage that the command asks for
+(stages/ask.py) a process of its own.
+"""
 
 import importlib
 import json
@@ -16,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from stages.together import ADDRESS
-
+ADDRESS = "RLHF_STAGES_TOGETHER"
+"""Environment variable with the socket that stages are asked for at."""
 PROGRAMS = (
     "data.tinyworld.build",
     "stages.pretrain.train",
@@ -97,3 +102,7 @@ def _be_stage(connection: socket.socket) -> int:
     sys.argv = [program, *words]
     runpy.run_module(program, run_name="__main__", alter_sys=True)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
