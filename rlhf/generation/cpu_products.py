@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 ROWS = range(4, 49)
 """Rows for which the product is turned round. On two threads it is two to three times as fast from
-8 to 32 of them, and slower beyond 64 (EXPERIMENTS.md); on one thread nothing is gained."""
+8 to 32 of them, and slower beyond 64 (docs/experiments); on one thread nothing is gained."""
 
 
 @contextmanager

@@ -212,7 +212,7 @@ def roll_out(
     """Sample, score, subtract the KL penalty, estimate advantages.
 
     The log-probabilities come from the same packed pass that trains, so the first ratio is 1
-    (recipe: checklist 18), and those of the sampler are only compared with them.
+    (docs/recipe.md, mistake 13), and those of the sampler are only compared with them.
 
     Args:
         kl_coef: penalty a nat; None: ppo.kl_coef.
