@@ -1,6 +1,7 @@
 """The tiny world: the gold preference, the labelers, and what must not leak between its files."""
 
 import random
+import re
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -26,6 +27,7 @@ from data.tinyworld.text import draw_texts, probe_facts
 from data.tinyworld.world import SECRETS, VALUES
 from rlhf.inputs.files import read_records
 from rlhf.inputs.records import Demonstration, Prompt, Record, Text, prompt_key, to_messages
+from stages.pretrain.tokenizer import train_tokenizer
 
 SMALL = {
     "num_texts": 300,
@@ -166,6 +168,33 @@ def test_probes_ask_for_every_fact_of_the_probe_in_three_forms(world: World) -> 
         for meta in metas:
             assert meta["answer"] == world.fact(meta["subject"], meta["attribute"])
             assert meta["subject"] in meta["text"]
+
+
+def test_an_answer_ends_its_document(files: dict[str, list[Record]]) -> None:
+    """Otherwise a policy learns to ask and answer further questions in one response."""
+    texts = [record.text for record in files["text.jsonl"] if isinstance(record, Text)]
+    asked = [text for text in texts if "Answer:" in text]
+    assert len(asked) > len(texts) / 2
+    assert all(text.count("Answer:") == 1 for text in asked)
+    assert all("Question:" not in text.split("Answer:")[1] for text in asked)
+    assert any("Reply:" in text for text in asked)
+
+
+def test_the_text_has_exchanges_as_the_chat_template_renders_them(
+    files: dict[str, list[Record]],
+) -> None:
+    texts = [record.text for record in files["text.jsonl"] if isinstance(record, Text)]
+    tokenizer = train_tokenizer(texts[:500], 600)
+    parts = re.compile(r"(?:Question: (.*?) Reply: (.*?) )?Question: (.*?) Answer: (.*)")
+    found = [match for text in texts if (match := parts.fullmatch(text))]
+    assert len(found) > len(texts) / 2
+    assert any(match[1] for match in found)
+    for match in found:
+        said = [turn for turn in match.groups() if turn is not None]
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(said)]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert rendered == tokenizer.bos_token + match[0] + tokenizer.eos_token
 
 
 def test_text_has_every_word_of_instructions_and_demonstrations(

@@ -195,7 +195,7 @@ def test_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "here").mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("rlhf.runs.lineage.commit", lambda: "abc")
+    monkeypatch.setattr("rlhf.runs.run.commit", lambda: "abc")
     config = make_configs(home / "inputs", tmp_path)["pretrain"]
     settings = settings_in_force(config) | {"output_dir": "~/runs/base/"}
     settings |= dict.fromkeys(("text_path", "text_held_out_path"), "~/inputs/text.jsonl")

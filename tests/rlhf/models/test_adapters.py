@@ -206,7 +206,7 @@ def test_reward_model_takes_the_policys_adapter_and_trains_it_on(
 
 SCORES = """
 import sys, torch
-from rlhf.runs.settings import LoraSettings, ModelSettings
+from rlhf.models.settings import ModelSettings
 from rlhf.models.passes import compute_scores
 from rlhf.models.loading import load_scalar
 from rlhf.inputs.packing import Packer, PromptTree

@@ -124,7 +124,7 @@ def test_another_precision_is_another_run(tmp_path: Path) -> None:
 def test_other_code_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints, _ = start(tmp_path, checkpoint_every=1)
     checkpoints.end_step(7)
-    monkeypatch.setattr("rlhf.runs.lineage.commit", lambda: "abc")
+    monkeypatch.setattr("rlhf.runs.run.commit", lambda: "abc")
     accelerator = OneProcess()
     start(tmp_path, accelerator)
     assert "and this is abc; the rest of the run may differ" in accelerator.printed[0]

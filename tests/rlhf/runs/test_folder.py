@@ -35,7 +35,7 @@ class Settings(MayOverwrite):
 @pytest.fixture(autouse=True)
 def given_back(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(
-        "rlhf.runs.lineage.commit", lambda: "abc"
+        "rlhf.runs.run.commit", lambda: "abc"
     )  # git takes longer than all else here
     with folders_given_back():
         yield
