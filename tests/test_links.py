@@ -134,3 +134,12 @@ def test_the_map_has_every_file_once() -> None:
     ]
     there = {path.relative_to(ROOT).as_posix() for path in files if not path.stem.startswith("__")}
     assert sorted(shown) == sorted(there)
+
+
+def test_pages_that_the_code_names_exist() -> None:
+    folders = ("rlhf", "stages", "tools", "data", "experiments", "benchmarks", "configs")
+    sources = [path for top in folders for path in (ROOT / top).rglob("*")]
+    texts = [path.read_text("utf-8") for path in sources if path.suffix in (".py", ".yaml")]
+    named = {name for text in texts for name in re.findall(r"docs/[\w/]+\.md", text)}
+    assert named
+    assert [name for name in named if not (ROOT / name).is_file()] == []
