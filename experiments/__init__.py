@@ -1,1 +1,1 @@
-"""Studies over finished runs; each writes tables and plots that EXPERIMENTS.md shows."""
+"""Studies over finished runs: each writes the tables and plots that docs/experiments shows."""

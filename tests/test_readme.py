@@ -1,4 +1,6 @@
-"""The README's commands exist: targets, modules, options and files."""
+"""The commands of README and of the pages in docs/ exist: targets, modules, options and files.
+
+The pages of docs/experiments are left out: they tell what was run at their time."""
 
 import importlib
 import importlib.util
@@ -18,13 +20,21 @@ from rlhf.runs.settings import load_config
 from stages.ppo.config import Config
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 TARGETS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, flags=re.MULTILINE))
 STAGE_OF_TARGET = {"ppo-ptx": "ppo"}
-BLOCKS = re.findall(r"^```(?:bash|sh)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-INLINE = re.findall(r"`((?:make|python -m) [^`\n]+)`", README)
+BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+BLOCKS = [block for text in PAGES.values() for block in BLOCK.findall(text)]
+INLINE = [
+    command
+    for text in PAGES.values()
+    for command in re.findall(r"`((?:make|python -m) [^`\n]+)`", text)
+]
 LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = sorted({line.split("  #")[0].strip() for line in [*LINES, *INLINE] if line.strip()})
 MAKE = [command for command in COMMANDS if command.startswith("make ")]
@@ -52,9 +62,16 @@ def assert_options_exist(
     assert missing == [], f"{module} has no {missing}"
 
 
-def test_readme_shows_commands() -> None:
-    assert {"make pipeline", "make test"} <= set(MAKE)
+def test_pages_show_commands() -> None:
+    assert {"make quick-look", "make pipeline", "make test"} <= set(MAKE)
     assert any(command.startswith("accelerate launch ") for command in PYTHON)
+
+
+def test_the_readme_is_short_and_shows_how_to_train_on_own_data() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 130
+    own_data = BLOCK.findall(PAGES["README.md"])[-1].replace("\\\n", " ").splitlines()
+    stages = [shlex.split(command)[2] for command in own_data]
+    assert stages == ["stages.sft", "stages.rm", "stages.ppo", "stages.evaluate"]
 
 
 @pytest.mark.parametrize("command", MAKE)
@@ -91,7 +108,9 @@ def test_module_command_exists(command: str, capsys: pytest.CaptureFixture[str])
 
 
 def block_of(language: str) -> str:
-    [block] = re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    """The one block in a language of the page on rewards."""
+    page = PAGES["docs/rewards.md"]
+    [block] = re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     return block
 
 
@@ -120,8 +139,8 @@ def test_the_table_of_speed_holds_what_was_measured() -> None:
     """Medians, smallest and largest ratios of time, ratios of memory, to the digits shown."""
     results = json.loads((ROOT / "benchmarks/results/results.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in results}
-    measured = r"^\|.*\| ([\d.]+) \(([\d.]+)-([\d.]+)\) \| [\d.]+ \| ([\d.]+) \| [\d.]+ \|$"
-    shown = re.findall(measured, README, flags=re.MULTILINE)
+    measured = r"^\|.*\| ([\d.]+) \(([\d.]+)-([\d.]+)\) \| ([\d.]+) \|$"
+    shown = re.findall(measured, PAGES["docs/performance.md"], flags=re.MULTILINE)
     names = ("rm_k9", "rm_k4", "rm_k2", "ppo_fp32", "ppo_eos")
     assert rows["ppo_best"]["time_ratio"] == rows["ppo_fp32"]["time_ratio"]
     for name, texts in zip(names, shown, strict=True):

@@ -31,7 +31,7 @@ FILES = ("prompts.jsonl", "prompts_held_out.jsonl", "ifeval.jsonl")
 
 @dataclass(frozen=True, kw_only=True)
 class InstructionsConfig(MayOverwrite):
-    """Write prompts whose instructions a program can check (see README, "Your own reward").
+    """Write prompts whose instructions a program can check (see docs/rewards.md).
 
     prompts.jsonl and prompts_held_out.jsonl hold public prompts with random instructions. No public
     prompt is in both. ifeval.jsonl holds those of IFEval's prompts that the checks know.

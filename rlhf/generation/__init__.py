@@ -2,7 +2,7 @@
 
 All engines sample from the whole softmax at one temperature. There is no top-k, top-p or
 repetition penalty: with one, the log-probabilities that PPO computes would not be those of the
-policy that sampled (recipe: checklist 15).
+policy that sampled (docs/recipe.md, mistake 12).
 
     settings.py        which engine samples, and how many responses at once
     interface.py       what every engine takes and returns

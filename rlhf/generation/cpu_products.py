@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 ROWS = range(4, 49)
 """Numbers of rows for which the transposed product is used. On two threads it is two to three times
-as fast for 8 to 32 rows, and slower beyond 64 (EXPERIMENTS.md). One thread gains nothing."""
+as fast for 8 to 32 rows, and slower beyond 64 (docs/experiments). One thread gains nothing."""
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from rlhf.models.settings import ModelSettings
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
     """Set evaluation mode, and every dropout rate to 0, so that training mode has none either.
 
-    With dropout, the ratio of PPO's first step is not 1 and the KL is noise (recipe: checklist 19).
-    The saved config keeps the architecture's own rates.
+    With dropout, the ratio of PPO's first step is not 1 and the KL is noise (docs/recipe.md,
+    mistake 14). The saved config keeps the architecture's own rates.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):

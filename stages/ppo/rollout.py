@@ -219,7 +219,7 @@ def roll_out(
     """Sample, score, subtract the KL penalty, estimate advantages.
 
     The log-probabilities come from the same packed pass that trains, so the first ratio is 1
-    (recipe: checklist 18). The sampler's own log-probabilities are only compared with them.
+    (docs/recipe.md, mistake 13). The sampler's own log-probabilities are only compared with them.
 
     Args:
         kl_coef: penalty a nat. None: take ppo.kl_coef.
