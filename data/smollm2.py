@@ -234,7 +234,7 @@ def _read(config: Smollm2Config, sources: tuple[Source, ...]) -> Iterator[Record
 
 def _write_results(folder: Path, results: dict[str, object]) -> None:
     partial = folder / f".{RESULTS_FILE}.partial"
-    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / RESULTS_FILE)
 
 

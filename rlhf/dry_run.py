@@ -10,6 +10,7 @@ Not seen are buffers within a kernel, what the allocator keeps beyond the tensor
 Operations are those of a CPU; on a GPU attention saves about the same tensors.
 """
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -76,6 +77,8 @@ class DryRun:
     def __init__(self, autocast: torch.dtype | None = None) -> None:
         """`autocast` is the type of mixed precision, None without."""
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        # An operation that cannot be run so is told by its error; torch logs a traceback beside.
+        logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)
         self._autocast = autocast
 
     def policy(

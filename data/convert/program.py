@@ -19,6 +19,7 @@ from data.convert.formats import (
 )
 from data.convert.readers import read_source, read_texts
 from rlhf.datasets import FILE_ENDINGS, NoRecordsError, write_records
+from rlhf.folders import file_held
 from rlhf.records import Record, RecordError
 
 
@@ -113,9 +114,14 @@ class Counts:
 def convert(config: ConvertConfig) -> Counts:
     """Run one conversion.
 
-    Raises ValueError when a row is of another layout, or when no row gives a record; then nothing
-    is written.
+    Raises ValueError when a row is of another layout, when no row gives a record, or when another
+    process is writing the output; then nothing is written.
     """
+    with file_held(config.output):
+        return _convert(config)
+
+
+def _convert(config: ConvertConfig) -> Counts:
     _refuse_to_replace(config)
     kind: str = config.kind or next(iter(CONVERTERS[config.format].keys()))
     print(f"{config.format}: {config.input} -> {config.output} ({kind})")

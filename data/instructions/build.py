@@ -82,7 +82,8 @@ def build(config: InstructionsConfig) -> None:
             write_records(folder / name, prompts)
             print(f"wrote {folder / name}: {len(prompts)} prompts, {_kinds(prompts)}")
         partial = folder / f".{RESULTS_FILE}.partial"
-        partial.write_text(json.dumps({name: len(rows) for name, rows in files.items()}) + "\n")
+        counts = {name: len(rows) for name, rows in files.items()}
+        partial.write_text(json.dumps(counts) + "\n", encoding="utf-8")
         os.replace(partial, folder / RESULTS_FILE)
         output.finish()
 

@@ -16,6 +16,7 @@ from rlhf.rewards.functions import (
     TokenFunctionReward,
     call_by_rows,
     load_function,
+    row_name,
 )
 from rlhf.rewards.load import load_judge, load_reward, reward_models_of
 from rlhf.rewards.models import (
@@ -78,6 +79,7 @@ __all__ = [
     "penalize_length",
     "rendering_hash",
     "reward_models_of",
+    "row_name",
     "same_rendering",
     "same_vocabulary",
     "spread",

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from rlhf.records import PromptLike, Ranking, RecordError
 from rlhf.rewards import load_function
 from stages.collect.config import Config
+from stages.collect.sample import Question
 
 SO_FAR_FILE = "rankings_so_far.jsonl"
 """What was ranked when a labeler failed; valid rankings, in the order of the prompts. The same
@@ -50,14 +51,14 @@ def load_labelers(config: Config) -> list[Labeler]:
 
 
 def rank_each(
-    prompts: Sequence[PromptLike],
+    questions: Sequence[Question],
     responses: Sequence[Sequence[str]],
     labelers: Sequence[Labeler],
     config: Config,
     before: Sequence[Ranking] = (),
 ) -> Iterator[list[Ranking]]:
     """Of each prompt in turn a ranking by a labeler drawn at random; of the share config.overlap a
-    second labeler's behind it.
+    second labeler's after it.
 
     Args:
         before: the first rankings, of an earlier run that was cut off. Nobody is asked for them
@@ -66,30 +67,30 @@ def rank_each(
     Raises:
         ValueError: a labeler failed, or those before are of other responses or labelers.
     """
-    num_twice = round(config.overlap * len(prompts))
+    num_twice = round(config.overlap * len(questions))
     draw = random.Random(f"{config.seed}/labelers")
-    twice = set(draw.sample(range(len(prompts)), num_twice))
-    generators = [random.Random(f"{config.seed}/labelers/{i}") for i in range(len(prompts))]
+    twice = set(draw.sample(range(len(questions)), num_twice))
+    generators = [random.Random(f"{config.seed}/labelers/{i}") for i in range(len(questions))]
     chosen = [one.sample(labelers, 2 if i in twice else 1) for i, one in enumerate(generators)]
-    questions = list(zip(prompts, responses, chosen, generators, strict=True))
-    wanted = [(prompt, tuple(texts), one.name) for prompt, texts, by, _ in questions for one in by]
+    tasks = list(zip(questions, responses, chosen, generators, strict=True))
+    wanted = [(to.prompt, tuple(texts), one.name) for to, texts, by, _ in tasks for one in by]
     if [(one.prompt, one.responses, one.labeler) for one in before] != wanted[: len(before)]:
         raise ValueError(
             f"{SO_FAR_FILE} of {config.output_dir} holds rankings of other responses or by other "
             "labelers than these settings give; give the settings it was made with, or another "
             "output_dir"
         )
-    for prompt, texts, by, generator in questions:
+    for question, texts, by, generator in tasks:
         known, before = before[: len(by)], before[len(by) :]
         if len(known) == len(by):
             yield list(known)
         else:
-            yield [ask(one, prompt, texts, generator, config.model.path) for one in by]
+            yield [ask(one, question, texts, generator, config.model.path) for one in by]
 
 
 def ask(
     labeler: Labeler,
-    prompt: PromptLike,
+    question: Question,
     responses: Sequence[str],
     generator: random.Random,
     source: str,
@@ -99,11 +100,13 @@ def ask(
     Raises:
         ValueError: the labeler failed, or what it answered are no ranks of these responses.
     """
+    prompt, place = question.prompt, question.place
     try:
         ranks = labeler.rank(prompt, list(responses), generator)
     except Exception as error:  # code of the user's
         raise ValueError(
-            f"labeler {labeler.name!r} failed at {prompt!r:.100}: {type(error).__name__}: {error}"
+            f"labeler {labeler.name!r} failed at {prompt!r:.100}{place}: "
+            f"{type(error).__name__}: {error}"
         ) from error
     try:
         return Ranking(
@@ -116,5 +119,5 @@ def ask(
     except (RecordError, TypeError) as error:
         raise ValueError(
             f"labeler {labeler.name!r} answered {ranks!r:.100} for {len(responses)} responses to "
-            f"{prompt!r:.100}: {error}"
+            f"{prompt!r:.100}{place}: {error}"
         ) from error
