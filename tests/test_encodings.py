@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("rlhf", "stages", "data", "experiments", "benchmarks", "examples", ".ci")
-OPENERS = ("open", "read_text", "write_text", "fdopen", "NamedTemporaryFile", "TemporaryFile")
+FILES = ("open", "read_text", "write_text", "NamedTemporaryFile", "TemporaryFile")
+OPENERS = (*FILES, "fdopen", "makefile")
 STARTERS = ("run", "Popen", "check_output")
 NARROW = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 """A locale of ASCII; Python would take UTF-8 for it unless told not to."""
