@@ -89,7 +89,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
+                encoding="utf-8",
                 env=os.environ | environment(num_threads),
             )
         self._send(work.to_json())

@@ -87,8 +87,9 @@ def main(args: Sequence[str] | None = None) -> None:
         found["programs"][name] = rows
     print(text)
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{OUTPUT}.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.output / f"{OUTPUT}.md").write_text(text)
+    body = json.dumps(found, indent=1) + "\n"
+    (options.output / f"{OUTPUT}.json").write_text(body, encoding="utf-8")
+    (options.output / f"{OUTPUT}.md").write_text(text, encoding="utf-8")
 
 
 def shapes() -> dict[str, tuple[int, int, int]]:

@@ -70,7 +70,8 @@ def main(args: Sequence[str] | None = None) -> None:
         "summary": summarise(measured),
     }
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{OUTPUT}.json").write_text(json.dumps(found, indent=1) + "\n")
+    body = json.dumps(found, indent=1) + "\n"
+    (options.output / f"{OUTPUT}.json").write_text(body, encoding="utf-8")
     plot(measured, options.output / f"{OUTPUT}.png")
     for name, value in found["summary"].items():
         print(f"{name}: {value:.3f} (target: at most {TARGETS[name]:g})")

@@ -16,7 +16,7 @@ def main() -> int:
     """Exit code of the stage; what it prints goes where the server's output goes."""
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(os.environ[ADDRESS])
-        answers = server.makefile()
+        answers = server.makefile(encoding="utf-8")
         request = {"argv": sys.argv[1:], "environment": dict(os.environ)}
         server.sendall(json.dumps(request).encode() + b"\n")
         process = int(answers.readline())

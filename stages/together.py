@@ -92,7 +92,7 @@ def _be_stage(connection: socket.socket) -> int:
     """Read which stage is asked for, and be it to the end."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with connection, connection.makefile() as lines:
+    with connection, connection.makefile(encoding="utf-8") as lines:
         request = json.loads(lines.readline())
     os.environ.clear()
     os.environ.update(request["environment"])

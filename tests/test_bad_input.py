@@ -288,11 +288,17 @@ def test_rewards_that_cannot_be_had(rewarded, reward, message):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("too_few", "too_few returned 1 entries for 4 responses, and they part at row 1"),
-        ("one_not_a_number", "one_not_a_number gave nan for row 1"),
+        (
+            "too_few",
+            r"returned 1 entries for 4 responses, and they part at row 1 \(.*jsonl, row \d+\); it",
+        ),
+        ("one_not_a_number", r"one_not_a_number gave nan for row 1 \(.*jsonl, row \d+\); it must"),
         ("no_list", "no_list returned float; it must return a list with one number a response"),
-        ("failing", r"failing failed on row 0 \(response .*KeyError: 'no such"),
-        ("one_token_short", r"gave \d numbers for row 0, whose response has \d tokens"),
+        ("failing", r"failing failed on row 0 \(.*jsonl, row \d+\), response .*KeyError: 'no such"),
+        (
+            "one_token_short",
+            r"gave \d numbers for row 0 \(.*jsonl, row \d+\), whose response has \d tokens",
+        ),
     ],
 )
 def test_functions_that_give_something_else(rewarded, function, message):

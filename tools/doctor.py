@@ -197,11 +197,11 @@ def processes() -> Iterator[Finding]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", _ALL_REDUCE, str(Path(folder) / "store")]
         both = [
-            subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
-            for rank in range(2)
+            subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE) for rank in range(2)
         ]
         try:
-            errors = "".join(one.communicate(timeout=GLOO_SECONDS)[1] for one in both)
+            said = b"".join(one.communicate(timeout=GLOO_SECONDS)[1] for one in both)
+            errors = said.decode(errors="replace")
         except subprocess.TimeoutExpired:
             errors = f"no answer within {GLOO_SECONDS} seconds"
         finally:

@@ -20,6 +20,7 @@ from data.convert.formats import (
 from data.convert.readers import read_source, read_texts
 from rlhf.inputs.files import FILE_ENDINGS, NoRecordsError, write_records
 from rlhf.inputs.records import Record, RecordError
+from rlhf.runs.folder import file_held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +116,14 @@ def convert(config: ConvertConfig) -> Counts:
     """Run one conversion.
 
     Raises:
-        ValueError: a row has another layout, or no row gives a record. Then nothing is written.
+        ValueError: a row has another layout, no row gives a record, or another process is writing
+            the output. Then nothing is written.
     """
+    with file_held(config.output):
+        return _convert(config)
+
+
+def _convert(config: ConvertConfig) -> Counts:
     _refuse_to_replace(config)
     kind: str = config.kind or next(iter(CONVERTERS[config.format].keys()))
     print(f"{config.format}: {config.input} -> {config.output} ({kind})")

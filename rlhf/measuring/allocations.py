@@ -9,6 +9,7 @@ Three things are not seen: buffers inside a kernel, memory that the allocator ke
 tensors, and libraries. The operations are those of a CPU; a GPU's attention saves about the same.
 """
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -70,6 +71,8 @@ class DryRun:
     def __init__(self, autocast: torch.dtype | None = None) -> None:
         """Make a dry run. `autocast` is the type of mixed precision; None means none."""
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        # An operation that cannot be run so is told by its error; torch logs a traceback beside.
+        logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)
         self._autocast = autocast
 
     def policy(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.inputs.chat import Chat
-from rlhf.inputs.records import Prompt, PromptLike
+from rlhf.inputs.records import Prompt, PromptLike, name_rows
 from rlhf.rewards.scores import Scored
 
 RewardFunction = Callable[[list[PromptLike], list[str], list[dict[str, Any]]], Sequence[float]]
@@ -43,8 +43,11 @@ class FunctionReward:
         values = call_by_rows(
             self.function, self.name, columns, "a list with one number a response"
         )
+        rows = (row_name(i, prompts) for i in range(len(values)))
         return Scored(
-            torch.tensor([_number(value, self.name, f"row {i}") for i, value in enumerate(values)])
+            torch.tensor(
+                [_number(value, self.name, row) for value, row in zip(values, rows, strict=True)]
+            )
         )
 
 
@@ -80,25 +83,25 @@ class TokenFunctionReward:
         )
         rewards = torch.zeros(len(tokens), max(map(len, tokens)))
         for i, (row, pieces) in enumerate(zip(rows, tokens, strict=True)):
-            rewards[i, : len(pieces)] = self._row(i, row, pieces)
+            rewards[i, : len(pieces)] = self._row(row_name(i, prompts), row, pieces)
         return Scored(rewards.sum(1), token_rewards=rewards)
 
-    def _row(self, i: int, row: Any, pieces: list[str]) -> Tensor:
+    def _row(self, place: str, row: Any, pieces: list[str]) -> Tensor:
         """Check and return the numbers of one response (tokens,)."""
         try:
             values = list(row)
         except TypeError:
             raise ValueError(
-                f"reward function {self.name} gave {row!r} ({type(row).__name__}) for row {i}; "
+                f"reward function {self.name} gave {row!r} ({type(row).__name__}) for {place}; "
                 f"it must give a list with one number a token, {len(pieces)} of them"
             ) from None
         if len(values) != len(pieces):
             raise ValueError(
-                f"reward function {self.name} gave {len(values)} numbers for row {i}, whose "
+                f"reward function {self.name} gave {len(values)} numbers for {place}, whose "
                 f"response has {len(pieces)} tokens ({''.join(pieces)[:60]!r}); it must give one a "
                 "token, the end token included"
             )
-        places = (f"token {t} of row {i}" for t in range(len(values)))
+        places = (f"token {t} of {place}" for t in range(len(values)))
         return torch.tensor(
             [_number(value, self.name, place) for value, place in zip(values, places, strict=True)]
         )
@@ -140,6 +143,11 @@ def load_function(name: str) -> Callable[..., Any]:
     return function
 
 
+def row_name(i: int, prompts: Sequence[Prompt]) -> str:
+    """A row of a batch in a message: which it is, and the file and row of its prompt."""
+    return f"row {i}{name_rows(prompts[i : i + 1])}"
+
+
 Columns = Sequence[Sequence[Any]]
 """Prompt records, responses, and whatever else a function gets; each (batch,)."""
 
@@ -165,9 +173,10 @@ def call_by_rows(
         ) from None
     num_rows = len(columns[0])
     if len(values) != num_rows:
+        place = row_name(min(len(values), num_rows), columns[0])
         raise ValueError(
             f"reward function {name} returned {len(values)} entries for {num_rows} responses, and "
-            f"they part at row {min(len(values), num_rows)}; it must return {expected}"
+            f"they part at {place}; it must return {expected}"
         )
     return values
 
@@ -189,7 +198,7 @@ def _failing_row(function: Callable[..., Any], columns: Columns) -> str:
         try:
             _call_plainly(function, [[column[i]] for column in columns])
         except Exception:
-            return f"row {i} (response {response[:60]!r})"
+            return f"{row_name(i, columns[0])}, response {response[:60]!r}"
     return f"a batch of {len(responses)} rows, on none of them alone"
 
 

@@ -248,7 +248,7 @@ def take_folder(
     new_folders = [one for one in [*reversed(path.parents), path] if not one.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
-        lock = _acquire(path)
+        lock = _acquire(path / LOCK, f"output_dir {path}")
     except BaseException:
         for one in reversed(new_folders):
             with suppress(OSError):
@@ -289,6 +289,30 @@ def writing(
         folder = take_folder(output_dir, program=program, files=files, overwrite=overwrite)
         folder.compare(settings, {}, overwrite=overwrite)
         yield folder
+
+
+@contextmanager
+def file_held(output: str | Path) -> Iterator[None]:
+    """Within, this process alone writes the file, whose folder is made; for programs that write one
+    file into a folder of others.
+
+    Raises:
+        ValueError: another process holds it.
+        OSError: its folder cannot be written.
+    """
+    path = Path(output)
+    new_folders = [one for one in reversed(path.parents) if not one.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place = path.with_name(f".{path.name}.lock")
+    lock = _acquire(place, f"output {path}")
+    try:
+        yield
+    finally:
+        place.unlink(missing_ok=True)
+        os.close(lock)
+        for folder in reversed(new_folders):
+            with suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def refuse_inputs_inside(
@@ -476,17 +500,19 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _acquire(folder: Path) -> int:
-    """Return the descriptor of the folder's lock, held until it closes or the process dies.
+def _acquire(place: Path, what: str) -> int:
+    """Return the descriptor of a lock file, held until it closes or the process dies.
+
+    Args:
+        what: setting and value that the lock guards, for the message.
 
     Raises:
         ValueError: Another process holds it.
     """
-    place = folder / LOCK
     while True:
         lock = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            _hold(lock, folder)
+            _hold(lock, place, what)
             if _is_still(lock, place):
                 break
         except BaseException:
@@ -507,7 +533,7 @@ def _is_still(lock: int, place: Path) -> bool:
         return False
 
 
-def _hold(lock: int, folder: Path) -> None:
+def _hold(lock: int, place: Path, what: str) -> None:
     """Raise ValueError if another process holds the lock."""
     try:
         if fcntl is not None:
@@ -515,13 +541,13 @@ def _hold(lock: int, folder: Path) -> None:
             return
     except OSError as error:
         if error.errno in _NOT_LOCKED:
-            raise ValueError(_in_use(folder, _holder(lock))) from None
+            raise ValueError(_in_use(what, _holder(lock))) from None
     # Where the file system has no locks, we know only what the file says.
     holder = _holder(lock)
     is_here = holder.get("host") == socket.gethostname()
     if holder and not (is_here and _is_over(holder["pid"])):
-        where = f"; if that process is gone, delete {folder / LOCK}"
-        raise ValueError(_in_use(folder, holder) + ("" if is_here else where))
+        where = f"; if that process is gone, delete {place}"
+        raise ValueError(_in_use(what, holder) + ("" if is_here else where))
 
 
 def _holder(lock: int) -> dict[str, Any]:
@@ -533,13 +559,13 @@ def _holder(lock: int) -> dict[str, Any]:
     return holder if isinstance(holder, dict) and {"pid", "host", "since"} <= set(holder) else {}
 
 
-def _in_use(folder: Path, holder: Mapping[str, Any]) -> str:
+def _in_use(what: str, holder: Mapping[str, Any]) -> str:
     who = "another process"
     if holder:
         who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     return (
-        f"output_dir {folder} is in use: {who} is at work in it; wait for its end, or give another "
-        "output_dir"
+        f"{what} is in use: {who} is at work in it; wait for its end, or give another "
+        f"{what.split()[0]}"
     )
 
 

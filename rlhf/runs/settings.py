@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -56,7 +56,7 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
             is wrong, a file cannot be read, or `__post_init__` refused a value.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
+    parser = _Parser(
         usage=f"{_program()} [--config FILE]... [--KEY VALUE]...",
         description=config_class.__doc__,
         allow_abbrev=False,  # otherwise --learn would mean --learning_rate
@@ -71,6 +71,7 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
     words = _with_values(sys.argv[1:] if args is None else args, config_class)
     for path in config_files(words):
         _check_file(path, config_class)
+    _refuse_section_files(_pairs(words), config_class)
     try:
         values = parser.parse_args(words)
     except ArgumentError as error:
@@ -79,6 +80,14 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
     values = _at_home(values)
     _check_sections(config_class, values)
     return config_class(**vars(parser.instantiate(values)))
+
+
+class _Parser(ArgumentParser):
+    """Reads settings files as UTF-8; the library reads them in the locale's encoding."""
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
+        text = Path(path).read_text(encoding="utf-8")
+        return self.parse_string(text, os.path.basename(path), *args, **kwargs)
 
 
 def keys_of(config_class: type) -> list[str]:
@@ -226,19 +235,44 @@ def _check_file(path: Path, config_class: type) -> None:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds {show(settings)}; write settings as `key: value` lines")
     known = keys_of(config_class)
-    for key in _dotted_keys(settings, known):
+    for key, _ in _dotted_pairs(settings, known):
         named = _with_own_names(known, key)
         if key not in named:
             raise ConfigError(f"{path}: unknown setting {key}; {_nearest(key, named)}")
+    _refuse_section_files(_dotted_pairs(settings, known), config_class)
 
 
-def _dotted_keys(settings: dict[Any, Any], known: Sequence[str], prefix: str = "") -> Iterator[str]:
+def _refuse_section_files(pairs: Iterable[tuple[str, Any]], config_class: type) -> None:
+    """Refuse a file in the place of a section: the library would read it, in the locale's encoding
+    and without the checks of `_check_file`."""
+    known = keys_of(config_class)
+    for key, value in pairs:
+        inner = [one for one in _with_own_names(known, key) if one.startswith(f"{key}.")]
+        if inner and isinstance(value, str) and os.path.isfile(value):
+            raise ConfigError(
+                f"{key} is {value}, which is a file; {key} is a section, given by its keys, such "
+                f"as {inner[0]}; a file of settings is given by --config FILE"
+            )
+
+
+def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(key, value) of the settings on a command line."""
+    for word, after in pairwise([*words, ""]):
+        if word.startswith("--"):
+            key, is_joined, value = word.removeprefix("--").partition("=")
+            yield key, value if is_joined else after
+
+
+def _dotted_pairs(
+    settings: dict[Any, Any], known: Sequence[str], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """(key, value) of the settings in a file, those of sections too."""
     for name, value in settings.items():
         key = f"{prefix}{name}"
-        yield key
+        yield key, value
         named = _with_own_names(known, key)
         if isinstance(value, dict) and any(other.startswith(f"{key}.") for other in named):
-            yield from _dotted_keys(value, known, f"{key}.")
+            yield from _dotted_pairs(value, known, f"{key}.")
 
 
 def _with_own_names(known: Sequence[str], key: str) -> list[str]:

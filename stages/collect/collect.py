@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.inputs.files import read_records, write_records
-from rlhf.inputs.records import Prompt, PromptLike, Ranking
+from rlhf.inputs.records import Prompt, Ranking
 from rlhf.models.limits import check_context, check_vocabulary
 from rlhf.models.loading import load_policy
 from rlhf.models.tokenizers import load_chat
@@ -15,7 +15,7 @@ from rlhf.training.processes import start_accelerator
 from stages.collect.config import Config
 from stages.collect.labelers import SO_FAR_FILE, Labeler, load_labelers, rank_each
 from stages.collect.report import agreement, describe_rankings, describe_samples
-from stages.collect.sample import Sample, make_questions, sample_responses
+from stages.collect.sample import Question, Sample, make_questions, sample_responses
 
 RANKINGS_FILE = "rankings.jsonl"
 OVERLAP_FILE = "overlap.jsonl"
@@ -55,9 +55,7 @@ def collect(config: Config) -> None:
             f"all samples of each of the {len(questions)} prompts are equal, so there is nothing "
             f"to compare; raise temperature {config.temperature}"
         )
-    ranked = _rank(
-        [questions[i].prompt for i in kept], [distinct[i] for i in kept], labelers, config, run
-    )
+    ranked = _rank([questions[i] for i in kept], [distinct[i] for i in kept], labelers, config, run)
     rankings = [first for first, *_ in ranked]
     overlap = [(first, second) for first, *seconds in ranked for second in seconds]
     results = {
@@ -75,7 +73,7 @@ def collect(config: Config) -> None:
 
 
 def _rank(
-    prompts: Sequence[PromptLike],
+    questions: Sequence[Question],
     responses: Sequence[Sequence[str]],
     labelers: Sequence[Labeler],
     config: Config,
@@ -93,7 +91,7 @@ def _rank(
         print(f"collect: goes on from {len(before)} rankings in {so_far}")
     ranked: list[list[Ranking]] = []
     try:
-        for one in rank_each(prompts, responses, labelers, config, before):
+        for one in rank_each(questions, responses, labelers, config, before):
             ranked.append(one)
     except BaseException:
         if ranked:

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from rlhf.inputs.records import PromptLike, Ranking, RecordError
 from rlhf.rewards.functions import load_function
 from stages.collect.config import Config
+from stages.collect.sample import Question
 
 SO_FAR_FILE = "rankings_so_far.jsonl"
 """File with the rankings so far when a labeler failed, in the order of the prompts. The same
@@ -50,7 +51,7 @@ def load_labelers(config: Config) -> list[Labeler]:
 
 
 def rank_each(
-    prompts: Sequence[PromptLike],
+    questions: Sequence[Question],
     responses: Sequence[Sequence[str]],
     labelers: Sequence[Labeler],
     config: Config,
@@ -67,30 +68,30 @@ def rank_each(
     Raises:
         ValueError: a labeler failed, or `before` ranks other responses or is by other labelers.
     """
-    num_twice = round(config.overlap * len(prompts))
+    num_twice = round(config.overlap * len(questions))
     draw = random.Random(f"{config.seed}/labelers")
-    twice = set(draw.sample(range(len(prompts)), num_twice))
-    generators = [random.Random(f"{config.seed}/labelers/{i}") for i in range(len(prompts))]
+    twice = set(draw.sample(range(len(questions)), num_twice))
+    generators = [random.Random(f"{config.seed}/labelers/{i}") for i in range(len(questions))]
     chosen = [one.sample(labelers, 2 if i in twice else 1) for i, one in enumerate(generators)]
-    questions = list(zip(prompts, responses, chosen, generators, strict=True))
-    wanted = [(prompt, tuple(texts), one.name) for prompt, texts, by, _ in questions for one in by]
+    tasks = list(zip(questions, responses, chosen, generators, strict=True))
+    wanted = [(to.prompt, tuple(texts), one.name) for to, texts, by, _ in tasks for one in by]
     if [(one.prompt, one.responses, one.labeler) for one in before] != wanted[: len(before)]:
         raise ValueError(
             f"{SO_FAR_FILE} of {config.output_dir} holds rankings of other responses or by other "
             "labelers than these settings give; give the settings it was made with, or another "
             "output_dir"
         )
-    for prompt, texts, by, generator in questions:
+    for question, texts, by, generator in tasks:
         known, before = before[: len(by)], before[len(by) :]
         if len(known) == len(by):
             yield list(known)
         else:
-            yield [ask(one, prompt, texts, generator, config.model.path) for one in by]
+            yield [ask(one, question, texts, generator, config.model.path) for one in by]
 
 
 def ask(
     labeler: Labeler,
-    prompt: PromptLike,
+    question: Question,
     responses: Sequence[str],
     generator: random.Random,
     source: str,
@@ -100,11 +101,13 @@ def ask(
     Raises:
         ValueError: the labeler failed, or its answer is no list of ranks for these responses.
     """
+    prompt, place = question.prompt, question.place
     try:
         ranks = labeler.rank(prompt, list(responses), generator)
     except Exception as error:  # the user's code may raise anything
         raise ValueError(
-            f"labeler {labeler.name!r} failed at {prompt!r:.100}: {type(error).__name__}: {error}"
+            f"labeler {labeler.name!r} failed at {prompt!r:.100}{place}: "
+            f"{type(error).__name__}: {error}"
         ) from error
     try:
         return Ranking(
@@ -117,5 +120,5 @@ def ask(
     except (RecordError, TypeError) as error:
         raise ValueError(
             f"labeler {labeler.name!r} answered {ranks!r:.100} for {len(responses)} responses to "
-            f"{prompt!r:.100}: {error}"
+            f"{prompt!r:.100}{place}: {error}"
         ) from error

@@ -26,6 +26,8 @@ class Question:
     prompt: PromptLike
     ids: list[int]
     num_samples: int
+    place: str
+    """File and row in words, see `name_rows`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,12 @@ def make_questions(prompts: Sequence[Prompt], chat: Chat, config: Config) -> lis
         if prompt is None:
             dropped.append(record)
         else:
-            question = Question(prompt=record.prompt, ids=list(prompt.ids), num_samples=num_samples)
+            question = Question(
+                prompt=record.prompt,
+                ids=list(prompt.ids),
+                num_samples=num_samples,
+                place=name_rows([record]),
+            )
             questions.append(question)
     if len(dropped) / len(prompts) > config.max_dropped or not questions:
         raise ValueError(

@@ -20,7 +20,7 @@ from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import PromptTree
 from rlhf.inputs.records import Prompt
 from rlhf.measuring.statistics import bootstrap_interval
-from rlhf.rewards.functions import call_by_rows
+from rlhf.rewards.functions import call_by_rows, row_name
 from stages.evaluate.measures import Scores
 
 PartsByPrompt = list[list[dict[str, float]]]
@@ -55,7 +55,7 @@ class Grader:
             columns,
             "a list of dicts, one number a part",
         )
-        parts = iter([self._check(i, row) for i, row in enumerate(found)])
+        parts = iter([self._check(row_name(i, columns[0]), row) for i, row in enumerate(found)])
         return [list(islice(parts, len(tree.responses))) for tree in trees]
 
     def kinds(self, questions: Sequence[Prompt]) -> list[str] | None:
@@ -74,13 +74,13 @@ class Grader:
         )
         return [str(kind) for kind in found]
 
-    def _check(self, number: int, row: Any) -> dict[str, float]:
+    def _check(self, place: str, row: Any) -> dict[str, float]:
         if isinstance(row, Mapping):
             parts = {str(name): _to_number(value) for name, value in row.items()}
             if all(map(math.isfinite, parts.values())):
                 return parts
         raise ValueError(
-            f"{self.name} (parts) gave {row!r} for row {number}; it must give a dict of finite "
+            f"{self.name} (parts) gave {row!r} for {place}; it must give a dict of finite "
             "numbers by name of the part"
         )
 

@@ -638,6 +638,36 @@ def test_contradictory_settings_are_refused(changes: dict[str, Any], words: str)
     assert words in str(raised.value)
 
 
+AT_WORK = """
+import sys, time
+from data.convert import program
+
+def read(source):
+    print("reads", flush=True)
+    time.sleep(60)
+    yield "line 1", "one"
+
+program.read_source = read
+program.convert(program.ConvertConfig(format="strings", input=sys.argv[1], output=sys.argv[2]))
+"""
+
+
+def test_two_conversions_at_once_do_not_write_one_file(tmp_path: Path) -> None:
+    source, output = make(tmp_path, "in.jsonl", '"a prompt"\n'), tmp_path / "out" / "out.jsonl"
+    config = ConvertConfig(format="strings", input=source, output=str(output))
+    command = [sys.executable, "-c", AT_WORK, source, str(output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8") as first:
+        assert first.stdout is not None
+        while first.stdout.readline() != "reads\n":
+            assert first.poll() is None
+        with pytest.raises(ValueError, match=rf"out\.jsonl is in use: process {first.pid} on"):
+            convert(config)
+        first.kill()
+    assert not output.exists()
+    convert(config)
+    assert [record.prompt for record in read_records(output, Prompt)] == ["a prompt"]
+
+
 def test_the_command_ends_with_one_line_and_no_traceback(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     words = ["--format", "hh", "--input", str(tmp_path / "none.jsonl"), "--output", str(output)]

@@ -11,6 +11,7 @@ of one core. What ends otherwise than working or refused by a message (exit code
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -65,6 +66,8 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="JSON Lines to append to, and to go on from")
     options = parser.parse_args()
     done = {} if options.log is None or not options.log.exists() else read_log(options.log)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("deepspeed")  # or the process of each architecture imports it anew
     outcomes = []
     for model_type in options.only:
         outcome = done.get(model_type) or in_own_process(model_type)
@@ -217,11 +220,19 @@ def one_line(text: str) -> str:
 
 
 def table_of(outcomes: Sequence[Outcome]) -> str:
-    works = sum(one["result"].startswith("works") for one in outcomes)
-    refused = sum(one["result"].startswith("refused") for one in outcomes)
+    results = [one["result"] for one in outcomes]
+    numbers = {
+        "work": results.count("works"),
+        "work unshared": results.count("works unshared"),
+        "are refused by name": sum(result.startswith("refused") for result in results),
+        "fail": sum(result.startswith("fails") for result in results),
+        "could not be tried": sum(result.startswith("not tried") for result in results),
+    }
     lines = [
-        f"Of {len(outcomes)} model types of transformers {transformers.__version__}, {works} work "
-        f"and {refused} are refused by name.",
+        f"transformers {transformers.__version__} has {len(MODEL_TYPES)} such model types, and "
+        f"{len(outcomes)} have a line here: "
+        + ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
+        + ".",
         "",
         "| model_type | result | sampling | head of scores | attention |",
         "|---|---|---|---|---|",

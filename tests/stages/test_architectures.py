@@ -1,6 +1,7 @@
 """Architectures that differ from a dense Llama, through the stages that train and judge them."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -57,9 +58,14 @@ def test_sft_learns_by_the_models_own_logits(
 
 
 def test_an_architecture_that_cannot_be_planned_is_named(tmp_path: Path) -> None:
+    logged: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = logged.append  # type: ignore[method-assign]
+    logging.getLogger("torch._subclasses.fake_tensor").addHandler(handler)
     save_tiny("mixtral", tokenizer(), tmp_path / "base")
     words = ["--model.path", str(tmp_path / "base"), "--demonstrations", "d.jsonl"]
     config = load_config(Config, [*words, "--output_dir", str(tmp_path / "sft")])
     with pytest.raises(ValueError, match="base cannot be planned") as error:
         make_plan(config, Launch())
     assert "\n" not in str(error.value)
+    assert not logged, "torch's own traceback"

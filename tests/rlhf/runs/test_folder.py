@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.runs.folder import LOCK, MARK, folders_given_back, take_folder, writing
+from rlhf.runs.folder import LOCK, MARK, file_held, folders_given_back, take_folder, writing
 from rlhf.runs.run import Run, open_run
 from rlhf.runs.settings import MayOverwrite
 
@@ -275,6 +275,38 @@ def test_a_folder_is_in_use_until_its_process_is_gone(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
     assert (tmp_path / "run" / LOCK).exists()
     finish(tmp_path / "run")
+
+
+HOLDER = """
+    import sys, time
+    from rlhf.runs.folder import file_held
+    with file_held(sys.argv[1]):
+        print("held", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_file_is_in_use_until_its_process_is_gone(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "out.jsonl"
+    command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(output)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        who = rf"output .*out\.jsonl is in use: process {process.pid} on .*give another output$"
+        with pytest.raises(ValueError, match=who), file_held(output):
+            raise AssertionError("was held twice")
+        with file_held(output.with_name("other.jsonl")):
+            pass  # other files of the folder are free
+        process.send_signal(signal.SIGKILL)
+    with file_held(output):
+        assert [one.name for one in output.parent.iterdir()] == [".out.jsonl.lock"]
+    assert not list(output.parent.iterdir())
+
+
+def test_a_file_that_is_held_but_not_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), file_held(tmp_path / "a" / "b" / "out.jsonl"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_there_are_no_locks_the_number_of_the_process_counts(

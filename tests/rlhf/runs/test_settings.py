@@ -150,6 +150,16 @@ def test_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         load_config(Stage, [*NEEDED, "--config", str(path)])
 
 
+@pytest.mark.parametrize("form", ["--optim={}", "--optim {}", "--config {}", "--parts.x {}"])
+def test_a_section_is_no_file(tmp_path: Path, form: str) -> None:
+    """The library would read it in the locale's encoding, and let aliases through."""
+    inner = write(tmp_path, "inner.yaml", "warmup_steps: 3")
+    outer = write(tmp_path, "outer.yaml", f"optim: {inner}")
+    words = form.format(outer if "config" in form else inner).split(" ")
+    with pytest.raises(ConfigError, match=r"inner\.yaml, which is a file; .* by its keys, such as"):
+        load_config(Stage, [*NEEDED, *words])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
