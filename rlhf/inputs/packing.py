@@ -171,8 +171,8 @@ class Packer:
     """The most tokens in a row, and so in a pass. A tree is never cut: if it exceeds the budget, it
     gets a row of its own."""
     share_prompts: bool = True
-    """Whether the responses of a tree share its prompt and rows are shared. False puts every
-    response into its own row after its own prompt, without a mask."""
+    """Whether responses share their prompt, and trees their row. False puts every response into its
+    own row after its own prompt, without a mask."""
     max_depth: int | None = None
     """Trees with longer paths than this (a sliding attention window) are not shared either."""
     mask_dtype: torch.dtype | None = None

@@ -1,4 +1,4 @@
-"""Defines the model behind rewards and values: it gives one number per token."""
+"""Defines the model for rewards and for values, which gives one number per token."""
 
 from pathlib import Path
 
