@@ -4,10 +4,10 @@ This study compares gold and proxy reward as a policy moves away from SFT (Gao, 
 2022). It does so with much and with little ranking data, and with the KL penalty off and on. It
 also puts best-of-n on the same axis.
 
-For each run folder of `make pipeline`, the study makes these in RUN/overoptimisation: a second
-reward model from few of the same rankings; four long PPO runs without ptx, whose regular evaluation
-keeps every response; and N samples a prompt from SFT. Both reward models are measured on the same
-held-out prompts. The gold score, which no training saw, then marks all these responses.
+For each run folder of `make pipeline`, the study writes to RUN/overoptimisation. It makes a second
+reward model from few of the same rankings; both are measured on the same held-out prompts. It makes
+four long PPO runs without ptx, whose regular evaluation keeps every response. It takes N samples a
+prompt from SFT. The gold score, which no training saw, then marks all these responses.
 
 A score counts standard deviations of SFT's own responses from their mean, so SFT is at 0. The proxy
 is the score that PPO was given, with the penalty for a missing end; gold judges the text alone. The

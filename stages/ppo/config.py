@@ -280,8 +280,11 @@ class Config(MayOverwrite):
             )
 
     def value_settings(self, path: str) -> ModelSettings:
-        """Return how to load a value model that starts from this reward model: in float32 if all
-        its weights are trained, in the policy's dtype if an adapter is trained over them."""
+        """Return how to load a value model that starts from this reward model.
+
+        Its dtype is float32 if all weights are trained. If an adapter is trained over them, it is
+        the policy's dtype.
+        """
         return ModelSettings(
             path=path,
             dtype=self.policy.dtype if self.lora.rank else "float32",

@@ -394,7 +394,7 @@ class Monitor:
                     self.raise_alarm(rule.code, update, cause)
 
     def raise_alarm(self, code: str, update: int, cause: str) -> None:
-        """Count an alarm, print it if the update before did not have it, and stop if told to.
+        """Count an alarm; print it if the update before did not have it, or stop the run.
 
         Raises:
             TrainingStopped: the code is in `monitor.stop_on`, or a value is not finite.

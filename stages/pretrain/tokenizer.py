@@ -17,9 +17,9 @@ CHAT_TEMPLATE = (
     "{% else %} {{ message['content'] }}{% if loop.last %}{{ eos_token }}{% else %} {% endif %}"
     "{% endif %}{% endfor %}"
 )
-"""Renders turns in the words of the pretraining text, so that a base model knows what is asked of
-it and ends a response as it ends a document. Only the last turn gets an end token. Earlier turns
-run on, as in the text."""
+"""Renders turns in the words of the pretraining text. So a base model knows what is asked of it,
+and ends a response as it ends a document. Only the last turn gets an end token. Earlier turns run
+on, as in the text."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
