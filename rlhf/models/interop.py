@@ -3,12 +3,16 @@
 Version 5 moved the settings of rotary positions into `rope_parameters`, and gives tokenizers a
 class that version 4 does not know. Version 4, and any program that reads config.json the same way,
 would use its own default base of the angles without a warning. It also could not load the
-tokenizer. Version 5 reads both names, which here always have the same value.
+tokenizer. Version 5 reads both names, which here always have the same value. Where they would not,
+because version 4 does not have the architecture, only the new names stay.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
+
+from transformers import CONFIG_MAPPING
 
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor")
 """Settings that version 4 has next to `rope_scaling`, not inside it."""
@@ -29,13 +33,37 @@ def name_as_before(folder: str | Path) -> None:
     """Add these names to the config and tokenizer files of a folder, if the files exist."""
     config, tokenizer = (Path(folder) / f"{name}.json" for name in ("config", "tokenizer_config"))
     if config.is_file():
-        values = _read(config)
-        _add_rope_settings(values)
-        _write(config, values)
+        _name_rope_settings(config)
     if tokenizer.is_file():
         values = _read(tokenizer)
         _name_tokenizer(values, _prefix_space(Path(folder) / "tokenizer.json"))
         _write(tokenizer, values)
+
+
+def _name_rope_settings(path: Path) -> None:
+    """Adds the names to a config.json, unless version 5 then reads something else in it."""
+    values = _read(path)
+    named = copy.deepcopy(values)
+    _add_rope_settings(named)
+    if values.get("model_type") not in CONFIG_MAPPING:  # of others, whose code says how it is read
+        _write(path, named)
+        return
+    config_class = CONFIG_MAPPING[values["model_type"]]
+    before = config_class.from_pretrained(path.parent).to_dict()
+    _write(path, named)
+    try:
+        is_read_alike = _holds(config_class.from_pretrained(path.parent).to_dict(), before)
+    except Exception:  # what an architecture makes of names that it does not know is its own
+        is_read_alike = False
+    if not is_read_alike:
+        _write(path, values)
+
+
+def _holds(whole: Any, part: Any) -> bool:
+    """Whether all that is in the part is in the whole, and equal."""
+    if isinstance(whole, dict) and isinstance(part, dict):
+        return all(key in whole and _holds(whole[key], part[key]) for key in part)
+    return bool(whole == part)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.models.interop import name_as_before
 from rlhf.models.saving import save_policy
+from tests.rlhf.every_architecture import MODEL_TYPES, tiny_config
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
 
 PLAIN = {"rope_type": "default", "rope_theta": 5e4}
@@ -22,6 +23,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+ROPE = ("rope_parameters", "partial_rotary_factor", "layer_types")
+"""Settings that an old name could change."""
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,23 @@ def test_rotary_settings_have_both_names(
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, policy(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_architectures_config_is_read_as_it_was(model_type: str, tmp_path: Path) -> None:
+    """Also where layers have kinds of their own, and version 4 has no name for their bases."""
+    tokenizer = byte_tokenizer("</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
+    try:
+        config = tiny_config(model_type, tokenizer)
+        config.save_pretrained(tmp_path)
+        before = type(config).from_pretrained(tmp_path).to_dict()
+    except Exception as error:
+        pytest.skip(f"no tiny config: {error}")
+    name_as_before(tmp_path)
+    after = type(config).from_pretrained(tmp_path).to_dict()
+    assert {name: after[name] for name in before if name in ROPE} == {
+        name: before[name] for name in before if name in ROPE
+    }
 
 
 def test_configs_inside_a_config_have_both_names_too(tmp_path: Path) -> None:
