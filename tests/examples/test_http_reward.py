@@ -136,5 +136,5 @@ def test_ppo_takes_it_by_name() -> None:
 def test_what_goes_wrong_reaches_the_user(server: Server, waits: list[float]) -> None:
     server.answers = [(404, b"")] * 9
     reward = FunctionReward(reward_of(server), "examples.http_reward:score")
-    with pytest.raises(ValueError, match=r"failed on row 0 .*refused the request: HTTP 404"):
+    with pytest.raises(ValueError, match=r"failed on row 0.*refused the request: HTTP 404"):
         reward.score([Prompt("p")] * 2, [[1]] * 2, [[2]] * 2, ["x", "y"])
