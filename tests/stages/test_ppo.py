@@ -161,8 +161,8 @@ def test_a_long_rollout_says_how_far_it_is(monkeypatch):
     assert told == []
     monkeypatch.setattr(rlhf.runs.stopwatch, "HEARTBEAT_SECONDS", 0.0)
     make_rollout(learner, config, told.append)
-    assert re.fullmatch(r"ppo: sampled \d of 8 after 0 s", told[0])
-    assert told[-1] == "ppo: sampled 8 of 8 after 0 s"
+    assert re.fullmatch(r"ppo: sampled \d of 8 after \d+ s", told[0])
+    assert re.fullmatch(r"ppo: sampled 8 of 8 after \d+ s", told[-1])
 
 
 def gradient_after_step(learner: Learner, rollout: Rollout, texts, config: Config) -> torch.Tensor:
