@@ -75,7 +75,7 @@ def test_every_page_of_docs_can_be_reached_from_the_readme() -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_lines_are_short_but_for_rows_of_tables(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
+    text, *_ = path.read_text(encoding="utf-8").partition("<!-- The rest of this page is written")
     # The results in the README are pasted as they are measured.
     lines = re.sub(r"^## What comes out\n.*?(?=^## )", "", text, flags=re.M | re.S).splitlines()
     long = [line for line in lines if len(line) > LONGEST_LINE and not line.startswith(("|", "!"))]
