@@ -88,7 +88,7 @@ def main(args: Sequence[str] | None = None) -> int:
         for finding in findings:
             print(finding, flush=True)
             failed |= finding.is_needed and finding.remedy is not None
-    print("the base is not whole: mend what says FAIL" if failed else "the base is whole")
+    print("the base is not whole: fix what says FAIL" if failed else "the base is whole")
     return int(failed)
 
 

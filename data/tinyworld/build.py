@@ -1,7 +1,5 @@
 """Write the files of one tiny world, results.json last."""
 
-import json
-import os
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +11,7 @@ from data.tinyworld.text import draw_texts, make_probes
 from data.tinyworld.world import WORLD_FILE, World
 from rlhf.inputs.files import write_records
 from rlhf.inputs.records import Demonstration, Prompt, Record, prompt_key
+from rlhf.runs.files import write_json
 from rlhf.runs.folder import writing
 
 RESULTS_FILE = "results.json"
@@ -36,11 +35,11 @@ def build(config: TinyWorldConfig) -> None:
         overwrite=config.overwrite,
     ) as output:
         output.begin([RESULTS_FILE])
-        _write_json(folder / WORLD_FILE, world.to_json())
+        write_json(folder / WORLD_FILE, world.to_json())
         for name, records in files.items():
             write_records(folder / name, records)
             print(f"wrote {folder / name}: {len(records)} rows")
-        _write_json(folder / RESULTS_FILE, {name: len(records) for name, records in files.items()})
+        write_json(folder / RESULTS_FILE, {name: len(records) for name, records in files.items()})
         output.finish()
 
 
@@ -117,9 +116,3 @@ def _demonstrate(instructions: list[Instruction], seed: int) -> list[Record]:
 
 def _to_prompt(instruction: Instruction) -> Prompt:
     return Prompt(instruction.prompt, {"kind": instruction.task.kind})
-
-
-def _write_json(path: Path, value: object) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)

@@ -195,7 +195,7 @@ def _parse(line: bytes) -> Any:
             "row",
             found=f"{line[:60].decode(errors='replace').rstrip()!r} ({error})",
             expected="one JSON object a line",
-            remedy="mend the line, or convert the file with `python -m data.convert`",
+            remedy="fix the line, or convert the file with `python -m data.convert`",
         )
 
 

@@ -132,7 +132,7 @@ def load_function(name: str) -> Callable[..., Any]:
         ) from error
     except Exception as error:
         raise ValueError(
-            f"cannot import {module_name} for {name!r}: {_describe(error)}; mend the module"
+            f"cannot import {module_name} for {name!r}: {_describe(error)}; fix the module"
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):

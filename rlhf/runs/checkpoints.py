@@ -212,7 +212,7 @@ class Checkpoints:
     def _fallback(self) -> str:
         folder = newest_checkpoint(self._run.checkpoints)
         where = "from the start" if folder is None else f"from {folder}"
-        return f"mend that and give the same command again, which goes on {where}"
+        return f"fix that and give the same command again, which goes on {where}"
 
     def _print(self, text: str) -> None:
         self._accelerator.print(f"{self._run.stage}: {text}", flush=True)

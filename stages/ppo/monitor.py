@@ -263,7 +263,7 @@ RULES = (
         ("ppo/kl", "ppo/kl_error"),
         kl_is_negative,
         "Look for what makes sampler, scorer or reference differ: temperature, filters, dtype, "
-        "tokens behind the end.",
+        "tokens after the end.",
     ),
     Rule(
         "PPO_KL",

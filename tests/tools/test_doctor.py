@@ -18,7 +18,7 @@ from tools import doctor
 from tools.doctor import Finding
 
 WHOLE = "the base is whole"
-BROKEN = "the base is not whole: mend what says FAIL"
+BROKEN = "the base is not whole: fix what says FAIL"
 ALL_REDUCE, DEEPSPEED = doctor._ALL_REDUCE, doctor.deepspeed
 
 

@@ -137,7 +137,7 @@ def test_a_module_that_cannot_be_read_is_named_in_one_line(own_rewards: Path) ->
     with pytest.raises(ValueError, match=r"cannot import own_rewards .*IndentationError.*line 2"):
         load_function("own_rewards:short")
     own_rewards.write_text("raise RuntimeError('no\\nkey')\n")
-    with pytest.raises(ValueError, match="RuntimeError: no key; mend the module"):
+    with pytest.raises(ValueError, match="RuntimeError: no key; fix the module"):
         load_function("own_rewards:short")
 
 
