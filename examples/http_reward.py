@@ -16,7 +16,7 @@ import urllib.request
 from typing import Any
 
 BUSY = (408, 429, 500, 502, 503, 504)
-"""HTTP statuses that may be gone at another try; all others, such as 401 or 404, will not go away."""
+"""HTTP statuses that another try may clear; others, such as 401 or 404, will not go away."""
 
 
 class HttpReward:
