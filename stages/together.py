@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ def _serve(command: Sequence[str], address: str) -> int | socket.socket:
                 if process == 0:
                     return connection
                 running[process] = connection
-                connection.sendall(b"%d\n" % process)
+                _answer(connection, process)
             _answer_for_ended(running)
     return _as_shell(child.returncode)
 
@@ -80,7 +81,12 @@ def _answer_for_ended(running: dict[int, socket.socket]) -> None:
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
             with running.pop(process) as connection:
-                connection.sendall(b"%d\n" % _as_shell(os.waitstatus_to_exitcode(status)))
+                _answer(connection, _as_shell(os.waitstatus_to_exitcode(status)))
+
+
+def _answer(connection: socket.socket, number: int) -> None:
+    with suppress(ConnectionError):  # whoever asked is gone; the other stages go on
+        connection.sendall(b"%d\n" % number)
 
 
 def _as_shell(code: int) -> int:

@@ -1,12 +1,6 @@
 # The chain of the tiny world at a smaller size: it shows that everything runs, and teaches little.
-PREPARED := $(RUN)/data/results.json
-BASE := $(RUN)/base/results.json
-RANKINGS := $(RUN)/rankings/results.json
-SIDE_BY_SIDE := 2
+include configs/presets/tiny.mk
+SIZES := --num_texts 3000 --num_texts_held_out 100 --num_demonstrations 600 --num_prompts_rm 150 \
+	--num_prompts_ppo 256 --num_prompts_held_out 64
 PLAN := "A quick look at all stages on a small tiny world: under a minute on two cores after the set-up; results in" \
 	"$(RUN). It shows that everything runs; its figures mean nothing."
-
-$(RUN)/data/results.json: | $(SETUP)
-	$(together) data.tinyworld --output_dir $(RUN)/data --overwrite$(seed) --num_texts 3000 \
-	    --num_texts_held_out 100 --num_demonstrations 600 --num_prompts_rm 150 --num_prompts_ppo 256 \
-	    --num_prompts_held_out 64

@@ -7,4 +7,4 @@ PLAN := "The tiny world, seed $(or $(SEED),0): data, a base model, SFT, rankings
 	"side by side, evaluation. About five minutes on two cores after the set-up; results in $(RUN)."
 
 $(RUN)/data/results.json: | $(SETUP)
-	$(together) data.tinyworld --output_dir $(RUN)/data --overwrite$(seed)
+	$(together) data.tinyworld --output_dir $(RUN)/data --overwrite$(seed)$(if $(SIZES), $(SIZES))

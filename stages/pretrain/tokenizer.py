@@ -18,8 +18,8 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}"
 )
 """Renders turns in the words of the pretraining text. So a base model knows what is asked of it,
-and ends a response as it ends a document. Only the last turn gets an end token. Earlier turns run
-on, as in the text."""
+and ends a response as it ends a document. Responses of earlier turns follow "Reply:", so that an
+"Answer:" is always the last of its document, as in the text."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

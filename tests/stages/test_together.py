@@ -27,7 +27,8 @@ if what == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 if what == "wait":
     signal.signal(signal.SIGTERM, end)
-    open(sys.argv[2], "w").close()
+    with open(sys.argv[2], "w") as file:
+        file.write(str(os.getpid()))
     time.sleep(60)
 print(__name__, sys.argv[1:], os.environ.get("MINE"), torch.get_num_threads())
 """
@@ -71,10 +72,20 @@ def test_exit_codes_are_those_of_the_stage(serve) -> None:
     assert ran.returncode == 7
 
 
+def test_who_asked_may_be_gone_before_the_stage_ends(serve, tmp_path: Path) -> None:
+    waits = tmp_path / "waits"
+    ran = serve(
+        f"{ASK} program wait {waits} & until [ -s {waits} ]; do sleep 0.1; done; kill -9 $!; "
+        f"kill $(cat {waits}); {ASK} program b"
+    )
+    assert ran.stdout.splitlines() == ["asked to end", "__main__ ['b'] None 1"]
+    assert ran.returncode == 0
+
+
 def test_two_stages_go_side_by_side_and_each_can_be_ended(serve, tmp_path: Path) -> None:
     waits = tmp_path / "waits"
     ran = serve(
-        f"{ASK} program wait {waits} & until [ -e {waits} ]; do sleep 0.1; done; "
+        f"{ASK} program wait {waits} & until [ -s {waits} ]; do sleep 0.1; done; "
         f"{ASK} program b; kill %1; wait %1; echo $?"
     )
     assert ran.stdout.splitlines() == [
