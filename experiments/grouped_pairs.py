@@ -15,7 +15,6 @@ The study takes run folders of `make pipeline`, one for each seed. It uses their
 settings of their reward model, except for what is named above.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from experiments.shared import (
 )
 from rlhf.inputs.files import read_records, write_records
 from rlhf.inputs.records import Ranking
+from rlhf.inputs.streams import python_stream
 from rlhf.runs.folder import METRICS, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
@@ -156,7 +156,7 @@ def split(
             f"num_prompts {num_prompts} and num_held_out {num_held_out} are more than the "
             f"{len(keys)} prompts that there are; lower one of them"
         )
-    drawn = random.Random(seed).sample(keys, num_prompts + num_held_out)
+    drawn = python_stream(seed, "grouped pairs").sample(keys, num_prompts + num_held_out)
     trained, measured = set(drawn[:num_prompts]), set(drawn[num_prompts:])
     return (
         [ranking for ranking in rankings if ranking.key in trained],

@@ -14,7 +14,6 @@ is the score that PPO was given, with the penalty for a missing end; gold judges
 distance is d = sqrt(KL to SFT), so the best-of-n form below is `a d - b KL`.
 """
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -42,6 +40,7 @@ from experiments.shared import (
 from rlhf.inputs.files import read_records, write_records
 from rlhf.inputs.fitting import fit_prompt
 from rlhf.inputs.records import Prompt
+from rlhf.inputs.streams import python_stream, torch_stream
 from rlhf.measuring.statistics import best_of_n, best_of_n_kl
 from rlhf.models.layout import packer_for
 from rlhf.models.loading import load_policy
@@ -242,7 +241,7 @@ def small_reward_model(config: Config, run: str) -> RMConfig:
     held_out = drawn.with_name("rankings_held_out.jsonl")
     if not (drawn.is_file() and held_out.is_file()):
         train_rankings, held_out_rankings = read_rankings(base)
-        generator = random.Random(base.seed)
+        generator = python_stream(base.seed, "overoptimisation/rankings")
         write_records(drawn, generator.sample(train_rankings, config.small_prompts))
         write_records(held_out, held_out_rankings)
     return replace(
@@ -302,7 +301,7 @@ def sample(config: SampleConfig) -> None:
         if (prompt := fit_prompt(record, chat, ppo.rollout.max_prompt_tokens)) is not None
     ]
     episodes = [one for one in fitted[: config.num_prompts] for _ in range(config.num_samples)]
-    sampling = torch.Generator().manual_seed(ppo.seed)
+    sampling = torch_stream(ppo.seed, "overoptimisation/samples")
     trees, _ = samplers[FULL].sample(policy, episodes, sampling)
     scores = {name: one.score(episodes, trees)[0].scores.tolist() for name, one in samplers.items()}
     run.samples(

@@ -10,15 +10,25 @@ from stages.ppo.config import Config
 from stages.ppo.monitor import CODES
 
 ROOT = Path(__file__).parents[1]
+STREAMS = {"python_stream", "torch_stream"}
 NAME = re.compile(r"(?:ppo|rm|sft|pretrain)/[a-z0-9_]+")
 FAMILY = re.compile(r"(?:ppo|rm|sft|pretrain|seconds)/[a-z0-9_/]*NAME")
 
 
 def logged_names() -> set[str]:
-    """Metric names in the stages' code; those that are put together with a NAME in them."""
+    """Metric names in the stages' code; those that are put together with a NAME in them.
+
+    The names of random streams look the same and are none.
+    """
     names = set()
     for path in (ROOT / "stages").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        streams = [one for one in calls if getattr(one.func, "id", "") in STREAMS]
+        of_streams = {id(argument) for one in streams for argument in one.args}
+        for node in ast.walk(tree):
+            if id(node) in of_streams:
+                continue
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 names |= {node.value} if NAME.fullmatch(node.value) else set()
             if isinstance(node, ast.DictComp) and isinstance(node.key, ast.JoinedStr):

@@ -14,6 +14,7 @@ from data.instructions.ifeval import known_prompts
 from data.instructions.templates import NUM_GROUPS, draw_instructions, in_words
 from rlhf.inputs.files import split_by_prompt, write_records
 from rlhf.inputs.records import Prompt
+from rlhf.inputs.streams import python_stream
 from rlhf.inputs.whole_files import write_text
 from rlhf.runs.folder import writing
 from rlhf.runs.settings import MayOverwrite
@@ -91,7 +92,7 @@ def make_files(config: InstructionsConfig) -> dict[str, list[Prompt]]:
     public = [prompt for path in OPEN_ASSISTANT for prompt in _read(config, "strings", path)]
     short = [prompt for prompt in public if _num_characters(prompt) <= config.max_characters]
     train, held_out = split_by_prompt(short, config.held_out, config.seed, salt="instructions")
-    rng = random.Random(config.seed)
+    rng = python_stream(config.seed, "instructions")
     prompts = (
         with_instructions(train, config, rng),
         with_instructions(held_out, config, rng),

@@ -11,6 +11,7 @@ from data.tinyworld.text import draw_texts, make_probes
 from data.tinyworld.world import WORLD_FILE, World
 from rlhf.inputs.files import write_records
 from rlhf.inputs.records import Demonstration, Prompt, Record, prompt_key
+from rlhf.inputs.streams import python_stream
 from rlhf.runs.files import write_json
 from rlhf.runs.folder import writing
 
@@ -48,7 +49,7 @@ def make_files(world: World, config: TinyWorldConfig) -> dict[str, list[Record]]
 
     No prompt is in two files, and no document is in both texts.
     """
-    generator = random.Random(f"{config.seed}/text")
+    generator = python_stream(config.seed, "text")
     num_texts = config.num_texts + config.num_texts_held_out
     texts: list[Record] = [*draw_texts(world, num_texts, generator)]
     sizes = {
@@ -57,7 +58,7 @@ def make_files(world: World, config: TinyWorldConfig) -> dict[str, list[Record]]
         "prompts_rm.jsonl": config.num_prompts_rm,
         "demonstrations.jsonl": config.num_demonstrations,
     }
-    generator = random.Random(f"{config.seed}/prompts")
+    generator = python_stream(config.seed, "prompts")
     num_held_out = sizes.pop("prompts_held_out.jsonl")
     held_out = draw_different(world, num_held_out, generator, is_held_out=True)
     drawn = iter(draw_different(world, sum(sizes.values()), generator, is_held_out=False))
@@ -69,7 +70,7 @@ def make_files(world: World, config: TinyWorldConfig) -> dict[str, list[Record]]
         "text_held_out.jsonl": texts[: config.num_texts_held_out],
         "demonstrations.jsonl": _demonstrate(demonstrated, config.seed),
         **{name: [_to_prompt(one) for one in split] for name, split in splits.items()},
-        "facts_probe.jsonl": [*make_probes(world, random.Random(f"{config.seed}/probe"))],
+        "facts_probe.jsonl": [*make_probes(world, python_stream(config.seed, "probe"))],
     }
 
 
@@ -107,7 +108,7 @@ def draw_different(
 
 
 def _demonstrate(instructions: list[Instruction], seed: int) -> list[Record]:
-    generator = random.Random(f"{seed}/demonstrations")
+    generator = python_stream(seed, "demonstrations")
     return [
         Demonstration(one.prompt, write_response(one.task, Quality.draw(generator), generator))
         for one in instructions

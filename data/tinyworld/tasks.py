@@ -24,6 +24,7 @@ from data.tinyworld.world import (
     pronoun,
 )
 from rlhf.inputs.records import Messages, PromptLike, to_messages
+from rlhf.inputs.streams import python_stream
 
 Kind = Literal["fact", "list", "sum", "reorder", "polite", "continue", "classify", "secret"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -182,7 +183,7 @@ def contents_of(world: World, prompt: PromptLike) -> frozenset[Content]:
 
 def draw_held_out(world: World) -> frozenset[Content]:
     """Draw the contents that only held-out prompts ask for, from the world's seed."""
-    generator = random.Random(f"{world.seed}/held out")
+    generator = python_stream(world.seed, "held out")
     drawn: set[Content] = set()
     for contents in all_contents(world):
         drawn.update(generator.sample(contents, k=round(HELD_OUT_SHARE * len(contents))))

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from rlhf.inputs.streams import python_stream
+
 WORLD_FILE = "world.json"
 
 WOMEN = "Mira Anna Lena Rosa Tilda Vera".split()
@@ -72,7 +74,7 @@ class World:
     @classmethod
     def from_seed(cls, seed: int) -> Self:
         """Draw the world of a seed; the same seed gives the same world on every machine."""
-        generator = random.Random(f"{seed}/world")
+        generator = python_stream(seed, "world")
         people = [*WOMEN, *MEN]
         things = list(THINGS)
         generator.shuffle(people)

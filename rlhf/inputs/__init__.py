@@ -9,5 +9,6 @@ chat.py           the one rendering of prompts and responses to token ids
 fitting.py        a prompt that fits a limit: from records to ids, oldest turns left out
 packing.py        prompt trees packed into rows without padding, and results unpacked
 whole_files.py    files that are always the old one or the whole new one
+streams.py        a named stream of random numbers for every use of them
 shuffling.py      the order of items, and how far in it a run is
 """

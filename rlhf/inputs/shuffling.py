@@ -15,10 +15,10 @@ class ShuffledBatches(Iterator[list[Item]], Generic[Item]):
     and need no items.
     """
 
-    def __init__(self, items: Sequence[Item], batch_size: int, seed: int) -> None:
+    def __init__(self, items: Sequence[Item], batch_size: int, generator: torch.Generator) -> None:
         self._items = items
         self._batch_size = batch_size
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = generator
         self._waiting: list[int] = []
 
     def __next__(self) -> list[Item]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from rlhf.inputs.records import PromptLike, Ranking, RecordError
+from rlhf.inputs.streams import python_stream
 from rlhf.rewards.functions import load_function
 from stages.collect.config import Config
 from stages.collect.sample import Question
@@ -69,9 +70,11 @@ def rank_each(
         ValueError: a labeler failed, or `before` ranks other responses or is by other labelers.
     """
     num_twice = round(config.overlap * len(questions))
-    draw = random.Random(f"{config.seed}/labelers")
+    draw = python_stream(config.seed, "collect/labelers")
     twice = set(draw.sample(range(len(questions)), num_twice))
-    generators = [random.Random(f"{config.seed}/labelers/{i}") for i in range(len(questions))]
+    generators = [
+        python_stream(config.seed, f"collect/labelers/{i}") for i in range(len(questions))
+    ]
     chosen = [one.sample(labelers, 2 if i in twice else 1) for i, one in enumerate(generators)]
     tasks = list(zip(questions, responses, chosen, generators, strict=True))
     wanted = [(to.prompt, tuple(texts), one.name) for to, texts, by, _ in tasks for one in by]

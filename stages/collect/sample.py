@@ -1,10 +1,8 @@
 """Draw how many responses each prompt gets, and sample them."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
@@ -15,6 +13,7 @@ from rlhf.generation.interface import Decoding
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.fitting import fit_prompt
 from rlhf.inputs.records import Prompt, PromptLike, name_rows
+from rlhf.inputs.streams import python_stream, torch_stream
 from rlhf.training.processes import own_share
 from stages.collect.config import Config
 
@@ -47,7 +46,7 @@ def make_questions(prompts: Sequence[Prompt], chat: Chat, config: Config) -> lis
     Raises:
         ValueError: a larger share than max_dropped does not fit.
     """
-    generator = random.Random(f"{config.seed}/num_samples")
+    generator = python_stream(config.seed, "collect/num_samples")
     questions, dropped = [], []
     for record in prompts:
         num_samples = generator.randint(config.num_responses_min, config.num_responses_max)
@@ -79,10 +78,9 @@ def sample_responses(
     accelerator: Accelerator,
 ) -> list[list[Sample]]:
     """Sample the responses to each question; the processes share the work, and each gets all."""
-    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    rank = accelerator.process_index
     repeated = [(i, one.ids) for i, one in enumerate(questions) for _ in range(one.num_samples)]
     mine = own_share(accelerator, repeated)
-    # This seed differs for every pair of config.seed and process.
     with tqdm(total=len(mine), desc="collect", unit="sample", disable=rank > 0) as bar:
         drawn = generate(
             policy,
@@ -94,7 +92,7 @@ def sample_responses(
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,
             ),
-            generator=torch.Generator().manual_seed(config.seed * num_processes + rank),
+            generator=torch_stream(config.seed, "collect/samples", rank),
             progress=bar.update,
         )
     samples: list[list[Sample]] = [[] for _ in questions]

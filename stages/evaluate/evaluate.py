@@ -1,7 +1,6 @@
 """Run the evaluation: sample, score, compare, report."""
 
 import json
-import random
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from rlhf.inputs.files import read_records
 from rlhf.inputs.fitting import fit_prompt
 from rlhf.inputs.packing import Packer, PromptTree, text_tree
 from rlhf.inputs.records import Prompt, Text, name_rows, naming_row
+from rlhf.inputs.streams import python_stream, torch_stream
 from rlhf.measuring.fact_recall import fact_recall
 from rlhf.models.layout import packer_for
 from rlhf.models.limits import check_vocabulary
@@ -240,7 +240,8 @@ def _draw_prompts(config: Config) -> list[Prompt]:
     records = read_records(config.prompts, Prompt)
     if len(records) <= config.num_prompts:
         return records
-    drawn = random.Random(config.seed).sample(range(len(records)), k=config.num_prompts)
+    draw = python_stream(config.seed, "evaluate/prompts")
+    drawn = draw.sample(range(len(records)), k=config.num_prompts)
     return [records[i] for i in sorted(drawn)]
 
 
@@ -387,7 +388,7 @@ def _sample_pool(
         f"{name} answers several times",
         num_samples=config.pair_samples_per_prompt,
         temperature=config.temperature,
-        seed=config.seed + 1,
+        stream="evaluate/pairs",
     )
 
 
@@ -454,9 +455,9 @@ def _sample(
     *,
     num_samples: int,
     temperature: float,
-    seed: int | None = None,
+    stream: str = "evaluate/answers",
 ) -> list[PromptTree]:
-    """Sample responses to all prompts. None as the seed means the seed of the settings."""
+    """Sample responses to all prompts, with the draws of one stream."""
     return sample(
         policy,
         exam.prompt_ids,
@@ -466,7 +467,7 @@ def _sample(
         samples_per_prompt=num_samples,
         max_new_tokens=config.max_new_tokens,
         temperature=temperature,
-        seed=config.seed if seed is None else seed,
+        generator=torch_stream(config.seed, stream),
         label=label,
     )
 

@@ -60,13 +60,13 @@ def sample(
     samples_per_prompt: int,
     max_new_tokens: int,
     temperature: float,
-    seed: int,
+    generator: torch.Generator,
     label: str,
     other_ends: tuple[int, ...] = (),
 ) -> list[PromptTree]:
     """Sample responses, and return one tree for each prompt.
 
-    Equal policies with equal seeds give equal responses.
+    Equal policies with equal generators give equal responses.
     """
     repeated = [ids for ids in prompt_ids for _ in range(samples_per_prompt)]
     with _bar(label, len(repeated)) as bar:
@@ -80,7 +80,7 @@ def sample(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
             ),
-            generator=torch.Generator().manual_seed(seed),
+            generator=generator,
             progress=bar.update,
         )
     responses = iter(samples.responses)

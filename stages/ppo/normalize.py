@@ -8,6 +8,7 @@ from itertools import cycle, islice
 import torch
 from accelerate import Accelerator
 
+from rlhf.inputs.streams import torch_stream
 from rlhf.models.scalar import ScalarModel
 from rlhf.rewards.combined import NormalizedReward
 from rlhf.training.nonfinite import told_by_all
@@ -17,9 +18,6 @@ from stages.ppo.rollout import Episode, Sampler
 SMALLEST_STD = 1e-6
 """Smallest standard deviation that is not rounding, relative to the mean or to 1, whichever is
 larger."""
-
-SEED_SHIFT = 2
-"""Added to the seed, so that the samples measured here differ from those of the first update."""
 
 
 def normalize_scores(
@@ -71,7 +69,7 @@ def _find_scale(
     assert config.reward.normalize_on is not None
     count = accelerator.num_processes
     num_samples = math.ceil(config.reward.normalize_on / count) * count
-    generator = torch.Generator().manual_seed(config.seed + SEED_SHIFT)
+    generator = torch_stream(config.seed, "ppo/normalize/prompts")
     order = torch.randperm(len(episodes), generator=generator)
     chosen = [episodes[i] for i in islice(cycle(order.tolist()), num_samples)]
     mean, std = _measure(sampler, own_share(accelerator, chosen), num_samples, accelerator)
@@ -93,9 +91,9 @@ def _measure(
 ) -> tuple[float, float]:
     """Return the mean and (biased) standard deviation of one sample's score for each episode, over
     all processes."""
-    # Each process has its own generator, as in train.py.
-    seed = (sampler.config.seed + SEED_SHIFT) * 1000 + accelerator.process_index
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_stream(
+        sampler.config.seed, "ppo/normalize/samples", accelerator.process_index
+    )
     with accelerator.autocast(), told_by_all():
         with sampler.reference_at_hand():
             trees, _ = sampler.sample(sampler.ref_policy, episodes, generator)

@@ -22,6 +22,7 @@ from rlhf.inputs.fitting import fit_prompt
 from rlhf.inputs.packing import PromptTree, response_batch, text_tree
 from rlhf.inputs.records import Prompt, Text, name_rows
 from rlhf.inputs.shuffling import ShuffledBatches
+from rlhf.inputs.streams import torch_stream
 from rlhf.maths.kl import adapt_kl_coef, k1
 from rlhf.models.full import checkpoint_activations
 from rlhf.models.layout import packer_for
@@ -97,11 +98,11 @@ def train(config: Config) -> None:
 
     text_order = shuffled_text(config, chat, accelerator)
     texts = (own_share(accelerator, batch) for batch in text_order)
-    order = ShuffledBatches(episodes, config.rollout.batch_size, config.seed)
-    # Each process has its own generator. The factor keeps those of different seeds apart, for up to
-    # 1000 processes.
-    sampling = torch.Generator().manual_seed(config.seed * 1000 + accelerator.process_index)
-    shuffling = torch.Generator().manual_seed(config.seed)
+    order = ShuffledBatches(
+        episodes, config.rollout.batch_size, torch_stream(config.seed, "ppo/prompts")
+    )
+    sampling = torch_stream(config.seed, "ppo/rollouts", accelerator.process_index)
+    shuffling = torch_stream(config.seed, "ppo/mini-batches")
     speed = Speedometer(learner.models, sampler, accelerator, config, _dtype(config, accelerator))
     progress = Progress(kl_coef=config.ppo.kl_coef, raw_scores=raw_scores)
     parts: dict[str, Stateful] = {
@@ -327,8 +328,9 @@ def shuffled_text(
 
     Documents are joined and cut to blocks of `ptx.block_tokens` tokens without a template.
     """
+    generator = torch_stream(config.seed, "ppo/text")
     if config.ptx.coef == 0:
-        return ShuffledBatches([], 0, config.seed)
+        return ShuffledBatches([], 0, generator)
     assert config.ptx.text is not None
     blocks = text_blocks([t.text for t in read_records(config.ptx.text, Text)], chat, config)
     num_processes = accelerator.num_processes
@@ -338,7 +340,7 @@ def shuffled_text(
             f"ppo: the text has {len(blocks)} blocks, and an optimizer step takes {num_blocks}: "
             f"each {num_blocks / len(blocks):.1f} times"
         )
-    return ShuffledBatches(blocks, num_blocks, config.seed + 1)
+    return ShuffledBatches(blocks, num_blocks, generator)
 
 
 def text_blocks(texts: Sequence[str], chat: Chat, config: Config) -> list[PromptTree]:
@@ -397,7 +399,8 @@ def _answer(
 
     Returns sums over the prompts, (4,): score, KL, tokens, responses that end.
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    process = learner.accelerator.process_index
+    generator = torch_stream(config.seed, "ppo/held out", process)
     policy = learner.models.policy
     trees, _ = sampler.sample(policy, episodes, generator)
     scored, finished = sampler.score(episodes, trees)

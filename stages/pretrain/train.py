@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.inputs.files import read_records
 from rlhf.inputs.records import Prompt, Text
+from rlhf.inputs.streams import torch_stream
 from rlhf.measuring.fact_recall import fact_recall
 from rlhf.models.loading import new_policy
 from rlhf.models.saving import save_policy
@@ -91,7 +92,7 @@ def draw_batches(num_rows: int, batch_size: int, num_epochs: int, seed: int) -> 
 
     Rows left over after the last full batch of an epoch are not used in it.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_stream(seed, "pretrain/order")
     for _ in range(num_epochs):
         order = torch.randperm(num_rows, generator=generator).tolist()
         for start in range(0, num_rows - batch_size + 1, batch_size):

@@ -1,6 +1,5 @@
 """Turn rankings into what the trainer takes, and count all that is left out."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from rlhf.inputs.records import (
     prompt_key,
     with_equal_responses,
 )
+from rlhf.inputs.streams import python_stream
 from stages.rm.config import Config
 
 
@@ -111,7 +111,7 @@ def make_demonstrations(
         ValueError: no demonstration fits.
     """
     order = list(demonstrations)
-    random.Random(config.seed).shuffle(order)
+    python_stream(config.seed, "rm/demonstrations").shuffle(order)
     trees: list[PromptTree] = []
     for record in order:
         prompt = fit_prompt(record, chat, config.max_prompt_tokens)
@@ -135,9 +135,9 @@ def _read_all(sources: Sequence[str], limit: int | None, seed: int) -> list[Rank
     rankings = []
     for source in sources:
         records = read_records(source, Ranking)
-        if limit is not None and limit < len(records):
-            records = random.Random(seed).sample(records, limit)
         name = Path(source).name.split(".")[0]
+        if limit is not None and limit < len(records):
+            records = python_stream(seed, f"rm/rankings/{name}").sample(records, limit)
         rankings += [replace(record, source=record.source or name) for record in records]
     return rankings
 
@@ -175,7 +175,7 @@ def _draw_in_pairs(ranking: Ranking, fitting: list[int], config: Config) -> list
     """Draw the responses to train on from those that fit; each takes part in at least one pair."""
     drawn = fitting
     if config.max_responses is not None and len(fitting) > config.max_responses:
-        generator = random.Random(f"{config.seed} {prompt_key(ranking.prompt)}")
+        generator = python_stream(config.seed, f"rm/responses/{prompt_key(ranking.prompt)}")
         drawn = sorted(generator.sample(fitting, config.max_responses))
     pairs = [{i, j} for i, j, _ in ranking.preferences() if {i, j} <= set(drawn)]
     return [i for i in drawn if any(i in pair for pair in pairs)]

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from rlhf.inputs.packing import PackedRow, Packer, PromptTree
 from rlhf.inputs.records import Ranking
+from rlhf.inputs.streams import torch_stream
 from rlhf.maths.losses import Stats, preferences_from_ranks, ranking_loss
 from rlhf.models.scalar import ScalarModel
 from rlhf.runs.run import Run
@@ -59,7 +60,7 @@ class GlobalBatches:
         self.num_examples = num_examples
         self.batch_size = config.batch_size
         self.accelerator = accelerator
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch_stream(config.seed, "rm/order")
         num_passes, self.num_skipped = divmod(first_step, len(self))
         for _ in range(num_passes):
             self._draw()

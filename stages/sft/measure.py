@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from rlhf.generation.engines import generate
@@ -12,6 +11,7 @@ from rlhf.generation.interface import Decoding
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Demonstration, prompt_key
+from rlhf.inputs.streams import torch_stream
 from rlhf.models.passes import compute_logprobs
 from rlhf.rewards.models import RewardModel
 from stages.sft.config import Config
@@ -55,7 +55,7 @@ def draw_samples(
             max_new_tokens=config.max_response_tokens,
             temperature=config.temperature,
         ),
-        generator=torch.Generator().manual_seed(config.seed),
+        generator=torch_stream(config.seed, "sft/samples"),
     )
     return [
         Sample(

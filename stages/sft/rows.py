@@ -11,6 +11,7 @@ from rlhf.inputs.files import read_records, split_by_prompt
 from rlhf.inputs.fitting import fit_prompt
 from rlhf.inputs.packing import PromptTree, text_tree
 from rlhf.inputs.records import Demonstration, Text, name_rows, naming_row
+from rlhf.inputs.streams import python_stream
 from stages.sft.config import Config
 
 
@@ -75,7 +76,7 @@ def load_rows(config: Config, chat: Chat) -> Rows:
     """
     demonstrations = read_records(config.demonstrations, Demonstration)
     if config.num_demonstrations is not None and config.num_demonstrations < len(demonstrations):
-        generator = random.Random(f"{config.seed}/demonstrations")
+        generator = python_stream(config.seed, "sft/demonstrations")
         demonstrations = generator.sample(demonstrations, config.num_demonstrations)
     sides = split_by_prompt(demonstrations, config.held_out, config.seed)
     train, held_out = (
@@ -172,7 +173,7 @@ def lay_out(
         laid_size: rows that a batch takes up. Rows without anything to train fill it up where a
             batch of all rows there are cannot be shared evenly. None means batch_size.
     """
-    generator = random.Random(f"{seed}/order")
+    generator = python_stream(seed, "sft/order")
     num_rows = math.ceil(num_epochs * len(trees) / batch_size) * batch_size
     laid: list[PromptTree] = []
     while len(laid) < num_rows:
@@ -197,7 +198,7 @@ def _load_text(
     if config.text is None:
         return [], []
     texts = split_by_prompt(read_records(config.text, Text), config.held_out, config.seed)
-    generator = random.Random(f"{config.seed}/text")
+    generator = python_stream(config.seed, "sft/text")
     train, held_out = (cut_text(side, chat, config.max_text_tokens, generator) for side in texts)
     if not held_out or (config.text_share and not train):
         raise ValueError(
