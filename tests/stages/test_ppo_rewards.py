@@ -221,9 +221,10 @@ def test_normalising_measures_each_prompt_in_turn_and_repeats_itself() -> None:
     assert measured["raw_score_std"] == pytest.approx(lengths.std(correction=0).item())
     _, twice = normalized(prompt_length, 16, tiny_scalar_of("llama"))
     assert twice == pytest.approx(measured)
-    first, again = (normalized(length, 7, tiny_scalar_of("llama"))[1] for _ in range(2))
+    # Most samples are cut at the limit; of 39 some are shorter under any seed.
+    first, again = (normalized(length, 39, tiny_scalar_of("llama"))[1] for _ in range(2))
     assert first == again
-    assert normalized(length, 7, tiny_scalar_of("llama"), seed=6)[1] != first
+    assert normalized(length, 39, tiny_scalar_of("llama"), seed=6)[1] != first
 
 
 def test_the_value_model_stays_in_the_units_of_the_scores() -> None:

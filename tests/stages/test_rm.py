@@ -119,7 +119,8 @@ def test_learns_what_people_prefer(trained: tuple[Config, dict[str, Any]]) -> No
     assert set(results["by_source"]) == {"file 0", "file 1"}
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
-    assert metrics[0]["rm/loss"] == results["first_loss"] == pytest.approx(math.log(2), abs=0.15)
+    # A fresh head's scores spread by about 1, and so add up to a quarter to the ln 2 of no spread.
+    assert metrics[0]["rm/loss"] == results["first_loss"] == pytest.approx(math.log(2), abs=0.3)
     held_out = [row for row in metrics if "rm/held_out_loss" in row]
     assert [row["step"] for row in held_out] == [results["steps"] // 2, results["steps"]]
     assert held_out[-1] == {
