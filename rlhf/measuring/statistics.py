@@ -11,18 +11,16 @@ from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+from scipy import stats
 
-T_975 = (
-    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
-    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
-)
-"""Quantile 0.975 of Student's t with 1, 2, ... degrees of freedom."""
-
-Z_975 = 1.959964
+Z_975 = stats.norm.ppf(0.975)
 """Quantile 0.975 of the normal distribution."""
 
 NUM_RESAMPLES = 2000
 """Sets of clusters that a bootstrap draws."""
+
+NUMBERS_AT_ONCE = 1_000_000
+"""Values that a bootstrap holds in memory at once."""
 
 ONE_ANSWER_ODDS = 3.0
 """Factor by which the odds of one answer must grow to be suspicious."""
@@ -56,12 +54,16 @@ def bootstrap_interval(
         return math.nan, math.nan
     sums = np.array([math.fsum(cluster) for cluster in clusters])
     counts = np.array([len(cluster) for cluster in clusters])
-    generator = np.random.default_rng(seed)
-    means = np.empty(num_resamples)
-    for i in range(num_resamples):
-        drawn = generator.integers(len(clusters), size=len(clusters))
-        means[i] = sums[drawn].sum() / counts[drawn].sum()
-    low, high = np.quantile(means, (0.025, 0.975))
+    drawn = stats.bootstrap(
+        (sums, counts),
+        lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
+        paired=True,
+        n_resamples=num_resamples,
+        batch=max(1, NUMBERS_AT_ONCE // len(clusters)),
+        method="percentile",
+        rng=seed,
+    )
+    low, high = drawn.confidence_interval
     return float(low), float(high)
 
 
@@ -161,13 +163,12 @@ def t_interval(values: Sequence[float]) -> Estimate:
     The interval is (nan, nan) for a single value.
 
     Raises:
-        ValueError: There is no value, or more values than T_975 has quantiles for.
+        ValueError: There is no value.
     """
-    most = len(T_975) + 1
-    if not 1 <= len(values) <= most:
-        raise ValueError(f"{len(values)} values; give 1 to {most}, of more take mean_and_error")
+    if not values:
+        raise ValueError("no values; give one for each seed")
     mean, error = mean_and_error(values)
-    half_width = math.nan if len(values) == 1 else T_975[len(values) - 2] * error
+    half_width = float(stats.t.ppf(0.975, len(values) - 1)) * error
     return Estimate(mean, (mean - half_width, mean + half_width))
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from rlhf.measuring.statistics import (
     FEW_CLUSTERS,
-    T_975,
     Z_975,
     best_of_n,
     best_of_n_kl,
@@ -84,15 +83,6 @@ def test_mean_and_standard_error() -> None:
     assert math.isnan(mean_and_error([1.0])[1])
 
 
-@pytest.mark.parametrize("degrees", range(1, len(T_975) + 1))
-def test_a_fortieth_of_students_t_lies_above_its_quantile(degrees: int) -> None:
-    # t = sqrt(degrees) tan(angle) turns the density into a power of the cosine.
-    angles = np.linspace(-math.pi / 2, math.pi / 2, 400_001)
-    density = np.cos(angles) ** (degrees - 1)
-    above = angles > math.atan(T_975[degrees - 1] / math.sqrt(degrees))
-    assert density[above].sum() / density.sum() == pytest.approx(0.025, abs=1e-5)
-
-
 def test_t_interval_of_three_seeds() -> None:
     # Mean 4, standard deviation 2, so 4.3027 * 2 / sqrt(3) on either side.
     value, (low, high) = t_interval([2.0, 4.0, 6.0])
@@ -104,7 +94,7 @@ def test_t_interval_of_one_value_is_unknown_and_of_none_refused() -> None:
     value, interval = t_interval([2.0])
     assert value == 2.0
     assert all(map(math.isnan, interval))
-    with pytest.raises(ValueError, match="0 values; give 1 to 21"):
+    with pytest.raises(ValueError, match="no values"):
         t_interval([])
 
 
