@@ -1,8 +1,9 @@
 """python -m experiments.seeds
 
-This study asks how reliable PPO-ptx is. It puts the figures of all seeds side by side. It says
-which seeds beat SFT beyond the uncertainty of their prompts, and which collapsed by the limits of
-PPO's monitor. It reads the evaluation in each run folder and trains nothing.
+This study asks how reliable PPO-ptx is. It puts the figures of all runs side by side: of several
+seeds, or of one seed on several processors. It says which runs beat SFT beyond the uncertainty of
+their prompts, which knew less afterwards, and which collapsed by the limits of PPO's monitor. It
+reads the evaluation in each run folder and trains nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,18 @@ FIGURES = {
 """Maps a path in results.json to the name in the table and the number of digits."""
 JUDGED = "ppo_ptx"
 COMPARED = {"gold_score": "gold score", "fact_recall": "fact recall", "text_loss": "text loss"}
+OVERVIEW = {
+    "base": ("base.right", "base.right_greedy"),
+    "SFT": ("sft.right", "sft.right_greedy"),
+    "PPO": ("ppo.right", "ppo.right_greedy"),
+    "PPO-ptx": ("ppo_ptx.right", "ppo_ptx.right_greedy"),
+    "polite": ("ppo_ptx.parts.polite",),
+    "RM, right before wrong": ("rm.right_accuracy",),
+    "labelers agree": ("labelers.agreement",),
+}
+"""Columns of the table with a line for each run, and the paths of what stands in them."""
+MOST_LOST = 0.05
+"""Share of right answers that PPO-ptx may lose to SFT in one kind of task before it is a fault."""
 PAIRS = (("ppo", "sft"), ("ppo_ptx", "sft"), ("ppo_ptx", "ppo"))
 
 
@@ -84,7 +97,12 @@ def compare_seeds(config: Config) -> None:
     results = [read_json(Path(run) / RESULTS) for run in config.runs]
     faults = {run: find_faults(of) for run, of in zip(config.runs, results, strict=True)}
     lines = [f"- {run}: {'; '.join(of) or 'beats SFT, no collapse'}" for run, of in faults.items()]
-    text = "\n".join([format_table(config.runs, results), format_differences(results), *lines, ""])
+    tables = [
+        format_overview(config.runs, results),
+        format_table(config.runs, results),
+        format_differences(results),
+    ]
+    text = "\n".join([*tables, *lines, ""])
     (record.dir / TABLE).write_text(text, encoding="utf-8")
     figures = {key: [find(of, key) for of in results] for key in FIGURES}
     numbers = {key: of for key, of in figures.items() if not isinstance(of[0], list)}
@@ -101,8 +119,15 @@ def find_faults(results: Mapping[str, Any]) -> list[str]:
     distinct = policy["distinct_2"] / sft["distinct_2"]
     length = policy["response_tokens"] / sft["response_tokens"]
     gained = policy["right"] - sft["right"]
+    greedy = policy["right_greedy"] - sft["right_greedy"]
+    by_kind = {
+        kind: share - sft["right_by_kind"][kind] for kind, share in policy["right_by_kind"].items()
+    }
+    worst = min(by_kind, key=lambda kind: by_kind[kind])
     checks = {
         f"right answers {gained:+.3f} from SFT": gained > 0,
+        f"right answers {greedy:+.3f} from SFT when greedy": greedy >= 0,
+        f"right answers {by_kind[worst]:+.3f} from SFT in {worst}": by_kind[worst] >= -MOST_LOST,
         f"win rate {low:.3f} to {high:.3f}": low > 0.5,
         f"{eos_rate:.3f} of the responses end": eos_rate >= limits.min_eos_rate,
         f"{distinct:.2f} of SFT's distinct token pairs": distinct >= limits.min_distinct,
@@ -110,6 +135,18 @@ def find_faults(results: Mapping[str, Any]) -> list[str]:
         f"{kl:.1f} nats from SFT": kl <= limits.max_kl,
     }
     return [fault for fault, is_well in checks.items() if not is_well]
+
+
+def format_overview(runs: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
+    """Format a line for each run; right answers are given sampled / greedy."""
+    rows = [
+        [
+            Path(run).name,
+            *(" / ".join(f"{find(of, key):.3f}" for key in keys) for keys in OVERVIEW.values()),
+        ]
+        for run, of in zip(runs, results, strict=True)
+    ]
+    return markdown_table(["run", *OVERVIEW], rows)
 
 
 def format_table(runs: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:

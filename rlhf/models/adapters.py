@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from rlhf.models.architectures import body_of
+from rlhf.models.compat import forget_adapter
 from rlhf.models.settings import LoraSettings
 from rlhf.runs.lineage import BASE_FILE
 
@@ -249,7 +250,7 @@ def merge_adapter(model: PreTrainedModel) -> None:
             setattr(model.get_submodule(parent), child, module.get_base_layer())
     del model.peft_config
     del model.__dict__["lora_adapter"]
-    model._hf_peft_config_loaded = False
+    forget_adapter(model)
     model.requires_grad_(True)
 
 

@@ -24,6 +24,8 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from rlhf.models.compat import model_from_config
+
 NO_POLICY = (
     "WithScore",
     "SequenceClassification",
@@ -194,7 +196,7 @@ def from_config(auto_class: Any, config: PretrainedConfig, **arguments: Any) -> 
         arguments.pop("trust_remote_code", None)
         text = config.get_text_config()
         config = text if auto_class.config_class is type(text) else config
-        return auto_class._from_config(config, **arguments)
+        return model_from_config(auto_class, config, **arguments)
     return auto_class.from_config(config, **arguments)
 
 

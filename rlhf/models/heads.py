@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from rlhf.inputs.packing import PackedRow
 from rlhf.maths.logprobs import Head, TokenMoments, chunked_logprobs, chunked_moments
 from rlhf.models.architectures import accepted, accepts, body_of, find_body, hidden_states
+from rlhf.models.compat import share_storage
 
 _plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """Answers that `has_plain_head` has found."""
@@ -70,9 +71,9 @@ def _passes_logits_on(policy: PreTrainedModel) -> bool:
     logits = _logits(policy, input_ids=torch.tensor([[1, 2, 3]]))
     for hook in hooks:
         hook.remove()
-    *hidden, read, given = (tensor.untyped_storage()._cdata for tensor in seen)
+    *hidden, read, given = seen
     # OPT does not call its own body's forward pass, so there is no hidden state to compare.
-    return all(one == read for one in hidden) and given == logits.untyped_storage()._cdata
+    return all(share_storage(one, read) for one in hidden) and share_storage(given, logits)
 
 
 def _features_and_head(policy: nn.Module, row: PackedRow) -> tuple[Tensor, Head]:

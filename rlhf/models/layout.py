@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf.inputs.packing import PackedRow, Packer, PromptTree
 from rlhf.models.architectures import features_of, num_embeddings
-from rlhf.models.packed_attention import segmented_sdpa
+from rlhf.models.compat import attention_of
+from rlhf.models.packed_attention import take_segments
 from rlhf.training.out_of_memory import is_of_the_device
-
-AttentionInterface.register("sdpa", segmented_sdpa)
 
 PACKING_TOLERANCE = 1e-3
 """Largest difference that the test accepts between packed and separate passes in fp32."""
@@ -21,15 +20,17 @@ PACKING_TOLERANCE = 1e-3
 def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
     """Return how trees are laid out for this model: the first layout that passes the test.
 
+    From here on a model with sdpa takes segments too, if it can (`take_segments`).
+
     A layout passes if its results agree with separate passes. If none does, every response gets
     its own row. That happens to models without an attention mask over positions (state space,
     ALiBi), with flash attention, or with a window shorter than the test's tree.
     """
-    attention = model.config._attn_implementation
+    attention = attention_of(model)
     # Eager attention adds its mask to the scores, so True would count as 1.
     eager = model.dtype if attention == "eager" else None
     masks = Packer(micro_batch_tokens, mask_dtype=eager)
-    ways = [replace(masks, use_segments=True), masks] if attention == "sdpa" else [masks]
+    ways = [replace(masks, use_segments=True), masks] if take_segments(model) else [masks]
     packer = next((packer for packer in ways if _agrees(model, packer)), None)
     if packer is None:
         warnings.warn(

@@ -10,16 +10,42 @@ over its prompt and itself:
     keys       p0 p1 p2 | p a   | p b      || q0 q1   c0 c1     (an only response joins its prompt)
 
 The segments are passed where transformers takes a four-dimensional mask, which it hands to the
-layers unchanged. They are integers, which no mask is, so our "sdpa" recognises them. Everything
-else goes to transformers' own. rlhf.models.layout registers it and tests for each model whether it
-works (packer_for).
+layers unchanged. They are integers, which no mask is, so PACKED_SDPA recognises them. Everything
+else it passes on to transformers' "sdpa". A model takes segments after `take_segments`;
+rlhf.models.layout tests for each model whether it works (packer_for).
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rlhf.models.compat import attention_of, can_rename_attention, depends_on_the_name
+
+PACKED_SDPA = "packed_sdpa"
+"""Name of this attention among transformers' own."""
+
+
+def take_segments(model: PreTrainedModel) -> bool:
+    """Have a model with sdpa take segments as well as masks; return whether it now does.
+
+    Without segments its results stay the same to the bit. A model stays as it is if it has another
+    attention, if it fixed its attention when it was made, or if it computes something else under
+    another name.
+    """
+    if attention_of(model) == PACKED_SDPA:
+        return True
+    if attention_of(model) != "sdpa" or not can_rename_attention(model):
+        return False
+    if depends_on_the_name(model):
+        return False
+    AttentionInterface.register(PACKED_SDPA, segmented_sdpa)
+    AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
+    model.set_attn_implementation(PACKED_SDPA)
+    return True
 
 
 def segmented_sdpa(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.models.adapters import HEAD, weights_sha256
 from rlhf.models.architectures import body_of, from_config, scalar_class
+from rlhf.models.compat import attention_of
 from rlhf.models.full import disable_dropout, load_full, quiet
 from rlhf.models.settings import ModelSettings
 
@@ -83,7 +84,7 @@ def _classifier_on(policy: PreTrainedModel, *, trust_remote_code: bool) -> PreTr
             scalar_class(config),
             config,
             dtype=policy.dtype,
-            attn_implementation=policy.config._attn_implementation,
+            attn_implementation=attention_of(policy),
             trust_remote_code=trust_remote_code,
         )
     body, own_body = body_of(_tree_over(policy)), body_of(classifier)

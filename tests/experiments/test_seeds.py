@@ -17,6 +17,7 @@ SFT = {
     "distinct_2": 0.4,
     "right": 0.5,
     "right_greedy": 0.75,
+    "right_by_kind": {"sum": 0.5, "list": 0.25},
     "parts": {"polite": 0.0},
 }
 HEALTHY = {
@@ -58,6 +59,8 @@ def test_a_healthy_seed_has_no_faults() -> None:
         ({"response_tokens": 3.0}, "0.25 times SFT's length"),
         ({"kl": 60.0}, "60.0 nats from SFT"),
         ({"right": 0.25}, "right answers -0.250 from SFT"),
+        ({"right_greedy": 0.625}, "right answers -0.125 from SFT when greedy"),
+        ({"right_by_kind": {"sum": 0.75, "list": 0.125}}, "right answers -0.125 from SFT in list"),
     ],
 )
 def test_each_way_to_fail_is_named(changes: dict[str, Any], fault: str) -> None:
@@ -75,7 +78,10 @@ def test_the_program_puts_seeds_side_by_side(
     compare_seeds(Config(runs=runs, output_dir=str(tmp_path / "seeds")))
     text = (tmp_path / "seeds" / "table.md").read_text()
     lines = text.splitlines()
-    assert lines[0] == "| figure | first | second | mean |"
+    assert lines[2] == "| first " + "| 0.500 / 0.750 " * 2 + "| 0.750 / 0.750 " * 2 + (
+        "| 0.000 | 0.800 | 0.750 |"
+    )
+    assert "| figure | first | second | mean |" in lines
     assert len([line for line in lines if "`" in line]) == len(FIGURES)
     # Of two values the interval's half is 12.7062 times half of their difference.
     assert "(`ppo_ptx.gold_score`) | 3.000 | 4.000 | 3.500 ± 6.353 |" in text

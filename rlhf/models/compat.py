@@ -1,0 +1,63 @@
+"""Holds what the wing must know of transformers' and torch's insides.
+
+They offer no public way to these. Tried with transformers 5.23.0 and torch 2.13.0; a new version
+is tried here first.
+"""
+
+import functools
+import inspect
+import re
+import sys
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+ASKS_FOR_SDPA = re.compile(r"""_attn_implementation\b.*["']sdpa["']""")
+"""A line of a model's code that does something for attention of this name only."""
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """Return the name of a model's attention, such as "sdpa"."""
+    name: str = model.config._attn_implementation
+    return name
+
+
+def depends_on_the_name(model: PreTrainedModel) -> bool:
+    """Return whether a model computes something else under another name of the same attention.
+
+    Some add their sparse mask only if the name is "eager" or "sdpa" (DeepSeek-V3.2). Under a name
+    of ours they would leave it out, and nothing would show in a short test.
+    """
+    modules = {type(part).__module__ for part in model.modules()}
+    return any(_compares_names(module) for module in modules)
+
+
+@functools.cache
+def _compares_names(module: str) -> bool:
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return True  # unknown code is not trusted
+    return ASKS_FOR_SDPA.search(source) is not None
+
+
+def can_rename_attention(model: PreTrainedModel) -> bool:
+    """Return whether a model looks its attention up by name at each pass."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return all(type(part)._can_set_attn_implementation() for part in parts)
+
+
+def model_from_config(auto_class: Any, config: PretrainedConfig, **arguments: Any) -> Any:
+    """Make a model with fresh weights from one of transformers' model classes."""
+    return auto_class._from_config(config, **arguments)
+
+
+def forget_adapter(model: PreTrainedModel) -> None:
+    """Have transformers take a model for one without an adapter, so that it saves all weights."""
+    model._hf_peft_config_loaded = False
+
+
+def share_storage(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are views of the same memory; also true without memory (meta)."""
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
