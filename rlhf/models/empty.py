@@ -15,6 +15,7 @@ from rlhf.models.architectures import from_config, with_attention
 from rlhf.models.full import check_folder, class_for, disable_dropout, dtype_of, naming_model
 from rlhf.models.heads import find_plain_head
 from rlhf.models.loading import refuse_gguf_base
+from rlhf.models.packed_attention import take_segments
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
 
@@ -73,6 +74,7 @@ def _empty(
             ),
             settings.attention,
         )
+    take_segments(model)
     if adapter is not None and lora.rank:
         check_same(settings.path, adapter, lora)
     if lora.rank or (adapter is not None and is_shared):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from rlhf.inputs.packing import PackedRow, Packer, PromptTree
 from rlhf.models.architectures import features_of, num_embeddings
 from rlhf.models.compat import attention_of
-from rlhf.models.packed_attention import take_segments
+from rlhf.models.packed_attention import PACKED_SDPA
 from rlhf.training.out_of_memory import is_of_the_device
 
 PACKING_TOLERANCE = 1e-3
@@ -20,8 +20,6 @@ PACKING_TOLERANCE = 1e-3
 def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
     """Return how trees are laid out for this model: the first layout that passes the test.
 
-    From here on a model with sdpa takes segments too, if it can (`take_segments`).
-
     A layout passes if its results agree with separate passes. If none does, every response gets
     its own row. That happens to models without an attention mask over positions (state space,
     ALiBi), with flash attention, or with a window shorter than the test's tree.
@@ -30,7 +28,7 @@ def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
     # Eager attention adds its mask to the scores, so True would count as 1.
     eager = model.dtype if attention == "eager" else None
     masks = Packer(micro_batch_tokens, mask_dtype=eager)
-    ways = [replace(masks, use_segments=True), masks] if take_segments(model) else [masks]
+    ways = [replace(masks, use_segments=True), masks] if attention == PACKED_SDPA else [masks]
     packer = next((packer for packer in ways if _agrees(model, packer)), None)
     if packer is None:
         warnings.warn(

@@ -11,8 +11,8 @@ over its prompt and itself:
 
 The segments are passed where transformers takes a four-dimensional mask, which it hands to the
 layers unchanged. They are integers, which no mask is, so PACKED_SDPA recognises them. Everything
-else it passes on to transformers' "sdpa". A model takes segments after `take_segments`;
-rlhf.models.layout tests for each model whether it works (packer_for).
+else it passes on to transformers' "sdpa". Every model that rlhf.models loads went
+through `take_segments`; rlhf.models.layout tests whether it works (packer_for).
 """
 
 from typing import Any
@@ -29,23 +29,20 @@ PACKED_SDPA = "packed_sdpa"
 """Name of this attention among transformers' own."""
 
 
-def take_segments(model: PreTrainedModel) -> bool:
-    """Have a model with sdpa take segments as well as masks; return whether it now does.
+def take_segments(model: PreTrainedModel) -> None:
+    """Have a model with sdpa take segments as well as masks, by the name of its attention.
 
     Without segments its results stay the same to the bit. A model stays as it is if it has another
     attention, if it fixed its attention when it was made, or if it computes something else under
     another name.
     """
-    if attention_of(model) == PACKED_SDPA:
-        return True
     if attention_of(model) != "sdpa" or not can_rename_attention(model):
-        return False
+        return
     if depends_on_the_name(model):
-        return False
+        return
     AttentionInterface.register(PACKED_SDPA, segmented_sdpa)
     AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
     model.set_attn_implementation(PACKED_SDPA)
-    return True
 
 
 def segmented_sdpa(

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from rlhf.models.full import disable_dropout
+from rlhf.models.packed_attention import take_segments
 from rlhf.models.scalar import ScalarModel
 
 VOCAB = 61
@@ -83,6 +84,7 @@ def _tiny(
     }
     config = AutoConfig.for_model(architecture, **settings)
     model = auto_class.from_config(config, attn_implementation=attention)
+    take_segments(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.inputs.packing import PackedRow, Packer, PromptTree, assemble, response_batch, text_tree
-from rlhf.models import packed_attention
 from rlhf.models.full import checkpoint_activations
 from rlhf.models.heads import has_plain_head, response_logprobs
 from rlhf.models.layout import packer_for
+from rlhf.models.packed_attention import PACKED_SDPA
 from rlhf.models.passes import compute_logprobs, compute_scores, compute_values
 from rlhf.models.scalar import ScalarModel
 from tests.rlhf.tiny_models import VOCAB, tiny_policy_of, tiny_scalar_of
@@ -277,7 +278,7 @@ def test_model_that_takes_masks_but_no_segments_gets_masks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy = tiny_policy_of("llama")
-    monkeypatch.setattr(packed_attention, "segmented_sdpa", sdpa_attention_forward)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, PACKED_SDPA, sdpa_attention_forward)
     packer = packer_for(policy, 100)
     assert packer.share_prompts and not packer.use_segments
 
