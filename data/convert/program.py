@@ -19,12 +19,13 @@ from data.convert.formats import (
 )
 from data.convert.readers import read_source, read_texts
 from rlhf.inputs.files import FILE_ENDINGS, NoRecordsError, write_records
+from rlhf.inputs.ranges import PositiveInt, Ranged
 from rlhf.inputs.records import Record, RecordError
 from rlhf.runs.folder import file_held
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
+class ConvertConfig(Ranged):
     """Turn a public data set into this project's records."""
 
     format: Literal[
@@ -59,17 +60,18 @@ class ConvertConfig:
     """Replace the file that output names."""
     kind: Literal["demonstration", "ranking", "prompt", "text"] | None = None
     """Kind of record to make. None means the first that the layout offers."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Rows to read (with format text, documents). None means all."""
     prompt_column: str = "prompt"
     """Field that holds the prompt. Used with format columns only."""
     response_column: str = "response"
     """Field that holds the response. Used with format columns only."""
-    max_characters: int = 2000
+    max_characters: PositiveInt = 2000
     """Longest document, in characters. Longer ones are cut, between paragraphs if possible. Used
     with format text only."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         kinds = CONVERTERS[self.format]
         if self.kind is not None and self.kind not in kinds:
             raise ValueError(
@@ -79,8 +81,6 @@ class ConvertConfig:
             raise ValueError(f"output is {self.output!r}; give a name in .jsonl or .jsonl.gz")
         if Path(self.output).resolve() == Path(self.input).resolve():
             raise ValueError(f"input and output are both {self.input!r}; give another output")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}; give 1 or more, or leave it out")
         for name in ("prompt_column", "response_column"):
             default = type(self).__dataclass_fields__[name].default
             if self.format != "columns" and getattr(self, name) != default:
@@ -88,8 +88,6 @@ class ConvertConfig:
                     f"{name} is {getattr(self, name)!r} and format is {self.format}; only format "
                     "columns reads it"
                 )
-        if self.max_characters < 1:
-            raise ValueError(f"max_characters is {self.max_characters}; give 1 or more")
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,7 @@ from data.convert.readers import read_source
 from data.instructions.ifeval import known_prompts
 from data.instructions.templates import NUM_GROUPS, draw_instructions, in_words
 from rlhf.inputs.files import split_by_prompt, write_records
+from rlhf.inputs.ranges import PositiveInt, ShareBetween
 from rlhf.inputs.records import Prompt
 from rlhf.inputs.streams import python_stream
 from rlhf.inputs.whole_files import write_text
@@ -42,28 +43,24 @@ class InstructionsConfig(MayOverwrite):
     """Folder to write."""
     shared: str = "../shared/data"
     """Folder of the public files that docs/public_data.md lists."""
-    num_variants: int = 3
+    num_variants: PositiveInt = 3
     """Times that each public prompt is used, each time with other instructions."""
     num_instructions: int = 2
     """Instructions in a prompt."""
-    max_characters: int = 240
+    max_characters: PositiveInt = 240
     """Most characters of a public prompt. Longer ones are left out."""
-    held_out: float = 0.2
+    held_out: ShareBetween = 0.2
     """Share of the public prompts to hold out."""
     seed: int = 0
     """Seed of the split and of the instructions."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.num_instructions <= NUM_GROUPS:
             raise ValueError(
                 f"num_instructions is {self.num_instructions}; give 1 to {NUM_GROUPS}, since more "
                 "would contradict each other"
             )
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}; give a share between 0 and 1")
-        for name in ("num_variants", "max_characters"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
 
 
 def build(config: InstructionsConfig) -> None:

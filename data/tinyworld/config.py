@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from rlhf.inputs.ranges import PositiveInt
 from rlhf.runs.settings import MayOverwrite
 
 
@@ -13,20 +14,15 @@ class TinyWorldConfig(MayOverwrite):
     """Folder to write."""
     seed: int = 0
     """Seed of every random choice. The same seed gives the same files, byte for byte."""
-    num_texts: int = 11300
+    num_texts: PositiveInt = 11300
     """Documents of text.jsonl (pretraining and ptx)."""
-    num_texts_held_out: int = 200
+    num_texts_held_out: PositiveInt = 200
     """Documents of text_held_out.jsonl."""
-    num_demonstrations: int = 3000
+    num_demonstrations: PositiveInt = 3000
     """Rows of demonstrations.jsonl (SFT)."""
-    num_prompts_rm: int = 1400
+    num_prompts_rm: PositiveInt = 1400
     """Rows of prompts_rm.jsonl, to sample and rank responses for the reward model."""
-    num_prompts_ppo: int = 2000
+    num_prompts_ppo: PositiveInt = 2000
     """Rows of prompts_ppo.jsonl."""
-    num_prompts_held_out: int = 512
+    num_prompts_held_out: PositiveInt = 512
     """Rows of prompts_held_out.jsonl (evaluation)."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name.startswith("num_") and value < 1:
-                raise ValueError(f"{name} is {value}; give 1 or more")

@@ -1,10 +1,9 @@
 """Settings of a model: which one, how its weights are held, and its adapter."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf.inputs.ranges import require
+from rlhf.inputs.ranges import NotNegativeInt, Positive, Ranged
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
@@ -29,16 +28,16 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSettings:
+class LoraSettings(Ranged):
     """Train a low-rank adapter over frozen weights instead of all weights (Hu et al. 2021).
 
     There is no dropout, because with it the first ratio of PPO would not be 1.
     """
 
-    rank: int = 0
+    rank: NotNegativeInt = 0
     """Rank of the adapter; 0 trains all weights. An adapter in the model folder is trained further,
     if this is its own rank; 0 merges it into its base."""
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     """The adapter's output is scaled by alpha / rank."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Names of the linear layers that get an adapter, such as [q_proj, v_proj]. all-linear means
@@ -48,10 +47,7 @@ class LoraSettings:
     2023). 4bit needs the package bitsandbytes."""
 
     def __post_init__(self) -> None:
-        require(self.rank >= 0, "rank", self.rank, "give 0 (all weights) or more, such as 16")
-        require(
-            0 < self.alpha < math.inf, "alpha", self.alpha, "give a positive number, such as 16"
-        )
+        super().__post_init__()
         if not self.target_modules:
             raise ValueError("target_modules is empty; name linear layers, or give all-linear")
         if self.quantize != "none" and self.rank == 0:

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf.inputs.ranges import NotNegative, NotNegativeInt, Positive, Ranged, TwoOrMore
 from rlhf.models.settings import Attention
 from rlhf.rewards.scores import Combination, MissingEnd
 
@@ -36,7 +37,7 @@ class PartSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EnsembleSettings:
+class EnsembleSettings(Ranged):
     """Several reward models as one (Coste et al. 2023)."""
 
     models: tuple[str, ...] = ()
@@ -44,21 +45,20 @@ class EnsembleSettings:
     combine: Combination = "mean"
     """How the members' scores become one: their mean, the worst (smallest), or the mean minus
     spread_coef times their variance."""
-    spread_coef: float = 1.0
+    spread_coef: NotNegative = 1.0
     """Weight of the variance over the members in mean_minus_spread."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.models) == 1:
             raise ValueError(
                 f"models has one member, {self.models[0]}; give two or more, or set it as "
                 "reward.model"
             )
-        if not 0 <= self.spread_coef < math.inf:
-            raise ValueError(f"spread_coef is {self.spread_coef}; give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSettings:
+class RewardSettings(Ranged):
     """Where the reward comes from. Give exactly one of model, function, parts and ensemble.models.
 
     Four settings then change every score, in this order: normalize_on, clip, length_penalty,
@@ -88,15 +88,15 @@ class RewardSettings:
     """Run Python code that comes with the reward models. Set it only for sources that you trust."""
     allow_chance_reward: bool = False
     """Use a reward model even if the interval of its held-out accuracy reaches down to 0.5."""
-    normalize_on: int | None = None
+    normalize_on: TwoOrMore | None = None
     """Number of samples of the reference policy, drawn before the first update, whose scores get
     mean 0 and standard deviation 1 (Ziegler et al. 2019). None leaves scores unchanged."""
-    clip: float | None = None
+    clip: Positive | None = None
     """Limit of the scores: they are clipped to -clip..clip. None means no clip."""
-    length_penalty: float = 0.0
+    length_penalty: NotNegative = 0.0
     """Subtracted from the score for every response token beyond length_allowance. 0 means no
     penalty."""
-    length_allowance: int = 0
+    length_allowance: NotNegativeInt = 0
     """Response tokens, including the end token, that cost no length_penalty."""
     missing_end: MissingEnd = "subtract"
     """What happens to the score of a response without its end token: replace puts missing_end_value
@@ -105,6 +105,7 @@ class RewardSettings:
     """Replaces the score (such as -1) or is subtracted from it (such as 1)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_source()
         _check_per_token(self.per_token, self.function)
         if not math.isfinite(self.missing_end_value):
@@ -113,20 +114,6 @@ class RewardSettings:
             raise ValueError(
                 f"missing_end is subtract and missing_end_value is {self.missing_end_value}, which "
                 "would reward responses without an end; give a positive value, or replace"
-            )
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip is {self.clip}; give a positive number, or null for no clip")
-        if not 0 <= self.length_penalty < math.inf:
-            raise ValueError(
-                f"length_penalty is {self.length_penalty}; give 0 or more, since it is taken off "
-                "the score"
-            )
-        if self.length_allowance < 0:
-            raise ValueError(f"length_allowance is {self.length_allowance}; give 0 or more tokens")
-        if self.normalize_on is not None and self.normalize_on < 2:
-            raise ValueError(
-                f"normalize_on is {self.normalize_on}; a standard deviation needs 2 samples or "
-                "more, or give null for scores as they come"
             )
 
     def _check_source(self) -> None:

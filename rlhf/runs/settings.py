@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from rlhf.inputs.ranges import Ranged
 from rlhf.inputs.records import show
 from rlhf.runs.files import plain_values
 
@@ -23,6 +24,8 @@ Config = TypeVar("Config")
 _UNKNOWN_OPTION = re.compile(r"unrecognized arguments: (--[^\s=]+)")
 _STRAY_WORD = re.compile(r"unrecognized arguments: (\S+)")
 _UNION = re.compile(r"Does not validate .*Subtypes: \[(.*?)\] Errors:.*Given value: (.*)")
+_ANNOTATED = re.compile(r"Annotated\[(\w+),(\s+)([^\]]+)\]")
+_OPTIONAL_RANGE = re.compile(r"Optional\[\s*Annotated\[(\w+),(\s+)([^\]]+)\]\s*\]")
 _CLASS = re.compile(r"<class '(?:NoneType'>|(\w+)'>)")
 _KEY = re.compile(r'Parser key "([\w.]+)": (.*)')
 _NOT_ACCEPTED = re.compile(r"Option '(.*?)' is not accepted")
@@ -36,7 +39,7 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MayOverwrite:
+class MayOverwrite(Ranged):
     """Settings of a program that writes a folder."""
 
     overwrite: bool = False
@@ -83,7 +86,13 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
 
 
 class _Parser(ArgumentParser):
-    """Reads settings files as UTF-8; the library reads them in the locale's encoding."""
+    """Reads settings files as UTF-8 (the library: in the locale's encoding), and puts the range of
+    a number into plain words in --help."""
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        text: str = super().format_help(*args, **kwargs)
+        text = _OPTIONAL_RANGE.sub(r"\1 | null,\2\3", text)
+        return _ANNOTATED.sub(r"\1,\2\3", text)
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
         text = Path(path).read_text(encoding="utf-8")
@@ -299,7 +308,7 @@ def _explain(message: str, config_class: type) -> str:
     message = _UNION.sub(r"Expected one of \1. Got value: \2", message)
     return _CLASS.sub(
         lambda found: found[1] or "null",
-        message.replace("Parser key ", "setting ").replace("typing.", ""),
+        _ANNOTATED.sub(r"\1", message).replace("Parser key ", "setting ").replace("typing.", ""),
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf.generation.settings import GenerationSettings
+from rlhf.inputs.ranges import NotNegativeInt, Positive, PositiveInt, TwoOrMore
 from rlhf.models.settings import Attention
 from rlhf.runs.settings import MayOverwrite
 
@@ -33,20 +34,20 @@ class Config(MayOverwrite):
     """Name of the policy that win rates and KL compare with. None means the first one."""
     prompts: str
     """Held-out prompt records: a file, a folder or hub:owner/name."""
-    num_prompts: int = 256
+    num_prompts: TwoOrMore = 256
     """Most prompts to use. If there are more, the seed draws some."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: PositiveInt = 1
     """Responses to sample for each prompt and policy."""
-    max_prompt_tokens: int = 256
+    max_prompt_tokens: PositiveInt = 256
     """Most tokens of a prompt. Longer prompts lose their oldest turns. A prompt whose last turn
     alone is longer is dropped; the number dropped is printed."""
-    max_new_tokens: int = 128
+    max_new_tokens: PositiveInt = 128
     """Most tokens of a response; one that has not ended by then is cut."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Sampling temperature. KL compares the policies at this temperature."""
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     """The engine that samples."""
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: PositiveInt = 1024
     """Most tokens in one pass over responses or texts. It changes no result. The cost of attention
     grows with the square, so a CPU reads short responses fastest at some hundred tokens."""
     reward_model: str | None = None
@@ -62,7 +63,7 @@ class Config(MayOverwrite):
     right_part: str | None = "correct"
     """Part of gold that says whether a response is right. It is also measured on greedy responses.
     None, or a gold without this part, means that nothing says so."""
-    pair_samples_per_prompt: int = 6
+    pair_samples_per_prompt: NotNegativeInt = 6
     """Responses to sample for each prompt from the baseline, to test the reward model on pairs that
     differ in one part of gold only. 0 means no such test."""
     judges: dict[str, str] = field(default_factory=dict)
@@ -73,9 +74,9 @@ class Config(MayOverwrite):
     held_out_text: str | None = None
     """Text records to measure the language modelling loss on. None means that it is not
     measured."""
-    num_texts: int = 200
+    num_texts: PositiveInt = 200
     """Most documents of held_out_text to use, from the start of the records."""
-    max_text_tokens: int = 256
+    max_text_tokens: TwoOrMore = 256
     """Most tokens to use of each document, from its start."""
     fact_probe: str | None = None
     """Prompt records with fact probes (see rlhf/measuring/fact_recall.py). None means that recall
@@ -85,7 +86,7 @@ class Config(MayOverwrite):
     stages: dict[str, str] = field(default_factory=dict)
     """Maps names to folders of runs whose seconds and learning curves are shown. Missing folders
     are named and left out."""
-    num_shown: int = 12
+    num_shown: NotNegativeInt = 12
     """Prompts to show in samples.md after its table."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the policies' weights."""
@@ -99,6 +100,7 @@ class Config(MayOverwrite):
     """Seed of the choice of prompts, of sampling (the same for every policy) and of intervals."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.policies:
             raise ValueError("policies is empty; give at least one, such as {sft: runs/tiny/sft}")
         if self.baseline is not None and self.baseline not in self.policies:
@@ -118,22 +120,6 @@ class Config(MayOverwrite):
             )
         if self.gold_path is not None and self.gold is None:
             raise ValueError(f"gold_path is {self.gold_path} but gold is null; name the maker too")
-        least = {
-            "num_prompts": 2,
-            "max_text_tokens": 2,
-            "num_shown": 0,
-            "pair_samples_per_prompt": 0,
-        }
-        counts = ("samples_per_prompt", "max_prompt_tokens", "max_new_tokens", "num_texts")
-        least |= dict.fromkeys((*counts, "micro_batch_tokens"), 1)
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} is {getattr(self, name)}; give {lowest} or more")
-        if not self.temperature > 0:
-            raise ValueError(
-                f"temperature is {self.temperature}; give a number above 0, since KL and win rates "
-                "are those of sampled responses"
-            )
 
     @property
     def baseline_name(self) -> str:

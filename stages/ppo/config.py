@@ -1,8 +1,20 @@
 """Settings of the PPO stage; a default is InstructGPT's wherever a small run can use it."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from rlhf.generation.settings import GenerationSettings
+from rlhf.inputs.ranges import (
+    NotNegative,
+    NotNegativeInt,
+    Positive,
+    PositiveInt,
+    Range,
+    Ranged,
+    Share,
+    ShareBetween,
+    TwoOrMore,
+)
 from rlhf.models.settings import LoraSettings, ModelSettings
 from rlhf.rewards.settings import RewardSettings
 from rlhf.runs.settings import MayOverwrite
@@ -11,19 +23,19 @@ from rlhf.training.settings import OptimSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutSettings:
+class RolloutSettings(Ranged):
     """How many responses are sampled, and how."""
 
-    batch_size: int = 512
+    batch_size: PositiveInt = 512
     """Episodes in an update, over all processes. An episode is a prompt with one response."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: PositiveInt = 1024
     """Most tokens of a prompt. Longer prompts lose their oldest turns. A prompt whose last turn
     alone is longer is dropped before training; the number dropped is printed."""
-    max_new_tokens: int = 256
+    max_new_tokens: PositiveInt = 256
     """Most tokens of a response; one that has not ended by then is cut."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Sampling temperature. All log-probabilities in PPO are at this temperature."""
-    check_every: int = 1
+    check_every: PositiveInt = 1
     """Updates from one check of the sampler to the next, starting with the first update. A check
     runs the policy over the samples. It gives the log-probabilities, the entropy, and what the
     alarm PPO_SAMPLER needs. In the other updates PPO uses the sampler's own log-probabilities, and
@@ -33,37 +45,37 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOSettings:
+class PPOSettings(Ranged):
     """Settings of the policy gradient."""
 
-    mini_batch_size: int = 64
+    mini_batch_size: PositiveInt = 64
     """Episodes in an optimizer step, over all processes. It must divide rollout.batch_size."""
-    num_epochs: int = 1
+    num_epochs: PositiveInt = 1
     """Passes over each rollout."""
-    max_step_kl: float | None = None
+    max_step_kl: Positive | None = None
     """Limit on how far the policy may move within an update, in nats a token (mean k3). Each step
     first measures the distance to the policy that sampled, which is 0 at the first step. The step
     that finds it above the limit is the last of the update. None means no limit."""
-    value_warmup_updates: int = 0
+    value_warmup_updates: NotNegativeInt = 0
     """Updates at the start in which only the value model learns. The policy's learning rate
     schedule starts after them."""
-    kl_coef: float = 0.02
+    kl_coef: NotNegative = 0.02
     """Weight (beta) of the KL penalty: the reward of a token is reduced by beta times the
     log-ratio of policy to reference policy, in nats."""
-    kl_target: float | None = None
+    kl_target: Positive | None = None
     """KL to the reference, in nats a response, that kl_coef is adjusted to reach, update by update
     (Ziegler et al. 2019, section 2.2). None means that kl_coef stays as it is."""
-    kl_horizon: int = 10_000
+    kl_horizon: PositiveInt = 10_000
     """Episodes in which kl_coef changes by a factor of at most 1.2. Used with kl_target only."""
-    clip_range: float = 0.2
+    clip_range: Positive = 0.2
     """Clip range of the policy loss: a ratio of new to old probability outside 1 +- this earns
     nothing more."""
-    value_clip_range: float | None = 0.2
+    value_clip_range: Positive | None = 0.2
     """How far a value may move from the rollout's in one update, in units of reward. None means no
     clipping."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount factor for each token; 1 means no discount."""
-    gae_lambda: float = 0.95
+    gae_lambda: Share = 0.95
     """Decay of generalised advantage estimation."""
     whiten_advantages: bool = True
     """Scale advantages to mean 0 and variance 1 over all tokens of the update, on all
@@ -71,23 +83,23 @@ class PPOSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PtxSettings:
+class PtxSettings(Ranged):
     """The pretraining mix: adds the gradient of gamma * E[log pi(x)] over pretraining text."""
 
-    coef: float = 27.8
+    coef: NotNegative = 27.8
     """Weight (gamma) of the language modelling loss; 0 means plain PPO. That loss is a mean in nats
     a text token, and the policy loss is a mean over response tokens. InstructGPT's 27.8 depends on
     how its losses were normalised, which the paper does not say. To choose a weight, compare
     ppo/ptx_grad_norm with ppo/ppo_grad_norm."""
-    grad_norm_ratio: float | None = None
+    grad_norm_ratio: Positive | None = None
     """Wanted norm of the text's gradient, as a multiple of the norm of PPO's gradient, both of the
     policy. Every step then computes the coefficient that gives this ratio, and logs it as
     ppo/ptx_coef. None means that coef is the coefficient. With coef 0 there is no mix at all."""
     text: str | None = None
     """File or folder of text records. Needed unless coef is 0."""
-    blocks_per_episode: float = 8.0
+    blocks_per_episode: Positive = 8.0
     """Blocks of text in a step for each episode of the mini-batch."""
-    block_tokens: int = 128
+    block_tokens: TwoOrMore = 128
     """Tokens in a block. Documents are joined, each after the tokenizer's BOS (or EOS) token, and
     cut into full blocks."""
     gradient_norms: bool = True
@@ -96,43 +108,34 @@ class PtxSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MonitorSettings:
+class MonitorSettings(Ranged):
     """Limits at which the monitor warns or stops the run; docs/metrics.md lists the codes."""
 
     stop_on: list[str] = field(
         default_factory=lambda: ["PPO_REFERENCE", "PPO_SAMPLER", "PPO_RATIO", "PPO_NEG_KL"]
     )
     """Codes of the alarms that end the run; all others only warn. PPO_NONFINITE always ends it."""
-    max_kl: float = 50.0
+    max_kl: Positive = 50.0
     """Largest KL to the reference, in nats a response. Runs that collapse reach 50 and more (Huang
     et al. 2024)."""
-    max_update_kl: float = 0.1
+    max_update_kl: Positive = 0.1
     """Largest distance from the policy that sampled, in nats a token, as a mean over an update."""
-    max_clip_fraction: float = 0.3
+    max_clip_fraction: Positive = 0.3
     """Largest share of tokens whose ratio is clipped."""
     min_eos_rate: float = 0.5
     """Smallest share of responses that end with their end token."""
-    max_length_change: float = 3.0
+    max_length_change: Annotated[float, Range(above=1)] = 3.0
     """Factor by which the mean length may grow or shrink from that of the first update."""
     min_distinct: float = 0.5
     """Smallest share of different bigrams, as a multiple of the share in the first update."""
-    max_one_answer: float = 0.07
+    max_one_answer: Positive = 0.07
     """Largest share of a rollout's different prompts that may get the same response, as a mean of
     the last four updates. Above it the monitor warns if the odds have also more than tripled since
     the first update. Raise it where more prompts have the same right answer."""
-    max_value_loss_growth: float = 10.0
+    max_value_loss_growth: Annotated[float, Range(above=1)] = 10.0
     """Largest value loss, as a multiple of the median of the ten updates before."""
-    max_value_error: float = 10.0
+    max_value_error: Positive = 10.0
     """Largest root mean square error of the value model, in units of ppo.value_clip_range."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "max_kl", "max_update_kl", "max_clip_fraction", "max_value_error")
-        _positive(self, "max_one_answer")
-        if not min(self.max_length_change, self.max_value_loss_growth) > 1:
-            raise ValueError(
-                f"max_length_change is {self.max_length_change} and max_value_loss_growth is "
-                f"{self.max_value_loss_growth}; both are factors, give more than 1"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,17 +177,17 @@ class Config(MayOverwrite):
         )
     )
     """Optimizer of the policy. Its steps are optimizer steps, by default 8 in an update."""
-    value_learning_rate: float = 9e-6
+    value_learning_rate: Positive = 9e-6
     """Peak learning rate of the value model, on the same schedule."""
-    num_updates: int = 500
+    num_updates: PositiveInt = 500
     """Number of updates, each on one rollout. A run has num_updates * rollout.batch_size
     episodes."""
-    ema_decay: float | None = 0.992
+    ema_decay: ShareBetween | None = 0.992
     """Decay of the moving average of the policy's weights, applied once an optimizer step. The
     average is saved as the aligned policy. None means that the last weights are saved."""
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: PositiveInt = 4096
     """Most tokens in one forward or backward pass on one process. It changes no result."""
-    checkpoint_every: int | None = 10
+    checkpoint_every: PositiveInt | None = 10
     """Updates between checkpoints. An interrupted run continues from the last one when the same
     command is given again. A checkpoint holds both models, the optimizer and the average: four to
     five times the weights. None means no checkpoints."""
@@ -193,11 +196,11 @@ class Config(MayOverwrite):
     offload: bool = False
     """Keep the reference and the reward models in CPU memory while they are not used. This frees
     the device's memory for the price of moving their weights. On a CPU it changes nothing."""
-    eval_every: int = 10
+    eval_every: PositiveInt = 10
     """Updates between evaluations on prompts_held_out."""
-    num_eval_prompts: int = 64
+    num_eval_prompts: PositiveInt = 64
     """Prompts of the regular evaluation."""
-    num_samples: int = 8
+    num_samples: NotNegativeInt = 8
     """Held-out prompts whose responses go to samples.jsonl at each evaluation."""
     trackers: list[Tracker] = field(default_factory=list)
     """Where metrics and samples go besides metrics.jsonl and samples.jsonl: tensorboard, wandb."""
@@ -205,14 +208,7 @@ class Config(MayOverwrite):
     """Seed of sampling, of the order of prompts and text, and of new heads."""
 
     def __post_init__(self) -> None:
-        _positive(self, "num_updates", "micro_batch_tokens", "eval_every", "value_learning_rate")
-        _positive(self, "num_eval_prompts")
-        if self.checkpoint_every is not None:
-            _positive(self, "checkpoint_every")
-        _positive(self.rollout, "batch_size", "max_prompt_tokens", "max_new_tokens", "temperature")
-        _positive(self.rollout, "check_every")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; give a number in (0, 1), or null")
+        super().__post_init__()
         self._check_ppo()
         self._check_ptx()
         if self.offload and self.lora.rank:
@@ -229,54 +225,29 @@ class Config(MayOverwrite):
 
     def _check_ppo(self) -> None:
         rollout, ppo = self.rollout, self.ppo
-        _positive(ppo, "mini_batch_size", "num_epochs", "clip_range")
         if rollout.batch_size % ppo.mini_batch_size:
             nearest = _nearest_divisor(rollout.batch_size, ppo.mini_batch_size)
             raise ValueError(
                 f"ppo.mini_batch_size is {ppo.mini_batch_size}, which does not divide "
                 f"rollout.batch_size {rollout.batch_size}; the nearest that does is {nearest}"
             )
-        if ppo.kl_coef < 0:
-            raise ValueError(f"ppo.kl_coef is {ppo.kl_coef}; below 0 it would reward drifting away")
-        if ppo.kl_target is not None:
-            _positive(ppo, "kl_target", "kl_horizon")
-            if ppo.kl_coef == 0:
-                raise ValueError(
-                    f"ppo.kl_target is {ppo.kl_target} but ppo.kl_coef is 0, which no factor can "
-                    "change; give the coefficient to start from, such as 0.05"
-                )
-        for name in ("max_step_kl", "value_clip_range"):
-            if getattr(ppo, name) is not None:
-                _positive(ppo, name)
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(ppo, name) <= 1:
-                raise ValueError(f"ppo.{name} is {getattr(ppo, name)}; give a number in [0, 1]")
-        if not 0 <= ppo.value_warmup_updates < self.num_updates:
+        if ppo.kl_target is not None and ppo.kl_coef == 0:
+            raise ValueError(
+                f"ppo.kl_target is {ppo.kl_target} but ppo.kl_coef is 0, which no factor can "
+                "change; give the coefficient to start from, such as 0.05"
+            )
+        if ppo.value_warmup_updates >= self.num_updates:
             raise ValueError(
                 f"ppo.value_warmup_updates is {ppo.value_warmup_updates} of num_updates "
-                f"{self.num_updates}; give 0 or more, and fewer than all, or the policy learns "
-                "nothing"
+                f"{self.num_updates}; give fewer than all, or the policy learns nothing"
             )
 
     def _check_ptx(self) -> None:
         ptx = self.ptx
-        _positive(ptx, "blocks_per_episode")
-        if ptx.coef < 0:
-            raise ValueError(f"ptx.coef is {ptx.coef}; below 0 it would unlearn the text")
         if ptx.coef > 0 and ptx.text is None:
             raise ValueError(
                 f"ptx.coef is {ptx.coef} but ptx.text is not given; name a file of text records, "
                 "or set ptx.coef to 0 for plain PPO"
-            )
-        if ptx.block_tokens < 2:
-            raise ValueError(
-                f"ptx.block_tokens is {ptx.block_tokens}; give 2 or more, since the first one of a "
-                "block is only read"
-            )
-        if ptx.grad_norm_ratio is not None and not ptx.grad_norm_ratio > 0:
-            raise ValueError(
-                f"ptx.grad_norm_ratio is {ptx.grad_norm_ratio}; give a number above 0, or set "
-                "ptx.coef to 0 for plain PPO"
             )
 
     def value_settings(self, path: str) -> ModelSettings:
@@ -327,12 +298,6 @@ class Config(MayOverwrite):
     @property
     def num_steps(self) -> int:
         return self.num_updates * self.steps_per_update
-
-
-def _positive(section: object, *names: str) -> None:
-    for name in names:
-        if not getattr(section, name) > 0:
-            raise ValueError(f"{name} is {getattr(section, name)}; give a number above 0")
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

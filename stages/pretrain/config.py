@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rlhf.inputs.ranges import PositiveInt
 from rlhf.runs.settings import MayOverwrite
 from rlhf.runs.trackers import Tracker
 from rlhf.training.settings import OptimSettings
@@ -64,21 +65,21 @@ class Config(MayOverwrite):
     """Most token ids of the tokenizer."""
     block_length: int = 128
     """Tokens in one training row. Documents are joined and cut into such rows."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Rows in an update, over all processes."""
-    num_epochs: int = 6
+    num_epochs: PositiveInt = 6
     """Passes over the text."""
     architecture: ArchitectureSettings = field(default_factory=ArchitectureSettings)
     """Shape of the model."""
     optim: OptimSettings = field(default_factory=lambda: OptimSettings(learning_rate=3e-3))
     """Optimizer."""
-    log_steps: int = 10
+    log_steps: PositiveInt = 10
     """Steps between two rows of metrics.jsonl."""
-    checkpoint_every: int | None = 100
+    checkpoint_every: PositiveInt | None = 100
     """Steps between checkpoints. An interrupted run continues from the last one when the same
     command is given again. A checkpoint takes three times the size of the weights. None means no
     checkpoints."""
-    eval_steps: int = 100
+    eval_steps: PositiveInt = 100
     """Steps between two measurements of held-out loss and fact recall. The last step is always
     measured."""
     trackers: list[Tracker] = field(default_factory=list)
@@ -87,10 +88,7 @@ class Config(MayOverwrite):
     """Seed of the weights and of the order of the rows."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_epochs", "log_steps", "checkpoint_every", "eval_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; give 1 or more")
+        super().__post_init__()
         longest = self.architecture.max_position_embeddings
         if not 2 <= self.block_length <= longest:
             raise ValueError(

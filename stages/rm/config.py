@@ -1,8 +1,8 @@
 """Settings of the rm stage; the defaults are InstructGPT's."""
 
-import math
 from dataclasses import dataclass, field
 
+from rlhf.inputs.ranges import NotNegative, PositiveInt, Share, ShareBetween, TwoOrMore
 from rlhf.models.settings import LoraSettings, ModelSettings
 from rlhf.runs.settings import MayOverwrite
 from rlhf.runs.trackers import Tracker
@@ -19,48 +19,48 @@ class Config(MayOverwrite):
     """The SFT model. A new head replaces its unembedding."""
     rankings: list[str]
     """Files, folders or hub ids of ranking records. All of them are joined."""
-    held_out: float | None = None
+    held_out: ShareBetween | None = None
     """Share of the prompts (0 to 1) kept out of training to measure on. None means that
     held_out_rankings names the records to measure on."""
     held_out_rankings: list[str] | None = None
     """Ranking records to measure on. Their prompts are taken out of the training set. None means
     that held_out gives the share."""
-    max_rankings: int | None = None
+    max_rankings: PositiveInt | None = None
     """Rankings to draw at random from each source of rankings. None means all."""
-    max_held_out: int | None = None
+    max_held_out: PositiveInt | None = None
     """Rankings to draw at random from each source of held_out_rankings. None means all."""
     demonstrations: str
     """Demonstration records. The bias is set so that their mean score is 0."""
-    num_demonstrations: int = 512
+    num_demonstrations: PositiveInt = 512
     """Most demonstrations to draw for the bias."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Prompts in an optimizer step, over all processes, each with all of its pairs."""
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: PositiveInt = 4096
     """Most tokens in one pass on one process. It changes no result. A longer ranking is not cut; it
     gets a pass of its own."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
-    num_epochs: int = 1
+    num_epochs: PositiveInt = 1
     """Passes over the rankings. More than one overfits quickly, so the held-out figures are logged
     after each."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: PositiveInt = 1024
     """Most tokens of a prompt. Longer prompts lose their oldest turns. A ranking whose last turn
     alone is longer is dropped; the number dropped is printed."""
-    max_response_tokens: int = 1024
+    max_response_tokens: PositiveInt = 1024
     """Most tokens of a response. A longer response is left out of its ranking, never cut; the
     number left out is printed."""
-    max_dropped: float = 0.05
+    max_dropped: Share = 0.05
     """Largest share (0 to 1) of the rankings that may lose their prompt or a response to these two
     limits. The run stops above it."""
-    max_responses: int | None = None
+    max_responses: TwoOrMore | None = None
     """Responses of a ranking to train on, drawn at random. None means all."""
-    margin_per_rank: float = 0.0
+    margin_per_rank: NotNegative = 0.0
     """Margin in the loss for each rank between two responses (Touvron et al. 2023, eq. 2). Scores
     that differ by the margin have the loss of equal scores without one. Soft labels have no
     margin."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Train an adapter and the new head instead of all weights."""
-    checkpoint_every: int | None = 50
+    checkpoint_every: PositiveInt | None = 50
     """Optimizer steps between checkpoints. An interrupted run continues from the last one when the
     same command is given again. A checkpoint takes three times the size of the trained weights.
     None means no checkpoints."""
@@ -79,6 +79,7 @@ class Config(MayOverwrite):
     """Seed of the new head, of the order of rankings, of the split and of all random draws."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.rankings:
             raise ValueError("rankings is empty; give at least one file, folder or hub id")
         if (self.held_out is None) == (not self.held_out_rankings):
@@ -86,36 +87,12 @@ class Config(MayOverwrite):
                 f"held_out is {self.held_out} and held_out_rankings is {self.held_out_rankings}; "
                 "give exactly one of them, such as held_out: 0.1"
             )
-        if self.held_out is not None and not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}; give a share between 0 and 1")
-        if not 0 <= self.max_dropped <= 1:
-            raise ValueError(f"max_dropped is {self.max_dropped}; give a share from 0 to 1")
         if (self.gold is None) != (self.gold_path is None):
             raise ValueError(
                 f"gold is {self.gold} and gold_path is {self.gold_path}; give both or neither"
             )
-        if self.max_responses is not None and self.max_responses < 2:
-            raise ValueError(
-                f"max_responses is {self.max_responses}; a pair needs 2, null means all"
-            )
-        if not 0 <= self.margin_per_rank < math.inf:
-            raise ValueError(f"margin_per_rank is {self.margin_per_rank}; give 0 (none) or more")
         if self.max_held_out is not None and not self.held_out_rankings:
             raise ValueError(
                 f"max_held_out is {self.max_held_out} but held_out_rankings is not given; to "
                 "measure on fewer rankings of a split, lower held_out"
             )
-        for name in (
-            "max_rankings",
-            "max_held_out",
-            "num_demonstrations",
-            "batch_size",
-            "micro_batch_tokens",
-            "num_epochs",
-            "checkpoint_every",
-            "max_prompt_tokens",
-            "max_response_tokens",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; give 1 or more")

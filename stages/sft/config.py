@@ -1,9 +1,10 @@
 """Settings of the sft stage."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from rlhf.generation.settings import GenerationSettings
+from rlhf.inputs.ranges import NotNegative, PositiveInt, Range, Share, ShareBetween, TwoOrMore
 from rlhf.models.settings import LoraSettings, ModelSettings
 from rlhf.runs.settings import MayOverwrite
 from rlhf.runs.trackers import Tracker
@@ -23,38 +24,38 @@ class Config(MayOverwrite):
     """Base model to start from."""
     demonstrations: str
     """Demonstration records: a .jsonl file, a folder of those, or hub:owner/name."""
-    num_demonstrations: int | None = None
+    num_demonstrations: TwoOrMore | None = None
     """Demonstrations to read, drawn at random with the seed. None means all."""
     text: str | None = None
     """Text records to mix in: a .jsonl file, a folder of those, or hub:owner/name. None means no
     text."""
-    text_share: float = 0.1
+    text_share: Annotated[float, Range(low=0, below=1)] = 0.1
     """Share of the trained tokens that are text. With 0, text is measured only. Unused without
     text."""
-    max_text_tokens: int = 256
+    max_text_tokens: TwoOrMore = 256
     """Most tokens of a piece of text. Longer documents are cut into pieces."""
-    held_out: float = 0.05
+    held_out: ShareBetween = 0.05
     """Share of the prompts, and of the documents, kept out of training to measure on."""
-    max_held_out: int = 256
+    max_held_out: PositiveInt = 256
     """Most held-out demonstrations to measure, and most held-out pieces of text."""
-    max_prompt_tokens: int = 512
+    max_prompt_tokens: PositiveInt = 512
     """Most tokens of a prompt. Longer prompts lose their oldest turns. A demonstration whose last
     turn alone is longer is dropped."""
-    max_response_tokens: int = 512
+    max_response_tokens: PositiveInt = 512
     """Most tokens of a response, its end token included. Demonstrations with a longer one are
     dropped. Samples are cut at this length."""
-    max_dropped: float = 0.05
+    max_dropped: Share = 0.05
     """Largest share of the demonstrations that may be dropped for their length. The run stops above
     it."""
-    num_epochs: int = 2
+    num_epochs: PositiveInt = 2
     """Passes over the demonstrations and the text mixed in."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Rows in an optimizer step, over all processes. A row is a demonstration or a piece of text.
     If there are fewer rows, a step takes all of them once."""
-    micro_batch_size: int = 8
+    micro_batch_size: PositiveInt = 8
     """Most rows in a training pass on each device, padded to the longest. It changes memory and
     speed, never the result."""
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: PositiveInt = 2048
     """Most tokens in one packed pass when held-out rows and samples are measured."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
@@ -62,11 +63,11 @@ class Config(MayOverwrite):
     """Train an adapter instead of all weights."""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """Optimizer."""
-    checkpoint_every: int | None = 50
+    checkpoint_every: PositiveInt | None = 50
     """Optimizer steps between checkpoints. An interrupted run continues from the last one when the
     same command is given again. A checkpoint takes three times the size of the trained weights.
     None means no checkpoints."""
-    eval_every: int = 50
+    eval_every: PositiveInt = 50
     """Optimizer steps between measurements. The last step is always measured."""
     choose_by: Literal["held_out_loss", "reward_score"] = "held_out_loss"
     """How to choose among the measured checkpoints: held_out_loss takes the lowest held-out loss.
@@ -74,9 +75,9 @@ class Config(MayOverwrite):
     (Ouyang et al. 2022, C.1)."""
     reward_model: str | None = None
     """Folder that the rm stage wrote, for choose_by reward_score."""
-    num_samples: int = 64
+    num_samples: PositiveInt = 64
     """Most held-out prompts to sample a response for."""
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """Temperature of the samples. 0 takes the likeliest token."""
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     """The engine that samples."""
@@ -88,28 +89,7 @@ class Config(MayOverwrite):
     """Folder to write."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_held_out max_prompt_tokens max_response_tokens num_epochs batch_size "
-            "micro_batch_size micro_batch_tokens checkpoint_every eval_every num_samples"
-        ).split():
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; give 1 or more")
-        if self.num_demonstrations is not None and self.num_demonstrations < 2:
-            raise ValueError(
-                f"num_demonstrations is {self.num_demonstrations}; give 2 or more (one to train "
-                "on, one to hold out), or null for all"
-            )
-        if self.max_text_tokens < 2:
-            raise ValueError(f"max_text_tokens is {self.max_text_tokens}; give 2 or more")
-        if not 0 <= self.text_share < 1:
-            raise ValueError(f"text_share is {self.text_share}; give 0 to below 1, such as 0.1")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}; give a share, such as 0.05")
-        if not 0 <= self.max_dropped <= 1:
-            raise ValueError(f"max_dropped is {self.max_dropped}; give a share, such as 0.05")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; give 0 or more")
+        super().__post_init__()
         if (self.choose_by == "reward_score") != (self.reward_model is not None):
             raise ValueError(
                 f"choose_by is {self.choose_by} and reward_model is {self.reward_model}; a reward "

@@ -422,7 +422,7 @@ def test_samples_keep_their_text_whatever_is_in_it() -> None:
         (lambda c: {"policies": {"a.b": "x"}}, "policies has the name 'a.b'"),
         (lambda c: {"reports": {"sft": "x"}}, "policies and reports both have the name 'sft'"),
         (lambda c: {"temperature": 0.0}, "temperature is 0.0"),
-        (lambda c: {"num_prompts": 1}, "num_prompts is 1; give 2 or more"),
+        (lambda c: {"num_prompts": 1}, "num_prompts is 1; give a number: 2 or more"),
         (lambda c: {"gold": None}, "gold is null"),
     ],
 )

@@ -377,7 +377,10 @@ def test_a_gold_that_is_a_mere_function_has_no_parts() -> None:
     ("change", "message"),
     [
         (lambda c: {"pair_samples_per_prompt": 1}, "pair_samples_per_prompt is 1, and a pair"),
-        (lambda c: {"pair_samples_per_prompt": -1}, "pair_samples_per_prompt is -1; give 0"),
+        (
+            lambda c: {"pair_samples_per_prompt": -1},
+            "pair_samples_per_prompt is -1; give",
+        ),
         (lambda c: {"judges": {"gold": "a:b"}}, "judges has the name 'gold'"),
         (lambda c: {"judges": {"parts": "a:b"}}, "judges has the name 'parts'"),
         (lambda c: {"policies": {**c.policies, "rm": "x"}}, "policies has the name 'rm'"),

@@ -466,42 +466,51 @@ def test_text_is_joined_behind_its_separator_and_cut_to_full_blocks():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ppo": PPOSettings(mini_batch_size=0)}, "mini_batch_size is 0"),
-        ({"ppo": PPOSettings(mini_batch_size=3)}, "mini_batch_size is 3.*batch_size 8.*nearest"),
-        ({"ptx": PtxSettings(coef=1.0)}, "ptx.coef is 1.0 but ptx.text is not given"),
-        ({"ptx": PtxSettings(coef=-1.0)}, "ptx.coef is -1.0; below 0"),
-        ({"ptx": PtxSettings(coef=1.0, text="t", block_tokens=1)}, "ptx.block_tokens is 1"),
-        ({"ptx": PtxSettings(coef=0.0, blocks_per_episode=0.0)}, "blocks_per_episode is 0"),
-        ({"num_eval_prompts": 0}, "num_eval_prompts is 0"),
-        ({"ppo": PPOSettings(mini_batch_size=4, value_clip_range=-0.2)}, "value_clip_range is -0"),
-        ({"ppo": PPOSettings(mini_batch_size=4, gae_lambda=1.5)}, "gae_lambda is 1.5"),
-        ({"ppo": PPOSettings(mini_batch_size=4, gamma=-0.1)}, "gamma is -0.1"),
-        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
-        ({"ppo": PPOSettings(mini_batch_size=4, kl_coef=-0.1)}, "kl_coef is -0.1"),
-        ({"num_updates": 0}, "num_updates is 0"),
+        (lambda: {"ppo": PPOSettings(mini_batch_size=0)}, "mini_batch_size is 0"),
         (
-            {"ppo": PPOSettings(mini_batch_size=4, value_warmup_updates=2)},
+            lambda: {"ppo": PPOSettings(mini_batch_size=3)},
+            "size is 3.*batch_size 8.*nearest",
+        ),
+        (lambda: {"ptx": PtxSettings(coef=1.0)}, "ptx.coef is 1.0 but ptx.text is not given"),
+        (lambda: {"ptx": PtxSettings(coef=-1.0)}, "coef is -1.0; give a number: 0 or more"),
+        (lambda: {"ptx": PtxSettings(coef=1.0, text="t", block_tokens=1)}, "block_tokens is 1"),
+        (lambda: {"ptx": PtxSettings(coef=0.0, blocks_per_episode=0.0)}, "blocks_per_episode is 0"),
+        (lambda: {"num_eval_prompts": 0}, "num_eval_prompts is 0"),
+        (
+            lambda: {"ppo": PPOSettings(mini_batch_size=4, value_clip_range=-0.2)},
+            "clip_range is -0",
+        ),
+        (lambda: {"ppo": PPOSettings(mini_batch_size=4, gae_lambda=1.5)}, "gae_lambda is 1.5"),
+        (lambda: {"ppo": PPOSettings(mini_batch_size=4, gamma=-0.1)}, "gamma is -0.1"),
+        (lambda: {"ema_decay": 1.0}, "ema_decay is 1.0"),
+        (lambda: {"ppo": PPOSettings(mini_batch_size=4, kl_coef=-0.1)}, "kl_coef is -0.1"),
+        (lambda: {"num_updates": 0}, "num_updates is 0"),
+        (
+            lambda: {"ppo": PPOSettings(mini_batch_size=4, value_warmup_updates=2)},
             "value_warmup_updates is 2 of num_updates 2",
         ),
         (
-            {"ppo": PPOSettings(mini_batch_size=4, kl_target=6.0, kl_coef=0.0)},
+            lambda: {"ppo": PPOSettings(mini_batch_size=4, kl_target=6.0, kl_coef=0.0)},
             "kl_target is 6.0 but ppo.kl_coef is 0",
         ),
-        ({"ppo": PPOSettings(mini_batch_size=4, max_step_kl=0.0)}, "max_step_kl is 0"),
-        ({"ptx": PtxSettings(coef=0.0, grad_norm_ratio=-1.0)}, "grad_norm_ratio is -1"),
+        (lambda: {"ppo": PPOSettings(mini_batch_size=4, max_step_kl=0.0)}, "max_step_kl is 0"),
+        (lambda: {"ptx": PtxSettings(coef=0.0, grad_norm_ratio=-1.0)}, "grad_norm_ratio is -1"),
         (
-            {
+            lambda: {
                 "generation": GenerationSettings(engine="vllm"),
                 "lora": LoraSettings(rank=4, quantize="4bit"),
             },
             "engine is vllm and lora.quantize is 4bit",
         ),
-        ({"offload": True, "lora": LoraSettings(rank=4)}, "offload is True and lora.rank is 4"),
+        (
+            lambda: {"offload": True, "lora": LoraSettings(rank=4)},
+            "offload is True and lora.rank",
+        ),
     ],
 )
 def test_contradictory_settings_are_refused_with_their_values(changes, message):
     with pytest.raises(ValueError, match=message):
-        make_config(**changes)
+        make_config(**changes())
 
 
 def test_a_run_learns_and_its_folder_loads(tmp_path: Path):

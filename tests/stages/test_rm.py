@@ -494,7 +494,7 @@ def test_gold_ties_make_no_pairs() -> None:
         ({"held_out_rankings": ["other.jsonl"]}, "exactly one"),
         ({"held_out": 1.0}, "held_out is 1.0"),
         ({"gold": "a:b"}, "gold_path is None; give both or neither"),
-        ({"max_responses": 1}, "a pair needs 2"),
+        ({"max_responses": 1}, "max_responses is 1; give a number: 2 or more"),
         ({"max_held_out": 5}, "held_out_rankings is not given"),
         ({"margin_per_rank": -0.1}, "margin_per_rank is -0.1"),
         ({"margin_per_rank": math.inf}, "margin_per_rank is inf"),

@@ -24,8 +24,14 @@ from rlhf.rewards.settings import EnsembleSettings, PartSettings, RewardSettings
         ({"model": "rm", "missing_end_value": float("nan")}, "missing_end_value is nan"),
         ({"model": "rm", "clip": 0.0}, "clip is 0.0"),
         ({"model": "rm", "per_token": True}, "per_token is True and function is None"),
-        ({"model": "rm", "normalize_on": 1}, "normalize_on is 1; .* 2 samples"),
-        ({"model": "rm", "length_penalty": -0.1}, "length_penalty is -0.1; give 0 or more"),
+        (
+            {"model": "rm", "normalize_on": 1},
+            "normalize_on is 1; .* 2 or more, or null",
+        ),
+        (
+            {"model": "rm", "length_penalty": -0.1},
+            "length_penalty is -0.1; .* 0 or more",
+        ),
         ({"model": "rm", "length_penalty": float("nan")}, "length_penalty is nan"),
         ({"model": "rm", "length_allowance": -1}, "length_allowance is -1"),
         ({"parts": {"a b": PartSettings(model="x")}}, "parts has the name 'a b'"),
