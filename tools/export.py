@@ -1,6 +1,7 @@
-"""`python -m tools.export --folder runs/mine/ppo --output_dir merged` merges an adapter.
+"""Merge an adapter and its base into one full model, for programs that cannot read adapters.
 
-It writes the adapter and its base as one full model, for programs that cannot read adapters."""
+python -m tools.export --folder runs/mine/ppo --output_dir merged
+"""
 
 import shutil
 from dataclasses import dataclass
