@@ -42,7 +42,7 @@ from rlhf.inputs.records import Ranking
 from rlhf.runs.folder import METRICS, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import FolderSettings
 from stages.evaluate.curves import COLOURS, read_metrics
 from stages.rm.config import Config as RewardModelConfig
 from stages.rm.train import train
@@ -64,7 +64,7 @@ Figures = dict[str, dict[str, list[list[float]]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(FolderSettings):
     """Compare reward models trained on grouped and on shuffled pairs, over several seeds."""
 
     runs: list[str] = field(default_factory=lambda: list(RUNS))

@@ -51,7 +51,7 @@ from rlhf.rewards.load import load_reward
 from rlhf.runs.folder import RESULTS, SAMPLES, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import FolderSettings
 from rlhf.training.processes import start_accelerator
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.evaluate.curves import COLOURS, read_metrics
@@ -82,7 +82,7 @@ MIN_KL = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(FolderSettings):
     """Study over-optimisation on the runs of several seeds."""
 
     runs: list[str] = field(default_factory=lambda: list(RUNS))

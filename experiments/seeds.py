@@ -14,7 +14,7 @@ from experiments.shared import TABLE, markdown_table, mean_cell, over_seeds, rea
 from rlhf.runs.folder import RESULTS, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import FolderSettings
 from stages.ppo.config import MonitorSettings
 
 FIGURES = {
@@ -60,7 +60,7 @@ PAIRS = (("ppo", "sft"), ("ppo_ptx", "sft"), ("ppo_ptx", "ppo"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(FolderSettings):
     """Compare PPO-ptx over the runs of several seeds, from their evaluations."""
 
     runs: list[str] = field(

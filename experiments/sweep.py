@@ -37,7 +37,7 @@ from experiments.shared import (
 from rlhf.runs.folder import METRICS, RESULTS, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import FolderSettings
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.evaluate.curves import COLOURS, read_metrics
 from stages.evaluate.evaluate import evaluate
@@ -82,7 +82,7 @@ Folders = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(FolderSettings):
     """Sweep the ptx and the KL coefficient over the runs of several seeds."""
 
     runs: list[str] = field(default_factory=lambda: list(RUNS))

@@ -15,6 +15,7 @@ from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedType,
     InitProcessGroupKwargs,
+    broadcast_object_list,
     is_deepspeed_available,
     str_to_bool,
 )
@@ -182,6 +183,16 @@ def max_over_processes(accelerator: Accelerator, value: Number) -> Number:
         return value
     gathered = accelerator.gather(torch.tensor([value], device=accelerator.device))
     return gathered.max().item()
+
+
+def from_first_process(value: bool) -> bool:
+    """Return the first process's value in all processes. They must have joined."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return value
+    assert is_initialized(), "start_accelerator comes first"
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
 
 
 def own_share(accelerator: Accelerator, rows: Sequence[Row]) -> list[Row]:

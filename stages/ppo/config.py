@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from rlhf.generation.settings import GenerationSettings
 from rlhf.models.settings import LoraSettings, ModelSettings
 from rlhf.rewards.settings import RewardSettings
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import StageSettings
 from rlhf.runs.trackers import Tracker
 from rlhf.training.settings import OptimSettings
 
@@ -136,7 +136,7 @@ class MonitorSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(StageSettings):
     """PPO and PPO-ptx: train a policy to score higher on a reward while it stays near a reference
     policy."""
 

@@ -5,13 +5,13 @@ from typing import Literal
 
 from rlhf.generation.settings import GenerationSettings
 from rlhf.models.settings import LoraSettings, ModelSettings
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import StageSettings
 from rlhf.runs.trackers import Tracker
 from rlhf.training.settings import OptimSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(StageSettings):
     """Fine-tune a base model on demonstrations.
 
     Defaults that do not depend on the model's size are those of InstructGPT's PPO initialisation

@@ -17,7 +17,9 @@ def test_every_stage_tool_and_data_command_is_listed_with_a_line(
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines if line.startswith("  ")]
-    packages = [path.parent.name for group in GROUPS for path in ROOT.glob(f"{group}/*/__main__.py")]
+    packages = [
+        path.parent.name for group in GROUPS for path in ROOT.glob(f"{group}/*/__main__.py")
+    ]
     assert {*packages, "doctor", "plan", "export", "check", "smollm2"} <= set(names)
     assert {"together", "ask", "__main__"}.isdisjoint(names)
     assert len(names) == len(set(names))
@@ -61,6 +63,6 @@ def test_a_program_gets_its_words_and_gives_its_exit_code(tmp_path: Path) -> Non
         )
 
     by_name, by_module = run("-m", "tools", "check"), run("-m", "data.check")
-    assert by_name.returncode == by_module.returncode == 1
+    assert by_name.returncode == by_module.returncode == 2
     assert by_name.stdout + by_name.stderr == by_module.stdout + by_module.stderr
     assert "rows.jsonl" in by_name.stdout + by_name.stderr

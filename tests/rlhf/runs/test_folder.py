@@ -16,14 +16,14 @@ import pytest
 
 from rlhf.runs.folder import LOCK, MARK, file_held, folders_given_back, take_folder, writing
 from rlhf.runs.run import Run, open_run
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import FolderSettings
 
 ROOT = Path(__file__).parents[3]
 FILES = ("model.safetensors", "shards-*.bin")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(MayOverwrite):
+class Settings(FolderSettings):
     """Settings for these tests."""
 
     output_dir: str

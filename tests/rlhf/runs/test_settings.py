@@ -11,7 +11,7 @@ import yaml
 
 from rlhf.generation.settings import GenerationSettings
 from rlhf.models.settings import ModelSettings
-from rlhf.runs.settings import ConfigError, MayOverwrite, keys_of, load_config, settings_in_force
+from rlhf.runs.settings import ConfigError, FolderSettings, keys_of, load_config, settings_in_force
 from rlhf.training.settings import OptimSettings
 
 
@@ -260,7 +260,7 @@ def test_help_shows_attribute_docstrings(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Paths(MayOverwrite):
+class Paths(FolderSettings):
     """Paths of every shape."""
 
     model: ModelSettings
