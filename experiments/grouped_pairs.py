@@ -28,7 +28,6 @@ from experiments.shared import (
     INK,
     RUNS,
     TABLE,
-    make,
     markdown_table,
     mean_cell,
     over_seeds,
@@ -97,12 +96,16 @@ def compare_groupings(config: Config) -> None:
         OSError: a run's file is missing.
     """
     record = open_run(
-        config, stage="grouped_pairs", inputs={run: run for run in config.runs}, files=(TABLE,)
+        config,
+        stage="grouped_pairs",
+        inputs={run: run for run in config.runs},
+        files=(TABLE,),
+        always_runs=True,
     )
     epochs: dict[str, list[Epochs]] = {arm: [] for arm in ARMS}
     for run in config.runs:
         for arm, settings in make_arms(run, config).items():
-            make(train, settings)
+            train(settings)
             epochs[arm].append(read_epochs(Path(settings.output_dir) / METRICS))
     figures = over_runs(epochs)
     table = format_table(figures)

@@ -31,7 +31,6 @@ from experiments.shared import (
     INK,
     RUNS,
     TABLE,
-    make,
     markdown_table,
     read_json,
     save_figure,
@@ -188,7 +187,11 @@ class Standard:
 def study(config: Config) -> None:
     """Make the missing runs, mark their responses, fit the forms, write tables and plot."""
     record = open_run(
-        config, stage=FOLDER, inputs={run: run for run in config.runs}, files=(TABLE,)
+        config,
+        stage=FOLDER,
+        inputs={run: run for run in config.runs},
+        files=(TABLE,),
+        always_runs=True,
     )
     for run in config.runs:
         make_runs(config, run)
@@ -214,13 +217,13 @@ def study(config: Config) -> None:
 
 
 def make_runs(config: Config, run: str) -> None:
-    """Make the second reward model, the long PPO runs and the samples of SFT, if missing."""
+    """Make the second reward model, the long PPO runs and the samples of SFT, unless they are up to date."""
     folder = Path(run) / FOLDER
     reward_models = {FULL: f"{run}/rm", config.small: str(folder / f"rm_{config.small}")}
-    make(train_rm, small_reward_model(config, run))
+    train_rm(small_reward_model(config, run))
     for name, reward_model in reward_models.items():
         for kl_coef in config.kl_coefs:
-            make(train_ppo, long_ppo(config, run, name, reward_model, kl_coef))
+            train_ppo(long_ppo(config, run, name, reward_model, kl_coef))
     samples = SampleConfig(
         run=run,
         reward_models=reward_models,
@@ -228,7 +231,7 @@ def make_runs(config: Config, run: str) -> None:
         num_samples=config.num_samples,
         output_dir=str(folder / BEST_OF_N),
     )
-    make(sample, samples)
+    sample(samples)
 
 
 def small_reward_model(config: Config, run: str) -> RMConfig:

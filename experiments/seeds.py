@@ -79,7 +79,11 @@ class Config(FolderSettings):
 def compare_seeds(config: Config) -> None:
     """Write the table, and the faults of each seed."""
     record = open_run(
-        config, stage="seeds", inputs={run: run for run in config.runs}, files=(TABLE,)
+        config,
+        stage="seeds",
+        inputs={run: run for run in config.runs},
+        files=(TABLE,),
+        always_runs=True,
     )
     results = [read_json(Path(run) / RESULTS) for run in config.runs]
     faults = {run: find_faults(of) for run, of in zip(config.runs, results, strict=True)}
