@@ -217,7 +217,7 @@ def study(config: Config) -> None:
 
 
 def make_runs(config: Config, run: str) -> None:
-    """Make the second reward model, the long PPO runs and the samples of SFT, unless they are up to date."""
+    """Make the second reward model, the long PPO runs and the samples of SFT."""
     folder = Path(run) / FOLDER
     reward_models = {FULL: f"{run}/rm", config.small: str(folder / f"rm_{config.small}")}
     train_rm(small_reward_model(config, run))

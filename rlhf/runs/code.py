@@ -30,7 +30,8 @@ def code_of(config: Any, settings: dict[str, Any]) -> dict[str, str]:
     """
     module = sys.modules[type(config).__module__]
     assert module.__file__ is not None
-    code = {"program": _hash_of([hash_of_library(), _hash_of_folder(Path(module.__file__).parent)])}
+    own = _hash_of_program(Path(module.__file__).parent)
+    code = {"program": _hash_of([hash_of_library(), own])}
     for name, value in flat_settings(settings):
         match = _FUNCTION.fullmatch(value) if isinstance(value, str) else None
         if match is not None and (found := _hash_of_module(match[1])):
@@ -38,10 +39,14 @@ def code_of(config: Any, settings: dict[str, Any]) -> dict[str, str]:
     return code
 
 
-@functools.cache
 def hash_of_library() -> str:
     """Return the hash of rlhf. It takes about half a second, and then is remembered."""
-    return _hash_of_folder(_LIBRARY)
+    return _hash_of_program(_LIBRARY)
+
+
+@functools.cache
+def _hash_of_program(folder: Path) -> str:
+    return _hash_of_folder(folder)
 
 
 def _hash_of_module(name: str) -> str | None:
