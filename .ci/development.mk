@@ -33,6 +33,8 @@ check: $(SETUP) ## Format, lint, types and import rules; no network, no accelera
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+UNIT_TESTS := tests/test_*.py $(addprefix tests/,rlhf data tools benchmarks experiments examples)
+
 quick: $(SETUP) ## Unit tests.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores) -m "not slow" $(UNIT_TESTS)
 

@@ -123,6 +123,7 @@ def runs(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_from_runs_to_results(runs: list[str], tmp_path: Path) -> None:
     study = tmp_path / "study"
     config = Config(
