@@ -1,4 +1,6 @@
-"""Check a record file and look at it: `python -m data.check FILE [--tokenizer FOLDER]`.
+"""Check a record file, and show one row as the stages read it.
+
+    python -m data.check FILE [--tokenizer FOLDER]
 
 Each bad row gets a message, and bad rows stop the program. Rows that are allowed but rarely meant
 get a warning: duplicate prompts, empty responses, rankings where all responses are tied. One

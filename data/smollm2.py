@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from data.convert.formats import CONVERTERS
 from data.convert.program import Counts, convert_rows
 from data.convert.readers import read_source, read_texts
+from data.gguf import load_gguf
 from rlhf.generation.engines import generate
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
@@ -28,14 +29,14 @@ from rlhf.inputs.ranges import PositiveInt, ShareBetween
 from rlhf.inputs.records import Record
 from rlhf.inputs.whole_files import write_text
 from rlhf.models.full import quiet
-from rlhf.models.gguf import load_gguf
 from rlhf.models.loading import load_policy
 from rlhf.models.saving import save_policy
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_chat
-from rlhf.runs.folder import MODEL_FILES, writing
+from rlhf.runs.code import code_of
+from rlhf.runs.folder import MODEL_FILES, folders_given_back, refuse_inputs_inside, writing
 from rlhf.runs.program import run_stage
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import FolderSettings
 
 RESULTS_FILE = "results.json"
 """File that is written last, so that a folder without it is unfinished."""
@@ -45,7 +46,7 @@ QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Smollm2Config(MayOverwrite):
+class Smollm2Config(FolderSettings):
     """Write the data, the base model, or both, of the preset smollm2."""
 
     shared: str = "../shared/data"
@@ -118,20 +119,25 @@ def prepare(config: Smollm2Config) -> None:
     if config.output_dir is not None:
         write_data(config, Path(config.output_dir))
     if config.base_dir is not None:
-        write_base(find_gguf(config.gguf), Path(config.base_dir), overwrite=config.overwrite)
+        write_base(config, find_gguf(config.gguf), Path(config.base_dir))
 
 
+@folders_given_back()
 def write_data(config: Smollm2Config, folder: Path) -> None:
     """Convert the public files; each appears only when it is whole, and results.json comes last."""
     names = (*WHOLE, *SPLIT, *(f"{name}_held_out" for name in SPLIT))
-    settings = ("shared", "held_out", "max_characters", "seed")
+    settings = {name: getattr(config, name) for name in ("held_out", "max_characters", "seed")}
+    refuse_inputs_inside(folder, {"shared": config.shared})
+    sources = [source for of_file in (WHOLE | SPLIT).values() for source in of_file]
     with writing(
         folder,
         program="data.smollm2",
         files=(*(f"{name}.jsonl" for name in names), RESULTS_FILE),
-        settings={name: getattr(config, name) for name in settings},
-        inputs={"shared": config.shared},
+        settings=settings,
+        inputs={path: Path(config.shared, path) for source in sources for path in source.paths},
+        code=code_of(config, settings),
         overwrite=config.overwrite,
+        force=config.force,
     ) as output:
         files = make_files(config)
         output.begin([RESULTS_FILE])
@@ -171,20 +177,24 @@ def find_gguf(path: str | None) -> Path:
     return files[0]
 
 
-def write_base(gguf: Path, folder: Path, *, overwrite: bool = False) -> None:
+@folders_given_back()
+def write_base(config: Smollm2Config, gguf: Path, folder: Path) -> None:
     """Write a plain model folder from a GGUF file, and check its answer before and after saving.
 
     Raises:
         ValueError: the model answers an easy question with nonsense, the saved model answers
             differently, or the folder was not written by this program.
     """
+    settings = {"gguf": gguf.name}
     with writing(
         folder,
         program="data.smollm2 base",
         files=(*MODEL_FILES, RESULTS_FILE),
-        settings={"gguf": gguf.name},
+        settings=settings,
         inputs={"gguf": gguf},
-        overwrite=overwrite,
+        code=code_of(config, settings),
+        overwrite=config.overwrite,
+        force=config.force,
     ) as output:
         print(f"{gguf} -> {folder}")
         with TemporaryDirectory(prefix=".partial-", dir=folder) as partial:

@@ -27,7 +27,6 @@ from experiments.shared import (
     INK,
     RUNS,
     TABLE,
-    make,
     markdown_table,
     mean_cell,
     over_seeds,
@@ -43,7 +42,7 @@ from rlhf.inputs.streams import python_stream
 from rlhf.runs.folder import METRICS, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import FolderSettings
 from stages.evaluate.curves import COLOURS, read_metrics
 from stages.rm.config import Config as RewardModelConfig
 from stages.rm.train import train
@@ -65,7 +64,7 @@ Figures = dict[str, dict[str, list[list[float]]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(FolderSettings):
     """Compare reward models trained on grouped and on shuffled pairs, over several seeds."""
 
     runs: list[str] = field(default_factory=lambda: list(RUNS))
@@ -96,12 +95,16 @@ def compare_groupings(config: Config) -> None:
         OSError: a run's file is missing.
     """
     record = open_run(
-        config, stage="grouped_pairs", inputs={run: run for run in config.runs}, files=(TABLE,)
+        config,
+        stage="grouped_pairs",
+        inputs={run: run for run in config.runs},
+        files=(TABLE,),
+        always_runs=True,
     )
     epochs: dict[str, list[Epochs]] = {arm: [] for arm in ARMS}
     for run in config.runs:
         for arm, settings in make_arms(run, config).items():
-            make(train, settings)
+            train(settings)
             epochs[arm].append(read_epochs(Path(settings.output_dir) / METRICS))
     figures = over_runs(epochs)
     table = format_table(figures)

@@ -29,7 +29,6 @@ from experiments.shared import (
     INK,
     RUNS,
     TABLE,
-    make,
     markdown_table,
     read_json,
     save_figure,
@@ -51,7 +50,7 @@ from rlhf.rewards.load import load_reward
 from rlhf.runs.folder import RESULTS, SAMPLES, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import FolderSettings
 from rlhf.training.processes import start_accelerator
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.evaluate.curves import COLOURS, read_metrics
@@ -82,7 +81,7 @@ MIN_KL = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(FolderSettings):
     """Study over-optimisation on the runs of several seeds."""
 
     runs: list[str] = field(default_factory=lambda: list(RUNS))
@@ -187,7 +186,11 @@ class Standard:
 def study(config: Config) -> None:
     """Make the missing runs, mark their responses, fit the forms, write tables and plot."""
     record = open_run(
-        config, stage=FOLDER, inputs={run: run for run in config.runs}, files=(TABLE,)
+        config,
+        stage=FOLDER,
+        inputs={run: run for run in config.runs},
+        files=(TABLE,),
+        always_runs=True,
     )
     for run in config.runs:
         make_runs(config, run)
@@ -213,13 +216,13 @@ def study(config: Config) -> None:
 
 
 def make_runs(config: Config, run: str) -> None:
-    """Make the second reward model, the long PPO runs and the samples of SFT, if missing."""
+    """Make the second reward model, the long PPO runs and the samples of SFT."""
     folder = Path(run) / FOLDER
     reward_models = {FULL: f"{run}/rm", config.small: str(folder / f"rm_{config.small}")}
-    make(train_rm, small_reward_model(config, run))
+    train_rm(small_reward_model(config, run))
     for name, reward_model in reward_models.items():
         for kl_coef in config.kl_coefs:
-            make(train_ppo, long_ppo(config, run, name, reward_model, kl_coef))
+            train_ppo(long_ppo(config, run, name, reward_model, kl_coef))
     samples = SampleConfig(
         run=run,
         reward_models=reward_models,
@@ -227,7 +230,7 @@ def make_runs(config: Config, run: str) -> None:
         num_samples=config.num_samples,
         output_dir=str(folder / BEST_OF_N),
     )
-    make(sample, samples)
+    sample(samples)
 
 
 def small_reward_model(config: Config, run: str) -> RMConfig:

@@ -15,7 +15,7 @@ from experiments.shared import TABLE, markdown_table, mean_cell, over_seeds, rea
 from rlhf.runs.folder import RESULTS, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import FolderSettings
 from stages.ppo.config import MonitorSettings
 
 FIGURES = {
@@ -73,7 +73,7 @@ PAIRS = (("ppo", "sft"), ("ppo_ptx", "sft"), ("ppo_ptx", "ppo"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(FolderSettings):
     """Compare PPO-ptx over the runs of several seeds, from their evaluations."""
 
     runs: list[str] = field(
@@ -93,7 +93,11 @@ class Config(MayOverwrite):
 def compare_seeds(config: Config) -> None:
     """Write the table, and the faults of each seed."""
     record = open_run(
-        config, stage="seeds", inputs={run: run for run in config.runs}, files=(TABLE,)
+        config,
+        stage="seeds",
+        inputs={run: run for run in config.runs},
+        files=(TABLE,),
+        always_runs=True,
     )
     results = [read_json(Path(run) / RESULTS) for run in config.runs]
     faults = {run: find_faults(of) for run, of in zip(config.runs, results, strict=True)}

@@ -1,7 +1,7 @@
-"""Share code between the studies: runs made once, figures over seeds, tables and plots."""
+"""Share code between the studies: settings of runs, figures over seeds, tables and plots."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rlhf.measuring.statistics import t_interval
 from rlhf.runs.folder import CONFIG, RESULTS
 from rlhf.runs.run import RunSettings
-from rlhf.runs.settings import load_config, settings_in_force
+from rlhf.runs.settings import load_config
 
 Settings = TypeVar("Settings", bound=RunSettings)
 
@@ -34,32 +34,6 @@ def settings_of(config_class: type[Settings], folder: str | Path) -> Settings:
 
 def is_finished(folder: str | Path) -> bool:
     return (Path(folder) / RESULTS).is_file()
-
-
-def make(stage: Callable[[Settings], object], config: Settings) -> None:
-    """Run a stage, unless its folder already holds a finished run with these settings.
-
-    Raises:
-        ValueError: the finished run was made with other settings, or the stage raised it.
-    """
-    if not is_finished(config.output_dir):
-        stage(config)
-    elif differences := find_differences(config):
-        raise ValueError(
-            f"{config.output_dir} is a finished run with other settings: {'; '.join(differences)}; "
-            "move it away to have it made anew"
-        )
-
-
-def find_differences(config: RunSettings) -> list[str]:
-    """List how the settings of the run in this folder differ from these settings."""
-    made = settings_in_force(settings_of(type(config), config.output_dir))
-    wanted = settings_in_force(config)
-    return [
-        f"{key} is {made[key]}, not {value}"
-        for key, value in wanted.items()
-        if key != "overwrite" and made[key] != value
-    ]
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

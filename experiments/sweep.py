@@ -22,9 +22,7 @@ from experiments.shared import (
     INK,
     RUNS,
     TABLE,
-    find_differences,
     is_finished,
-    make,
     markdown_table,
     mean_cell,
     over_seeds,
@@ -37,7 +35,7 @@ from experiments.shared import (
 from rlhf.runs.folder import METRICS, RESULTS, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import FolderSettings
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.evaluate.curves import COLOURS, read_metrics
 from stages.evaluate.evaluate import evaluate
@@ -82,7 +80,7 @@ Folders = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(FolderSettings):
     """Sweep the ptx and the KL coefficient over the runs of several seeds."""
 
     runs: list[str] = field(default_factory=lambda: list(RUNS))
@@ -123,13 +121,17 @@ class Row:
 def sweep(config: Config) -> None:
     """Make the missing policies, evaluate all, write tables and plot."""
     study = open_run(
-        config, stage="sweep", inputs={run: run for run in config.runs}, files=(TABLE,)
+        config,
+        stage="sweep",
+        inputs={run: run for run in config.runs},
+        files=(TABLE,),
+        always_runs=True,
     )
     controls = find_controls(config.runs)
     rows: dict[str, list[Row]] = {}
     for run in config.runs:
-        folders = make_policies(config, run, controls)
-        figures = evaluate_policies(run, folders)
+        folders = make_policies(config, run, controls, train_ppo)
+        figures = evaluate_policies(run, folders, evaluate)
         for part, by_label in folders.items():
             part_rows = rows.setdefault(part, [Row(label, []) for label in by_label])
             for row, folder in zip(part_rows, by_label.values(), strict=True):
@@ -154,9 +156,9 @@ def find_controls(runs: Sequence[str]) -> list[str]:
 
 
 def make_policies(
-    config: Config, run: str, controls: Sequence[str], train: Callable[..., object] = train_ppo
+    config: Config, run: str, controls: Sequence[str], train: Callable[[PPOConfig], object]
 ) -> Folders:
-    """Make the missing policies of the sweeps; return the folders of all policies of a run."""
+    """Make the policies of the sweeps, unless they are up to date; return the folders of all."""
     knobs = {"ptx": config.ptx_coefs, "kl": config.kl_coefs}
     folders: Folders = {
         "sft": {"SFT": settings_of(PPOConfig, f"{run}/ppo").policy.path},
@@ -165,7 +167,8 @@ def make_policies(
     for knob, coefs in knobs.items():
         policies = {f"{coef:g}": policy_config(run, knob, coef) for coef in coefs}
         for policy in policies.values():
-            make(train, policy)
+            if Path(policy.output_dir).parent == Path(run, "sweep"):  # the others are read
+                train(policy)
         folders[knob] = {label: policy.output_dir for label, policy in policies.items()}
     folders["controls"] = {CONTROLS[name]: f"{run}/controls/{name}" for name in controls}
     return folders
@@ -189,11 +192,11 @@ def policy_config(run: str, knob: str, coef: float) -> PPOConfig:
 
 
 def evaluate_policies(
-    run: str, folders: Folders, stage: Callable[[EvaluateConfig], object] = evaluate
+    run: str, folders: Folders, stage: Callable[[EvaluateConfig], object]
 ) -> dict[str, Figures]:
     """Measure all policies of a run together; return the figures of each by its folder.
 
-    The same set of policies is measured only once. The settings are those of the run's own
+    The settings are those of the run's own
     evaluation, so a policy that is in both gets the same figures.
     """
     base = settings_of(EvaluateConfig, run)
@@ -208,8 +211,7 @@ def evaluate_policies(
         stages={},
         output_dir=f"{run}/sweep/evaluation",
     )
-    if not is_finished(config.output_dir) or find_differences(config):
-        stage(replace(config, overwrite=True))  # the folder may hold another set of policies
+    stage(replace(config, overwrite=True))  # the folder may hold another set of policies
     results = read_json(Path(config.output_dir) / RESULTS)
     return {
         folder: {**results[name], **_norm_ratio(folder)} for name, folder in config.policies.items()

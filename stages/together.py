@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from rlhf.runs.code import hash_of_library
+
 ADDRESS = "RLHF_STAGES_TOGETHER"
 """Environment variable with the socket that stages are asked for at."""
 PROGRAMS = (
@@ -45,6 +47,7 @@ def main(command: Sequence[str]) -> int:
     """
     for name in PROGRAMS:
         importlib.import_module(name)
+    hash_of_library()  # so that the stages know it
     folder = tempfile.mkdtemp()  # of this user alone
     outcome = _serve(command, str(Path(folder, "socket")))
     if isinstance(outcome, socket.socket):

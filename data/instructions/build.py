@@ -17,8 +17,9 @@ from rlhf.inputs.ranges import PositiveInt, ShareBetween
 from rlhf.inputs.records import Prompt
 from rlhf.inputs.streams import python_stream
 from rlhf.inputs.whole_files import write_text
-from rlhf.runs.folder import writing
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.code import code_of
+from rlhf.runs.folder import folders_given_back, refuse_inputs_inside, writing
+from rlhf.runs.settings import FolderSettings
 
 RESULTS_FILE = "results.json"
 """File that is written last, so that a folder without it is unfinished."""
@@ -32,7 +33,7 @@ FILES = ("prompts.jsonl", "prompts_held_out.jsonl", "ifeval.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstructionsConfig(MayOverwrite):
+class InstructionsConfig(FolderSettings):
     """Write prompts whose instructions a program can check (see docs/rewards.md).
 
     prompts.jsonl and prompts_held_out.jsonl hold public prompts with random instructions. No public
@@ -63,16 +64,21 @@ class InstructionsConfig(MayOverwrite):
             )
 
 
+@folders_given_back()
 def build(config: InstructionsConfig) -> None:
     """Write the prompts; each file appears only when it is whole, and results.json comes last."""
     folder = Path(config.output_dir)
+    settings = asdict(config)
+    refuse_inputs_inside(folder, {"shared": config.shared})
     with writing(
         folder,
         program="data.instructions",
         files=(*FILES, RESULTS_FILE),
-        settings=asdict(config),
-        inputs={"shared": config.shared},
+        settings=settings,
+        inputs={path: Path(config.shared, path) for path in (*OPEN_ASSISTANT, IFEVAL)},
+        code=code_of(config, settings),
         overwrite=config.overwrite,
+        force=config.force,
     ) as output:
         files = make_files(config)
         output.begin([RESULTS_FILE])

@@ -12,13 +12,25 @@ from data.tinyworld.world import WORLD_FILE, World
 from rlhf.inputs.files import write_records
 from rlhf.inputs.records import Demonstration, Prompt, Record, prompt_key
 from rlhf.inputs.streams import python_stream
+from rlhf.runs.code import code_of
 from rlhf.runs.files import write_json
-from rlhf.runs.folder import writing
+from rlhf.runs.folder import folders_given_back, writing
 
 RESULTS_FILE = "results.json"
 """File that is written last, so that a folder without it is unfinished."""
+FILES = (
+    "text.jsonl",
+    "text_held_out.jsonl",
+    "demonstrations.jsonl",
+    "prompts_rm.jsonl",
+    "prompts_ppo.jsonl",
+    "prompts_held_out.jsonl",
+    "facts_probe.jsonl",
+)
+"""Files of records."""
 
 
+@folders_given_back()
 def build(config: TinyWorldConfig) -> None:
     """Write all files of a tiny world. Two runs with equal settings write equal bytes.
 
@@ -26,15 +38,18 @@ def build(config: TinyWorldConfig) -> None:
         ValueError: the folder was not written by this program (see rlhf.runs.folder).
     """
     folder = Path(config.output_dir)
-    world = World.from_seed(config.seed)
-    files = make_files(world, config)
+    settings = asdict(config)
     with writing(
         folder,
         program="data.tinyworld",
-        files=(WORLD_FILE, *files, RESULTS_FILE),
-        settings=asdict(config),
+        files=(WORLD_FILE, *FILES, RESULTS_FILE),
+        settings=settings,
+        code=code_of(config, settings),
         overwrite=config.overwrite,
+        force=config.force,
     ) as output:
+        world = World.from_seed(config.seed)
+        files = make_files(world, config)
         output.begin([RESULTS_FILE])
         write_json(folder / WORLD_FILE, world.to_json())
         for name, records in files.items():

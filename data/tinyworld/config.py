@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from rlhf.inputs.ranges import PositiveInt
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import FolderSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyWorldConfig(MayOverwrite):
+class TinyWorldConfig(FolderSettings):
     """Write the tiny world's texts, demonstrations, prompts and probes into a folder."""
 
     output_dir: str

@@ -10,7 +10,5 @@ policy that sampled (docs/recipe.md, mistake 12).
     hf.py              our own loop over the model's cache
     decoder.py         a model's step of one token, as fast as that model allows
     cpu_products.py    linear layers transposed for a few rows on the CPU
-    continuous.py      continuous batching of transformers
     vllm.py            vLLM on the GPU that trains
-    auto.py            the faster of two engines, timed on the first prompts
 """

@@ -6,31 +6,20 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.generation.auto import FastestEngine
-from rlhf.generation.continuous import ContinuousEngine
 from rlhf.generation.hf import LoopEngine
 from rlhf.generation.interface import Decoding, Engine, Samples
 from rlhf.generation.settings import GenerationSettings
 
 
-def make_engine(settings: GenerationSettings, tell: Callable[[str], object] = print) -> Engine:
+def make_engine(settings: GenerationSettings) -> Engine:
     """Make the engine that the settings name. It has no weights before `refresh`.
-
-    Args:
-        tell: Prints a line.
 
     Raises:
         ValueError: The settings name vLLM, but it is not installed or there is no GPU for it.
     """
     if settings.engine == "vllm":
         return _only_vllm(settings)
-    engines: dict[str, Engine] = {
-        "hf": LoopEngine(settings),
-        "continuous": ContinuousEngine(settings),
-    }
-    if settings.engine == "auto":
-        return FastestEngine(engines, settings.batch_size, tell)
-    return engines[settings.engine]
+    return LoopEngine(settings)
 
 
 def generate(

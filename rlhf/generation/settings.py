@@ -10,11 +10,9 @@ from rlhf.inputs.ranges import PositiveInt, Ranged, ShareBetween
 class GenerationSettings(Ranged):
     """How responses are sampled. The choice changes only speed, rounding and the order of draws."""
 
-    engine: Literal["hf", "continuous", "auto", "vllm"] = "hf"
-    """hf: our own loop over the model's cache. continuous: transformers' continuous batching, which
-    gives the place of ended responses to waiting prompts; it suits many more prompts than
-    batch_size. auto: the faster of the two, timed on the first prompts. vllm: vLLM on the GPU that
-    trains, which gets the weights before every rollout; not yet tested."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """hf: our own loop over the model's cache. vllm: vLLM on the GPU that trains, which gets the
+    weights before every rollout; not yet tested."""
     batch_size: PositiveInt = 64
     """Responses sampled at once in each process. It bounds the memory of the KV cache."""
     vllm_memory_share: ShareBetween = 0.3

@@ -11,7 +11,6 @@ empty.py               models without weights, from their config alone
 shared_bases.py        several models over one copy of their frozen weights
 saving.py              folders that transformers loads as they are
 interop.py             names that transformers 4 reads in a saved folder
-gguf.py                a GGUF file as an ordinary model
 architectures.py       what differs between architectures
 packed_attention.py    attention over packed rows, computing only what the mask allows
 layout.py              how prompt trees become rows for a model, found by a test pass

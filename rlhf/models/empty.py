@@ -14,7 +14,6 @@ from rlhf.models.adapters import CONFIG_FILE, check_same, empty_adapter, read_ad
 from rlhf.models.architectures import from_config, with_attention
 from rlhf.models.full import check_folder, class_for, disable_dropout, dtype_of, naming_model
 from rlhf.models.heads import find_plain_head
-from rlhf.models.loading import refuse_gguf_base
 from rlhf.models.packed_attention import take_segments
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
@@ -49,19 +48,15 @@ def empty_scalar(
 def _empty(
     auto_class: Any, settings: ModelSettings, lora: LoraSettings, is_shared: bool, **arguments: Any
 ) -> Any:
-    path, source, adapter = settings.path, {}, None
-    if path.endswith(".gguf"):
-        if lora.rank:
-            refuse_gguf_base(path)
-        path, source = str(Path(path).parent), {"gguf_file": Path(path).name}
-    elif (Path(path) / CONFIG_FILE).is_file():
+    path, adapter = settings.path, None
+    if (Path(path) / CONFIG_FILE).is_file():
         adapter = read_adapter(path)
         path = adapter.base
     else:
         check_folder(path)
     with naming_model(settings.path):
         config = AutoConfig.from_pretrained(
-            path, trust_remote_code=settings.trust_remote_code, **source, **arguments
+            path, trust_remote_code=settings.trust_remote_code, **arguments
         )
         auto_class = class_for(auto_class, config, settings.path)
         model = with_attention(

@@ -145,6 +145,11 @@ def dtype_of(settings: ModelSettings) -> torch.dtype:
 def check_folder(path: str) -> None:
     """Refuse a path that holds no model. transformers would take a missing folder for a hub id."""
     folder = Path(path)
+    if folder.suffix == ".gguf":
+        raise ValueError(
+            f"{path} is a GGUF file, which no stage reads; convert it with `python -m data.smollm2 "
+            f"--gguf {path} --base_dir FOLDER`, and give FOLDER"
+        )
     if folder.exists() and not any(
         (folder / name).exists() for name in ("config.json", CONFIG_FILE)
     ):

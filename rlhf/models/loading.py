@@ -1,7 +1,7 @@
 """Loads policies (causal LMs) and scalar models, with or without an adapter."""
 
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 from transformers import (
@@ -22,7 +22,7 @@ from rlhf.models.adapters import (
     new_adapter,
 )
 from rlhf.models.architectures import check_causal
-from rlhf.models.full import disable_dropout, dtype_of, load_full, naming_model, refuse_no_head
+from rlhf.models.full import disable_dropout, load_full, naming_model, refuse_no_head
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
 from rlhf.models.shared_bases import SharedBases
@@ -46,13 +46,6 @@ def load_policy(
             weights than in its training, or `lora` asks for another adapter.
         OSError: The folder or the hub id cannot be read.
     """
-    if settings.path.endswith(".gguf"):
-        from rlhf.models.gguf import load_gguf
-
-        if lora.rank:
-            refuse_gguf_base(settings.path)
-        model, _ = load_gguf(settings.path, dtype=dtype_of(settings))
-        return disable_dropout(model)
     adapter = find_adapter(settings.path)
     if adapter is not None and adapter.has_head:
         raise ValueError(
@@ -108,11 +101,6 @@ def load_scalar(
             load_policy.
     """
     path = settings.path
-    if path.endswith(".gguf"):
-        raise ValueError(
-            f"{path}: a scalar model starts from a model folder; convert the GGUF file first with "
-            "rlhf.models.saving.save_policy, as data/smollm2.py does"
-        )
     adapter = find_adapter(path)
     if adapter is not None and not (adapter.has_head or new_head):
         refuse_no_head(path)
@@ -172,10 +160,3 @@ def _adapt(
             merge_adapter(model)
     if is_shared and not lora.rank:
         model.requires_grad_(False)
-
-
-def refuse_gguf_base(path: str) -> NoReturn:
-    raise ValueError(
-        f"{path}: an adapter's base is a model folder; convert the GGUF file first with "
-        "rlhf.models.saving.save_policy, as data/smollm2.py does, or give lora.rank 0"
-    )

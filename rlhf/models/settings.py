@@ -13,7 +13,7 @@ class ModelSettings:
     """Which model to load and how to hold it."""
 
     path: str
-    """Model: a local folder, a hub id, or a .gguf file."""
+    """Model: a local folder or a hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights. Keep float32 for a model that is trained: at the learning rates of RLHF,
     bfloat16 weights hardly move."""
@@ -24,7 +24,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         if not self.path.strip():
-            raise ValueError("path is empty; give a model folder, a hub id or a .gguf file")
+            raise ValueError("path is empty; give a model folder or a hub id")
 
 
 @dataclass(frozen=True, kw_only=True)

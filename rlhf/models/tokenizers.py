@@ -1,7 +1,6 @@
 """Loads a model's tokenizer, with a chat template, a pad token and all declared end tokens."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -14,12 +13,7 @@ from rlhf.models.settings import ModelSettings
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder, hub id or GGUF file. Add missing template and pad."""
-    if path.endswith(".gguf"):
-        file = Path(path)
-        return add_missing_parts(
-            AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        )
+    """Load the tokenizer of a model folder or hub id. Add missing template and pad."""
     check_folder(path)
     with naming_model(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -27,15 +21,13 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 def load_chat(settings: ModelSettings) -> Chat:
-    """Load the rendering of a model folder, hub id or GGUF file, with all declared end tokens."""
+    """Load the rendering of a model folder or hub id, with all declared end tokens."""
     tokenizer = load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
     return Chat(tokenizer, _declared_ends(settings.path, tokenizer))
 
 
 def _declared_ends(path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the end tokens in a model's generation_config.json; none if there is no such file."""
-    if path.endswith(".gguf"):
-        return []
     adapter = find_adapter(path)
     for place in [path] if adapter is None else [path, adapter.base]:
         try:

@@ -4,8 +4,9 @@ program.py             how every program starts; turns a user's errors into one 
 settings.py            one loader of settings for all programs
 run.py                 a run: what it reads, measures and writes
 lineage.py             where inputs come from: hashes, commit, versions
+code.py                which code makes a run's results
 files.py               JSON of what runs measure, and hashes of files
-folder.py              who owns an output folder, and what may be replaced in it
+folder.py              who owns an output folder, what may be replaced in it, whether it is current
 checkpoints.py         when checkpoints are written, and how a run resumes from one
 checkpoint_files.py    a training state as files: whole and unaltered, or refused
 stateful.py            what a run carries from step to step

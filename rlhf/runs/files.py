@@ -3,17 +3,52 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.inputs.whole_files import write_text
+
+_COARSEST_TICK_NS = 2_000_000_000
+"""FAT keeps times to two seconds; other file systems keep them more finely."""
 
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class FileHashes:
+    """Hashes files, but does not read one again whose size and time of change are as recorded.
+
+    Args:
+        known: What an earlier object recorded.
+    """
+
+    def __init__(self, known: Mapping[str, Sequence[Any]] | None = None) -> None:
+        self._known = known or {}
+        self.recorded: dict[str, list[Any]] = {}
+        """Maps the absolute path of each file to [size in bytes, time in ns, SHA-256]."""
+
+    def of(self, path: Path) -> str:
+        """Return the SHA-256 of a file."""
+        status = path.stat()
+        size, changed = status.st_size, status.st_mtime_ns
+        place = os.path.abspath(path)
+        known_size, known_time, known = self._known.get(place, (None, None, ""))
+        digest = known if (known_size, known_time) == (size, changed) else sha256_of(path)
+        # A file may change again within one tick of a file system's clock, and keep its time.
+        if time.time_ns() - changed > _COARSEST_TICK_NS:
+            self.recorded[place] = [size, changed, digest]
+        return digest
+
+    def of_all(self, place: Path) -> dict[str, str]:
+        """Return the SHA-256 of a file, or of all files below a folder, by their names in it."""
+        files = sorted(one for one in place.rglob("*") if one.is_file()) or [place]
+        return {file.relative_to(place).as_posix(): self.of(file) for file in files}
 
 
 def plain_values(value: Any) -> Any:

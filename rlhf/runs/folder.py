@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from rlhf.inputs.whole_files import write_text
+from rlhf.runs.files import FileHashes
 
 try:
     import fcntl
@@ -68,7 +69,7 @@ MODEL_FILES = (
 )
 """Names and patterns of the files that saving a model and its tokenizer writes."""
 
-UNIMPORTANT = ("output_dir", "overwrite", "checkpoint_every", "trackers")
+UNIMPORTANT = ("output_dir", "run_dir", "overwrite", "force", "checkpoint_every", "trackers")
 """Settings that do not change what a run computes."""
 MAX_SHOWN = 5
 """The most differences, or files, that an error message lists."""
@@ -91,6 +92,17 @@ class Mark:
     """The program's settings. None means that it has not begun to write."""
     inputs: dict[str, Any] = field(default_factory=dict)
     """Maps the name of each input to its content (see `content_of`)."""
+    code: dict[str, str] = field(default_factory=dict)
+    """Hashes of the code (see `rlhf.runs.code.code_of`). Marks of earlier versions have none."""
+    hashed: dict[str, list[Any]] = field(default_factory=dict)
+    """The input files (see `rlhf.runs.files.FileHashes`)."""
+
+
+class UpToDate(Exception):
+    """The output folder holds what the program would make. Its text says so to the user.
+
+    `folders_given_back` prints it and ends the program. It is empty in all processes but the first.
+    """
 
 
 @dataclass
@@ -105,15 +117,42 @@ class OutputFolder:
     _new_folders: list[Path]
     is_other: bool = False
     """Whether the folder holds a run of other settings, other inputs or another program."""
+    outdated: str = ""
+    """Why the finished run in the folder is not what the program would make. Empty if there is none
+    or it is."""
     _settings: dict[str, Any] = field(default_factory=dict)
     _inputs: dict[str, Any] = field(default_factory=dict)
+    _code: dict[str, str] = field(default_factory=dict)
+    _hashed: dict[str, list[Any]] = field(default_factory=dict)
     _begun: bool = False
+
+    @property
+    def code(self) -> dict[str, str]:
+        """Hashes of the code that `compare` was told about."""
+        return self._code
+
+    @property
+    def known_hashes(self) -> dict[str, list[Any]]:
+        """The input files of the finished run in the folder, for `FileHashes`. They serve to find
+        out whether that run is current; a new run hashes its inputs in full."""
+        return self._found.hashed if self._found is not None and self._is_finished else {}
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the folder holds the finished run that `compare` was told about."""
+        return self._is_finished and self._found is not None and not self.outdated
+
+    @property
+    def _is_finished(self) -> bool:
+        return (self.path / RESULTS).is_file()
 
     def compare(
         self,
         settings: Mapping[str, Any],
         inputs: Mapping[str, Any],
         *,
+        code: Mapping[str, str],
+        hashed: Mapping[str, list[Any]],
         overwrite: bool,
         has_checkpoint: bool = False,
     ) -> None:
@@ -121,6 +160,8 @@ class OutputFolder:
 
         Args:
             inputs: Maps the name of each input to its content (see `content_of`).
+            code: Hashes of the code (see `rlhf.runs.code.code_of`).
+            hashed: The input files, as FileHashes recorded them.
             overwrite: Whether the results of other settings may be replaced.
             has_checkpoint: Whether the folder holds a checkpoint. If so nothing is refused here,
                 because the checkpoint says more about what differs (`rlhf.runs.checkpoints`).
@@ -130,23 +171,33 @@ class OutputFolder:
         """
         important = {name: one for name, one in settings.items() if name not in UNIMPORTANT}
         self._settings, self._inputs = _as_read(important), _as_read(inputs)
+        self._code, self._hashed = dict(code), dict(hashed)
+        self.outdated = ""
         found = self._found
         if found is None or found.settings is None:
             return
         if found.program != self.program:
-            self.is_other = True
+            self.is_other, self.outdated = True, f"it was of {found.program}"
             return
         then = {"settings": found.settings, "inputs": found.inputs}
         differences = differing(then, {"settings": self._settings, "inputs": self._inputs})
         shown = list(islice(differences, MAX_SHOWN))
         self.is_other = bool(shown)
         if shown and not overwrite and not has_checkpoint:
-            state = "finished" if (self.path / RESULTS).is_file() else "unfinished"
+            state = "finished" if self._is_finished else "unfinished"
             raise ValueError(
                 f"output_dir {self.path} holds the {state} run of other settings: "
                 f"{'; '.join(shown)}; give another output_dir, or --overwrite to replace what that "
                 "run wrote"
             )
+        self.outdated = "; ".join(shown) or self._why_remade(found)
+
+    def _why_remade(self, found: Mark) -> str:
+        """Say why a run of the same settings and inputs is not current; empty if it is."""
+        if found.code != self._code:
+            return "the code is another"
+        lost = [name for name in found.files if not (self.path / name).exists()]
+        return f"{_shown(lost)} is gone" if lost else ""
 
     def begin(self, replaced: Iterable[str] = ()) -> None:
         """Start writing to the folder: remove what is to be replaced and write the mark.
@@ -197,6 +248,8 @@ class OutputFolder:
             files=tuple(files),
             settings=self._settings if self._begun else None,
             inputs=self._inputs if self._begun else {},
+            code=self._code if self._begun else {},
+            hashed=self._hashed if self._begun else {},
         )
         text = json.dumps({"format": FORMAT, **asdict(mark)}, ensure_ascii=False, indent=1) + "\n"
         write_text(self.path / MARK, text)
@@ -210,7 +263,19 @@ _taken: dict[Path, OutputFolder] = {}
 def folders_given_back() -> Iterator[None]:
     """Give back, at the end of the block or decorated function, all folders taken in it.
 
-    An error gives them back too."""
+    An error gives them back too. If the run in the folder is up to date, that is printed, and the
+    block ends there without an error.
+    """
+    try:
+        with _given_back():
+            yield
+    except UpToDate as answer:
+        if str(answer):
+            print(answer, flush=True)
+
+
+@contextmanager
+def _given_back() -> Iterator[None]:
     before = set(_taken)
     try:
         yield
@@ -274,21 +339,48 @@ def writing(
     files: Sequence[str],
     settings: Mapping[str, Any],
     inputs: Mapping[str, str | Path] | None = None,
+    code: Mapping[str, str],
     overwrite: bool,
+    force: bool,
 ) -> Iterator[OutputFolder]:
     """Take a folder for a program that is not a run of a stage.
 
     Inside the block the program calls `begin` before it writes and `finish` at the end. The
-    arguments are those of `take_folder`.
+    arguments are those of `take_folder` and `OutputFolder.compare`. All files below an input count.
+
+    Args:
+        force: Whether to run even if the folder is up to date.
 
     Raises:
         ValueError: As refuse_inputs_inside, take_folder and OutputFolder.compare.
+        UpToDate: The folder holds what the program would make.
     """
-    refuse_inputs_inside(output_dir, inputs or {}, files=files)
-    with folders_given_back():
+    places = {name: Path(place) for name, place in (inputs or {}).items()}
+    refuse_inputs_inside(output_dir, places, files=files)
+    with _given_back():
         folder = take_folder(output_dir, program=program, files=files, overwrite=overwrite)
-        folder.compare(settings, {}, overwrite=overwrite)
+        for known in (folder.known_hashes, {}):  # in full, unless the short way finds it up to date
+            hashes = FileHashes(known)
+            contents = {
+                name: hashes.of_all(place) for name, place in places.items() if place.exists()
+            }
+            folder.compare(
+                settings, contents, code=code, hashed=hashes.recorded, overwrite=overwrite
+            )
+            if folder.is_current and not force:
+                raise UpToDate(up_to_date(program, folder.path))
+            if not known:
+                break
         yield folder
+
+
+def up_to_date(program: str, folder: Path) -> str:
+    """Say that the finished run in a folder is what the program would make."""
+    made = time.localtime((folder / RESULTS).stat().st_mtime)
+    return (
+        f"{program}: up to date: {folder} (made {time.strftime('%Y-%m-%d %H:%M', made)}); --force "
+        "runs it anyway"
+    )
 
 
 @contextmanager

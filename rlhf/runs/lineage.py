@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rlhf.runs.files import sha256_of
+from rlhf.runs.files import FileHashes, sha256_of
 from rlhf.runs.folder import (
     LINEAGE,
     METRICS,
@@ -46,7 +46,7 @@ def check_input(stage: str, name: str, path: str) -> None:
         )
 
 
-def describe_input(path: str) -> dict[str, Any]:
+def describe_input(path: str, hashes: FileHashes) -> dict[str, Any]:
     """Describe an input: SHA-256 of its files, and the results of the run that made it."""
     place = Path(path)
     if not place.exists():
@@ -55,7 +55,7 @@ def describe_input(path: str) -> dict[str, Any]:
     files = sorted(_hashed_files(place)) if place.is_dir() else [place]
     described: dict[str, Any] = {
         "path": path,
-        "sha256": {file.name: sha256_of(file) for file in files},
+        "sha256": {file.name: hashes.of(file) for file in files},
     }
     if (folder / BASE_FILE).is_file():
         described["base"] = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))

@@ -25,7 +25,8 @@ from typing import Any, Protocol
 import yaml
 
 from rlhf.inputs.whole_files import sync_to_disk, write_text
-from rlhf.runs.files import plain_values, to_json, write_json
+from rlhf.runs.code import code_of
+from rlhf.runs.files import FileHashes, plain_values, to_json, write_json
 from rlhf.runs.folder import (
     CONFIG,
     LINEAGE,
@@ -33,14 +34,17 @@ from rlhf.runs.folder import (
     RESULTS,
     SAMPLES,
     OutputFolder,
+    UpToDate,
     contents_of,
     flat_settings,
     refuse_inputs_inside,
     take_folder,
+    up_to_date,
 )
 from rlhf.runs.lineage import BASE_FILE, check_input, commit, describe_input, versions
 from rlhf.runs.settings import settings_in_force
 from rlhf.runs.trackers import TRACKERS, Tracker, Trackers, check_trackers
+from rlhf.training.processes import from_first_process
 
 CHECKPOINTS = "checkpoints"
 
@@ -193,20 +197,25 @@ def open_run(
     inputs: Mapping[str, str | Path],
     files: Sequence[str] = (),
     is_shared: bool = False,
+    always_runs: bool = False,
 ) -> Run:
     """Print the settings in use and what is read and written; note where the inputs come from.
 
-    This process holds the folder until the run is finished or `folders_given_back` ends.
+    This process holds the folder until the run is finished or `folders_given_back` ends. Several
+    processes must have joined (`start_accelerator`) before they call this.
 
     Args:
-        config: The stage's settings, a dataclass with `output_dir`. Its `trackers` and `overwrite`
-            are used if it has them.
+        config: The stage's settings, a dataclass with `output_dir`. Its `trackers`, `overwrite` and
+            `force` are used if it has them.
         stage: Name of the stage.
         inputs: What is read, by name: files, folders, or hub ids.
         files: Names and patterns of what the stage writes besides what every run writes.
         is_shared: Whether the folder may hold other things, such as the folders of other runs.
+        always_runs: Whether to run even if the folder is up to date, for a stage whose results
+            follow from more than its inputs.
 
     Raises:
+        UpToDate: The folder holds the finished run of these settings, inputs and code.
         FileNotFoundError: An input neither exists nor can be a hub id.
         ValueError: The package of a tracker is not installed, an input lies in the folder to write,
             or the folder does not belong to this run (rlhf.runs.folder).
@@ -221,37 +230,68 @@ def open_run(
     refuse_inputs_inside(output, _with_bases(sources), files=written, is_shared=is_shared)
     run = Run(stage, output, config, {}, started)
     if _is_first_process():
-        _announce(stage, config, sources, output)
-        overwrite = _may_overwrite(config)
         folder = take_folder(
-            output, program=stage, files=written, overwrite=overwrite, is_shared=is_shared
-        )
-        described = {name: describe_input(path) for name, path in sources.items()}
-        folder.compare(
-            _lasting_settings(config),
-            contents_of(described),
-            overwrite=overwrite,
-            has_checkpoint=_has_checkpoint(output),
+            output,
+            program=stage,
+            files=written,
+            overwrite=_may_overwrite(config),
+            is_shared=is_shared,
         )
         run._folder = folder
+        described = _compare(folder, config, sources, folder.known_hashes)
+    is_current = run._folder is not None and run._folder.is_current
+    if from_first_process(is_current and not (_is_forced(config) or always_runs)):
+        raise UpToDate(up_to_date(stage, output) if _is_first_process() else "")
+    if run._folder is not None:
+        if run._folder.known_hashes:  # the record of a new run must not rest on sizes and times
+            described = _compare(run._folder, config, sources, {})
+        _announce(stage, config, sources, output)
+        if run._folder.outdated:
+            print(f"{stage}: replaces the run in {output}: {run._folder.outdated}", flush=True)
         run._lineage = {
             "stage": stage,
             "inputs": described,
             "commit": commit(),
+            "code": run._folder.code,
             "versions": versions(),
         }
     return run
+
+
+def _compare(
+    folder: OutputFolder,
+    config: RunSettings,
+    sources: Mapping[str, str],
+    known: Mapping[str, Sequence[Any]],
+) -> dict[str, Any]:
+    """Compare the run with the one in the folder; return the descriptions of its inputs."""
+    hashes = FileHashes(known)
+    described = {name: describe_input(path, hashes) for name, path in sources.items()}
+    settings = _lasting_settings(config)
+    folder.compare(
+        settings,
+        contents_of(described),
+        code=code_of(config, settings),
+        hashed=hashes.recorded,
+        overwrite=_may_overwrite(config),
+        has_checkpoint=_has_checkpoint(folder.path),
+    )
+    return described
 
 
 def _may_overwrite(config: RunSettings) -> bool:
     return getattr(config, "overwrite", False)
 
 
+def _is_forced(config: RunSettings) -> bool:
+    return getattr(config, "force", False)
+
+
 def _lasting_settings(config: RunSettings) -> dict[str, Any]:
-    """Leave out `overwrite`: whoever reads config.yaml for another run has not asked for it."""
+    """Leave out `overwrite` and `force`: who reads config.yaml for another run did not ask for
+    them."""
     settings = settings_in_force(config)
-    settings.pop("overwrite", None)
-    return settings
+    return {name: one for name, one in settings.items() if name not in ("overwrite", "force")}
 
 
 def _with_bases(sources: Mapping[str, str]) -> dict[str, str]:

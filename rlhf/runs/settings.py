@@ -38,13 +38,28 @@ class ConfigError(ValueError):
     """Settings that cannot be used. The message names the key, the value and the remedy."""
 
 
+RUN_DIR = "${run_dir}"
+"""What stands for the setting run_dir at the beginning of a path."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class MayOverwrite(Ranged):
+class FolderSettings(Ranged):
     """Settings of a program that writes a folder."""
 
     overwrite: bool = False
     """Replace what a run of other settings, or other data, left in the output folder. Files that no
     program of this project wrote always stay."""
+    force: bool = False
+    """Run even if the output folder holds the finished run of these settings, data and code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(FolderSettings):
+    """Settings that every stage has."""
+
+    run_dir: str | None = None
+    """Folder of the stages' folders. Other settings name it as ${run_dir}: ${run_dir}/sft is the
+    folder sft in it."""
 
 
 def load_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
@@ -80,7 +95,7 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
     except ArgumentError as error:
         raise ConfigError(_explain(str(error), config_class)) from error
     values.pop("config")
-    values = _at_home(values)
+    values = _with_whole_paths(values)
     _check_sections(config_class, values)
     return config_class(**vars(parser.instantiate(values)))
 
@@ -115,19 +130,33 @@ def keys_of(config_class: type) -> list[str]:
     return keys
 
 
-def _at_home(value: Any, key: str = "") -> Any:
-    """Replace a leading `~` in every text of the settings by the home folder.
+def _with_whole_paths(values: Namespace) -> Namespace:
+    """Replace a leading `~`, and a leading `${run_dir}`, in every text of the settings.
 
-    Only paths begin with `~`; no other setting does."""
-    if isinstance(value, str):
-        return _home_path(value, key)
-    if isinstance(value, Namespace):
-        return Namespace(**_at_home(vars(value), key))
-    if isinstance(value, dict):
-        return {name: _at_home(one, f"{key}.{name}".lstrip(".")) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_at_home(one, key) for one in value)
-    return value
+    Only paths begin so; no other setting does."""
+    given = vars(values).get("run_dir")
+    run_dir = None if given is None else _home_path(given, "run_dir")
+
+    def whole(value: Any, key: str) -> Any:
+        if isinstance(value, str):
+            return _home_path(_below_run_dir(value, key, run_dir), key)
+        if isinstance(value, Namespace):
+            return Namespace(**whole(vars(value), key))
+        if isinstance(value, dict):
+            return {name: whole(one, f"{key}.{name}".lstrip(".")) for name, one in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(whole(one, key) for one in value)
+        return value
+
+    return whole(values, "")
+
+
+def _below_run_dir(path: str, key: str, run_dir: str | None) -> str:
+    if not path.startswith(RUN_DIR):
+        return path
+    if run_dir is None:
+        raise ConfigError(f"{key} is {path}, and run_dir is not set; give --run_dir FOLDER")
+    return run_dir + path.removeprefix(RUN_DIR)
 
 
 def _home_path(path: str, key: str) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, is_initialized
@@ -15,6 +16,7 @@ from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedType,
     InitProcessGroupKwargs,
+    broadcast_object_list,
     is_deepspeed_available,
     str_to_bool,
 )
@@ -48,6 +50,7 @@ def start_accelerator() -> Accelerator:
             "the launcher asked for DeepSpeed, which is not installed: pip install deepspeed, or "
             "take a launcher file without it, such as configs/accelerate/multi_gpu.yaml"
         )
+    use_share_of_cores()
     on_cpu = not torch.accelerator.is_available()
     if deepspeed and on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -66,6 +69,36 @@ def start_accelerator() -> Accelerator:
     check_launch(accelerator)
     load_models_whole()
     return accelerator
+
+
+def use_share_of_cores() -> None:
+    """Give torch this process's share of the cores as threads, unless OMP_NUM_THREADS was given."""
+    if not _are_threads_given():
+        num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, _num_cores() // num_processes))
+
+
+def _num_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _are_threads_given() -> bool:
+    """Return whether the user set OMP_NUM_THREADS.
+
+    The launchers of accelerate and torch set it to 1 where the user did not. What the user set is
+    in the environment that the launcher itself was started with.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        return False
+    if not {"ACCELERATE_MIXED_PRECISION", "LOCAL_RANK"} & set(os.environ):
+        return True
+    try:
+        return "OMP_NUM_THREADS" in psutil.Process(os.getppid()).environ()
+    except psutil.Error:
+        return True
 
 
 def check_launch(accelerator: Accelerator) -> None:
@@ -182,6 +215,16 @@ def max_over_processes(accelerator: Accelerator, value: Number) -> Number:
         return value
     gathered = accelerator.gather(torch.tensor([value], device=accelerator.device))
     return gathered.max().item()
+
+
+def from_first_process(value: bool) -> bool:
+    """Return the first process's value in all processes. They must have joined."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return value
+    assert is_initialized(), "start_accelerator comes first"
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
 
 
 def own_share(accelerator: Accelerator, rows: Sequence[Row]) -> list[Row]:

@@ -35,8 +35,8 @@ def collect(config: Config) -> None:
         "prompts": config.prompts,
         "labelers": config.labelers_path,
     }
-    run = open_run(config, stage="collect", inputs=inputs, files=FILES)
     accelerator = start_accelerator()
+    run = open_run(config, stage="collect", inputs=inputs, files=FILES)
     labelers = load_labelers(config)
     chat = load_chat(config.model)
     prompts = read_records(config.prompts, Prompt, limit=config.num_prompts)

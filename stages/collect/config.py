@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.ranges import Positive, PositiveInt, Share, TwoOrMore
 from rlhf.models.settings import ModelSettings
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import StageSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(StageSettings):
     """Sample responses from a policy and have labelers rank them.
 
     The defaults are InstructGPT's: K = 4 to 9 responses a prompt at temperature 1

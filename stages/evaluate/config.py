@@ -7,7 +7,7 @@ from typing import Literal
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.ranges import NotNegativeInt, Positive, PositiveInt, TwoOrMore
 from rlhf.models.settings import Attention
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import StageSettings
 
 RESERVED = ("baseline", "judge", "judges", "policies", "prompts", "seconds", "speed", "warnings")
 """Keys of results.json that no policy and no report may use as a name."""
@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z][\w-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(StageSettings):
     """Measure policies on the same held-out prompts, with the same seed."""
 
     policies: dict[str, str]

@@ -28,7 +28,7 @@ from rlhf.rewards.load import load_judge
 from rlhf.rewards.models import measured_dtype
 from rlhf.rewards.rendering import same_rendering
 from rlhf.rewards.scores import Reward
-from rlhf.runs.folder import RESULTS, folders_given_back
+from rlhf.runs.folder import METRICS, RESULTS, folders_given_back
 from rlhf.runs.run import open_run
 from rlhf.training.processes import start_accelerator
 from stages.evaluate.config import GOLD, REWARD_MODEL, Config
@@ -99,6 +99,8 @@ class Marks:
 def evaluate(config: Config) -> None:
     """Measure every policy, write results.json, samples and curves, and print the table."""
     accelerator = start_accelerator()
+    files = (SAMPLES_SHOWN, CURVES)
+    run = open_run(config, stage="evaluate", inputs=_inputs(config), files=files, is_shared=True)
     if not accelerator.is_main_process:
         return
     if accelerator.num_processes > 1:  # happens when all stages get the same launcher file
@@ -107,8 +109,6 @@ def evaluate(config: Config) -> None:
             "others are done; start one only to save them",
             flush=True,
         )
-    files = (SAMPLES_SHOWN, CURVES)
-    run = open_run(config, stage="evaluate", inputs=_inputs(config), files=files, is_shared=True)
     reports = {name: _read_report(folder) for name, folder in config.reports.items()}
     exam = _prepare(config, accelerator.device)
     marks = _examine(config, exam, accelerator.device)
@@ -159,7 +159,7 @@ def evaluate(config: Config) -> None:
 
 
 def _inputs(config: Config) -> dict[str, str]:
-    """Return the inputs that must exist."""
+    """Return the inputs that must exist, and the files of other runs whose figures are shown."""
     optional = {
         "reward_model": config.reward_model,
         "gold_path": config.gold_path,
@@ -172,6 +172,13 @@ def _inputs(config: Config) -> dict[str, str]:
         **{name: path for name, path in optional.items() if path is not None},
         **{f"judges.{n}": judge for n, judge in config.judges.items() if not _is_function(judge)},
         **{f"reports.{name}": path for name, path in config.reports.items()},
+        **{
+            f"{section}.{name}.{file}": str(Path(folder) / file)
+            for section in ("reports", "stages")
+            for name, folder in getattr(config, section).items()
+            for file in (RESULTS, METRICS)
+            if (Path(folder) / file).is_file()
+        },
     }
 
 

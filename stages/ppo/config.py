@@ -17,7 +17,7 @@ from rlhf.inputs.ranges import (
 )
 from rlhf.models.settings import LoraSettings, ModelSettings
 from rlhf.rewards.settings import RewardSettings
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import StageSettings
 from rlhf.runs.trackers import Tracker
 from rlhf.training.settings import OptimSettings
 
@@ -139,7 +139,7 @@ class MonitorSettings(Ranged):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(StageSettings):
     """PPO and PPO-ptx: train a policy to score higher on a reward while it stays near a reference
     policy."""
 

@@ -35,9 +35,8 @@ SAMPLER_NOISE = 2.0
 """Multiple of TOKEN_NOISE allowed between the sampler, which goes token by token over its cache,
 and one packed pass. SmolLM2-135M reaches 2.5e-5 nats in float32 and 0.23 nats in bfloat16 on some
 hundred tokens."""
-ENGINE_NOISE = {"hf": 0.0, "continuous": 0.0, "auto": 0.0, "vllm": 0.5}
-"""Nats that the kernels of a generation engine may add. All engines but vLLM run the trainer's own
-model."""
+ENGINE_NOISE = {"hf": 0.0, "vllm": 0.5}
+"""Nats that the kernels of a generation engine may add. hf runs the trainer's own model."""
 NUM_ERRORS = 4.0
 """A mean KL this many standard errors below 0 is not negative by chance."""
 SAMPLER_ERRORS = 6.0

@@ -14,7 +14,6 @@ from accelerate.utils import DistributedType, set_seed
 from torch import nn
 from tqdm import tqdm
 
-from rlhf.generation.auto import FastestEngine
 from rlhf.generation.engines import make_engine
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import read_records
@@ -113,8 +112,6 @@ def train(config: Config) -> None:
         "speed": Fields(speed, "totals"),
     }
     own: dict[str, Stateful] = {"generators": Generators(sampling=sampling, shuffling=shuffling)}
-    if isinstance(sampler.engine, FastestEngine):  # a new timing might choose another engine
-        own["engine"] = sampler.engine
     checkpoints.restore(parts | learner.parts(), own)
     first = 0 if checkpoints.step is None else checkpoints.step + 1
     watch.take()  # discard the seconds before the first update
@@ -426,7 +423,7 @@ def _answer(
 def load_models(
     config: Config, chat: Chat, accelerator: Accelerator, watch: Stopwatch
 ) -> tuple[Learner, Sampler]:
-    engine = make_engine(config.generation, accelerator.print)
+    engine = make_engine(config.generation)
     bases = _shared_bases(config, accelerator)
     policy = load_policy(config.policy, config.lora, bases)
     check_vocabulary(policy, chat, config.policy.path)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf.inputs.ranges import PositiveInt
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import StageSettings
 from rlhf.runs.trackers import Tracker
 from rlhf.training.settings import OptimSettings
 
@@ -49,7 +49,7 @@ class ArchitectureSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(StageSettings):
     """Train a tokenizer and a small causal language model on plain text."""
 
     text_path: str

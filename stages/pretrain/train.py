@@ -33,8 +33,8 @@ def pretrain(config: Config) -> None:
     inputs = {"text": config.text_path, "text_held_out": config.text_held_out_path}
     if config.facts_path is not None:
         inputs["facts"] = config.facts_path
-    run = open_run(config, stage="pretrain", inputs=inputs, files=MODEL_FILES)
     accelerator = start_accelerator()
+    run = open_run(config, stage="pretrain", inputs=inputs, files=MODEL_FILES)
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     texts = _read_texts(config.text_path)
     probes = [] if config.facts_path is None else read_records(config.facts_path, Prompt)

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 from rlhf.inputs.ranges import NotNegative, PositiveInt, Share, ShareBetween, TwoOrMore
 from rlhf.models.settings import LoraSettings, ModelSettings
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import StageSettings
 from rlhf.runs.trackers import Tracker
 from rlhf.training.settings import OptimSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(StageSettings):
     """Reward model: learn from rankings which response to a prompt people prefer."""
 
     output_dir: str

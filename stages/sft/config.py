@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.ranges import NotNegative, PositiveInt, Range, Share, ShareBetween, TwoOrMore
 from rlhf.models.settings import LoraSettings, ModelSettings
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import StageSettings
 from rlhf.runs.trackers import Tracker
 from rlhf.training.settings import OptimSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(StageSettings):
     """Fine-tune a base model on demonstrations.
 
     Defaults that do not depend on the model's size are those of InstructGPT's PPO initialisation

@@ -34,8 +34,8 @@ from stages.sft.trainer import Metrics, figures_line, fit
 @folders_given_back()
 def train(config: Config) -> None:
     """Fine-tune a policy on demonstrations and write its folder."""
-    run = open_run(config, stage="sft", inputs=_inputs(config), files=MODEL_FILES)
     accelerator = start_accelerator()
+    run = open_run(config, stage="sft", inputs=_inputs(config), files=MODEL_FILES)
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     chat = load_chat(config.model)
     rows = load_rows(config, chat)

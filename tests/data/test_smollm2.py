@@ -10,6 +10,7 @@ from data.smollm2 import PACKAGE, Smollm2Config, find_gguf, prepare, write_base
 from rlhf.inputs.files import read_records
 from rlhf.inputs.records import Demonstration, Prompt, Ranking, Text
 
+BASE = Smollm2Config(base_dir="unused")
 QUESTIONS = [f"What is {i} times {i}?" for i in range(40)]
 
 
@@ -112,14 +113,14 @@ def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
 def test_a_folder_that_is_no_model_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match=r"holds thesis\.txt, which this program did not"):
-        write_base(tmp_path / "none.gguf", tmp_path)
+        write_base(BASE, tmp_path / "none.gguf", tmp_path)
     assert (tmp_path / "thesis.txt").exists()
 
 
 def test_a_file_that_is_no_gguf_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGML????")
     with pytest.raises(ValueError, match="is no GGUF file"):
-        write_base(tmp_path / "x.gguf", tmp_path / "base")
+        write_base(BASE, tmp_path / "x.gguf", tmp_path / "base")
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 
 

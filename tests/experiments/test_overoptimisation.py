@@ -220,6 +220,7 @@ def test_both_reward_models_are_measured_on_prompts_that_neither_saw(pipeline: s
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_program_from_rankings_to_fits(pipeline: str) -> None:
     study(config_of(pipeline))
     folder = Path(pipeline) / "overoptimisation"

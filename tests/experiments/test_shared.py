@@ -1,44 +1,10 @@
-"""Runs that are made once, and figures over seeds."""
+"""Figures over seeds, as tables show them."""
 
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 
-from experiments.shared import make, markdown_table, mean_cell, over_seeds, values_cell
-from tests.experiments.run_folders import write_run
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Settings of a stage that only writes its folder."""
-
-    output_dir: str
-    """Folder of the run."""
-    rate: float = 0.5
-    """A number."""
-
-
-def test_a_finished_run_is_kept_and_a_missing_or_broken_one_made(tmp_path: Path) -> None:
-    config = Settings(output_dir=str(tmp_path / "run"))
-    made = []
-
-    def stage(config: Settings) -> None:
-        made.append(config)
-        write_run(config, {})
-
-    write_run(config)  # as a run leaves it that was interrupted
-    make(stage, config)
-    make(stage, config)
-    assert made == [config]
-
-
-def test_a_finished_run_of_other_settings_is_neither_taken_nor_overwritten(tmp_path: Path) -> None:
-    config = Settings(output_dir=str(tmp_path / "run"))
-    write_run(config, {})
-    with pytest.raises(ValueError, match=r"run is a finished run .*: rate is 0.5, not 0.25; move"):
-        make(lambda config: pytest.fail("made anew"), replace(config, rate=0.25))
+from experiments.shared import markdown_table, mean_cell, over_seeds, values_cell
 
 
 def test_figures_over_seeds_have_students_interval() -> None:

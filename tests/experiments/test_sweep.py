@@ -76,8 +76,7 @@ def test_only_missing_policies_are_trained(run: str, tmp_path: Path) -> None:
         trained.append(config.output_dir)
         write_run(config, {})
 
-    for _ in range(2):
-        folders = make_policies(config_of(run, tmp_path), run, [], train)
+    folders = make_policies(config_of(run, tmp_path), run, [], train)
     assert trained == [f"{run}/sweep/ptx_27.8", f"{run}/sweep/kl_0"]
     assert folders["sft"] == {"SFT": f"{run}/sft"}
     assert folders["ptx"] == {
@@ -88,7 +87,7 @@ def test_only_missing_policies_are_trained(run: str, tmp_path: Path) -> None:
     assert folders["kl"] == {"0": f"{run}/sweep/kl_0", "0.05": f"{run}/ppo"}
 
 
-def test_policies_are_evaluated_together_and_once(run: str) -> None:
+def test_policies_are_evaluated_together(run: str) -> None:
     evaluated = []
 
     def stage(config: EvaluateConfig) -> None:
@@ -97,8 +96,7 @@ def test_policies_are_evaluated_together_and_once(run: str) -> None:
 
     folders = {"sft": {"SFT": f"{run}/sft"}, "ptx": {"0": f"{run}/ppo", "1": f"{run}/ppo_ptx"}}
     folders["kl"] = {"0.05": f"{run}/ppo"}
-    for _ in range(2):
-        figures = evaluate_policies(run, folders, stage)
+    figures = evaluate_policies(run, folders, stage)
     base = evaluate_config(
         run, reports={}, output_dir=f"{run}/sweep/evaluation", baseline="sft", overwrite=True
     )
@@ -150,11 +148,12 @@ def test_differences_are_between_policies_of_one_seed() -> None:
     assert f"0.05 | {from_sft} |  |  |  |" in differences  # it is plain PPO itself
 
 
-def test_the_program_writes_its_tables_and_its_plot(run: str, tmp_path: Path) -> None:
-    for name, ptx, kl in (("ptx_27.8", 27.8, 0.05), ("kl_0", 0.0, 0.0)):
-        write_run(ppo_config(run, f"sweep/{name}", ptx=ptx, kl=kl), {})
+def test_the_program_writes_its_tables_and_its_plot(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.sweep.train_ppo", lambda config: write_run(config, {}))
+    monkeypatch.setattr("experiments.sweep.evaluate", write_evaluation)
     config = config_of(run, tmp_path)
-    evaluate_policies(run, make_policies(config, run, []), write_evaluation)
     sweep(config)
     results = json.loads((tmp_path / "sweep" / "results.json").read_text(encoding="utf-8"))
     # In the evaluation: sft, then the folders by name.

@@ -224,6 +224,7 @@ def test_objective_is_beta_log_z_minus_beta_kl_to_the_optimum_for_any_policy():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ppo_reaches_the_optimum():
     """KL(pi, pi*) falls from 2.7 and more to about 2e-4, the mean of three seeds.
 
@@ -241,6 +242,7 @@ def test_ppo_reaches_the_optimum():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ppo_ptx_reaches_the_stationary_point_of_the_summed_objective():
     task = Task(0)
     coef, document = 0.2, (2, 3)

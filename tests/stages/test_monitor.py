@@ -63,9 +63,7 @@ def break_from(update: int, function: Callable, broken: Callable) -> Callable:
     return lambda *args, **kwargs: (function if next(calls) < update else broken)(*args, **kwargs)
 
 
-@pytest.mark.parametrize("engine", ["hf", "continuous"])
-def test_a_healthy_run_raises_no_alarm(engine: str, config: Config, capsys):
-    config = replace(config, generation=GenerationSettings(engine=engine))
+def test_a_healthy_run_raises_no_alarm(config: Config, capsys):
     assert alarms_of(config) == {}
     assert "warning" not in capsys.readouterr().out
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import rlhf.runs.stopwatch
 import rlhf.runs.trackers  # else first imported by a doctor from whom packages are hidden
@@ -41,8 +42,10 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def declare(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     """The base needs these packages and no other: those would be imported while some are hidden."""
-    declared = {**doctor._declared(), "dependencies": lines}
-    monkeypatch.setattr(doctor, "_declared", lambda: declared)
+    declared = doctor._declared
+    monkeypatch.setattr(
+        doctor, "_declared", lambda extra: declared(extra) if extra else [*map(Requirement, lines)]
+    )
 
 
 @pytest.fixture
@@ -138,14 +141,30 @@ def test_without_torch_the_report_gets_to_its_end(
     assert line_of(lines, "disk").startswith("OK    ")
 
 
-def test_outside_the_source_tree_the_remedy_installs_from_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_what_is_declared_is_read_from_the_installed_package(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor, "PYPROJECT", tmp_path / "pyproject.toml")
+    lines = [
+        "torch<3,>=2.11",
+        'windowed>=1; sys_platform == "win32"',
+        'deepspeed>=0.19; extra == "deepspeed"',
+        'deepspeed>=0.20; sys_platform == "linux" and extra == "dev"',
+    ]
+    monkeypatch.setattr(metadata, "requires", lambda name: lines)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert [str(one) for one in doctor._declared("")] == ["torch<3,>=2.11"]
+    assert [str(one) for one in doctor._declared("deepspeed")] == ["deepspeed>=0.19"]
+    assert doctor._declared("vllm") == []
+
+
+def test_without_an_installed_package_the_remedy_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "PACKAGE", "instruct-rlhf-that-nobody-installed")
     code, lines = report(capsys)
     assert code == 1
-    assert line_of(lines, "base").startswith("FAIL  base: FileNotFoundError: ")
-    assert line_of(lines, "base").endswith("; pip install --editable .")
+    assert line_of(lines, "base").startswith("FAIL  base: PackageNotFoundError: ")
+    assert line_of(lines, "base").endswith("; " + doctor.REINSTALL)
 
 
 def test_packages_that_only_some_settings_need_are_not_failures(

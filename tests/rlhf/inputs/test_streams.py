@@ -18,7 +18,6 @@ SOURCES = [
 STARTS = {"manual_seed", "Random", "default_rng"}
 MAY_START = {
     "rlhf/inputs/streams.py",
-    "rlhf/generation/auto.py",
     # These pass on the seed of a generator that they were given, or one of the caller's.
     "rlhf/generation/hf.py",
     "rlhf/measuring/statistics.py",

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from rlhf.generation.decoder import WAYS, way_for
-from rlhf.generation.engines import generate, make_engine
+from rlhf.generation.engines import generate
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
@@ -115,18 +115,6 @@ def test_no_way_is_taken_that_forgets(monkeypatch: pytest.MonkeyPatch, models) -
     monkeypatch.setattr(type(policy), "forward", sees_padding)
     with pytest.warns(UserWarning, match="one length at a time"):
         assert way_for(other) == BY_LENGTH
-
-
-def test_continuous_batching_refuses_a_recurrent_state(models) -> None:
-    policy = load_policy(ModelSettings(path=models("falcon_h1")))
-    with pytest.raises(ValueError, match=r"continuous.*FalconH1.*give hf"):
-        make_engine(GenerationSettings(engine="continuous")).refresh(policy)
-    lines: list[str] = []
-    engine = make_engine(GenerationSettings(engine="auto"), lines.append)
-    engine.refresh(policy)
-    decoding = Decoding(end_id=1, max_new_tokens=2, temperature=0)
-    assert len(engine.generate(PROMPTS, decoding).responses) == len(PROMPTS)
-    assert "continuous is left out" in lines[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot take the packing mask")

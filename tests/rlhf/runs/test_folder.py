@@ -16,14 +16,14 @@ import pytest
 
 from rlhf.runs.folder import LOCK, MARK, file_held, folders_given_back, take_folder, writing
 from rlhf.runs.run import Run, open_run
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import FolderSettings
 
 ROOT = Path(__file__).parents[3]
 FILES = ("model.safetensors", "shards-*.bin")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(MayOverwrite):
+class Settings(FolderSettings):
     """Settings for these tests."""
 
     output_dir: str
@@ -185,9 +185,9 @@ def test_the_run_of_other_settings_is_replaced_on_request_only(tmp_path: Path) -
 
 def test_the_same_run_may_be_done_anew(tmp_path: Path) -> None:
     finish(tmp_path / "run", source="runs/sft")
-    finish(tmp_path / "run", source="runs/./sft/")
+    finish(tmp_path / "run", source="runs/./sft/", force=True)
     (tmp_path / "run").rename(tmp_path / "moved")
-    finish(tmp_path / "moved", source="runs/sft")
+    finish(tmp_path / "moved", source="runs/sft", force=True)
 
 
 def test_other_inputs_are_another_run(tmp_path: Path) -> None:
@@ -195,7 +195,6 @@ def test_other_inputs_are_another_run(tmp_path: Path) -> None:
     data.write_text('{"text": "a"}')
     run = start(tmp_path / "run", inputs={"data": data})
     run.finish({})
-    start(tmp_path / "run", inputs={"data": data})
     data.write_text('{"text": "b"}')
     refused(tmp_path / "run", "what data names was other data", inputs={"data": data})
     refused(tmp_path / "run", "what more names was other", inputs={"data": data, "more": "a/b"})
@@ -240,7 +239,7 @@ def test_a_shared_folder_holds_other_runs_beside(tmp_path: Path) -> None:
     inputs = {"policy": tmp_path / "all" / "sft"}
     before = snapshot(tmp_path / "all")
     start(tmp_path / "all", "evaluate", inputs).finish({})
-    start(tmp_path / "all", "evaluate", inputs).finish({})
+    start(tmp_path / "all", "evaluate", inputs, force=True).finish({})
     after = snapshot(tmp_path / "all")
     assert {name: after[name] for name in before} == before
     refused(tmp_path / "all", "holds a run of evaluate, and this is sft")
@@ -322,7 +321,7 @@ def test_where_there_are_no_locks_the_number_of_the_process_counts(
     refused(tmp_path / "run", f"on elsewhere.*if that process is gone, delete .*{LOCK}")
     for text in (json.dumps({**holder, "pid": 2**22 + 1}), "", "{"):
         lock.write_text(text)
-        finish(tmp_path / "run")
+        finish(tmp_path / "run", force=True)
 
 
 def test_only_the_first_process_takes_the_folder(
@@ -342,13 +341,14 @@ def test_programs_that_are_no_runs_have_the_same_rules(tmp_path: Path) -> None:
             program="data.x",
             files=["x.txt"],
             settings={"seed": seed},
+            code={},
             overwrite=overwrite,
+            force=False,
         ) as folder:
             folder.begin()
             (folder.path / "x.txt").write_text(str(seed))
             folder.finish()
 
-    write(0)
     write(0)
     (tmp_path / "data" / "mine").touch()
     with pytest.raises(ValueError, match="seed was 0 and is 1"):

@@ -71,7 +71,7 @@ def test_settings_inputs_and_output_are_printed(
 
 def test_unfinished_run_does_not_look_complete(tmp_path: Path) -> None:
     start(tmp_path).finish({"accuracy": 1})
-    run = start(tmp_path)
+    run = start(tmp_path, always_runs=True)
     assert (tmp_path / "results.json").exists()
     run.log(1, {"sft/loss": 1.0})
     assert not (tmp_path / "results.json").exists()
@@ -84,7 +84,7 @@ def test_run_that_fails_on_its_inputs_leaves_the_old_one(tmp_path: Path) -> None
     run.finish({})
     with pytest.raises(FileNotFoundError, match=r"sft reads data from .*absent\.jsonl"):
         start(tmp_path / "old", inputs={"data": tmp_path / "absent.jsonl"})
-    start(tmp_path / "old")
+    start(tmp_path / "old", always_runs=True)
     assert load(tmp_path / "old" / "results.json")
     assert len(rows(tmp_path / "old" / "metrics.jsonl")) == 1
 
@@ -134,6 +134,7 @@ def test_checkpoints_go_when_a_run_is_finished_or_begins_anew(tmp_path: Path) ->
     assert (run.checkpoints / "step-1").exists()
     resumed.finish({})
     assert not run.checkpoints.exists()
+    (tmp_path / "metrics.jsonl").unlink()
     again = start(tmp_path)
     assert again.is_finished
     again.log(1, {"ppo/kl": 0.1})

@@ -11,7 +11,14 @@ import yaml
 
 from rlhf.generation.settings import GenerationSettings
 from rlhf.models.settings import ModelSettings
-from rlhf.runs.settings import ConfigError, MayOverwrite, keys_of, load_config, settings_in_force
+from rlhf.runs.settings import (
+    ConfigError,
+    FolderSettings,
+    StageSettings,
+    keys_of,
+    load_config,
+    settings_in_force,
+)
 from rlhf.training.settings import OptimSettings
 
 
@@ -263,7 +270,7 @@ def test_help_shows_attribute_docstrings(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Paths(MayOverwrite):
+class Paths(FolderSettings):
     """Paths of every shape."""
 
     model: ModelSettings
@@ -315,3 +322,47 @@ def test_a_switch_stands_alone_or_with_its_value(tmp_path: Path) -> None:
         assert load_config(Paths, [*needed, *words]).overwrite == expected
     words = [*needed, "--model.trust_remote_code"]
     assert load_config(Paths, words).model.trust_remote_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfARun(StageSettings):
+    """Settings of a stage."""
+
+    model: ModelSettings
+    """A section with a path."""
+    rankings: list[str] = field(default_factory=list)
+    """Paths."""
+    policies: dict[str, str] = field(default_factory=dict)
+    """Paths by name."""
+    output_dir: str = "${run_dir}"
+    """Folder to write."""
+
+
+def test_settings_name_the_folder_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        "run_dir: runs/tiny\n"
+        "model:\n  path: ${run_dir}/sft\n"
+        'rankings: ["${run_dir}/a.jsonl", b.jsonl]\n'
+        "policies:\n  sft: ${run_dir}/sft\n"
+    )
+    words = ["--config", str(path)]
+    config = load_config(OfARun, words)
+    assert (config.model.path, config.output_dir) == ("runs/tiny/sft", "runs/tiny")
+    assert (config.rankings, config.policies) == (
+        ["runs/tiny/a.jsonl", "b.jsonl"],
+        {"sft": "runs/tiny/sft"},
+    )
+    config = load_config(OfARun, [*words, "--run_dir", "~/x", "--model.path=${run_dir}/y"])
+    assert config.model.path == f"{tmp_path}/x/y"
+    assert config.policies == {"sft": f"{tmp_path}/x/sft"}
+
+
+def test_a_run_that_is_not_named_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^output_dir is \$\{run_dir\}, and run_dir is not set; "
+    ):
+        load_config(OfARun, ["--model.path", "x"])

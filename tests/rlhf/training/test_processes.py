@@ -1,4 +1,4 @@
-"""What transformers' Trainers are told of the launch."""
+"""What a process learns from its launcher, and tells transformers' Trainers."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 import rlhf.training.processes
-from rlhf.training.processes import is_on_cpu, use_accelerator_at_work
+from rlhf.training.processes import is_on_cpu, use_accelerator_at_work, use_share_of_cores
 
 
 def test_one_process_that_sees_several_gpus_takes_one(tmp_path: Path) -> None:
@@ -28,3 +28,33 @@ def test_the_launcher_says_whether_a_trainer_stays_on_the_cpu(
     state = SimpleNamespace(device=torch.device(device))
     monkeypatch.setattr(rlhf.training.processes, "PartialState", lambda: state)
     assert is_on_cpu() == (device == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher", "threads"),
+    [
+        ({}, {}, 6),
+        ({"OMP_NUM_THREADS": "1"}, {}, None),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}, {}, 3),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}, {}, 1),
+        ({"LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "1"}, None),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}, {}, 6),
+    ],
+)
+def test_each_process_has_its_share_of_the_cores(
+    environment: dict[str, str],
+    launcher: dict[str, str],
+    threads: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The launchers set one thread where nobody asked for a number; the user's own number holds."""
+    for name in ("OMP_NUM_THREADS", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr("psutil.Process.environ", lambda _: launcher)
+    use_share_of_cores()
+    assert given == ([] if threads is None else [threads])

@@ -1,5 +1,6 @@
-"""Loads a GGUF file (llama.cpp's format, often quantised) as a model with plain weights."""
+"""Reads a GGUF file (llama.cpp's format, often quantised) as a model with plain weights."""
 
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -25,11 +26,13 @@ def load_gguf(
     weights move into a model made from the same config without the mark.
 
     Raises:
-        ValueError: The file is no GGUF file.
+        ValueError: The file is no GGUF file, or the package gguf is not installed.
         OSError: The file cannot be read.
     """
     file = Path(path)
     _check_magic(file)
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"{file} is read by the package gguf, which is missing: pip install gguf")
     folder, name = str(file.parent), file.name
     tokenizer = add_missing_parts(AutoTokenizer.from_pretrained(folder, gguf_file=name))
     marked = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)

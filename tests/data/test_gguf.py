@@ -1,5 +1,6 @@
 """A tiny Llama is written as GGUF by hand and must come back as the model it was."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -8,9 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from data.gguf import load_gguf
 from rlhf.inputs.chat import Chat
-from rlhf.models.gguf import load_gguf
+from rlhf.models.empty import empty_policy
+from rlhf.models.loading import load_policy, load_scalar
 from rlhf.models.saving import save_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import load_chat
 from tests.rlhf.tiny_models import tiny_policy_of
 
 TOKENS = ["<unk>", "<bos>", "<end>", *"abcdefghij", "ab"]
@@ -142,3 +147,14 @@ def test_a_file_that_is_no_gguf_is_named(tmp_path: Path) -> None:
         load_gguf(tmp_path / "x.gguf")
     with pytest.raises(FileNotFoundError):
         load_gguf(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize("load", [load_policy, load_scalar, load_chat, empty_policy])
+def test_the_loaders_refuse_the_file_and_name_the_command_that_converts(
+    load: Callable[[ModelSettings], object], tmp_path: Path, source: LlamaForCausalLM
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(source, path, gguf.GGMLQuantizationType.F32)
+    command = f"python -m data.smollm2 --gguf {path} --base_dir FOLDER"
+    with pytest.raises(ValueError, match=f"is a GGUF file, .*{command}"):
+        load(ModelSettings(path=str(path)))
