@@ -149,7 +149,7 @@ def test_logprobs_are_those_of_a_packed_pass(architecture: str, temperature: flo
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_first_tokens_follow_the_softmax(temperature: float, engine: str) -> None:
+def test_first_tokens_follow_the_softmax(temperature: float) -> None:
     policy = tiny_policy_of("llama")
     prompts = [[5, 6, 7], [30, 8, 9, 12, 11]]
     num_samples = 3000
