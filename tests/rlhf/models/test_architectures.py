@@ -199,7 +199,7 @@ def test_bidirectional_model_is_refused(tmp_path: Path) -> None:
 def test_model_that_fails_in_training_only_is_refused(models) -> None:
     """Reformer's axial positions read a text of any length in evaluation, and one length in
     training."""
-    with pytest.raises(ValueError, match="cannot read a text of 16 tokens in training .*256"):
+    with pytest.raises(ValueError, match=r"16 tokens in training .*axial_pos_shape"):
         load_policy(ModelSettings(path=models("reformer")))
 
 
