@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rlhf.models.adapters import read_adapter
+from rlhf.models.loading import load_policy
 from rlhf.models.settings import LoraSettings, ModelSettings
 from rlhf.models.shared_bases import SharedBases, has_four_bits
 from rlhf.rewards.models import load_reward_model
@@ -16,6 +17,8 @@ from stages.ppo.train import train as train_ppo
 from stages.rm.train import train as train_rm
 from stages.sft.train import train as train_sft
 from tests.distributed.chain import make_inputs, ppo_settings, rm_settings, sft_settings
+from tests.long.architectures import tokenizer
+from tests.rlhf.every_architecture import save_tiny
 
 pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes, which is not installed")
 
@@ -50,6 +53,12 @@ def test_ppo_takes_its_first_step_from_the_policy_that_sampled(work: Path) -> No
     assert row["ppo/first_log_ratio"] < 1e-4
     assert row["ppo/sampler_difference"] < 1e-4
     assert row["ppo/ptx_loss"] > 0
+
+
+def test_bidirectional_model_is_refused_in_four_bits(tmp_path: Path) -> None:
+    save_tiny("bert", tokenizer(), tmp_path)
+    with pytest.raises(ValueError, match="is bidirectional"):
+        load_policy(ModelSettings(path=str(tmp_path)), QLORA)
 
 
 @pytest.mark.slow
