@@ -34,7 +34,7 @@ EXTRAS = {
     "deepspeed": "ZeRO",
     "tensorboard": "trackers",
     "wandb": "trackers",
-    "bitsandbytes": "QLoRA, on GPUs",
+    "bitsandbytes": "QLoRA",
     "vllm": "faster sampling, on GPUs",
 }
 """Maps a package to the purpose of the settings that need it."""

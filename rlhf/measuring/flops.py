@@ -5,7 +5,7 @@
 
     N      weights in matrices of the body, without embeddings (Kaplan et al. 2020, 2.1)
     U      vocab * model of the unembedding, where logits are computed
-    A      layers * heads * head size
+    A      heads * head size, summed over the layers
     pairs  the (query, key) pairs that attention needs
     F, G   the part of N and of U that is frozen below an adapter
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.inputs.packing import PromptTree
+from rlhf.models.architectures import layer_configs
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ModelSize:
     unembedding: int
     """U: vocab * model; 0 for a model with a scalar head."""
     attention: int
-    """A: layers * heads * head size."""
+    """A: heads * head size, summed over the layers."""
     frozen_weights: int = 0
     """F: the frozen part of `weights`."""
     frozen_unembedding: int = 0
@@ -64,12 +65,14 @@ def size_of(model: Any) -> ModelSize:
 
 def _attention_of(config: Any) -> int:
     """Return A from a config; 0 if the config does not say, as for a model without attention."""
+    return sum(map(_attention_of_layer, layer_configs(config)))
+
+
+def _attention_of_layer(config: Any) -> int:
     head_size = getattr(config, "head_dim", None)
     if isinstance(head_size, int):
-        width = getattr(config, "num_attention_heads", 0) * head_size
-    else:
-        width = getattr(config, "hidden_size", 0)
-    return getattr(config, "num_hidden_layers", 0) * width
+        return getattr(config, "num_attention_heads", 0) * head_size
+    return getattr(config, "hidden_size", 0)
 
 
 @dataclass(frozen=True)

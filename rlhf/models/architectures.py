@@ -78,6 +78,18 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel:
     return body
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """Return the config of each layer.
+
+    Layers may differ in settings such as head_dim (Gemma 4's do). transformers then refuses to read
+    these settings from the model's config.
+    """
+    number = getattr(config, "num_hidden_layers", 0)
+    if getattr(config, "is_heterogeneous", False):
+        return [config.per_layer_config[i] for i in range(number)]
+    return [config] * number
+
+
 def with_attention(load: Callable[[str], Any], attention: str) -> Any:
     """Return load(attention), or load("eager") if the architecture has no sdpa."""
     try:
@@ -104,12 +116,27 @@ def check_is_policy(config: PretrainedConfig, path: str) -> None:
 
 
 def check_is_known(config: PretrainedConfig, path: str) -> None:
-    """Raise ValueError if neither transformers nor the folder's code has a causal LM for it."""
-    own = getattr(config, "auto_map", None) or {}
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own:
+    """Refuse a folder from which no causal LM can be loaded and saved.
+
+    Of a model that reads more than text, transformers loads and saves the causal LM alone.
+
+    Raises:
+        ValueError: Neither transformers nor the folder's code has a causal LM for this model type,
+            or the causal LM is of a model type that could not be loaded again.
+    """
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    causal_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if causal_class is None:
         raise ValueError(
             f"cannot load {path}: transformers has no causal LM of model_type {config.model_type}; "
             "give a decoder-only model"
+        )
+    saved = causal_class.config_class
+    if saved not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"cannot train {path}: transformers saves the causal LM of {config.model_type} as "
+            f"model_type {saved.model_type}, which it cannot load again; give a decoder-only model"
         )
 
 
@@ -129,13 +156,15 @@ def check_causal(model: PreTrainedModel, path: str) -> None:
     ids = ids.to(model.device)
     try:
         first, second = (features_of(model, input_ids=row)[0, :8].float() for row in ids.split(1))
+        _read_as_in_training(model, ids[:1])
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        mode = " in training" if model.training else ""
         raise ValueError(
-            f"the model at {path} ({type(model).__name__}) cannot read a text of 16 tokens "
+            f"the model at {path} ({type(model).__name__}) cannot read a text of 16 tokens{mode} "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); give a model that "
-            "needs nothing but text"
+            "reads texts of any length, and nothing but text"
         ) from error
     scale = first.abs().max().item()
     # Shares of the largest value, above rounding: bfloat16 keeps 8 bits (0.4 %).
@@ -148,6 +177,13 @@ def check_causal(model: PreTrainedModel, path: str) -> None:
             f"token depends on later tokens (by {difference:.2g} of {scale:.2g}), so it cannot be "
             "trained to write; give a decoder-only model"
         )
+
+
+def _read_as_in_training(model: PreTrainedModel, ids: Tensor) -> None:
+    """Read a text in training mode, where some models refuse what they read in evaluation mode."""
+    model.train()
+    features_of(model, input_ids=ids)
+    model.eval()
 
 
 def hidden_states(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:

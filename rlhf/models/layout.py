@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.inputs.packing import PackedRow, Packer, PromptTree
-from rlhf.models.architectures import features_of, num_embeddings
+from rlhf.models.architectures import features_of, layer_configs, num_embeddings
 from rlhf.models.compat import attention_of
 from rlhf.models.packed_attention import PACKED_SDPA
 from rlhf.training.out_of_memory import is_of_the_device
@@ -37,8 +37,11 @@ def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
             stacklevel=2,
         )
         packer = replace(masks, share_prompts=False)
-    config = model.config.get_text_config()
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    windows = (
+        getattr(config, name, None)
+        for config in layer_configs(model.config.get_text_config())
+        for name in ("sliding_window", "attention_chunk_size")
+    )
     return replace(packer, max_depth=min((window for window in windows if window), default=None))
 
 

@@ -53,8 +53,7 @@ def load_policy(
         )
     model = _load_base(AutoModelForCausalLM, settings, adapter, lora, bases)
     _adapt(model, settings.path, adapter, lora, is_shared=bases is not None)
-    if lora.quantize == "none":  # 4 bits may need a GPU, and the model is not on one yet
-        check_causal(model, settings.path)
+    check_causal(model, settings.path)
     return model
 
 
@@ -110,8 +109,7 @@ def load_scalar(
     tokenizer = load_tokenizer(path, trust_remote_code=settings.trust_remote_code)
     classifier.config.pad_token_id = tokenizer.pad_token_id
     _adapt(classifier, path, adapter, lora, is_shared=bases is not None, new_head=new_head)
-    if lora.quantize == "none":
-        check_causal(classifier, path)
+    check_causal(classifier, path)
     model = ScalarModel(classifier)
     if new_head:
         nn.init.normal_(model.head.weight, std=(model.head.in_features + 1) ** -0.5)

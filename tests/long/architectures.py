@@ -210,7 +210,8 @@ def check_greedy(policy: PreTrainedModel, chat: Chat) -> None:
 
 def tokenizer() -> Any:
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    made = byte_tokenizer("<s>", "</s>", "<pad>", **names)
+    # transformers gives <|endoftext|> to every tokenizer of some architectures, such as Qwen 2.
+    made = byte_tokenizer("<s>", "</s>", "<pad>", "<|endoftext|>", **names)
     Chat(made)
     return made
 

@@ -179,7 +179,7 @@ def test_packages_that_only_some_settings_need_are_not_failures(
         ("deepspeed", "ZeRO", ">=0.19"),
         ("tensorboard", "trackers", ">=2.18"),
         ("wandb", "trackers", ">=0.20"),
-        ("bitsandbytes", "QLoRA, on GPUs", ""),
+        ("bitsandbytes", "QLoRA", ">=0.46.1"),
         ("vllm", "faster sampling, on GPUs", ">=0.22"),
     ):
         expected = f'no    {name} ({purpose}): not installed; pip install "{name}{bound}"'

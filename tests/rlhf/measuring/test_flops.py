@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from rlhf.inputs.packing import PromptTree
 from rlhf.measuring.flops import (
@@ -17,7 +18,8 @@ from rlhf.measuring.flops import (
 )
 from rlhf.models.adapters import empty_adapter
 from rlhf.models.settings import LoraSettings
-from tests.rlhf.tiny_models import tiny_policy_of, tiny_scalar_of
+from tests.rlhf.every_architecture import tiny_config
+from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 
 WITHOUT_ANGLES = 1e-3
 """Some versions of transformers make the rotary angles by a small matrix product."""
@@ -94,3 +96,12 @@ def test_phases_of_an_update() -> None:
         "ptx": 3 * (2 * 100 * 5 + 2 * 50 * 4 + 4 * 8 * 15),
         "train": 3 * 1.5 * (policy_pass + value_pass),
     }
+
+
+def test_layers_may_have_heads_of_their_own() -> None:
+    """As Gemma 4's: four heads of 8 in the layer with a window, four of 16 in the other."""
+    made = byte_tokenizer("</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
+    config = tiny_config("gemma4_text", made)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert size_of(model).attention == 4 * 8 + 4 * 16

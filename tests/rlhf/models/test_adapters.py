@@ -1,6 +1,7 @@
 """Adapters: what they compute, the files that anybody loads, and what is refused."""
 
 import hashlib
+import importlib.util
 import json
 import math
 import subprocess
@@ -390,7 +391,10 @@ def test_files_that_are_cut_or_missing_are_named(base: ModelSettings, tmp_path: 
         load_policy(settings)
 
 
-def test_four_bits_need_a_package_and_a_rank(base: ModelSettings) -> None:
+def test_four_bits_need_a_package_and_a_rank(
+    base: ModelSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="quantize is 4bit and rank is 0"):
         LoraSettings(quantize="4bit")
     with pytest.raises(ValueError, match="needs bitsandbytes: pip install bitsandbytes"):

@@ -19,6 +19,7 @@ from rlhf.models.layout import packer_for
 from rlhf.models.limits import check_vocabulary
 from rlhf.models.loading import load_policy, load_scalar
 from rlhf.models.passes import compute_logprobs, compute_scores, compute_values
+from rlhf.models.saving import save_policy
 from rlhf.models.settings import LoraSettings, ModelSettings
 from rlhf.models.shared_bases import SharedBases, weight_bytes
 from rlhf.models.tokenizers import load_chat
@@ -181,6 +182,32 @@ def test_bidirectional_model_is_refused(tmp_path: Path) -> None:
         load_policy(ModelSettings(path=str(tmp_path)))
     with pytest.raises(ValueError, match="is bidirectional"):
         load_scalar(ModelSettings(path=str(tmp_path)), new_head=True)
+
+
+def test_model_that_fails_in_training_only_is_refused(models) -> None:
+    """Reformer's axial positions read a text of any length in evaluation, and one length in
+    training."""
+    with pytest.raises(ValueError, match=r"16 tokens in training .*axial_pos_shape"):
+        load_policy(ModelSettings(path=models("reformer")))
+
+
+def test_text_part_that_could_not_be_loaded_again_is_refused(models) -> None:
+    """Before anything is trained, for the policy and for the reward model."""
+    settings = ModelSettings(path=models("mllama"))
+    refusal = "causal LM of mllama as model_type mllama_text_model, which it cannot load again"
+    with pytest.raises(ValueError, match=refusal):
+        load_policy(settings)
+    with pytest.raises(ValueError, match=refusal):
+        load_scalar(settings, new_head=True)
+
+
+def test_text_part_of_a_model_of_images_is_trained_and_saved(models, tmp_path: Path) -> None:
+    policy = load_policy(ModelSettings(path=models("llama4")))
+    save_policy(policy, tokenizer(), tmp_path)
+    loaded = load_policy(ModelSettings(path=str(tmp_path)))
+    assert loaded.config.model_type == "llama4_text"
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(loaded(ids).logits, policy(ids).logits)
 
 
 def test_encoder_that_was_made_a_decoder_is_causal(tmp_path: Path) -> None:
