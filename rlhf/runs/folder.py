@@ -140,7 +140,8 @@ class OutputFolder:
     @property
     def is_current(self) -> bool:
         """Whether the folder holds the finished run that `compare` was told about."""
-        return self._is_finished and self._found is not None and not self.outdated
+        is_known = self._found is not None and self._found.settings is not None
+        return is_known and self._is_finished and not self.outdated
 
     @property
     def _is_finished(self) -> bool:
@@ -177,7 +178,8 @@ class OutputFolder:
         if found is None or found.settings is None:
             return
         if found.program != self.program:
-            self.is_other, self.outdated = True, f"it was of {found.program}"
+            self.is_other = True
+            self.outdated = f"it is of {found.program}" if self._is_finished else ""
             return
         then = {"settings": found.settings, "inputs": found.inputs}
         differences = differing(then, {"settings": self._settings, "inputs": self._inputs})
@@ -190,12 +192,15 @@ class OutputFolder:
                 f"{'; '.join(shown)}; give another output_dir, or --overwrite to replace what that "
                 "run wrote"
             )
-        self.outdated = "; ".join(shown) or self._why_remade(found)
+        if has_checkpoint and not shown:
+            self._code = found.code  # a run that goes on is not all of another code's making
+        if self._is_finished:
+            self.outdated = "; ".join(shown) or self._why_remade(found)
 
     def _why_remade(self, found: Mark) -> str:
-        """Say why a run of the same settings and inputs is not current; empty if it is."""
+        """Say why a finished run of the same settings and inputs is not current; empty if it is."""
         if found.code != self._code:
-            return "the code is another"
+            return "the code has changed since"
         lost = [name for name in found.files if not (self.path / name).exists()]
         return f"{_shown(lost)} is gone" if lost else ""
 

@@ -50,7 +50,7 @@ def age(path: Path) -> None:
 def stage(tmp_path: Path, data: Path) -> Callable[..., bool]:
     """Run a stage with these settings; return whether it ran."""
 
-    def run(**settings: Any) -> bool:
+    def run(is_cut_off: bool = False, **settings: Any) -> bool:
         ran = []
 
         @folders_given_back()
@@ -59,6 +59,9 @@ def stage(tmp_path: Path, data: Path) -> Callable[..., bool]:
             opened = open_run(config, stage="sft", inputs={"data": data}, files=("model.bin",))
             ran.append(True)
             opened.log(1, {"sft/loss": 1.0})
+            if is_cut_off:
+                (opened.checkpoints / "step-1").mkdir(parents=True)
+                raise KeyboardInterrupt
             (opened.dir / "model.bin").write_bytes(b"weights")
             opened.finish({})
 
@@ -110,6 +113,7 @@ def test_a_run_that_was_cut_off_or_lost_a_file_runs(
     assert f"replaces the run in {tmp_path / 'run'}: model.bin is gone" in capsys.readouterr().out
     (tmp_path / "run" / RESULTS).unlink()
     assert stage()
+    assert "replaces" not in capsys.readouterr().out
 
 
 def test_other_inputs_run(stage: Callable[..., bool], data: Path) -> None:
@@ -139,7 +143,18 @@ def test_other_code_runs_and_other_comments_do_not(
     monkeypatch.setattr(code, "hash_of_library", lambda: "another library")
     capsys.readouterr()
     assert stage(gold="my_gold:make")
-    assert "the code is another" in capsys.readouterr().out
+    assert "the code has changed since" in capsys.readouterr().out
+
+
+def test_a_run_that_went_on_under_other_code_is_not_current(
+    stage: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        stage(is_cut_off=True)
+    monkeypatch.setattr(code, "hash_of_library", lambda: "another library")
+    assert stage(), "it goes on"
+    assert stage(), "and is made anew"
+    assert not stage()
 
 
 def test_the_code_is_the_library_and_the_programs_own_folder(tmp_path: Path) -> None:
