@@ -172,7 +172,9 @@ def test_equal_policies_tie_and_have_no_kl(finished: Finished) -> None:
     assert twin["win_rate_vs_sft"] == twin["win_rate_vs_sft_by_rm"] == 0.5
     for name in ("kl", "kl_error", "kl_k3"):
         assert twin[name] == pytest.approx(0.0, abs=1e-5)
-    own = {key: value for key, value in twin.items() if not key.startswith(("kl", "win_rate"))}
+    assert twin["gold_gain_vs_sft"] == twin["rm_gain_vs_sft"] == 0.0
+    compared = ("kl", "win_rate", "gold_gain", "rm_gain")
+    own = {key: value for key, value in twin.items() if not key.startswith(compared)}
     baseline = finished.results["sft"]
     assert own.keys() == baseline.keys()
     for name, value in own.items():
