@@ -96,8 +96,8 @@ class Config(StageSettings):
     reports: dict[str, str] = field(default_factory=dict)
     """Maps names to folders of runs. The results.json of each is copied under its name."""
     stages: dict[str, str] = field(default_factory=dict)
-    """Maps names to folders of runs whose seconds and learning curves are shown. Missing folders
-    are named and left out."""
+    """Maps names to folders of runs whose seconds are shown. Missing folders are named and left
+    out."""
     num_shown: NotNegativeInt = 12
     """Prompts to show in samples.md after its table."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -107,7 +107,7 @@ class Config(StageSettings):
     trust_remote_code: bool = False
     """Run Python code that comes with the models. Only for sources that you trust."""
     output_dir: str
-    """Folder of results.json, samples.md, samples.jsonl and curves.png."""
+    """Folder of results.json, samples.md, samples.jsonl and report.html."""
     seed: int = 0
     """Seed of the choice of prompts, of sampling (the same for every policy) and of intervals."""
 

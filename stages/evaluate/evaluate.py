@@ -33,7 +33,6 @@ from rlhf.runs.run import open_run
 from rlhf.training.processes import start_accelerator
 from stages.evaluate.best_of import Pool, best_of_curve, best_of_figures
 from stages.evaluate.config import GOLD, REWARD_MODEL, Config
-from stages.evaluate.curves import draw_curves
 from stages.evaluate.measures import (
     Answers,
     Scores,
@@ -59,7 +58,6 @@ from stages.evaluate.parts import (
 from stages.evaluate.report import format_results, format_samples
 from stages.evaluate.warnings import EvaluationWarning, Frequent, find_warnings
 
-CURVES = "curves.png"
 SAMPLES_SHOWN = "samples.md"
 
 _FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
@@ -106,10 +104,15 @@ class Marks:
 
 @folders_given_back()
 def evaluate(config: Config) -> None:
-    """Measure every policy, write results.json, samples and curves, and print the table."""
+    """Measure every policy, write results.json, samples and the page, and print the table."""
     accelerator = start_accelerator()
-    files = (SAMPLES_SHOWN, CURVES)
-    run = open_run(config, stage="evaluate", inputs=_inputs(config), files=files, is_shared=True)
+    run = open_run(
+        config,
+        stage="evaluate",
+        inputs=_inputs(config),
+        files=(SAMPLES_SHOWN,),
+        is_shared=True,
+    )
     if not accelerator.is_main_process:
         return
     if accelerator.num_processes > 1:  # happens when all stages get the same launcher file
@@ -169,8 +172,8 @@ def evaluate(config: Config) -> None:
     run.samples(rows)
     shown = format_samples(rows, results["warnings"], config.num_shown)
     (run.dir / SAMPLES_SHOWN).write_text(shown, encoding="utf-8")
-    draw_curves(stages, run.dir / CURVES)
     run.finish(results)
+    run.write_page()
     print(format_results(json.loads((run.dir / RESULTS).read_text(encoding="utf-8"))), flush=True)
     for warning in warnings:
         print(f"evaluate: warning {warning.code}: {warning.message}", flush=True)
@@ -590,7 +593,7 @@ def _load(config: Config, exam: Exam, name: str) -> PreTrainedModel:
 def _is_there(name: str, folder: str) -> bool:
     there = Path(folder).is_dir()
     if not there:
-        print(f"evaluate: no stage {name} at {folder}; its seconds and curves are left out")
+        print(f"evaluate: no stage {name} at {folder}; its seconds are left out")
     return there
 
 

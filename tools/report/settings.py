@@ -1,0 +1,144 @@
+"""Finds which settings of a run differ from its preset, and from those of another run."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.runs.folder import flat_settings
+from rlhf.runs.settings import load_config, settings_in_force
+from stages.collect.config import Config as CollectConfig
+from stages.evaluate.config import Config as EvaluateConfig
+from stages.ppo.config import Config as PPOConfig
+from stages.pretrain.config import Config as PretrainConfig
+from stages.rm.config import Config as RMConfig
+from stages.sft.config import Config as SFTConfig
+from tools.report.folders import EVALUATE, RunFolder, Stage
+
+PRESETS = Path(__file__).parents[2] / "configs"
+CONFIGS: Mapping[str, type] = {
+    "pretrain": PretrainConfig,
+    "sft": SFTConfig,
+    "collect": CollectConfig,
+    "rm": RMConfig,
+    "ppo": PPOConfig,
+    EVALUATE: EvaluateConfig,
+}
+PLACES = ("output_dir", "overwrite")
+"""Settings that say where a run writes, not what it does."""
+ROOT = "RUN"
+"""Stands in a path for the folder that holds the stages of a run."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a stage."""
+
+    name: str
+    value: str
+    preset: str | None
+    """What the preset says where that differs; None if it says the same."""
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """All settings of a stage, compared with the preset that it is nearest to."""
+
+    stage: Stage
+    preset: str | None
+    """Name of the preset; None if there is none for this stage."""
+    settings: list[Setting]
+
+    @property
+    def changed(self) -> list[Setting]:
+        return [one for one in self.settings if one.preset is not None]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting that two runs of one stage do not share."""
+
+    stage: str
+    name: str
+    values: list[str]
+    """Its value in each run, in the order of the runs."""
+
+
+def compare_with_preset(stage: Stage) -> StageSettings:
+    """Compare a stage's settings with those presets of it that differ in the fewest settings."""
+    own = _comparable(stage.settings, stage.stage)
+    candidates = list(_presets(stage.stage))
+    if not candidates or not own:
+        return StageSettings(stage, None, [Setting(k, _shown(v), None) for k, v in own.items()])
+    name, preset = min(candidates, key=lambda one: (_distance(own, one[1]), one[0]))
+    settings = [
+        Setting(key, _shown(value), _shown(preset.get(key)) if preset.get(key) != value else None)
+        for key, value in own.items()
+    ]
+    return StageSettings(stage, name, settings)
+
+
+def compare_runs(runs: Sequence[RunFolder]) -> list[Difference]:
+    """Return the settings that differ between runs, for stages that all of them have."""
+    first, *others = runs
+    differences = []
+    for stage in first.stages:
+        partners = [_partner(stage, other) for other in others]
+        if any(partner is None for partner in partners):
+            continue
+        flat = [
+            _comparable(one.settings, one.stage) for one in [stage, *partners] if one is not None
+        ]
+        for name in dict.fromkeys(key for of in flat for key in of):
+            values = [of.get(name) for of in flat]
+            if any(value != values[0] for value in values):
+                differences.append(
+                    Difference(stage.name, name, [_shown(value) for value in values])
+                )
+    return differences
+
+
+def _partner(stage: Stage, run: RunFolder) -> Stage | None:
+    """Return the stage of another run that does the same: of that name, or the only one."""
+    alike = run.of(stage.stage)
+    named = [one for one in alike if one.name == stage.name]
+    return named[0] if named else alike[0] if len(alike) == 1 else None
+
+
+def _presets(stage: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each preset of a stage: its name, and its settings with all defaults."""
+    if stage not in CONFIGS:
+        return
+    for path in sorted((PRESETS / stage).glob("*.yaml")):
+        settings = settings_in_force(load_config(CONFIGS[stage], ["--config", str(path)]))
+        yield path.stem, _comparable(settings, stage)
+
+
+def _comparable(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """Return settings by name, without where they write and with paths relative to the run."""
+    output = str(settings.get("output_dir", ""))
+    root = output if stage == EVALUATE else os.path.dirname(os.path.normpath(output))
+    return {
+        name: _relative(value, root)
+        for name, value in flat_settings(settings)
+        if name not in PLACES
+    }
+
+
+def _relative(value: Any, root: str) -> Any:
+    if isinstance(value, list | tuple):
+        return [_relative(one, root) for one in value]
+    if isinstance(value, str) and root and value.startswith(root.rstrip("/") + "/"):
+        return ROOT + value[len(root.rstrip("/")) :]
+    return value
+
+
+def _distance(own: Mapping[str, Any], other: Mapping[str, Any]) -> int:
+    return sum(own.get(key) != other.get(key) for key in {*own, *other})
+
+
+def _shown(value: Any) -> str:
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
