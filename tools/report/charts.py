@@ -12,12 +12,15 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
+from tools.report.figures import Figure
 from tools.report.panels import Curve, DrawnPanel
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
 NUM_COLOURS = 6
 """Colours that the style sheet has; more lines than that begin anew."""
+NUMBER_WIDTH = 58
+"""Width of the numbers at the right of a chart of intervals."""
 ROW_HEIGHT = 30
 """Height of one row of a chart of intervals."""
 
@@ -70,9 +73,13 @@ class Row:
     """One row of a chart of intervals."""
 
     label: str
-    value: float
+    figure: Figure
     interval: tuple[float, float] | None
     rank: int
+
+    @property
+    def value(self) -> float:
+        return self.figure.value
 
 
 def draw_panel(drawn: DrawnPanel, name: str) -> Markup:
@@ -84,6 +91,8 @@ def draw_panel(drawn: DrawnPanel, name: str) -> Markup:
     panel, curves = drawn.panel, drawn.curves
     values = [value for curve in curves for value in curve.values]
     values = [value for value in values if panel.floor is None or value >= panel.floor] or values
+    if panel.healthy is not None and len(set(values)) == 1:
+        values = [*values, *panel.healthy]  # a flat line says more within its healthy range
     y = scale_for(values, HEIGHT - BOTTOM, TOP)
     steps = [step for curve in curves for step in curve.steps]
     x = scale_for(steps, LEFT, WIDTH - RIGHT, margin=0.0 if len(set(steps)) > 1 else 0.5)
@@ -108,20 +117,23 @@ def draw_panel(drawn: DrawnPanel, name: str) -> Markup:
     return to_markup(svg)
 
 
-def draw_intervals(rows: Sequence[Row], title: str, reference: float | None = None) -> Markup:
-    """Draw values with their intervals, one below the other.
+def draw_intervals(
+    rows: Sequence[Row], title: str, reference: float | None = None, *, has_bars: bool = False
+) -> Markup:
+    """Draw values with their intervals, one below the other, with the numbers at the right.
 
     Args:
         title: What is shown, for readers who do not see it.
         reference: A value to compare with, such as that of chance.
+        has_bars: Whether a bar leads from the reference to each value, as for counts.
     """
     height = TOP + ROW_HEIGHT * len(rows) + BOTTOM
     ends = [end for row in rows for end in (row.interval or ())]
     values = [row.value for row in rows] + ends + ([] if reference is None else [reference])
-    left = 12 + 7 * max(len(row.label) for row in rows)
-    x = scale_for(values, left, WIDTH - 16)
+    left, right = 14 + 7 * max(len(row.label) for row in rows), WIDTH - NUMBER_WIDTH
+    x = scale_for(values, left, right)
     svg = new_svg(WIDTH, height, _told(title, ((row.label, row.value) for row in rows)))
-    for tick in x.ticks(5):
+    for tick in x.ticks(4):
         add(svg, "line", x1=x(tick), x2=x(tick), y1=TOP, y2=height - BOTTOM, klass="grid")
         write(svg, x(tick), height - 8, _number(tick), "middle")
     if reference is not None:
@@ -131,16 +143,20 @@ def draw_intervals(rows: Sequence[Row], title: str, reference: float | None = No
         y = TOP + ROW_HEIGHT * (number + 0.5)
         colour = f"c{row.rank % NUM_COLOURS}"
         write(svg, left - 10, y + 4, row.label, "end", "name")
-        if row.interval is not None:
-            low, high = row.interval
+        drawn = row.interval
+        if has_bars and reference is not None:
+            drawn = (reference, row.value)
+        if drawn is not None:
+            low, high = drawn
             add(svg, "line", x1=x(low), x2=x(high), y1=y, y2=y, klass=f"whisker {colour}")
         add(svg, "circle", cx=x(row.value), cy=y, r=5, klass=f"dot {colour}")
+        told = write(svg, WIDTH - 2, y + 4, str(row.figure), "end", "name")
+        told.set("data-value", repr(row.figure.value))
+        told.set("data-origin", row.figure.origin)
     return to_markup(svg)
 
 
-def draw_scatter(
-    dots: Sequence[Dot], path: Sequence[Dot], title: str, x_label: str, y_label: str
-) -> Markup:
+def draw_scatter(dots: Sequence[Dot], path: Sequence[Dot], title: str, x_label: str) -> Markup:
     """Draw points with their labels, and a path of points that belong together.
 
     Args:
@@ -152,7 +168,7 @@ def draw_scatter(
     y = scale_for([*(dot.y for dot in points), *ends], HEIGHT + 30 - BOTTOM - 12, TOP, margin=0.12)
     svg = new_svg(WIDTH, HEIGHT + 30, _told(title, ((dot.label, dot.y) for dot in points)))
     _axes(svg, x, y, HEIGHT + 30 - 12)
-    write(svg, (LEFT + WIDTH - RIGHT) / 2, HEIGHT + 26, f"{x_label}; upwards: {y_label}", "middle")
+    write(svg, (LEFT + WIDTH - RIGHT) / 2, HEIGHT + 26, x_label, "middle")
     if len(path) > 1:
         line = " ".join(f"{x(dot.x)},{y(dot.y)}" for dot in path)
         add(svg, "polyline", points=line, klass=f"curve c{path[0].rank % NUM_COLOURS} dashed")
@@ -186,7 +202,7 @@ def draw_calibration(bins: Sequence[tuple[float, float, int]]) -> Markup:
         svg,
         (LEFT + WIDTH - RIGHT) / 2,
         HEIGHT + 26,
-        "how sure it is; upwards: how often right",
+        "how sure it is (upwards: how often it is right)",
         "middle",
     )
     add(svg, "line", x1=x(0.5), y1=y(0.5), x2=x(1.0), y2=y(1.0), klass="limit")
@@ -258,11 +274,11 @@ def add(parent: ElementTree.Element, tag: str, **attributes: object) -> ElementT
 
 def write(
     parent: ElementTree.Element, x: float, y: float, content: str, anchor: str, klass: str = "tick"
-) -> None:
+) -> ElementTree.Element:
     """Add a text; anchor is start, middle or end."""
-    add(
-        parent, "text", x=round(x, 2), y=round(y, 2), text_anchor=anchor, klass=klass
-    ).text = content
+    made = add(parent, "text", x=round(x, 2), y=round(y, 2), text_anchor=anchor, klass=klass)
+    made.text = content
+    return made
 
 
 def to_markup(svg: ElementTree.Element) -> Markup:
@@ -296,7 +312,7 @@ def _alt(drawn: DrawnPanel) -> str:
         f"{curve.label} from {curve.values[0]:.3g} to {curve.values[-1]:.3g}"
         for curve in drawn.curves
     )
-    return f"{drawn.panel.title}, {drawn.panel.unit}: {ends}"
+    return f"{drawn.panel.group}: {drawn.panel.title}, {drawn.panel.unit}: {ends}"
 
 
 def _told(title: str, values: Iterable[tuple[str, float]]) -> str:

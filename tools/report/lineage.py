@@ -14,6 +14,8 @@ from tools.report.folders import RunFolder, Stage
 BOX_WIDTH, BOX_HEIGHT = 118, 40
 GAP_X, GAP_Y = 46, 18
 MARGIN = 8
+ARC_HEIGHT = 9
+"""Height of a line over the boxes in between, for each column that it spans."""
 HASH_DIGITS = 8
 
 
@@ -83,19 +85,17 @@ def draw_lineage(run: RunFolder, inputs: Sequence[Input]) -> Markup:
     """Draw a box for each stage, left to right, with a line from where each input came from."""
     nodes = {node.name: node for node in _lay_out(run, inputs)}
     changed = {(one.source, one.stage) for one in inputs if one.is_changed}
+    edges = sorted({(one.source, one.stage) for one in inputs})
+    above = ARC_HEIGHT * max((nodes[b].column - nodes[a].column for a, b in edges), default=0)
     width = max(node.place[0] for node in nodes.values()) + BOX_WIDTH + MARGIN
     height = max(node.place[1] for node in nodes.values()) + BOX_HEIGHT + MARGIN
-    edges = sorted({(one.source, one.stage) for one in inputs})
     told = "; ".join(f"{source} goes into {stage}" for source, stage in edges)
-    svg = new_svg(width, height, f"Lineage: {told}")
+    svg = new_svg(width, height + above, f"Lineage: {told}")
+    svg.set("viewBox", f"0 {-above} {width} {height + above}")
     svg.set("width", str(width))
-    svg.set("height", str(height))
+    svg.set("height", str(height + above))
     for source, stage in edges:
-        x1, y1 = nodes[source].place
-        x2, y2 = nodes[stage].place
-        x1, y1, y2 = x1 + BOX_WIDTH, y1 + BOX_HEIGHT / 2, y2 + BOX_HEIGHT / 2
-        bend = GAP_X * 0.6
-        path = f"M{x1},{y1}C{x1 + bend},{y1} {x2 - bend},{y2} {x2},{y2}"
+        path = _path(nodes[source], nodes[stage])
         klass = "edge changed" if (source, stage) in changed else "edge"
         add(svg, "path", d=path, klass=klass)
     for node in nodes.values():
@@ -104,6 +104,23 @@ def draw_lineage(run: RunFolder, inputs: Sequence[Input]) -> Markup:
         write(svg, x + BOX_WIDTH / 2, y + 17, node.name[:18], "middle", "name")
         write(svg, x + BOX_WIDTH / 2, y + 32, node.detail, "middle")
     return to_markup(svg)
+
+
+def _path(source: Node, target: Node) -> str:
+    """Return a line between two boxes that passes beside the boxes in between."""
+    (x1, y1), (x2, y2) = source.place, target.place
+    span = target.column - source.column
+    if span == 1 or source.row > 0:  # from side to side
+        x1, y1, y2 = x1 + BOX_WIDTH, y1 + BOX_HEIGHT / 2, y2 + BOX_HEIGHT / 2
+        bend = GAP_X * 0.6
+        return f"M{x1},{y1}C{x1 + bend},{y1} {x2 - bend},{y2} {x2},{y2}"
+    if target.row > 0:  # below: down first, then to the left side
+        x1, y1, y2 = x1 + BOX_WIDTH * 0.75, y1 + BOX_HEIGHT, y2 + BOX_HEIGHT / 2
+        return f"M{x1},{y1}C{x1},{y2} {x1 + GAP_X},{y2} {x1 + 2 * GAP_X},{y2}L{x2},{y2}"
+    x1, x2, top = x1 + BOX_WIDTH * 0.6, x2 + BOX_WIDTH * 0.4, y1 - ARC_HEIGHT * span
+    return f"M{x1},{y1}C{x1},{top} {x1 + GAP_X},{top} {x1 + 2 * GAP_X},{top}" + (
+        f"L{x2 - 2 * GAP_X},{top}C{x2 - GAP_X},{top} {x2},{top} {x2},{y2}"
+    )
 
 
 def _lay_out(run: RunFolder, inputs: Sequence[Input]) -> Iterator[Node]:

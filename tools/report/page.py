@@ -27,14 +27,15 @@ from tools.report.charts import (
 from tools.report.figures import Figure, Source, is_number, to_html
 from tools.report.folders import RunFolder, Stage
 from tools.report.lineage import draw_lineage, find_inputs
-from tools.report.panels import DrawnPanel, find_alarms, find_panels
+from tools.report.panels import Alarm, DrawnPanel, find_alarms, find_panels
 from tools.report.samples import find_samples
-from tools.report.settings import compare_runs, compare_with_preset
+from tools.report.settings import compare_runs, compare_with_presets
 from tools.report.tables import (
     BENCHMARK,
     Column,
     benchmark_tables,
     best_of_path,
+    colour_names,
     dots_against_kl,
     find_columns,
     policy_table,
@@ -45,9 +46,8 @@ from tools.report.verdict import HUMAN_AGREEMENT, REWARD_MODEL, summary, verdict
 GENERATOR = "instruct-rlhf report"
 """Marks a file as a page of this program, which may replace it."""
 HERE = Path(__file__).parent
-HUMAN_AGREEMENT_SHARE = 0.726
 GROUPS = ("PPO", "Reward model", "SFT", "Pretraining")
-"""Groups of panels, by the beginning of their titles."""
+"""Groups of panels, in the order in which they are shown."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ def render(runs: Sequence[RunFolder]) -> str:
     environment.filters["sentence"] = to_html
     style = (HERE / "page.css").read_text(encoding="utf-8")
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    panels = find_panels(runs, find_alarms(runs))
+    alarms = find_alarms(runs)
+    names = colour_names(runs)
+    panels = find_panels(runs, alarms, names)
     return environment.get_template("page.html.jinja").render(
         generator=GENERATOR,
         style=Markup(style),
@@ -104,7 +106,7 @@ def render(runs: Sequence[RunFolder]) -> str:
         policy=content_policy(style, script),
         data=_to_script_data({f"p{i}": _data_of(one) for i, one in enumerate(panels)}),
         title=" against ".join(run.name for run in runs),
-        **_context(runs, panels),
+        **_context(runs, panels, alarms, find_columns(runs, names)),
     )
 
 
@@ -116,10 +118,13 @@ def content_policy(style: str, script: str) -> str:
     )
 
 
-def _context(runs: Sequence[RunFolder], panels: Sequence[DrawnPanel]) -> dict[str, Any]:
+def _context(
+    runs: Sequence[RunFolder],
+    panels: Sequence[DrawnPanel],
+    alarms: Sequence[Alarm],
+    columns: Sequence[Column],
+) -> dict[str, Any]:
     """Return what the template shows, by name."""
-    alarms = find_alarms(runs)
-    columns = find_columns(runs)
     inputs = {run.number: find_inputs(run) for run in runs}
     return {
         "runs": runs,
@@ -128,7 +133,6 @@ def _context(runs: Sequence[RunFolder], panels: Sequence[DrawnPanel]) -> dict[st
         "table": policy_table(columns) if columns else None,
         "outcomes": list(_outcomes(columns)),
         "groups": _grouped(panels),
-        "alarms": alarms,
         "samples": find_samples(runs),
         "reward_models": [
             (run, stage, list(_about_rm(run, stage)))
@@ -154,10 +158,7 @@ def _context(runs: Sequence[RunFolder], panels: Sequence[DrawnPanel]) -> dict[st
             for run in runs
             if inputs[run.number]
         ],
-        "settings": [
-            (run, [compare_with_preset(stage) for stage in run.stages if stage.settings])
-            for run in runs
-        ],
+        "settings": [(run, compare_with_presets(run)) for run in runs],
         "cards": [(run, [_card(stage) for stage in run.stages]) for run in runs],
     }
 
@@ -165,10 +166,9 @@ def _context(runs: Sequence[RunFolder], panels: Sequence[DrawnPanel]) -> dict[st
 def _card(stage: Stage) -> dict[str, Any]:
     """Return what the card of a stage shows."""
     results = stage.results
+    state = "finished"
     if results is None:
         state = "at work" if stage.is_at_work else "not finished"
-    else:
-        state = "finished"
     seconds = None
     if results is not None:
         of_evaluation = results.figure("seconds", stage.stage, digits=1)
@@ -209,7 +209,7 @@ def _outcomes(columns: Sequence[Column]) -> list[Chart]:
         return []
     results = columns[0].results
     baseline = results.get("baseline")
-    wanted = [
+    wanted: list[tuple[str, str, float | None, str]] = [
         ("Right responses", "right", None, "Share of sampled responses, with 95 % intervals."),
         ("Right when greedy", "right_greedy", None, "Share, at temperature 0."),
     ]
@@ -237,7 +237,7 @@ def _overoptimisation(columns: Sequence[Column]) -> list[Chart]:
         if len(dots) > 2 or path:
             name = "the reward model" if judge == REWARD_MODEL else judge
             title = f"Score by {name} against KL"
-            svg = draw_scatter(dots, path, title, "KL, nats a response", f"score by {name}")
+            svg = draw_scatter(dots, path, title, "KL to the baseline, nats a response")
             charts.append(Chart(title, svg))
     return charts
 
@@ -248,13 +248,13 @@ def _about_rm(run: RunFolder, stage: Stage) -> list[Chart]:
     assert results is not None
     charts = []
     rows = [
-        _row(results, "reward model", "pair_accuracy", 0),
-        _row(results, "the same, by gold", "pair_accuracy_gold", 0),
-        _row(results, "length alone", "length_baseline", 1),
+        _row(results, "reward model", ("pair_accuracy",), 0),
+        _row(results, "the same, by gold", ("pair_accuracy_gold",), 0),
+        _row(results, "length alone", ("length_baseline",), 1),
     ]
     for collect in run.of("collect"):
         if collect.results is not None:
-            rows.append(_row(collect.results, "labelers among them", "agreement", 2))
+            rows.append(_row(collect.results, "labelers among them", ("agreement",), 2))
     found = [row for row in rows if row is not None]
     if found:
         title = "Pairs ordered right"
@@ -270,9 +270,11 @@ def _about_rm(run: RunFolder, stage: Stage) -> list[Chart]:
     evaluation = run.evaluation
     if evaluation is not None and evaluation.results is not None:
         parts = evaluation.results.get(REWARD_MODEL, "accuracy_by_part") or {}
-        by_part = [
-            Row(name, float(value), None, 0) for name, value in parts.items() if is_number(value)
+        found = [
+            _row(evaluation.results, name, (REWARD_MODEL, "accuracy_by_part", name), 0)
+            for name in parts
         ]
+        by_part = [row for row in found if row is not None]
         if by_part:
             title = "Accuracy on pairs that differ in one part"
             note = "Pairs of the baseline's own samples, judged by gold. Dashed: a coin."
@@ -283,50 +285,69 @@ def _about_rm(run: RunFolder, stage: Stage) -> list[Chart]:
 def _about_labels(results: Source) -> list[Chart]:
     """Draw how far labelers agree, and who ranked how much."""
     charts = []
-    own = _row(results, "these labelers", "agreement", 0)
+    own = _row(results, "these labelers", ("agreement",), 0)
     if own is not None:
         title = "Pairs on which two labelers agree"
-        rows = [own, Row("InstructGPT's", HUMAN_AGREEMENT_SHARE, None, 1)]
-        charts.append(Chart(title, draw_intervals(rows, title, 0.5), HUMAN_AGREEMENT + "."))
+        charts.append(Chart(title, draw_intervals([own], title, 0.5), HUMAN_AGREEMENT + "."))
     for key, title in (
         ("num_rankings_by_labeler", "Rankings of each labeler"),
         ("num_rankings_by_k", "Rankings with K responses"),
     ):
-        counts = results.get(key) or {}
-        rows = [Row(str(name), float(count), None, 0) for name, count in counts.items()]
+        found = [_row(results, name, (key, name), 0) for name in results.get(key) or {}]
+        rows = [row for row in found if row is not None]
         if rows:
-            charts.append(Chart(title, draw_intervals(rows, title, 0.0)))
+            charts.append(Chart(title, draw_intervals(rows, title, 0.0, has_bars=True)))
     return charts
 
 
-def _row(results: Source, label: str, key: str, rank: int) -> Row | None:
-    figure, ends = results.figure(key), results.interval(f"{key}_interval")
+def _row(results: Source, label: str, place: Sequence[str], rank: int) -> Row | None:
+    """Return the figure at a place with the interval beside it; None if it is not there."""
+    figure = results.figure(*place)
+    ends = results.interval(*place[:-1], f"{place[-1]}_interval")
     if figure is None:
         return None
     interval = None if ends is None else (ends.low.value, ends.high.value)
-    return Row(label, figure.value, interval, rank)
+    return Row(label, figure, interval, rank)
 
 
-def _grouped(panels: Sequence[DrawnPanel]) -> list[dict[str, Any]]:
-    """Group drawn panels by the stage in their title."""
+@dataclass(frozen=True)
+class ShownPanel:
+    """A panel on the page."""
+
+    name: str
+    """Identifier by which the script finds its data."""
+    drawn: DrawnPanel
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Group:
+    """The panels of one kind of stage."""
+
+    title: str
+    first: list[ShownPanel]
+    rest: list[ShownPanel]
+    """Panels that are shown on demand."""
+
+
+def _grouped(panels: Sequence[DrawnPanel]) -> list[Group]:
+    """Group drawn panels by the kind of stage; the ones with alarms are always shown."""
     groups = []
-    for group in GROUPS:
+    for title in GROUPS:
         own = [
-            {"name": f"p{i}", "drawn": one, "svg": draw_panel(one, f"p{i}")}
+            ShownPanel(f"p{i}", one, draw_panel(one, f"p{i}"))
             for i, one in enumerate(panels)
-            if one.panel.title.split(":")[0] == group
+            if one.panel.group == title
         ]
+        first = [one for one in own if one.drawn.panel.is_worth_a_first_look or one.drawn.alarms]
         if own:
-            first = [one for one in own if one["drawn"].panel.is_worth_a_first_look]
-            rest = [one for one in own if one not in first]
-            groups.append({"title": group, "first": first, "rest": rest})
+            groups.append(Group(title, first, [one for one in own if one not in first]))
     return groups
 
 
 def _data_of(drawn: DrawnPanel) -> dict[str, Any]:
     """Return the points of a panel, as metrics.jsonl has them, for the page's script."""
     return {
-        "title": drawn.panel.title,
         "lines": [
             {
                 "label": curve.label,

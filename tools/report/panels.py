@@ -17,6 +17,8 @@ raw points."""
 class Panel:
     """One small plot, with a line for each stage that logs one of the keys."""
 
+    group: str
+    """The stage, in words."""
     title: str
     unit: str
     lines: Mapping[str, str]
@@ -34,33 +36,37 @@ class Panel:
 
 
 PANELS = (
-    Panel("PPO: score", "reward model", {"ppo/score": "", "ppo/held_out_score": "held out"}),
+    Panel("PPO", "Score", "reward model", {"ppo/score": "", "ppo/held_out_score": "held out"}),
     Panel(
-        "PPO: KL to the reference",
+        "PPO",
+        "KL to the reference",
         "nats a response",
         {"ppo/kl": "", "ppo/held_out_kl": "held out"},
         limit="max_kl",
         codes=("PPO_KL", "PPO_NEG_KL", "PPO_REFERENCE"),
     ),
-    Panel("PPO: response length", "tokens", {"ppo/response_tokens": ""}, codes=("PPO_LENGTH",)),
+    Panel("PPO", "Response length", "tokens", {"ppo/response_tokens": ""}, codes=("PPO_LENGTH",)),
     Panel(
-        "PPO: responses that end",
+        "PPO",
+        "Responses that end",
         "share",
         {"ppo/eos_rate": ""},
         healthy=(0.9, 1.0),
         limit="min_eos_rate",
         codes=("PPO_NO_EOS",),
     ),
-    Panel("PPO: entropy", "nats a token", {"ppo/entropy": ""}, codes=("PPO_SAMPLER",)),
-    Panel("PPO: pretraining loss", "nats a token", {"ppo/ptx_loss": ""}),
+    Panel("PPO", "Entropy", "nats a token", {"ppo/entropy": ""}, codes=("PPO_SAMPLER",)),
+    Panel("PPO", "Pretraining loss", "nats a token", {"ppo/ptx_loss": ""}),
     Panel(
-        "PPO: norms of the two gradients",
+        "PPO",
+        "Norms of the two gradients",
         "PPO's and the text's",
         {"ppo/ppo_grad_norm": "PPO", "ppo/ptx_grad_norm": "text"},
         is_worth_a_first_look=False,
     ),
     Panel(
-        "PPO: variance explained",
+        "PPO",
+        "Variance explained",
         "share",
         {"ppo/explained_variance": ""},
         floor=-1.0,
@@ -68,15 +74,17 @@ PANELS = (
         codes=("PPO_VALUE", "PPO_VALUE_CLIP"),
     ),
     Panel(
-        "PPO: most frequent response",
+        "PPO",
+        "Most frequent response",
         "share of prompts",
         {"ppo/one_answer": ""},
         limit="max_one_answer",
         codes=("PPO_ONE_ANSWER",),
     ),
-    Panel("PPO: different bigrams", "share", {"ppo/distinct_2": ""}, codes=("PPO_REPEAT",)),
+    Panel("PPO", "Different bigrams", "share", {"ppo/distinct_2": ""}, codes=("PPO_REPEAT",)),
     Panel(
-        "PPO: clipped tokens",
+        "PPO",
+        "Clipped tokens",
         "share",
         {"ppo/clip_fraction": ""},
         healthy=(0.0, 0.2),
@@ -85,7 +93,8 @@ PANELS = (
         is_worth_a_first_look=False,
     ),
     Panel(
-        "PPO: step from the policy that sampled",
+        "PPO",
+        "Step from the policy that sampled",
         "nats a token",
         {"ppo/approx_kl": ""},
         healthy=(0.0, 0.02),
@@ -94,29 +103,36 @@ PANELS = (
         is_worth_a_first_look=False,
     ),
     Panel(
-        "PPO: spread of scores and advantages",
+        "PPO",
+        "Spread of scores and advantages",
         "standard deviation",
         {"ppo/score_std": "scores", "ppo/advantage_std": "advantages"},
         codes=("PPO_ZERO_ADV",),
         is_worth_a_first_look=False,
     ),
     Panel(
-        "PPO: tokens a second",
+        "PPO",
+        "Tokens a second",
         "episode tokens",
         {"ppo/tokens_per_second": ""},
         is_worth_a_first_look=False,
     ),
     Panel(
-        "Reward model: pair accuracy",
+        "Reward model",
+        "Pair accuracy",
         "share of pairs",
         {"rm/accuracy": "training", "rm/held_out_accuracy": "held out"},
     ),
     Panel(
-        "Reward model: loss", "nats a pair", {"rm/loss": "training", "rm/held_out_loss": "held out"}
+        "Reward model",
+        "Loss",
+        "nats a pair",
+        {"rm/loss": "training", "rm/held_out_loss": "held out"},
     ),
-    Panel("SFT: loss", "nats a token", {"sft/loss": "training", "sft/held_out_loss": "held out"}),
+    Panel("SFT", "Loss", "nats a token", {"sft/loss": "training", "sft/held_out_loss": "held out"}),
     Panel(
-        "Pretraining: loss",
+        "Pretraining",
+        "Loss",
         "nats a token",
         {"pretrain/loss": "training", "pretrain/held_out_loss": "held out"},
     ),
@@ -135,7 +151,7 @@ class Curve:
     run: int
     """Number of the run, for the line's dashes."""
     rank: int
-    """Place of the stage among those of the panel, for the line's colour."""
+    """Number of the line's colour."""
 
     @property
     def is_held_out(self) -> bool:
@@ -174,11 +190,17 @@ class DrawnPanel:
     """Values beyond which an alarm is raised, one for each different setting."""
 
 
-def find_panels(runs: Sequence[RunFolder], alarms: Sequence[Alarm]) -> list[DrawnPanel]:
-    """Return the panels for which any stage logged a number."""
+def find_panels(
+    runs: Sequence[RunFolder], alarms: Sequence[Alarm], names: Sequence[str]
+) -> list[DrawnPanel]:
+    """Return the panels for which any stage logged a number.
+
+    Args:
+        names: Names of stages and policies, in the order of their colours.
+    """
     drawn = []
     for panel in PANELS:
-        curves = find_curves(panel, runs)
+        curves = find_curves(panel, runs, names)
         if curves:
             shown = {id(curve.stage) for curve in curves}
             own = [one for one in alarms if one.code in panel.codes and id(one.stage) in shown]
@@ -186,7 +208,7 @@ def find_panels(runs: Sequence[RunFolder], alarms: Sequence[Alarm]) -> list[Draw
     return drawn
 
 
-def find_curves(panel: Panel, runs: Sequence[RunFolder]) -> list[Curve]:
+def find_curves(panel: Panel, runs: Sequence[RunFolder], names: Sequence[str]) -> list[Curve]:
     """Return the curve of each (run, stage, metric key) that was logged as a number."""
     found: list[tuple[RunFolder, Stage, str, list[tuple[float, float]]]] = []
     for run in runs:
@@ -204,13 +226,13 @@ def find_curves(panel: Panel, runs: Sequence[RunFolder]) -> list[Curve]:
     curves = []
     for run, stage, key, points in found:
         steps, values = zip(*points, strict=True)
-        names = [
+        words = [
             run.name if has_runs else "",
             stage.name if len(stages) > 1 else "",
             panel.lines[key],
         ]
-        label = " ".join(name for name in names if name) or stage.name
-        rank = stages.index(stage.name)
+        label = " ".join(word for word in words if word) or stage.name
+        rank = names.index(stage.name) if stage.name in names else len(names)
         curves.append(Curve(label, stage, key, list(steps), list(values), run.number, rank))
     return curves
 
@@ -246,5 +268,7 @@ def running_mean(values: Sequence[float], reach: int) -> list[float]:
 def _limits(panel: Panel, curves: Sequence[Curve]) -> list[float]:
     if panel.limit is None:
         return []
-    settings = [(curve.stage.settings.get("monitor") or {}).get(panel.limit) for curve in curves]
-    return sorted({float(value) for value in settings if is_number(value)})
+    found: list[Any] = [
+        (curve.stage.settings.get("monitor") or {}).get(panel.limit) for curve in curves
+    ]
+    return sorted({float(value) for value in found if is_number(value)})

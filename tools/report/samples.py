@@ -12,9 +12,9 @@ from stages.evaluate.config import SAMPLE_KEYS
 from tools.report.figures import Figure, Source
 from tools.report.folders import RunFolder, Stage
 
-NUM_PROMPTS = 24
+NUM_PROMPTS = 16
 """Prompts that are shown in the order of the file, so that nobody chose them."""
-NUM_PARTED = 8
+NUM_PARTED = 6
 """Prompts that are shown because reward model and gold parted most on them."""
 MAX_CHARACTERS = 2_000
 """Most characters of a text to show; the file has the rest."""
@@ -80,60 +80,83 @@ def find_samples(runs: Sequence[RunFolder]) -> list[Sample]:
     ]
 
 
+@dataclass(frozen=True)
+class _Question:
+    """One prompt with the first response of each policy of each run."""
+
+    rows: dict[tuple[int, str], tuple[int, dict[str, Any]]]
+    """Maps number of the evaluation and policy to a row and its place in the file."""
+    baseline: str | None
+
+    @property
+    def before(self) -> dict[str, Any] | None:
+        """The row that the others are compared with: the first baseline's."""
+        return next(
+            (row for (_, name), (_, row) in self.rows.items() if name == self.baseline), None
+        )
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return list(self.rows.values())[-1][1]
+
+    @property
+    def parting(self) -> float:
+        """By how much the reward model's score rises where gold falls; 0 where it does not."""
+        changes = _changes(self.last, self.before)
+        reward, gold = changes.get("rm"), changes.get("gold")
+        return 0.0 if reward is None or gold is None or gold >= 0 else max(0.0, reward)
+
+
 def _of_evaluations(evaluations: Sequence[Stage], names: Sequence[str]) -> list[Sample]:
-    """Pair the prompts of all evaluations; compare each response with the first baseline's."""
-    by_prompt: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
+    """Choose prompts that all evaluations have, and show the responses of all their policies."""
+    first = evaluations[0].results
+    baseline = None if first is None else first.get("baseline")
+    questions: dict[str, _Question] = {}
     for number, evaluation in enumerate(evaluations):
         for place, row in enumerate(evaluation.samples):
             key = json.dumps(row.get("prompt"), sort_keys=True)
-            by_prompt.setdefault(key, []).append((number, place, row))
-    first = evaluations[0].results
-    baseline = None if first is None else first.get("baseline")
-    samples = []
-    for rows in by_prompt.values():
-        if len({number for number, _, _ in rows}) == len(evaluations):
-            samples.append(_side_by_side(rows, evaluations, names, baseline))
-    shown = samples[:NUM_PROMPTS]
-    parted = sorted(samples[NUM_PROMPTS:], key=_parting, reverse=True)[:NUM_PARTED]
-    return shown + [
-        Sample(one.prompt, one.responses, one.changes, is_parted=True)
-        for one in parted
-        if _parting(one) > 0
+            question = questions.setdefault(key, _Question({}, baseline))
+            question.rows.setdefault((number, str(row.get("policy"))), (place, row))
+    shared = [
+        question
+        for question in questions.values()
+        if len({number for number, _ in question.rows}) == len(evaluations)
+    ]
+    as_they_come, rest = shared[:NUM_PROMPTS], shared[NUM_PROMPTS:]
+    parted = sorted((one for one in rest if one.parting > 0), key=lambda one: -one.parting)
+    return [
+        _side_by_side(question, evaluations, names, is_parted=question in parted[:NUM_PARTED])
+        for question in [*as_they_come, *parted[:NUM_PARTED]]
     ]
 
 
 def _side_by_side(
-    rows: Sequence[tuple[int, int, dict[str, Any]]],
-    evaluations: Sequence[Stage],
-    names: Sequence[str],
-    baseline: str | None,
+    question: _Question, evaluations: Sequence[Stage], names: Sequence[str], *, is_parted: bool
 ) -> Sample:
-    firsts: dict[tuple[int, str], tuple[int, dict[str, Any]]] = {}
-    for number, place, row in rows:
-        firsts.setdefault((number, str(row.get("policy"))), (place, row))
-    before = next((row for (_, name), (_, row) in firsts.items() if name == baseline), None)
+    before = question.before
     responses = []
-    for (number, policy), (place, row) in firsts.items():
+    for (number, policy), (place, row) in question.rows.items():
         origin = f"{evaluations[number].origin}samples.jsonl"
         label = f"{names[number]}: {policy}" if len(evaluations) > 1 else policy
-        other = None if before is row or before is None else before
-        responses.append(_response(label, row, origin, place, other))
-    last = list(firsts.values())[-1][1]
-    return Sample(_prompt_text(rows[0][2]), responses, _changes(last, before))
+        responses.append(_response(label, row, origin, place, None if row is before else before))
+    return Sample(
+        _prompt_text(question.last), responses, _changes(question.last, before), is_parted
+    )
 
 
 def _response(
     label: str, row: Mapping[str, Any], origin: str, place: int, before: Mapping[str, Any] | None
 ) -> Response:
     source = Source({"rows": {str(place): dict(row)}}, origin)
-    names = [(name,) for name in row if name not in SAMPLE_KEYS]
+    names: list[tuple[str, ...]] = [(name,) for name in row if name not in SAMPLE_KEYS]
     names += [("parts", name) for name in row.get("parts") or {}]
     figures = []
     for name in names:
         figure = source.figure("rows", place, *name, digits=2)
         if figure is not None:
             pointer = figure.origin.replace("#/rows/", "#/")
-            figures.append((name[-1], Figure(figure.value, pointer, figure.digits)))
+            digits = 0 if float(figure.value).is_integer() else figure.digits
+            figures.append((name[-1], Figure(figure.value, pointer, digits)))
     notes = [] if row.get("finished", True) else ["cut before its end"]
     text = str(row.get("response", ""))
     return Response(
@@ -151,12 +174,6 @@ def _changes(last: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[
         and isinstance(value, int | float)
         and isinstance(before.get(name), int | float)
     }
-
-
-def _parting(sample: Sample) -> float:
-    """Return by how much the reward model's score rises where gold falls; 0 where it does not."""
-    reward, gold = sample.changes.get("rm"), sample.changes.get("gold")
-    return 0.0 if reward is None or gold is None or gold >= 0 else max(0.0, reward)
 
 
 def _of_stage(stage: Stage, run: str) -> Iterator[Sample]:

@@ -1,10 +1,12 @@
 """Finds which settings of a run differ from its preset, and from those of another run."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from rlhf.runs.folder import flat_settings
 from rlhf.runs.settings import load_config, settings_in_force
@@ -65,18 +67,29 @@ class Difference:
     """Its value in each run, in the order of the runs."""
 
 
-def compare_with_preset(stage: Stage) -> StageSettings:
-    """Compare a stage's settings with those presets of it that differ in the fewest settings."""
+def compare_with_presets(run: RunFolder) -> list[StageSettings]:
+    """Compare all settings of each stage with those of the preset that the run is nearest to.
+
+    A run does not record which files its settings came from. So the nearest preset is the one whose
+    files name the fewest other values, over all stages.
+    """
+    stages = [stage for stage in run.stages if stage.settings]
+    preset = _nearest_preset(stages)
+    return [_compare(stage, preset) for stage in stages]
+
+
+def _compare(stage: Stage, preset: str | None) -> StageSettings:
     own = _comparable(stage.settings, stage.stage)
-    candidates = list(_presets(stage.stage))
-    if not candidates or not own:
+    path = PRESETS / stage.stage / f"{preset}.yaml"
+    if stage.stage not in CONFIGS or not path.is_file():
         return StageSettings(stage, None, [Setting(k, _shown(v), None) for k, v in own.items()])
-    name, preset = min(candidates, key=lambda one: (_distance(own, one[1]), one[0]))
+    whole = settings_in_force(load_config(CONFIGS[stage.stage], ["--config", str(path)]))
+    theirs = _comparable(whole, stage.stage)
     settings = [
-        Setting(key, _shown(value), _shown(preset.get(key)) if preset.get(key) != value else None)
+        Setting(key, _shown(value), _shown(theirs.get(key)) if theirs.get(key) != value else None)
         for key, value in own.items()
     ]
-    return StageSettings(stage, name, settings)
+    return StageSettings(stage, preset, settings)
 
 
 def compare_runs(runs: Sequence[RunFolder]) -> list[Difference]:
@@ -106,13 +119,18 @@ def _partner(stage: Stage, run: RunFolder) -> Stage | None:
     return named[0] if named else alike[0] if len(alike) == 1 else None
 
 
-def _presets(stage: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each preset of a stage: its name, and its settings with all defaults."""
-    if stage not in CONFIGS:
-        return
-    for path in sorted((PRESETS / stage).glob("*.yaml")):
-        settings = settings_in_force(load_config(CONFIGS[stage], ["--config", str(path)]))
-        yield path.stem, _comparable(settings, stage)
+def _nearest_preset(stages: Sequence[Stage]) -> str | None:
+    """Return the preset with the smallest share of other values; None without any preset."""
+    counts: dict[str, tuple[int, int]] = {}
+    for stage in stages:
+        own = _comparable(stage.settings, stage.stage)
+        for path in (PRESETS / stage.stage).glob("*.yaml") if stage.stage in CONFIGS else ():
+            named = _comparable(yaml.safe_load(path.read_text(encoding="utf-8")), stage.stage)
+            others = sum(own.get(key) != value for key, value in named.items())
+            so_far = counts.get(path.stem, (0, 0))
+            counts[path.stem] = (so_far[0] + others, so_far[1] + len(named))
+    shares = {name: (others / num, -num, name) for name, (others, num) in counts.items() if num}
+    return min(shares, key=lambda name: shares[name]) if shares else None
 
 
 def _comparable(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:
@@ -132,10 +150,6 @@ def _relative(value: Any, root: str) -> Any:
     if isinstance(value, str) and root and value.startswith(root.rstrip("/") + "/"):
         return ROOT + value[len(root.rstrip("/")) :]
     return value
-
-
-def _distance(own: Mapping[str, Any], other: Mapping[str, Any]) -> int:
-    return sum(own.get(key) != other.get(key) for key in {*own, *other})
 
 
 def _shown(value: Any) -> str:

@@ -51,14 +51,28 @@ class Column:
     """Number of its colour."""
 
 
-def find_columns(runs: Sequence[RunFolder]) -> list[Column]:
-    """Return a column for each policy of each run that was evaluated."""
+def colour_names(runs: Sequence[RunFolder]) -> list[str]:
+    """Return the names of all policies and stages; each has the same colour in all charts."""
+    policies = [
+        name
+        for run in runs
+        if run.evaluation is not None and run.evaluation.results is not None
+        for name in columns_of(run.evaluation.results.content)
+    ]
+    return list(dict.fromkeys([*policies, *(one.name for run in runs for one in run.stages)]))
+
+
+def find_columns(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Column]:
+    """Return a column for each policy of each run that was evaluated.
+
+    Args:
+        names: Names of stages and policies, in the order of their colours.
+    """
     evaluated = [
         (run, run.evaluation.results)
         for run in runs
         if run.evaluation is not None and run.evaluation.results is not None
     ]
-    names = list(dict.fromkeys(name for _, of in evaluated for name in columns_of(of.content)))
     return [
         Column(run, of, name, f"{run.name}: {name}" if len(runs) > 1 else name, names.index(name))
         for run, of in evaluated
@@ -121,7 +135,7 @@ def rows_of(columns: Sequence[Column], key: str) -> list[Row]:
         ends = column.results.interval(column.policy, f"{key}_interval")
         if figure is not None:
             interval = None if ends is None else (ends.low.value, ends.high.value)
-            rows.append(Row(column.label, figure.value, interval, column.rank))
+            rows.append(Row(column.label, figure, interval, column.rank))
     return rows
 
 

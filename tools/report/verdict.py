@@ -183,8 +183,9 @@ def _best_of(results: Source, baseline: str) -> Iterator[Sentence]:
         f"Without any training, the best of {results.get('best_of', 'n')} responses of {baseline} "
         f"by {_name(judge)}",
     ]
-    words += [" is right in ", right] if right is not None else []
-    yield [*words, *([", at a KL of at most ", kl, " nats"] if kl is not None else []), "."]
+    words += [] if right is None else [" is right in ", right]
+    words += [] if kl is None else [", at a KL of at most ", kl, " nats"]
+    yield [*words, "."]
 
 
 def _of_unfinished(
