@@ -123,9 +123,10 @@ def _trackio_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, An
     # Trackio reads these when it is imported. Elsewhere than on this disk is another person's
     # machine, which metrics and samples of a run must not reach unasked.
     os.environ["TRACKIO_DIR"] = str((folder / "trackio").resolve())
-    for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
-        os.environ.pop(name, None)
-    return {"name": folder.parent.name, "config": plain_values(settings), "embed": False}
+    for variable in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        os.environ.pop(variable, None)
+    name = folder.parent.name
+    return {"name": name, "config": plain_values(settings), "embed": False, "auto_log_cpu": False}
 
 
 def _trackio_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:

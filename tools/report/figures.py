@@ -29,7 +29,7 @@ class Figure:
         if not math.isfinite(self.value):
             return str(self.value)
         if self.is_percent:
-            return f"{self.value:.1%}".replace("%", " %")
+            return f"{100 * self.value:.1f}\u00a0%"
         if isinstance(self.value, int):
             return f"{self.value:,}"
         return f"{self.value:.{self.digits}f}"

@@ -270,11 +270,11 @@ def _about_rm(run: RunFolder, stage: Stage) -> list[Chart]:
     evaluation = run.evaluation
     if evaluation is not None and evaluation.results is not None:
         parts = evaluation.results.get(REWARD_MODEL, "accuracy_by_part") or {}
-        found = [
+        figures = [
             _row(evaluation.results, name, (REWARD_MODEL, "accuracy_by_part", name), 0)
             for name in parts
         ]
-        by_part = [row for row in found if row is not None]
+        by_part = [row for row in figures if row is not None]
         if by_part:
             title = "Accuracy on pairs that differ in one part"
             note = "Pairs of the baseline's own samples, judged by gold. Dashed: a coin."
