@@ -280,7 +280,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     page_of(*folders)
     assert main([str(folder) for folder in folders] + ["--output", str(tmp_path / "p.html")]) == 0
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
-    assert f"{folders[0]}: ppo_ptx" in page and f"{folders[1]}: ppo_ptx" in page
+    assert f"ppo_ptx, {folders[0]}" in page and f"ppo_ptx, {folders[1]}" in page
 
 
 def test_inputs_that_were_made_anew_since_are_told(tmp_path: Path) -> None:

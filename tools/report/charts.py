@@ -19,6 +19,8 @@ WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
 NUM_COLOURS = 6
 """Colours that the style sheet has; more lines than that begin anew."""
+MAX_LABEL = 22
+"""Most characters of a label in a drawing."""
 NUMBER_WIDTH = 58
 """Width of the numbers at the right of a chart of intervals."""
 ROW_HEIGHT = 30
@@ -130,7 +132,8 @@ def draw_intervals(
     height = TOP + ROW_HEIGHT * len(rows) + BOTTOM
     ends = [end for row in rows for end in (row.interval or ())]
     values = [row.value for row in rows] + ends + ([] if reference is None else [reference])
-    left, right = 14 + 7 * max(len(row.label) for row in rows), WIDTH - NUMBER_WIDTH
+    labels = [shortened(row.label) for row in rows]
+    left, right = 14 + 7 * max(map(len, labels)), WIDTH - NUMBER_WIDTH
     x = scale_for(values, left, right)
     svg = new_svg(WIDTH, height, _told(title, ((row.label, row.value) for row in rows)))
     for tick in x.ticks(4):
@@ -142,7 +145,7 @@ def draw_intervals(
     for number, row in enumerate(rows):
         y = TOP + ROW_HEIGHT * (number + 0.5)
         colour = f"c{row.rank % NUM_COLOURS}"
-        write(svg, left - 10, y + 4, row.label, "end", "name")
+        write(svg, left - 10, y + 4, labels[number], "end", "name")
         drawn = row.interval
         if has_bars and reference is not None:
             drawn = (reference, row.value)
@@ -183,7 +186,7 @@ def draw_scatter(dots: Sequence[Dot], path: Sequence[Dot], title: str, x_label: 
         add(svg, "circle", cx=x(dot.x), cy=y(dot.y), r=4, klass=f"dot {colour}")
         place = _free_place(x(dot.x) + 7, y(dot.y) + 4, taken)
         taken.append(place)
-        write(svg, *place, dot.label, "start", "name")
+        write(svg, *place, shortened(dot.label), "start", "name")
     return to_markup(svg)
 
 
@@ -279,6 +282,11 @@ def write(
     made = add(parent, "text", x=round(x, 2), y=round(y, 2), text_anchor=anchor, klass=klass)
     made.text = content
     return made
+
+
+def shortened(label: str) -> str:
+    """Return a label that leaves room for what it stands beside; its end tells most."""
+    return label if len(label) <= MAX_LABEL else f"…{label[1 - MAX_LABEL :]}"
 
 
 def to_markup(svg: ElementTree.Element) -> Markup:

@@ -8,10 +8,10 @@ from markupsafe import Markup
 
 from rlhf.runs.files import sha256_of
 from rlhf.runs.folder import LINEAGE
-from tools.report.charts import add, new_svg, to_markup, write
+from tools.report.charts import add, new_svg, shortened, to_markup, write
 from tools.report.folders import RunFolder, Stage
 
-BOX_WIDTH, BOX_HEIGHT = 118, 40
+BOX_WIDTH, BOX_HEIGHT = 136, 40
 GAP_X, GAP_Y = 46, 18
 MARGIN = 8
 ARC_HEIGHT = 9
@@ -101,7 +101,7 @@ def draw_lineage(run: RunFolder, inputs: Sequence[Input]) -> Markup:
     for node in nodes.values():
         x, y = node.place
         add(svg, "rect", x=x, y=y, width=BOX_WIDTH, height=BOX_HEIGHT, rx=6, klass="box")
-        write(svg, x + BOX_WIDTH / 2, y + 17, node.name[:18], "middle", "name")
+        write(svg, x + BOX_WIDTH / 2, y + 17, shortened(node.name), "middle", "name")
         write(svg, x + BOX_WIDTH / 2, y + 32, node.detail, "middle")
     return to_markup(svg)
 

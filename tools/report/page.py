@@ -70,7 +70,7 @@ def write_page(runs: Sequence[RunFolder], output: Path | None) -> Path:
         ValueError: The file is there and is no page of this program.
         OSError: It cannot be written.
     """
-    others = [run.name for run in runs[1:]]
+    others = [run.folder.resolve().name for run in runs[1:]]
     name = PAGE if not others else f"report_vs_{'_'.join(others)}.html"
     path = runs[0].folder / name if output is None else output
     if path.exists() and not _is_ours(path):

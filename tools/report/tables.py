@@ -73,11 +73,12 @@ def find_columns(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Column
         for run in runs
         if run.evaluation is not None and run.evaluation.results is not None
     ]
-    return [
-        Column(run, of, name, f"{run.name}: {name}" if len(runs) > 1 else name, names.index(name))
+    columns = [
+        Column(run, of, name, f"{name}, {run.name}" if len(runs) > 1 else name, names.index(name))
         for run, of in evaluated
         for name in columns_of(of.content)
     ]
+    return sorted(columns, key=lambda one: one.rank)  # a policy of one run beside that of the next
 
 
 def policy_table(columns: Sequence[Column]) -> Table:

@@ -4,6 +4,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +47,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]) -> list[li
         calls.append(command)
         return run(command)
 
-    monkeypatch.setattr(page.subprocess, "run", noted)
+    replaced = SimpleNamespace(run=noted, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(page, "subprocess", replaced)  # other modules keep the real one
     return calls
 
 
