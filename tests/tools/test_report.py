@@ -264,6 +264,13 @@ def test_a_single_stage_has_a_page(tmp_path: Path, write: Any, name: str, words:
     assert check_figures(page, tmp_path / name) > 0
 
 
+def test_a_folder_of_data_without_results_is_no_unfinished_stage(tmp_path: Path) -> None:
+    run = write_pipeline(tmp_path / "run")
+    mark = {"format": 1, "program": "data.smollm2", "files": ["config.json"], "settings": {}}
+    write_json(run / "base/.rlhf_run.json", mark)
+    assert "is more often right" in page_of(run)
+
+
 def test_two_runs_show_first_what_differs(tmp_path: Path) -> None:
     first, second = write_pipeline(tmp_path / "a"), write_pipeline(tmp_path / "b")
     write_ppo(second, kl_coef=0.1)

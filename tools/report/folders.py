@@ -14,7 +14,6 @@ import yaml
 from rlhf.runs.folder import ALARMS, CONFIG, LINEAGE, LOCK, MARK, METRICS, RESULTS, SAMPLES
 from tools.report.figures import Source
 
-BENCHMARK = "benchmark.json"
 NONFINITE = "nonfinite.json"
 EVALUATE = "evaluate"
 ORDER = ("data", "pretrain", "sft", "collect", "rm", "ppo", "evaluate", "benchmark")
@@ -48,6 +47,11 @@ class Stage:
     """Whether a process of this machine holds the folder."""
 
     @property
+    def is_finished(self) -> bool:
+        """Whether its results are there. Not every program that makes data writes results."""
+        return self.results is not None or self.stage.split(".")[0] not in ORDER[1:]
+
+    @property
     def last_step(self) -> int | None:
         """The last step that was logged."""
         steps = [row["step"] for row in self.metrics if isinstance(row.get("step"), int)]
@@ -75,8 +79,6 @@ class RunFolder:
     """Place of the run on the page, from 0."""
     stages: list[Stage]
     """All stages in the order of the recipe; the evaluation is the last."""
-    benchmark: Source | None = None
-    """Results of benchmark tasks, if there are any."""
 
     @property
     def evaluation(self) -> Stage | None:
@@ -113,14 +115,7 @@ def read_run(path: str | Path, number: int = 0, name: str | None = None) -> RunF
             "folder that a stage wrote, or that holds such folders"
         )
     stages.sort(key=lambda one: (_rank(one.stage), one.name))
-    benchmark = folder / BENCHMARK
-    return RunFolder(
-        name or folder.resolve().name,
-        folder,
-        number,
-        stages,
-        _read_source(benchmark, f"{number}:") if benchmark.is_file() else None,
-    )
+    return RunFolder(name or folder.resolve().name, folder, number, stages)
 
 
 def _is_stage(folder: Path) -> bool:

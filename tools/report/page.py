@@ -167,7 +167,7 @@ def _card(stage: Stage) -> dict[str, Any]:
     """Return what the card of a stage shows."""
     results = stage.results
     state = "finished"
-    if results is None:
+    if not stage.is_finished:
         state = "at work" if stage.is_at_work else "not finished"
     seconds = None
     if results is not None:

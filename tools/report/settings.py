@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rlhf.runs.folder import flat_settings
-from rlhf.runs.settings import load_config, settings_in_force
+from rlhf.runs.settings import RUN_DIR, load_config, settings_in_force
 from stages.collect.config import Config as CollectConfig
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.ppo.config import Config as PPOConfig
@@ -27,7 +27,7 @@ CONFIGS: Mapping[str, type] = {
     "ppo": PPOConfig,
     EVALUATE: EvaluateConfig,
 }
-PLACES = ("output_dir", "overwrite")
+PLACES = ("run_dir", "output_dir", "overwrite", "force")
 """Settings that say where a run writes, not what it does."""
 ROOT = "RUN"
 """Stands in a path for the folder that holds the stages of a run."""
@@ -136,19 +136,22 @@ def _nearest_preset(stages: Sequence[Stage]) -> str | None:
 def _comparable(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:
     """Return settings by name, without where they write and with paths relative to the run."""
     output = str(settings.get("output_dir", ""))
-    root = output if stage == EVALUATE else os.path.dirname(os.path.normpath(output))
+    parent = output if stage == EVALUATE else os.path.dirname(os.path.normpath(output))
+    roots = [str(root) for root in (settings.get("run_dir"), RUN_DIR, parent) if root]
     return {
-        name: _relative(value, root)
+        name: _relative(value, roots)
         for name, value in flat_settings(settings)
         if name not in PLACES
     }
 
 
-def _relative(value: Any, root: str) -> Any:
+def _relative(value: Any, roots: Sequence[str]) -> Any:
     if isinstance(value, list | tuple):
-        return [_relative(one, root) for one in value]
-    if isinstance(value, str) and root and value.startswith(root.rstrip("/") + "/"):
-        return ROOT + value[len(root.rstrip("/")) :]
+        return [_relative(one, roots) for one in value]
+    if isinstance(value, str):
+        for root in roots:
+            if value.startswith(root.rstrip("/") + "/"):
+                return ROOT + value[len(root.rstrip("/")) :]
     return value
 
 

@@ -38,7 +38,7 @@ def verdict_of(run: RunFolder, alarms: Sequence[Alarm]) -> Verdict:
     """Judge a run: its last policy if it was evaluated, otherwise what its stages reached."""
     own = [alarm for alarm in alarms if alarm.run == run.number]
     warnings = [*_evaluation_warnings(run), *map(_told, own)]
-    broken = [one for one in run.stages if one.results is None]
+    broken = [one for one in run.stages if not one.is_finished]
     evaluation = run.evaluation
     if evaluation is not None and evaluation.results is not None and not broken:
         return _of_evaluation(evaluation.results, warnings)
@@ -66,17 +66,14 @@ def _of_evaluation(results: Source, warnings: list[tuple[str, Sentence]]) -> Ver
     main = after[-1]
     headline, change = _substance(results, main, baseline)
     costs = list(_costs(results, main, baseline))
-    points = [*_wins(results, main, baseline), *costs]
+    points = [*_paired_gain(results, main, baseline), *_wins(results, main, baseline), *costs]
     for other in reversed(after[:-1]):
         points.append(_substance(results, other, baseline)[0])
     points += _best_of(results, baseline)
-    if change is None:
-        tone: Tone = "unclear"
-    elif change < 0:
+    tone: Tone = "unclear"
+    if change == -1:
         tone = "bad"
-    elif change == 0:
-        tone = "unclear"
-    else:
+    elif change == 1:
         tone = "mixed" if warnings else "good"
     return Verdict(headline, tone, points, warnings)
 
@@ -93,26 +90,12 @@ def _substance(results: Source, policy: str, baseline: str) -> tuple[Sentence, i
         how = {1: "more often right than", -1: "less often right than"}.get(
             change or 0, "about as often right as"
         )
-        ends = results.interval(policy, f"right_gain_vs_{baseline}_interval")
-        gain = results.figure(policy, f"right_gain_vs_{baseline}")
-        paired: list[Part] = (
-            []
-            if ends is None or gain is None
-            else [
-                " The mean difference on a prompt is ",
-                gain,
-                " (",
-                ends,
-                ").",
-            ]
-        )
         return [
             f"{policy} is {how} {baseline}: ",
             right,
             " of its responses against ",
             before,
             ".",
-            *paired,
         ], change
     judges = [name for name in results.get("judges") or [] if name != REWARD_MODEL]
     for judge in judges:
@@ -133,6 +116,13 @@ def _substance(results: Source, policy: str, baseline: str) -> tuple[Sentence, i
         f"Whether {policy} is better than {baseline} is open: no independent judge was asked, "
         "only the reward model that it was trained to please.",
     ], None
+
+
+def _paired_gain(results: Source, policy: str, baseline: str) -> Iterator[Sentence]:
+    gain = results.figure(policy, f"right_gain_vs_{baseline}")
+    ends = results.interval(policy, f"right_gain_vs_{baseline}_interval")
+    if gain is not None and ends is not None:
+        yield ["Share of right responses, paired by prompt: a gain of ", gain, " (", ends, ")."]
 
 
 def _wins(results: Source, policy: str, baseline: str) -> Iterator[Sentence]:
@@ -191,7 +181,7 @@ def _best_of(results: Source, baseline: str) -> Iterator[Sentence]:
 def _of_unfinished(
     run: RunFolder, broken: list[Stage], alarms: list[Alarm], warnings: list[tuple[str, Sentence]]
 ) -> Verdict:
-    stage = broken[-1] if len(broken) == 1 else broken[0]
+    stage = broken[0]
     stops = [alarm for alarm in alarms if alarm.has_stopped and alarm.stage is stage]
     where = _progress(stage)
     if stage.nonfinite is not None or stops:
