@@ -28,7 +28,7 @@ from rlhf.rewards.load import load_judge
 from rlhf.rewards.models import measured_dtype
 from rlhf.rewards.rendering import same_rendering
 from rlhf.rewards.scores import Reward
-from rlhf.runs.folder import METRICS, RESULTS, folders_given_back
+from rlhf.runs.folder import RESULTS, folders_given_back
 from rlhf.runs.run import open_run
 from rlhf.training.processes import start_accelerator
 from stages.evaluate.best_of import Pool, best_of_curve, best_of_figures
@@ -194,11 +194,10 @@ def _inputs(config: Config) -> dict[str, str]:
         **{f"judges.{n}": judge for n, judge in config.judges.items() if not _is_function(judge)},
         **{f"reports.{name}": path for name, path in config.reports.items()},
         **{
-            f"{section}.{name}.{file}": str(Path(folder) / file)
+            f"{section}.{name}.{RESULTS}": str(Path(folder) / RESULTS)
             for section in ("reports", "stages")
             for name, folder in getattr(config, section).items()
-            for file in (RESULTS, METRICS)
-            if (Path(folder) / file).is_file()
+            if (Path(folder) / RESULTS).is_file()
         },
     }
 

@@ -11,7 +11,7 @@ from rlhf.runs.folder import LINEAGE
 from tools.report.charts import add, new_svg, shortened, to_markup, write
 from tools.report.folders import RunFolder, Stage
 
-BOX_WIDTH, BOX_HEIGHT = 136, 40
+BOX_WIDTH, BOX_HEIGHT = 156, 40
 GAP_X, GAP_Y = 46, 18
 MARGIN = 8
 ARC_HEIGHT = 9
