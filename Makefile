@@ -70,7 +70,7 @@ pipeline: ## All stages from the data to the table of results.
 	@$(MAKE) --silent $(SETUP)
 	@$(if $(one_process),$(BIN)/python -m stages.together )$(MAKE) --no-print-directory \
 	    $(if $(jobs),--jobs $(jobs) )ALL=1 evaluate
-	@echo "results: $(RUN)/results.json, answers side by side: $(RUN)/samples.md"
+	@echo "report: $(RUN)/report.html, results: $(RUN)/results.json, answers side by side: $(RUN)/samples.md"
 
 quick-look: ## The same chain in under a minute at a smaller size; nobody quotes its figures.
 	@$(MAKE) --no-print-directory pipeline PRESET=quick

@@ -24,12 +24,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.shared import (
+    COLOURS,
     INK,
     RUNS,
     TABLE,
     markdown_table,
     mean_cell,
     over_seeds,
+    read_rows,
     save_figure,
     settings_of,
     style_axes,
@@ -43,7 +45,6 @@ from rlhf.runs.folder import METRICS, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
 from rlhf.runs.settings import FolderSettings
-from stages.evaluate.curves import COLOURS, read_metrics
 from stages.rm.config import Config as RewardModelConfig
 from stages.rm.train import train
 
@@ -179,7 +180,7 @@ def read_epochs(path: Path) -> Epochs:
     """Read what a run of the rm stage logged after each epoch, and the epoch's training loss."""
     epochs: Epochs = []
     losses: list[float] = []
-    for row in read_metrics(path):
+    for row in read_rows(path):
         if "rm/loss" in row:
             losses.append(row["rm/loss"])
         else:

@@ -26,11 +26,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.shared import (
+    COLOURS,
     INK,
     RUNS,
     TABLE,
     markdown_table,
     read_json,
+    read_rows,
     save_figure,
     settings_of,
     style_axes,
@@ -53,7 +55,6 @@ from rlhf.runs.run import open_run
 from rlhf.runs.settings import FolderSettings
 from rlhf.training.processes import start_accelerator
 from stages.evaluate.config import Config as EvaluateConfig
-from stages.evaluate.curves import COLOURS, read_metrics
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.rollout import Episode, Sampler
 from stages.ppo.train import train as train_ppo
@@ -499,7 +500,7 @@ def _read_marked(folder: Path, run: str) -> list[dict[str, Any]]:
     if settings.gold is None:
         raise ValueError(f"the evaluation of {run} has no gold score; this study needs one")
     gold = load_function(settings.gold)(*([settings.gold_path] if settings.gold_path else []))
-    rows = read_metrics(folder / SAMPLES)
+    rows = read_rows(folder / SAMPLES)
     marks = gold([row["prompt"] for row in rows], [row["response"] for row in rows])
     return [row | {"gold": mark} for row, mark in zip(rows, marks, strict=True)]
 

@@ -20,6 +20,8 @@ RUNS = ("runs/tiny", "runs/tiny-seed1", "runs/tiny-seed2")
 TABLE = "table.md"
 """File in a study's folder with its figures as a table, beside results.json."""
 INK = "#333333"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Colours of Okabe and Ito, which colour-blind readers can tell apart."""
 DPI = 130
 
 
@@ -38,6 +40,14 @@ def is_finished(folder: str | Path) -> bool:
 
 def read_json(path: str | Path) -> dict[str, Any]:
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a metrics or samples file; a missing file has none."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines would split at U+2028
+        return [json.loads(line) for line in file]
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from experiments.shared import (
+    COLOURS,
     DPI,
     INK,
     RUNS,
@@ -27,6 +28,7 @@ from experiments.shared import (
     mean_cell,
     over_seeds,
     read_json,
+    read_rows,
     save_figure,
     settings_of,
     style_axes,
@@ -37,7 +39,6 @@ from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
 from rlhf.runs.settings import FolderSettings
 from stages.evaluate.config import Config as EvaluateConfig
-from stages.evaluate.curves import COLOURS, read_metrics
 from stages.evaluate.evaluate import evaluate
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.train import train as train_ppo
@@ -317,7 +318,7 @@ def _norm_ratio(folder: str) -> Figures:
     """Return the mean ratio of ptx to PPO gradient norm over updates; empty without ptx."""
     ratios = [
         row["ppo/ptx_grad_norm"] / row["ppo/ppo_grad_norm"]
-        for row in read_metrics(Path(folder) / METRICS)
+        for row in read_rows(Path(folder) / METRICS)
         if "ppo/ptx_grad_norm" in row
     ]
     return {"norm_ratio": sum(ratios) / len(ratios)} if ratios else {}

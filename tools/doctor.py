@@ -34,6 +34,7 @@ EXTRAS = {
     "deepspeed": "ZeRO",
     "tensorboard": "trackers",
     "wandb": "trackers",
+    "trackio": "trackers",
     "bitsandbytes": "QLoRA",
     "vllm": "faster sampling, on GPUs",
 }

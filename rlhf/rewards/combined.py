@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from rlhf.inputs.records import Prompt
-from rlhf.rewards.scores import Combination, Reward, Scored, combine_members, spread
+from rlhf.rewards.scores import Reward, Scored, combine_members, spread
+from rlhf.rewards.settings import Combination
 
 
 @dataclass(frozen=True)

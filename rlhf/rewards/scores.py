@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rlhf.inputs.records import Prompt
-
-MissingEnd = Literal["replace", "subtract", "none"]
-Combination = Literal["mean", "worst", "mean_minus_spread"]
+from rlhf.rewards.settings import Combination, MissingEnd
 
 
 @dataclass(frozen=True)

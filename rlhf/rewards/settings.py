@@ -7,7 +7,9 @@ from typing import Literal
 
 from rlhf.inputs.ranges import NotNegative, NotNegativeInt, Positive, Ranged, TwoOrMore
 from rlhf.models.settings import Attention
-from rlhf.rewards.scores import Combination, MissingEnd
+
+MissingEnd = Literal["replace", "subtract", "none"]
+Combination = Literal["mean", "worst", "mean_minus_spread"]
 
 _PART_NAME = re.compile(r"[A-Za-z][\w-]*")
 

@@ -206,6 +206,7 @@ class Checkpoints:
             except OSError as error:
                 raise OSError(f"{error}; {self._fallback()}") from error
             remove_others(folder)
+            self._run.refresh_page()
         self._accelerator.wait_for_everyone()
         self._num_since = 0
 

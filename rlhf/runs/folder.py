@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,8 @@ CONFIG = "config.yaml"
 LINEAGE = "lineage.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+ALARMS = "alarms.jsonl"
+PAGE = "report.html"
 RESULTS = "results.json"
 
 SAVED_WEIGHTS = (
@@ -386,6 +388,21 @@ def up_to_date(program: str, folder: Path) -> str:
         f"{program}: up to date: {folder} (made {time.strftime('%Y-%m-%d %H:%M', made)}); --force "
         "runs it anyway"
     )
+
+
+def add_to_mark(folder: Path, name: str) -> None:
+    """Note in a folder's mark, if it has one, that the file belongs to the program that took it.
+
+    That program may then replace the file when it runs anew.
+    """
+    mark = _read_mark(folder)
+    if mark is not None and not any(fnmatchcase(name, pattern) for pattern in mark.files):
+        text = json.dumps(
+            {"format": FORMAT, **asdict(replace(mark, files=(*mark.files, name)))},
+            ensure_ascii=False,
+            indent=1,
+        )
+        write_text(folder / MARK, text + "\n")
 
 
 @contextmanager

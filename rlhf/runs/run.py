@@ -4,7 +4,9 @@ config.yaml     the settings in use; --config of the same program reads them aga
 lineage.json    hashes of the inputs, results of the runs that made them, commit, versions
 metrics.jsonl   one object per logged step: {"step": 10, "sft/loss": 2.1}
 samples.jsonl   texts that the model wrote, one object per row
-trackers/       the same for TensorBoard and W&B, where the settings ask for them
+alarms.jsonl    what PPO warned of: {"step": 7, "code": "PPO_KL", "message": "..."}
+report.html     a page about all this, for people to look at (rlhf.runs.page)
+trackers/       the same for TensorBoard, W&B and trackio, where the settings ask for them
 base.json       only for an adapter: path and hash of its base, a full model
 results.json    final results; written last, so its presence says that the run is complete
 checkpoints/    only until the run is complete: what it resumes from
@@ -20,7 +22,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import yaml
 
@@ -28,9 +30,11 @@ from rlhf.inputs.whole_files import sync_to_disk, write_text
 from rlhf.runs.code import code_of
 from rlhf.runs.files import FileHashes, plain_values, to_json, write_json
 from rlhf.runs.folder import (
+    ALARMS,
     CONFIG,
     LINEAGE,
     METRICS,
+    PAGE,
     RESULTS,
     SAMPLES,
     OutputFolder,
@@ -42,6 +46,7 @@ from rlhf.runs.folder import (
     up_to_date,
 )
 from rlhf.runs.lineage import BASE_FILE, check_input, commit, describe_input, versions
+from rlhf.runs.page import Page
 from rlhf.runs.settings import settings_in_force
 from rlhf.runs.trackers import TRACKERS, Tracker, Trackers, check_trackers
 from rlhf.training.processes import from_first_process
@@ -49,8 +54,10 @@ from rlhf.training.processes import from_first_process
 CHECKPOINTS = "checkpoints"
 
 _CHECKPOINT_FILES = (f"{CHECKPOINTS}/step-*", f"{CHECKPOINTS}/checkpoint-*")
-_TRACKER_FILES = (f"{TRACKERS}/tensorboard", f"{TRACKERS}/wandb")
-_WRITTEN = (CONFIG, LINEAGE, METRICS, SAMPLES, RESULTS, *_CHECKPOINT_FILES, *_TRACKER_FILES)
+_TRACKER_FILES = tuple(f"{TRACKERS}/{name}" for name in get_args(Tracker))
+_ROWS = (METRICS, SAMPLES, ALARMS)
+"""Files that grow by rows while the run goes on."""
+_WRITTEN = (CONFIG, LINEAGE, *_ROWS, PAGE, RESULTS, *_CHECKPOINT_FILES, *_TRACKER_FILES)
 """Names and patterns of what every run may write."""
 
 
@@ -75,6 +82,9 @@ class Run:
     _resume_step: int | None = None
     _begun: bool = False
     _trackers: Trackers | None = None
+
+    def __post_init__(self) -> None:
+        self._page = Page(self._dir)
 
     @property
     def dir(self) -> Path:
@@ -125,7 +135,7 @@ class Run:
         """Force all rows written so far onto the disk, out of the system's buffers."""
         self._begin()
         if _is_first_process():
-            for path in (self._dir / METRICS, self._dir / SAMPLES, self._dir):
+            for path in (*(self._dir / name for name in _ROWS), self._dir):
                 if path.exists():
                     sync_to_disk(path)
 
@@ -143,6 +153,24 @@ class Run:
         if self._trackers is not None:
             self._trackers.samples(step, marked)
 
+    def alarms(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append alarms to alarms.jsonl, each with its `step`, `code` and `message`."""
+        self._append(ALARMS, [dict(row) for row in rows])
+
+    def refresh_page(self, *, is_last: bool = False) -> None:
+        """Write the run's page anew, unless the last one is so recent that it would cost too much.
+
+        Args:
+            is_last: Whether the run ends now, without results.
+        """
+        if self._folder is not None:
+            self._page.refresh(is_last=is_last)
+
+    def write_page(self) -> None:
+        """Write the run's page."""
+        if self._folder is not None:
+            self._page.write()
+
     def finish(self, results: Mapping[str, Any]) -> None:
         """Complete the run: write results.json with the "seconds" taken, and remove checkpoints.
 
@@ -159,6 +187,8 @@ class Run:
         if self._trackers is not None:
             self._trackers.finish()
         self._folder.remove(_CHECKPOINT_FILES)
+        if self._page.is_there:  # it says that the run goes on
+            self._page.write()
         self._folder.finish()
         print(f"{self.stage}: wrote {self._dir} in {seconds} s", flush=True)
 
@@ -173,8 +203,10 @@ class Run:
             return
         self._begun = True
         is_anew = self._resume_step is None
-        self._folder.begin([RESULTS, *(_CHECKPOINT_FILES + _TRACKER_FILES if is_anew else ())])
-        for name in (METRICS, SAMPLES):
+        self._folder.begin(
+            [RESULTS, PAGE, *(_CHECKPOINT_FILES + _TRACKER_FILES if is_anew else ())]
+        )
+        for name in _ROWS:
             _keep_until(self._dir / name, self._resume_step)
         settings = _lasting_settings(self._config)
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)

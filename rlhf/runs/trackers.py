@@ -1,7 +1,8 @@
-"""Sends what a run writes to metrics.jsonl and samples.jsonl to TensorBoard and Weights & Biases.
+"""Sends what a run writes to metrics.jsonl and samples.jsonl to TensorBoard, W&B and trackio.
 
 Trackers only show: nothing is read back from them. They write to trackers/ in the run's folder.
-Without a login, W&B runs offline; `wandb sync FOLDER` sends the data later.
+Without a login, W&B runs offline; `wandb sync FOLDER` sends the data later. Trackio always stays on
+this disk; `TRACKIO_DIR=FOLDER trackio show` shows it.
 """
 
 import importlib.util
@@ -9,15 +10,18 @@ import netrc
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from rlhf.runs.files import plain_values
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 TRACKERS = "trackers"
 SAMPLES_TABLE = "samples"
 
-Tracker = Literal["tensorboard", "wandb"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Trackers:
@@ -35,19 +39,24 @@ class Trackers:
 
         Args:
             folder: Where they write.
-            settings: The settings in use, for W&B's table of runs.
+            settings: The settings in use, for the tables of runs of W&B and trackio.
             first_step: The first step of a resumed run; None for a new one. TensorBoard then hides
-                the interrupted run's rows from this step on, and W&B starts a new run.
+                the interrupted run's rows from this step on, and the others start a new run.
         """
+        # Imported here: settings files import this module for the names alone, and accelerate
+        # takes seconds.
+        from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
+
         self._trackers: list[GeneralTracker] = []
         for name in names:
             (folder / name).mkdir(parents=True, exist_ok=True)
+            tracker: GeneralTracker
             if name == "tensorboard":
-                tracker: GeneralTracker = TensorBoardTracker(
-                    "", folder / name, purge_step=first_step
-                )
-            else:
+                tracker = TensorBoardTracker("", folder / name, purge_step=first_step)
+            elif name == "wandb":
                 tracker = WandBTracker(stage, **_wandb_settings(folder, settings))
+            else:
+                tracker = TrackioTracker(stage, **_trackio_settings(folder, settings))
             tracker.start()
             self._trackers.append(tracker)
 
@@ -62,8 +71,10 @@ class Trackers:
         columns = list(dict.fromkeys(name for row in rows for name in row))
         cells = [[str(row.get(name, "")) for name in columns] for row in rows]
         for tracker in self._trackers:
-            if isinstance(tracker, WandBTracker):
+            if tracker.name == "wandb":
                 tracker.log_table(SAMPLES_TABLE, columns=columns, data=cells, step=step)
+            elif tracker.name == "trackio":
+                tracker.log({SAMPLES_TABLE: _trackio_table(columns, cells)}, step=step)
             else:
                 tracker.log({SAMPLES_TABLE: _markdown(columns, cells)}, step=step)
 
@@ -106,6 +117,22 @@ def _wandb_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
         "mode": mode,
         "settings": wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
     }
+
+
+def _trackio_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    # Trackio reads these when it is imported. Elsewhere than on this disk is another person's
+    # machine, which metrics and samples of a run must not reach unasked.
+    os.environ["TRACKIO_DIR"] = str((folder / "trackio").resolve())
+    for variable in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        os.environ.pop(variable, None)
+    name = folder.parent.name
+    return {"name": name, "config": plain_values(settings), "embed": False, "auto_log_cpu": False}
+
+
+def _trackio_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    import trackio
+
+    return trackio.Table(columns=list(columns), data=[list(row) for row in rows])
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,10 @@ from rlhf.inputs.ranges import NotNegativeInt, Positive, PositiveInt, TwoOrMore
 from rlhf.models.settings import Attention
 from rlhf.runs.settings import StageSettings
 
-RESERVED = ("baseline", "judge", "judges", "policies", "prompts", "seconds", "speed", "warnings")
+RESERVED = (
+    *("baseline", "best_of", "judge", "judges", "policies", "prompts", "seconds", "speed"),
+    "warnings",
+)
 """Keys of results.json that no policy and no report may use as a name."""
 GOLD = "gold"
 REWARD_MODEL = "rm"
@@ -66,6 +69,15 @@ class Config(StageSettings):
     pair_samples_per_prompt: NotNegativeInt = 6
     """Responses to sample for each prompt from the baseline, to test the reward model on pairs that
     differ in one part of gold only. 0 means no such test."""
+    best_of: TwoOrMore | None = None
+    """Also measure best-of-n of the baseline for this n: the response that best_of_judge scores
+    highest among n. It stands next to the policies as best_of_N. None means no such entry."""
+    best_of_samples: TwoOrMore | None = None
+    """Responses to sample for each prompt from the baseline for best_of. With more than n, the mean
+    over all subsets of n is taken, which varies less. None means best_of. At least
+    pair_samples_per_prompt are taken where that test is made, since both use the same responses."""
+    best_of_judge: str = REWARD_MODEL
+    """Name of the judge that chooses for best_of: rm, gold, or one of judges."""
     judges: dict[str, str] = field(default_factory=dict)
     """Maps names to independent judges. A judge is the folder of another reward model, or the
     package.module:name of a function that PPO could take as a reward. A warning says when the
@@ -84,8 +96,8 @@ class Config(StageSettings):
     reports: dict[str, str] = field(default_factory=dict)
     """Maps names to folders of runs. The results.json of each is copied under its name."""
     stages: dict[str, str] = field(default_factory=dict)
-    """Maps names to folders of runs whose seconds and learning curves are shown. Missing folders
-    are named and left out."""
+    """Maps names to folders of runs whose seconds are shown. Missing folders are named and left
+    out."""
     num_shown: NotNegativeInt = 12
     """Prompts to show in samples.md after its table."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -95,7 +107,7 @@ class Config(StageSettings):
     trust_remote_code: bool = False
     """Run Python code that comes with the models. Only for sources that you trust."""
     output_dir: str
-    """Folder of results.json, samples.md, samples.jsonl and curves.png."""
+    """Folder of results.json, samples.md, samples.jsonl and report.html."""
     seed: int = 0
     """Seed of the choice of prompts, of sampling (the same for every policy) and of intervals."""
 
@@ -120,6 +132,39 @@ class Config(StageSettings):
             )
         if self.gold_path is not None and self.gold is None:
             raise ValueError(f"gold_path is {self.gold_path} but gold is null; name the maker too")
+        self._check_best_of()
+
+    def _check_best_of(self) -> None:
+        if self.best_of is None:
+            if self.best_of_samples is not None:
+                raise ValueError(
+                    f"best_of_samples is {self.best_of_samples} but best_of is null; give best_of "
+                    "too, or leave both out"
+                )
+            return
+        if self.best_of_samples is not None and self.best_of_samples < self.best_of:
+            raise ValueError(
+                f"best_of_samples is {self.best_of_samples}, fewer than best_of {self.best_of}; "
+                "give at least as many"
+            )
+        given = {GOLD: self.gold, REWARD_MODEL: self.reward_model, **self.judges}
+        judges = [name for name, one in given.items() if one is not None]
+        if self.best_of_judge not in judges:
+            raise ValueError(
+                f"best_of needs the judge best_of_judge {self.best_of_judge!r}, which is not "
+                f"given; the judges are: {', '.join(judges) or 'none'}"
+            )
+        for section in (self.policies, self.reports):
+            if self.best_of_name in section:
+                raise ValueError(
+                    f"best_of {self.best_of} is called {self.best_of_name} in results.json, and a "
+                    "policy or report has that name too; give it another"
+                )
+
+    @property
+    def best_of_name(self) -> str:
+        """Key of results.json that holds the figures of best-of-n."""
+        return f"best_of_{self.best_of}"
 
     @property
     def baseline_name(self) -> str:

@@ -28,17 +28,18 @@ from rlhf.rewards.load import load_judge
 from rlhf.rewards.models import measured_dtype
 from rlhf.rewards.rendering import same_rendering
 from rlhf.rewards.scores import Reward
-from rlhf.runs.folder import METRICS, RESULTS, folders_given_back
+from rlhf.runs.folder import RESULTS, folders_given_back
 from rlhf.runs.run import open_run
 from rlhf.training.processes import start_accelerator
+from stages.evaluate.best_of import Pool, best_of_curve, best_of_figures
 from stages.evaluate.config import GOLD, REWARD_MODEL, Config
-from stages.evaluate.curves import draw_curves
 from stages.evaluate.measures import (
     Answers,
     Scores,
     compare,
     describe,
     divergence,
+    gain,
     most_frequent_response,
     response_logprobs,
     sample,
@@ -46,11 +47,17 @@ from stages.evaluate.measures import (
     text_loss,
 )
 from stages.evaluate.pairs import Judged, outcomes_by_part, pair_figures
-from stages.evaluate.parts import Grader, PartsByPrompt, describe_parts, find_grader, part_names
+from stages.evaluate.parts import (
+    Grader,
+    PartsByPrompt,
+    describe_parts,
+    find_grader,
+    part_names,
+    part_scores,
+)
 from stages.evaluate.report import format_results, format_samples
 from stages.evaluate.warnings import EvaluationWarning, Frequent, find_warnings
 
-CURVES = "curves.png"
 SAMPLES_SHOWN = "samples.md"
 
 _FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
@@ -91,16 +98,21 @@ class Marks:
     parts: dict[str, PartsByPrompt] = field(default_factory=dict)
     """Parts of gold for each policy's answers; empty without a grader."""
     pool: list[PromptTree] = field(default_factory=list)
-    """Several answers of the baseline to each prompt, to make pairs of; empty if no pairs are
-    made."""
+    """Several answers of the baseline to each prompt, for pairs and for best-of-n; empty if neither
+    is wanted."""
 
 
 @folders_given_back()
 def evaluate(config: Config) -> None:
-    """Measure every policy, write results.json, samples and curves, and print the table."""
+    """Measure every policy, write results.json, samples and the page, and print the table."""
     accelerator = start_accelerator()
-    files = (SAMPLES_SHOWN, CURVES)
-    run = open_run(config, stage="evaluate", inputs=_inputs(config), files=files, is_shared=True)
+    run = open_run(
+        config,
+        stage="evaluate",
+        inputs=_inputs(config),
+        files=(SAMPLES_SHOWN,),
+        is_shared=True,
+    )
     if not accelerator.is_main_process:
         return
     if accelerator.num_processes > 1:  # happens when all stages get the same launcher file
@@ -123,9 +135,17 @@ def evaluate(config: Config) -> None:
         name: of | compare(name, config.baseline_name, scores, config.seed)
         for name, of in marks.figures.items()
     }
+    for name in figures:
+        if name != config.baseline_name:
+            figures[name] |= _right_gain(config, marks, name)
+    best_of: dict[str, Any] = {}
     if marks.pool:
-        of_rm = reports.get(REWARD_MODEL, {})
-        reports[REWARD_MODEL] = of_rm | _try_pairs(config, exam, marks.pool)
+        pool = _judge_pool(config, exam, marks.pool)
+        if _makes_pairs(config, exam):
+            of_rm = reports.get(REWARD_MODEL, {})
+            reports[REWARD_MODEL] = of_rm | _try_pairs(config, exam, marks.pool, pool)
+        if config.best_of is not None:
+            best_of = _best_of(config, exam, marks, scores, pool)
     warnings = _find_warnings(config, exam, marks, scores)
     stages = {name: folder for name, folder in config.stages.items() if _is_there(name, folder)}
     ended = {name: _results_of(folder) for name, folder in stages.items()}
@@ -143,6 +163,7 @@ def evaluate(config: Config) -> None:
         },
         "warnings": [asdict(warning) for warning in warnings],
         **{name: figures[name] for name in config.policies},
+        **best_of,
         **reports,
         "seconds": {name: one["seconds"] for name, one in ended.items() if "seconds" in one},
         "speed": {name: speed for name, one in ended.items() if (speed := _speed_of(one))},
@@ -151,8 +172,8 @@ def evaluate(config: Config) -> None:
     run.samples(rows)
     shown = format_samples(rows, results["warnings"], config.num_shown)
     (run.dir / SAMPLES_SHOWN).write_text(shown, encoding="utf-8")
-    draw_curves(stages, run.dir / CURVES)
     run.finish(results)
+    run.write_page()
     print(format_results(json.loads((run.dir / RESULTS).read_text(encoding="utf-8"))), flush=True)
     for warning in warnings:
         print(f"evaluate: warning {warning.code}: {warning.message}", flush=True)
@@ -173,11 +194,10 @@ def _inputs(config: Config) -> dict[str, str]:
         **{f"judges.{n}": judge for n, judge in config.judges.items() if not _is_function(judge)},
         **{f"reports.{name}": path for name, path in config.reports.items()},
         **{
-            f"{section}.{name}.{file}": str(Path(folder) / file)
+            f"{section}.{name}.{RESULTS}": str(Path(folder) / RESULTS)
             for section in ("reports", "stages")
             for name, folder in getattr(config, section).items()
-            for file in (RESULTS, METRICS)
-            if (Path(folder) / file).is_file()
+            if (Path(folder) / RESULTS).is_file()
         },
     }
 
@@ -349,7 +369,7 @@ def _examine(config: Config, exam: Exam, device: torch.device) -> Marks:
                 trees, label = answers[other].trees, f"{name} reads {other}"
                 ref_logprobs = response_logprobs(policy, trees, packer, config.temperature, label)
                 marks.figures[other] |= divergence(answers[other], ref_logprobs)
-            if _makes_pairs(config, exam):
+            if _makes_pairs(config, exam) or config.best_of is not None:
                 marks.pool.extend(_sample_pool(config, exam, policy, name))
         del policy
         print(f"evaluate: measured {name} in {time.monotonic() - started:.1f} s", flush=True)
@@ -387,34 +407,96 @@ def _sample_pool(
     config: Config, exam: Exam, policy: PreTrainedModel, name: str
 ) -> list[PromptTree]:
     """Sample answers other than those that the policies are compared on."""
+    for_pairs = config.pair_samples_per_prompt if _makes_pairs(config, exam) else 0
+    for_best = config.best_of_samples or config.best_of or 0
     return _sample(
         config,
         exam,
         policy,
         exam.chats[name],
         f"{name} answers several times",
-        num_samples=config.pair_samples_per_prompt,
+        num_samples=max(for_pairs, for_best),
         temperature=config.temperature,
         stream="evaluate/pairs",
     )
 
 
-def _try_pairs(config: Config, exam: Exam, pool: list[PromptTree]) -> dict[str, Any]:
+def _judge_pool(config: Config, exam: Exam, trees: list[PromptTree]) -> Pool:
+    """Let the judges score the pool: all of them for best-of-n, the reward model for pairs."""
+    names = list(exam.judges) if config.best_of is not None else [REWARD_MODEL]
+    chat, answers = exam.chats[config.baseline_name], Answers(trees, [])
+    return Pool(
+        scores={name: score(exam.judges[name], exam.questions, chat, answers) for name in names},
+        tokens=[[float(len(response)) for response in tree.responses] for tree in trees],
+        parts=None if exam.grader is None else exam.grader.grade(exam.questions, trees, chat),
+    )
+
+
+def _try_pairs(config: Config, exam: Exam, trees: list[PromptTree], pool: Pool) -> dict[str, Any]:
     """Measure the reward model on pairs of the pool that differ in one part only."""
-    assert exam.grader is not None
-    parts = exam.grader.grade(exam.questions, pool, exam.chat)
-    scores = score(exam.judges[REWARD_MODEL], exam.questions, exam.chat, Answers(pool, []))
+    assert pool.parts is not None
     judged = [
         [
             Judged(exam.chat.decode(response), of_response, value)
             for response, of_response, value in zip(
                 tree.responses, of_parts, of_scores, strict=True
             )
-        ]
-        for tree, of_parts, of_scores in zip(pool, parts, scores, strict=True)
+        ][: config.pair_samples_per_prompt]
+        for tree, of_parts, of_scores in zip(
+            trees, pool.parts, pool.scores[REWARD_MODEL], strict=True
+        )
     ]
-    right_part = config.right_part if config.right_part in part_names(parts) else None
+    right_part = _right_part(config, pool.parts)
     return pair_figures(outcomes_by_part(judged), right_part, exam.kinds, config.seed)
+
+
+def _right_part(config: Config, parts: PartsByPrompt) -> str | None:
+    """Return the part that says what is right, or None if gold does not give it."""
+    return config.right_part if config.right_part in part_names(parts) else None
+
+
+def _right_gain(config: Config, marks: Marks, name: str) -> dict[str, Any]:
+    """Compute how many more of a policy's responses are right than of the baseline's."""
+    baseline = config.baseline_name
+    right = _right_part(config, marks.parts[baseline]) if marks.parts else None
+    if right is None:
+        return {}
+    own, base = (part_scores(marks.parts[policy], right) for policy in (name, baseline))
+    return gain("right", own, base, baseline, config.seed)
+
+
+def _best_of(
+    config: Config,
+    exam: Exam,
+    marks: Marks,
+    scores: dict[str, dict[str, Scores]],
+    pool: Pool,
+) -> dict[str, Any]:
+    """Return the entries of results.json about best-of-n: what it is, and its figures."""
+    assert config.best_of is not None
+    baseline, judge = config.baseline_name, config.best_of_judge
+    part = None if pool.parts is None else _right_part(config, pool.parts)
+    right = None if part is None else (part, part_scores(marks.parts[baseline], part))
+    return {
+        "best_of": {
+            "name": config.best_of_name,
+            "n": config.best_of,
+            "policy": baseline,
+            "judge": judge,
+            "samples_per_prompt": len(pool.tokens[0]),
+            "by_n": best_of_curve(pool, config.best_of, judge),
+        },
+        config.best_of_name: best_of_figures(
+            pool,
+            config.best_of,
+            judge,
+            baseline,
+            {name: of[baseline] for name, of in scores.items()},
+            right=right,
+            kinds=exam.kinds,
+            seed=config.seed,
+        ),
+    }
 
 
 def _find_warnings(
@@ -510,7 +592,7 @@ def _load(config: Config, exam: Exam, name: str) -> PreTrainedModel:
 def _is_there(name: str, folder: str) -> bool:
     there = Path(folder).is_dir()
     if not there:
-        print(f"evaluate: no stage {name} at {folder}; its seconds and curves are left out")
+        print(f"evaluate: no stage {name} at {folder}; its seconds are left out")
     return there
 
 

@@ -24,6 +24,7 @@ from rlhf.measuring.statistics import (
     distinct_bigrams,
     mean_and_error,
     most_frequent_answer,
+    paired_difference,
     win_rate,
 )
 from rlhf.models.passes import compute_logprobs
@@ -176,7 +177,7 @@ def score(reward: Reward, questions: Sequence[Prompt], chat: Chat, answers: Answ
 def compare(
     name: str, baseline: str, scores: dict[str, dict[str, Scores]], seed: int
 ) -> dict[str, Any]:
-    """Compute a policy's mean score by each judge, and how often it beats the baseline.
+    """Compute a policy's mean score by each judge, its gain, and how often it beats the baseline.
 
     Args:
         scores: maps judge to policy to scores. The first judge gives `win_rate_vs_BASELINE`. The
@@ -189,9 +190,25 @@ def compare(
         figures[f"{judge}_score"] = sum(values) / len(values)
         figures[f"{judge}_score_interval"] = bootstrap_interval(own, seed)
         if name != baseline:
-            key = f"win_rate_vs_{baseline}" + (f"_by_{judge}" if number else "")
+            figures |= gain(judge, own, by_policy[baseline], baseline, seed)
+            key = win_rate_key(baseline, None if number == 0 else judge)
             figures[key], figures[f"{key}_interval"] = win_rate(own, by_policy[baseline], seed)
     return figures
+
+
+def win_rate_key(baseline: str, judge: str | None) -> str:
+    """Return the key of a win rate in results.json. None means the judge that decides."""
+    return f"win_rate_vs_{baseline}" + ("" if judge is None else f"_by_{judge}")
+
+
+def gain(what: str, own: Scores, base: Scores, baseline: str, seed: int) -> dict[str, Any]:
+    """Compute `WHAT_gain_vs_BASELINE`: the mean over prompts of own minus base, with its interval.
+
+    Pairing by prompt takes the difficulty of the prompts out of the interval.
+    """
+    change = paired_difference(own, base, seed)
+    key = f"{what}_gain_vs_{baseline}"
+    return {key: change.value, f"{key}_interval": change.interval}
 
 
 def _by_prompt(answers: Answers, values: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -21,6 +21,8 @@ NESTED = {
 }
 """Maps keys of a report that hold figures by name to the text before each name."""
 
+NO_REPORTS = ("best_of", "prompts", "seconds", "speed")
+"""Keys of results.json that hold an object and are no report of a stage."""
 NOTHING = "-"
 INTERVAL = "  95 % interval"
 
@@ -40,11 +42,11 @@ class Block:
 
 def format_results(results: Mapping[str, Any]) -> str:
     """Format results.json as one table: the policies in columns, then reports, speed, seconds."""
-    policies = {name: results[name] for name in results["policies"]}
+    policies = {name: results[name] for name in columns_of(results)}
     reports = {
         name: value
         for name, value in results.items()
-        if isinstance(value, dict) and name not in {*policies, "prompts", "seconds", "speed"}
+        if isinstance(value, dict) and name not in {*policies, *NO_REPORTS}
     }
     speeds = results.get("speed", {})
     prompts = results["prompts"]
@@ -59,6 +61,12 @@ def format_results(results: Mapping[str, Any]) -> str:
         Block("Seconds", (), _seconds_rows(results["seconds"])),
     ]
     return "\n".join(["", *_lay_out(blocks)])
+
+
+def columns_of(results: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the policies, and of best-of-n if it was measured."""
+    best_of = results.get("best_of")
+    return [*results["policies"], *([] if best_of is None else [best_of["name"]])]
 
 
 def format_samples(
@@ -133,12 +141,15 @@ def _policy_rows(results: Mapping[str, Any], policies: Mapping[str, Mapping[str,
     win_rate = f"win_rate_vs_{baseline}"
     lines: list[tuple[str, str, int]] = [
         ("right responses", "right", 3),
+        (f"right responses, gain on {baseline}", f"right_gain_vs_{baseline}", 3),
         ("right when greedy", "right_greedy", 3),
     ]
     if judge is not None:
         lines += [(f"win rate against {baseline}, by {judges[judge]}", win_rate, 3)]
     lines += [(f"win rate by {judges[name]}", f"{win_rate}_by_{name}", 3) for name in other]
-    lines += [(f"{label} score", f"{name}_score", 3) for name, label in judges.items()]
+    for name, label in judges.items():
+        lines += [(f"{label} score", f"{name}_score", 3)]
+        lines += [(f"{label} score, gain on {baseline}", f"{name}_gain_vs_{baseline}", 3)]
     lines += [
         (f"KL to {baseline}, nats a response", "kl", 3),
         ("KL by the k3 estimate", "kl_k3", 3),

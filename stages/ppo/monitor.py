@@ -363,6 +363,8 @@ class Monitor:
     alarms: dict[str, dict[str, int]] = field(default_factory=dict)
     """Maps a code to `first_update`, the first update with that alarm, and `updates`, how many had
     it."""
+    raised: list[dict[str, Any]] = field(default_factory=list)
+    """Alarms since the last `take_raised`, as rows of alarms.jsonl."""
     _tried: set[str] = field(default_factory=set)
     _active: set[str] = field(default_factory=set)
     _was_active: set[str] = field(default_factory=set)
@@ -400,12 +402,18 @@ class Monitor:
         """
         text = f"{code} at update {update}: {cause} {REMEDIES[code]}"
         self._active.add(code)
+        self.raised.append({"step": update, "code": code, "message": f"{cause} {REMEDIES[code]}"})
         entry = self.alarms.setdefault(code, {"first_update": update, "updates": 0})
         entry["updates"] += 1
         if code == NONFINITE or code in self.config.monitor.stop_on:
             raise TrainingStopped(text)
         if code not in self._was_active:
             self.tell(f"ppo: warning {text}")
+
+    def take_raised(self) -> list[dict[str, Any]]:
+        """Return the alarms since the last call."""
+        raised, self.raised = self.raised, []
+        return raised
 
     def end_update(self, metrics: dict[str, float]) -> None:
         """Add `ppo/alarms`, the number of alarms in this update, and start the next update."""
@@ -423,6 +431,7 @@ class Monitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.alarms = state["history"], state["alarms"]
+        self.raised = []  # alarms.jsonl holds those of the run that goes on
         self._was_active, self._active, self._tried = set(state["was_active"]), set(), set()
 
 

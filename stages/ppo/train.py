@@ -165,6 +165,7 @@ def train(config: Config) -> None:
         seconds = watch.take() | {"update": time.perf_counter() - started}
         started = time.perf_counter()  # the time to save counts for the next update
         metrics |= speed.measure(rollout, metrics, seconds)
+        run.alarms(monitor.take_raised())
         run.log(number, metrics | {f"seconds/{name}": value for name, value in seconds.items()})
         bar.set_postfix_str(f"score {metrics['ppo/score']:.2f}, kl {metrics['ppo/kl']:.2f}")
         progress.note(metrics, seconds)
@@ -229,6 +230,8 @@ def _stopping_well(
             cause = f"{error}{prompt} (see {run.dir / REPLAY_FILE})."
             monitor.raise_alarm(NONFINITE, number, cause)
     except TrainingStopped as stop:
+        run.alarms(monitor.take_raised())
+        run.refresh_page(is_last=True)
         folder = run.dir / LAST_GOOD
         save_learned(learner, chat, folder)
         raise TrainingStopped(f"{stop} The weights before it are in {folder}.") from stop

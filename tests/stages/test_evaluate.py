@@ -25,7 +25,6 @@ from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.models import GoldenRow, RewardCard, load_reward_model
 from rlhf.rewards.rendering import rendering_hash
 from stages.evaluate.config import Config
-from stages.evaluate.curves import PANELS, find_curves, running_mean
 from stages.evaluate.evaluate import evaluate
 from stages.evaluate.measures import Answers, describe, divergence, score
 from stages.evaluate.report import format_results, format_samples
@@ -172,7 +171,9 @@ def test_equal_policies_tie_and_have_no_kl(finished: Finished) -> None:
     assert twin["win_rate_vs_sft"] == twin["win_rate_vs_sft_by_rm"] == 0.5
     for name in ("kl", "kl_error", "kl_k3"):
         assert twin[name] == pytest.approx(0.0, abs=1e-5)
-    own = {key: value for key, value in twin.items() if not key.startswith(("kl", "win_rate"))}
+    assert twin["gold_gain_vs_sft"] == twin["rm_gain_vs_sft"] == 0.0
+    compared = ("kl", "win_rate", "gold_gain", "rm_gain")
+    own = {key: value for key, value in twin.items() if not key.startswith(compared)}
     baseline = finished.results["sft"]
     assert own.keys() == baseline.keys()
     for name, value in own.items():
@@ -294,8 +295,9 @@ def test_samples_stand_side_by_side(finished: Finished) -> None:
     assert [row["policy"] for row in finished.rows[:6:2]] == ["sft", "twin", "other"]
 
 
-def test_curves_are_drawn_from_the_stages(finished: Finished) -> None:
-    assert (finished.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+def test_a_page_is_written_too(finished: Finished) -> None:
+    page = (finished.folder / "report.html").read_text(encoding="utf-8")
+    assert "other is " in page
 
 
 def test_the_same_seed_gives_the_same_results(finished: Finished, tmp_path: Path) -> None:
@@ -337,7 +339,6 @@ def test_one_policy_and_no_judge_is_enough(inputs: Config, tmp_path: Path) -> No
     assert results["warnings"] == []
     assert results["judge"] is None
     assert results["prompts"]["used"] == 3
-    assert not (tmp_path / "run" / "curves.png").exists()
     assert "eos rate" in format_results(results)
 
 
@@ -383,19 +384,6 @@ def test_what_responses_show_worked_by_hand() -> None:
     assert found["response_tokens"] == pytest.approx(7 / 3, abs=1e-12)
     assert found["eos_rate"] == pytest.approx(2 / 3, abs=1e-12)
     assert found["distinct_2"] == pytest.approx(3 / 4, abs=1e-12)  # 12, 21, 12, 10
-
-
-def test_curves_of_two_stages_meet_in_a_panel_and_gaps_are_left_out() -> None:
-    logs = {
-        "ppo": [{"step": 0, "ppo/kl": 0.0}, {"step": 1}, {"step": 2, "ppo/kl": "nan"}],
-        "ppo_ptx": [{"step": 0, "ppo/kl": 0.5}, {"step": 5, "ppo/kl": 1.5}],
-    }
-    panel = next(panel for panel in PANELS if "ppo/kl" in panel.lines)
-    assert find_curves(panel, logs) == {
-        ("ppo", "ppo/kl"): ([0], [0.0]),
-        ("ppo_ptx", "ppo/kl"): ([0, 5], [0.5, 1.5]),
-    }
-    assert running_mean([1.0, 3.0, 5.0, 7.0], 1) == [2.0, 3.0, 5.0, 6.0]
 
 
 def test_samples_keep_their_text_whatever_is_in_it() -> None:

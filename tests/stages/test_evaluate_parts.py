@@ -293,6 +293,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
             reward_model=str(folder / "rm"),
             gold="judge_of_parts_test:make_gold",
             judges={"short": "judge_of_parts_test:shortness", "second": str(folder / "rm")},
+            best_of=2,
             output_dir=str(folder / "run"),
         )
     sys.modules.pop("judge_of_parts_test", None)
@@ -331,6 +332,29 @@ def test_a_run_tries_the_reward_model_on_pairs(results: dict[str, Any]) -> None:
     assert found["pairs_by_part"].keys() == found["accuracy_by_part"].keys() == {"correct", "even"}
 
 
+def test_a_run_measures_best_of_n_on_the_responses_of_the_pairs(results: dict[str, Any]) -> None:
+    about, found = results["best_of"], results["best_of_2"]
+    assert (about["policy"], about["judge"], about["samples_per_prompt"]) == ("sft", "rm", 4)
+    curve = about["by_n"]
+    assert list(curve) == ["1", "2"]
+    assert curve["2"]["rm_score"] == found["rm_score"] == pytest.approx(found["second_score"])
+    assert curve["2"]["rm_score"] > curve["1"]["rm_score"]
+    assert found["win_rate_vs_sft_by_rm"] > 0.5
+    assert found["right_by_kind"].keys() == results["sft"]["right_by_kind"].keys()
+    low, high = found["right_gain_vs_sft_interval"]
+    assert low <= found["right_gain_vs_sft"] <= high
+
+
+def test_a_run_measures_gains_on_the_baseline(results: dict[str, Any]) -> None:
+    for name in ("base", "ppo"):
+        gains = {"right": results[name]["right"] - results["sft"]["right"]}
+        for judge in ("gold", "rm", "short"):
+            gains[judge] = results[name][f"{judge}_score"] - results["sft"][f"{judge}_score"]
+        for what, difference in gains.items():
+            assert results[name][f"{what}_gain_vs_sft"] == pytest.approx(difference, abs=1e-6)
+    assert not any("_gain_vs_" in key for key in results["sft"])
+
+
 def test_the_table_shows_parts_and_pairs(results: dict[str, Any]) -> None:
     lines = format_results(results).splitlines()
     assert any(line.startswith("right responses ") for line in lines)
@@ -349,6 +373,7 @@ def test_no_pairs_without_samples_for_them(inputs: Config, tmp_path: Path) -> No
         pair_samples_per_prompt=0,
         judges={},
         right_part=None,
+        best_of=None,
         output_dir=str(tmp_path),
     )
     evaluate(config)

@@ -245,6 +245,10 @@ def test_a_code_that_is_not_to_stop_warns_once_and_is_counted(config: Config, mo
     )
     alarms = alarms_of(replace(config, monitor=replace(config.monitor, stop_on=[])))
     assert alarms["PPO_RATIO"] == {"first_update": 0, "updates": config.num_updates}
+    rows = [json.loads(line) for line in (Path(config.output_dir) / "alarms.jsonl").open()]
+    assert [row["step"] for row in rows] == list(range(config.num_updates))
+    assert {row["code"] for row in rows} == {"PPO_RATIO"}
+    assert rows[0]["message"].startswith("In the first step on a rollout the log-ratio")
     assert capsys.readouterr().out.count("warning PPO_RATIO at update 0") == 1
 
 
@@ -384,6 +388,8 @@ def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(config: Con
     assert "say " in message  # the prompt
     folder = Path(config.output_dir)
     assert str(folder / "last_good") in message
+    (row,) = [json.loads(line) for line in (folder / "alarms.jsonl").open()]
+    assert row["code"] == "PPO_NONFINITE" and row["message"] in message
     replay = json.loads((folder / "nonfinite.json").read_text())
     assert [replay[key] for key in ("update", "step", "phase", "tensor")] == [
         1,

@@ -3,8 +3,11 @@
 import json
 import os
 import socket
+import sqlite3
+import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +97,7 @@ def test_only_the_first_process_tracks(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "trackers").exists()
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_tracker_that_is_not_installed_is_named(
     tmp_path: Path, name: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +133,30 @@ def test_a_login_to_wandb_is_found(
     if line is not None:
         (tmp_path / "netrc").write_text(line)
     assert is_logged_in_to_wandb() is logged_in
+
+
+def test_trackio_holds_the_metrics_and_samples_below_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trackio", reason="trackio is not installed; the extra [trackio] has it")
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "somebody/elses-space")
+    run = start(tmp_path / "run", "trackio")
+    run.log(1, {"sft/loss": 2.5, "sft/note": "nan"})
+    run.log(2, {"sft/loss": 1.25})
+    run.samples(ROWS, step=2)
+    run.finish({})
+    (database,) = (tmp_path / "run" / "trackers" / "trackio").glob("*.db")
+    with closing(sqlite3.connect(database)) as connection:
+        rows = [json.loads(row) for (row,) in connection.execute("select metrics from metrics")]
+    assert [row["sft/loss"] for row in rows if "sft/loss" in row] == [2.5, 1.25]
+    (table,) = [row["samples"] for row in rows if "samples" in row]
+    assert table["_type"] == "trackio.table"
+    assert "TRACKIO_SPACE_ID" not in os.environ
+
+
+def test_settings_are_read_without_importing_a_tracker() -> None:
+    program = "import sys, stages.ppo.config; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_wandb_without_a_login_writes_below_the_run_and_calls_nobody(

@@ -1,0 +1,212 @@
+"""Run folders as stages leave them, small and written by hand, for tests of the page."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HOSTILE = (
+    '</script><img src=x onerror="window.pwned=1">',
+    "<script>window.pwned=1</script>",
+    "<svg onload=window.pwned=1>",
+    "javascript:window.pwned=1",
+    "{{ 7 * 7 }} {% raw %} &lt;b&gt; ]]> --> <!--",
+    "\u202eright to left\u202c and \u2066isolated\u2069",
+    "nul \x00 bell \x07 escape \x1b[31m",
+    "a lone surrogate \ud800 and U+2028 \u2028 here",
+    "x" * 100_000,
+)
+"""Texts that a model might write, none of which may do anything but be seen."""
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_stage(
+    folder: Path,
+    stage: str,
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any] | None,
+    inputs: Mapping[str, Any] | None = None,
+) -> None:
+    """Settings, lineage and, if the stage is to look finished, its results."""
+    lineage = {
+        "stage": stage,
+        "inputs": inputs or {},
+        "commit": "c0ffee",
+        "versions": {"torch": "2"},
+    }
+    write_json(folder / "lineage.json", lineage)
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(settings)), encoding="utf-8")
+    if results is not None:
+        write_json(folder / "results.json", results)
+
+
+def write_sft(run: Path) -> None:
+    results = {"held_out_loss": 0.5071, "base_held_out_loss": 0.6690, "seconds": 34.4}
+    write_stage(run / "sft", "sft", {"output_dir": str(run / "sft"), "seed": 0}, results)
+
+
+def write_rm(run: Path) -> None:
+    results = {
+        "pair_accuracy": 0.71003,
+        "pair_accuracy_interval": [0.68673, 0.73282],
+        "length_baseline": 0.55058,
+        "length_direction": "shorter wins",
+        "calibration_error": 0.02371,
+        "log_loss": 0.56594,
+        "pairs": 2721,
+        "prompts": 173,
+        "calibration": [
+            {"confidence": 0.55, "accuracy": 0.5625, "pairs": 1300},
+            {"confidence": 0.85, "accuracy": "nan", "pairs": 0},
+            {"confidence": 0.95, "accuracy": 0.9375, "pairs": 1421},
+        ],
+        "seconds": 35.0,
+    }
+    policy = {"policy": {"path": str(run / "sft"), "sha256": {"model.safetensors": "5b1f8705bf"}}}
+    write_stage(run / "rm", "rm", {"output_dir": str(run / "rm"), "seed": 0}, results, policy)
+
+
+def write_collect(run: Path) -> None:
+    results = {
+        "agreement": 0.74087,
+        "agreement_interval": [0.72147, 0.75992],
+        "num_overlap": 280,
+        "num_rankings": 1400,
+        "num_comparisons": 21620,
+        "tie_share": 0.10021,
+        "num_rankings_by_labeler": {"Ada": 264, "<b>Ben</b>": 290},
+        "num_rankings_by_k": {"4": 244, "9": 125},
+        "seconds": 26.1,
+    }
+    write_stage(run / "rankings", "collect", {"output_dir": str(run / "rankings")}, results)
+
+
+def write_ppo(
+    run: Path,
+    *,
+    num_updates: int = 24,
+    last_update: int = 23,
+    kl_coef: float = 0.05,
+    alarms: Iterable[Mapping[str, Any]] = (),
+) -> Path:
+    """A PPO run; unfinished if its last update is not the last one of the settings."""
+    folder = run / "ppo_ptx"
+    settings = {
+        "output_dir": str(folder),
+        "num_updates": num_updates,
+        "ppo": {"kl_coef": kl_coef},
+        "monitor": {"max_kl": 2.0, "stop_on": ["PPO_NEG_KL"], "min_eos_rate": 0.5},
+        "seed": 0,
+    }
+    is_finished = last_update == num_updates - 1
+    results = {"score": 1.18769, "kl": 1.6155, "alarms": {}, "seconds": 148.8}
+    write_stage(folder, "ppo", settings, results if is_finished else None)
+    rows = [
+        {
+            "step": i,
+            "ppo/score": 0.1 + i / 20,
+            "ppo/kl": i / 11,
+            "ppo/eos_rate": 1.0,
+            "ppo/entropy": "nan" if i == 3 else 1 / (1 + i),
+        }
+        for i in range(last_update + 1)
+    ]
+    write_rows(folder / "metrics.jsonl", rows)
+    write_rows(folder / "alarms.jsonl", alarms)
+    samples = [
+        {"step": step, "prompt": "Who?", "response": text, "score": 0.25, "kl": 0.5, "tokens": 3}
+        for step, text in ((0, "It is me."), (last_update, "It is you."))
+    ]
+    write_rows(folder / "samples.jsonl", samples)
+    return folder
+
+
+def policy(right: float, **figures: Any) -> dict[str, Any]:
+    return {
+        "right": right,
+        "right_interval": [right - 0.03125, right + 0.03125],
+        "right_by_kind": {"sum": right},
+        "text_loss": 0.63286,
+        "response_tokens": 9.75,
+        "gold_score": 5.5,
+        "rm_score": 0.25,
+        **figures,
+    }
+
+
+def write_evaluation(run: Path, **changes: Any) -> None:
+    """results.json and samples.jsonl of an evaluation of sft and ppo_ptx, with hostile texts."""
+    results = {
+        "policies": ["sft", "ppo_ptx"],
+        "baseline": "sft",
+        "judge": "gold",
+        "judges": ["gold", "rm"],
+        "prompts": {"used": 9, "samples_per_prompt": 1, "temperature": 1.0},
+        "warnings": [],
+        "sft": policy(0.56673),
+        "ppo_ptx": policy(
+            0.83789,
+            kl=1.55103,
+            kl_error=0.06107,
+            right_gain_vs_sft=0.27116,
+            right_gain_vs_sft_interval=[0.22851, 0.31445],
+            win_rate_vs_sft=0.84082,
+            win_rate_vs_sft_interval=[0.8125, 0.86621],
+            win_rate_vs_sft_by_rm=0.8955,
+        ),
+        "best_of_8": policy(0.7373, kl=1.20444),
+        "best_of": {
+            "name": "best_of_8",
+            "n": 8,
+            "policy": "sft",
+            "judge": "rm",
+            "samples_per_prompt": 8,
+            "by_n": {
+                "1": {"kl": 0.0, "gold_score": 4.5, "rm_score": 0.0},
+                "8": {"kl": 1.20444, "gold_score": 5.5, "rm_score": 1.0},
+            },
+        },
+        "rm": {"accuracy_by_part": {"polite": 0.91004, "correct": 0.76568}},
+        "seconds": {"sft": 34.4, "evaluate": 41.7, "total": 76.1},
+    } | changes
+    inputs = {
+        "policies.sft": {"path": str(run / "sft"), "sha256": {"model.safetensors": "5b1f8705bf"}}
+    }
+    settings = {"output_dir": str(run), "seed": 0, "num_prompts": 9}
+    write_stage(run, "evaluate", settings, results, inputs)
+    rows = [
+        {
+            "prompt_number": number,
+            "prompt": text if number % 2 else [{"role": "user", "content": text}],
+            "policy": name,
+            "response": f"{name} says {text}",
+            "finished": number != 1,
+            "gold": 2.0 + number,
+            "rm": number / 8,
+            "parts": {"polite": 0.5},
+        }
+        for number, text in enumerate(HOSTILE)
+        for name in ("sft", "ppo_ptx")
+    ]
+    write_rows(run / "samples.jsonl", rows)
+
+
+def write_pipeline(run: Path, **changes: Any) -> Path:
+    """A whole run with its evaluation, whose results may be changed."""
+    write_sft(run)
+    write_collect(run)
+    write_rm(run)
+    write_ppo(run)
+    write_evaluation(run, **changes)
+    return run
