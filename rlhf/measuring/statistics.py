@@ -6,7 +6,7 @@ measured several times per prompt, its interval comes from drawing whole prompts
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
@@ -24,6 +24,9 @@ NUMBERS_AT_ONCE = 1_000_000
 
 ONE_ANSWER_ODDS = 3.0
 """Factor by which the odds of one answer must grow to be suspicious."""
+
+
+Value = TypeVar("Value")
 
 
 class Estimate(NamedTuple):
@@ -149,6 +152,86 @@ def paired_difference(
     return Estimate(mean, bootstrap_interval([[one] for one in differences], seed))
 
 
+def aggregate_estimate(
+    values_by_cluster: Sequence[Sequence[Value]],
+    aggregate: Callable[[list[Value]], float],
+    seed: int,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Estimate:
+    """Return an aggregate of all values, such as a perplexity, with its 95 % percentile interval.
+
+    Args:
+        values_by_cluster: Values of each cluster, such as a question, which is drawn as a whole.
+        aggregate: Makes one number of a list of values. For a mean, `bootstrap_interval` is faster.
+        seed: Seed of the draws; equal seeds give equal intervals.
+        num_resamples: How many sets of clusters are drawn.
+
+    Returns:
+        The interval is (nan, nan) for a single cluster.
+    """
+
+    def compute(clusters: Sequence[int]) -> float:
+        return float(aggregate(_values_of(values_by_cluster, clusters)))
+
+    return _bootstrap_clusters(compute, len(values_by_cluster), seed, num_resamples)
+
+
+def aggregate_difference(
+    values_a: Sequence[Sequence[Value]],
+    values_b: Sequence[Sequence[Value]],
+    aggregate: Callable[[list[Value]], float],
+    seed: int,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Estimate:
+    """Return a's aggregate minus b's; every draw takes the same clusters of both.
+
+    Args:
+        values_a: Values of a by cluster.
+        values_b: Values of b for the same clusters.
+        aggregate, seed, num_resamples: As in `aggregate_estimate`.
+
+    Raises:
+        ValueError: The two have different numbers of clusters.
+    """
+    if len(values_a) != len(values_b):
+        raise ValueError(
+            f"{len(values_a)} clusters against {len(values_b)}; a paired difference needs the same"
+        )
+
+    def subtract(clusters: Sequence[int]) -> float:
+        of_a, of_b = _values_of(values_a, clusters), _values_of(values_b, clusters)
+        return float(aggregate(of_a) - aggregate(of_b))
+
+    return _bootstrap_clusters(subtract, len(values_a), seed, num_resamples)
+
+
+def _bootstrap_clusters(
+    compute: Callable[[Sequence[int]], float], num_clusters: int, seed: int, num_resamples: int
+) -> Estimate:
+    """Return compute(numbers of all clusters), and its interval over draws of their numbers."""
+    value = compute(range(num_clusters))
+    if num_clusters < 2:
+        return Estimate(value, (math.nan, math.nan))
+    drawn = stats.bootstrap(
+        (np.arange(num_clusters),),
+        lambda clusters: compute(clusters.tolist()),
+        vectorized=False,
+        n_resamples=num_resamples,
+        method="percentile",
+        rng=seed,
+    )
+    low, high = drawn.confidence_interval
+    return Estimate(value, (float(low), float(high)))
+
+
+def _values_of(
+    values_by_cluster: Sequence[Sequence[Value]], clusters: Iterable[int]
+) -> list[Value]:
+    return [value for cluster in clusters for value in values_by_cluster[cluster]]
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean of independent values and its standard error; nan for fewer than two."""
     if not values:
@@ -206,6 +289,61 @@ def best_of_n_kl(n: int) -> float:
     it is an upper bound (Beirami et al. 2024).
     """
     return math.log(n) - (n - 1) / n
+
+
+def majority_of_k(answers: Sequence[str | None], right: Sequence[float], k: int) -> float:
+    """Return the chance that the majority of k of these N answers is right (maj@k).
+
+    It is the mean over all C(N, k) subsets, so it is unbiased for every k up to N. The answer that
+    most of a subset give wins (Wang et al. 2022, self-consistency); tied ones share the win. The
+    subsets are counted, not listed: for each number j of votes for the winner, a sum over the
+    different answers builds up the subsets of k in which no answer has more than j votes.
+
+    Args:
+        answers: (N,) answers to one question. None is no answer: it takes a place in a subset, but
+            does not vote. A subset of None alone is wrong.
+        right: (N,) 1 for a right answer, 0 for a wrong one; equal answers have the same.
+        k: Size of the subsets.
+
+    Raises:
+        ValueError: k is not 1 to N.
+    """
+    if not 1 <= k <= len(answers):
+        raise ValueError(f"k is {k}, with {len(answers)} answers; give 1 to {len(answers)}")
+    counts: dict[str, int] = {}
+    values: dict[str, float] = {}
+    for answer, value in zip(answers, right, strict=True):
+        if answer is not None:
+            counts[answer] = counts.get(answer, 0) + 1
+            values[answer] = float(value)
+    silent = len(answers) - sum(counts.values())
+    wins = 0.0
+    for most_votes in range(1, k + 1):
+        # Maps (size, number of winners) to the number of subsets and the sum of winners' values.
+        subsets = {(size, 0): (math.comb(silent, size), 0.0) for size in range(min(silent, k) + 1)}
+        for answer, count in counts.items():
+            subsets = _with_answer(subsets, count, values[answer], most_votes, k)
+        for (size, num_winners), (_, total) in subsets.items():
+            if size == k and num_winners:
+                wins += total / num_winners
+    return wins / math.comb(len(answers), k)
+
+
+_Subsets = dict[tuple[int, int], tuple[int, float]]
+
+
+def _with_answer(subsets: _Subsets, count: int, value: float, most_votes: int, k: int) -> _Subsets:
+    """Add 0 to `most_votes` of the `count` equal answers to every subset of at most k."""
+    found: _Subsets = {}
+    for (size, num_winners), (number, total) in subsets.items():
+        for votes in range(min(count, most_votes, k - size) + 1):
+            wins = votes == most_votes
+            ways = math.comb(count, votes)
+            key = size + votes, num_winners + wins
+            old_number, old_total = found.get(key, (0, 0.0))
+            won = value * number if wins else 0.0
+            found[key] = old_number + ways * number, old_total + ways * (total + won)
+    return found
 
 
 Answer = TypeVar("Answer", bound=Hashable)
