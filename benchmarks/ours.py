@@ -32,8 +32,9 @@ from rlhf.training.processes import start_accelerator
 from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
-from stages.ppo.rollout import Episode, Sampler, roll_out, rollout_metrics, rollout_sums
-from stages.ppo.train import load_models
+from stages.ppo.load import load_models
+from stages.ppo.metrics import rollout_metrics, rollout_sums
+from stages.ppo.rollout import Episode, Sampler, roll_out
 from stages.ppo.update import Learner, update
 from stages.rm.config import Config as RMConfig
 from stages.rm.data import Example

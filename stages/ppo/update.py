@@ -21,13 +21,11 @@ from rlhf.training.optim import MovingAverage
 from rlhf.training.parameters import trained_parameters
 from rlhf.training.processes import max_over_processes, sum_over_processes
 from stages.ppo.config import Config
+from stages.ppo.metrics import Sums, update_metrics
 from stages.ppo.rollout import Rollout
 
 POLICY = 0
 """Index of the policy among the modules of the optimizer (see make_optimizer)."""
-
-Sums = dict[str, float]
-"""Sums over this process's tokens and steps."""
 
 
 class PolicyAndValue(nn.Module):
@@ -332,29 +330,6 @@ class RowBatch:
     def of(cls, batch: Rollout, row: PackedRow) -> "RowBatch":
         names = cls.__dataclass_fields__
         return cls(**{name: row.select(getattr(batch, name).to(row.device)) for name in names})
-
-
-def update_metrics(total: Sums) -> dict[str, float]:
-    """Compute means over the tokens and the steps of an update."""
-    tokens, steps = total["tokens"], total["steps"]
-    metrics = {
-        "ppo/policy_loss": total["policy_loss"] / tokens,
-        "ppo/value_loss": total["value_loss"] / tokens,
-        "ppo/approx_kl": total["approx_kl"] / tokens,
-        "ppo/clip_fraction": total["clipped"] / tokens,
-        "ppo/value_clip_fraction": total["value_clipped"] / tokens,
-        "ppo/ratio": total["ratio"] / tokens,
-        "ppo/policy_grad_norm": total["policy_grad_norm"] / steps,
-        "ppo/value_grad_norm": total["value_grad_norm"] / steps,
-    }
-    if "ptx_tokens" in total:
-        metrics["ppo/ptx_loss"] = total["ptx_nats"] / total["ptx_tokens"]
-    if "ptx_norm" in total:
-        metrics["ppo/ptx_grad_norm"] = total["ptx_norm"] / steps
-        metrics["ppo/ppo_grad_norm"] = total["ppo_norm"] / steps
-        metrics["ppo/grad_cosine"] = total["cosine"] / steps
-        metrics["ppo/ptx_coef"] = total["ptx_coef"] / steps
-    return metrics
 
 
 def find_nonfinite(learner: Learner, batch: Rollout, texts: Sequence[PromptTree]) -> NonFiniteError:

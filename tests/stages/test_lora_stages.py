@@ -26,8 +26,8 @@ from rlhf.training.settings import OptimSettings
 from rlhf.training.sharding import local_gradients
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
+from stages.ppo.load import load_models
 from stages.ppo.rollout import Episode, roll_out
-from stages.ppo.train import load_models
 from stages.ppo.train import train as train_ppo
 from stages.ppo.update import optimizer_step
 from stages.rm.config import Config as RmConfig

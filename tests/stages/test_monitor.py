@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import rlhf.generation.hf
+import stages.ppo.load
 import stages.ppo.rollout
 import stages.ppo.train
 import stages.ppo.update
@@ -134,9 +135,9 @@ def test_a_sampler_as_far_from_the_trainer_as_a_clip_is_always_checked(changes, 
 
 
 def test_a_reference_that_is_another_model(config: Config, monkeypatch):
-    load_policy = stages.ppo.train.load_policy
+    load_policy = stages.ppo.load.load_policy
     monkeypatch.setattr(
-        stages.ppo.train,
+        stages.ppo.load,
         "load_policy",
         break_from(1, load_policy, lambda *a, **k: other(load_policy(*a, **k))),
     )
@@ -392,9 +393,9 @@ def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(config: Con
         "logprobs",
     ]
     assert "say " in replay["prompt_text"] and replay["responses"][0]
-    good = stages.ppo.train.load_policy(ModelSettings(path=str(folder / "last_good")))
+    good = stages.ppo.load.load_policy(ModelSettings(path=str(folder / "last_good")))
     assert all(parameter.isfinite().all() for parameter in good.parameters())
-    start = stages.ppo.train.load_policy(config.policy)
+    start = stages.ppo.load.load_policy(config.policy)
     assert not torch.equal(good.lm_head.weight, start.lm_head.weight)  # one update was taken
     assert not (folder / "results.json").exists()
 
@@ -415,7 +416,7 @@ def test_a_nan_in_the_rollout_is_named(tensor: str, config: Config, monkeypatch)
 
 
 def test_a_policy_without_finite_logits_is_told_at_its_first_sample(config: Config, monkeypatch):
-    load_policy = stages.ppo.train.load_policy
+    load_policy = stages.ppo.load.load_policy
 
     def spoilt(*args, **kwargs):
         policy = load_policy(*args, **kwargs)
@@ -423,7 +424,7 @@ def test_a_policy_without_finite_logits_is_told_at_its_first_sample(config: Conf
             policy.lm_head.weight[7] = math.nan
         return policy
 
-    monkeypatch.setattr(stages.ppo.train, "load_policy", spoilt)
+    monkeypatch.setattr(stages.ppo.load, "load_policy", spoilt)
     with pytest.raises(TrainingStopped, match=r"^PPO_NONFINITE at update 0: logits .*rollout"):
         train(config)
 

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import rlhf.runs.stopwatch
 import stages.ppo.rollout
-import stages.ppo.train
+import stages.ppo.setup
 import stages.ppo.update
 from rlhf.generation.hf import LoopEngine
 from rlhf.generation.settings import GenerationSettings
@@ -35,8 +35,9 @@ from rlhf.training.optim import MovingAverage, make_optimizer, make_schedule
 from rlhf.training.settings import OptimSettings
 from rlhf.training.sharding import local_gradients
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
+from stages.ppo.data import text_blocks
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out
-from stages.ppo.train import text_blocks, train
+from stages.ppo.train import train
 from stages.ppo.update import Learner, PolicyAndValue, optimizer_step, update
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 from tests.stages.conftest import is_timing
@@ -647,8 +648,8 @@ def test_mixed_precision_holds_in_every_pass_of_a_run(ppo_config: Config, monkey
         types.clear()  # of a probe that finds how the models can be packed
         return models
 
-    load_models = stages.ppo.train.load_models
-    monkeypatch.setattr(stages.ppo.train, "load_models", load)
+    load_models = stages.ppo.setup.load_models
+    monkeypatch.setattr(stages.ppo.setup, "load_models", load)
     # The probe of sampling compares in full precision.
     monkeypatch.setattr("rlhf.generation.decoder._is_right", lambda policy, way: True)
     monkeypatch.setattr(LlamaMLP, "forward", note)
@@ -663,7 +664,7 @@ def test_mixed_precision_holds_in_every_pass_of_a_run(ppo_config: Config, monkey
 
 def test_half_types_whose_gradients_are_scaled_are_refused(ppo_config: Config, monkeypatch):
     launched = SimpleNamespace(mixed_precision="fp16", num_processes=1)
-    monkeypatch.setattr(stages.ppo.train, "start_accelerator", lambda: launched)
+    monkeypatch.setattr(stages.ppo.setup, "start_accelerator", lambda: launched)
     message = "^mixed_precision of the launcher is fp16, .* bf16 or no"
     with pytest.raises(ValueError, match=message):
         train(ppo_config)

@@ -25,7 +25,7 @@ PPO_CUTS = [
     Cut("stages.ppo.train", "update", 3),  # behind the first
     Cut("rlhf.runs.checkpoint_files", "Path.rename", 1),  # the second is whole, still unnamed
     Cut("rlhf.runs.checkpoints", "remove_others", 1),  # it has, and the first is still there
-    Cut("stages.ppo.train", "save_policy", 1),
+    Cut("stages.ppo.stopping", "save_policy", 1),
 ]
 
 
@@ -185,7 +185,7 @@ def test_an_interrupt_outside_of_steps_and_a_second_one_end_at_once(
     configs: dict[str, Any], tmp_path: Path
 ):
     config = replace(configs["ppo"], output_dir=str(tmp_path / "run"))
-    before = Cut("stages.ppo.train", "normalize_scores", 1, signal.SIGINT)
+    before = Cut("stages.ppo.setup", "normalize_scores", 1, signal.SIGINT)
     code, printed = run_command("ppo", config, before)
     assert (code, printed.splitlines()[-1]) == (INTERRUPTED, "interrupted")
     twice = Cut("stages.ppo.update", "policy_loss", 1, signal.SIGINT, times=2)
