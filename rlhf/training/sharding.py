@@ -15,7 +15,7 @@ this module reads and writes its shards. Functions import DeepSpeed only when th
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -110,26 +110,31 @@ def clip_gradients(
     return before
 
 
+def drop_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
+    """Drop the gradients of a module that must not learn, after the last pass."""
+    if is_deepspeed(accelerator):
+        scale_gradients(parameters, 0.0)
+    else:
+        for parameter in parameters:
+            parameter.grad = None
+
+
 def take_step(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    frozen: Mapping[int, nn.Module] | None = None,
+    frozen: Collection[int] = (),
 ) -> None:
     """Take one step of the optimizer. DeepSpeed drops the gradients; otherwise they remain.
 
     Args:
-        frozen: Modules that must not change, by their number in `make_optimizer`. A gradient of 0
-            is not enough: weight decay would move them, and Adam's moments would decay.
+        frozen: Numbers in `make_optimizer` of the modules that must not change, whose gradients
+            were dropped. Under DeepSpeed a gradient of 0 is not enough: weight decay would move
+            them, and Adam's moments would decay.
     """
-    frozen = frozen or {}
-    parameters = [parameter for module in frozen.values() for parameter in module.parameters()]
     if not is_deepspeed(accelerator):
-        for parameter in parameters:
-            parameter.grad = None
         optimizer.step()
         return
-    scale_gradients(parameters, 0.0)
     for group in optimizer.param_groups:
         if group["module"] in frozen:
             group["lr"] = 0.0  # the schedule sets it again at its next step

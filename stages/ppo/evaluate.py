@@ -11,8 +11,15 @@ from rlhf.runs.run import Run
 from rlhf.training.nonfinite import told_by_all
 from rlhf.training.processes import own_share, sum_over_processes
 from stages.ppo.config import Config
+from stages.ppo.learner import Learner
 from stages.ppo.rollout import Episode, Sampler
-from stages.ppo.update import Learner
+
+
+def is_due(update: int, config: Config) -> bool:
+    """Tell whether the held-out prompts are answered after this update."""
+    if config.prompts_held_out is None:
+        return False
+    return update % config.eval_every == 0 or update == config.num_updates - 1
 
 
 def evaluate(
@@ -25,12 +32,12 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure score, KL, length and ends on held-out prompts, with the same random draws each
     time."""
-    episodes = own_share(learner.accelerator, held_out)
+    episodes = own_share(learner.state.accelerator, held_out)
     sums = torch.zeros(4)
     with told_by_all():
         if episodes:  # with fewer prompts than processes, some processes have none
             sums = _answer(learner, sampler, episodes, run, number, config)
-    score, nats, tokens, ended = sum_over_processes(learner.accelerator, sums).tolist()
+    score, nats, tokens, ended = sum_over_processes(learner.state.accelerator, sums).tolist()
     return {
         "ppo/held_out_score": score / len(held_out),
         "ppo/held_out_kl": nats / len(held_out),
@@ -51,7 +58,7 @@ def _answer(
 
     Returns sums over the prompts, (4,): score, KL, tokens, responses that end.
     """
-    process = learner.accelerator.process_index
+    process = learner.state.accelerator.process_index
     generator = torch_stream(config.seed, "ppo/held out", process)
     policy = learner.models.policy
     trees, _ = sampler.sample(policy, episodes, generator)

@@ -24,10 +24,11 @@ from rlhf.rewards.rendering import same_vocabulary
 from rlhf.rewards.scores import Reward
 from rlhf.runs.stopwatch import Stopwatch
 from rlhf.training import sharding
-from rlhf.training.optim import MovingAverage, make_optimizer, make_schedule
+from rlhf.training.optim import MovingAverage
+from rlhf.training.step import make_train_state
 from stages.ppo.config import Config
+from stages.ppo.learner import POLICY, Learner, PolicyAndValue
 from stages.ppo.rollout import Sampler
-from stages.ppo.update import POLICY, Learner, PolicyAndValue
 
 
 def load_models(
@@ -65,13 +66,12 @@ def load_models(
         checkpoint_activations(policy)
         checkpoint_activations(value_model.classifier)
     groups = [(policy, config.optim.learning_rate), (value_model, config.value_learning_rate)]
-    optimizer = make_optimizer(groups, config.optim)
     first_steps = {POLICY: config.value_warmup_steps}
-    schedule = make_schedule(optimizer, config.optim, config.num_steps, first_steps)
     both = PolicyAndValue(policy, value_model)
-    model, prepared = sharding.prepare(accelerator, both, optimizer)
-    average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
-    learner = Learner(model, prepared, schedule, average, packer, accelerator, watch)
+    state = make_train_state(both, groups, config.optim, config.num_steps, accelerator, first_steps)
+    if config.ema_decay is not None:
+        state.average = MovingAverage(policy, config.ema_decay)
+    learner = Learner(state, packer, watch)
     tell = accelerator.print
     autocast = partial(sharding.autocast_unwrapped, accelerator)
     sampler = Sampler(chat, ref_policy, reward, packer, config, watch, engine, tell, autocast)

@@ -11,7 +11,7 @@ from rlhf.maths.kl import k1, k3
 from rlhf.maths.masking import masked_sum
 from rlhf.measuring.statistics import distinct_bigrams, most_frequent_answer
 from rlhf.training.nonfinite import NonFiniteError, first_nonfinite, found_by_any
-from rlhf.training.processes import max_over_processes, sum_over_processes
+from rlhf.training.processes import max_over_processes, sums_over_processes
 from stages.ppo.rollout import Rollout
 
 Sums = dict[str, float]
@@ -27,8 +27,7 @@ def describe(rollout: Rollout, accelerator: Accelerator) -> dict[str, float]:
     Raises:
         NonFiniteError: a value of the rollout is not finite; all processes raise it.
     """
-    sums = rollout_sums(rollout)
-    totals = {name: float(sum_over_processes(accelerator, value)) for name, value in sums.items()}
+    totals = sums_over_processes(accelerator, rollout_sums(rollout))
     if not all(math.isfinite(total) for total in totals.values()):
         fields = vars(rollout) | ({} if rollout.check is None else rollout.check._asdict())
         tensors = {k: v for k, v in fields.items() if isinstance(v, torch.Tensor)}

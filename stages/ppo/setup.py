@@ -16,12 +16,13 @@ from rlhf.rewards.models import RewardCard
 from rlhf.runs.checkpoints import Checkpoints
 from rlhf.runs.folder import MODEL_FILES
 from rlhf.runs.run import Run, open_run
-from rlhf.runs.stateful import Fields, Generators, Stateful
+from rlhf.runs.stateful import Fields, Generators, Stateful, parts_of
 from rlhf.runs.stopwatch import Stopwatch
 from rlhf.training import sharding
 from rlhf.training.processes import own_share, start_accelerator
 from stages.ppo.config import Config
 from stages.ppo.data import inputs_of, load_episodes, load_held_out, shuffled_text
+from stages.ppo.learner import Learner
 from stages.ppo.load import load_models
 from stages.ppo.monitor import (
     LAST_GOOD,
@@ -35,7 +36,6 @@ from stages.ppo.normalize import normalize_scores
 from stages.ppo.progress import Progress
 from stages.ppo.rollout import Episode, Sampler
 from stages.ppo.speed import Speedometer
-from stages.ppo.update import Learner
 
 FILES = (*MODEL_FILES, REPLAY_FILE, LAST_GOOD)
 """What PPO writes besides what every run writes."""
@@ -90,7 +90,7 @@ def set_up(config: Config) -> Setup:
     _announce(config, accelerator, len(episodes))
     _warn_of_chance(config, monitor)
     before = checkpoints.saved("progress") or {}
-    with sharding.whole_weights(accelerator, learner.model):
+    with sharding.whole_weights(accelerator, learner.state.model):
         sampler, raw_scores = normalize_scores(
             sampler, learner.models.value_model, episodes, accelerator, before.get("raw_scores")
         )
@@ -112,7 +112,7 @@ def set_up(config: Config) -> Setup:
         "speed": Fields(speed, "totals"),
     }
     own: dict[str, Stateful] = {"generators": Generators(sampling=sampling, shuffling=shuffling)}
-    checkpoints.restore(parts | learner.parts(), own)
+    checkpoints.restore(parts | parts_of(learner.state), own)
     watch.take()  # discard the seconds before the first update
     return Setup(
         accelerator=accelerator,
@@ -177,7 +177,7 @@ def _warn_of_chance(config: Config, monitor: Monitor) -> None:
                 f"The reward model at {path} orders {card.pair_accuracy:.1%} of held-out pairs "
                 f"right, 95 % interval {low:.1%} to {high:.1%}."
             )
-            monitor.raise_alarm(RM_CHANCE, 0, cause)
+            monitor.raise_alarm(RM_CHANCE, cause)
 
 
 def _token_noise(config: Config, accelerator: Accelerator) -> float:

@@ -1,21 +1,18 @@
 """Run PPO: set up, then repeat rollout, update and evaluation, then save."""
 
 import time
-from functools import partial
 
 from tqdm import tqdm
 
 from rlhf.runs.folder import folders_given_back
-from rlhf.training import sharding
-from rlhf.training.processes import naming, own_share
+from rlhf.training.processes import own_share
 from stages.ppo.config import Config
-from stages.ppo.evaluate import evaluate
+from stages.ppo.evaluate import evaluate, is_due
 from stages.ppo.metrics import describe
-from stages.ppo.monitor import Metrics, Monitor
 from stages.ppo.progress import next_kl_coef
 from stages.ppo.rollout import roll_out
 from stages.ppo.setup import set_up
-from stages.ppo.stopping import place, save_learned, stopping_well
+from stages.ppo.stopping import save_learned, stopping_well
 from stages.ppo.update import update
 
 
@@ -34,20 +31,14 @@ def train(config: Config) -> None:
     )
     started = time.perf_counter()
     for number in bar:
-        models = learner.models
-        batch = own_share(accelerator, next(setup.prompts))
         only_value = number < config.ppo.value_warmup_updates
-        where = partial(place, watch, number)
-        with (
-            stopping_well(monitor, number, learner, setup.chat, run),
-            naming(accelerator, where),
-        ):
-            with sharding.whole_weights(accelerator, learner.model), accelerator.autocast():
+        with stopping_well(learner, monitor, setup.chat, run):
+            with learner.ready():
                 rollout = roll_out(
-                    models.policy,
-                    models.value_model,
+                    learner.models.policy,
+                    learner.models.value_model,
                     sampler,
-                    batch,
+                    own_share(accelerator, next(setup.prompts)),
                     setup.sampling,
                     accelerator,
                     progress.kl_coef,
@@ -55,25 +46,24 @@ def train(config: Config) -> None:
                 )
             with watch.phase("metrics"):
                 metrics = describe(rollout, accelerator)
-            monitor.watch(number, metrics)
+            monitor.inspect(metrics)
             metrics |= update(
                 learner,
                 rollout,
                 setup.texts,
                 config,
                 setup.shuffling,
+                monitor,
                 only_value=only_value,
-                look_at_ratio=partial(_watch_ratio, monitor, number, metrics),
             )
-            monitor.watch(number, metrics)
+            monitor.inspect(metrics)
         metrics["ppo/kl_coef"] = progress.kl_coef
-        metrics["ppo/learning_rate"] = float(learner.schedule.get_last_lr()[0])
+        metrics["ppo/learning_rate"] = learner.state.learning_rate
         monitor.end_update(metrics)
         if not only_value:
             progress.kl_coef = next_kl_coef(progress.kl_coef, metrics["ppo/kl"], config)
-        if setup.held_out and (number % config.eval_every == 0 or number == config.num_updates - 1):
-            whole = sharding.whole_weights(accelerator, learner.model)
-            with watch.phase("evaluate"), whole, accelerator.autocast():
+        if is_due(number, config):
+            with watch.phase("evaluate"), learner.ready():
                 metrics |= evaluate(learner, sampler, setup.held_out, run, number, config)
         seconds = watch.take() | {"update": time.perf_counter() - started}
         started = time.perf_counter()  # the time to save counts for the next update
@@ -85,14 +75,10 @@ def train(config: Config) -> None:
             setup.checkpoints.end_step(number)
     setup.checkpoints.close()
 
-    if learner.average is not None:
-        learner.average.copy_to(learner.models.policy)
+    if learner.state.average is not None:
+        learner.state.average.put_in_place()
     save_learned(learner, setup.chat, run.dir)
     results = progress.metrics | setup.speed.mean()
     results = {name.removeprefix("ppo/"): value for name, value in results.items()}
     phases = {name: round(value, 1) for name, value in progress.seconds.items()}
     run.finish(results | progress.raw_scores | {"alarms": monitor.alarms, "phase_seconds": phases})
-
-
-def _watch_ratio(monitor: Monitor, update: int, metrics: Metrics, largest: float) -> None:
-    monitor.watch(update, {**metrics, "ppo/first_log_ratio": largest})

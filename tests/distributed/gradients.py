@@ -4,6 +4,7 @@ many processes call `all_steps` and whatever is split between them."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from rlhf.models.settings import ModelSettings
 from rlhf.rewards.settings import RewardSettings
 from rlhf.runs.run import open_run
 from rlhf.training import sharding
-from rlhf.training.optim import make_optimizer, make_schedule
 from rlhf.training.processes import is_asked_for, own_share, start_accelerator
 from rlhf.training.settings import OptimSettings
+from rlhf.training.step import make_train_state
 from stages.ppo.config import Config, PPOSettings, PtxSettings
+from stages.ppo.learner import Learner, PolicyAndValue
 from stages.ppo.rollout import Rollout
-from stages.ppo.update import Learner, PolicyAndValue, optimizer_step
+from stages.ppo.update import update
 from stages.rm.config import Config as RewardModelConfig
 from stages.rm.data import Example
 from stages.rm.trainer import RankingTrainer
@@ -113,16 +115,14 @@ def ppo_step(ptx: PtxSettings, *, recomputed: bool = False) -> Step:
     if recomputed:
         checkpoint_activations(policy)
         checkpoint_activations(value_model.classifier)
-    optimizer = make_optimizer([(policy, 1e-3), (value_model, 1e-3)], OPTIM)
-    schedule = make_schedule(optimizer, OPTIM, 10)
     both = PolicyAndValue(policy, value_model)
-    model, prepared = sharding.prepare(accelerator, both, optimizer)
-    learner = Learner(model, prepared, schedule, None, packer, accelerator)
+    groups = [(policy, 1e-3), (value_model, 1e-3)]
+    learner = Learner(make_train_state(both, groups, OPTIM, 10, accelerator), packer)
     texts = [text_tree(random_ids(generator, length)) for length in (9, 12, 5, 7)]
     share = torch.tensor(own_share(accelerator, range(8)))
-    learner.model.train()
+    own_texts = repeat(own_share(accelerator, texts))
     with recorded(both) as found:
-        optimizer_step(learner, rollout.select(share), own_share(accelerator, texts), config)
+        update(learner, rollout.select(share), own_texts, config, torch.Generator())
     return found
 
 

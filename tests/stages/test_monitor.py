@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 import rlhf.generation.hf
+import stages.ppo.learner
 import stages.ppo.load
 import stages.ppo.rollout
 import stages.ppo.train
-import stages.ppo.update
 from rlhf.generation.hf import LoopEngine
 from rlhf.generation.interface import Samples
 from rlhf.generation.settings import GenerationSettings
@@ -222,9 +222,9 @@ def test_a_kl_below_zero(config: Config, monkeypatch):
 
 
 def test_a_training_pass_that_is_not_the_policy_that_sampled(config: Config, monkeypatch):
-    logprobs = stages.ppo.update.response_logprobs
+    logprobs = stages.ppo.learner.response_logprobs
     monkeypatch.setattr(
-        stages.ppo.update,
+        stages.ppo.learner,
         "response_logprobs",
         lambda policy, row, temperature: logprobs(policy, row, 1.5),
     )
@@ -238,9 +238,9 @@ def test_a_training_pass_that_is_not_the_policy_that_sampled(config: Config, mon
 
 
 def test_a_code_that_is_not_to_stop_warns_once_and_is_counted(config: Config, monkeypatch, capsys):
-    logprobs = stages.ppo.update.response_logprobs
+    logprobs = stages.ppo.learner.response_logprobs
     monkeypatch.setattr(
-        stages.ppo.update,
+        stages.ppo.learner,
         "response_logprobs",
         lambda policy, row, temperature: logprobs(policy, row, 1.5),
     )
@@ -321,9 +321,9 @@ def test_an_answer_that_many_prompts_had_from_the_start_is_no_alarm(config: Conf
     told: list[str] = []
     monitor = Monitor(config, told.append, 1e-3)
     # Odds of 0.667 at first; 0.66 has 1.94, and the mean of 0.66, 0.66, 0.66 and 0.8 has 2.28.
-    for update, share in enumerate([0.4, *[0.66] * 4, 0.8]):
+    for share in [0.4, *[0.66] * 4, 0.8]:
         metrics = {"ppo/one_answer": share}
-        monitor.watch(update, metrics)
+        monitor.inspect(metrics)
         monitor.end_update(metrics)
     assert monitor.alarms == {"PPO_ONE_ANSWER": {"first_update": 5, "updates": 1}}
     assert "to 69.5% of the different prompts, mean of 4 updates" in told[0]
@@ -372,10 +372,10 @@ def test_a_reward_far_beyond_the_value_clip(config: Config):
 
 def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(config: Config, monkeypatch):
     """Log-probabilities turn NaN in the second update; the weights on disk are those before it."""
-    forward = stages.ppo.update.response_logprobs
+    forward = stages.ppo.learner.response_logprobs
     passes_of_one_update = 2  # one a step
     broken = break_from(passes_of_one_update, forward, lambda *args: forward(*args) * math.nan)
-    monkeypatch.setattr(stages.ppo.update, "response_logprobs", broken)
+    monkeypatch.setattr(stages.ppo.learner, "response_logprobs", broken)
     with pytest.raises(TrainingStopped) as stopped:
         train(config)
     message = str(stopped.value)

@@ -146,7 +146,7 @@ def test_what_does_not_fit_the_run_stops_it_and_says_how_to_go_on(
     prompts.write_text(content.replace("say 3", "say 4"))
     refused(config, f"{step} is of another run: what prompts names was other data; what prompts_")
     prompts.write_text(content)
-    weights = step / "models.safetensors"
+    weights = step / "model.safetensors"
     content_of_weights = weights.read_bytes()
     weights.write_bytes(content_of_weights[:-1] + b"?")
     refused(config, f"error: {weights} is altered (sha256 ")
