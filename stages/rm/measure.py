@@ -10,7 +10,9 @@ from accelerate.utils import gather_object
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.models.passes import compute_scores
 from rlhf.models.scalar import ScalarModel
+from rlhf.training import sharding
 from rlhf.training.processes import own_share
+from rlhf.training.step import TrainState
 from stages.rm import figures
 from stages.rm.config import Config
 from stages.rm.data import Example
@@ -39,6 +41,17 @@ class HeldOut:
         trees = [example.tree for example in self.examples]
         scores = score_all(model, trees, packer, accelerator)
         return [figures.compare(self.examples, scores, judge) for judge in self.judges]
+
+
+def measure(
+    state: TrainState[ScalarModel], packer: Packer, held_out: HeldOut, config: Config
+) -> dict[str, float]:
+    """Measure the model that is trained, between two steps."""
+    state.optimizer.zero_grad()  # gradients take memory that the scores need
+    with sharding.whole_weights(state.accelerator, state.model):
+        state.module.eval()
+        pairs = held_out.pairs(state.module, packer, state.accelerator)
+    return held_out_metrics(config, *pairs)
 
 
 def score_all(

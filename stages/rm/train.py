@@ -13,7 +13,6 @@ from rlhf.runs.checkpoints import Checkpoints
 from rlhf.runs.folder import MODEL_FILES, folders_given_back
 from rlhf.runs.run import open_run
 from rlhf.runs.stateful import Fields, Generators, parts_of
-from rlhf.training import sharding
 from rlhf.training.nonfinite import with_remedy
 from rlhf.training.offloading import free_unused
 from rlhf.training.out_of_memory import memory_of
@@ -21,7 +20,7 @@ from rlhf.training.processes import naming, start_accelerator
 from rlhf.training.step import make_train_state
 from stages.rm.batches import GlobalBatches
 from stages.rm.config import Config
-from stages.rm.measure import held_out_metrics
+from stages.rm.measure import measure
 from stages.rm.saved import finish, save_scalar
 from stages.rm.setup import inputs_of, load_data, load_model
 from stages.rm.update import update
@@ -75,11 +74,7 @@ def train(config: Config) -> None:
         if number == num_steps:
             break
         if number % len(batches) == 0:
-            state.optimizer.zero_grad()  # measuring needs the memory
-            with sharding.whole_weights(accelerator, state.model):
-                model.eval()
-                pairs = data.held_out.pairs(model, packer, accelerator)
-            run.log(number, held_out_metrics(config, *pairs))
+            run.log(number, measure(state, packer, data.held_out, config))
         checkpoints.end_step(number)
     checkpoints.close()
     save_scalar(state, data.chat, run.dir)

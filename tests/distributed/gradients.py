@@ -20,7 +20,6 @@ from rlhf.models.full import checkpoint_activations
 from rlhf.models.passes import compute_logprobs, compute_values
 from rlhf.models.settings import ModelSettings
 from rlhf.rewards.settings import RewardSettings
-from rlhf.runs.run import open_run
 from rlhf.training import sharding
 from rlhf.training.processes import is_asked_for, own_share, start_accelerator
 from rlhf.training.settings import OptimSettings
@@ -29,9 +28,10 @@ from stages.ppo.config import Config, PPOSettings, PtxSettings
 from stages.ppo.learner import Learner, PolicyAndValue
 from stages.ppo.rollout import Rollout
 from stages.ppo.update import update
+from stages.rm.batches import GlobalBatches
 from stages.rm.config import Config as RewardModelConfig
 from stages.rm.data import Example
-from stages.rm.trainer import RankingTrainer
+from stages.rm.update import update as update_reward_model
 from stages.sft.config import Config as FineTuningConfig
 from stages.sft.trainer import make_trainer
 from tests.rlhf.tiny_models import VOCAB, byte_tokenizer, tiny_policy_of, tiny_scalar_of
@@ -160,7 +160,7 @@ def random_ids(generator: torch.Generator, length: int) -> tuple[int, ...]:
 
 def ranking_step(folder: Path) -> Step:
     """Of the ranking loss on five rankings of two to six responses, of uneven weights."""
-    start_accelerator()
+    accelerator = start_accelerator()
     generator = torch.Generator().manual_seed(1)
     examples = []
     for number, size in enumerate((6, 2, 5, 3, 4)):
@@ -181,11 +181,11 @@ def ranking_step(folder: Path) -> Step:
         batch_size=5,
         optim=OPTIM,
     )
-    run = open_run(config, stage="rm", inputs={})
     model = tiny_scalar_of("llama")
-    trainer = RankingTrainer(model, examples, Packer(BUDGET), config, run)
+    state = make_train_state(model, [(model, 1e-3)], OPTIM, 1, accelerator)
+    (share,) = GlobalBatches(len(examples), config, accelerator)
     with recorded(model) as found:
-        trainer.train()
+        update_reward_model(state, [examples[i] for i in share], Packer(BUDGET), config)
     return found
 
 

@@ -36,9 +36,9 @@ def test_ppo_killed_again_and_again_is_the_run_that_was_not(configs: dict[str, A
 
 
 RM_CUTS = [
-    Cut("stages.rm.trainer", "ranking_loss", 6),
+    Cut("stages.rm.update", "ranking_loss", 6),
     Cut("rlhf.runs.checkpoint_files", "save_file", 2),  # in the middle of the second checkpoint
-    Cut("stages.rm.trainer", "AtEpochEnd.on_epoch_end", 1),
+    Cut("stages.rm.train", "measure", 1),
     Cut("rlhf.runs.checkpoints", "remove_others", 2),
     Cut("stages.rm.train", "save_scalar", 1),
 ]
