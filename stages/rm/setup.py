@@ -17,6 +17,7 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.functions import load_function
 from rlhf.training.out_of_memory import memory_of
+from rlhf.training.step import TrainState, make_train_state
 from stages.rm.config import Config
 from stages.rm.data import Counts, Example, make_demonstrations, make_examples, read_rankings
 from stages.rm.measure import HeldOut
@@ -57,15 +58,18 @@ def load_data(config: Config, accelerator: Accelerator) -> Data:
     )
 
 
-def load_model(config: Config, chat: Chat) -> tuple[ScalarModel, Packer]:
-    """Load the model with a new head, and find how it can be packed."""
+def load_state(
+    config: Config, chat: Chat, num_steps: int, accelerator: Accelerator
+) -> tuple[TrainState[ScalarModel], Packer]:
+    """Load the model with a new head and make its optimizer; find how the model can be packed."""
     with memory_of("load"):
         model = load_scalar(config.model, new_head=True, lora=config.lora)
     check_vocabulary(model.classifier, chat, config.model.path)
     packer = packer_for(model.classifier, config.micro_batch_tokens)
     if config.gradient_checkpointing:
         checkpoint_activations(model.classifier)
-    return model, packer
+    groups = [(model, config.optim.learning_rate)]
+    return make_train_state(model, groups, config.optim, num_steps, accelerator), packer
 
 
 def inputs_of(config: Config) -> dict[str, str]:

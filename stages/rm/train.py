@@ -17,12 +17,11 @@ from rlhf.training.nonfinite import with_remedy
 from rlhf.training.offloading import free_unused
 from rlhf.training.out_of_memory import memory_of
 from rlhf.training.processes import naming, start_accelerator
-from rlhf.training.step import make_train_state
 from stages.rm.batches import GlobalBatches
 from stages.rm.config import Config
 from stages.rm.measure import measure
 from stages.rm.saved import finish, save_scalar
-from stages.rm.setup import inputs_of, load_data, load_model
+from stages.rm.setup import inputs_of, load_data, load_state
 from stages.rm.update import update
 
 
@@ -40,15 +39,15 @@ def train(config: Config) -> None:
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     data = load_data(config, accelerator)
     set_seed(config.seed)
-    model, packer = load_model(config, data.chat)
     first = checkpoints.step or 0
     batches = GlobalBatches(len(data.train_set), config, accelerator, first)
     num_steps = config.num_epochs * len(batches)
-    groups = [(model, config.optim.learning_rate)]
-    state = make_train_state(model, groups, config.optim, num_steps, accelerator)
+    state, packer = load_state(config, data.chat, num_steps, accelerator)
     progress = Progress()
-    parts = {**parts_of(state), "progress": Fields(progress, "first_loss")}
-    checkpoints.restore(parts, {"generators": Generators()})
+    checkpoints.restore(
+        {**parts_of(state), "progress": Fields(progress, "first_loss")},
+        {"generators": Generators()},
+    )
     # Other stages take a folder with a card for a finished reward model.
     (run.dir / REWARD_FILE).unlink(missing_ok=True)
     shares = chain.from_iterable(repeat(batches))
@@ -71,16 +70,15 @@ def train(config: Config) -> None:
             progress.first_loss = metrics["rm/loss"]
         run.log(number, metrics)
         bar.set_postfix(loss=f"{metrics['rm/loss']:.3f}")
-        if number == num_steps:
-            break
-        if number % len(batches) == 0:
-            run.log(number, measure(state, packer, data.held_out, config))
-        checkpoints.end_step(number)
+        if number < num_steps:
+            if number % len(batches) == 0:
+                run.log(number, measure(state, packer, data.held_out, config))
+            checkpoints.end_step(number)
     checkpoints.close()
     save_scalar(state, data.chat, run.dir)
     # Free the trained model and its optimizer before the saved model is loaded.
     accelerator.free_memory()
-    del model, state, parts
+    del state
     free_unused()
     training = {"first_loss": progress.first_loss, "steps": num_steps}
     finish(config, data, run, accelerator, training)
