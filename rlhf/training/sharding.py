@@ -1,4 +1,4 @@
-"""Trains one step and reads the weights, whatever is split between the processes.
+"""Reads and changes gradients and weights, whatever is split between the processes.
 
     launcher    weights      gradients    optimizer states
     DDP         whole        whole        whole
@@ -6,9 +6,9 @@
     ZeRO-3      in shards    in shards    in shards
     FSDP2       in shards    in shards    in shards
 
-A *shard* is the part that this process holds. A loop that uses these functions reads the same under
-each launcher. Every pass of a step uses `one_pass` and `backward`. Its end uses `clip_gradients`
-and `take_step`. Code that runs the model without a gradient goes inside `whole_weights`.
+A *shard* is the part that this process holds. step.py uses these functions, so that its loop reads
+the same under each launcher. Code that runs the model without a gradient goes inside
+`whole_weights`.
 
 DeepSpeed would clip both models of PPO by one norm and hide the gradients. So its clip is off, and
 this module reads and writes its shards. Functions import DeepSpeed only when they run under it.
