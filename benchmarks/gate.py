@@ -1,4 +1,4 @@
-"""Run each epoch of a transformers Trainer, ours or TRL's, as one sample."""
+"""Run each epoch of a Trainer of TRL's as one sample."""
 
 import time
 from collections.abc import Callable

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from benchmarks.gate import EpochGate
 from benchmarks.protocol import Link
 from benchmarks.workload import LEARNING_RATE, Workload, text_blocks
 from rlhf.generation.hf import draw
@@ -26,18 +25,20 @@ from rlhf.models.loading import load_scalar
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.settings import RewardSettings
-from rlhf.runs.run import open_run
 from rlhf.runs.stopwatch import Stopwatch
 from rlhf.training.processes import start_accelerator
 from rlhf.training.settings import OptimSettings
+from rlhf.training.step import Step, make_train_state
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
-from stages.ppo.rollout import Episode, Sampler, roll_out, rollout_metrics, rollout_sums
-from stages.ppo.train import load_models
-from stages.ppo.update import Learner, update
+from stages.ppo.learner import Learner
+from stages.ppo.load import load_models
+from stages.ppo.metrics import rollout_metrics, rollout_sums
+from stages.ppo.rollout import Episode, Sampler, roll_out
+from stages.ppo.update import update
 from stages.rm.config import Config as RMConfig
 from stages.rm.data import Example
-from stages.rm.trainer import RankingTrainer
+from stages.rm.update import update as update_reward_model
 
 MANY = 10_000
 """Epochs or updates to plan for; the benchmark ends the worker long before."""
@@ -55,19 +56,34 @@ def main() -> None:
 
 
 def run_rm(link: Link, output_dir: str) -> None:
-    """Run samples for the reward model, each an epoch of RankingTrainer in one step."""
+    """Run samples for the reward model, each a step of stages.rm on all rankings."""
     work = link.work
     config = rm_config(work, output_dir)
-    start_accelerator()
+    accelerator = start_accelerator()
     set_seed(0)
     model = load_scalar(config.model)
     packer = packer_for(model.classifier, config.micro_batch_tokens)
-    run = open_run(config, stage="rm", inputs={})
-    trainer = RankingTrainer(model, rankings(work), packer, config, run)
+    groups = [(model, config.optim.learning_rate)]
+    state = make_train_state(model, groups, config.optim, MANY, accelerator)
+    examples = rankings(work)
     settings = f"{work.dtype}, passes of {work.micro_batch_tokens} tokens"
-    gate = EpochGate(link, lambda: {"loss": trainer.first_loss}, settings)
-    trainer.add_callback(gate)
-    trainer.train()
+    link.ready(device=str(accelerator.device), settings=settings)
+    whole, part = Stopwatch(accelerator.device), Stopwatch(accelerator.device)
+    take = Step.take
+
+    def timed_take(step: Step) -> list[float]:
+        with part.phase("step"):
+            return take(step)
+
+    first_loss: float | None = None
+    with mock.patch.object(Step, "take", timed_take):
+        while True:
+            with whole.phase("gradient"):
+                metrics = update_reward_model(state, examples, packer, config)
+            first_loss = metrics["rm/loss"] if first_loss is None else first_loss
+            phases = whole.take() | part.take()
+            phases["gradient"] -= phases["step"]
+            link.done(loss=first_loss, phases=phases)
 
 
 def rm_config(work: Workload, output_dir: str) -> RMConfig:

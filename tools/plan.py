@@ -213,7 +213,7 @@ class Roles:
     reference: PreTrainedModel
     rewards: dict[str, ScalarModel]
     are_shared: bool
-    """Whether they are adapters over common bases (`stages.ppo.train.load_models`)."""
+    """Whether they are adapters over common bases (`stages.ppo.load.load_models`)."""
 
     @classmethod
     def of(cls, config: PPOConfig, dry: DryRun, launch: Launch) -> "Roles":

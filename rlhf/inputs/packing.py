@@ -206,6 +206,27 @@ class Packer:
         return self.share_prompts and (self.max_depth is None or tree.depth <= self.max_depth)
 
 
+def idle_row() -> PackedRow:
+    """Make a row of one token without a response, for a process that must make one more pass.
+
+    All results of a pass over it are empty. So its loss is 0, and so is its gradient.
+    """
+    none = torch.zeros(0, dtype=torch.long)
+    one = torch.zeros(1, dtype=torch.long)
+    return PackedRow(
+        input_ids=one[None],
+        position_ids=one[None],
+        tree=one,
+        branch=one,
+        predictors=none,
+        targets=none,
+        response_index=none,
+        tree_index=none,
+        response_mask=torch.zeros(0, 0, dtype=torch.bool),
+        plain=True,
+    )
+
+
 def assemble(rows: Sequence[PackedRow], parts: Sequence[Tensor]) -> Tensor:
     """Put the rows' results, each (responses, ...), into the order of the packed trees.
 

@@ -107,6 +107,7 @@ def policy_loss(
         maximum, not a sum).
     """
     log_ratio = (logprobs - old_logprobs).where(response_mask, 0.0)
+    log_ratios = log_ratio.detach().abs()
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -115,7 +116,7 @@ def policy_loss(
         "ratio": masked_sum(ratio.detach(), response_mask),
         "clipped": (response_mask & (clipped > unclipped)).sum(),
         "approx_kl": masked_sum((ratio - 1 - log_ratio).detach(), response_mask),
-        "max_log_ratio": log_ratio.detach().abs().max(),
+        "max_log_ratio": log_ratios.max() if log_ratios.numel() else log_ratios.sum(),
     }
     return loss, stats
 

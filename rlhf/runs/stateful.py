@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rlhf.training.parameters import check_names, copy_into, trained_parameters
+from rlhf.training.step import TrainState
 
 State = dict[str, Any]
 """Maps a name to a tensor, a plain JSON value, or another State."""
@@ -78,6 +79,16 @@ class OptimizerState:
         ]
         moments = {numbers[name]: of_one for name, of_one in state["moments"].items()}
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def parts_of(state: TrainState) -> dict[str, Stateful]:
+    """Return what a checkpoint must hold of the trained model, by name."""
+    parts: dict[str, Stateful] = {
+        "model": Weights(state.module),
+        "optimizer": OptimizerState(state.optimizer, state.module),
+        "schedule": state.schedule,
+    }
+    return parts if state.average is None else {**parts, "average": state.average}
 
 
 class Generators:

@@ -2,7 +2,9 @@
 
 settings.py         the settings of the optimizer
 processes.py        joining the processes of a launcher, and sums over all of them
-sharding.py         a step, and reading the weights, under DDP, ZeRO and FSDP2
+step.py             one optimizer step: its passes, its norms, its schedule
+two_gradients.py    the norms and the cosine of two gradients of one step
+sharding.py         gradients and weights under DDP, ZeRO and FSDP2
 parameters.py       the trained parameters of a model, by name
 optim.py            optimizer, learning rate schedule, moving average of weights
 nonfinite.py        where the first NaN or infinite value is

@@ -7,6 +7,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlhf.inputs.packing import PromptTree
+from rlhf.training.settings import OptimSettings
 
 
 class NonFiniteError(ValueError):
@@ -53,6 +54,21 @@ def found_by_any(own: NonFiniteError | None) -> NonFiniteError | None:
     fields = None if own is None else (own.tensor, own.phase, own.tree, own.step)
     found = next((one for one in gather_object([fields]) if one is not None), None)
     return None if found is None else NonFiniteError(*found)
+
+
+@contextmanager
+def with_remedy(settings: OptimSettings) -> Iterator[None]:
+    """Say what to change if a value in the block is not finite.
+
+    Raises:
+        ValueError: Replaces the NonFiniteError.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        raise ValueError(
+            f"{error}; lower optim.learning_rate ({settings.learning_rate:g}), or train in float32"
+        ) from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 def free_unused() -> None:
     """Free the memory of objects that nothing uses any more.
 
-    A Trainer, its model and its optimizer refer to each other. They therefore outlive the function
+    A model, its optimizer and its schedule refer to each other. They therefore outlive the function
     that made them until Python looks for such cycles.
     """
     gc.collect()

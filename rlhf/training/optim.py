@@ -188,14 +188,16 @@ class MovingAverage:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         """Start at the weights. `module` is the one the optimizer holds; shards stay shards."""
+        self.module = module
         self.decay = decay
         trained = trained_parameters(module)
         weights = local_weights(trained.values())
         self.average = {name: w.clone() for name, w in zip(trained, weights, strict=True)}
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        weights = local_weights(trained_parameters(module).values())
+    def update(self) -> None:
+        """Follow the module's weights, after a step."""
+        weights = local_weights(trained_parameters(self.module).values())
         for average, weight in zip(self.average.values(), weights, strict=True):
             average.lerp_(weight, 1 - self.decay)
 
@@ -205,5 +207,6 @@ class MovingAverage:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         copy_into(self.average, state)
 
-    def copy_to(self, module: nn.Module) -> None:
-        set_local_weights(trained_parameters(module).values(), self.average.values())
+    def put_in_place(self) -> None:
+        """Give the module the average as its weights, after the last step."""
+        set_local_weights(trained_parameters(self.module).values(), self.average.values())

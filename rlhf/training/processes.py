@@ -3,7 +3,7 @@
 sharding.py handles models that are split between them."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -207,6 +207,14 @@ def sum_over_processes(accelerator: Accelerator, value: Tensor | float) -> Tenso
         return tensor.cpu()
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     return accelerator.reduce(tensor.to(accelerator.device, dtype), reduction="sum").cpu().double()
+
+
+def sums_over_processes(
+    accelerator: Accelerator, values: Mapping[str, Tensor | float]
+) -> dict[str, float]:
+    """Return the sum of each value over all processes, which have values of the same names."""
+    own = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+    return dict(zip(values, sum_over_processes(accelerator, own).tolist(), strict=True))
 
 
 def max_over_processes(accelerator: Accelerator, value: Number) -> Number:

@@ -1,4 +1,4 @@
-"""Trains one step and reads the weights, whatever is split between the processes.
+"""Reads and changes gradients and weights, whatever is split between the processes.
 
     launcher    weights      gradients    optimizer states
     DDP         whole        whole        whole
@@ -6,16 +6,16 @@
     ZeRO-3      in shards    in shards    in shards
     FSDP2       in shards    in shards    in shards
 
-A *shard* is the part that this process holds. A loop that uses these functions reads the same under
-each launcher. Every pass of a step uses `one_pass` and `backward`. Its end uses `clip_gradients`
-and `take_step`. Code that runs the model without a gradient goes inside `whole_weights`.
+A *shard* is the part that this process holds. step.py uses these functions, so that its loop reads
+the same under each launcher. Code that runs the model without a gradient goes inside
+`whole_weights`.
 
 DeepSpeed would clip both models of PPO by one norm and hide the gradients. So its clip is off, and
 this module reads and writes its shards. Functions import DeepSpeed only when they run under it.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -110,26 +110,31 @@ def clip_gradients(
     return before
 
 
+def drop_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
+    """Drop the gradients of a module that must not learn, after the last pass."""
+    if is_deepspeed(accelerator):
+        scale_gradients(parameters, 0.0)
+    else:
+        for parameter in parameters:
+            parameter.grad = None
+
+
 def take_step(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    frozen: Mapping[int, nn.Module] | None = None,
+    frozen: Collection[int] = (),
 ) -> None:
     """Take one step of the optimizer. DeepSpeed drops the gradients; otherwise they remain.
 
     Args:
-        frozen: Modules that must not change, by their number in `make_optimizer`. A gradient of 0
-            is not enough: weight decay would move them, and Adam's moments would decay.
+        frozen: Numbers in `make_optimizer` of the modules that must not change, whose gradients
+            were dropped. Under DeepSpeed a gradient of 0 is not enough: weight decay would move
+            them, and Adam's moments would decay.
     """
-    frozen = frozen or {}
-    parameters = [parameter for module in frozen.values() for parameter in module.parameters()]
     if not is_deepspeed(accelerator):
-        for parameter in parameters:
-            parameter.grad = None
         optimizer.step()
         return
-    scale_gradients(parameters, 0.0)
     for group in optimizer.param_groups:
         if group["module"] in frozen:
             group["lr"] = 0.0  # the schedule sets it again at its next step

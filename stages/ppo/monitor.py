@@ -365,6 +365,8 @@ class Monitor:
     it."""
     raised: list[dict[str, Any]] = field(default_factory=list)
     """Alarms since the last `take_raised`, as rows of alarms.jsonl."""
+    _metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics of this update so far."""
     _tried: set[str] = field(default_factory=set)
     _active: set[str] = field(default_factory=set)
     _was_active: set[str] = field(default_factory=set)
@@ -381,29 +383,37 @@ class Monitor:
     def limits(self) -> MonitorSettings:
         return self.config.monitor
 
-    def watch(self, update: int, metrics: Metrics) -> None:
-        """Try each rule whose metrics are there, once an update.
+    @property
+    def update(self) -> int:
+        """Number of the update that runs."""
+        return len(self.history)
+
+    def inspect(self, metrics: Metrics) -> None:
+        """Add metrics of this update, and try each rule that has all of its own, once an update.
 
         Raises:
             TrainingStopped: an alarm has a code of `monitor.stop_on`.
         """
+        self._metrics |= metrics
         for rule in RULES:
-            if rule.code not in self._tried and all(name in metrics for name in rule.needs):
+            if rule.code not in self._tried and all(name in self._metrics for name in rule.needs):
                 self._tried.add(rule.code)
-                cause = rule.check(metrics, self)
+                cause = rule.check(self._metrics, self)
                 if cause is not None:
-                    self.raise_alarm(rule.code, update, cause)
+                    self.raise_alarm(rule.code, cause)
 
-    def raise_alarm(self, code: str, update: int, cause: str) -> None:
+    def raise_alarm(self, code: str, cause: str) -> None:
         """Count an alarm; print it if the update before did not have it, or stop the run.
 
         Raises:
             TrainingStopped: the code is in `monitor.stop_on`, or a value is not finite.
         """
-        text = f"{code} at update {update}: {cause} {REMEDIES[code]}"
+        text = f"{code} at update {self.update}: {cause} {REMEDIES[code]}"
         self._active.add(code)
-        self.raised.append({"step": update, "code": code, "message": f"{cause} {REMEDIES[code]}"})
-        entry = self.alarms.setdefault(code, {"first_update": update, "updates": 0})
+        self.raised.append(
+            {"step": self.update, "code": code, "message": f"{cause} {REMEDIES[code]}"}
+        )
+        entry = self.alarms.setdefault(code, {"first_update": self.update, "updates": 0})
         entry["updates"] += 1
         if code == NONFINITE or code in self.config.monitor.stop_on:
             raise TrainingStopped(text)
@@ -419,6 +429,7 @@ class Monitor:
         """Add `ppo/alarms`, the number of alarms in this update, and start the next update."""
         metrics["ppo/alarms"] = float(len(self._active))
         self.history.append(metrics)
+        self._metrics = {}
         self._was_active, self._active, self._tried = self._active, set(), set()
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Make one rollout: sample responses from the policy, then compute rewards and advantages."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,9 +18,8 @@ from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer, PromptTree, response_batch
 from rlhf.inputs.records import Prompt
 from rlhf.maths.advantages import generalized_advantages
-from rlhf.maths.kl import k1, k3, penalized_rewards
-from rlhf.maths.masking import masked_sum, whiten, whitening_sums
-from rlhf.measuring.statistics import distinct_bigrams, most_frequent_answer
+from rlhf.maths.kl import penalized_rewards
+from rlhf.maths.masking import whiten, whitening_sums
 from rlhf.models.passes import compute_logprobs, compute_moments, compute_values
 from rlhf.models.scalar import ScalarModel
 from rlhf.rewards.load import reward_models_of
@@ -31,9 +29,6 @@ from rlhf.training.nonfinite import told_by_all
 from rlhf.training.offloading import on_device
 from rlhf.training.processes import sum_over_processes
 from stages.ppo.config import Config
-
-PART = "part "
-"""Prefix that marks the sums of the score's parts among the sums of a rollout."""
 
 
 @dataclass(frozen=True)
@@ -264,104 +259,3 @@ def roll_out(
         check=check,
         parts=scored.parts,
     )
-
-
-def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
-    """Sum over this process's episodes and tokens; `rollout_metrics` turns the sums into means."""
-    mask = rollout.response_mask
-    raw_advantages = (rollout.returns - rollout.values).where(mask, 0.0).double()
-    kl = k1(rollout.logprobs, rollout.ref_logprobs, mask).double().sum(1)
-    responses = [tree.responses[0] for tree in rollout.trees]
-    num_bigrams = sum(max(len(response) - 1, 0) for response in responses)
-    by_prompt: dict[tuple[int, ...], list[tuple[int, ...]]] = defaultdict(list)
-    for tree in rollout.trees:
-        by_prompt[tree.prompt].append(tree.responses[0])
-    _, share = most_frequent_answer(list(by_prompt.values()))
-    return {
-        "episodes": torch.tensor(float(len(rollout.trees))),
-        "tokens": mask.sum(),
-        "score": rollout.scores.sum(),
-        "score_squares": rollout.scores.double().square().sum(),
-        "reward": rollout.rewards.sum(),
-        "kl": kl.sum(),
-        "kl_squares": kl.square().sum(),
-        "kl_k3": k3(rollout.logprobs, rollout.ref_logprobs, mask).sum(),
-        "finished": rollout.finished.sum(),
-        "bigrams": torch.tensor(float(num_bigrams)),
-        "distinct_bigrams": torch.tensor(distinct_bigrams(responses) * num_bigrams),
-        "prompts": torch.tensor(float(len(by_prompt))),
-        "one_answer": torch.tensor(share * len(by_prompt)),
-        "value": masked_sum(rollout.values, mask),
-        "returns": masked_sum(rollout.returns, mask),
-        "return_squares": masked_sum(rollout.returns.double().square(), mask),
-        "advantages": raw_advantages.sum(),
-        "advantage_squares": raw_advantages.square().sum(),
-        **_check_sums(rollout),
-        **{PART + name: part.double().sum() for name, part in rollout.parts.items()},
-    }
-
-
-def _check_sums(rollout: Rollout) -> dict[str, Tensor]:
-    """Sum what the check of the sampler needs; empty if this rollout was not checked."""
-    check, mask = rollout.check, rollout.response_mask
-    if check is None:
-        return {}
-    return {
-        "entropy": masked_sum(check.entropy, mask),
-        "excess": masked_sum(-rollout.logprobs.double() - check.entropy, mask),
-        "excess_variance": masked_sum(check.logprob_variance.double(), mask),
-    }
-
-
-def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Compute means over episodes (score and its parts, reward, KL, length) and tokens (the rest).
-
-    `one_answer` is the share of different prompts that get the most frequent response.
-
-    `sampler_excess` and `sampler_z` are there where the sampler was checked. `sampler_excess` is
-    E[-log pi(token)] - entropy, in nats a token: how much less likely the sampled tokens are than
-    the policy's distribution says. It is 0 on average for tokens drawn from that distribution.
-    `sampler_z` is the same in standard errors.
-    """
-    episodes, tokens = sums["episodes"], sums["tokens"]
-    mean_score, kl = sums["score"] / episodes, sums["kl"] / episodes
-    kl_variance = max(sums["kl_squares"] / episodes - kl**2, 0.0)
-    return_variance = sums["return_squares"] / tokens - (sums["returns"] / tokens) ** 2
-    mean_advantage = sums["advantages"] / tokens
-    advantage_squares = sums["advantage_squares"] / tokens
-    advantage_variance = max(advantage_squares - mean_advantage**2, 0.0)
-    return {
-        "ppo/score": mean_score,
-        "ppo/score_std": max(sums["score_squares"] / episodes - mean_score**2, 0.0) ** 0.5,
-        "ppo/reward": sums["reward"] / episodes,
-        "ppo/kl": kl,
-        "ppo/kl_error": (kl_variance / episodes) ** 0.5,
-        "ppo/kl_k3": sums["kl_k3"] / episodes,
-        "ppo/response_tokens": tokens / episodes,
-        "ppo/eos_rate": sums["finished"] / episodes,
-        "ppo/distinct_2": sums["distinct_bigrams"] / max(sums["bigrams"], 1.0),
-        "ppo/one_answer": sums["one_answer"] / sums["prompts"],
-        "ppo/value": sums["value"] / tokens,
-        "ppo/return": sums["returns"] / tokens,
-        "ppo/advantage_std": advantage_variance**0.5,
-        "ppo/value_error": advantage_squares**0.5,
-        # 1e-8 stands in for a variance of 0, when all returns are equal.
-        "ppo/explained_variance": 1 - advantage_variance / max(return_variance, 1e-8),
-        **_check_metrics(sums),
-        **{
-            f"ppo/part/{key.removeprefix(PART)}": total / episodes
-            for key, total in sums.items()
-            if key.startswith(PART)
-        },
-    }
-
-
-def _check_metrics(sums: dict[str, float]) -> dict[str, float]:
-    if "entropy" not in sums:
-        return {}
-    return {
-        "ppo/entropy": sums["entropy"] / sums["tokens"],
-        "ppo/sampler_excess": sums["excess"] / sums["tokens"],
-        # 1e-12 stands in for a variance of 0, when every token was certain.
-        "ppo/sampler_z": sums["excess"] / max(sums["excess_variance"], 1e-12) ** 0.5,
-    }

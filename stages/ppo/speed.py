@@ -12,8 +12,8 @@ from rlhf.rewards.load import reward_models_of
 from rlhf.runs.stopwatch import matrix_rate
 from rlhf.training.processes import sum_over_processes
 from stages.ppo.config import Config
+from stages.ppo.learner import PolicyAndValue
 from stages.ppo.rollout import Rollout, Sampler
-from stages.ppo.update import PolicyAndValue
 
 NOT_TRAINING = ("evaluate", "save")
 """Phases of an update whose seconds are left out."""

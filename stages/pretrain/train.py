@@ -19,10 +19,11 @@ from rlhf.runs.checkpoints import Checkpoints
 from rlhf.runs.folder import MODEL_FILES, folders_given_back
 from rlhf.runs.run import Run, open_run
 from rlhf.runs.settings import settings_in_force
-from rlhf.runs.stateful import Generators, OptimizerState, Stateful, Weights
+from rlhf.runs.stateful import Generators, parts_of
 from rlhf.training import sharding
-from rlhf.training.optim import make_optimizer, make_schedule
-from rlhf.training.processes import own_share, start_accelerator, sum_over_processes
+from rlhf.training.nonfinite import with_remedy
+from rlhf.training.processes import own_share, start_accelerator, sums_over_processes
+from rlhf.training.step import Step, make_train_state
 from stages.pretrain.config import Config
 from stages.pretrain.tokenizer import train_tokenizer
 
@@ -146,15 +147,9 @@ def _train(
             "enough text for one"
         )
     batches = list(draw_batches(len(blocks), batch_size, config.num_epochs, config.seed))
-    optimizer = make_optimizer([(model, config.optim.learning_rate)], config.optim)
-    schedule = make_schedule(optimizer, config.optim, len(batches))
-    wrapped, prepared = sharding.prepare(accelerator, model, optimizer)
-    parts: dict[str, Stateful] = {
-        "model": Weights(model),
-        "optimizer": OptimizerState(prepared, model),
-        "schedule": schedule,
-    }
-    checkpoints.restore(parts, {"generators": Generators()})
+    groups = [(model, config.optim.learning_rate)]
+    state = make_train_state(model, groups, config.optim, len(batches), accelerator)
+    checkpoints.restore(parts_of(state), {"generators": Generators()})
     first = checkpoints.step or 0
     measured: dict[str, float] = {}
     progress = tqdm(
@@ -164,35 +159,32 @@ def _train(
         total=len(batches),
         disable=not accelerator.is_main_process,
     )
-    for step, rows in enumerate(progress, start=first + 1):
-        wrapped.train()
-        batch = blocks[own_share(accelerator, rows)].to(accelerator.device)
-        with sharding.one_pass(accelerator, wrapped, is_last=True):
-            loss = language_model_loss(wrapped, batch)
-            sharding.backward(accelerator, wrapped, loss)
-        grad_norm = sharding.clip_gradients(
-            accelerator, model.parameters(), config.optim.max_grad_norm
-        )
-        sharding.take_step(accelerator, wrapped, prepared)
-        prepared.zero_grad()
-        if step % config.log_steps == 0 or step == len(batches):
-            mean_loss = sum_over_processes(accelerator, loss.detach()) / accelerator.num_processes
+    for number, rows in enumerate(progress, start=first + 1):
+        state.model.train()
+        step = Step(state)
+        for batch in step.passes([blocks[own_share(accelerator, rows)]]):
+            loss = language_model_loss(state.model, batch) / accelerator.num_processes
+            step.add(loss, {"loss": loss})
+        with with_remedy(config.optim):
+            (grad_norm,) = step.take()
+        if number % config.log_steps == 0 or number == len(batches):
+            mean_loss = sums_over_processes(accelerator, step.sums)["loss"]
             progress.set_postfix(loss=f"{mean_loss:.3f}")
             metrics = {
                 "pretrain/loss": mean_loss,
                 "pretrain/grad_norm": grad_norm,
-                "pretrain/learning_rate": schedule.get_last_lr()[0],
+                "pretrain/learning_rate": step.learning_rate,
             }
-            run.log(step, metrics)
-        schedule.step()
-        if step % config.eval_steps == 0 or step == len(batches):
-            with sharding.whole_weights(accelerator, wrapped):
+            run.log(number, metrics)
+        if number % config.eval_steps == 0 or number == len(batches):
+            state.optimizer.zero_grad()  # the evaluation needs the memory
+            with sharding.whole_weights(accelerator, state.model):
                 measured = evaluate()
-            run.log(step, measured)
-        if step < len(batches):
-            checkpoints.end_step(step)
+            run.log(number, measured)
+        if number < len(batches):
+            checkpoints.end_step(number)
     checkpoints.close()
-    return measured, sharding.whole_state(accelerator, wrapped)
+    return measured, sharding.whole_state(accelerator, state.model)
 
 
 def _read_texts(path: str) -> list[str]:

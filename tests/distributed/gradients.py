@@ -4,6 +4,7 @@ many processes call `all_steps` and whatever is split between them."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,18 @@ from rlhf.models.full import checkpoint_activations
 from rlhf.models.passes import compute_logprobs, compute_values
 from rlhf.models.settings import ModelSettings
 from rlhf.rewards.settings import RewardSettings
-from rlhf.runs.run import open_run
 from rlhf.training import sharding
-from rlhf.training.optim import make_optimizer, make_schedule
 from rlhf.training.processes import is_asked_for, own_share, start_accelerator
 from rlhf.training.settings import OptimSettings
+from rlhf.training.step import make_train_state
 from stages.ppo.config import Config, PPOSettings, PtxSettings
+from stages.ppo.learner import Learner, PolicyAndValue
 from stages.ppo.rollout import Rollout
-from stages.ppo.update import Learner, PolicyAndValue, optimizer_step
+from stages.ppo.update import update
+from stages.rm.batches import GlobalBatches
 from stages.rm.config import Config as RewardModelConfig
 from stages.rm.data import Example
-from stages.rm.trainer import RankingTrainer
+from stages.rm.update import update as update_reward_model
 from stages.sft.config import Config as FineTuningConfig
 from stages.sft.trainer import make_trainer
 from tests.rlhf.tiny_models import VOCAB, byte_tokenizer, tiny_policy_of, tiny_scalar_of
@@ -113,16 +115,14 @@ def ppo_step(ptx: PtxSettings, *, recomputed: bool = False) -> Step:
     if recomputed:
         checkpoint_activations(policy)
         checkpoint_activations(value_model.classifier)
-    optimizer = make_optimizer([(policy, 1e-3), (value_model, 1e-3)], OPTIM)
-    schedule = make_schedule(optimizer, OPTIM, 10)
     both = PolicyAndValue(policy, value_model)
-    model, prepared = sharding.prepare(accelerator, both, optimizer)
-    learner = Learner(model, prepared, schedule, None, packer, accelerator)
+    groups = [(policy, 1e-3), (value_model, 1e-3)]
+    learner = Learner(make_train_state(both, groups, OPTIM, 10, accelerator), packer)
     texts = [text_tree(random_ids(generator, length)) for length in (9, 12, 5, 7)]
     share = torch.tensor(own_share(accelerator, range(8)))
-    learner.model.train()
+    own_texts = repeat(own_share(accelerator, texts))
     with recorded(both) as found:
-        optimizer_step(learner, rollout.select(share), own_share(accelerator, texts), config)
+        update(learner, rollout.select(share), own_texts, config, torch.Generator())
     return found
 
 
@@ -160,7 +160,7 @@ def random_ids(generator: torch.Generator, length: int) -> tuple[int, ...]:
 
 def ranking_step(folder: Path) -> Step:
     """Of the ranking loss on five rankings of two to six responses, of uneven weights."""
-    start_accelerator()
+    accelerator = start_accelerator()
     generator = torch.Generator().manual_seed(1)
     examples = []
     for number, size in enumerate((6, 2, 5, 3, 4)):
@@ -181,11 +181,11 @@ def ranking_step(folder: Path) -> Step:
         batch_size=5,
         optim=OPTIM,
     )
-    run = open_run(config, stage="rm", inputs={})
     model = tiny_scalar_of("llama")
-    trainer = RankingTrainer(model, examples, Packer(BUDGET), config, run)
+    state = make_train_state(model, [(model, 1e-3)], OPTIM, 1, accelerator)
+    (share,) = GlobalBatches(len(examples), config, accelerator)
     with recorded(model) as found:
-        trainer.train()
+        update_reward_model(state, [examples[i] for i in share], Packer(BUDGET), config)
     return found
 
 

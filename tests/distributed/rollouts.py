@@ -16,8 +16,8 @@ from rlhf.training.optim import make_optimizer
 from rlhf.training.processes import own_share, start_accelerator
 from rlhf.training.settings import OptimSettings
 from stages.ppo import train as ppo_train
+from stages.ppo.learner import PolicyAndValue
 from stages.ppo.rollout import Rollout
-from stages.ppo.update import PolicyAndValue
 from tests.rlhf.tiny_models import tiny_policy_of, tiny_scalar_of
 
 PROMPTS = [[3 + (5 * i + j) % 50 for j in range(1 + i % 4)] for i in range(9)]

@@ -8,7 +8,7 @@ import pytest
 from accelerate.utils import gather_object
 
 import rlhf.generation.hf
-import stages.ppo.update
+import stages.ppo.learner
 from rlhf.rewards.settings import RewardSettings
 from rlhf.training.processes import start_accelerator
 from stages.ppo import train as ppo_train
@@ -41,7 +41,7 @@ def stopped_by_nan(inputs: Path, results: Path) -> list[str]:
     """PPO over the folders of `run_chain`, whose second update gives the last process NaN in every
     pass with a gradient; what each process says."""
     accelerator = start_accelerator()
-    update, forward = ppo_train.update, stages.ppo.update.response_logprobs
+    update, forward = ppo_train.update, stages.ppo.learner.response_logprobs
     num_updates = 0
 
     def spoil(*args: Any, **settings: Any) -> Any:
@@ -49,7 +49,7 @@ def stopped_by_nan(inputs: Path, results: Path) -> list[str]:
         num_updates += 1
         if num_updates == 2 and accelerator.is_last_process:
             broken = lambda *some: forward(*some) * math.nan  # noqa: E731
-            patch.setattr(stages.ppo.update, "response_logprobs", broken)
+            patch.setattr(stages.ppo.learner, "response_logprobs", broken)
         return update(*args, **settings)
 
     config = ppo_settings(

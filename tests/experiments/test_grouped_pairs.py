@@ -24,7 +24,7 @@ from rlhf.maths.losses import ranking_loss
 from rlhf.models.loading import new_policy
 from rlhf.models.saving import save_policy
 from rlhf.runs.settings import settings_in_force
-from stages.rm.trainer import make_comparisons
+from stages.rm.batches import make_comparisons
 from tests.rlhf.tiny_models import byte_tokenizer
 from tests.stages.test_rm import ARCHITECTURES, make_config, make_rankings
 

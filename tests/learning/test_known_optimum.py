@@ -27,11 +27,12 @@ from rlhf.maths.masking import masked_sum, whiten
 from rlhf.models.settings import ModelSettings
 from rlhf.rewards.scores import Scored
 from rlhf.rewards.settings import RewardSettings
-from rlhf.training.optim import make_optimizer, make_schedule
 from rlhf.training.settings import OptimSettings
+from rlhf.training.step import make_train_state
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
+from stages.ppo.learner import Learner, PolicyAndValue
 from stages.ppo.rollout import Episode, Sampler
-from stages.ppo.update import Learner, PolicyAndValue, RowBatch, update
+from stages.ppo.update import OldOutputs, update
 
 VOCAB, END, TIME, BETA = 4, 0, 3, 0.3
 PROMPT = (1,)  # what it is does not matter: states are counted from behind it
@@ -182,15 +183,11 @@ def run_ppo(
     """The project's PPO on a task; the policy's table at the end."""
     policy, value = TablePolicy(task.ref), TableValue(torch.zeros(NUM_STATES))
     learning_rates = config.optim.learning_rate, config.value_learning_rate
-    optimizer = make_optimizer(zip((policy, value), learning_rates, strict=True), config.optim)
-    learner = Learner(
-        model=PolicyAndValue(policy, value),  # type: ignore[arg-type]
-        optimizer=optimizer,
-        schedule=make_schedule(optimizer, config.optim, config.num_steps),
-        average=None,
-        packer=Packer(600),
-        accelerator=Accelerator(cpu=True),
-    )
+    groups = list(zip((policy, value), learning_rates, strict=True))
+    both = PolicyAndValue(policy, value)  # type: ignore[arg-type]
+    accelerator = Accelerator(cpu=True)
+    state = make_train_state(both, groups, config.optim, config.num_steps, accelerator)
+    learner = Learner(state, Packer(600))
     chat = SimpleNamespace(
         end_id=END,
         other_ends=(),
@@ -203,9 +200,7 @@ def run_ppo(
     episodes = [Episode(Prompt(prompt="unused"), PROMPT)] * config.rollout.batch_size
     generator = torch.Generator().manual_seed(seed)
     for _ in range(config.num_updates):
-        rollout = rollout_module.roll_out(
-            policy, value, sampler, episodes, generator, learner.accelerator
-        )
+        rollout = rollout_module.roll_out(policy, value, sampler, episodes, generator, accelerator)
         update(learner, rollout, texts or repeat([]), config, generator)
     return policy.numbers.detach()
 
@@ -358,7 +353,7 @@ def test_a_penalty_in_the_loss_instead_of_the_reward_is_caught(estimator, monkey
     def of(batch, row):
         nonlocal ref_logprobs
         ref_logprobs = row.select(batch.ref_logprobs)
-        return RowBatch.of(batch, row)
+        return OldOutputs.of(batch, row)
 
     def with_penalty(logprobs, old_logprobs, advantages, response_mask, **options):
         loss, stats = policy_loss(logprobs, old_logprobs, advantages, response_mask, **options)
@@ -367,5 +362,5 @@ def test_a_penalty_in_the_loss_instead_of_the_reward_is_caught(estimator, monkey
 
     monkeypatch.setattr(rollout_module, "penalized_rewards", without_penalty)
     monkeypatch.setattr(update_module, "policy_loss", with_penalty)
-    monkeypatch.setattr(update_module, "RowBatch", SimpleNamespace(of=of))
+    monkeypatch.setattr(update_module, "OldOutputs", SimpleNamespace(of=of))
     assert distance_after_a_short_run() > FAR

@@ -8,6 +8,7 @@ from weakref import ref
 import pytest
 from torch import nn
 
+from stages.rm import saved, setup
 from stages.rm import train as rm
 from stages.sft import train as sft
 from tests.distributed.chain import LORA, make_inputs, rm_settings, sft_settings
@@ -22,7 +23,7 @@ def inputs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def watch_loads(patch: pytest.MonkeyPatch, module: Any, *names: str) -> Alive:
+def watch_loads(patch: pytest.MonkeyPatch, *functions: tuple[Any, str]) -> Alive:
     """Counts at every call of these functions, each of which gives a model or holds one."""
     weights: list[ref[nn.Parameter]] = []
     alive: Alive = []
@@ -37,13 +38,13 @@ def watch_loads(patch: pytest.MonkeyPatch, module: Any, *names: str) -> Alive:
 
         return call
 
-    for name in names:
+    for module, name in functions:
         patch.setattr(module, name, watched(getattr(module, name)))
     return alive
 
 
 def test_sft_lets_go_of_what_it_trained(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive = watch_loads(monkeypatch, sft, "load_policy")
+    alive = watch_loads(monkeypatch, (sft, "load_policy"))
     sft.train(sft_settings(inputs, inputs / "sft"))
     assert alive == [0, 0]
 
@@ -52,6 +53,11 @@ def test_sft_lets_go_of_what_it_trained(inputs: Path, monkeypatch: pytest.Monkey
 def test_the_reward_model_lets_go_of_what_it_trained(
     changes: dict[str, Any], inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alive = watch_loads(monkeypatch, rm, "load_scalar", "load_reward_model")
+    alive = watch_loads(
+        monkeypatch,
+        (setup, "load_scalar"),
+        (saved, "load_scalar"),
+        (saved, "load_reward_model"),
+    )
     rm.train(rm_settings(inputs, inputs / "base", inputs / "rm", num_epochs=1, **changes))
     assert alive == [0, 0, 0]

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rlhf.inputs.files import write_records
 from rlhf.inputs.packing import PromptTree, text_tree
@@ -26,10 +28,10 @@ from rlhf.training.settings import OptimSettings
 from rlhf.training.sharding import local_gradients
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
+from stages.ppo.load import load_models
 from stages.ppo.rollout import Episode, roll_out
-from stages.ppo.train import load_models
 from stages.ppo.train import train as train_ppo
-from stages.ppo.update import optimizer_step
+from stages.ppo.update import update
 from stages.rm.config import Config as RmConfig
 from stages.rm.train import train as train_rm
 from stages.sft.config import Config as SftConfig
@@ -239,15 +241,23 @@ def test_a_step_of_ppo_touches_two_adapters_and_the_value_head(
         torch.Generator().manual_seed(0),
         accelerator,
     )
-    optimizer_step(learner, rollout, [text_tree([5, 9, 13, 17, 21])], config)
+    text = [text_tree([5, 9, 13, 17, 21])]
+    with_gradient: set[str] = set()
+    handle = register_optimizer_step_pre_hook(
+        lambda *_: with_gradient.update(
+            n for n, p in models.named_parameters() if p.grad is not None
+        )
+    )
+    update(learner, rollout, repeat(text), config, torch.Generator())
+    handle.remove()
     trained = {name: p for name, p in models.named_parameters() if p.requires_grad}
     changed = {n for n, p in models.named_parameters() if not torch.equal(p, before[n])}
     assert changed == set(trained) and len(changed) == 28 + 28 + 1
-    with_state = {id(p) for p in learner.optimizer.state}
+    with_state = {id(p) for p in learner.state.optimizer.state}
     assert with_state == {id(p) for p in trained.values()}
-    assert {n for n, p in models.named_parameters() if p.grad is not None} == set(trained)
-    assert learner.average is not None
-    assert {f"policy.{name}" for name in learner.average.average} == {
+    assert with_gradient == set(trained)
+    assert learner.state.average is not None
+    assert {f"policy.{name}" for name in learner.state.average.average} == {
         name for name in trained if name.startswith("policy.")
     }
     assert all(torch.equal(p, old) for p, old in zip(frozen, kept, strict=True))
@@ -265,7 +275,7 @@ def test_gradients_of_ppo_are_the_same_with_activations_computed_again(
         )
         learner.models.train(is_checkpointed)
         row = learner.packer.rows([PromptTree((5, 9, 13), ((17, 21, 25),))])[0]
-        logprobs, values = learner.model(row)
+        logprobs, values = learner.state.model(row)
         (logprobs.square().sum() + values.square().sum()).backward()
         found.append(torch.cat(local_gradients(learner.models.parameters())))
     assert found[0].norm() > 1

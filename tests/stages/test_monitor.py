@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 import rlhf.generation.hf
+import stages.ppo.learner
+import stages.ppo.load
 import stages.ppo.rollout
 import stages.ppo.train
-import stages.ppo.update
 from rlhf.generation.hf import LoopEngine
 from rlhf.generation.interface import Samples
 from rlhf.generation.settings import GenerationSettings
@@ -134,9 +135,9 @@ def test_a_sampler_as_far_from_the_trainer_as_a_clip_is_always_checked(changes, 
 
 
 def test_a_reference_that_is_another_model(config: Config, monkeypatch):
-    load_policy = stages.ppo.train.load_policy
+    load_policy = stages.ppo.load.load_policy
     monkeypatch.setattr(
-        stages.ppo.train,
+        stages.ppo.load,
         "load_policy",
         break_from(1, load_policy, lambda *a, **k: other(load_policy(*a, **k))),
     )
@@ -221,9 +222,9 @@ def test_a_kl_below_zero(config: Config, monkeypatch):
 
 
 def test_a_training_pass_that_is_not_the_policy_that_sampled(config: Config, monkeypatch):
-    logprobs = stages.ppo.update.response_logprobs
+    logprobs = stages.ppo.learner.response_logprobs
     monkeypatch.setattr(
-        stages.ppo.update,
+        stages.ppo.learner,
         "response_logprobs",
         lambda policy, row, temperature: logprobs(policy, row, 1.5),
     )
@@ -237,9 +238,9 @@ def test_a_training_pass_that_is_not_the_policy_that_sampled(config: Config, mon
 
 
 def test_a_code_that_is_not_to_stop_warns_once_and_is_counted(config: Config, monkeypatch, capsys):
-    logprobs = stages.ppo.update.response_logprobs
+    logprobs = stages.ppo.learner.response_logprobs
     monkeypatch.setattr(
-        stages.ppo.update,
+        stages.ppo.learner,
         "response_logprobs",
         lambda policy, row, temperature: logprobs(policy, row, 1.5),
     )
@@ -324,9 +325,9 @@ def test_an_answer_that_many_prompts_had_from_the_start_is_no_alarm(config: Conf
     told: list[str] = []
     monitor = Monitor(config, told.append, 1e-3)
     # Odds of 0.667 at first; 0.66 has 1.94, and the mean of 0.66, 0.66, 0.66 and 0.8 has 2.28.
-    for update, share in enumerate([0.4, *[0.66] * 4, 0.8]):
+    for share in [0.4, *[0.66] * 4, 0.8]:
         metrics = {"ppo/one_answer": share}
-        monitor.watch(update, metrics)
+        monitor.inspect(metrics)
         monitor.end_update(metrics)
     assert monitor.alarms == {"PPO_ONE_ANSWER": {"first_update": 5, "updates": 1}}
     assert "to 69.5% of the different prompts, mean of 4 updates" in told[0]
@@ -375,10 +376,10 @@ def test_a_reward_far_beyond_the_value_clip(config: Config):
 
 def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(config: Config, monkeypatch):
     """Log-probabilities turn NaN in the second update; the weights on disk are those before it."""
-    forward = stages.ppo.update.response_logprobs
+    forward = stages.ppo.learner.response_logprobs
     passes_of_one_update = 2  # one a step
     broken = break_from(passes_of_one_update, forward, lambda *args: forward(*args) * math.nan)
-    monkeypatch.setattr(stages.ppo.update, "response_logprobs", broken)
+    monkeypatch.setattr(stages.ppo.learner, "response_logprobs", broken)
     with pytest.raises(TrainingStopped) as stopped:
         train(config)
     message = str(stopped.value)
@@ -398,9 +399,9 @@ def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(config: Con
         "logprobs",
     ]
     assert "say " in replay["prompt_text"] and replay["responses"][0]
-    good = stages.ppo.train.load_policy(ModelSettings(path=str(folder / "last_good")))
+    good = stages.ppo.load.load_policy(ModelSettings(path=str(folder / "last_good")))
     assert all(parameter.isfinite().all() for parameter in good.parameters())
-    start = stages.ppo.train.load_policy(config.policy)
+    start = stages.ppo.load.load_policy(config.policy)
     assert not torch.equal(good.lm_head.weight, start.lm_head.weight)  # one update was taken
     assert not (folder / "results.json").exists()
 
@@ -421,7 +422,7 @@ def test_a_nan_in_the_rollout_is_named(tensor: str, config: Config, monkeypatch)
 
 
 def test_a_policy_without_finite_logits_is_told_at_its_first_sample(config: Config, monkeypatch):
-    load_policy = stages.ppo.train.load_policy
+    load_policy = stages.ppo.load.load_policy
 
     def spoilt(*args, **kwargs):
         policy = load_policy(*args, **kwargs)
@@ -429,7 +430,7 @@ def test_a_policy_without_finite_logits_is_told_at_its_first_sample(config: Conf
             policy.lm_head.weight[7] = math.nan
         return policy
 
-    monkeypatch.setattr(stages.ppo.train, "load_policy", spoilt)
+    monkeypatch.setattr(stages.ppo.load, "load_policy", spoilt)
     with pytest.raises(TrainingStopped, match=r"^PPO_NONFINITE at update 0: logits .*rollout"):
         train(config)
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import rlhf.runs.stopwatch
+import stages.ppo.learner
 import stages.ppo.rollout
-import stages.ppo.train
-import stages.ppo.update
+import stages.ppo.setup
 from rlhf.generation.hf import LoopEngine
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
@@ -31,13 +32,16 @@ from rlhf.models.saving import save_policy
 from rlhf.models.settings import LoraSettings, ModelSettings
 from rlhf.rewards.scores import Scored
 from rlhf.rewards.settings import RewardSettings
-from rlhf.training.optim import MovingAverage, make_optimizer, make_schedule
+from rlhf.training.optim import MovingAverage
 from rlhf.training.settings import OptimSettings
 from rlhf.training.sharding import local_gradients
+from rlhf.training.step import make_train_state
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
+from stages.ppo.data import text_blocks
+from stages.ppo.learner import POLICY, Learner, PolicyAndValue
 from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out
-from stages.ppo.train import text_blocks, train
-from stages.ppo.update import Learner, PolicyAndValue, optimizer_step, update
+from stages.ppo.train import train
+from stages.ppo.update import update
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 from tests.stages.conftest import is_timing
 from tools.plan import Launch, make_plan
@@ -82,16 +86,17 @@ def make_learner(config: Config, budget: int = 1000, architecture: str = "llama"
     accelerator = Accelerator(cpu=True)
     policy, value_model = tiny_policy_of(architecture), tiny_scalar_of(architecture)
     groups = [(policy, config.optim.learning_rate), (value_model, config.value_learning_rate)]
-    optimizer = make_optimizer(groups, config.optim)
     average = None if config.ema_decay is None else MovingAverage(policy, config.ema_decay)
-    return Learner(
-        model=PolicyAndValue(policy, value_model),
-        optimizer=optimizer,
-        schedule=make_schedule(optimizer, config.optim, 100, {0: config.value_warmup_steps}),
-        average=average,
-        packer=Packer(budget),
-        accelerator=accelerator,
+    state = make_train_state(
+        PolicyAndValue(policy, value_model),
+        groups,
+        config.optim,
+        100,
+        accelerator,
+        {POLICY: config.value_warmup_steps},
     )
+    state.average = average
+    return Learner(state, Packer(budget))
 
 
 def make_rollout(
@@ -108,7 +113,7 @@ def make_rollout(
     ]
     generator = torch.Generator().manual_seed(2)  # some of the responses end
     return roll_out(
-        models.policy, models.value_model, sampler, episodes, generator, learner.accelerator
+        models.policy, models.value_model, sampler, episodes, generator, learner.state.accelerator
     )
 
 
@@ -165,9 +170,25 @@ def test_a_long_rollout_says_how_far_it_is(monkeypatch):
     assert re.fullmatch(r"ppo: sampled 8 of 8 after \d+ s", told[-1])
 
 
-def gradient_after_step(learner: Learner, rollout: Rollout, texts, config: Config) -> torch.Tensor:
-    optimizer_step(learner, rollout, texts, config)
-    return torch.cat(local_gradients(learner.model.parameters()))
+def take_step(
+    learner: Learner, rollout: Rollout, texts, config: Config
+) -> tuple[dict[str, float], torch.Tensor]:
+    """One step on all episodes of a rollout: its metrics, and the gradient that it takes."""
+    size = len(rollout.trees)
+    one_step = replace(
+        config,
+        rollout=replace(config.rollout, batch_size=size),
+        ppo=replace(config.ppo, mini_batch_size=size),
+    )
+    gradients: list[torch.Tensor] = []
+    handle = register_optimizer_step_pre_hook(
+        lambda *_: gradients.append(torch.cat(local_gradients(learner.models.parameters())))
+    )
+    generator = torch.Generator().manual_seed(0)
+    metrics = update(learner, rollout, repeat(texts), one_step, generator)
+    handle.remove()
+    (gradient,) = gradients
+    return metrics, gradient
 
 
 def test_one_process_holds_the_activations_of_one_model_at_a_time():
@@ -179,7 +200,7 @@ def test_one_process_holds_the_activations_of_one_model_at_a_time():
     value_model.register_forward_pre_hook(
         lambda *_: norms.append(float(torch.cat(local_gradients(policy.parameters())).norm()))
     )
-    optimizer_step(learner, rollout, [], config)
+    take_step(learner, rollout, [], config)
     assert len(norms) > 1, "one row proves less"
     assert norms[0] > 0, "the value model's pass waits for the policy's backward pass"
     assert len(set(norms)) == len(norms)
@@ -237,13 +258,13 @@ def test_gradient_does_not_depend_on_the_micro_batch(architecture):
     config = make_config(ptx=PtxSettings(coef=0.7, text="unused"))
     whole = make_learner(config, 1000, architecture)
     rollout = make_rollout(whole, config)
-    expected = gradient_after_step(whole, rollout, TEXTS, config)
+    _, expected = take_step(whole, rollout, TEXTS, config)
     assert expected.norm() > 0.1
     num_rows = {len(whole.packer.rows(rollout.trees))}
     for budget in (40, 20, 10, 1):
         pieces = make_learner(config, budget, architecture)
         num_rows.add(len(pieces.packer.rows(rollout.trees)))
-        found = gradient_after_step(pieces, rollout, TEXTS, config)
+        _, found = take_step(pieces, rollout, TEXTS, config)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert len(num_rows) > 3 and min(num_rows) == 1
 
@@ -259,14 +280,13 @@ def test_what_stands_behind_the_end_changes_no_bit_of_a_step():
         if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.ndim == 2
     }
     assert len(tensors) == 6 and not rollout.response_mask.all()
-    expected_sums = optimizer_step(learner, rollout, [], config)
-    expected = local_gradients(learner.model.parameters())
+    expected_metrics, expected = take_step(learner, rollout, [], config)
     for rubbish in (math.nan, math.inf, -1e30):
         dirty = {k: x.where(rollout.response_mask, rubbish) for k, x in tensors.items()}
         other = make_learner(config)
-        assert optimizer_step(other, replace(rollout, **dirty), [], config) == expected_sums
-        found = local_gradients(other.model.parameters())
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        metrics, found = take_step(other, replace(rollout, **dirty), [], config)
+        assert metrics == expected_metrics
+        assert torch.equal(found, expected)
 
 
 def test_the_order_of_episodes_changes_nothing():
@@ -287,12 +307,11 @@ def test_the_order_of_episodes_changes_nothing():
     with torch.no_grad():  # a policy that moved since, so that ratios are not 1
         for models in (learner.models, other.models):
             models.policy.lm_head.weight.mul_(1.1)
-    sums = optimizer_step(learner, rollout, [], config)
-    assert sums["clipped"] > 0
-    assert optimizer_step(other, permuted, [], config) == pytest.approx(sums, rel=1e-6, abs=1e-6)
-    expected, found = (local_gradients(one.model.parameters()) for one in (learner, other))
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    metrics, expected = take_step(learner, rollout, [], config)
+    assert metrics["ppo/clip_fraction"] > 0
+    other_metrics, found = take_step(other, permuted, [], config)
+    assert other_metrics == pytest.approx(metrics, rel=1e-6, abs=1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_ptx_adds_coef_times_the_gradient_of_the_mean_text_loss():
@@ -302,8 +321,8 @@ def test_ptx_adds_coef_times_the_gradient_of_the_mean_text_loss():
     without = replace(with_text, ptx=PtxSettings(coef=0.0))
     learner = make_learner(with_text)
     rollout = make_rollout(learner, with_text)
-    both = gradient_after_step(learner, rollout, TEXTS, with_text)
-    ppo_only = gradient_after_step(make_learner(without), rollout, [], without)
+    _, both = take_step(learner, rollout, TEXTS, with_text)
+    _, ppo_only = take_step(make_learner(without), rollout, [], without)
 
     reference = make_learner(without).models
     nats = 0.0
@@ -324,13 +343,12 @@ def test_gradient_norms_and_cosine_are_those_of_the_two_parts():
     )
     learner = make_learner(config)
     rollout = make_rollout(learner, config)
-    sums = optimizer_step(learner, rollout, TEXTS, config)
-    plain = make_learner(config)
-    ppo_sums = optimizer_step(plain, rollout, [], config)
-    assert sums["ppo_norm"] == pytest.approx(ppo_sums["policy_grad_norm"], rel=1e-4)
-    total = sums["ppo_norm"] ** 2 + sums["ptx_norm"] ** 2
-    total += 2 * sums["cosine"] * sums["ppo_norm"] * sums["ptx_norm"]
-    assert sums["policy_grad_norm"] == pytest.approx(total**0.5, rel=1e-4)
+    metrics, _ = take_step(learner, rollout, TEXTS, config)
+    alone, _ = take_step(make_learner(config), rollout, [], config)
+    ppo_norm, ptx_norm = metrics["ppo/ppo_grad_norm"], metrics["ppo/ptx_grad_norm"]
+    assert ppo_norm == pytest.approx(alone["ppo/policy_grad_norm"], rel=1e-4)
+    squares = ppo_norm**2 + ptx_norm**2 + 2 * metrics["ppo/grad_cosine"] * ppo_norm * ptx_norm
+    assert metrics["ppo/policy_grad_norm"] == pytest.approx(squares**0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -348,12 +366,11 @@ def test_first_ratio_is_one_for_every_cut_of_the_batch(architecture, num_episode
     rollout = make_rollout(learner, config)
     order = torch.randperm(num_episodes, generator=torch.Generator().manual_seed(1))
     for mini_batch_size in (1, 2, 3, 5, num_episodes):
-        ratios: list[float] = []
         batch = rollout.select(order[:mini_batch_size])
-        sums = optimizer_step(learner, batch, [], config, look_at_ratio=ratios.append)
-        assert ratios[0] < 1e-4
-        assert sums["clipped"] == 0
-        assert abs(sums["approx_kl"]) / sums["tokens"] < 1e-7
+        metrics, _ = take_step(learner, batch, [], config)
+        assert metrics["ppo/first_log_ratio"] < 1e-4
+        assert metrics["ppo/clip_fraction"] == 0
+        assert abs(metrics["ppo/approx_kl"]) < 1e-7
 
 
 def test_a_ratio_of_a_gradient_norm_is_what_the_step_takes():
@@ -363,19 +380,15 @@ def test_a_ratio_of_a_gradient_norm_is_what_the_step_takes():
     )
     learner = make_learner(with_ratio)
     rollout = make_rollout(learner, with_ratio)
-    found, sums = gradient_and_sums(learner, rollout, with_ratio)
-    assert sums["ptx_norm"] == pytest.approx(3 * sums["ppo_norm"], rel=1e-5)
+    metrics, found = take_step(learner, rollout, TEXTS, with_ratio)
+    ptx_norm = metrics["ppo/ptx_grad_norm"]
+    assert ptx_norm == pytest.approx(3 * metrics["ppo/ppo_grad_norm"], rel=1e-5)
     # The same step with the coefficient that was found, given as a coefficient.
-    fixed = replace(with_ratio, ptx=PtxSettings(coef=sums["ptx_coef"], text="unused"))
-    expected, fixed_sums = gradient_and_sums(make_learner(fixed), rollout, fixed)
-    assert sums["ptx_coef"] > 0.01
-    assert fixed_sums["ptx_norm"] == pytest.approx(sums["ptx_norm"], rel=1e-4)
+    fixed = replace(with_ratio, ptx=PtxSettings(coef=metrics["ppo/ptx_coef"], text="unused"))
+    fixed_metrics, expected = take_step(make_learner(fixed), rollout, TEXTS, fixed)
+    assert metrics["ppo/ptx_coef"] > 0.01
+    assert fixed_metrics["ppo/ptx_grad_norm"] == pytest.approx(ptx_norm, rel=1e-4)
     assert torch.allclose(found, expected, atol=1e-5)
-
-
-def gradient_and_sums(learner: Learner, rollout: Rollout, config: Config):
-    sums = optimizer_step(learner, rollout, TEXTS, config)
-    return torch.cat(local_gradients(learner.model.parameters())), sums
 
 
 def test_a_value_model_is_held_as_what_of_it_learns_asks_for():
@@ -391,9 +404,9 @@ def test_value_warmup_only_reads_the_policy(monkeypatch):
     config = make_config()
     learner = make_learner(config)
     rollout = make_rollout(learner, config)
-    logprobs, learns = stages.ppo.update.response_logprobs, []
+    logprobs, learns = stages.ppo.learner.response_logprobs, []
     monkeypatch.setattr(
-        stages.ppo.update,
+        stages.ppo.learner,
         "response_logprobs",
         lambda *row: learns.append(torch.is_grad_enabled()) or logprobs(*row),
     )
@@ -415,7 +428,7 @@ def test_value_warmup_moves_the_value_model_alone_and_the_schedule_waits():
     after = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in models.children()]
     assert torch.equal(before[0], after[0])
     assert not torch.equal(before[1], after[1])
-    rates = {group["module"]: group["lr"] for group in learner.optimizer.param_groups}
+    rates = {group["module"]: group["lr"] for group in learner.state.optimizer.param_groups}
     assert rates[0] == pytest.approx(0.1 * 1e-2)  # where a warm-up starts
     assert rates[1] == pytest.approx((0.1 + 0.9 * 2 / 4) * config.value_learning_rate)
     update(learner, rollout, repeat([]), config, generator)
@@ -444,9 +457,9 @@ def test_moving_average_trails_the_policy():
     learner = make_learner(config)
     weight = learner.models.policy.lm_head.weight
     before = weight.detach().clone()
-    optimizer_step(learner, make_rollout(learner, config), [], config)
-    assert learner.average is not None
-    average = learner.average.average["lm_head.weight"]
+    take_step(learner, make_rollout(learner, config), [], config)
+    assert learner.state.average is not None
+    average = learner.state.average.average["lm_head.weight"]
     assert not torch.equal(before, weight)
     assert torch.allclose(average, (before + weight) / 2, atol=1e-7)
 
@@ -647,8 +660,8 @@ def test_mixed_precision_holds_in_every_pass_of_a_run(ppo_config: Config, monkey
         types.clear()  # of a probe that finds how the models can be packed
         return models
 
-    load_models = stages.ppo.train.load_models
-    monkeypatch.setattr(stages.ppo.train, "load_models", load)
+    load_models = stages.ppo.setup.load_models
+    monkeypatch.setattr(stages.ppo.setup, "load_models", load)
     # The probe of sampling compares in full precision.
     monkeypatch.setattr("rlhf.generation.decoder._is_right", lambda policy, way: True)
     monkeypatch.setattr(LlamaMLP, "forward", note)
@@ -663,7 +676,7 @@ def test_mixed_precision_holds_in_every_pass_of_a_run(ppo_config: Config, monkey
 
 def test_half_types_whose_gradients_are_scaled_are_refused(ppo_config: Config, monkeypatch):
     launched = SimpleNamespace(mixed_precision="fp16", num_processes=1)
-    monkeypatch.setattr(stages.ppo.train, "start_accelerator", lambda: launched)
+    monkeypatch.setattr(stages.ppo.setup, "start_accelerator", lambda: launched)
     message = "^mixed_precision of the launcher is fp16, .* bf16 or no"
     with pytest.raises(ValueError, match=message):
         train(ppo_config)

@@ -22,9 +22,11 @@ from rlhf.rewards.scores import Scored
 from rlhf.rewards.settings import EnsembleSettings, PartSettings, RewardSettings
 from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
+from stages.ppo.load import make_value_model
+from stages.ppo.metrics import rollout_metrics, rollout_sums
 from stages.ppo.normalize import normalize_scores
-from stages.ppo.rollout import Episode, Sampler, roll_out, rollout_metrics, rollout_sums
-from stages.ppo.train import _load_value_model, train
+from stages.ppo.rollout import Episode, Sampler, roll_out
+from stages.ppo.train import train
 from tests.rlhf.rewards.folders import (
     base_tokenizer,
     merging_tokenizer,
@@ -277,7 +279,7 @@ def value_model_of(folders: Path, reward: RewardSettings, value_model: str | Non
     config = make_config(
         policy=ModelSettings(path=str(folders / "sft")), reward=reward, value_model=value_model
     )
-    return _load_value_model(config, Chat(base_tokenizer()), Accelerator(cpu=True), bases=None)
+    return make_value_model(config, Chat(base_tokenizer()), Accelerator(cpu=True), bases=None)
 
 
 def test_the_value_model_starts_as_the_first_reward_model_times_its_weight(folders: Path) -> None:

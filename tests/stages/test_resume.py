@@ -25,7 +25,7 @@ PPO_CUTS = [
     Cut("stages.ppo.train", "update", 3),  # behind the first
     Cut("rlhf.runs.checkpoint_files", "Path.rename", 1),  # the second is whole, still unnamed
     Cut("rlhf.runs.checkpoints", "remove_others", 1),  # it has, and the first is still there
-    Cut("stages.ppo.train", "save_policy", 1),
+    Cut("stages.ppo.stopping", "save_policy", 1),
 ]
 
 
@@ -36,9 +36,9 @@ def test_ppo_killed_again_and_again_is_the_run_that_was_not(configs: dict[str, A
 
 
 RM_CUTS = [
-    Cut("stages.rm.trainer", "ranking_loss", 6),
+    Cut("stages.rm.update", "ranking_loss", 6),
     Cut("rlhf.runs.checkpoint_files", "save_file", 2),  # in the middle of the second checkpoint
-    Cut("stages.rm.trainer", "AtEpochEnd.on_epoch_end", 1),
+    Cut("stages.rm.train", "measure", 1),
     Cut("rlhf.runs.checkpoints", "remove_others", 2),
     Cut("stages.rm.train", "save_scalar", 1),
 ]
@@ -146,7 +146,7 @@ def test_what_does_not_fit_the_run_stops_it_and_says_how_to_go_on(
     prompts.write_text(content.replace("say 3", "say 4"))
     refused(config, f"{step} is of another run: what prompts names was other data; what prompts_")
     prompts.write_text(content)
-    weights = step / "models.safetensors"
+    weights = step / "model.safetensors"
     content_of_weights = weights.read_bytes()
     weights.write_bytes(content_of_weights[:-1] + b"?")
     refused(config, f"error: {weights} is altered (sha256 ")
@@ -185,7 +185,7 @@ def test_an_interrupt_outside_of_steps_and_a_second_one_end_at_once(
     configs: dict[str, Any], tmp_path: Path
 ):
     config = replace(configs["ppo"], output_dir=str(tmp_path / "run"))
-    before = Cut("stages.ppo.train", "normalize_scores", 1, signal.SIGINT)
+    before = Cut("stages.ppo.setup", "normalize_scores", 1, signal.SIGINT)
     code, printed = run_command("ppo", config, before)
     assert (code, printed.splitlines()[-1]) == (INTERRUPTED, "interrupted")
     twice = Cut("stages.ppo.update", "policy_loss", 1, signal.SIGINT, times=2)

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, modeling_utils
@@ -26,14 +27,16 @@ from rlhf.models.saving import save_policy
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.models import load_reward_model
-from rlhf.runs.run import open_run
 from rlhf.training.settings import OptimSettings
+from rlhf.training.step import make_train_state
 from stages.rm import figures
+from stages.rm.batches import GlobalBatches, make_comparisons
 from stages.rm.config import Config
 from stages.rm.data import Example, make_examples, read_rankings
 from stages.rm.figures import Pair
-from stages.rm.train import check_saved_head, train
-from stages.rm.trainer import GlobalBatches, RankingCollator, RankingTrainer, make_comparisons
+from stages.rm.saved import check_saved_head
+from stages.rm.train import train
+from stages.rm.update import update
 from tests.rlhf.tiny_models import byte_tokenizer
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -142,7 +145,7 @@ def test_figures_between_epochs_are_of_the_model_then_and_leave_training_alone(
     runs = {}
     for name, num_epochs in (("one", 1), ("two", 2), ("unmeasured", 2)):
         if name == "unmeasured":
-            monkeypatch.setattr(RankingTrainer, "add_callback", lambda self, callback: None)
+            monkeypatch.setattr("stages.rm.train.measure", lambda *_: {})
         folder = tmp_path / name
         train(
             make_config(sft, rankings, output_dir=str(folder), num_epochs=num_epochs, optim=optim)
@@ -213,12 +216,11 @@ def gradient(
 ) -> tuple[float, torch.Tensor]:
     torch.manual_seed(3)
     model = load_scalar(ModelSettings(path=str(sft)), new_head=True)
-    run = open_run(config, stage="rm", inputs={})
-    trainer = RankingTrainer(model, examples, packer, config, run)
-    collator = RankingCollator(packer, config.margin_per_rank)
-    loss = trainer.training_step(model, collator(examples))
+    accelerator = Accelerator(cpu=True)
+    state = make_train_state(model, [(model, 1e-3)], config.optim, 10, accelerator)
+    metrics = update(state, examples, packer, config)
     parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return loss.item(), torch.cat(parts)
+    return metrics["rm/loss"], torch.cat(parts)
 
 
 def test_gradient_is_that_of_the_plain_sum_however_it_is_packed(sft: Path, tmp_path: Path) -> None:
@@ -235,6 +237,7 @@ def test_gradient_is_that_of_the_plain_sum_however_it_is_packed(sft: Path, tmp_p
         ),
     ]
     config = make_config(sft, rankings, output_dir=str(tmp_path / "run"), margin_per_rank=0.4)
+    config = replace(config, optim=OptimSettings(max_grad_norm=math.inf))
     chat = Chat(load_tokenizer(str(sft)))
     examples, _ = make_examples(rankings, chat, config, for_training=True)
     plain_loss, plain = plain_gradient(sft, chat, rankings, margin_per_rank=0.4)

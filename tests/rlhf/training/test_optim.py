@@ -93,10 +93,10 @@ def test_moving_average_by_hand_and_in_fp32() -> None:
         average = MovingAverage(module, decay=0.75)
         for weight in (3.0, 5.0):
             module.weight.fill_(weight)
-            average.update(module)
+            average.update()
     assert average.average["weight"].dtype == torch.float32
     assert average.average["weight"].item() == 2.375
-    average.copy_to(module)
+    average.put_in_place()
     assert module.weight.item() == 2.375
 
 

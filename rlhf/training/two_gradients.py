@@ -1,0 +1,81 @@
+"""Tells two gradients of one step apart, though they are summed in one place.
+
+gradients = TwoGradients(state, parameters)
+...                          # the passes of the first
+gradients.end_first()
+...                          # the passes of the second
+found = gradients.weigh()    # both norms and their cosine
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from rlhf.training import sharding
+from rlhf.training.parameters import trained_parameters
+from rlhf.training.step import TrainState
+
+_NO_NORM = 1e-30
+"""Stands in for a norm of 0, which cannot divide."""
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Compares two gradients, over all processes."""
+
+    first_norm: float
+    """after the factor"""
+    second_norm: float
+    cosine: float
+    factor: float
+    """what the first gradient was multiplied by"""
+
+
+class TwoGradients:
+    """Keeps a copy of the first gradient of a step beside the sum of both.
+
+    Args:
+        parameters: Those whose gradients are compared.
+    """
+
+    def __init__(self, state: TrainState, parameters: Sequence[nn.Parameter]) -> None:
+        self._state = state
+        self._parameters = parameters
+        self._first: list[Tensor] = []
+
+    def end_first(self) -> None:
+        """Copy the gradient so far. Where gradients are in shards, also set them to zero, since
+        DeepSpeed may or may not add later gradients to those that are there."""
+        state = self._state
+        self._first = [one.clone() for one in sharding.local_gradients(self._parameters)]
+        if sharding.shards_gradients(state.accelerator):
+            trained = trained_parameters(state.module).values()
+            sharding.zero_gradients(state.accelerator, state.model, trained)
+
+    def weigh(self, ratio: float | None = None) -> Weighed:
+        """Compare both gradients after the last pass, and leave their sum for the step.
+
+        Args:
+            ratio: The norm of the first is brought to this multiple of the second's. None leaves
+                it as it is.
+        """
+        accelerator = self._state.accelerator
+        is_sharded = sharding.shards_gradients(accelerator)
+        first, second = self._first, sharding.local_gradients(self._parameters)
+        if not is_sharded:
+            if accelerator.num_processes > 1:
+                first = [accelerator.reduce(gradient, reduction="mean") for gradient in first]
+            second = [total - part for total, part in zip(second, first, strict=True)]
+        first_norm, second_norm = (sharding.norm(accelerator, one) for one in (first, second))
+        product = sharding.dot(accelerator, first, second)
+        factor = 1.0 if ratio is None else ratio * second_norm / max(first_norm, _NO_NORM)
+        if factor != 1.0 or is_sharded:
+            total = [own.add_(part, alpha=factor) for own, part in zip(second, first, strict=True)]
+            sharding.set_local_gradients(self._parameters, total)
+        return Weighed(
+            first_norm=first_norm * factor,
+            second_norm=second_norm,
+            cosine=product / max(first_norm * second_norm, _NO_NORM),
+            factor=factor,
+        )

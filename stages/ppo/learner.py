@@ -1,0 +1,115 @@
+"""Hold the two models that learn, and run them on the rows of a step."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.inputs.packing import PackedRow, Packer
+from rlhf.models.heads import response_logprobs
+from rlhf.models.scalar import ScalarModel
+from rlhf.runs.stopwatch import Stopwatch
+from rlhf.training import sharding
+from rlhf.training.step import TrainState
+
+POLICY, VALUE = 0, 1
+"""Numbers of the two models among those of a step (TrainState.modules)."""
+
+
+class PolicyAndValue(nn.Module):
+    """Joins both trained models, since DeepSpeed and FSDP wrap only one module per Accelerator."""
+
+    def __init__(self, policy: PreTrainedModel, value_model: ScalarModel) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value_model = value_model
+
+    def forward(
+        self,
+        row: PackedRow,
+        temperature: float = 1.0,
+        *,
+        with_logprobs: bool = True,
+        with_values: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return log-probabilities and values of each response token of a packed row, both
+        (tokens,)."""
+        logprobs = response_logprobs(self.policy, row, temperature) if with_logprobs else None
+        values = self.value_model(row.predictors, **row.model_inputs) if with_values else None
+        return logprobs, values
+
+
+@dataclass
+class Learner:
+    """Holds what an update changes, and how rows are laid for it."""
+
+    state: TrainState[PolicyAndValue]
+    packer: Packer
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def models(self) -> PolicyAndValue:
+        return self.state.module
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Hold whole weights, in the launcher's precision, for passes without a gradient."""
+        accelerator = self.state.accelerator
+        with sharding.whole_weights(accelerator, self.state.model), accelerator.autocast():
+            yield
+
+    def text_logprobs(self, row: PackedRow) -> Tensor:
+        """Return the policy's log-probabilities (tokens,) of pretraining text."""
+        logprobs, _ = self.state.model(row, with_values=False)
+        return logprobs
+
+
+@dataclass
+class Outputs:
+    """Runs policy and value model on a packed row, each when its output is asked for.
+
+    So a step can go backward from one before the other runs, and holds half the activations.
+    Processes that exchange gradients need both models in one backward pass, so they run both at
+    once.
+    """
+
+    learner: Learner
+    row: PackedRow
+    temperature: float
+    only_value: bool = False
+    """the policy is only read: it needs no gradient"""
+
+    @property
+    def logprobs(self) -> Tensor:
+        """(responses, time) log-probability of each token, at the sampling temperature."""
+        if self._is_joint:
+            logprobs, _ = self._both
+        else:
+            with torch.set_grad_enabled(not self.only_value):
+                logprobs, _ = self._model(self.row, self.temperature, with_values=False)
+        return self.row.unpack(logprobs)
+
+    @property
+    def values(self) -> Tensor:
+        """(responses, time) value of the state before each token."""
+        if self._is_joint:
+            _, values = self._both
+        else:
+            _, values = self._model(self.row, self.temperature, with_logprobs=False)
+        return self.row.unpack(values)
+
+    @cached_property
+    def _both(self) -> tuple[Tensor, Tensor]:
+        return self._model(self.row, self.temperature)
+
+    @property
+    def _is_joint(self) -> bool:
+        return self.learner.state.is_exchanged
+
+    @property
+    def _model(self) -> nn.Module:
+        return self.learner.state.model

@@ -1,0 +1,149 @@
+"""Load the models of a run: the two that learn, and those that a rollout reads."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from rlhf.generation.engines import make_engine
+from rlhf.inputs.chat import Chat
+from rlhf.models.full import checkpoint_activations
+from rlhf.models.layout import packer_for
+from rlhf.models.limits import check_context, check_vocabulary
+from rlhf.models.loading import load_policy, load_scalar
+from rlhf.models.scalar import ScalarModel
+from rlhf.models.shared_bases import SharedBases, weight_bytes
+from rlhf.models.tokenizers import load_chat
+from rlhf.rewards.load import load_reward, reward_models_of
+from rlhf.rewards.models import load_value_model
+from rlhf.rewards.rendering import same_vocabulary
+from rlhf.rewards.scores import Reward
+from rlhf.runs.stopwatch import Stopwatch
+from rlhf.training import sharding
+from rlhf.training.optim import MovingAverage
+from rlhf.training.step import make_train_state
+from stages.ppo.config import Config
+from stages.ppo.learner import POLICY, Learner, PolicyAndValue
+from stages.ppo.rollout import Sampler
+
+
+def load_models(
+    config: Config, chat: Chat, accelerator: Accelerator, watch: Stopwatch
+) -> tuple[Learner, Sampler]:
+    engine = make_engine(config.generation)
+    bases = _shared_bases(config, accelerator)
+    policy = load_policy(config.policy, config.lora, bases)
+    check_vocabulary(policy, chat, config.policy.path)
+    limits = {
+        "rollout.max_prompt_tokens": config.rollout.max_prompt_tokens,
+        "rollout.max_new_tokens": config.rollout.max_new_tokens,
+    }
+    check_context(policy, config.policy.path, limits)
+    value_model = make_value_model(config, chat, accelerator, bases)
+    resting_device = torch.device("cpu") if config.offload else accelerator.device
+    reward = load_reward(
+        config.reward, chat, resting_device, config.micro_batch_tokens, accelerator.print, bases
+    )
+    of_reference = config.policy
+    is_bf16 = accelerator.mixed_precision == "bf16"
+    if sharding.is_deepspeed(accelerator) and is_bf16 and bases is None:
+        # DeepSpeed turns the policy into bfloat16, and the reference must match it.
+        of_reference = replace(of_reference, dtype="bfloat16")
+    ref_policy = load_policy(of_reference, bases=bases).requires_grad_(False)
+    ref_policy.to(resting_device)  # type: ignore[arg-type]  # a wrapper hides the types
+    _announce_weights(config, accelerator, [policy, value_model, ref_policy], reward)
+    packers = [
+        packer_for(policy, config.micro_batch_tokens),
+        packer_for(value_model.classifier, config.micro_batch_tokens),
+    ]
+    # Both models read the same rows, so take the packer that both can read.
+    packer = min(packers, key=lambda packer: (packer.share_prompts, packer.use_segments))
+    if config.gradient_checkpointing:
+        checkpoint_activations(policy)
+        checkpoint_activations(value_model.classifier)
+    groups = [(policy, config.optim.learning_rate), (value_model, config.value_learning_rate)]
+    first_steps = {POLICY: config.value_warmup_steps}
+    both = PolicyAndValue(policy, value_model)
+    state = make_train_state(both, groups, config.optim, config.num_steps, accelerator, first_steps)
+    if config.ema_decay is not None:
+        state.average = MovingAverage(policy, config.ema_decay)
+    learner = Learner(state, packer, watch)
+    tell = accelerator.print
+    autocast = partial(sharding.autocast_unwrapped, accelerator)
+    sampler = Sampler(chat, ref_policy, reward, packer, config, watch, engine, tell, autocast)
+    return learner, sampler
+
+
+def _shared_bases(config: Config, accelerator: Accelerator) -> SharedBases | None:
+    """Return what lets models share frozen weights, or None where each has weights of its own.
+
+    Without adapters all weights are trained. ZeRO-3 and FSDP split the trained models' weights,
+    which frozen models need whole.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP or (
+        plugin is not None and plugin.zero_stage == 3
+    )
+    if not config.lora.rank or is_sharded:
+        return None
+    return SharedBases(accelerator.device, config.lora.quantize)
+
+
+def _announce_weights(
+    config: Config, accelerator: Accelerator, roles: Sequence[nn.Module], reward: Reward
+) -> None:
+    """Print the memory of the weights, and which reward models share none with the policy."""
+    reward_models = reward_models_of(reward)
+    held = weight_bytes(*roles, *reward_models)
+    alone = sum(weight_bytes(model) for model in [*roles, *reward_models])
+    accelerator.print(
+        f"ppo: weights of policy, value, reference and reward models: {held / 1e6:.1f} MB, "
+        f"{alone / 1e6:.1f} MB if each held its own"
+    )
+    policy = roles[0]
+    for path, model in zip(config.reward.model_paths.values(), reward_models, strict=True):
+        together = weight_bytes(policy, model)
+        if config.lora.rank and together == weight_bytes(policy) + weight_bytes(model):
+            accelerator.print(
+                f"ppo: the reward model {path} is no adapter over the policy's base in its type "
+                "and attention, so its weights are its own"
+            )
+
+
+def make_value_model(
+    config: Config, chat: Chat, accelerator: Accelerator, bases: SharedBases | None
+) -> ScalarModel:
+    """Start the value model from the reward model (Ouyang et al. 2022, C.4) if there is one.
+
+    Otherwise put a head of zeros on the policy's body. A random head would give a random baseline
+    (openai/lm-human-preferences).
+
+    Raises:
+        ValueError: the folder that value_model names has another vocabulary than the policy.
+    """
+    start = config.reward.value_start if config.value_model is None else (config.value_model, 1.0)
+    if start is not None:
+        path, weight = start
+        settings = config.value_settings(path)
+        if same_vocabulary(chat, load_chat(settings)):
+            value_model = load_value_model(settings, config.lora, bases)
+            check_vocabulary(value_model.classifier, chat, path)
+            value_model.scale *= weight
+            return value_model
+        if config.value_model is not None:
+            raise ValueError(
+                f"value_model {path} has another vocabulary than the policy {config.policy.path}, "
+                "whose tokens it must read; give a reward model with the policy's tokenizer, or "
+                "null for a new head on the policy's body"
+            )
+        accelerator.print(
+            f"ppo: the reward model {path} has another vocabulary than the policy, so the value "
+            "model starts as the policy's body with a new head of zeros"
+        )
+    value_model = load_scalar(config.policy, new_head=True, lora=config.lora, bases=bases)
+    torch.nn.init.zeros_(value_model.head.weight)
+    return value_model

@@ -1,0 +1,68 @@
+"""Add the gradient of the pretraining text to a step's: the pretraining mix of PPO-ptx."""
+
+from collections.abc import Sequence
+
+from rlhf.inputs.packing import PromptTree
+from rlhf.training import sharding
+from rlhf.training.parameters import trained_parameters
+from rlhf.training.processes import sum_over_processes
+from rlhf.training.step import Step
+from rlhf.training.two_gradients import TwoGradients
+from stages.ppo.config import PtxSettings
+from stages.ppo.learner import Learner
+
+
+class PretrainingMix:
+    """The text of one step: ptx.coef times the mean nats a token (Ouyang et al. 2022, eq. 2).
+
+    The text's passes come first, then those of the episodes, then `balance`.
+
+    Args:
+        text: This process's blocks. Empty on all processes without ptx.
+    """
+
+    def __init__(
+        self, step: Step, learner: Learner, text: Sequence[PromptTree], settings: PtxSettings
+    ) -> None:
+        self._step = step
+        self._learner = learner
+        self._text = text
+        self._settings = settings
+        self._gradients: TwoGradients | None = None
+        are_sharded = sharding.shards_gradients(learner.state.accelerator)
+        is_measured = settings.gradient_norms or settings.grad_norm_ratio is not None
+        if text and (is_measured or are_sharded):
+            policy = trained_parameters(learner.models.policy).values()
+            self._gradients = TwoGradients(learner.state, list(policy))
+
+    def add_text(self) -> None:
+        """Add the text's gradient. With ptx.grad_norm_ratio it waits for its coefficient."""
+        if not self._text:
+            return
+        step, learner = self._step, self._learner
+        own_tokens = sum(len(tree.responses[0]) for tree in self._text)
+        num_tokens = int(sum_over_processes(learner.state.accelerator, own_tokens))
+        coef = self._settings.coef if self._settings.grad_norm_ratio is None else 1.0
+        for row in step.rows(learner.packer.rows(self._text), more_follow=True):
+            nats = -learner.text_logprobs(row).sum()
+            step.add(
+                nats * (coef / num_tokens), {"ptx_nats": nats, "ptx_tokens": row.targets.numel()}
+            )
+        if self._gradients is not None:
+            self._gradients.end_first()
+
+    def balance(self) -> dict[str, float]:
+        """Bring both gradients to ptx.grad_norm_ratio; return their norms and their cosine.
+
+        Empty where nothing is measured.
+        """
+        if self._gradients is None:
+            return {}
+        ratio = self._settings.grad_norm_ratio
+        found = self._gradients.weigh(ratio)
+        return {
+            "ptx_norm": found.first_norm,
+            "ppo_norm": found.second_norm,
+            "cosine": found.cosine,
+            "ptx_coef": self._settings.coef if ratio is None else found.factor,
+        }

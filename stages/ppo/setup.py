@@ -1,0 +1,191 @@
+"""Set a run up: read its inputs, load its models, and go on from its checkpoint."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.packing import PromptTree
+from rlhf.inputs.shuffling import ShuffledBatches
+from rlhf.inputs.streams import torch_stream
+from rlhf.models.tokenizers import load_chat
+from rlhf.rewards.models import RewardCard
+from rlhf.runs.checkpoints import Checkpoints
+from rlhf.runs.folder import MODEL_FILES
+from rlhf.runs.run import Run, open_run
+from rlhf.runs.stateful import Fields, Generators, Stateful, parts_of
+from rlhf.runs.stopwatch import Stopwatch
+from rlhf.training import sharding
+from rlhf.training.processes import own_share, start_accelerator
+from stages.ppo.config import Config
+from stages.ppo.data import inputs_of, load_episodes, load_held_out, shuffled_text
+from stages.ppo.learner import Learner
+from stages.ppo.load import load_models
+from stages.ppo.monitor import (
+    LAST_GOOD,
+    REPLAY_FILE,
+    RM_CHANCE,
+    TOKEN_NOISE,
+    Monitor,
+    sampler_noise,
+)
+from stages.ppo.normalize import normalize_scores
+from stages.ppo.progress import Progress
+from stages.ppo.rollout import Episode, Sampler
+from stages.ppo.speed import Speedometer
+
+FILES = (*MODEL_FILES, REPLAY_FILE, LAST_GOOD)
+"""What PPO writes besides what every run writes."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Holds what the updates of a run work with."""
+
+    accelerator: Accelerator
+    run: Run
+    checkpoints: Checkpoints
+    monitor: Monitor
+    chat: Chat
+    prompts: ShuffledBatches[Episode]
+    """the prompts of an update, for all processes"""
+    held_out: list[Episode]
+    texts: Iterator[list[PromptTree]]
+    """the text blocks of an optimizer step, for this process; empty lists without ptx"""
+    learner: Learner
+    sampler: Sampler
+    sampling: torch.Generator
+    """draws tokens; each process has its own"""
+    shuffling: torch.Generator
+    """draws the order of episodes; the same on all processes"""
+    progress: Progress
+    speed: Speedometer
+    watch: Stopwatch
+
+    @property
+    def next_update(self) -> int:
+        """The first update to do: 0, or the one after the checkpoint's."""
+        return 0 if self.checkpoints.step is None else self.checkpoints.step + 1
+
+
+def set_up(config: Config) -> Setup:
+    """Read inputs, load models, and restore what a checkpoint of this run holds."""
+    accelerator = start_accelerator()
+    config.check_launch(accelerator.mixed_precision, accelerator.num_processes)
+    token_noise = _token_noise(config, accelerator)
+    _check_sampler(config, token_noise)
+    monitor = Monitor(config, accelerator.print, token_noise)
+    set_seed(config.seed)
+    run = open_run(config, stage="ppo", inputs=inputs_of(config), files=FILES)
+    checkpoints = Checkpoints(run, accelerator, config.checkpoint_every, unit="update")
+    chat = load_chat(config.policy)
+    episodes = load_episodes(config.prompts, chat, config, accelerator)
+    held_out = load_held_out(chat, config, accelerator)
+    watch = Stopwatch(accelerator.device)
+    with watch.phase("load"):
+        learner, sampler = load_models(config, chat, accelerator, watch)
+    _announce(config, accelerator, len(episodes))
+    _warn_of_chance(config, monitor)
+    before = checkpoints.saved("progress") or {}
+    with sharding.whole_weights(accelerator, learner.state.model):
+        sampler, raw_scores = normalize_scores(
+            sampler, learner.models.value_model, episodes, accelerator, before.get("raw_scores")
+        )
+
+    text_order = shuffled_text(config, chat, accelerator)
+    texts = (own_share(accelerator, batch) for batch in text_order)
+    order = ShuffledBatches(
+        episodes, config.rollout.batch_size, torch_stream(config.seed, "ppo/prompts")
+    )
+    sampling = torch_stream(config.seed, "ppo/rollouts", accelerator.process_index)
+    shuffling = torch_stream(config.seed, "ppo/mini-batches")
+    speed = Speedometer(learner.models, sampler, accelerator, config, _dtype(config, accelerator))
+    progress = Progress(kl_coef=config.ppo.kl_coef, raw_scores=raw_scores)
+    parts: dict[str, Stateful] = {
+        "prompts": order,
+        "texts": text_order,
+        "monitor": monitor,
+        "progress": Fields(progress, *vars(progress)),
+        "speed": Fields(speed, "totals"),
+    }
+    own: dict[str, Stateful] = {"generators": Generators(sampling=sampling, shuffling=shuffling)}
+    checkpoints.restore(parts | parts_of(learner.state), own)
+    watch.take()  # discard the seconds before the first update
+    return Setup(
+        accelerator=accelerator,
+        run=run,
+        checkpoints=checkpoints,
+        monitor=monitor,
+        chat=chat,
+        prompts=order,
+        held_out=held_out,
+        texts=texts,
+        learner=learner,
+        sampler=sampler,
+        sampling=sampling,
+        shuffling=shuffling,
+        progress=progress,
+        speed=speed,
+        watch=watch,
+    )
+
+
+def _announce(config: Config, accelerator: Accelerator, num_prompts: int) -> None:
+    """Print the batch sizes in words, since every system means something else by them."""
+    episodes = config.num_updates * config.rollout.batch_size
+    accelerator.print(
+        f"ppo: {num_prompts} prompts; {config.rollout.batch_size} episodes an update, "
+        f"{config.steps_per_update} optimizer steps an update of {config.ppo.mini_batch_size} "
+        f"episodes each, {config.num_updates} updates: {config.num_steps} steps, {episodes} "
+        f"episodes, {episodes / num_prompts:.1f} passes over the prompts"
+    )
+    if config.rollout.batch_size > num_prompts:
+        accelerator.print(
+            f"ppo: {num_prompts} prompts fill a rollout.batch_size of {config.rollout.batch_size}: "
+            f"each is answered {config.rollout.batch_size / num_prompts:.1f} times an update"
+        )
+
+
+def _check_sampler(config: Config, token_noise: float) -> None:
+    """Refuse to use the log-probabilities of a sampler whose noise reaches the clip range.
+
+    Raises:
+        ValueError: rollout.check_every is above 1 with such a sampler.
+    """
+    noise = sampler_noise(config, token_noise)
+    if config.rollout.check_every > 1 and noise >= config.ppo.clip_range:
+        raise ValueError(
+            f"rollout.check_every is {config.rollout.check_every}, but sampler and trainer may "
+            f"differ by {noise:g} nats a token here, and ppo.clip_range is "
+            f"{config.ppo.clip_range:g}; give 1, or sample with hf in float32"
+        )
+
+
+def _warn_of_chance(config: Config, monitor: Monitor) -> None:
+    """Raise an alarm for a reward model that may be no better than a coin.
+
+    The loader refuses such a model unless the settings let it through.
+    """
+    for path in config.reward.model_paths.values():
+        card = RewardCard.load(path)
+        low, high = card.interval
+        if low <= 0.5:
+            cause = (
+                f"The reward model at {path} orders {card.pair_accuracy:.1%} of held-out pairs "
+                f"right, 95 % interval {low:.1%} to {high:.1%}."
+            )
+            monitor.raise_alarm(RM_CHANCE, cause)
+
+
+def _token_noise(config: Config, accelerator: Accelerator) -> float:
+    is_half = _dtype(config, accelerator) != torch.float32
+    return TOKEN_NOISE["bfloat16" if is_half else "float32"]
+
+
+def _dtype(config: Config, accelerator: Accelerator) -> torch.dtype:
+    """Return the dtype of the matrix products in a forward pass."""
+    is_mixed = accelerator.mixed_precision == "bf16"
+    return torch.bfloat16 if is_mixed else getattr(torch, config.policy.dtype)

@@ -1,0 +1,58 @@
+"""Stop a run well: name the fault and the place, and save the weights before it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf.inputs.chat import Chat
+from rlhf.models.saving import save_policy
+from rlhf.runs.run import Run
+from rlhf.training import sharding
+from rlhf.training.nonfinite import NonFiniteError
+from rlhf.training.processes import naming
+from stages.ppo.learner import Learner
+from stages.ppo.monitor import (
+    LAST_GOOD,
+    NONFINITE,
+    REPLAY_FILE,
+    Monitor,
+    TrainingStopped,
+    write_replay,
+)
+
+
+@contextmanager
+def stopping_well(learner: Learner, monitor: Monitor, chat: Chat, run: Run) -> Iterator[None]:
+    """Save the weights when an alarm ends the run, and say in the message where they are.
+
+    If another process does not answer, say where this one stood.
+    """
+
+    def place() -> str:
+        return f"phase {learner.watch.last_phase} of update {monitor.update}"
+
+    try:
+        try:
+            with naming(learner.state.accelerator, place):
+                yield
+        except NonFiniteError as error:
+            if learner.state.accelerator.is_main_process:
+                write_replay(error, monitor.update, chat, run.dir)
+            prompt = "" if error.tree is None else f" at prompt {chat.show(error.tree.prompt)!r}"
+            cause = f"{error}{prompt} (see {run.dir / REPLAY_FILE})."
+            monitor.raise_alarm(NONFINITE, cause)
+    except TrainingStopped as stop:
+        run.alarms(monitor.take_raised())
+        run.refresh_page(is_last=True)
+        folder = run.dir / LAST_GOOD
+        save_learned(learner, chat, folder)
+        raise TrainingStopped(f"{stop} The weights before it are in {folder}.") from stop
+
+
+def save_learned(learner: Learner, chat: Chat, folder: Path) -> None:
+    """Write the policy as a plain model folder; all processes must call this."""
+    accelerator = learner.state.accelerator
+    weights = sharding.whole_state(accelerator, learner.state.model, "policy")
+    if accelerator.is_main_process:
+        save_policy(learner.models.policy, chat.tokenizer, folder, weights)
+    accelerator.wait_for_everyone()

@@ -1,0 +1,48 @@
+"""Two gradients of one step, (3, 0) and (0, 4) by hand."""
+
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from rlhf.training.step import Step, TrainState
+from rlhf.training.two_gradients import TwoGradients, Weighed
+
+
+def weigh(ratio: float | None, first: list[float]) -> tuple[Weighed, list[float]]:
+    """What is found of the gradients `first` and (0, 4), and the gradient that is left."""
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    state = TrainState(model, [model], optimizer, schedule, Accelerator(cpu=True), math.inf)
+    step = Step(state)
+    gradients = TwoGradients(state, list(model.parameters()))
+    step.add((model.weight * torch.tensor([first])).sum())
+    gradients.end_first()
+    step.add((model.weight * torch.tensor([[0.0, 4.0]])).sum())
+    found = gradients.weigh(ratio)
+    assert model.weight.grad is not None
+    return found, model.weight.grad.flatten().tolist()
+
+
+def test_norms_and_cosine_are_those_of_each_alone_and_the_sum_stays() -> None:
+    found, left = weigh(None, [3.0, 0.0])
+    assert found == Weighed(first_norm=3.0, second_norm=4.0, cosine=0.0, factor=1.0)
+    assert left == [3.0, 4.0]
+    found, _ = weigh(None, [3.0, 3.0])
+    assert found.cosine == pytest.approx(math.sqrt(0.5), abs=1e-6)
+
+
+def test_the_first_is_brought_to_a_multiple_of_the_second() -> None:
+    """Twice 4 is 8: 8 / 3 of the first."""
+    found, left = weigh(2.0, [3.0, 0.0])
+    assert found.factor == pytest.approx(8 / 3) and found.first_norm == pytest.approx(8.0)
+    assert left == pytest.approx([8.0, 4.0], abs=1e-5)
+
+
+def test_a_first_gradient_of_zeros_stays_one() -> None:
+    found, left = weigh(2.0, [0.0, 0.0])
+    assert (found.first_norm, found.second_norm, found.cosine) == (0.0, 4.0, 0.0)
+    assert left == [0.0, 4.0]
