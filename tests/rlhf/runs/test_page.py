@@ -20,6 +20,7 @@ class Settings:
     """Settings for these tests."""
 
     output_dir: str
+    force: bool = False
 
 
 @dataclass
@@ -52,8 +53,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]) -> list[li
     return calls
 
 
-def open_at(folder: Path) -> Run:
-    return open_run(Settings(output_dir=str(folder)), stage="sft", inputs={})
+def open_at(folder: Path, *, force: bool = False) -> Run:
+    return open_run(Settings(output_dir=str(folder), force=force), stage="sft", inputs={})
 
 
 def test_pages_take_at_most_a_twentieth_of_the_time(
@@ -137,7 +138,7 @@ def test_a_page_made_later_is_replaced_by_the_next_run(tmp_path: Path) -> None:
     open_at(tmp_path / "run").finish({})
     (tmp_path / "run" / PAGE).write_text("made by hand")
     add_to_mark(tmp_path / "run", PAGE)
-    run = open_at(tmp_path / "run")
+    run = open_at(tmp_path / "run", force=True)
     run.log(1, {"sft/loss": 1.0})
     assert not (tmp_path / "run" / PAGE).exists()
     run.finish({})
