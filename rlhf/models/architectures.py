@@ -274,6 +274,11 @@ def _scalar_over(causal_class: Any) -> Any:
                 setattr(self, ties, kept)
             self.score = nn.Linear(head.in_features, 1, bias=False)
 
+        def _init_weights(self, module: nn.Module) -> None:
+            # What some causal LMs initialize for themselves is the head that was taken away.
+            if module is not self:
+                super()._init_weights(module)
+
         def get_output_embeddings(self) -> None:
             return None
 

@@ -119,7 +119,9 @@ def test_no_way_is_taken_that_forgets(monkeypatch: pytest.MonkeyPatch, models) -
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot take the packing mask")
-@pytest.mark.parametrize("model_type", ["granite", "llama4_text", "mamba", "falcon_h1"])
+@pytest.mark.parametrize(
+    "model_type", ["granite", "llama4_text", "mamba", "falcon_h1", "modernbert-decoder"]
+)
 def test_scalar_model_without_a_classifier_of_transformers(
     models, model_type: str, tmp_path: Path
 ) -> None:
