@@ -1,10 +1,13 @@
-"""Select those of IFEval's own prompts (Zhou et al. 2023) that our checks and few tokens allow."""
+"""Use those of IFEval's own prompts (Zhou et al. 2023) that our checks know."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from data.instructions.checks import Instruction
+from data.instructions.checks import Instruction, follows_one
 from rlhf.inputs.records import Prompt
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 MOST = {
     "words_at_least": 30,
@@ -23,11 +26,39 @@ def known_prompts(prompts: Iterable[Prompt]) -> Iterator[Prompt]:
         prompts: prompts made by data.convert, with IFEval's fields in their meta.
     """
     for prompt in prompts:
-        rows = zip(prompt.meta["instruction_id_list"], prompt.meta["kwargs"], strict=True)
-        instructions = [from_ifeval(name, kwargs) for name, kwargs in rows]
+        instructions = _translated(prompt.meta)
         known = [one for one in instructions if one is not None and _fits(one)]
         if len(known) == len(instructions):
             yield Prompt(prompt.prompt, {"instructions": known})
+
+
+def keep_known(rows: "Dataset") -> "Dataset":
+    """Keep the rows of IFEval whose instructions can all be checked here, of any length."""
+    return rows.select([i for i, row in enumerate(rows) if None not in _translated(row)])
+
+
+def grade(row: Mapping[str, Any], responses: Sequence[str]) -> dict[str, Any]:
+    """Check the response to a row of IFEval, as a task of lm-evaluation-harness.
+
+    Returns:
+        `prompt_level_acc`: whether the response follows all instructions. `inst_level_acc`: whether
+        it follows each.
+    """
+    known = [one for one in _translated(row) if one is not None]
+    followed = [follows_one(responses[0], one) for one in known]
+    return {"prompt_level_acc": all(followed), "inst_level_acc": followed}
+
+
+def mean_of_all(followed: Sequence[Sequence[bool]]) -> float:
+    """Return the share of instructions that are followed, over all prompts."""
+    outcomes = [outcome for of_prompt in followed for outcome in of_prompt]
+    return sum(outcomes) / len(outcomes)
+
+
+def _translated(row: Mapping[str, Any]) -> list[Instruction | None]:
+    """Translate all instructions of a row of IFEval."""
+    pairs = zip(row["instruction_id_list"], row["kwargs"], strict=True)
+    return [from_ifeval(name, kwargs) for name, kwargs in pairs]
 
 
 def from_ifeval(name: str, kwargs: dict[str, Any]) -> Instruction | None:

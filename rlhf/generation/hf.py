@@ -88,7 +88,8 @@ def _generate_batch(
             if prompt in unfinished:
                 samples.responses[prompt].append(token)
                 samples.logprobs[prompt].append(logprob)
-                if token in ends:
+                response = samples.responses[prompt]
+                if token in ends or (decoding.is_over is not None and decoding.is_over(response)):
                     unfinished.remove(prompt)
         if not unfinished or step == decoding.max_new_tokens - 1:
             progress(num_before)  # responses cut at full length have ended too

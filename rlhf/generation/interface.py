@@ -20,6 +20,9 @@ class Decoding:
     """The number that logits are divided by; 0 takes the most likely token (greedy)."""
     other_ends: tuple[int, ...] = ()
     """Other tokens that end a response, as a model's files may declare."""
+    is_over: Callable[[Sequence[int]], bool] | None = None
+    """Tells from the tokens of a response so far whether it ends there, as after a stop text. An
+    engine that cannot ask samples on, so the caller cuts the text too. None means no such rule."""
 
     @property
     def ends(self) -> list[int]:

@@ -222,6 +222,52 @@ def assemble(rows: Sequence[PackedRow], parts: Sequence[Tensor]) -> Tensor:
     return batch
 
 
+def predicting_rows(packer: Packer, trees: Sequence[PromptTree]) -> list[PackedRow]:
+    """Pack trees into rows in which the last token of each response is predicted, but not read.
+
+    Nothing follows that token, so no result depends on its hidden state. A response of one token
+    then costs no token at all: the end of its prompt predicts it. Such rows serve to compute
+    log-probabilities without gradient; they have no place to read a score.
+    """
+    shorter = [replace(tree, responses=tuple(one[:-1] for one in tree.responses)) for tree in trees]
+    responses = [response for tree in trees for response in tree.responses]
+    return [_predict_whole(row, responses) for row in packer.rows(shorter)]
+
+
+def _predict_whole(row: PackedRow, responses: Sequence[tuple[int, ...]]) -> PackedRow:
+    """Let a row of responses without their last tokens predict the whole responses."""
+    prompt_ends: dict[int, int] = {}
+    places: dict[tuple[int, int], list[int]] = {}
+    for place, segment in enumerate(zip(row.tree.tolist(), row.branch.tolist(), strict=True)):
+        tree, branch = segment
+        if branch == 0:
+            prompt_ends[tree] = place
+        else:
+            places.setdefault(segment, []).append(place)
+    branches = _branches(row.tree_index.tolist())
+    predictors = [
+        place
+        for tree, branch in branches
+        for place in (prompt_ends[tree], *places.get((tree, branch), ()))
+    ]
+    whole = [responses[number] for number in row.response_index.tolist()]
+    targets, mask = response_batch(whole)
+    return replace(
+        row, predictors=torch.tensor(predictors), targets=targets[mask], response_mask=mask
+    )
+
+
+def _branches(tree_index: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (tree, branch) of each response as a row counts them, from the trees' numbers."""
+    numbers: dict[int, int] = {}
+    counts: dict[int, int] = {}
+    found = []
+    for tree in tree_index:
+        counts[tree] = counts.get(tree, 0) + 1
+        found.append((numbers.setdefault(tree, len(numbers)), counts[tree]))
+    return found
+
+
 def response_batch(responses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Return responses as ids (responses, time), zeros after the end, and their response_mask."""
     lengths = torch.tensor([len(response) for response in responses])

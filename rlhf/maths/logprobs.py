@@ -29,6 +29,15 @@ class TokenMoments(NamedTuple):
     """Var[log pi(token)], nats^2"""
 
 
+class TokenLikelihoods(NamedTuple):
+    """What a distribution says of each target, in the shape of the targets."""
+
+    logprobs: Tensor
+    """log pi(target), nats"""
+    is_greedy: Tensor
+    """True where no token is more likely than the target, so that greedy decoding takes it"""
+
+
 def token_logprobs(
     logits: Float[Tensor, "*tokens vocab"],
     targets: Int[Tensor, "*tokens"],
@@ -69,6 +78,18 @@ def chunked_logprobs(
 
 
 @torch.no_grad()
+def chunked_likelihoods(
+    features: Float[Tensor, "tokens model"], targets: Int[Tensor, "tokens"], head: Head
+) -> TokenLikelihoods:
+    """Return `chunked_logprobs` at temperature 1, and whether each target is the most likely."""
+    parts = [
+        _likelihoods(head(some_features), some_targets)
+        for some_features, some_targets in _chunks(features, targets)
+    ]
+    return TokenLikelihoods(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
 def chunked_moments(
     features: Float[Tensor, "tokens model"],
     targets: Int[Tensor, "tokens"],
@@ -94,6 +115,12 @@ def _chunks(features: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
     """Return logits / temperature in fp32; the logits themselves if nothing changes."""
     return logits.float() if temperature == 1 else logits.float() / temperature
+
+
+def _likelihoods(logits: Tensor, targets: Tensor) -> TokenLikelihoods:
+    scaled = logits.float()
+    chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return TokenLikelihoods(chosen - scaled.logsumexp(-1), chosen == scaled.amax(-1))
 
 
 def _moments(logits: Tensor, targets: Tensor, temperature: float) -> TokenMoments:

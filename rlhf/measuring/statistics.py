@@ -6,7 +6,7 @@ measured several times per prompt, its interval comes from drawing whole prompts
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
@@ -24,6 +24,9 @@ NUMBERS_AT_ONCE = 1_000_000
 
 ONE_ANSWER_ODDS = 3.0
 """Factor by which the odds of one answer must grow to be suspicious."""
+
+
+Value = TypeVar("Value")
 
 
 class Estimate(NamedTuple):
@@ -149,6 +152,72 @@ def paired_difference(
     return Estimate(mean, bootstrap_interval([[one] for one in differences], seed))
 
 
+def aggregate_estimate(
+    values_by_cluster: Sequence[Sequence[Value]],
+    aggregate: Callable[[list[Value]], float],
+    seed: int,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Estimate:
+    """Return an aggregate of all values, such as a perplexity, with its 95 % percentile interval.
+
+    Args:
+        values_by_cluster: Values of each cluster, such as a question, which is drawn as a whole.
+        aggregate: Makes one number of a list of values. For a mean, `bootstrap_interval` is faster.
+        seed: Seed of the draws; equal seeds give equal intervals.
+        num_resamples: How many sets of clusters are drawn.
+    """
+    draws = _drawn_clusters(len(values_by_cluster), seed, num_resamples)
+    estimates = [aggregate(_flat(values_by_cluster, drawn)) for drawn in draws]
+    low, high = np.quantile(estimates, (0.025, 0.975))
+    whole = aggregate(_flat(values_by_cluster, range(len(values_by_cluster))))
+    return Estimate(float(whole), (float(low), float(high)))
+
+
+def aggregate_difference(
+    values_a: Sequence[Sequence[Value]],
+    values_b: Sequence[Sequence[Value]],
+    aggregate: Callable[[list[Value]], float],
+    seed: int,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Estimate:
+    """Return a's aggregate minus b's; every draw takes the same clusters of both.
+
+    Args:
+        values_a: Values of a by cluster.
+        values_b: Values of b for the same clusters.
+
+    For the other arguments see `aggregate_estimate`.
+
+    Raises:
+        ValueError: The two have different numbers of clusters.
+    """
+    if len(values_a) != len(values_b):
+        raise ValueError(
+            f"{len(values_a)} clusters against {len(values_b)}; a paired difference needs the same"
+        )
+
+    def subtract(clusters: Iterable[int]) -> float:
+        chosen = list(clusters)
+        return float(aggregate(_flat(values_a, chosen)) - aggregate(_flat(values_b, chosen)))
+
+    draws = _drawn_clusters(len(values_a), seed, num_resamples)
+    low, high = np.quantile([subtract(drawn) for drawn in draws], (0.025, 0.975))
+    return Estimate(subtract(range(len(values_a))), (float(low), float(high)))
+
+
+def _drawn_clusters(num_clusters: int, seed: int, num_resamples: int) -> Iterator[list[int]]:
+    """Yield the numbers of the clusters that each resample draws with replacement."""
+    generator = np.random.default_rng(seed)
+    for _ in range(num_resamples):
+        yield generator.integers(num_clusters, size=num_clusters).tolist()
+
+
+def _flat(values_by_cluster: Sequence[Sequence[Value]], clusters: Iterable[int]) -> list[Value]:
+    return [value for cluster in clusters for value in values_by_cluster[cluster]]
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean of independent values and its standard error; nan for fewer than two."""
     if not values:
@@ -206,6 +275,61 @@ def best_of_n_kl(n: int) -> float:
     it is an upper bound (Beirami et al. 2024).
     """
     return math.log(n) - (n - 1) / n
+
+
+def majority_of_k(answers: Sequence[str | None], right: Sequence[float], k: int) -> float:
+    """Return the chance that the majority of k of these N answers is right (maj@k).
+
+    It is the mean over all C(N, k) subsets, so it is unbiased for every k up to N. The answer that
+    most of a subset give wins (Wang et al. 2022, self-consistency); tied ones share the win. The
+    subsets are counted, not listed: for each number j of votes for the winner, a sum over the
+    different answers builds up the subsets of k in which no answer has more than j votes.
+
+    Args:
+        answers: (N,) answers to one question. None is no answer: it takes a place in a subset, but
+            does not vote. A subset of None alone is wrong.
+        right: (N,) 1 for a right answer, 0 for a wrong one; equal answers have the same.
+        k: Size of the subsets.
+
+    Raises:
+        ValueError: k is not 1 to N.
+    """
+    if not 1 <= k <= len(answers):
+        raise ValueError(f"k is {k}, with {len(answers)} answers; give 1 to {len(answers)}")
+    counts: dict[str, int] = {}
+    values: dict[str, float] = {}
+    for answer, value in zip(answers, right, strict=True):
+        if answer is not None:
+            counts[answer] = counts.get(answer, 0) + 1
+            values[answer] = float(value)
+    silent = len(answers) - sum(counts.values())
+    wins = 0.0
+    for most_votes in range(1, k + 1):
+        # Maps (size, number of winners) to the number of subsets and the sum of winners' values.
+        subsets = {(size, 0): (math.comb(silent, size), 0.0) for size in range(min(silent, k) + 1)}
+        for answer, count in counts.items():
+            subsets = _with_answer(subsets, count, values[answer], most_votes, k)
+        for (size, num_winners), (_, total) in subsets.items():
+            if size == k and num_winners:
+                wins += total / num_winners
+    return wins / math.comb(len(answers), k)
+
+
+_Subsets = dict[tuple[int, int], tuple[int, float]]
+
+
+def _with_answer(subsets: _Subsets, count: int, value: float, most_votes: int, k: int) -> _Subsets:
+    """Add 0 to `most_votes` of the `count` equal answers to every subset of at most k."""
+    found: _Subsets = {}
+    for (size, num_winners), (number, total) in subsets.items():
+        for votes in range(min(count, most_votes, k - size) + 1):
+            wins = votes == most_votes
+            ways = math.comb(count, votes)
+            key = size + votes, num_winners + wins
+            old_number, old_total = found.get(key, (0, 0.0))
+            won = value * number if wins else 0.0
+            found[key] = old_number + ways * number, old_total + ways * (total + won)
+    return found
 
 
 Answer = TypeVar("Answer", bound=Hashable)

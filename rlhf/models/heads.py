@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.inputs.packing import PackedRow
-from rlhf.maths.logprobs import Head, TokenMoments, chunked_logprobs, chunked_moments
+from rlhf.maths.logprobs import (
+    Head,
+    TokenLikelihoods,
+    TokenMoments,
+    chunked_likelihoods,
+    chunked_logprobs,
+    chunked_moments,
+)
 from rlhf.models.architectures import accepted, accepts, body_of, find_body, hidden_states
 from rlhf.models.compat import share_storage
 
@@ -28,6 +35,13 @@ def response_moments(policy: nn.Module, row: PackedRow, temperature: float = 1.0
     Computes no gradient."""
     features, head = _features_and_head(policy, row)
     return chunked_moments(features, row.targets, head, temperature)
+
+
+@torch.no_grad()
+def response_likelihoods(policy: nn.Module, row: PackedRow) -> TokenLikelihoods:
+    """Return `response_logprobs` and whether each token is the most likely one, all (tokens,)."""
+    features, head = _features_and_head(policy, row)
+    return chunked_likelihoods(features, row.targets, head)
 
 
 @torch.no_grad()

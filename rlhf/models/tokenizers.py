@@ -14,10 +14,21 @@ from rlhf.models.settings import ModelSettings
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder or hub id. Add missing template and pad."""
+    tokenizer = _load_as_it_is(path, trust_remote_code=trust_remote_code)
+    with naming_model(path):
+        return add_missing_parts(tokenizer, _declared_ends(path, tokenizer))
+
+
+def has_chat_template(settings: ModelSettings) -> bool:
+    """Return whether a model's own files have a chat template, which `load_tokenizer` would add."""
+    tokenizer = _load_as_it_is(settings.path, trust_remote_code=settings.trust_remote_code)
+    return bool(tokenizer.chat_template)
+
+
+def _load_as_it_is(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     check_folder(path)
     with naming_model(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        return add_missing_parts(tokenizer, _declared_ends(path, tokenizer))
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def load_chat(settings: ModelSettings) -> Chat:

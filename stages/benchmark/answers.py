@@ -1,0 +1,173 @@
+"""Puts one task to one policy, and collects what the harness measures of every question."""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lm_eval.api.metrics import mean
+from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate
+
+from rlhf.measuring.statistics import majority_of_k
+from stages.benchmark.bank import LoadedTask
+from stages.benchmark.config import Rendering, TaskSettings
+from stages.benchmark.figures import Metric
+
+NO_ANSWER = "[invalid]"
+"""What the harness's regular expressions give where a text holds no answer. It does not vote."""
+MAJORITY = " maj@"
+"""Stands between a metric's name and the number of answers that vote."""
+NUM_PROMPTS_SHOWN = 2
+"""Questions of each setting whose whole prompt is kept in samples.jsonl."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way in which a task is put."""
+
+    task: str
+    rendering: Rendering
+    shots: int
+
+
+@dataclass
+class Outcome:
+    """What one policy's answers in one setting came to."""
+
+    values: dict[str, list[list[Any]]] = field(default_factory=dict)
+    """Maps a metric to its values: for each question, one value a draw or sample."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """One row a question and draw, for samples.jsonl."""
+    cpu_seconds: float = 0.0
+    """Time of the process's CPUs, which is that of all its threads together."""
+
+
+def settings_of(loaded: LoadedTask, settings: TaskSettings) -> Iterator[Setting]:
+    """Yield every way in which a task is put: plain before chat, few shots before many."""
+    for rendering in settings.renderings:
+        for shots in settings.shots:
+            yield Setting(loaded.name, rendering, shots)
+
+
+def put(
+    lm: LM,
+    loaded: LoadedTask,
+    setting: Setting,
+    settings: TaskSettings,
+    *,
+    limit: int | None,
+    seed: int,
+) -> Outcome:
+    """Put a task to a policy in one setting.
+
+    Every policy gets the same examples, and samples with the same seeds.
+    """
+    outcome = Outcome()
+    task = loaded.task
+    task.set_config("num_fewshot", setting.shots)
+    started = time.process_time()
+    for draw in range(settings.draws if setting.shots else 1):
+        task.set_fewshot_seed(_stream(f"{seed}/shots/{draw}"))
+        name = f"{seed}/{setting.task}/{setting.rendering}/{setting.shots}"
+        torch.manual_seed(_stream(f"{name}/samples/{draw}"))
+        results = evaluate(
+            lm=lm,
+            task_dict={"tasks": {loaded.name: task}},
+            limit=limit,
+            bootstrap_iters=0,
+            apply_chat_template=setting.rendering == "chat",
+            fewshot_as_multiturn=True,
+        )
+        assert results is not None
+        _collect(outcome, results["samples"][loaded.name], draw)
+    if settings.samples > 1:
+        outcome.values = vote(task, settings.samples)
+    outcome.cpu_seconds = time.process_time() - started
+    return outcome
+
+
+def vote(task: ConfigurableTask, num_samples: int) -> dict[str, list[list[Any]]]:
+    """Return each metric's values by question: one a sample, and those of majorities.
+
+    `METRIC maj@k` is the chance that the majority of k of the samples is right (Wang et al. 2022,
+    self-consistency). Every sample is scored by the task's own filters and metrics.
+    """
+    responses = [list(instance.resps) for instance in task.instances]
+    values: dict[str, list[list[Any]]] = {}
+    answers: dict[str, list[list[str | None]]] = {}
+    for sample in range(num_samples):
+        for instance, of_question in zip(task.instances, responses, strict=True):
+            instance.resps = [of_question[sample]]
+        task.apply_filters()
+        for number, instance in enumerate(task.instances):
+            for name, answer in instance.filtered_resps.items():
+                for metric, value in task.process_results(instance.doc, [answer]).items():
+                    key = key_of(metric, name)
+                    _at(values, key, number).append(value)
+                    _at(answers, key, number).append(None if answer == NO_ANSWER else str(answer))
+    for key in list(values):
+        for k in majority_sizes(num_samples):
+            values[f"{key}{MAJORITY}{k}"] = [
+                [majority_of_k(of_answers, of_values, k)]
+                for of_answers, of_values in zip(answers[key], values[key], strict=True)
+            ]
+    return values
+
+
+def majority_sizes(num_samples: int) -> list[int]:
+    """Return how many answers vote: 4, 8, 16 and so on, and all. Of two, none has a majority."""
+    sizes = {2**power for power in range(2, num_samples.bit_length())}
+    return sorted({*sizes, num_samples})
+
+
+def key_of(metric: str, name_of_filter: str) -> str:
+    """Return the name of a metric in the results, with its filter if the task has named ones."""
+    return metric if name_of_filter == "none" else f"{metric},{name_of_filter}"
+
+
+def metric_of(task: ConfigurableTask, key: str) -> Metric:
+    """Return how a task puts the values of a metric together, by the metric's name in results."""
+    name = key.partition(MAJORITY)[0].partition(",")[0]
+    aggregate = task.aggregation()[name]
+    is_mean = aggregate is mean or MAJORITY in key
+    return Metric(bool(task.higher_is_better()[name]), None if is_mean else aggregate)
+
+
+def _collect(outcome: Outcome, samples: Sequence[dict[str, Any]], draw: int) -> None:
+    """Add what the harness logged of one draw; it logs a question once for each filter."""
+    rows: dict[int, dict[str, Any]] = {}
+    for sample in samples:
+        number = int(sample["doc_id"])
+        row = rows.setdefault(
+            number,
+            {
+                "draw": draw,
+                "question": number,
+                "responses": [one for of_request in sample["resps"] for one in of_request],
+                "target": sample["target"],
+            },
+        )
+        if number < NUM_PROMPTS_SHOWN:
+            row["prompt"] = sample["arguments"][0][0]
+        for metric in sample["metrics"]:
+            key = key_of(metric, sample["filter"])
+            _at(outcome.values, key, number).append(sample[metric])
+            row[key] = sample[metric]
+    outcome.rows += rows.values()
+
+
+def _at(values: dict[str, list[list[Any]]], key: str, number: int) -> list[Any]:
+    """Return the list of one question, and make it if it is the next one."""
+    of_key = values.setdefault(key, [])
+    if number == len(of_key):
+        of_key.append([])
+    return of_key[number]
+
+
+def _stream(name: str) -> int:
+    """Return the seed of a named stream of random numbers."""
+    return random.Random(name).getrandbits(32)

@@ -1,0 +1,305 @@
+"""Loads tasks of lm-evaluation-harness, from task files of ours or from its own bank.
+
+A task file has the harness's format, so its program `lm_eval` takes the same file. Two things
+differ here. Local data files are read by our readers, which name the row of an error. And where a
+task has no split to draw examples from, some questions are held out for that.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+
+from rlhf.inputs.files import read_rows
+from rlhf.inputs.records import RecordError
+from rlhf.rewards.functions import load_function
+from stages.benchmark.config import Config, TaskSettings
+
+LOCAL = "json"
+"""The dataset_path of a task file whose data are local files."""
+SHOTS = "shots"
+"""Name of the split that is held out to draw examples from."""
+PAGE = "docs/benchmark_tasks.md"
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task of the harness, and where it comes from."""
+
+    name: str
+    task: ConfigurableTask
+    source: str
+    """The task file, or the name of the harness's bank."""
+    setting: str
+    """Name of the task in the settings; a group of the bank gives several tasks."""
+    files: tuple[Path, ...] = ()
+    """The task file and the local data files that it names."""
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether a policy answers by writing, not by rating given texts."""
+        return bool(self.task.OUTPUT_TYPE == "generate_until")
+
+
+def load_tasks(config: Config) -> list[LoadedTask]:
+    """Load every task of the settings, and check that its examples do not tell its answers.
+
+    Raises:
+        ValueError: A task or its data cannot be used; the message names the file and the remedy.
+        OSError: A file or a data set of the hub cannot be read.
+    """
+    loaded = [one for name in config.tasks for one in _load(name, config)]
+    names = [one.name for one in loaded]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"tasks gives the task {name} twice; name it once")
+    for one in loaded:
+        settings = config.tasks[one.setting]
+        check_shots(one, max(settings.shots))
+        if settings.samples > 1:
+            _sample_several(one, settings)
+    return loaded
+
+
+def _sample_several(loaded: LoadedTask, settings: TaskSettings) -> None:
+    if not loaded.is_sampled:
+        raise ValueError(
+            f"tasks.{loaded.setting}.samples is {settings.samples}, but {loaded.name} rates given "
+            "texts and samples nothing; give samples: 1"
+        )
+    sampling = {"do_sample": True, "temperature": settings.temperature}
+    loaded.task.set_config("repeats", settings.samples)
+    loaded.task.set_config("generation_kwargs", sampling, update=True)
+
+
+def question_of(task: ConfigurableTask, row: Mapping[str, Any]) -> str:
+    """Return what identifies a question: its text, or the whole row if the choices are texts."""
+    text = task.doc_to_text(row)
+    return text.strip() if isinstance(text, str) else json.dumps(row, sort_keys=True, default=str)
+
+
+def check_shots(loaded: LoadedTask, num_shots: int) -> None:
+    """Refuse examples that are too few, or that are questions of the test.
+
+    Raises:
+        ValueError: The examples of a task cannot be used.
+    """
+    task = loaded.task
+    if num_shots == 0:
+        return
+    split = task.fewshot_cfg.split
+    examples = task.fewshot_docs()
+    if split is None or split == task.config.test_split:  # the harness leaves the question out
+        _check_number(loaded, num_shots, len(examples) - 1)
+        return
+    _check_number(loaded, num_shots, len(examples))
+    tested = {question_of(task, row): number for number, row in enumerate(task.eval_docs, start=1)}
+    for number, row in enumerate(examples, start=1):
+        question = question_of(task, row)
+        if question in tested:
+            raise ValueError(
+                f"{loaded.source}: row {number} of the examples asks what row {tested[question]} "
+                f"of the test asks: {question[-80:]!r}; remove it from one of them, since a "
+                "question that comes with its answer measures nothing"
+            )
+
+
+def _check_number(loaded: LoadedTask, num_shots: int, available: int) -> None:
+    if num_shots > available:
+        raise ValueError(
+            f"tasks.{loaded.setting}.shots asks for {num_shots} examples, and {loaded.source} has "
+            f"{available}; give fewer shots, or more rows in num_shot_questions or the file"
+        )
+
+
+def _load(name: str, config: Config) -> list[LoadedTask]:
+    path = Path(config.task_dir) / f"{name}.yaml"
+    if path.is_file():
+        settings = read_task_file(path)
+        files = tuple(_data_files(path, settings, config.data_dir).values())
+        task = _make(path, settings, config, max(config.tasks[name].shots))
+        return [LoadedTask(name, task, str(path), name, (path, *files))]
+    return _load_from_bank(name, config)
+
+
+def _load_from_bank(name: str, config: Config) -> list[LoadedTask]:
+    manager = TaskManager()
+    if name not in manager.all_tasks:
+        own = [path.stem for path in Path(config.task_dir).glob("*.yaml")]
+        near = get_close_matches(name, [*own, *manager.all_tasks], n=3)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(
+            f"tasks.{name}: there is no {Path(config.task_dir) / name}.yaml, and "
+            f"lm-evaluation-harness has no such task; {meant}{PAGE} tells how to write one"
+        )
+    try:
+        tasks = manager.load([name])["tasks"]
+    except OSError as error:  # the hub cannot be reached
+        raise OSError(
+            f"tasks.{name} reads a data set of the hub, which failed: {error}; {PAGE} tells how "
+            "to read local files instead"
+        ) from error
+    return [LoadedTask(one, task, f"lm_eval: {one}", name) for one, task in tasks.items()]
+
+
+def _make(path: Path, settings: dict[str, Any], config: Config, num_shots: int) -> ConfigurableTask:
+    """Make the task of a task file, with examples held out if it needs some and names none."""
+    files = _data_files(path, settings, config.data_dir)
+    if not files:
+        return _build(path, settings)
+    splits = {split: _rows(file) for split, file in files.items()}
+    task = _build(path, _with_data(settings, splits))
+    test = str(settings["test_split"])
+    if num_shots == 0 or _has_examples(settings):
+        return task
+    if num_shots > config.num_shot_questions:
+        raise ValueError(
+            f"num_shot_questions is {config.num_shot_questions} and tasks.{path.stem}.shots has "
+            f"{num_shots}; raise the first"
+        )
+    held_out = hold_out([question_of(task, row) for row in splits[test]], config.num_shot_questions)
+    sides: dict[bool, list[Any]] = {True: [], False: []}
+    for row, is_shot in zip(splits[test], held_out, strict=True):
+        sides[is_shot].append(row)
+    if not sides[False]:
+        raise ValueError(
+            f"{path}: its test split has {len(splits[test])} rows, so num_shot_questions "
+            f"{config.num_shot_questions} leaves no question; lower it"
+        )
+    halves = {test: sides[False], SHOTS: sides[True]}
+    return _build(path, _with_data(settings, halves) | {"fewshot_split": SHOTS})
+
+
+def hold_out(questions: Sequence[str], num_questions: int) -> list[bool]:
+    """Tell for each row whether it is held out: the questions with the lowest hashes are.
+
+    Rows with the same question go to the same side.
+    """
+    by_hash = sorted(
+        {*questions}, key=lambda question: hashlib.sha256(f"{SHOTS}\n{question}".encode()).digest()
+    )
+    held_out = {*by_hash[:num_questions]}
+    return [question in held_out for question in questions]
+
+
+def read_task_file(path: Path) -> dict[str, Any]:
+    """Read the settings of one task; its `!function package.module.name` becomes that function.
+
+    Raises:
+        ValueError: The file is no task file.
+    """
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is no task file: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict) or "task" not in settings:
+        raise ValueError(f"{path} has no key task; {PAGE} shows what a task file holds")
+    if settings["task"] != path.stem:
+        raise ValueError(
+            f"{path} names its task {settings['task']!r}; give it the name of the file, {path.stem}"
+        )
+    if not settings.get("test_split"):
+        raise ValueError(
+            f"{path} has no test_split; name the split that holds the questions, such as "
+            "test_split: test"
+        )
+    return settings
+
+
+class _TaskLoader(yaml.SafeLoader):
+    """Reads YAML, and imports what `!function` names."""
+
+
+def _construct_function(loader: yaml.SafeLoader, node: yaml.Node) -> Callable[..., Any]:
+    assert isinstance(node, yaml.ScalarNode)
+    module, _, name = str(loader.construct_scalar(node)).rpartition(".")
+    return load_function(f"{module}:{name}")
+
+
+_TaskLoader.add_constructor("!function", _construct_function)
+
+
+def _data_files(path: Path, settings: Mapping[str, Any], data_dir: str | None) -> dict[str, Path]:
+    """Return the local data file of each split; none if the task reads a data set of the hub."""
+    if settings.get("dataset_path") != LOCAL:
+        return {}
+    where = settings.get("dataset_kwargs") or {}
+    files = where.get("data_files")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(
+            f"{path}: dataset_kwargs.data_files is {files!r}; give a file for each split, such as "
+            "{test: questions.jsonl}"
+        )
+    folder = Path(data_dir if data_dir is not None else where.get("data_dir", "."))
+    found = {str(split): folder / str(name) for split, name in files.items()}
+    for split, file in found.items():
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{path} reads its split {split} from {file}, which does not exist; put it there "
+                f"or give data_dir ({PAGE} lists the files)"
+            )
+    needed = [settings.get(f"{kind}_split") for kind in ("test", "training", "fewshot")]
+    for split in filter(None, needed):
+        if split not in found:
+            raise ValueError(
+                f"{path} has no file for its split {split}: dataset_kwargs.data_files names "
+                f"{', '.join(found)}; give a file for {split}"
+            )
+    return found
+
+
+def _rows(file: Path) -> list[Any]:
+    rows = []
+    for place, row in read_rows(file):
+        if isinstance(row, RecordError):
+            raise ValueError(f"{place}: {row}")
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: found {type(row).__name__}, expected an object; convert it")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{file} is empty; a task needs at least one row")
+    return rows
+
+
+def _has_examples(settings: Mapping[str, Any]) -> bool:
+    named = [settings.get("fewshot_split"), settings.get("training_split")]
+    listed = (settings.get("fewshot_config") or {}).get("samples")
+    return bool(listed) or any(split not in (None, settings["test_split"]) for split in named)
+
+
+def _with_data(settings: Mapping[str, Any], splits: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """Return a task's settings with its rows in memory in place of its files."""
+    rows = datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+    )
+    return {**settings, "dataset_kwargs": None, "custom_dataset": functools.partial(_give, rows)}
+
+
+def _give(rows: datasets.DatasetDict, **_: object) -> datasets.DatasetDict:
+    return rows
+
+
+def _build(path: Path, settings: dict[str, Any]) -> ConfigurableTask:
+    """Let the harness build a task; what it does not accept in the file is an error of the file."""
+    try:
+        task = ConfigurableTask(config=dict(settings))
+        task.set_config("custom_dataset", None)  # the harness would copy it into its report
+        return task
+    except OSError as error:  # the hub cannot be reached
+        raise OSError(f"{path} reads a data set of the hub, which failed: {error}") from error
+    except Exception as error:  # the harness checks with asserts, KeyErrors and its templates
+        raise ValueError(
+            f"{path}: lm-evaluation-harness refuses it: {type(error).__name__}: {error}; {PAGE} "
+            "shows what a task file holds"
+        ) from error

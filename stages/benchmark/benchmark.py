@@ -1,0 +1,221 @@
+"""Run the benchmark: check everything, put every task to every policy, compare, report."""
+
+import importlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf.inputs.chat import Chat
+from rlhf.inputs.whole_files import write_text
+from rlhf.models.limits import check_vocabulary
+from rlhf.models.loading import load_policy
+from rlhf.models.settings import ModelSettings
+from rlhf.models.tokenizers import has_chat_template, load_chat
+from rlhf.runs.folder import folders_given_back
+from rlhf.runs.run import open_run
+from rlhf.training.processes import start_accelerator
+from stages.benchmark.config import Config
+from stages.benchmark.figures import figure, tax
+from stages.benchmark.report import format_results
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+    from stages.benchmark.answers import Outcome, Setting
+    from stages.benchmark.bank import LoadedTask
+
+TABLES = "benchmark.md"
+HARNESS = "lm_eval"
+"""The package of lm-evaluation-harness. It takes seconds to import, and is an extra."""
+
+
+@folders_given_back()
+def benchmark(config: Config) -> None:
+    """Measure every policy on every task, write results.json and tables, and print the tables."""
+    accelerator = start_accelerator()
+    if not accelerator.is_main_process:
+        return
+    _require_harness()
+    from stages.benchmark.bank import load_tasks
+
+    tasks = load_tasks(config)
+    chats = {name: load_chat(_settings(config, name)) for name in config.policies}
+    _check_chat_templates(config)
+    run = open_run(config, stage="benchmark", inputs=_inputs(config, tasks), files=(TABLES,))
+    outcomes: dict[str, dict[Setting, Outcome]] = {}
+    for name in config.policies:
+        outcomes[name] = _examine(config, tasks, name, chats[name], accelerator.device)
+    results = _results(config, tasks, outcomes)
+    run.samples(
+        {"policy": name, "task": setting.task, "rendering": setting.rendering}
+        | {"shots": setting.shots, **row}
+        for name, by_setting in outcomes.items()
+        for setting, outcome in by_setting.items()
+        for row in outcome.rows
+    )
+    shown = format_results(results)
+    write_text(run.dir / TABLES, shown)
+    run.finish(results)
+    print(shown, flush=True)
+
+
+def _require_harness() -> None:
+    """Refuse to run without lm-evaluation-harness, and keep what it logs off the screen."""
+    try:
+        importlib.import_module(HARNESS)
+    except ImportError as error:
+        raise ValueError(
+            f"the tasks need the package {HARNESS} ({error}); install it with "
+            "`pip install -c constraints.txt -e '.[eval]'`"
+        ) from error
+    logging.getLogger(HARNESS).setLevel(logging.ERROR)
+
+
+def _inputs(config: Config, tasks: "list[LoadedTask]") -> dict[str, str]:
+    return {
+        **{f"policies.{name}": path for name, path in config.policies.items()},
+        **{
+            f"tasks.{task.name}" + (f".{number}" if number else ""): str(file)
+            for task in tasks
+            for number, file in enumerate(task.files)
+        },
+    }
+
+
+def _check_chat_templates(config: Config) -> None:
+    """Refuse the chat rendering for a policy whose files have no chat template.
+
+    Other stages give such a policy a template of ours, which it has never seen.
+    """
+    asked = [name for name, task in config.tasks.items() if "chat" in task.renderings]
+    for name in config.policies:
+        if (
+            asked
+            and name not in config.plain_only
+            and not has_chat_template(_settings(config, name))
+        ):
+            raise ValueError(
+                f"tasks.{asked[0]}.renderings has chat, but policy {name} at "
+                f"{config.policies[name]} has no chat template; give plain_only: [{name}], or "
+                "renderings: [plain]"
+            )
+
+
+def _settings(config: Config, name: str) -> ModelSettings:
+    return ModelSettings(
+        path=config.policies[name],
+        dtype=config.dtype,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _examine(
+    config: Config, tasks: "list[LoadedTask]", name: str, chat: Chat, device: torch.device
+) -> "dict[Setting, Outcome]":
+    """Put all tasks to one policy, which is in memory alone."""
+    from stages.benchmark.answers import put
+
+    policy = load_policy(_settings(config, name))
+    check_vocabulary(policy, chat, config.policies[name])
+    policy.to(device)  # type: ignore[arg-type]  # its wrapper hides the types of Module.to
+    lm = _make_lm(config, policy, chat)
+    outcomes = {}
+    for loaded, setting in _all_settings(config, tasks, name):
+        started = time.monotonic()
+        settings = config.tasks[loaded.setting]
+        outcomes[setting] = put(lm, loaded, setting, settings, limit=config.limit, seed=config.seed)
+        print(
+            f"benchmark: {name} answered {setting.task}, {setting.rendering}, {setting.shots} "
+            f"shots, in {time.monotonic() - started:.1f} s",
+            flush=True,
+        )
+    return outcomes
+
+
+def _all_settings(
+    config: Config, tasks: "list[LoadedTask]", name: str
+) -> "Iterator[tuple[LoadedTask, Setting]]":
+    from stages.benchmark.answers import settings_of
+
+    for loaded in tasks:
+        for setting in settings_of(loaded, config.tasks[loaded.setting]):
+            if setting.rendering == "plain" or name not in config.plain_only:
+                yield loaded, setting
+
+
+def _make_lm(config: Config, policy: Any, chat: Chat) -> "LM":
+    if config.engine == "hflm":
+        from lm_eval.models.huggingface import HFLM
+
+        return HFLM(policy, tokenizer=chat.tokenizer, batch_size=config.generation.batch_size)
+    from stages.benchmark.packed import PackedLM
+
+    return PackedLM(
+        policy,
+        chat,
+        micro_batch_tokens=config.micro_batch_tokens,
+        generation=config.generation,
+    )
+
+
+def _results(
+    config: Config,
+    tasks: "list[LoadedTask]",
+    outcomes: "dict[str, dict[Setting, Outcome]]",
+) -> dict[str, Any]:
+    """Put all values together: figures by policy and setting, and differences to the baselines."""
+    from stages.benchmark.answers import metric_of
+
+    figures: list[dict[str, Any]] = []
+    taxes: list[dict[str, Any]] = []
+    described: dict[str, dict[str, Any]] = {}
+    for loaded in tasks:
+        metrics: dict[str, Any] = {}
+        for setting, by_policy in _by_setting(loaded.name, outcomes):
+            for key in next(iter(by_policy.values())).values:
+                metric = metric_of(loaded.task, key)
+                values = {name: outcome.values[key] for name, outcome in by_policy.items()}
+                place = {**asdict(setting), "metric": key}
+                figures += [
+                    {"policy": name, **place, **figure(of_policy, metric, config.seed)}
+                    for name, of_policy in values.items()
+                ]
+                compared = tax(values, config.baseline_names, metric, config.seed)
+                taxes += [{**place, **row} for row in compared]
+                metrics[key] = {"higher_is_better": metric.higher_is_better}
+                described[loaded.name] = {
+                    "source": loaded.source,
+                    "questions": len(next(iter(values.values()))),
+                    "metrics": metrics,
+                }
+    return {
+        "policies": list(config.policies),
+        "baselines": config.baseline_names,
+        "engine": config.engine,
+        "tasks": described,
+        "figures": figures,
+        "tax": taxes,
+        "cpu_seconds": {
+            name: sum(outcome.cpu_seconds for outcome in by_setting.values())
+            for name, by_setting in outcomes.items()
+        },
+    }
+
+
+def _by_setting(
+    task: str, outcomes: "dict[str, dict[Setting, Outcome]]"
+) -> "Iterator[tuple[Setting, dict[str, Outcome]]]":
+    """Yield each setting of a task with the outcomes of the policies that were put to it."""
+    settings = dict.fromkeys(
+        setting for of_policy in outcomes.values() for setting in of_policy if setting.task == task
+    )
+    for setting in settings:
+        yield (
+            setting,
+            {name: found[setting] for name, found in outcomes.items() if setting in found},
+        )

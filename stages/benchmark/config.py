@@ -1,0 +1,114 @@
+"""Settings of the benchmark stage."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlhf.generation.settings import GenerationSettings
+from rlhf.inputs.ranges import require
+from rlhf.models.settings import Attention
+from rlhf.runs.settings import MayOverwrite
+
+Rendering = Literal["plain", "chat"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """How one task is put to every policy."""
+
+    shots: list[int] = field(default_factory=lambda: [0])
+    """Numbers of solved examples before each question, such as [0, 1, 5]. Several numbers give a
+    learning curve, measured on the same questions."""
+    renderings: list[Rendering] = field(default_factory=lambda: ["plain", "chat"])
+    """plain: the question as text, as a base model reads it. chat: through the policy's chat
+    template, with the examples as earlier turns."""
+    draws: int = 1
+    """How often the examples are drawn anew. A figure is the mean over the draws."""
+    samples: int = 1
+    """Answers to sample for each question of a generation task. 1 takes the greedy answer. More
+    give self-consistency: how often the majority of k answers is right."""
+    temperature: float = 0.7
+    """Sampling temperature, used if samples is above 1."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.shots), "shots", self.shots, "give at least one number, such as [0]")
+        require(min(self.shots) >= 0, "shots", self.shots, "give numbers of 0 or more")
+        require(
+            len({*self.shots}) == len(self.shots), "shots", self.shots, "give each number only once"
+        )
+        require(bool(self.renderings), "renderings", self.renderings, "give plain, chat or both")
+        require(self.draws >= 1, "draws", self.draws, "give 1 or more")
+        require(self.samples >= 1, "samples", self.samples, "give 1 or more")
+        require(self.temperature > 0, "temperature", self.temperature, "give a number above 0")
+        if self.draws > 1 and self.samples > 1:
+            raise ValueError(
+                f"draws is {self.draws} and samples is {self.samples}; a vote is among answers to "
+                "one prompt, so give 1 for one of them"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(MayOverwrite):
+    """Measure policies on benchmark tasks, with the same questions and examples for all."""
+
+    policies: dict[str, str]
+    """Maps the name of each policy to its folder or hub id, in the order of their making."""
+    baselines: list[str] | None = None
+    """Names of the policies that all others are compared with, question by question, such as
+    [base, sft]. None means the first policy."""
+    tasks: dict[str, TaskSettings]
+    """Maps the name of each task to how it is put. NAME is the file NAME.yaml in task_dir, or else
+    a task that lm-evaluation-harness brings, which reads a data set of the hub."""
+    task_dir: str = "configs/benchmark/tasks"
+    """Folder of task files in the format of lm-evaluation-harness. A task file may name functions
+    to run, so use only files that you trust."""
+    data_dir: str | None = None
+    """Folder of the data files that task files name. None means the folder that each task file
+    names itself."""
+    plain_only: list[str] = field(default_factory=list)
+    """Names of policies that get no chat rendering, such as a base model without a template."""
+    limit: int | None = None
+    """Most questions of each task, from the start of its test split. None means all."""
+    num_shot_questions: int = 200
+    """Questions to hold out as examples where a task has shots, but no other split to draw them
+    from. A hash chooses them, so they are the same in every run."""
+    engine: Literal["packed", "hflm"] = "packed"
+    """packed: our passes, which read a context once for all its choices. hflm: the harness's own
+    class HFLM on the same weights, to compare with."""
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    """The engine that samples answers."""
+    micro_batch_tokens: int = 1024
+    """Most tokens in one pass over contexts and choices. It changes no result."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the policies' weights."""
+    attention: Attention = "sdpa"
+    """Attention implementation of the policies."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the models. Only for sources that you trust."""
+    output_dir: str
+    """Folder of results.json, benchmark.md and samples.jsonl."""
+    seed: int = 0
+    """Seed of the examples, of sampling (the same for every policy) and of intervals."""
+
+    def __post_init__(self) -> None:
+        if not self.policies:
+            raise ValueError("policies is empty; give at least one, such as {sft: runs/tiny/sft}")
+        if not self.tasks:
+            raise ValueError("tasks is empty; give at least one, such as {piqa: {shots: [0]}}")
+        for key in ("baselines", "plain_only"):
+            for name in getattr(self, key) or ():
+                if name not in self.policies:
+                    known = ", ".join(self.policies)
+                    raise ValueError(f"{key} has {name!r}; give some of the policies {known}")
+        require(self.limit is None or self.limit >= 2, "limit", self.limit, "give 2 or more")
+        for name in ("num_shot_questions", "micro_batch_tokens"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
+        if self.engine == "hflm" and self.generation != GenerationSettings(
+            batch_size=self.generation.batch_size
+        ):
+            raise ValueError(
+                "engine is hflm, which samples by itself; of generation, give only batch_size"
+            )
+
+    @property
+    def baseline_names(self) -> list[str]:
+        return list(self.policies)[:1] if self.baselines is None else self.baselines
