@@ -20,7 +20,7 @@ $(if $(wildcard $(ACCELERATE)),,$(error ACCELERATE is $(ACCELERATE), which does 
 $(if $(and $(ARGS),$(filter pipeline quick-look,$(MAKECMDGOALS))),$(error ARGS are for one stage, as \
   in: make sft ARGS="--optim.learning_rate 1e-5"))
 
-.PHONY: help setup pipeline quick-look clean data pretrain sft collect rm ppo ppo-ptx evaluate
+.PHONY: help setup pipeline quick-look clean data pretrain sft collect rm ppo ppo-ptx evaluate benchmark
 
 help: ## Show this list.
 	@echo "make TARGET [PRESET=tiny] [SEED=1] [ACCELERATE=configs/accelerate/gpu.yaml] [ARGS=\"--key value\"]"
@@ -64,6 +64,8 @@ ppo-ptx: $(call after,rm) | $(SETUP) ## The same with the pretraining mix: PPO-p
 	$(call beside)$(call run,ppo)
 evaluate: $(call after,$(POLICIES)) | $(SETUP) ## All policies side by side on held-out prompts.
 	$(call run,evaluate)
+benchmark: $(call after,$(POLICIES)) | $(SETUP) ## Zero-, one- and few-shot tasks, and what alignment cost.
+	$(call run,benchmark)
 
 pipeline: ## All stages from the data to the table of results.
 	$(if $(PLAN),@printf '%s\n' $(PLAN))

@@ -200,10 +200,11 @@ def _results(
         "tasks": described,
         "figures": figures,
         "tax": taxes,
-        "cpu_seconds": {
-            name: sum(outcome.cpu_seconds for outcome in by_setting.values())
+        "cpu_seconds": [
+            {"policy": name, **asdict(setting), "seconds": outcome.cpu_seconds}
             for name, by_setting in outcomes.items()
-        },
+            for setting, outcome in by_setting.items()
+        ],
     }
 
 

@@ -30,7 +30,10 @@ def _head(results: Mapping[str, Any]) -> str:
         f"- {name}: {task['questions']} questions, {task['source']}"
         for name, task in results["tasks"].items()
     ]
-    seconds = ", ".join(f"{name} {value:.0f}" for name, value in results["cpu_seconds"].items())
+    by_policy: dict[str, float] = {}
+    for row in results["cpu_seconds"]:
+        by_policy[row["policy"]] = by_policy.get(row["policy"], 0.0) + row["seconds"]
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in by_policy.items())
     return "\n".join(
         [
             *lines,

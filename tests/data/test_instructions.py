@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from data.instructions import follows, make_gold
 from data.instructions.build import IFEVAL, OPEN_ASSISTANT, InstructionsConfig, build
 from data.instructions.checks import CHECKS, count_word, follows_one, sentences, words
-from data.instructions.ifeval import from_ifeval, known_prompts
+from data.instructions.ifeval import (
+    from_ifeval,
+    grade,
+    keep_known,
+    known_prompts,
+    mean_of_all,
+)
 from data.instructions.templates import DRAWS, NUM_GROUPS, draw_instructions, in_words
 from rlhf.inputs.files import read_records
 from rlhf.inputs.records import Prompt
@@ -267,3 +274,25 @@ def test_the_judge_says_which_kinds_of_instruction_were_followed(tmp_path: Path)
         {"words_at_most": 0.0},
     ]
     assert gold(prompts, responses) == [2 / 3, 0.0]
+
+
+def test_rows_of_ifeval_are_kept_and_graded_as_a_task() -> None:
+    rows = Dataset.from_list(
+        [
+            {
+                "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+                "kwargs": [{"num_words": None}, {"relation": "at least", "num_words": 3}],
+            },
+            {
+                "instruction_id_list": ["language:response_language"],
+                "kwargs": [{"num_words": None}],
+            },
+        ]
+    )
+    (row,) = keep_known(rows)
+    assert grade(row, ["one, two"]) == {
+        "prompt_level_acc": False,
+        "inst_level_acc": [False, False],
+    }
+    assert grade(row, ["one two three"])["prompt_level_acc"] is True
+    assert mean_of_all([[True, False], [True]]) == 2 / 3

@@ -259,3 +259,17 @@ def test_no_prompts_and_no_tokens() -> None:
     policy = tiny_policy_of("llama")
     assert greedy(policy, []) == []
     assert greedy(policy, [[5], [6, 7]], max_new_tokens=0) == [[], []]
+
+
+def test_a_response_is_over_where_the_caller_says_so() -> None:
+    policy = tiny_policy_of("llama")
+    whole = greedy(policy, uneven_prompts(), end_id=-1)
+    stopped = greedy(
+        policy, uneven_prompts(), end_id=-1, is_over=lambda response: response[-1] % 5 == 0
+    )
+    expected = []
+    for response in whole:
+        ends = [place for place, token in enumerate(response) if token % 5 == 0]
+        expected.append(response[: ends[0] + 1] if ends else response)
+    assert stopped == expected
+    assert len({len(response) for response in stopped}) > 2

@@ -12,9 +12,17 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlhf.inputs.packing import PackedRow, Packer, PromptTree, assemble, response_batch, text_tree
+from rlhf.inputs.packing import (
+    PackedRow,
+    Packer,
+    PromptTree,
+    assemble,
+    predicting_rows,
+    response_batch,
+    text_tree,
+)
 from rlhf.models.full import checkpoint_activations
-from rlhf.models.heads import has_plain_head, response_logprobs
+from rlhf.models.heads import has_plain_head, response_likelihoods, response_logprobs
 from rlhf.models.layout import packer_for
 from rlhf.models.packed_attention import PACKED_SDPA
 from rlhf.models.passes import compute_logprobs, compute_scores, compute_values
@@ -505,3 +513,32 @@ def check_row(
         ends = [[*prompts[number], *responses[number]] for number in row.response_index.tolist()]
         seen_at_the_end = [ids[mask[position]].tolist() for position in row.last_tokens]
         assert seen_at_the_end == ends
+
+
+def test_a_predicting_row_by_hand() -> None:
+    one_token = PromptTree(prompt=(13,), responses=((40,), (50,)))
+    (row,) = predicting_rows(Packer(micro_batch_tokens=64), [EXAMPLE, one_token])
+    # Neither the last token of a response is read, nor any of a response of one token.
+    assert row.input_ids.tolist() == [[10, 11, 12, 20, 30, 31, 13]]
+    assert row.targets.tolist() == [20, 21, 30, 31, 32, 40, 50]
+    assert row.predictors.tolist() == [2, 3, 2, 4, 5, 6, 6]
+    assert row.lengths.tolist() == [2, 3, 1, 1]
+
+
+@pytest.mark.parametrize(("architecture", "attention", "use_segments"), PACKED)
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_predicting_rows_equal_separate_passes(
+    architecture: str, attention: str, use_segments: bool, share_prompts: bool
+) -> None:
+    policy = tiny_policy_of(architecture, attention=attention)
+    trees = [*random_trees(), PromptTree((5, 6), ((7,), (8,), (9, 10)))]
+    eager = policy.dtype if attention == "eager" else None
+    packer = Packer(24, share_prompts, mask_dtype=eager, use_segments=use_segments)
+    rows = predicting_rows(packer, trees)
+    parts = [response_likelihoods(policy, row) for row in rows]
+    logprobs = assemble(
+        rows, [row.unpack(part.logprobs) for row, part in zip(rows, parts, strict=True)]
+    )
+    for found, expected in zip(logprobs, separate_logprobs(policy, trees), strict=True):
+        torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=1e-5)
+        assert not found[len(expected) :].any()

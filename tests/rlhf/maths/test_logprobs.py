@@ -6,7 +6,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf.maths.logprobs
-from rlhf.maths.logprobs import chunked_logprobs, chunked_moments, token_logprobs
+from rlhf.maths.logprobs import (
+    chunked_likelihoods,
+    chunked_logprobs,
+    chunked_moments,
+    token_logprobs,
+)
 
 # Two tokens over a vocabulary of three: softmax (1/8, 2/8, 5/8) and (1/3, 1/3, 1/3).
 LOGITS = torch.tensor([[math.log(1), math.log(2), math.log(5)], [7.0, 7.0, 7.0]])
@@ -127,3 +132,13 @@ class LargestLogits(TorchDispatchMode):
             self.tokens = max(self.tokens, result.numel() // self.vocab)
             self._alive.add(result)
         return result
+
+
+def test_likelihoods_by_hand(monkeypatch) -> None:
+    monkeypatch.setattr(rlhf.maths.logprobs, "CHUNK_TOKENS", 2)
+    logits = LOGITS[[0, 0, 1]]
+    likelihoods = chunked_likelihoods(logits, torch.tensor([2, 1, 0]), torch.nn.Identity())
+    expected = torch.tensor([math.log(5 / 8), math.log(2 / 8), -math.log(3)])
+    torch.testing.assert_close(likelihoods.logprobs, expected, rtol=0, atol=1e-6)
+    # The last token is as likely as any other, so greedy decoding may take it.
+    assert likelihoods.is_greedy.tolist() == [True, False, True]

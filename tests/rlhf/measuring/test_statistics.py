@@ -9,11 +9,14 @@ import pytest
 from rlhf.measuring.statistics import (
     FEW_CLUSTERS,
     Z_975,
+    aggregate_difference,
+    aggregate_estimate,
     best_of_n,
     best_of_n_kl,
     bootstrap_interval,
     distinct_bigrams,
     is_one_answer,
+    majority_of_k,
     mean_and_error,
     most_frequent_answer,
     paired_difference,
@@ -184,3 +187,60 @@ def test_the_most_frequent_answer_by_hand() -> None:
 )
 def test_one_answer_to_many_prompts(share: float, before: float, expected: bool) -> None:
     assert is_one_answer(share, before, max_share=0.1) is expected
+
+
+@pytest.mark.parametrize(("k", "chance"), [(1, 2 / 4), (2, 4 / 6), (3, 3 / 4), (4, 1.0)])
+def test_majority_by_hand(k: int, chance: float) -> None:
+    # Of two answers, a with b is a tie; a with none is a; b with none is wrong.
+    assert majority_of_k(["a", "b", "a", None], [1, 0, 1, 0], k) == pytest.approx(chance)
+
+
+def test_majority_equals_the_mean_over_all_subsets() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        names = [None, "a", "b", "c", "d"]
+        answers = [names[i] for i in generator.integers(5, size=7)]
+        is_right = dict(zip(names, (0, *generator.integers(2, size=4)), strict=True))
+        right = [is_right[answer] for answer in answers]
+        for k in (1, 3, 4, 7):
+            chances = [majority(subset, is_right) for subset in combinations(answers, k)]
+            assert majority_of_k(answers, right, k) == pytest.approx(np.mean(chances))
+
+
+def majority(answers, is_right) -> float:
+    """How right the most frequent answer is, over those that are equally frequent."""
+    voters = [answer for answer in answers if answer is not None]
+    counts = {answer: voters.count(answer) for answer in voters}
+    winners = [answer for answer, count in counts.items() if count == max(counts.values())]
+    return sum(is_right[answer] for answer in winners) / len(winners) if winners else 0.0
+
+
+def test_majority_refuses_more_voters_than_answers() -> None:
+    with pytest.raises(ValueError, match="k is 3, with 2 answers"):
+        majority_of_k(["a", "b"], [1, 0], 3)
+
+
+def spread(values) -> float:
+    return max(values) - min(values)
+
+
+def test_aggregate_of_two_clusters_by_hand() -> None:
+    # Three draws in four take one cluster alone at least once; both together have the spread 5.
+    estimate = aggregate_estimate([[1.0, 3.0], [6.0]], spread, seed=0)
+    assert estimate.value == 5.0
+    assert estimate.interval == (0.0, 5.0)
+
+
+def test_aggregate_difference_draws_the_same_clusters() -> None:
+    values = np.random.default_rng(2).normal(size=50).tolist()
+    a, b = [[value] for value in values], [[value + 0.5] for value in values]
+    estimate = aggregate_difference(a, b, lambda some: sum(some) / len(some), seed=0)
+    assert (estimate.value, *estimate.interval) == pytest.approx((-0.5, -0.5, -0.5))
+    with pytest.raises(ValueError, match="50 clusters against 49"):
+        aggregate_difference(a, b[1:], spread, seed=0)
+
+
+def test_aggregate_of_a_mean_agrees_with_the_bootstrap_of_means() -> None:
+    clusters = [[float(i), float(i % 7)] for i in range(30)]
+    estimate = aggregate_estimate(clusters, lambda some: sum(some) / len(some), seed=3)
+    assert estimate.interval == pytest.approx(bootstrap_interval(clusters, seed=3))
