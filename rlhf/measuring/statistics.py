@@ -6,7 +6,7 @@ measured several times per prompt, its interval comes from drawing whole prompts
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
@@ -166,12 +166,15 @@ def aggregate_estimate(
         aggregate: Makes one number of a list of values. For a mean, `bootstrap_interval` is faster.
         seed: Seed of the draws; equal seeds give equal intervals.
         num_resamples: How many sets of clusters are drawn.
+
+    Returns:
+        The interval is (nan, nan) for a single cluster.
     """
-    draws = _drawn_clusters(len(values_by_cluster), seed, num_resamples)
-    estimates = [aggregate(_flat(values_by_cluster, drawn)) for drawn in draws]
-    low, high = np.quantile(estimates, (0.025, 0.975))
-    whole = aggregate(_flat(values_by_cluster, range(len(values_by_cluster))))
-    return Estimate(float(whole), (float(low), float(high)))
+
+    def compute(clusters: Sequence[int]) -> float:
+        return float(aggregate(_values_of(values_by_cluster, clusters)))
+
+    return _bootstrap_clusters(compute, len(values_by_cluster), seed, num_resamples)
 
 
 def aggregate_difference(
@@ -187,8 +190,7 @@ def aggregate_difference(
     Args:
         values_a: Values of a by cluster.
         values_b: Values of b for the same clusters.
-
-    For the other arguments see `aggregate_estimate`.
+        aggregate, seed, num_resamples: As in `aggregate_estimate`.
 
     Raises:
         ValueError: The two have different numbers of clusters.
@@ -198,23 +200,35 @@ def aggregate_difference(
             f"{len(values_a)} clusters against {len(values_b)}; a paired difference needs the same"
         )
 
-    def subtract(clusters: Iterable[int]) -> float:
-        chosen = list(clusters)
-        return float(aggregate(_flat(values_a, chosen)) - aggregate(_flat(values_b, chosen)))
+    def subtract(clusters: Sequence[int]) -> float:
+        of_a, of_b = _values_of(values_a, clusters), _values_of(values_b, clusters)
+        return float(aggregate(of_a) - aggregate(of_b))
 
-    draws = _drawn_clusters(len(values_a), seed, num_resamples)
-    low, high = np.quantile([subtract(drawn) for drawn in draws], (0.025, 0.975))
-    return Estimate(subtract(range(len(values_a))), (float(low), float(high)))
+    return _bootstrap_clusters(subtract, len(values_a), seed, num_resamples)
 
 
-def _drawn_clusters(num_clusters: int, seed: int, num_resamples: int) -> Iterator[list[int]]:
-    """Yield the numbers of the clusters that each resample draws with replacement."""
-    generator = np.random.default_rng(seed)
-    for _ in range(num_resamples):
-        yield generator.integers(num_clusters, size=num_clusters).tolist()
+def _bootstrap_clusters(
+    compute: Callable[[Sequence[int]], float], num_clusters: int, seed: int, num_resamples: int
+) -> Estimate:
+    """Return compute(numbers of all clusters), and its interval over draws of their numbers."""
+    value = compute(range(num_clusters))
+    if num_clusters < 2:
+        return Estimate(value, (math.nan, math.nan))
+    drawn = stats.bootstrap(
+        (np.arange(num_clusters),),
+        lambda clusters: compute(clusters.tolist()),
+        vectorized=False,
+        n_resamples=num_resamples,
+        method="percentile",
+        rng=seed,
+    )
+    low, high = drawn.confidence_interval
+    return Estimate(value, (float(low), float(high)))
 
 
-def _flat(values_by_cluster: Sequence[Sequence[Value]], clusters: Iterable[int]) -> list[Value]:
+def _values_of(
+    values_by_cluster: Sequence[Sequence[Value]], clusters: Iterable[int]
+) -> list[Value]:
     return [value for cluster in clusters for value in values_by_cluster[cluster]]
 
 
