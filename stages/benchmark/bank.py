@@ -96,9 +96,8 @@ def check_shots(loaded: LoadedTask, num_shots: int) -> None:
     task = loaded.task
     if num_shots == 0:
         return
-    split = task.fewshot_cfg.split
     examples = task.fewshot_docs()
-    if split is None or split == task.config.test_split:  # the harness leaves the question out
+    if _draws_from_test(task):  # the harness leaves the tested question out
         _check_number(loaded, num_shots, len(examples) - 1)
         return
     _check_number(loaded, num_shots, len(examples))
@@ -111,6 +110,15 @@ def check_shots(loaded: LoadedTask, num_shots: int) -> None:
                 f"of the test asks: {question[-80:]!r}; remove it from one of them, since a "
                 "question that comes with its answer measures nothing"
             )
+
+
+def _draws_from_test(task: ConfigurableTask) -> bool:
+    """Return whether the harness draws examples from the split that it tests."""
+    if task.fewshot_cfg.split is None and task.fewshot_cfg.samples is not None:
+        return False  # the task file lists its examples
+    config = task.config
+    source = task.fewshot_cfg.split or config.training_split or config.validation_split
+    return source in (None, config.test_split or config.validation_split)
 
 
 def _check_number(loaded: LoadedTask, num_shots: int, available: int) -> None:
