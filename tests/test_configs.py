@@ -13,7 +13,7 @@ from rlhf.runs.settings import load_config
 ROOT = Path(__file__).parents[1]
 LAUNCHER = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 TASKS = set((ROOT / "configs" / "benchmark" / "tasks").glob("*.yaml"))
-"""Tasks in the format of lm-evaluation-harness; tests/stages/test_benchmark_harness.py reads them."""
+"""Tasks in the format of lm-evaluation-harness, which test_benchmark_harness.py reads."""
 SETTINGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(LAUNCHER) - TASKS)
 STAGES = sorted(path.parent.name for path in (ROOT / "stages").glob("*/__main__.py"))
 

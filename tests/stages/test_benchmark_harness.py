@@ -25,8 +25,9 @@ from stages.benchmark.config import Config, TaskSettings
 from tests.rlhf.tiny_models import byte_tokenizer, change_trained, tiny_policy_of
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-import stages.benchmark.bank
 from lm_eval.tasks import TaskManager
+
+import stages.benchmark.bank
 from stages.benchmark.bank import hold_out, read_task_file
 
 CONTEXT = 64
