@@ -8,27 +8,21 @@ task has no split to draw examples from, some questions are held out for that.
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import datasets
-import yaml
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from rlhf.inputs.files import read_rows
-from rlhf.inputs.records import RecordError
-from rlhf.rewards.functions import load_function
 from stages.benchmark.config import Config, TaskSettings
+from stages.benchmark.task_files import PAGE, data_files, find_task_file, read_task_file, rows_of
 
-LOCAL = "json"
-"""The dataset_path of a task file whose data are local files."""
 SHOTS = "shots"
 """Name of the split that is held out to draw examples from."""
-PAGE = "docs/benchmark_tasks.md"
 
 
 @dataclass(frozen=True)
@@ -41,8 +35,6 @@ class LoadedTask:
     """The task file, or the name of the harness's bank."""
     setting: str
     """Name of the task in the settings; a group of the bank gives several tasks."""
-    files: tuple[Path, ...] = ()
-    """The task file and the local data files that it names."""
 
     @property
     def is_sampled(self) -> bool:
@@ -130,13 +122,11 @@ def _check_number(loaded: LoadedTask, num_shots: int, available: int) -> None:
 
 
 def _load(name: str, config: Config) -> list[LoadedTask]:
-    path = Path(config.task_dir) / f"{name}.yaml"
-    if path.is_file():
-        settings = read_task_file(path)
-        files = tuple(_data_files(path, settings, config.data_dir).values())
-        task = _make(path, settings, config, max(config.tasks[name].shots))
-        return [LoadedTask(name, task, str(path), name, (path, *files))]
-    return _load_from_bank(name, config)
+    path = find_task_file(name, config.task_dir)
+    if path is None:
+        return _load_from_bank(name, config)
+    task = _make(path, config, max(config.tasks[name].shots))
+    return [LoadedTask(name, task, str(path), name)]
 
 
 def _load_from_bank(name: str, config: Config) -> list[LoadedTask]:
@@ -159,12 +149,13 @@ def _load_from_bank(name: str, config: Config) -> list[LoadedTask]:
     return [LoadedTask(one, task, f"lm_eval: {one}", name) for one, task in tasks.items()]
 
 
-def _make(path: Path, settings: dict[str, Any], config: Config, num_shots: int) -> ConfigurableTask:
+def _make(path: Path, config: Config, num_shots: int) -> ConfigurableTask:
     """Make the task of a task file, with examples held out if it needs some and names none."""
-    files = _data_files(path, settings, config.data_dir)
+    settings = read_task_file(path)
+    files = data_files(path, settings, config.data_dir)
     if not files:
         return _build(path, settings)
-    splits = {split: _rows(file) for split, file in files.items()}
+    splits = {split: rows_of(file) for split, file in files.items()}
     task = _build(path, _with_data(settings, splits))
     test = str(settings["test_split"])
     if num_shots == 0 or _has_examples(settings):
@@ -197,87 +188,6 @@ def hold_out(questions: Sequence[str], num_questions: int) -> list[bool]:
     )
     held_out = {*by_hash[:num_questions]}
     return [question in held_out for question in questions]
-
-
-def read_task_file(path: Path) -> dict[str, Any]:
-    """Read the settings of one task; its `!function package.module.name` becomes that function.
-
-    Raises:
-        ValueError: The file is no task file.
-    """
-    try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} is no task file: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict) or "task" not in settings:
-        raise ValueError(f"{path} has no key task; {PAGE} shows what a task file holds")
-    if settings["task"] != path.stem:
-        raise ValueError(
-            f"{path} names its task {settings['task']!r}; give it the name of the file, {path.stem}"
-        )
-    if not settings.get("test_split"):
-        raise ValueError(
-            f"{path} has no test_split; name the split that holds the questions, such as "
-            "test_split: test"
-        )
-    return settings
-
-
-class _TaskLoader(yaml.SafeLoader):
-    """Reads YAML, and imports what `!function` names."""
-
-
-def _construct_function(loader: yaml.SafeLoader, node: yaml.Node) -> Callable[..., Any]:
-    assert isinstance(node, yaml.ScalarNode)
-    module, _, name = str(loader.construct_scalar(node)).rpartition(".")
-    return load_function(f"{module}:{name}")
-
-
-_TaskLoader.add_constructor("!function", _construct_function)
-
-
-def _data_files(path: Path, settings: Mapping[str, Any], data_dir: str | None) -> dict[str, Path]:
-    """Return the local data file of each split; none if the task reads a data set of the hub."""
-    if settings.get("dataset_path") != LOCAL:
-        return {}
-    where = settings.get("dataset_kwargs") or {}
-    files = where.get("data_files")
-    if not isinstance(files, dict) or not files:
-        raise ValueError(
-            f"{path}: dataset_kwargs.data_files is {files!r}; give a file for each split, such as "
-            "{test: questions.jsonl}"
-        )
-    folder = Path(data_dir if data_dir is not None else where.get("data_dir", "."))
-    found = {str(split): folder / str(name) for split, name in files.items()}
-    for split, file in found.items():
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{path} reads its split {split} from {file}, which does not exist; put it there "
-                f"or give data_dir ({PAGE} lists the files)"
-            )
-    needed = [settings.get(f"{kind}_split") for kind in ("test", "training", "fewshot")]
-    for split in filter(None, needed):
-        if split not in found:
-            raise ValueError(
-                f"{path} has no file for its split {split}: dataset_kwargs.data_files names "
-                f"{', '.join(found)}; give a file for {split}"
-            )
-    return found
-
-
-def _rows(file: Path) -> list[Any]:
-    rows = []
-    for place, row in read_rows(file):
-        if isinstance(row, RecordError):
-            raise ValueError(f"{place}: {row}")
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: found {type(row).__name__}, expected an object; convert it")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{file} is empty; a task needs at least one row")
-    return rows
 
 
 def _has_examples(settings: Mapping[str, Any]) -> bool:

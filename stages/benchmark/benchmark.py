@@ -21,6 +21,7 @@ from rlhf.training.processes import start_accelerator
 from stages.benchmark.config import Config
 from stages.benchmark.figures import figure, tax
 from stages.benchmark.report import format_results
+from stages.benchmark.task_files import data_files, find_task_file, read_task_file
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -37,15 +38,15 @@ HARNESS = "lm_eval"
 def benchmark(config: Config) -> None:
     """Measure every policy on every task, write results.json and tables, and print the tables."""
     accelerator = start_accelerator()
+    run = open_run(config, stage="benchmark", inputs=_inputs(config), files=(TABLES,))
     if not accelerator.is_main_process:
         return
     _require_harness()
     from stages.benchmark.bank import load_tasks
 
-    tasks = load_tasks(config)
     chats = {name: load_chat(_settings(config, name)) for name in config.policies}
     _check_chat_templates(config)
-    run = open_run(config, stage="benchmark", inputs=_inputs(config, tasks), files=(TABLES,))
+    tasks = load_tasks(config)
     outcomes: dict[str, dict[Setting, Outcome]] = {}
     for name in config.policies:
         outcomes[name] = _examine(config, tasks, name, chats[name], accelerator.device)
@@ -75,15 +76,16 @@ def _require_harness() -> None:
     logging.getLogger(HARNESS).setLevel(logging.ERROR)
 
 
-def _inputs(config: Config, tasks: "list[LoadedTask]") -> dict[str, str]:
-    return {
-        **{f"policies.{name}": path for name, path in config.policies.items()},
-        **{
-            f"tasks.{task.name}" + (f".{number}" if number else ""): str(file)
-            for task in tasks
-            for number, file in enumerate(task.files)
-        },
-    }
+def _inputs(config: Config) -> dict[str, str]:
+    """Return what is read: policies, task files, and the local data files that these name."""
+    inputs = {f"policies.{name}": path for name, path in config.policies.items()}
+    for name in config.tasks:
+        path = find_task_file(name, config.task_dir)
+        if path is not None:
+            files = data_files(path, read_task_file(path), config.data_dir)
+            inputs[f"tasks.{name}"] = str(path)
+            inputs |= {f"tasks.{name}.{split}": str(file) for split, file in files.items()}
+    return inputs
 
 
 def _check_chat_templates(config: Config) -> None:

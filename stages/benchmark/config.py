@@ -4,15 +4,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf.generation.settings import GenerationSettings
-from rlhf.inputs.ranges import require
+from rlhf.inputs.ranges import Positive, PositiveInt, Ranged, TwoOrMore
 from rlhf.models.settings import Attention
-from rlhf.runs.settings import MayOverwrite
+from rlhf.runs.settings import StageSettings
 
 Rendering = Literal["plain", "chat"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskSettings:
+class TaskSettings(Ranged):
     """How one task is put to every policy."""
 
     shots: list[int] = field(default_factory=lambda: [0])
@@ -21,24 +21,20 @@ class TaskSettings:
     renderings: list[Rendering] = field(default_factory=lambda: ["plain", "chat"])
     """plain: the question as text, as a base model reads it. chat: through the policy's chat
     template, with the examples as earlier turns."""
-    draws: int = 1
+    draws: PositiveInt = 1
     """How often the examples are drawn anew. A figure is the mean over the draws."""
-    samples: int = 1
+    samples: PositiveInt = 1
     """Answers to sample for each question of a generation task. 1 takes the greedy answer. More
     give self-consistency: how often the majority of k answers is right."""
-    temperature: float = 0.7
+    temperature: Positive = 0.7
     """Sampling temperature, used if samples is above 1."""
 
     def __post_init__(self) -> None:
-        require(bool(self.shots), "shots", self.shots, "give at least one number, such as [0]")
-        require(min(self.shots) >= 0, "shots", self.shots, "give numbers of 0 or more")
-        require(
-            len({*self.shots}) == len(self.shots), "shots", self.shots, "give each number only once"
-        )
-        require(bool(self.renderings), "renderings", self.renderings, "give plain, chat or both")
-        require(self.draws >= 1, "draws", self.draws, "give 1 or more")
-        require(self.samples >= 1, "samples", self.samples, "give 1 or more")
-        require(self.temperature > 0, "temperature", self.temperature, "give a number above 0")
+        super().__post_init__()
+        if not self.shots or min(self.shots) < 0 or len({*self.shots}) < len(self.shots):
+            raise ValueError(f"shots is {self.shots}; give different numbers of 0 or more, as [0]")
+        if not self.renderings:
+            raise ValueError("renderings is empty; give plain, chat or both")
         if self.draws > 1 and self.samples > 1:
             raise ValueError(
                 f"draws is {self.draws} and samples is {self.samples}; a vote is among answers to "
@@ -47,7 +43,7 @@ class TaskSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(MayOverwrite):
+class Config(StageSettings):
     """Measure policies on benchmark tasks, with the same questions and examples for all."""
 
     policies: dict[str, str]
@@ -66,9 +62,9 @@ class Config(MayOverwrite):
     names itself."""
     plain_only: list[str] = field(default_factory=list)
     """Names of policies that get no chat rendering, such as a base model without a template."""
-    limit: int | None = None
+    limit: TwoOrMore | None = None
     """Most questions of each task, from the start of its test split. None means all."""
-    num_shot_questions: int = 200
+    num_shot_questions: PositiveInt = 200
     """Questions to hold out as examples where a task has shots, but no other split to draw them
     from. A hash chooses them, so they are the same in every run."""
     engine: Literal["packed", "hflm"] = "packed"
@@ -76,7 +72,7 @@ class Config(MayOverwrite):
     class HFLM on the same weights, to compare with."""
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     """The engine that samples answers."""
-    micro_batch_tokens: int = 1024
+    micro_batch_tokens: PositiveInt = 1024
     """Most tokens in one pass over contexts and choices. It changes no result."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the policies' weights."""
@@ -90,6 +86,7 @@ class Config(MayOverwrite):
     """Seed of the examples, of sampling (the same for every policy) and of intervals."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.policies:
             raise ValueError("policies is empty; give at least one, such as {sft: runs/tiny/sft}")
         if not self.tasks:
@@ -99,9 +96,6 @@ class Config(MayOverwrite):
                 if name not in self.policies:
                     known = ", ".join(self.policies)
                     raise ValueError(f"{key} has {name!r}; give some of the policies {known}")
-        require(self.limit is None or self.limit >= 2, "limit", self.limit, "give 2 or more")
-        for name in ("num_shot_questions", "micro_batch_tokens"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
         if self.engine == "hflm" and self.generation != GenerationSettings(
             batch_size=self.generation.batch_size
         ):

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,7 +123,7 @@ def test_tables_show_figures_differences_and_curves() -> None:
         ({"tasks": {}}, "tasks is empty"),
         ({"baselines": ["sfd"]}, "baselines has 'sfd'; give some of the policies base, sft"),
         ({"plain_only": ["b"]}, "plain_only has 'b'"),
-        ({"limit": 1}, "limit is 1; give 2 or more"),
+        ({"limit": 1}, "limit is 1; give a number: 2 or more, or null"),
         ({"num_shot_questions": 0}, "num_shot_questions is 0"),
     ],
 )
@@ -134,10 +135,10 @@ def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"shots": []}, "shots is \\[\\]; give at least one"),
-        ({"shots": [-1]}, "give numbers of 0 or more"),
-        ({"shots": [1, 1]}, "give each number only once"),
-        ({"renderings": []}, "give plain, chat or both"),
+        ({"shots": []}, "shots is \\[\\]; give different numbers"),
+        ({"shots": [-1]}, "shots is \\[-1\\]; give different numbers"),
+        ({"shots": [1, 1]}, "give different numbers of 0 or more"),
+        ({"renderings": []}, "renderings is empty; give plain, chat or both"),
         ({"draws": 2, "samples": 2}, "draws is 2 and samples is 2"),
     ],
 )
@@ -155,7 +156,9 @@ def test_a_task_in_a_settings_file_keeps_the_defaults_that_it_does_not_name() ->
     assert config.baseline_names == ["a"]
 
 
-def test_without_the_harness_the_error_names_the_extra(monkeypatch: Any) -> None:
+def test_without_the_harness_the_error_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     real = importlib.import_module
 
     def fail(name: str) -> Any:
@@ -165,4 +168,5 @@ def test_without_the_harness_the_error_names_the_extra(monkeypatch: Any) -> None
 
     monkeypatch.setattr(importlib, "import_module", fail)
     with pytest.raises(ValueError, match=r"pip install -c constraints.txt -e '.\[eval\]'"):
-        benchmark(make_config())
+        benchmark(make_config(task_dir=str(tmp_path), output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

@@ -28,7 +28,8 @@ pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 from lm_eval.tasks import TaskManager
 
 import stages.benchmark.bank
-from stages.benchmark.bank import hold_out, read_task_file
+from stages.benchmark.bank import hold_out
+from stages.benchmark.task_files import read_task_file
 
 CONTEXT = 64
 """Positions of the tiny models: some prompts with examples are longer, and lose their start."""
