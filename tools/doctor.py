@@ -113,7 +113,9 @@ def extras() -> Iterator[Finding]:
     from packaging.requirements import Requirement
 
     for name, purpose in EXTRAS.items():
-        (requirement,) = _declared(name) or [Requirement(name)]
+        # An extra may name other packages too, such as a limit on one that it clashes with.
+        declared = (one for one in _declared(name) if one.name == name)
+        requirement = next(declared, Requirement(name))
         yield replace(_package(requirement), name=f"{name} ({purpose})")
 
 

@@ -13,6 +13,7 @@ saving.py              folders that transformers loads as they are
 interop.py             names that transformers 4 reads in a saved folder
 architectures.py       what differs between architectures
 packed_attention.py    attention over packed rows, computing only what the mask allows
+compat.py              what transformers and torch offer no public way to
 layout.py              how prompt trees become rows for a model, found by a test pass
 heads.py               log-probabilities of a policy over a packed row
 passes.py              packed passes without gradient over many prompt trees

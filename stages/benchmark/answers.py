@@ -1,6 +1,5 @@
 """Puts one task to one policy, and collects what the harness measures of every question."""
 
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
+from rlhf.inputs.streams import python_stream
 from rlhf.measuring.statistics import majority_of_k
 from stages.benchmark.bank import LoadedTask
 from stages.benchmark.config import Rendering, TaskSettings
@@ -71,9 +71,9 @@ def put(
     task.set_config("num_fewshot", setting.shots)
     started = time.process_time()
     for draw in range(settings.draws if setting.shots else 1):
-        task.set_fewshot_seed(_stream(f"{seed}/shots/{draw}"))
-        name = f"{seed}/{setting.task}/{setting.rendering}/{setting.shots}"
-        torch.manual_seed(_stream(f"{name}/samples/{draw}"))
+        task.set_fewshot_seed(python_stream(seed, f"benchmark/shots/{draw}").getrandbits(32))
+        name = f"benchmark/{setting.task}/{setting.rendering}/{setting.shots}/{draw}"
+        torch.manual_seed(python_stream(seed, name).getrandbits(32))
         results = evaluate(
             lm=lm,
             task_dict={"tasks": {loaded.name: task}},
@@ -166,8 +166,3 @@ def _at(values: dict[str, list[list[Any]]], key: str, number: int) -> list[Any]:
     if number == len(of_key):
         of_key.append([])
     return of_key[number]
-
-
-def _stream(name: str) -> int:
-    """Return the seed of a named stream of random numbers."""
-    return random.Random(name).getrandbits(32)

@@ -28,7 +28,7 @@ def read_task_file(path: Path) -> dict[str, Any]:
         ValueError: The file is no task file.
     """
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
+        settings = _TaskLoader(path.read_text(encoding="utf-8")).get_single_data()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     except (yaml.YAMLError, ValueError) as error:

@@ -58,7 +58,7 @@ def load_data(config: Config, accelerator: Accelerator) -> Data:
     )
 
 
-def load_state(
+def make_state(
     config: Config, chat: Chat, num_steps: int, accelerator: Accelerator
 ) -> tuple[TrainState[ScalarModel], Packer]:
     """Load the model with a new head and make its optimizer; find how the model can be packed."""

@@ -21,7 +21,7 @@ from stages.rm.batches import GlobalBatches
 from stages.rm.config import Config
 from stages.rm.measure import measure
 from stages.rm.saved import finish, save_scalar
-from stages.rm.setup import inputs_of, load_data, load_state
+from stages.rm.setup import inputs_of, load_data, make_state
 from stages.rm.update import update
 
 
@@ -42,7 +42,7 @@ def train(config: Config) -> None:
     first = checkpoints.step or 0
     batches = GlobalBatches(len(data.train_set), config, accelerator, first)
     num_steps = config.num_epochs * len(batches)
-    state, packer = load_state(config, data.chat, num_steps, accelerator)
+    state, packer = make_state(config, data.chat, num_steps, accelerator)
     progress = Progress()
     checkpoints.restore(
         {**parts_of(state), "progress": Fields(progress, "first_loss")},

@@ -265,7 +265,7 @@ def test_the_same_command_goes_on_where_a_labeler_failed(
     assert "collect: goes on from" in capsys.readouterr().out and not so_far.exists()
     found, num_asked = [path.read_text() for path in files], len(asked)
     assert num_asked == sum(text.count("\n") for text in found), "nobody was asked twice"
-    collect(config)
+    collect(replace(config, force=True))
     assert [path.read_text() for path in files] == found and len(asked) == 2 * num_asked
 
 

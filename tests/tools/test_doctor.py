@@ -179,6 +179,7 @@ def test_packages_that_only_some_settings_need_are_not_failures(
         ("deepspeed", "ZeRO", ">=0.19"),
         ("tensorboard", "trackers", ">=2.18"),
         ("wandb", "trackers", ">=0.20"),
+        ("trackio", "trackers", ">=0.43"),
         ("bitsandbytes", "QLoRA", ">=0.46.1"),
         ("vllm", "faster sampling, on GPUs", ">=0.22"),
     ):
