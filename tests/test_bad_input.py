@@ -281,6 +281,7 @@ def rewarded(folder, tmp_path, capsys):
         ),
     ],
 )
+@pytest.mark.slow
 def test_rewards_that_cannot_be_had(rewarded, reward, message):
     assert re.search(message, rewarded(reward))
 
@@ -301,6 +302,7 @@ def test_rewards_that_cannot_be_had(rewarded, reward, message):
         ),
     ],
 )
+@pytest.mark.slow
 def test_functions_that_give_something_else(rewarded, function, message):
     per_token = function == "one_token_short"
     reward = f"{{function: 'tests.test_bad_input:{function}', per_token: {per_token}}}"

@@ -133,6 +133,7 @@ def record_files(draw: st.DrawFn, kind: str) -> bytes:
 
 @examples(700)
 @given(data=st.data(), kind=st.sampled_from(sorted(ROWS)), packed=st.booleans())
+@pytest.mark.slow
 def test_record_files(
     data: st.DataObject, kind: str, packed: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -165,6 +166,7 @@ def settings_files(draw: st.DrawFn, path: Path) -> bytes:
 
 @examples(80)
 @given(data=st.data(), source=st.sampled_from(SETTINGS))
+@pytest.mark.slow
 def test_settings_files(
     data: st.DataObject, source: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -303,6 +305,7 @@ def test_whole_folders_load(name: str, whole: Path) -> None:
         ("adapter", 50),
     ],
 )
+@pytest.mark.slow
 def test_spoilt_folders(name: str, number: int, whole: Path, tmp_path: Path) -> None:
     kind = KINDS[name]
     folder = tmp_path / kind.folder

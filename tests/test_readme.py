@@ -103,6 +103,7 @@ def test_command_by_name_exists(command: str, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("command", PYTHON)
+@pytest.mark.slow
 def test_module_command_exists(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(command)
     place = words.index("-m")

@@ -356,6 +356,7 @@ def test_a_pickled_reward_card_is_refused(models: Path, tmp_path: Path, canary: 
         "{{class_path: os.mkdir, init_args: {{path: {canary!r}}}}}",
     ],
 )
+@pytest.mark.slow
 def test_settings_run_nothing(tmp_path: Path, canary: Path, key: str, value: str) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text(f"{key}: {value.format(canary=str(canary))}\n")

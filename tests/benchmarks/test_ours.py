@@ -29,6 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"policy": str(folder / "policy"), "reward_model": str(reward)}
 
 
+@pytest.mark.slow
 def test_rm_worker_trains_epochs(folders: dict[str, str], tmp_path: Path) -> None:
     prompts, responses = rm_data(
         num_prompts=2, k=3, prompt_tokens=6, response_tokens=4, vocab_size=200
@@ -41,6 +42,7 @@ def test_rm_worker_trains_epochs(folders: dict[str, str], tmp_path: Path) -> Non
     assert {"gradient", "step"} <= first["phases"].keys()
 
 
+@pytest.mark.slow
 def test_ppo_worker_makes_updates_with_the_lengths_that_were_asked_for(
     folders: dict[str, str], tmp_path: Path
 ) -> None:

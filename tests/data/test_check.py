@@ -208,6 +208,7 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path: Path, tokenizer_dir:
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.slow
 def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path, encoding: str) -> None:
     file = write(tmp_path / "x.jsonl", {"prompt": "\U0001f600 \u4f60", "response": "\ud83d\ude00"})
     done = subprocess.run(
@@ -227,6 +228,7 @@ def test_the_file_needs_no_option(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "[[fig<end>]]" in printed
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_a_message_and_no_traceback(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"text": "caf\xe9"}\n')

@@ -114,6 +114,7 @@ def test_no_prompt_and_no_document_is_in_two_files(world: World) -> None:
     assert len(texts) == len(set(texts)) == 320
 
 
+@pytest.mark.slow
 def test_what_a_held_out_prompt_asks_is_asked_nowhere_else(
     world: World, files: dict[str, list[Record]]
 ) -> None:

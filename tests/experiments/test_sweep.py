@@ -69,6 +69,7 @@ def test_other_coefficients_change_nothing_else(run: str) -> None:
     assert policy_config(run, "kl", 1.5) == ppo_config(run, "sweep/kl_1.5", kl=1.5)
 
 
+@pytest.mark.slow
 def test_only_missing_policies_are_trained(run: str, tmp_path: Path) -> None:
     trained = []
 
@@ -148,6 +149,7 @@ def test_differences_are_between_policies_of_one_seed() -> None:
     assert f"0.05 | {from_sft} |  |  |  |" in differences  # it is plain PPO itself
 
 
+@pytest.mark.slow
 def test_the_program_writes_its_tables_and_its_plot(
     run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

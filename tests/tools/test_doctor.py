@@ -216,6 +216,7 @@ def test_offloading_needs_a_compiler(
     assert found.remedy == "install what is missing, or leave offloading off"
 
 
+@pytest.mark.slow
 def test_two_processes_join(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_ALL_REDUCE", ALL_REDUCE)
     assert findings(doctor.processes)["two processes"].remedy is None

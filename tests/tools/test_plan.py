@@ -137,6 +137,7 @@ def weights_of(tiny: Path) -> int:
     return sum(weight.nbytes for weight in load_file(tiny / "sft/model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_what_is_held_is_split_as_the_launcher_says(tiny: Path, config: Config) -> None:
     full = weights_of(tiny)
     head = 4 * (32 - VOCAB * 32)  # the value model has a head of one row for the unembedding
@@ -156,6 +157,7 @@ def test_what_is_held_is_split_as_the_launcher_says(tiny: Path, config: Config) 
     assert parallel["policy: exchange of gradients"] == full
 
 
+@pytest.mark.slow
 def test_offloaded_models_are_there_in_their_phases_only(tiny: Path, config: Config) -> None:
     kept, moved = (
         make_plan(replace(config, offload=offload), Launch(device="cuda"))
@@ -183,6 +185,7 @@ def save_reward(base: Path, folder: Path, lora: LoraSettings) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_roles_over_one_base_hold_it_once(tiny: Path, config: Config, tmp_path: Path) -> None:
     base, lora = tiny / "sft", LoraSettings(rank=4)
     reward = save_reward(base, tmp_path / "reward", lora)
@@ -266,6 +269,7 @@ def test_rows_have_a_mask_where_a_run_has_one(device: str, attention: str, has_m
 
 
 @pytest.mark.parametrize("stage", ["ppo", "rm", "sft"])
+@pytest.mark.slow
 def test_the_program_tells_the_stage_by_its_settings(
     stage: str, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

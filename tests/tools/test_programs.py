@@ -52,6 +52,7 @@ def test_an_unknown_name_gets_the_nearest_one(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.endswith("`instruct-rlhf` lists all programs\n")
 
 
+@pytest.mark.slow
 def test_a_program_gets_its_words_and_gives_its_exit_code(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi", "response": 3}\n')
 

@@ -157,6 +157,7 @@ texts = st.lists(
 @pytest.mark.parametrize("name", MAKERS)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(text=texts)
+@pytest.mark.slow
 def test_text_comes_back_or_is_warned_of(name: str, text: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -97,6 +97,7 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_is_trained(base: ModelSet
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "opt", "qwen3"])
+@pytest.mark.slow
 def test_saved_adapter_is_what_anybody_computes(architecture: str, tmp_path: Path) -> None:
     """Ours, merged, by transformers, by PEFT, and by W + alpha / rank * B A written down here."""
     base = save_base(tmp_path / "base", architecture)
@@ -219,6 +220,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_scores_are_the_same_in_another_process_with_another_seed(
     base: ModelSettings, tmp_path: Path
 ) -> None:

@@ -71,6 +71,7 @@ def greedy_without_cache(policy, prompt: list[int], num_tokens: int) -> list[int
 
 @pytest.mark.filterwarnings("ignore:.*(cannot take the packing mask|samples )")
 @pytest.mark.parametrize("model_type", REPRESENTATIVES)
+@pytest.mark.slow
 def test_text_is_sampled_with_its_history(models, model_type: str) -> None:
     """Greedy tokens are those of passes without a cache, also after rows left, and the sampler's
     log-probabilities those of the trainer."""

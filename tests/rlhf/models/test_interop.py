@@ -68,6 +68,7 @@ def test_rotary_settings_have_both_names(
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.slow
 def test_every_architectures_config_is_read_as_it_was(model_type: str, tmp_path: Path) -> None:
     """Also where layers have kinds of their own, and version 4 has no name for their bases."""
     tokenizer = byte_tokenizer("</s>", "<pad>", eos_token="</s>", pad_token="<pad>")

@@ -63,6 +63,7 @@ def outputs(roles: Roles) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("sft", "rm"), [("sft", "rm"), ("base", "rm"), ("sft", "full_rm")])
+@pytest.mark.slow
 def test_roles_on_one_base_compute_what_four_models_do(work: Path, sft: str, rm: str) -> None:
     separate, shared = (load_roles(work, bases, sft, rm) for bases in (None, SharedBases()))
     for one, other in zip(outputs(separate), outputs(shared), strict=True):

@@ -243,6 +243,7 @@ def test_sections_that_the_user_names(tmp_path: Path) -> None:
     assert config.parts == {"x": Part(weight=2.0), "y": Part(weight=3.0)}
 
 
+@pytest.mark.slow
 def test_program_ends_in_one_line_for_what_a_user_can_mend(tmp_path: Path) -> None:
     for words, code, stderr in (
         (
@@ -262,6 +263,7 @@ def test_program_ends_in_one_line_for_what_a_user_can_mend(tmp_path: Path) -> No
         assert run.stderr == stderr + "\n"
 
 
+@pytest.mark.slow
 def test_help_shows_attribute_docstrings(tmp_path: Path) -> None:
     run = run_program(tmp_path, "--help")
     assert run.returncode == 0

@@ -34,6 +34,7 @@ run_stage(stage, Config, ["--output_dir", "out", "--prompts", "none", "--policie
 @pytest.mark.parametrize(
     "allocation", ["torch.empty(2**40, dtype=torch.uint8)", "bytearray(2**40)"]
 )
+@pytest.mark.slow
 def test_memory_that_runs_out_ends_a_program_with_one_line(allocation: str) -> None:
     program = RUN_OUT.format(allocation=allocation)
     stopped = subprocess.run(
