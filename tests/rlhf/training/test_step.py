@@ -123,7 +123,7 @@ def test_no_step_is_taken_with_a_gradient_that_is_not_finite(factor: float) -> N
     step = Step(state)
     add_three_and_four(step, model)
     step.add(model.other.weight.sum() * factor)
-    message = r"^gradient is not finite in .*; lower .* \(0\.25\), or"
+    message = r"^gradient is not finite in .*; lower optim\.learning_rate \(0\.25\), or"
     remedy = with_remedy(OptimSettings(learning_rate=0.25))
     with pytest.raises(ValueError, match=message), remedy:
         step.take()
