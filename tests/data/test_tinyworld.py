@@ -16,6 +16,7 @@ from data.tinyworld.demonstrations import Quality, write_response
 from data.tinyworld.gold import brief, complete, correct, gold_score, polite, safe, split_words
 from data.tinyworld.labelers import labelers_of
 from data.tinyworld.tasks import (
+    HELD_OUT_SHARE,
     KINDS,
     Instruction,
     all_contents,
@@ -125,6 +126,14 @@ def test_what_a_held_out_prompt_asks_is_asked_nowhere_else(
         for record in files[name]:
             assert held_out.isdisjoint(contents_of(world, record.prompt)), record
     assert {record.meta["kind"] for record in files["prompts_held_out.jsonl"]} == set(KINDS)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_category_is_asked_for_in_training(seed: int) -> None:
+    """Else no ranking would say which words are plants."""
+    held_out = [one for one in draw_held_out(World.from_seed(seed)) if one[0] == "list"]
+    categories = {category for _, category, _ in held_out}
+    assert len(held_out) == len(categories) == round(HELD_OUT_SHARE * 16)
 
 
 def test_content_is_what_is_asked_in_whatever_words(world: World) -> None:

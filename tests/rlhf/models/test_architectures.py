@@ -187,6 +187,12 @@ def test_bidirectional_model_is_refused(tmp_path: Path) -> None:
         load_scalar(ModelSettings(path=str(tmp_path)), new_head=True)
 
 
+def test_logits_that_change_with_the_length_are_refused(models) -> None:
+    """ProphetNet's hidden states keep to earlier tokens, and its logits do not."""
+    with pytest.raises(ValueError, match="is bidirectional"):
+        load_policy(ModelSettings(path=models("prophetnet")))
+
+
 def test_model_that_fails_in_training_only_is_refused(models) -> None:
     """Reformer's axial positions read a text of any length in evaluation, and one length in
     training."""
