@@ -182,11 +182,20 @@ def contents_of(world: World, prompt: PromptLike) -> frozenset[Content]:
 
 
 def draw_held_out(world: World) -> frozenset[Content]:
-    """Draw the contents that only held-out prompts ask for, from the world's seed."""
+    """Draw the contents that only held-out prompts ask for, from the world's seed.
+
+    A category whose lists of two are held out is asked for by lists of three in training, and the
+    other way round. Without that, no ranking would say which words belong to it.
+    """
     generator = python_stream(world.seed, "held out")
     drawn: set[Content] = set()
     for contents in all_contents(world):
-        drawn.update(generator.sample(contents, k=round(HELD_OUT_SHARE * len(contents))))
+        num_drawn = round(HELD_OUT_SHARE * len(contents))
+        if contents[0][0] == "list":
+            contents = [
+                ("list", category, generator.choice(list(LIST_COUNTS))) for category in CATEGORIES
+            ]
+        drawn.update(generator.sample(contents, k=num_drawn))
     return frozenset(drawn)
 
 
