@@ -116,10 +116,11 @@ SPLIT: dict[str, tuple[Source, ...]] = {
 
 def prepare(config: Smollm2Config) -> None:
     """Write what the settings ask for; raise a ValueError or OSError for what is missing."""
+    gguf = find_gguf(config.gguf) if config.base_dir is not None else None
     if config.output_dir is not None:
         write_data(config, Path(config.output_dir))
-    if config.base_dir is not None:
-        write_base(config, find_gguf(config.gguf), Path(config.base_dir))
+    if config.base_dir is not None and gguf is not None:
+        write_base(config, gguf, Path(config.base_dir))
 
 
 @folders_given_back()

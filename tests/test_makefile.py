@@ -178,3 +178,11 @@ def test_adapters_share_the_data_of_the_preset_with_all_weights(checkout: Checko
     assert commands[0].startswith(
         "data.smollm2 --output_dir runs/smollm2/data --base_dir runs/smollm2/base"
     )
+
+
+def test_the_judge_of_a_preset_is_a_second_reward_model(checkout: Checkout) -> None:
+    (checkout.folder / ".venv" / ".installed-smollm2").touch()
+    commands = checkout.make("pipeline", "PRESET=harmless")
+    data = ["data.smollm2", "data.instructions", "data.harmless"]
+    assert stages_of(commands) == [*data, "sft", "rm", "ppo", "rm", "evaluate"]
+    assert "--config configs/rm/harmless_judge.yaml --run_dir runs/harmless " in commands[-2]

