@@ -76,8 +76,11 @@ def make_files(world: World, config: TinyWorldConfig) -> dict[str, list[Record]]
     generator = python_stream(config.seed, "prompts")
     num_held_out = sizes.pop("prompts_held_out.jsonl")
     held_out = draw_different(world, num_held_out, generator, is_held_out=True)
-    drawn = iter(draw_different(world, sum(sizes.values()), generator, is_held_out=False))
-    splits = {name: [next(drawn) for _ in range(size)] for name, size in sizes.items()}
+    drawn = draw_different(world, sum(sizes.values()), generator, is_held_out=False)
+    # Prompts of a small kind are used up by the first draws, and every file needs some.
+    generator.shuffle(drawn)
+    rest = iter(drawn)
+    splits = {name: [next(rest) for _ in range(size)] for name, size in sizes.items()}
     splits["prompts_held_out.jsonl"] = held_out
     demonstrated = splits.pop("demonstrations.jsonl")
     return {
