@@ -103,11 +103,9 @@ def policy_loss(
 
     Returns:
         The loss, and sums over tokens: `ratio`, `clipped` (tokens where the clipped term is the
-        larger), `approx_kl` (k3 of the step's policy from the rollout's), and `max_log_ratio` (a
-        maximum, not a sum).
+        larger), and `approx_kl` (k3 of the step's policy from the rollout's).
     """
     log_ratio = (logprobs - old_logprobs).where(response_mask, 0.0)
-    log_ratios = log_ratio.detach().abs()
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -116,7 +114,6 @@ def policy_loss(
         "ratio": masked_sum(ratio.detach(), response_mask),
         "clipped": (response_mask & (clipped > unclipped)).sum(),
         "approx_kl": masked_sum((ratio - 1 - log_ratio).detach(), response_mask),
-        "max_log_ratio": log_ratios.max() if log_ratios.numel() else log_ratios.sum(),
     }
     return loss, stats
 

@@ -21,6 +21,7 @@ from accelerate.utils import (
     str_to_bool,
 )
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 Row = TypeVar("Row")
@@ -68,7 +69,23 @@ def start_accelerator() -> Accelerator:
     )
     check_launch(accelerator)
     load_models_whole()
+    if accelerator.distributed_type == DistributedType.FSDP:
+        keep_single_precision(accelerator)
     return accelerator
+
+
+def keep_single_precision(accelerator: Accelerator) -> None:
+    """Make FSDP2 add gradients over processes in float32 and return what the model computed.
+
+    accelerate 1.15 asks for bfloat16 in both places. It would round log-probabilities, values and
+    scores, which our passes compute in float32, to three digits.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        compute = plugin.mixed_precision_policy.param_dtype
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=compute, reduce_dtype=torch.float32
+        )
 
 
 def use_share_of_cores() -> None:

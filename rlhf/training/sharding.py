@@ -53,7 +53,24 @@ def prepare(
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = 1  # required, but never read
         settings["gradient_clipping"] = 0.0
+    elif accelerator.distributed_type == DistributedType.FSDP:
+        name_layers(model)
     return accelerator.prepare(model, optimizer)
+
+
+def name_layers(model: nn.Module) -> None:
+    """Tell accelerate which modules FSDP2 gathers one at a time: the layers of every model inside.
+
+    accelerate asks only the outermost module, which may be ours and know no layers. It would then
+    gather the whole model for each pass, and keep it.
+    """
+    present = {type(module).__name__ for module in model.modules()}
+    named = {
+        name
+        for module in model.modules()
+        for name in getattr(module, "_no_split_modules", None) or ()
+    }
+    model._no_split_modules = sorted(named & present)  # type: ignore[assignment]
 
 
 def autocast_unwrapped(accelerator: Accelerator) -> AbstractContextManager[object]:

@@ -17,6 +17,9 @@ from stages.ppo.rollout import Rollout
 Sums = dict[str, float]
 """Sums over this process's tokens and steps."""
 
+HIGH = 0.999
+"""The quantile that `differences` gives."""
+
 PART = "part "
 """Prefix that marks the sums of the score's parts among the sums of a rollout."""
 
@@ -33,12 +36,37 @@ def describe(rollout: Rollout, accelerator: Accelerator) -> dict[str, float]:
         tensors = {k: v for k, v in fields.items() if isinstance(v, torch.Tensor)}
         found = found_by_any(first_nonfinite(tensors, rollout.trees, "rollout"))
         raise found or NonFiniteError("a sum over the tokens", "rollout")
-    largest = {"ppo/max_token_kl": rollout.logprobs - rollout.ref_logprobs}
+    logprobs, mask = rollout.logprobs, rollout.response_mask
+    metrics = rollout_metrics(totals)
+    apart = (logprobs - rollout.ref_logprobs)[mask]
+    metrics |= differences("ppo/reference_difference", apart, accelerator)
     if rollout.check is not None:
-        largest["ppo/sampler_difference"] = rollout.logprobs - rollout.check.sampler_logprobs
-    return rollout_metrics(totals) | {
-        name: max_over_processes(accelerator, difference.abs().max().item())
-        for name, difference in largest.items()
+        apart = (logprobs - rollout.check.sampler_logprobs)[mask]
+        metrics |= differences("ppo/sampler_difference", apart, accelerator)
+    return metrics
+
+
+def differences(name: str, nats: Tensor, accelerator: Accelerator) -> dict[str, float]:
+    """Describe how far two log-probabilities of the same tokens are apart.
+
+    A maximum would grow with the number of tokens. Neither of these does.
+
+    Args:
+        name: name of the first metric.
+        nats: differences on this process's tokens, (tokens,), of either sign.
+
+    Returns:
+        `name`: mean absolute difference over the tokens of all processes; `name_high`: the
+        difference that one token in a thousand exceeds, on the process where it is largest.
+    """
+    apart = nats.detach().abs().float()
+    sums = sums_over_processes(
+        accelerator, {"nats": apart.sum(), "tokens": torch.tensor(float(len(apart)))}
+    )
+    high = apart.quantile(HIGH, interpolation="lower").item() if len(apart) else 0.0
+    return {
+        name: sums["nats"] / max(sums["tokens"], 1.0),
+        f"{name}_high": max_over_processes(accelerator, high),
     }
 
 

@@ -30,6 +30,7 @@ from stages.ppo.monitor import (
     RM_CHANCE,
     TOKEN_NOISE,
     Monitor,
+    Noise,
     sampler_noise,
 )
 from stages.ppo.normalize import normalize_scores
@@ -149,13 +150,13 @@ def _announce(config: Config, accelerator: Accelerator, num_prompts: int) -> Non
         )
 
 
-def _check_sampler(config: Config, token_noise: float) -> None:
+def _check_sampler(config: Config, token_noise: Noise) -> None:
     """Refuse to use the log-probabilities of a sampler whose noise reaches the clip range.
 
     Raises:
         ValueError: rollout.check_every is above 1 with such a sampler.
     """
-    noise = sampler_noise(config, token_noise)
+    noise = sampler_noise(config, token_noise).high
     if config.rollout.check_every > 1 and noise >= config.ppo.clip_range:
         raise ValueError(
             f"rollout.check_every is {config.rollout.check_every}, but sampler and trainer may "
@@ -180,7 +181,7 @@ def _warn_of_chance(config: Config, monitor: Monitor) -> None:
             monitor.raise_alarm(RM_CHANCE, cause)
 
 
-def _token_noise(config: Config, accelerator: Accelerator) -> float:
+def _token_noise(config: Config, accelerator: Accelerator) -> Noise:
     is_half = _dtype(config, accelerator) != torch.float32
     return TOKEN_NOISE["bfloat16" if is_half else "float32"]
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from rlhf.inputs.packing import PackedRow, PromptTree
 from rlhf.maths.losses import policy_loss, value_loss
 from rlhf.training.nonfinite import NonFiniteError
-from rlhf.training.processes import max_over_processes, sum_over_processes, sums_over_processes
+from rlhf.training.processes import sum_over_processes, sums_over_processes
 from rlhf.training.step import Step
 from stages.ppo.config import Config
 from stages.ppo.learner import POLICY, Learner, Outputs
-from stages.ppo.metrics import Sums, update_metrics
+from stages.ppo.metrics import Sums, differences, update_metrics
 from stages.ppo.monitor import Monitor
 from stages.ppo.nonfinite import find_nonfinite
 from stages.ppo.ptx import PretrainingMix
@@ -51,7 +51,7 @@ def update(
     ppo, temperature = config.ppo, config.rollout.temperature
     state.model.train()  # dropout is off; only this mode checkpoints activations
     total: Sums = {}
-    first_log_ratio = 0.0
+    first_ratio: dict[str, float] = {}
     for batch in mini_batches(rollout, config, generator, state.accelerator):
         with phase("ptx"):  # the first call of `next` reads and tokenises the file
             text = [] if only_value else next(texts)
@@ -63,15 +63,16 @@ def update(
             log_ratios = []
             for row in step.rows(learner.packer.rows(batch.trees)):
                 new, old = Outputs(learner, row, temperature, only_value), OldOutputs.of(batch, row)
+                logprobs = new.logprobs
                 loss, stats = policy_loss(
-                    new.logprobs,
+                    logprobs,
                     old.logprobs,
                     old.advantages,
                     row.response_mask,
                     clip_range=ppo.clip_range,
                     num_tokens=num_tokens,
                 )
-                log_ratios.append(stats.pop("max_log_ratio"))
+                log_ratios.append((logprobs - old.logprobs).detach()[row.response_mask])
                 stats["policy_loss"] = loss.detach() * num_tokens
                 step.add(loss, {**stats, "tokens": row.response_mask.sum()})
                 loss, stats = value_loss(
@@ -84,10 +85,10 @@ def update(
                 )
                 step.add(loss, {**stats, "value_loss": loss.detach() * num_tokens})
         if not total:  # no step was taken yet
-            largest = float(torch.stack(log_ratios).max())
-            first_log_ratio = max_over_processes(state.accelerator, largest)
+            nats = torch.cat(log_ratios)
+            first_ratio = differences("ppo/first_log_ratio", nats, state.accelerator)
             if monitor is not None:
-                monitor.inspect({"ppo/first_log_ratio": first_log_ratio})
+                monitor.inspect(first_ratio)
         with phase("step"):
             balance = mix.balance()
             try:
@@ -103,7 +104,7 @@ def update(
     state.model.eval()
     state.optimizer.zero_grad()  # the next rollout needs the memory
     metrics = update_metrics(sums_over_processes(state.accelerator, total))
-    return metrics | {"ppo/first_log_ratio": first_log_ratio, "ppo/steps": total["steps"]}
+    return metrics | first_ratio | {"ppo/steps": total["steps"]}
 
 
 def mini_batches(

@@ -22,17 +22,21 @@ from accelerate.utils import (
     prepare_deepspeed_cmd_env,
     prepare_multi_gpu_env,
 )
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_leaves
 
 from rlhf.rewards.models import RewardModel
-from rlhf.training import processes
+from rlhf.training import processes, sharding
 from rlhf.training.processes import start_accelerator
 from stages.ppo.config import PtxSettings
-from stages.sft.train import train as fine_tune
-from tests.distributed.chain import run_rest_of_chain, sft_settings
+from tests.distributed.chain import LORA, run_chain
 from tests.distributed.gradients import Gradients, fine_tuning_step, ppo_step, ranking_step
 
 ROOT = Path(__file__).parents[2]
 OF_LAUNCHER = ("ACCELERATE_", "FSDP_")
+WITH_ADAPTERS = ("fsdp2", "deepspeed_zero3")
+"""Files under which adapters are trained too, and not all weights alone."""
 
 
 def environment_of(name: str) -> dict[str, str]:
@@ -79,7 +83,7 @@ def _plugin_without_cpp() -> Any:
 
 def run_under(name: str, inputs: Path, results: Path) -> tuple[Gradients, dict[str, Any]]:
     """Gradients of PPO with its text, of the reward model and of SFT, by loss and name; and what
-    was seen of the stages, of which each file gets those that it once broke."""
+    was seen while SFT, reward model and PPO ran one after another."""
     seen: dict[str, Any] = {}
     with launched_as(name):
         steps = {
@@ -89,16 +93,40 @@ def run_under(name: str, inputs: Path, results: Path) -> tuple[Gradients, dict[s
         }
         accelerator = start_accelerator()
         seen["at work"] = [accelerator.distributed_type.value, accelerator.mixed_precision]
-        if name == "fsdp2":
-            fine_tune(sft_settings(inputs, results / "sft"))
-        elif name == "deepspeed_zero3":
-            with scores_watched() as seen["scored in"]:
-                run_rest_of_chain(inputs, results.parent / "sft", results)
+        with scores_watched() as seen["scored in"], models_watched() as seen["prepared"]:
+            run_chain(inputs, results)
+        if name in WITH_ADAPTERS:
+            run_chain(inputs, results / "adapters", lora=LORA)
     return {
         f"{loss}/{key}": value.float().contiguous()
         for loss, step in steps.items()
         for key, value in step.gradients.items()
     }, seen
+
+
+@contextmanager
+def models_watched() -> Iterator[list[dict[str, Any]]]:
+    """Has noted, of each model that a stage prepares, how many of its modules FSDP2 gathers one at
+    a time, and the types of what it returns."""
+    seen: list[dict[str, Any]] = []
+    prepare = sharding.prepare
+
+    def prepare_and_note(*arguments: Any) -> Any:
+        wrapped, optimizer = prepare(*arguments)
+        units = sum(isinstance(module, FSDPModule) for module in wrapped.modules())
+        note: dict[str, Any] = {"units": units, "types": []}
+        seen.append(note)
+
+        def note_types(_module: Any, _inputs: Any, outputs: Any) -> None:
+            found = [one for one in tree_leaves(outputs) if isinstance(one, Tensor)]
+            note["types"] = sorted({*note["types"], *(str(one.dtype) for one in found)})
+
+        wrapped.register_forward_hook(note_types)
+        return wrapped, optimizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "prepare", prepare_and_note)
+        yield seen
 
 
 @contextmanager

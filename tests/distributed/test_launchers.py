@@ -3,6 +3,7 @@ batch, and SFT, a reward model and PPO with ptx one after another."""
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from stages.rm.train import train as train_reward_model
 from stages.sft.train import train as fine_tune
 from tests.distributed.chain import LORA, make_inputs, rm_settings, sft_settings
 from tests.distributed.driver import SOME_COUNTS
+from tests.distributed.gpu_files import WITH_ADAPTERS
 from tests.distributed.gradients import Step, all_steps, ppo_step
 from tests.distributed.other_stages import (
     NUM_PROMPTS,
@@ -38,15 +40,11 @@ from tests.distributed.other_stages import (
 )
 from tests.distributed.rollouts import greedy_rollouts
 from tests.distributed.row_counts import COUNTS, make_rows, rm_of, sft_of
+from tests.distributed.table import FILES_FOR_GPUS, table
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
-FILES_FOR_GPUS = {
-    "cpu2": ["fsdp2"],
-    "cpu2_zero2": ["deepspeed_zero2"],
-    "cpu2_zero3": ["deepspeed_zero3", "deepspeed_zero3_offload"],
-}
-"""Launcher file -> those for GPUs that its processes try too."""
+FOR_GPUS = [(cpu, name) for cpu, names in FILES_FOR_GPUS.items() for name in names]
 ON_CPU = list(FILES_FOR_GPUS)
 TIME_LIMIT = 400
 """Seconds for all that one launch does, on a busy machine; a hang is found by it."""
@@ -150,17 +148,15 @@ def test_adapters_are_those_of_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launched_by", "name"),
-    [(cpu, name) for cpu, names in FILES_FOR_GPUS.items() for name in names],
-)
+@pytest.mark.parametrize(("launched_by", "name"), FOR_GPUS)
 def test_files_for_gpus_give_the_same_gradients(
     launched_by: str, name: str, launched: dict[str, Path], of_one_process: Step
 ) -> None:
     """As far as bfloat16 goes: PPO's is the sum of the episodes' and the text's, each once."""
     found = load_file(launched[launched_by] / f"{name}.safetensors")
     kind, precision = read(launched[launched_by] / "seen.json")["files"][name]["at work"]
-    assert kind == ("FSDP" if name == "fsdp2" else "DEEPSPEED") and precision == "bf16"
+    kinds = {"fsdp2": "FSDP", "multi_gpu": "MULTI_CPU"}
+    assert (kind, precision) == (kinds.get(name, "DEEPSPEED"), "bf16")
     expected = of_one_process.gradients
     for loss in ("ppo", "rm", "sft"):
         own = {k: value for k, value in expected.items() if k.startswith(f"{loss}/")}
@@ -176,15 +172,43 @@ def test_files_for_gpus_give_the_same_gradients(
 
 
 @pytest.mark.slow
-def test_stages_under_files_for_gpus(launched: dict[str, Path]) -> None:
-    sharded = launched["cpu2"] / "fsdp2"
-    assert read(sharded / "sft" / "results.json")["held_out_loss"] == pytest.approx(
-        read(launched["cpu2"] / "sft" / "results.json")["held_out_loss"], rel=0.02
+@pytest.mark.parametrize(("launched_by", "name"), FOR_GPUS)
+def test_stages_under_files_for_gpus(
+    launched_by: str, name: str, launched: dict[str, Path]
+) -> None:
+    """SFT, reward model and PPO-ptx run one after another, as near to float32 as bfloat16 is."""
+    own, in_float32 = launched[launched_by] / name, launched[launched_by]
+    for stage, key, tolerance in (
+        ("sft", "held_out_loss", 0.02),
+        ("rm", "log_loss", 0.05),
+    ):
+        found, expected = (read(at / stage / "results.json")[key] for at in (own, in_float32))
+        assert found == pytest.approx(expected, abs=tolerance), stage
+    assert math.isfinite(read(own / "ppo" / "results.json")["held_out_score"])
+    for stage in ("sft", "ppo"):
+        folder = own / stage
+        _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values()), (stage, report)
+    load_reward_model(  # scores its golden rows again
+        ModelSettings(path=str(own / "rm")), micro_batch_tokens=100, allow_chance_reward=True
     )
-    in_bf16 = launched["cpu2_zero3"] / "deepspeed_zero3"
-    assert read(in_bf16 / "ppo" / "results.json")["score"] is not None
-    seen = read(launched["cpu2_zero3"] / "seen.json")["files"]["deepspeed_zero3"]
+    if name in WITH_ADAPTERS:
+        adapted = own / "adapters" / "ppo"
+        assert largest_difference(adapter(adapted), adapter(own / "adapters" / "sft")) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launched_by", "name"), FOR_GPUS)
+def test_precision_under_files_for_gpus(
+    launched_by: str, name: str, launched: dict[str, Path]
+) -> None:
+    """Frozen models compute in bfloat16; log-probabilities, values and scores are float32."""
+    seen = read(launched[launched_by] / "seen.json")["files"][name]
     assert set(seen["scored in"]) == {"torch.bfloat16"}
+    rm, ppo = seen["prepared"]
+    assert rm["types"] == ppo["types"] == ["torch.float32"]
+    # FSDP2 gathers one layer at a time: two of the policy, two of the value model, and the rest.
+    assert [rm["units"], ppo["units"]] == ([3, 5] if name == "fsdp2" else [0, 0])
 
 
 @pytest.mark.slow
@@ -305,6 +329,11 @@ def test_launcher_files_hold_what_accelerate_reads(path: Path) -> None:
         settings["distributed_type"]
     )
     assert needs is None or settings[needs]
+
+
+def test_the_page_says_what_was_tested() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert table() in page, "python -m tests.distributed.table prints the table"
 
 
 def test_a_plugin_that_is_not_at_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import rlhf.generation.hf
@@ -36,7 +37,15 @@ from rlhf.rewards.rendering import rendering_hash
 from rlhf.rewards.settings import RewardSettings
 from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config, MonitorSettings, PPOSettings
-from stages.ppo.monitor import CODES, RULES, Monitor, TrainingStopped
+from stages.ppo.metrics import differences
+from stages.ppo.monitor import (
+    CODES,
+    RULES,
+    TOKEN_NOISE,
+    Monitor,
+    TrainingStopped,
+    ratio_is_not_one,
+)
 from stages.ppo.train import train
 
 
@@ -96,7 +105,8 @@ def test_an_update_that_is_not_checked_takes_the_sampler_at_its_word(config: Con
         train(replace(config, rollout=rollout, output_dir=str(folder)))
         rows[every] = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     assert len(passes) == config.num_updates + 2
-    only_checked = {"ppo/entropy", "ppo/sampler_difference", "ppo/sampler_excess", "ppo/sampler_z"}
+    only_checked = {"ppo/entropy", "ppo/sampler_difference", "ppo/sampler_difference_high"}
+    only_checked |= {"ppo/sampler_excess", "ppo/sampler_z"}
     assert ["ppo/entropy" in row for row in rows[3]] == [True, False, False, True]
     assert rows[1][1].keys() - rows[3][1].keys() == only_checked | {"seconds/logprobs"}
     for always, now_and_then in zip(rows[1], rows[3], strict=True):
@@ -114,7 +124,7 @@ def test_a_sampler_that_is_not_the_policy_shows_in_the_first_ratio_too(config: C
     broken = break_from(8, sample, sampler(cold, is_honest=True))  # the first rollout's 8 tokens
     monkeypatch.setattr(rlhf.generation.hf, "_sample", broken)
     rollout = replace(config.rollout, check_every=10)
-    with pytest.raises(TrainingStopped, match=r"^PPO_RATIO at update 1: .* stays below 0\.002"):
+    with pytest.raises(TrainingStopped, match=r"^PPO_RATIO at update 1: .* 0\.0002 and 0\.002"):
         train(replace(config, rollout=rollout))
 
 
@@ -184,8 +194,44 @@ def sampler(distribution: Callable, *, is_honest: bool) -> Callable:
 def test_a_sampler_that_is_not_the_policy(distribution, config: Config, monkeypatch):
     sample = sampler(distribution, is_honest=True)
     monkeypatch.setattr(rlhf.generation.hf, "_sample", sample)
-    with pytest.raises(TrainingStopped, match=r"^PPO_SAMPLER at update 0: Sampler and trainer are"):
+    with pytest.raises(TrainingStopped, match=r"^PPO_SAMPLER at update 0: Sampler and trainer"):
         train(config)
+
+
+@pytest.mark.slow
+def test_healthy_runs_in_bfloat16_raise_no_alarm(config: Config):
+    """Their rounding is far above float32's, and the stop rules must not take it for a fault."""
+    policy = replace(config.policy, dtype="bfloat16")
+    for seed in range(20):
+        folder = Path(config.output_dir) / str(seed)
+        one = replace(config, policy=policy, seed=seed, output_dir=str(folder), num_updates=2)
+        assert alarms_of(one) == {}
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        assert rows[0]["ppo/sampler_difference"] > 1e-4
+
+
+def test_a_wrong_temperature_in_bfloat16_stops_the_first_update(config: Config, monkeypatch):
+    sample = sampler(cold, is_honest=True)
+    monkeypatch.setattr(rlhf.generation.hf, "_sample", sample)
+    with pytest.raises(TrainingStopped, match=r"^PPO_SAMPLER at update 0: Sampler and trainer"):
+        train(replace(config, policy=replace(config.policy, dtype="bfloat16")))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_token_far_off_among_many_is_no_alarm(dtype: str, config: Config):
+    """The largest of 100,000 differences says nothing; one in a thousand does, and so does the
+    mean."""
+    accelerator, noise = Accelerator(cpu=True), TOKEN_NOISE[dtype]
+    small = torch.full((100_000,), noise.mean / 2)
+    one_far, many_far = small.clone(), small.clone()
+    one_far[7] = -40 * noise.high
+    many_far[:200] = -2 * noise.high  # two in a thousand
+    for apart, is_alarm in ((one_far, False), (many_far, True), (3 * small, True)):
+        found = differences("ppo/first_log_ratio", apart, accelerator)
+        now = found | {"ppo/sampler_difference": 0.0}
+        monitor = Monitor(config, print, noise)
+        assert (ratio_is_not_one(now, monitor) is not None) == is_alarm
+    assert found["ppo/first_log_ratio"] == pytest.approx(1.5 * noise.mean)
 
 
 @pytest.mark.parametrize("distribution", [top_k, top_p, cold])
@@ -205,7 +251,7 @@ def test_a_sampler_whose_weights_are_one_update_old(config: Config, monkeypatch)
             refresh(engine, deepcopy(policy))
 
     monkeypatch.setattr(LoopEngine, "refresh", refresh_once)
-    with pytest.raises(TrainingStopped, match=r"^PPO_SAMPLER at update 1: Sampler and trainer are"):
+    with pytest.raises(TrainingStopped, match=r"^PPO_SAMPLER at update 1: Sampler and trainer"):
         train(config)
 
 
@@ -229,7 +275,8 @@ def test_a_training_pass_that_is_not_the_policy_that_sampled(config: Config, mon
         lambda policy, row, temperature: logprobs(policy, row, 1.5),
     )
     with pytest.raises(
-        TrainingStopped, match=r"^PPO_RATIO at update 0: .*log-ratio.* below 0\.001"
+        TrainingStopped,
+        match=r"^PPO_RATIO at update 0: .*new probabilities.* 0\.0001 and 0\.001",
     ):
         train(config)
     good = load_file(Path(config.output_dir) / "last_good" / "model.safetensors")
@@ -249,7 +296,7 @@ def test_a_code_that_is_not_to_stop_warns_once_and_is_counted(config: Config, mo
     rows = [json.loads(line) for line in (Path(config.output_dir) / "alarms.jsonl").open()]
     assert [row["step"] for row in rows] == list(range(config.num_updates))
     assert {row["code"] for row in rows} == {"PPO_RATIO"}
-    assert rows[0]["message"].startswith("In the first step on a rollout the log-ratio")
+    assert rows[0]["message"].startswith("In the first step on a rollout the new probabilities")
     assert capsys.readouterr().out.count("warning PPO_RATIO at update 0") == 1
 
 
@@ -323,7 +370,7 @@ def test_one_answer_to_every_prompt(config: Config, monkeypatch):
 
 def test_an_answer_that_many_prompts_had_from_the_start_is_no_alarm(config: Config):
     told: list[str] = []
-    monitor = Monitor(config, told.append, 1e-3)
+    monitor = Monitor(config, told.append, TOKEN_NOISE["float32"])
     # Odds of 0.667 at first; 0.66 has 1.94, and the mean of 0.66, 0.66, 0.66 and 0.8 has 2.28.
     for share in [0.4, *[0.66] * 4, 0.8]:
         metrics = {"ppo/one_answer": share}
