@@ -1,0 +1,13 @@
+"""Check on one GPU what no CPU can: `make gpu-check`, at most nine minutes.
+
+    __main__     the options, and the order of the parts
+    parts        each part with its question and its time limit
+    records      what a part found, as JSON and on one page
+    runner       starts the worker, and ends a part at its limit
+    worker       runs the parts in a process of its own
+    setting      sizes of the models and of the work; the models themselves
+    environment, suite, noise, decoding, rows, memory, peers    the parts
+
+The first five but the worker import no package, so that the page is written whatever is missing.
+Nothing here ran on a GPU yet (docs/scaling.md).
+"""
