@@ -5,9 +5,10 @@
     records      what a part found, as JSON and on one page
     runner       starts the worker, and ends a part at its limit
     worker       runs the parts in a process of its own
-    setting      sizes of the models and of the work; the models themselves
-    environment, suite, noise, decoding, rows, memory, peers    the parts
+    setting      how much work the parts are given
+    environment, models, suite, noise, decoding, rows, memory, peers    the parts
 
-The first five but the worker import no package, so that the page is written whatever is missing.
+All but the parts import the standard library only, so that the page is written whatever package
+is missing.
 Nothing here ran on a GPU yet (docs/scaling.md).
 """

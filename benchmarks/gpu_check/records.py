@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,8 @@ from experiments.tables import markdown_table
 Status = Literal["running", "passed", "failed", "skipped"]
 Cell = str | int | float | None
 Row = dict[str, Cell]
+Tell = Callable[[Row], None]
+"""Takes a row of a part's table as soon as it is measured."""
 
 RESULTS = "gpu_check.json"
 PAGE = "gpu_check.md"
@@ -81,10 +83,7 @@ def page(records: Sequence[Record]) -> str:
     """Format the summary and then each part's table, as Markdown."""
     summary = markdown_table(
         ("part", "status", "seconds", "reason"),
-        [
-            (one.name, one.status, f"{one.seconds:.0f}", _on_one_line(one.reason))
-            for one in records
-        ],
+        [(one.name, one.status, f"{one.seconds:.0f}", _on_one_line(one.reason)) for one in records],
     )
     parts = [f"# GPU check\n\nWritten by `make gpu-check`.\n\n{summary}"]
     parts += [_section(record) for record in records if record.rows]

@@ -12,12 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu_check.parts import PARTS, Part
-from benchmarks.gpu_check.records import RECORDS, Cell, Record, Skipped, finite, write_whole
+from benchmarks.gpu_check.records import RECORDS, Record, Row, Skipped, Tell, finite, write_whole
 from benchmarks.gpu_check.setting import Setting
 
-Tell = Callable[[dict[str, Cell]], None]
 Measure = Callable[[Setting, Tell], None]
-"""Measures a part: gives each row of its table as soon as it is there."""
+"""Measures a part."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -29,14 +28,12 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(args)
     setting = Setting(options.folder / "models", is_smoke=options.smoke, model=options.model)
     for part in (part for part in PARTS if part.name in options.parts):
-        record = run_part(part, lambda name: measure_of(name), setting, options.folder / RECORDS)
+        record = run_part(part, measure_of, setting, options.folder / RECORDS)
         if record.status == "failed":
             break
 
 
-def run_part(
-    part: Part, find: Callable[[str], Measure], setting: Setting, folder: Path
-) -> Record:
+def run_part(part: Part, find: Callable[[str], Measure], setting: Setting, folder: Path) -> Record:
     """Run a part, with its record written at the start, after every row, and at the end.
 
     Args:
@@ -50,7 +47,7 @@ def run_part(
         record = replace(record, seconds=round(time.monotonic() - started, 2))
         write_whole(folder / f"{part.name}.json", record.to_json())
 
-    def tell(row: dict[str, Cell]) -> None:
+    def tell(row: Row) -> None:
         nonlocal record
         record = replace(record, rows=(*record.rows, finite(row)))
         keep()
@@ -77,7 +74,7 @@ def measure_of(name: str) -> Measure:
     if name == "environment":
         from benchmarks.gpu_check.environment import environment as measure
     elif name == "models":
-        from benchmarks.gpu_check.setting import models as measure
+        from benchmarks.gpu_check.models import models as measure
     elif name == "tests":
         from benchmarks.gpu_check.suite import tests as measure
     elif name == "noise":
