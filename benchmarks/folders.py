@@ -49,7 +49,8 @@ def policy_folder(work_dir: Path, shape: str = "135M", sharpness: float = 1.0) -
         tokenizer = _small_tokenizer()
         torch.manual_seed(0)
         policy = new_policy(architecture(shape), tokenizer)
-        policy.resize_token_embeddings(VOCAB_SIZES[shape])
+        # Resizing by the mean would give all new ids one and the same embedding.
+        policy.resize_token_embeddings(VOCAB_SIZES[shape], mean_resizing=False)
         nn.init.constant_(policy.model.norm.weight, sharpness)  # the logits are linear in it
         save_policy(policy, tokenizer, folder)
     return folder

@@ -1,5 +1,6 @@
 """Measure a step of decoding, and the cache that it reads."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,18 +9,20 @@ from transformers import PreTrainedModel
 
 from benchmarks.gpu_check.models import (
     PRECISIONS,
+    Precision,
     autocast,
     load,
     prompts,
     release_memory,
     require_device,
 )
-from benchmarks.gpu_check.records import Row, Tell
+from benchmarks.gpu_check.records import Row, Tell, tell_filled
 from benchmarks.gpu_check.setting import Setting
 from rlhf.generation.hf import LoopEngine
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
 from rlhf.runs.stopwatch import Stopwatch
+from rlhf.training.out_of_memory import OutOfMemoryError
 
 NO_END = -1
 """An end token that is never drawn, so that every response has its full length."""
@@ -31,7 +34,7 @@ class CacheWatch:
     def __init__(self, policy: PreTrainedModel) -> None:
         self.dtype = "no cache"
         self.num_bytes = 0
-        self._hook = policy.register_forward_hook(self._note, with_kwargs=True)
+        policy.register_forward_hook(self._note, with_kwargs=True)
 
     def _note(self, _: nn.Module, __: Any, inputs: dict[str, Any], ___: Any) -> None:
         cache = inputs.get("past_key_values")
@@ -46,14 +49,21 @@ def decoding(setting: Setting, tell: Tell) -> None:
     require_device(setting)
     for precision in PRECISIONS:
         policy = load(setting, precision)
-        cache = CacheWatch(policy)
         for batch in setting.sizes.decoded_batches:
-            with autocast(precision):
-                seconds = seconds_per_step(setting, policy, batch)
-            row: Row = {"precision": precision, "responses": batch, "ms a step": 1000 * seconds}
-            tell({**row, "cache": cache.dtype, "cache, MB": cache.num_bytes / 1e6})
-        del policy, cache
-        release_memory()
+            row: Row = {"precision": precision, "responses": batch}
+            tell_filled(tell, row, partial(measure, setting, policy, precision), OutOfMemoryError)
+            release_memory()
+        del policy
+
+
+def measure(setting: Setting, policy: PreTrainedModel, precision: Precision, row: Row) -> None:
+    """Add to a row what a step takes for its number of responses."""
+    cache = CacheWatch(policy)
+    batch = row["responses"]
+    assert isinstance(batch, int)
+    with autocast(precision):
+        row["ms a step"] = 1000 * seconds_per_step(setting, policy, batch)
+    row["cache"], row["cache, MB"] = cache.dtype, cache.num_bytes / 1e6
 
 
 def seconds_per_step(setting: Setting, policy: PreTrainedModel, batch: int) -> float:
@@ -66,9 +76,9 @@ def seconds_per_step(setting: Setting, policy: PreTrainedModel, batch: int) -> f
 
     def seconds(num_tokens: int) -> float:
         how = Decoding(end_id=NO_END, max_new_tokens=num_tokens, temperature=1.0)
-        with watch.phase("decoding"):
+        with watch.phase("rollout"):
             engine.generate(texts, how, torch.Generator().manual_seed(0))
-        return watch.take()["decoding"]
+        return watch.take()["rollout"]
 
     seconds(2)  # loads kernels, and finds out how the policy can be sampled
     return (seconds(1 + sizes.decoded_tokens) - seconds(1)) / sizes.decoded_tokens

@@ -18,18 +18,18 @@ class Part:
 
 
 PARTS = (
-    Part("environment", "What is this machine, and which packages does it have?", 45),
+    Part("environment", "What is this machine, and which packages does it have?", 50),
     Part("models", "Which random models are the figures below about?", 60),
-    Part("tests", "Do the tests marked gpu pass?", 110),
+    Part("tests", "Do the tests marked gpu pass?", 100),
     Part(
         "noise",
         "How far apart, in nats a token, are sampler and packed pass, and the passes of rollout "
         "and training? At which difference does an alarm go off?",
-        80,
+        70,
     ),
-    Part("decoding", "How long does a decoded token take, and in which type is the cache?", 55),
-    Part("rows", "Which attention is fastest for a packed row?", 70),
-    Part("allocator", "How much memory does the allocator hold beyond what a rollout uses?", 25),
-    Part("peak", "Is the plan's peak of a PPO update right?", 35),
-    Part("peers", "How fast are we next to TRL?", 60),
+    Part("decoding", "How long does a decoded token take, and in which type is the cache?", 50),
+    Part("rows", "Which attention is fastest for a packed row?", 80),
+    Part("allocator", "How much memory does the allocator hold beyond what a rollout uses?", 20),
+    Part("peak", "Is the plan's peak of a PPO update right?", 30),
+    Part("peers", "How fast are we next to TRL?", 80),
 )

@@ -20,6 +20,7 @@ RESULTS = "gpu_check.json"
 PAGE = "gpu_check.md"
 RECORDS = "records"
 
+NOTE_LENGTH = 300
 DIGITS = 4
 """Digits of a figure on the page; the JSON file has all."""
 
@@ -52,6 +53,24 @@ class Record:
 
     def to_json(self) -> str:
         return to_json(asdict(self))
+
+
+def tell_filled(
+    tell: Tell,
+    row: Row,
+    fill: Callable[[Row], None],
+    noted: type[Exception] | tuple[type[Exception], ...],
+) -> None:
+    """Tell a row after `fill` added its figures.
+
+    An error of the types `noted` becomes the row's note: that a kernel is missing, or that memory
+    runs out, is a finding and must not lose the other rows.
+    """
+    try:
+        fill(row)
+    except noted as error:
+        row["note"] = f"{type(error).__name__}: {error}"[:NOTE_LENGTH]
+    tell(row)
 
 
 def to_json(value: Any) -> str:

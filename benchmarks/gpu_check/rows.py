@@ -10,8 +10,8 @@ Weights are bfloat16, so that no kernel is given mixed types.
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
 from benchmarks.gpu_check.models import load, prompts, release_memory, require_device
-from benchmarks.gpu_check.records import Row, Tell
+from benchmarks.gpu_check.records import Row, Tell, tell_filled
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.machine import best_seconds, default_device
 from rlhf.inputs.packing import PackedRow, Packer, PromptTree
@@ -46,24 +46,30 @@ def rows(setting: Setting, tell: Tell) -> None:
     require_device(setting)
     policy = load(setting, "bf16 weights")
     for length in setting.sizes.row_tokens:
-        row = full_row(setting, length)
-        expected: Tensor | None = None
+        packed = full_row(setting, length)
+        policy.set_attn_implementation("sdpa")
+        expected = logprobs_of(policy, packed)
         for name, attention, change in ATTENTIONS:
-            found: Row = {"tokens": length, "attention": name}
-            try:
-                policy.set_attn_implementation(attention)
-                with eager_if(setting.is_smoke), torch.no_grad():
-                    changed = change(row)
-                    logprobs = response_logprobs(policy, changed)
-                expected = logprobs if expected is None else expected
-                found["off by, nats"] = (logprobs - expected).abs().max().item()
-                with eager_if(setting.is_smoke):
-                    time_passes(policy, changed, found)
-            except Exception as error:  # a kernel that is missing or refuses is a finding too
-                found["note"] = f"{type(error).__name__}: {error}"[:300]
-            tell(found)
+            policy.set_attn_implementation("sdpa")  # what stays if the next call refuses
+            fill = partial(measure, policy, attention, change(packed), expected)
+            with eager_if(setting.is_smoke):
+                tell_filled(tell, {"tokens": length, "attention": name}, fill, Exception)
             policy.zero_grad()
             release_memory()
+
+
+def measure(
+    policy: PreTrainedModel, attention: str, packed: PackedRow, expected: Tensor, row: Row
+) -> None:
+    """Add to a row the time, the memory and the difference from what is expected (tokens,)."""
+    policy.set_attn_implementation(attention)
+    row["off by, nats"] = (logprobs_of(policy, packed) - expected).abs().max().item()
+    time_passes(policy, packed, row)
+
+
+@torch.no_grad()
+def logprobs_of(policy: PreTrainedModel, row: PackedRow) -> Tensor:
+    return response_logprobs(policy, row)
 
 
 def full_row(setting: Setting, length: int) -> PackedRow:
@@ -76,11 +82,15 @@ def full_row(setting: Setting, length: int) -> PackedRow:
 
 
 def with_positions_only(row: PackedRow) -> PackedRow:
-    return OtherRow(**vars(row))
+    return other_row(row, None)
 
 
 def with_block_mask(row: PackedRow) -> PackedRow:
-    return OtherRow(**vars(row), given=block_mask(row))
+    return other_row(row, block_mask(row))
+
+
+def other_row(row: PackedRow, mask: Any) -> OtherRow:
+    return OtherRow(**{one.name: getattr(row, one.name) for one in fields(row)}, given=mask)
 
 
 def block_mask(row: PackedRow) -> BlockMask:
@@ -95,7 +105,8 @@ def block_mask(row: PackedRow) -> BlockMask:
     return create_block_mask(allows, None, None, length, length, device=str(row.device))
 
 
-ATTENTIONS: tuple[tuple[str, str, Callable[[PackedRow], PackedRow]], ...] = (
+Change = Callable[[PackedRow], PackedRow]
+ATTENTIONS: tuple[tuple[str, str, Change], ...] = (
     ("mask", "sdpa", lambda row: row),
     ("flash", "flash_attention_2", with_positions_only),
     ("flex", "flex_attention", with_block_mask),
@@ -106,21 +117,16 @@ ATTENTIONS: tuple[tuple[str, str, Callable[[PackedRow], PackedRow]], ...] = (
 def time_passes(policy: PreTrainedModel, row: PackedRow, found: Row) -> None:
     """Add to `found` the milliseconds of a pass without and with its gradient, and its memory."""
 
-    def forward() -> None:
-        with torch.no_grad():
-            response_logprobs(policy, row)
-
     def both() -> None:
         policy.zero_grad()
         response_logprobs(policy, row).sum().backward()
 
-    found["forward, ms"] = 1000 * best_seconds(forward, MIN_SECONDS)
+    found["forward, ms"] = 1000 * best_seconds(lambda: logprobs_of(policy, row), MIN_SECONDS)
     if row.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
     found["with backward, ms"] = 1000 * best_seconds(both, MIN_SECONDS)
-    if row.device.type == "cuda":
-        found["memory, GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+    if row.device.type == "cuda":  # weights and their gradients are in it, for each attention alike
+        found["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
 
 
 def eager_if(is_smoke: bool) -> Any:
