@@ -14,7 +14,7 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "trl", "peft", "fla
 
 
 def environment(setting: Setting, tell: Tell) -> None:
-    """Tell what the doctor finds, and which versions are at work."""
+    """Tell which versions are at work, what of the base is missing, and what the device does."""
     tell({"name": "commit", "found": commit()})
     tell({"name": "device", "found": machine.describe(torch.get_num_threads())["device"]})
     for name in PACKAGES:
@@ -24,9 +24,11 @@ def environment(setting: Setting, tell: Tell) -> None:
         major, minor = torch.cuda.get_device_capability()
         tell({"name": "CUDA", "found": f"{torch.version.cuda}, capability {major}.{minor}"})
         tell({"name": "memory", "found": f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"})
-    for check in (doctor.base, doctor.hardware, doctor.attention, doctor.space):
-        for finding in doctor.findings_of(check):
-            tell({"name": finding.name, "found": finding.detail, "remedy": finding.remedy})
+    findings = [one for one in doctor.findings_of(doctor.base) if one.remedy is not None]
+    for check in (doctor.hardware, doctor.attention, doctor.space):
+        findings += doctor.findings_of(check)
+    for finding in findings:
+        tell({"name": finding.name, "found": finding.detail, "remedy": finding.remedy})
 
 
 def _version(name: str) -> str:

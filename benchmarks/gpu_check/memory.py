@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu_check.models import ppo_loop, require_device
+from benchmarks.gpu_check.models import ppo_loop, release_memory, require_device
 from benchmarks.gpu_check.records import Row, Skipped, Tell
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.machine import default_device
@@ -51,8 +51,7 @@ def peak(setting: Setting, tell: Tell) -> None:
     """Tell the plan's peak of a PPO update, and on a GPU the measured one."""
     require_device(setting)
     device = default_device().type
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    before = _start_of_peak() if device == "cuda" else 0
     loop = ppo_loop(setting, "autocast")
     for _ in range(NUM_UPDATES):
         loop.update()
@@ -60,8 +59,15 @@ def peak(setting: Setting, tell: Tell) -> None:
     phase = max(plan.phases, key=lambda name: plan.phases[name])
     row: Row = {"planned, GB": plan.peak / GB, "planned in phase": phase}
     if device == "cuda":
-        measured = torch.cuda.max_memory_allocated()
+        measured = torch.cuda.max_memory_allocated() - before
         row |= {"measured, GB": measured / GB, "measured / planned": measured / plan.peak}
     else:
         row["note"] = "skipped: only a GPU counts the bytes of tensors"
     tell(row)
+
+
+def _start_of_peak() -> int:
+    """Forget the peak so far; return the bytes that earlier parts left allocated."""
+    release_memory()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()

@@ -26,9 +26,6 @@ from benchmarks.machine import best_seconds, default_device
 from rlhf.inputs.packing import PackedRow, Packer, PromptTree
 from rlhf.models.heads import response_logprobs
 
-MIN_SECONDS = 0.5
-"""A pass is repeated for this long, and the fastest counts."""
-
 
 @dataclass(frozen=True)
 class OtherRow(PackedRow):
@@ -51,7 +48,7 @@ def rows(setting: Setting, tell: Tell) -> None:
         expected = logprobs_of(policy, packed)
         for name, attention, change in ATTENTIONS:
             policy.set_attn_implementation("sdpa")  # what stays if the next call refuses
-            fill = partial(measure, policy, attention, change(packed), expected)
+            fill = partial(measure, setting, policy, attention, change(packed), expected)
             with eager_if(setting.is_smoke):
                 tell_filled(tell, {"tokens": length, "attention": name}, fill, Exception)
             policy.zero_grad()
@@ -59,12 +56,17 @@ def rows(setting: Setting, tell: Tell) -> None:
 
 
 def measure(
-    policy: PreTrainedModel, attention: str, packed: PackedRow, expected: Tensor, row: Row
+    setting: Setting,
+    policy: PreTrainedModel,
+    attention: str,
+    packed: PackedRow,
+    expected: Tensor,
+    row: Row,
 ) -> None:
     """Add to a row the time, the memory and the difference from what is expected (tokens,)."""
     policy.set_attn_implementation(attention)
     row["off by, nats"] = (logprobs_of(policy, packed) - expected).abs().max().item()
-    time_passes(policy, packed, row)
+    time_passes(policy, packed, row, setting.sizes.timed_seconds)
 
 
 @torch.no_grad()
@@ -114,17 +116,17 @@ ATTENTIONS: tuple[tuple[str, str, Change], ...] = (
 """Name in the table, name in transformers, and what becomes of the row."""
 
 
-def time_passes(policy: PreTrainedModel, row: PackedRow, found: Row) -> None:
+def time_passes(policy: PreTrainedModel, row: PackedRow, found: Row, seconds: float) -> None:
     """Add to `found` the milliseconds of a pass without and with its gradient, and its memory."""
 
     def both() -> None:
         policy.zero_grad()
         response_logprobs(policy, row).sum().backward()
 
-    found["forward, ms"] = 1000 * best_seconds(lambda: logprobs_of(policy, row), MIN_SECONDS)
+    found["forward, ms"] = 1000 * best_seconds(lambda: logprobs_of(policy, row), seconds)
     if row.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    found["with backward, ms"] = 1000 * best_seconds(both, MIN_SECONDS)
+    found["with backward, ms"] = 1000 * best_seconds(both, seconds)
     if row.device.type == "cuda":  # weights and their gradients are in it, for each attention alike
         found["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
 

@@ -23,6 +23,11 @@ LAST_LINES = 3
 """Lines of its log that tell why a worker ended."""
 
 
+def worker_command(folder: Path, names: str) -> list[str]:
+    """Return what starts a worker that runs these parts, comma-separated."""
+    return [sys.executable, "-m", "benchmarks.gpu_check.worker", str(folder), names]
+
+
 class Worker:
     """Holds a process that runs parts in order, and reads their records."""
 
@@ -33,11 +38,10 @@ class Worker:
             self._path(part).unlink(missing_ok=True)
         self._log = folder / f"log-from-{parts[0].name}.txt"
         names = ",".join(part.name for part in parts)
-        command = [sys.executable, "-m", "benchmarks.gpu_check.worker", str(folder), names]
         threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
         with self._log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                [*command, *arguments],
+                [*worker_command(folder, names), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -25,6 +25,8 @@ class Sizes:
     row_tokens: tuple[int, ...]
     """Lengths of the packed rows; the trees in them have tree_tokens."""
     tree_tokens: int
+    timed_seconds: float
+    """A pass is repeated for this long, and the fastest counts."""
 
 
 ON_GPU = Sizes(
@@ -38,6 +40,7 @@ ON_GPU = Sizes(
     decoded_tokens=32,
     row_tokens=(4096, 16384),
     tree_tokens=512,
+    timed_seconds=0.5,
 )
 SMOKE = Sizes(
     shape="1M",
@@ -48,8 +51,9 @@ SMOKE = Sizes(
     token_counts=(10, 100),
     decoded_batches=(2, 4),
     decoded_tokens=4,
-    row_tokens=(64, 128),
-    tree_tokens=32,
+    row_tokens=(32, 64),
+    tree_tokens=16,
+    timed_seconds=0.0,
 )
 
 
