@@ -113,6 +113,7 @@ def stand_in(bodies: dict[str, str]) -> Callable[..., list[str]]:
     return command
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_dies_or_hangs_does_not_lose_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

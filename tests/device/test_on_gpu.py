@@ -1,9 +1,10 @@
-"""What the GPU computes is what the CPU computes, up to rounding."""
+"""The GPU computes what the CPU computes, up to rounding, and no memory stays behind on it."""
 
 import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from rlhf.generation.hf import LoopEngine
 from rlhf.generation.interface import Decoding
@@ -12,6 +13,7 @@ from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.models.heads import response_logprobs
 from rlhf.models.layout import packer_for
 from rlhf.models.passes import compute_logprobs, compute_scores, compute_values
+from rlhf.training.offloading import on_device
 from tests.rlhf.tiny_models import VOCAB, tiny_policy_of, tiny_scalar_of
 
 pytestmark = [
@@ -112,3 +114,13 @@ def test_draws_on_the_gpu_are_decided_by_the_generator_on_the_cpu() -> None:
         for seed in (0, 0, 1)
     )
     assert one == again != other
+
+
+def test_a_model_leaves_no_memory_behind_on_the_gpu() -> None:
+    model = nn.Linear(1000, 1000)
+    before = torch.cuda.memory_allocated()
+    with on_device([model], CUDA, offload=True):
+        assert torch.cuda.memory_allocated() - before >= 4_000_000
+        assert model.weight.device.type == "cuda"
+    assert torch.cuda.memory_allocated() == before
+    assert model.weight.device.type == "cpu"
