@@ -14,7 +14,6 @@ from benchmarks.gpu_check.models import (
     load,
     prompts,
     release_memory,
-    require_device,
 )
 from benchmarks.gpu_check.records import Row, Tell, tell_filled
 from benchmarks.gpu_check.setting import Setting
@@ -46,7 +45,6 @@ class CacheWatch:
 
 def decoding(setting: Setting, tell: Tell) -> None:
     """Tell milliseconds a step for each precision and batch."""
-    require_device(setting)
     for precision in PRECISIONS:
         policy = load(setting, precision)
         for batch in setting.sizes.decoded_batches:

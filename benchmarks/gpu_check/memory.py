@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu_check.models import ppo_loop, release_memory, require_device
-from benchmarks.gpu_check.records import Row, Skipped, Tell
+from benchmarks.gpu_check.models import ppo_loop, release_memory
+from benchmarks.gpu_check.records import Row, Tell
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.machine import default_device
 from tools.plan import Launch, make_plan
@@ -19,9 +19,6 @@ NUM_UPDATES = 2
 
 def allocator(setting: Setting, tell: Tell) -> None:
     """Tell what the caching allocator holds at each token of a rollout, and what of it is used."""
-    require_device(setting)
-    if not torch.cuda.is_available():
-        raise Skipped("no CUDA device, so no caching allocator")
     loop = ppo_loop(setting, "autocast")
     points: list[tuple[int, int]] = []
 
@@ -49,7 +46,6 @@ def summary(points: Sequence[tuple[int, int]], num_retries: int) -> Row:
 
 def peak(setting: Setting, tell: Tell) -> None:
     """Tell the plan's peak of a PPO update, and on a GPU the measured one."""
-    require_device(setting)
     device = default_device().type
     before = _start_of_peak() if device == "cuda" else 0
     loop = ppo_loop(setting, "autocast")

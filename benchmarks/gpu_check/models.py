@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoConfig, PreTrainedModel
 
 from benchmarks import folders, machine
-from benchmarks.gpu_check.records import Skipped, Tell
+from benchmarks.gpu_check.records import Tell
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.ours import PPOLoop, ppo_config
 from benchmarks.workload import Workload, ppo_prompts, spread_lengths
@@ -35,18 +35,11 @@ MINI_BATCHES = 4
 
 def models(setting: Setting, tell: Tell) -> None:
     """Make the policy and the reward model, and tell their sizes."""
-    require_device(setting)
     policy = load(setting, "bf16 weights")
     count = sum(weight.numel() for weight in policy.parameters())
     made = "given" if setting.model else "random weights"
     tell({"model": str(policy_path(setting)), "weights": made, "parameters": count})
     tell({"model": str(reward_path(setting)), "weights": "random head on the policy's body"})
-
-
-def require_device(setting: Setting) -> None:
-    """Raise Skipped for full-sized work without a GPU."""
-    if not torch.cuda.is_available() and not setting.is_smoke:
-        raise Skipped("no CUDA device; --smoke tries the code on the CPU with a tiny model")
 
 
 def policy_path(setting: Setting) -> Path:

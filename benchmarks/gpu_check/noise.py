@@ -1,9 +1,9 @@
 """Measure how far rounding drives apart what PPO takes to be equal.
 
 Sampler and packed pass give log-probabilities of the same tokens under the same weights, and so do
-the passes of rollout and training. PPO's alarms PPO_SAMPLER and PPO_RATIO compare the largest
-difference with a fixed limit. A maximum grows with the number of tokens, so it is reported for
-several numbers.
+the passes of rollout and training. PPO's alarms PPO_SAMPLER and PPO_RATIO compare mean and high
+quantile of the difference with fixed limits. The table shows them for several numbers of tokens,
+and the largest difference too, which grows with that number.
 """
 
 from collections.abc import Iterator
@@ -11,35 +11,34 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check.models import PRECISIONS, ppo_loop, require_device
+from benchmarks.gpu_check.models import PRECISIONS, ppo_loop
 from benchmarks.gpu_check.records import Row, Tell
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.ours import PPOLoop
 from stages.ppo.learner import Outputs
-from stages.ppo.monitor import TOKEN_NOISE, sampler_noise
+from stages.ppo.metrics import HIGH
+from stages.ppo.monitor import TOKEN_NOISE, Noise, sampler_noise
 from stages.ppo.rollout import Rollout
 from stages.ppo.update import OldOutputs, mini_batches
-
-QUANTILE = 0.999
 
 
 def noise(setting: Setting, tell: Tell) -> None:
     """Tell both differences for each precision and number of tokens."""
-    require_device(setting)
     for precision in PRECISIONS:
         loop = ppo_loop(setting, precision)
         rollout = loop.roll_out()
         for name, differences, limit in both_differences(loop, rollout):
             for count in setting.sizes.token_counts:
                 head: Row = {"precision": precision, "difference": name, "tokens": count}
-                tell({**head, **spread(differences, count), "alarm above": limit})
+                limits: Row = {"mean's limit": limit.mean, "quantile's limit": limit.high}
+                tell({**head, **spread(differences, count), **limits})
         assert rollout.check is not None
         entropy = rollout.check.entropy[rollout.response_mask].mean().item()
         tell({"precision": precision, "difference": "(entropy of the policy)", "mean": entropy})
 
 
-def both_differences(loop: PPOLoop, rollout: Rollout) -> Iterator[tuple[str, Tensor, float]]:
-    """Yield each difference by name, in nats (tokens,), with the limit of its alarm."""
+def both_differences(loop: PPOLoop, rollout: Rollout) -> Iterator[tuple[str, Tensor, Noise]]:
+    """Yield each difference by name, in nats (tokens,), with the limits of its alarm."""
     limit = TOKEN_NOISE["bfloat16"]
     assert rollout.check is not None
     of_sampler = rollout.logprobs - rollout.check.sampler_logprobs
@@ -78,6 +77,6 @@ def spread(differences: Tensor, count: int) -> Row:
     return {
         "groups": num_groups,
         "mean": groups.mean().item(),
-        f"quantile {QUANTILE:g}": groups.quantile(QUANTILE, dim=1).mean().item(),
+        f"quantile {HIGH:g}": groups.quantile(HIGH, dim=1).mean().item(),
         "largest": groups.amax(1).mean().item(),
     }

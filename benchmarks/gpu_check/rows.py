@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel
 
-from benchmarks.gpu_check.models import load, prompts, release_memory, require_device
+from benchmarks.gpu_check.models import load, prompts, release_memory
 from benchmarks.gpu_check.records import Row, Tell, tell_filled
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.machine import best_seconds, default_device
@@ -40,7 +40,6 @@ class OtherRow(PackedRow):
 
 def rows(setting: Setting, tell: Tell) -> None:
     """Tell milliseconds and memory of a pass, and how far its results are from the mask's."""
-    require_device(setting)
     policy = load(setting, "bf16 weights")
     for length in setting.sizes.row_tokens:
         packed = full_row(setting, length)

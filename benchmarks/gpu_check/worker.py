@@ -54,6 +54,7 @@ def run_part(part: Part, find: Callable[[str], Measure], setting: Setting, folde
 
     keep()
     try:
+        check_device(part, setting)
         find(part.name)(setting, tell)
         record = record.ended("passed")
     except Skipped as reason:
@@ -63,6 +64,20 @@ def run_part(part: Part, find: Callable[[str], Measure], setting: Setting, folde
         record = record.ended("failed", f"{type(error).__name__}: {error}")
     keep()
     return record
+
+
+def check_device(part: Part, setting: Setting) -> None:
+    """Raise Skipped if the part needs a GPU and there is none, before its packages are imported."""
+    if part.without_gpu == "run":
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    if part.without_gpu == "skip":
+        raise Skipped("no CUDA device")
+    if not setting.is_smoke:
+        raise Skipped("no CUDA device; --smoke tries the code on the CPU with a tiny model")
 
 
 def measure_of(name: str) -> Measure:
