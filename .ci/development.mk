@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 
-.PHONY: check quick test test-all test-resume test-interop test-lowest test-newest bench bench-scaling bench-roofline
+.PHONY: check quick test test-all test-resume test-interop test-lowest test-newest bench bench-scaling bench-roofline gpu-check
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or later is needed; make PYTHON=python3.12 names one")'
@@ -63,3 +63,6 @@ bench-scaling: $(SETUP) ## Our cost over K, batch, length, ptx ratio and model s
 
 bench-roofline: $(SETUP) ## How close each phase comes to what the machine can do.
 	$(BIN)/python -m benchmarks.roofline $(ARGS)
+
+gpu-check: $(SETUP) ## What only a GPU can show, in nine minutes; ARGS=--smoke tries the program on a CPU.
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.inputs.chat import Chat
@@ -26,24 +27,31 @@ SHAPES: dict[str, dict[str, Any]] = {
     "9M": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 12},
     "35M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 16},
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
+    "350M": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 24},
 }
-"""Shapes of Llamas; the last is SmolLM2-135M."""
-HEADS = {"1M": (3, 1), "9M": (3, 1), "35M": (6, 2), "135M": (9, 3)}
+"""Shapes of Llamas; 135M is SmolLM2-135M, and 350M is for GPUs."""
+HEADS = {"1M": (3, 1), "9M": (3, 1), "35M": (6, 2), "135M": (9, 3), "350M": (16, 8)}
 """Attention heads: those of the queries, then those of the keys and values."""
-VOCAB_SIZES = {"1M": 4096, "9M": 16384, "35M": 32768, "135M": 49152}
+VOCAB_SIZES = {"1M": 4096, "9M": 16384, "35M": 32768, "135M": 49152, "350M": 49152}
 CONTEXT = 2048
 
 
-def policy_folder(work_dir: Path, shape: str = "135M") -> Path:
-    """Return the folder of SmolLM2-135M if it is there; else make a random Llama of the shape."""
+def policy_folder(work_dir: Path, shape: str = "135M", sharpness: float = 1.0) -> Path:
+    """Return the folder of SmolLM2-135M if it is there; else make a random Llama of the shape.
+
+    Args:
+        sharpness: Factor of a random Llama's logits. With 1 all tokens are about equally likely.
+    """
     if shape == "135M" and Path(SMOLLM2, "config.json").exists():
         return Path(SMOLLM2)
-    folder = work_dir / f"policy-{shape}"
+    folder = work_dir / (f"policy-{shape}" + (f"-times-{sharpness:g}" if sharpness != 1 else ""))
     if not (folder / "config.json").exists():
         tokenizer = _small_tokenizer()
         torch.manual_seed(0)
         policy = new_policy(architecture(shape), tokenizer)
-        policy.resize_token_embeddings(VOCAB_SIZES[shape])
+        # Resizing by the mean would give all new ids one and the same embedding.
+        policy.resize_token_embeddings(VOCAB_SIZES[shape], mean_resizing=False)
+        nn.init.constant_(policy.model.norm.weight, sharpness)  # the logits are linear in it
         save_policy(policy, tokenizer, folder)
     return folder
 

@@ -34,7 +34,7 @@ from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.learner import Learner
 from stages.ppo.load import load_models
 from stages.ppo.metrics import rollout_metrics, rollout_sums
-from stages.ppo.rollout import Episode, Sampler, roll_out
+from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out
 from stages.ppo.update import update
 from stages.rm.config import Config as RMConfig
 from stages.rm.data import Example
@@ -212,12 +212,11 @@ class PPOLoop:
         self.order = torch.Generator().manual_seed(0)
         self.num_updates = 0
 
-    def update(self) -> dict[str, Any]:
-        """Run one update on all prompts; return its figures and the seconds of its phases."""
-        self.watch.take()
+    def roll_out(self) -> Rollout:
+        """Sample a response to every prompt, with all that the next update needs."""
         models = self.learner.models
         with self.accelerator.autocast(), mock.patch("rlhf.generation.hf.draw", self.draws):
-            rollout = roll_out(
+            return roll_out(
                 models.policy,
                 models.value_model,
                 self.sampler,
@@ -226,6 +225,11 @@ class PPOLoop:
                 self.accelerator,
                 is_checked=self.num_updates % self.config.rollout.check_every == 0,
             )
+
+    def update(self) -> dict[str, Any]:
+        """Run one update on all prompts; return its figures and the seconds of its phases."""
+        self.watch.take()
+        rollout = self.roll_out()
         self.num_updates += 1
         sums = {name: float(value) for name, value in rollout_sums(rollout).items()}
         metrics = rollout_metrics(sums)

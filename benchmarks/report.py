@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.shared import markdown_table
+from experiments.tables import markdown_table
 
 RESULTS = "results.json"
 TABLE = "results.md"

@@ -27,7 +27,7 @@ from benchmarks.__main__ import WORK_DIR, commands, workload
 from benchmarks.compare import median_phases
 from benchmarks.protocol import Worker
 from benchmarks.workload import Workload
-from experiments.shared import markdown_table
+from experiments.tables import markdown_table
 from rlhf.inputs.packing import PromptTree
 from rlhf.measuring.flops import ModelSize, Work, size_of, training_flops, update_flops, work_of
 from rlhf.runs.lineage import commit

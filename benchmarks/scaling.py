@@ -34,6 +34,7 @@ KS = (2, 3, 4, 6, 9)
 BATCHES = (4, 8, 16, 32)
 LENGTHS = (16, 32, 64, 128)
 TEXT_BLOCKS = (0, 1, 2, 4, 8)
+SIZES = ("1M", "9M", "35M", "135M")
 BATCH, PROMPT_TOKENS, NEW_TOKENS = 16, (16, 128), 48
 FLAT = "cost per token over batches, largest deviation from its mean"
 PTX = "an update with 8 blocks of text an episode, in updates without"
@@ -84,7 +85,6 @@ SIZE_PANEL = "Both: over the model's size"
 
 
 def panels() -> list[Panel]:
-    sizes = tuple(SHAPES)
     return [
         Panel(
             RM_PANEL,
@@ -117,12 +117,12 @@ def panels() -> list[Panel]:
             SIZE_PANEL,
             "million parameters",
             {
-                "PPO update": {float(name[:-1]): partial(episodes) for name in sizes},
+                "PPO update": {float(name[:-1]): partial(episodes) for name in SIZES},
                 "RM epoch, K = 9": {
-                    float(name[:-1]): partial(rankings, k=9, num_prompts=4) for name in sizes
+                    float(name[:-1]): partial(rankings, k=9, num_prompts=4) for name in SIZES
                 },
             },
-            sizes,
+            SIZES,
         ),
     ]
 

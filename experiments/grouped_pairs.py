@@ -28,7 +28,6 @@ from experiments.shared import (
     INK,
     RUNS,
     TABLE,
-    markdown_table,
     mean_cell,
     over_seeds,
     read_rows,
@@ -37,6 +36,7 @@ from experiments.shared import (
     style_axes,
     values_cell,
 )
+from experiments.tables import markdown_table
 from rlhf.inputs.files import read_records, write_records
 from rlhf.inputs.ranges import PositiveInt
 from rlhf.inputs.records import Ranking

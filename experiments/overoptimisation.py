@@ -30,7 +30,6 @@ from experiments.shared import (
     INK,
     RUNS,
     TABLE,
-    markdown_table,
     read_json,
     read_rows,
     save_figure,
@@ -38,6 +37,7 @@ from experiments.shared import (
     style_axes,
     values_cell,
 )
+from experiments.tables import markdown_table
 from rlhf.inputs.files import read_records, write_records
 from rlhf.inputs.fitting import fit_prompt
 from rlhf.inputs.ranges import Range

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.shared import TABLE, markdown_table, mean_cell, over_seeds, read_json
+from experiments.shared import TABLE, mean_cell, over_seeds, read_json
+from experiments.tables import markdown_table
 from rlhf.runs.folder import RESULTS, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run

@@ -24,7 +24,6 @@ from experiments.shared import (
     RUNS,
     TABLE,
     is_finished,
-    markdown_table,
     mean_cell,
     over_seeds,
     read_json,
@@ -34,6 +33,7 @@ from experiments.shared import (
     style_axes,
     values_cell,
 )
+from experiments.tables import markdown_table
 from rlhf.runs.folder import METRICS, RESULTS, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -82,16 +82,19 @@ def main(args: Sequence[str] | None = None) -> int:
     ).parse_args(args)
     failed = False
     for check in (base, extras, hardware, attention, deepspeed, processes, logins, space):
-        try:
-            findings = list(check())
-        except Exception as error:  # finish the report, whatever is broken
-            needed = check in (base, attention)
-            findings = [Finding(check.__name__, _told(error), REINSTALL, needed)]
-        for finding in findings:
+        for finding in findings_of(check):
             print(finding, flush=True)
             failed |= finding.is_needed and finding.remedy is not None
     print("the base is not whole: fix what says FAIL" if failed else "the base is whole")
     return int(failed)
+
+
+def findings_of(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """Return what a check finds; an error in it is a finding too, so that the report goes on."""
+    try:
+        return list(check())
+    except Exception as error:
+        return [Finding(check.__name__, _told(error), REINSTALL, check in (base, attention))]
 
 
 def base() -> Iterator[Finding]:

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from experiments.shared import markdown_table, mean_cell, over_seeds, values_cell
+from experiments.shared import mean_cell, over_seeds, values_cell
+from experiments.tables import markdown_table
 
 
 def test_figures_over_seeds_have_students_interval() -> None:
