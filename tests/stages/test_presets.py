@@ -234,9 +234,7 @@ def test_every_stage_starts_with_the_presets_own_files(name: str, tmp_path: Path
         model = getattr(own, "model", None)
         if model is not None and model.path in bases:  # a hub id
             words = ("--model.path", str(bases[model.path]), *words)
-        return load_config(
-            config_class, ["--config", str(file), "--run_dir", str(run), *words]
-        )
+        return load_config(config_class, ["--config", str(file), "--run_dir", str(run), *words])
 
     train_sft(settings("sft", SFTConfig, "--num_samples", "2"))
     train_rm(settings("rm", RMConfig, *(["--held_out", "0.4"] if "llama" in name else [])))
