@@ -186,3 +186,15 @@ def test_the_judge_of_a_preset_is_a_second_reward_model(checkout: Checkout) -> N
     data = ["data.smollm2", "data.instructions", "data.harmless"]
     assert stages_of(commands) == [*data, "sft", "rm", "ppo", "rm", "evaluate"]
     assert "--config configs/rm/harmless_judge.yaml --run_dir runs/harmless " in commands[-2]
+
+
+@pytest.mark.parametrize(
+    ("preset", "aligned"),
+    [("llama_1b", "ppo_ptx"), ("llama_8b", "ppo_ptx"), ("pythia_1b_tldr", "ppo")],
+)
+def test_a_preset_for_a_real_size_trains_one_policy(
+    preset: str, aligned: str, checkout: Checkout
+) -> None:
+    commands = checkout.make("pipeline", f"PRESET={preset}")
+    assert stages_of(commands) == ["sft", "rm", "ppo", "evaluate"]
+    assert (checkout.folder / "runs" / preset / aligned / "results.json").is_file()

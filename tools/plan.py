@@ -19,8 +19,11 @@ time, what is held in this phase, and the most that its passes allocate.
     others     a pass without gradient over a row of micro_batch_tokens
 
 Under DDP every process holds all of this. ZeRO-2 splits optimizer and gradients over the processes;
-ZeRO-3 also splits the trained weights. With mixed precision, DeepSpeed keeps fp32 weights besides
-the halved ones. tests/tools/test_plan.py compares the peak of real runs on a CPU with the plan.
+ZeRO-3 also splits the trained weights and the moving average. For a rollout every process gathers
+the weights of policy and value model and keeps them to its end. With mixed precision, DeepSpeed
+turns the models into bfloat16, runs their passes in it, and keeps fp32 weights besides. The layers
+that ZeRO-3 gathers within a training pass are not counted; DeepSpeed's limit for them is 1e9
+weights. tests/tools/test_plan.py compares the peak of real runs on a CPU with the plan.
 GPUs and ZeRO were never measured. Lengths are the settings' limits, so shorter data need less in
 the rollout, and less time.
 """
@@ -110,6 +113,11 @@ class Launch:
         """Whether one process holds everything."""
         return self.num_processes == 1 and not self.zero_stage
 
+    @property
+    def is_halved(self) -> bool:
+        """Whether DeepSpeed turns the models into bfloat16."""
+        return self.zero_stage > 0 and self.mixed_precision != "no"
+
     def share(self, num_bytes: int, from_zero_stage: int) -> int:
         """Return how many bytes one process holds, if ZeRO splits them from this stage on."""
         return num_bytes // self.num_processes if self.zero_stage >= from_zero_stage else num_bytes
@@ -144,8 +152,7 @@ class Plan:
 
     def hold(self, name: str, model: nn.Module) -> None:
         """Add the weights of a model."""
-        full = _bytes(model.parameters())
-        self.held[f"{name}: weights"] = self.launch.share(full // 2 if self.is_halved else full, 3)
+        self.held[f"{name}: weights"] = self.launch.share(_bytes(model.parameters()), 3)
 
     def hold_on_base(self, name: str, model: PreTrainedModel) -> None:
         """Add the weights of a role: its adapter and head, and the base below them.
@@ -153,21 +160,17 @@ class Plan:
         Roles over the same base share it (`rlhf.models.shared_bases`)."""
         own = sum(weight.nbytes for weight in adapter_weights(model).values())
         base = f"base {model.config.name_or_path}, {str(model.dtype).removeprefix('torch.')}"
-        size = (_bytes(model.parameters()) - own) // (1 + self.is_halved)
+        size = (_bytes(model.parameters()) - own) // (1 + self.launch.is_halved)
         self.held[base] = max(self.held.get(base, 0), size)  # a classifier lacks the unembedding
         if own:
             self.held[f"{name}: adapter and head"] = own
 
     def hold_optimizer(self, name: str, model: nn.Module) -> None:
         """Add what a model needs besides its weights to learn."""
-        launch, trained = self.launch, _bytes(trained_parameters(model).values())
-        self.held[f"{name}: optimizer"] = launch.share((2 + self.is_halved) * trained, 1)
+        launch, trained = self.launch, _trained_bytes(self.launch, model)
+        self.held[f"{name}: optimizer"] = launch.share((2 + launch.is_halved) * trained, 1)
         if launch.num_processes > 1 and not launch.zero_stage:
             self.held[f"{name}: exchange of gradients"] = trained
-
-    @property
-    def is_halved(self) -> bool:
-        return self.launch.zero_stage > 0 and self.launch.mixed_precision != "no"
 
 
 def make_plan(config: Config, launch: Launch) -> Plan:
@@ -218,14 +221,16 @@ class Roles:
     @classmethod
     def of(cls, config: PPOConfig, dry: DryRun, launch: Launch) -> "Roles":
         are_shared = config.lora.rank > 0 and launch.zero_stage < 3
-        settings = _dry(config.policy)
+        # A base that adapters share is counted in its own type, and halved there.
+        in_passes = Launch() if are_shared else launch
+        settings = _dry(config.policy, in_passes)
         rewards = {
-            name: dry.scalar(_dry(_reward_settings(config, path)), is_shared=are_shared)
+            name: dry.scalar(_dry(_reward_settings(config, path), Launch()), is_shared=are_shared)
             for name, path in config.reward.model_paths.items()
         }
         roles = cls(
             dry.policy(settings, config.lora, is_shared=are_shared),
-            dry.scalar(_dry(_value_settings(config)), config.lora, is_shared=are_shared),
+            dry.scalar(_dry(_value_settings(config), in_passes), config.lora, is_shared=are_shared),
             dry.policy(settings, is_shared=are_shared),
             rewards,
             are_shared,
@@ -274,12 +279,10 @@ def _hold_roles(plan: Plan, roles: Roles, config: PPOConfig) -> None:
         plan.hold_optimizer(name, model)
     if config.ema_decay is not None:
         average = _bytes(trained_parameters(roles.policy).values(), as_type=torch.float32)
-        plan.held["policy: moving average"] = average
+        plan.held["policy: moving average"] = plan.launch.share(average, 3)
     if not roles.are_shared:
         resting = plan.waiting if config.offload and plan.launch.device != "cpu" else plan.held
-        # The reference is held in the policy's type, since both have the same weights.
-        halved = {"reference"} if plan.is_halved else set()
-        resting |= {n: _bytes(m.parameters()) // (1 + (n in halved)) for n, m in frozen.items()}
+        resting |= {name: _bytes(model.parameters()) for name, model in frozen.items()}
 
 
 def _plan_rollout(plan: Plan, dry: DryRun, config: PPOConfig, roles: Roles) -> None:
@@ -289,15 +292,17 @@ def _plan_rollout(plan: Plan, dry: DryRun, config: PPOConfig, roles: Roles) -> N
     sampling, cache = dry.sampling(roles.policy, batch, *_lengths(config))
     plan.parts["KV cache of a rollout"] = cache
     row = _rows(config, plan.launch).of_episodes(*_lengths(config), num_episodes)
-    plan.add_phase("rollout", sampling)
+    gathered = _gathered_bytes(plan.launch, roles.policy, roles.value_model)
+    plan.parts["weights gathered for a rollout"] = gathered
+    plan.add_phase("rollout", gathered, sampling)
     if roles.rewards:  # the phase brings all of them to the device
         visitors = sum(plan.waiting.get(f"reward.{name}", 0) for name in roles.rewards)
         passes = [dry.values(model, row) for model in roles.rewards.values()]
-        plan.add_phase("score", visitors, max(passes))
-    plan.add_phase("logprobs", dry.moments(roles.policy, row))
+        plan.add_phase("score", gathered, visitors, max(passes))
+    plan.add_phase("logprobs", gathered, dry.moments(roles.policy, row))
     visitor = plan.waiting.get("reference", 0)
-    plan.add_phase("reference", visitor, dry.logprobs(roles.reference, row))
-    plan.add_phase("value", dry.values(roles.value_model, row))
+    plan.add_phase("reference", gathered, visitor, dry.logprobs(roles.reference, row))
+    plan.add_phase("value", gathered, dry.values(roles.value_model, row))
 
 
 def _plan_training(
@@ -341,7 +346,7 @@ def _plan_training(
 
 def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
     """Plan a pass over a full row. A longer ranking is not cut, and needs more."""
-    model = dry.scalar(_dry(config.model), config.lora)
+    model = dry.scalar(_dry(config.model, plan.launch), config.lora)
     if config.gradient_checkpointing:
         checkpoint_activations(model.classifier)
     plan.hold("reward model", model)
@@ -365,7 +370,7 @@ def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
 
 def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
     """Plan a padded batch with all of its logits, as TRL trains."""
-    policy = dry.policy(_dry(config.model), config.lora)
+    policy = dry.policy(_dry(config.model, plan.launch), config.lora)
     plan.hold("policy", policy)
     plan.hold_optimizer("policy", policy)
     if config.reward_model is not None:
@@ -374,7 +379,9 @@ def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
     prompt, response = config.max_prompt_tokens, config.max_response_tokens
     batch = min(config.generation.batch_size, config.num_samples)
     sampling, plan.parts["KV cache of the samples"] = dry.sampling(policy, batch, prompt, response)
-    plan.add_phase("samples", sampling)
+    gathered = _gathered_bytes(plan.launch, policy)
+    plan.parts["weights gathered for samples"] = gathered
+    plan.add_phase("samples", gathered, sampling)
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
     rows = config.rows_per_pass(plan.launch.num_processes)
@@ -422,8 +429,12 @@ def _with_config(path: str, other: str) -> str:
     return path if any((Path(path) / name).is_file() for name in files) else other
 
 
-def _dry(settings: ModelSettings) -> ModelSettings:
-    """Replace flash attention, which has no kernel here; sdpa without a mask saves the same."""
+def _dry(settings: ModelSettings, launch: Launch) -> ModelSettings:
+    """Return the settings of a model as its passes run.
+
+    Flash attention has no kernel here; sdpa without a mask saves the same."""
+    if launch.is_halved:
+        settings = replace(settings, dtype="bfloat16")
     is_flash = settings.attention.startswith("flash")
     return replace(settings, attention="sdpa") if is_flash else settings
 
@@ -476,8 +487,19 @@ def _bytes(weights: Iterable[nn.Parameter], as_type: torch.dtype | None = None) 
     return sum(p.numel() * (p.dtype if as_type is None else as_type).itemsize for p in weights)
 
 
+def _trained_bytes(launch: Launch, model: nn.Module) -> int:
+    """Return the bytes of the trained weights as the optimizer holds them."""
+    as_type = torch.float32 if launch.is_halved else None
+    return _bytes(trained_parameters(model).values(), as_type)
+
+
+def _gathered_bytes(launch: Launch, *models: nn.Module) -> int:
+    """Return the bytes of the weights that every process gathers outside training."""
+    return sum(_bytes(m.parameters()) for m in models) if launch.zero_stage >= 3 else 0
+
+
 def _gradient_bytes(launch: Launch, model: nn.Module) -> int:
-    return launch.share(_bytes(trained_parameters(model).values()), 2)
+    return launch.share(_trained_bytes(launch, model), 2)
 
 
 def _largest(*models: nn.Module) -> int:
@@ -488,7 +510,7 @@ def _step_bytes(launch: Launch, *models: nn.Module) -> int:
     """Return the bytes of AdamW's temporaries."""
     if launch.device == "cpu":
         return 2 * _largest(*models)
-    return launch.share(max(_bytes(trained_parameters(model).values()) for model in models), 1)
+    return launch.share(max(_trained_bytes(launch, model) for model in models), 1)
 
 
 def _training_flops(model: PreTrainedModel, work: Work, config: RMConfig | SFTConfig) -> float:

@@ -150,11 +150,43 @@ def test_what_is_held_is_split_as_the_launcher_says(tiny: Path, config: Config) 
     frozen = [full, full]  # moving average, reference
     assert held() == [full, 2 * full, value, 2 * value, *frozen]
     assert held(num_processes=2, zero_stage=2) == [full, full, value, value, *frozen]
-    assert held(num_processes=2, zero_stage=3) == [full // 2, full, value // 2, value, *frozen]
+    split = [full // 2, full]
+    assert held(num_processes=2, zero_stage=3) == [full // 2, full, value // 2, value, *split]
     halved = held(num_processes=4, zero_stage=2, mixed_precision="bf16")
     assert halved == [full // 2, 3 * full // 4, value // 2, 3 * value // 4, full, full // 2]
     parallel = make_plan(config, Launch(num_processes=2)).held
     assert parallel["policy: exchange of gradients"] == full
+
+
+@pytest.mark.slow
+def test_zero3_gathers_both_models_for_a_rollout(tiny: Path, config: Config) -> None:
+    """In bfloat16 under mixed precision: half of the bytes on disk, on every process."""
+    whole = make_plan(config, Launch(2, zero_stage=2, mixed_precision="bf16"))
+    split = make_plan(config, Launch(2, zero_stage=3, mixed_precision="bf16"))
+    full = weights_of(tiny)
+    gathered = full // 2 + (full - 4 * (VOCAB * 32 - 32)) // 2
+    assert split.parts["weights gathered for a rollout"] == gathered
+    assert whole.parts["weights gathered for a rollout"] == 0
+    for phase in ("rollout", "logprobs", "reference", "value"):
+        passes = whole.phases[phase] - sum(whole.held.values())
+        assert split.phases[phase] - sum(split.held.values()) == gathered + passes
+
+
+@pytest.mark.slow
+def test_deepspeed_runs_passes_in_bfloat16(config: Config) -> None:
+    """So the cache has 2 bytes a number. Under autocast, rotary embeddings make it float32."""
+    numbers = 2 * 2 * 4 * 4  # layers, keys and values, their heads, and the size of a head
+    tokens = PROMPT_TOKENS + config.rollout.max_new_tokens - 1
+    caches = [
+        make_plan(config, launch).parts["KV cache of a rollout"]
+        for launch in (
+            Launch(2, zero_stage=3, mixed_precision="bf16"),
+            Launch(2, zero_stage=2, mixed_precision="bf16"),
+            Launch(2, mixed_precision="bf16"),
+        )
+    ]
+    own = 4  # of the 8 episodes
+    assert caches == [own * tokens * numbers * size for size in (2, 2, 4)]
 
 
 @pytest.mark.slow

@@ -1,0 +1,3 @@
+# Summaries without a pretraining mix. configs/sft/pythia_1b_tldr.yaml says how model and data get
+# into $(RUN).
+POLICIES := ppo
