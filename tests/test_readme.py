@@ -115,7 +115,8 @@ def test_module_command_exists(command: str, capsys: pytest.CaptureFixture[str])
         if option == "--input":
             assert path.startswith(HUB) or (ROOT / path).exists()
     options = options_of(rest)
-    if module == "tools.plan":  # it takes the options of the stage whose settings it reads
+    if module == "tools.plan" and "--config" in rest:
+        # It takes the options of the stage whose settings it reads.
         stage = Path(rest[rest.index("--config") + 1]).parent.name
         assert_options_exist(f"stages.{stage}", [o for o in options if o != "--accelerate"], capsys)
         options = [option for option in options if option == "--accelerate"]
