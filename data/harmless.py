@@ -8,26 +8,21 @@ policy sees the judge's half or the held-out pairs. Many dialogues of the public
 first turn, so the split is by the first turn.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data.convert.formats import CONVERTERS
 from data.convert.program import Counts, convert_rows
 from data.convert.readers import read_source
 from data.instructions import build as instructions
-from rlhf.inputs.files import read_records, split_by_prompt, write_records
+from data.record_files import write_record_files
+from rlhf.inputs.files import read_records, split_by_prompt
 from rlhf.inputs.ranges import ShareBetween
 from rlhf.inputs.records import Demonstration, Prompt, Ranking, Record
-from rlhf.inputs.whole_files import write_text
-from rlhf.runs.code import code_of
-from rlhf.runs.folder import folders_given_back, refuse_inputs_inside, writing
 from rlhf.runs.program import run_stage
 from rlhf.runs.settings import FolderSettings
-
-RESULTS_FILE = "results.json"
-"""File that is written last, so that a folder without it is unfinished."""
 
 PAIRS = "hh_rlhf/harmless-base.test.jsonl.gz"
 DEMONSTRATIONS = {
@@ -65,33 +60,20 @@ class HarmlessConfig(FolderSettings):
     """Seed of the two splits."""
 
 
-@folders_given_back()
 def build(config: HarmlessConfig) -> None:
     """Write the files; each appears only when it is whole, and results.json comes last."""
-    folder = Path(config.output_dir)
-    settings = asdict(config)
-    refuse_inputs_inside(folder, {"shared": config.shared, "instructions": config.instructions})
-    with writing(
-        folder,
+    write_record_files(
+        config,
+        Path(config.output_dir),
+        partial(make_files, config),
         program="data.harmless",
-        files=(*FILES, RESULTS_FILE),
-        settings=settings,
+        names=FILES,
+        sources={"shared": Path(config.shared), "instructions": Path(config.instructions)},
         inputs={
             **{path: Path(config.shared, path) for path in (PAIRS, *DEMONSTRATIONS.values())},
             TRAIN_PROMPTS: Path(config.instructions, TRAIN_PROMPTS),
         },
-        code=code_of(config, settings),
-        overwrite=config.overwrite,
-        force=config.force,
-    ) as output:
-        files = make_files(config)
-        output.begin([RESULTS_FILE])
-        for name, records in files.items():
-            write_records(folder / name, records)
-            print(f"wrote {folder / name}: {len(records)} rows")
-        counts = {name: len(rows) for name, rows in files.items()}
-        write_text(folder / RESULTS_FILE, json.dumps(counts) + "\n")
-        output.finish()
+    )
 
 
 def make_files(config: HarmlessConfig) -> dict[str, Sequence[Record]]:

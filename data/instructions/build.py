@@ -1,10 +1,10 @@
 """Write the prompts with instructions."""
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data.convert.formats import CONVERTERS
@@ -12,17 +12,12 @@ from data.convert.program import Counts, convert_rows
 from data.convert.readers import read_source
 from data.instructions.ifeval import known_prompts
 from data.instructions.templates import NUM_GROUPS, draw_instructions, in_words
-from rlhf.inputs.files import split_by_prompt, write_records
+from data.record_files import write_record_files
+from rlhf.inputs.files import split_by_prompt
 from rlhf.inputs.ranges import PositiveInt, ShareBetween
-from rlhf.inputs.records import Prompt
+from rlhf.inputs.records import Prompt, Record
 from rlhf.inputs.streams import python_stream
-from rlhf.inputs.whole_files import write_text
-from rlhf.runs.code import code_of
-from rlhf.runs.folder import folders_given_back, refuse_inputs_inside, writing
 from rlhf.runs.settings import FolderSettings
-
-RESULTS_FILE = "results.json"
-"""File that is written last, so that a folder without it is unfinished."""
 
 OPEN_ASSISTANT = (
     "open_assistant/en_100_text.jsonl",
@@ -64,30 +59,18 @@ class InstructionsConfig(FolderSettings):
             )
 
 
-@folders_given_back()
 def build(config: InstructionsConfig) -> None:
     """Write the prompts; each file appears only when it is whole, and results.json comes last."""
-    folder = Path(config.output_dir)
-    settings = asdict(config)
-    refuse_inputs_inside(folder, {"shared": config.shared})
-    with writing(
-        folder,
+    write_record_files(
+        config,
+        Path(config.output_dir),
+        partial(make_files, config),
         program="data.instructions",
-        files=(*FILES, RESULTS_FILE),
-        settings=settings,
+        names=FILES,
+        sources={"shared": Path(config.shared)},
         inputs={path: Path(config.shared, path) for path in (*OPEN_ASSISTANT, IFEVAL)},
-        code=code_of(config, settings),
-        overwrite=config.overwrite,
-        force=config.force,
-    ) as output:
-        files = make_files(config)
-        output.begin([RESULTS_FILE])
-        for name, prompts in files.items():
-            write_records(folder / name, prompts)
-            print(f"wrote {folder / name}: {len(prompts)} prompts, {_kinds(prompts)}")
-        counts = {name: len(rows) for name, rows in files.items()}
-        write_text(folder / RESULTS_FILE, json.dumps(counts) + "\n")
-        output.finish()
+        describe=lambda prompts: f"{len(prompts)} prompts, {_kinds(prompts)}",
+    )
 
 
 def make_files(config: InstructionsConfig) -> dict[str, list[Prompt]]:
@@ -130,6 +113,7 @@ def _num_characters(prompt: Prompt) -> int:
     return len(prompt.prompt)
 
 
-def _kinds(prompts: Sequence[Prompt]) -> str:
-    counts = Counter(one["kind"] for prompt in prompts for one in prompt.meta["instructions"])
+def _kinds(prompts: Sequence[Record]) -> str:
+    metas = [prompt.meta for prompt in prompts if isinstance(prompt, Prompt)]
+    counts = Counter(one["kind"] for meta in metas for one in meta["instructions"])
     return ", ".join(f"{kind} {count}" for kind, count in counts.most_common())

@@ -60,9 +60,7 @@ def differences(name: str, nats: Tensor, accelerator: Accelerator) -> dict[str, 
         difference that one token in a thousand exceeds, on the process where it is largest.
     """
     apart = nats.detach().abs().float()
-    sums = sums_over_processes(
-        accelerator, {"nats": apart.sum(), "tokens": torch.tensor(float(len(apart)))}
-    )
+    sums = sums_over_processes(accelerator, {"nats": apart.sum(), "tokens": float(len(apart))})
     high = apart.quantile(HIGH, interpolation="lower").item() if len(apart) else 0.0
     return {
         name: sums["nats"] / max(sums["tokens"], 1.0),
