@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks.protocol import Link
 from benchmarks.workload import LEARNING_RATE, Workload, text_blocks
 from rlhf.generation.hf import draw
+from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.packing import PromptTree, text_tree
 from rlhf.inputs.records import Prompt, Ranking
 from rlhf.models.layout import packer_for
@@ -34,7 +35,7 @@ from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.learner import Learner
 from stages.ppo.load import load_models
 from stages.ppo.metrics import rollout_metrics, rollout_sums
-from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out
+from stages.ppo.rollout import Rollout, Sampler, roll_out
 from stages.ppo.update import update
 from stages.rm.config import Config as RMConfig
 from stages.rm.data import Example
@@ -201,8 +202,8 @@ class PPOLoop:
             chat.end_id,
             chat.tokenizer.pad_token_id,
         )
-        self.episodes = [
-            Episode(Prompt(prompt=f"prompt {number}"), tuple(ids))
+        self.prompts = [
+            FittedPrompt(Prompt(prompt=f"prompt {number}"), tuple(ids))
             for number, ids in enumerate(work.prompts)
         ]
         num_ids = len(chat.tokenizer)
@@ -220,7 +221,7 @@ class PPOLoop:
                 models.policy,
                 models.value_model,
                 self.sampler,
-                self.episodes,
+                self.prompts,
                 self.sampling,
                 self.accelerator,
                 is_checked=self.num_updates % self.config.rollout.check_every == 0,

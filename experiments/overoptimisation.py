@@ -39,7 +39,7 @@ from experiments.shared import (
 )
 from experiments.tables import markdown_table
 from rlhf.inputs.files import read_records, write_records
-from rlhf.inputs.fitting import fit_prompt
+from rlhf.inputs.fitting import fit_prompts
 from rlhf.inputs.ranges import Range
 from rlhf.inputs.records import Prompt
 from rlhf.inputs.streams import python_stream, torch_stream
@@ -56,7 +56,7 @@ from rlhf.runs.settings import FolderSettings
 from rlhf.training.processes import start_accelerator
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.ppo.config import Config as PPOConfig
-from stages.ppo.rollout import Episode, Sampler
+from stages.ppo.rollout import Sampler
 from stages.ppo.train import train as train_ppo
 from stages.rm.config import Config as RMConfig
 from stages.rm.data import read_rankings
@@ -299,23 +299,20 @@ def sample(config: SampleConfig) -> None:
         )
         for name, path in config.reward_models.items()
     }
-    fitted = [
-        Episode(record, prompt.ids)
-        for record in read_records(ppo.prompts_held_out, Prompt)
-        if (prompt := fit_prompt(record, chat, ppo.rollout.max_prompt_tokens)) is not None
-    ]
-    episodes = [one for one in fitted[: config.num_prompts] for _ in range(config.num_samples)]
+    records = read_records(ppo.prompts_held_out, Prompt)
+    fitted = fit_prompts(records, chat, ppo.rollout.max_prompt_tokens).kept
+    prompts = [one for one in fitted[: config.num_prompts] for _ in range(config.num_samples)]
     sampling = torch_stream(ppo.seed, "overoptimisation/samples")
-    trees, _ = samplers[FULL].sample(policy, episodes, sampling)
-    scores = {name: one.score(episodes, trees)[0].scores.tolist() for name, one in samplers.items()}
+    answers = samplers[FULL].sample(policy, prompts, sampling)
+    scores = {name: one.score(answers).scores.tolist() for name, one in samplers.items()}
     run.samples(
         {
-            "prompt": episode.record.prompt,
-            "response": chat.decode(tree.responses[0]),
-            "tokens": len(tree.responses[0]),
+            "prompt": answer.record.prompt,
+            "response": answer.text,
+            "tokens": len(answer.response_ids),
             "scores": {name: scores[name][i] for name in scores},
         }
-        for i, (episode, tree) in enumerate(zip(episodes, trees, strict=True))
+        for i, answer in enumerate(answers)
     )
     run.finish({f"score_{name}": float(np.mean(values)) for name, values in scores.items()})
 

@@ -7,6 +7,7 @@ policy that sampled (docs/recipe.md, mistake 12).
     settings.py        which engine samples, and how many responses at once
     interface.py       what every engine takes and returns
     engines.py         the engine that the settings name
+    answers.py         one record for a sampled response, which rewards and figures take
     hf.py              our own loop over the model's cache
     decoder.py         a model's step of one token, as fast as that model allows
     cpu_products.py    linear layers transposed for a few rows on the CPU

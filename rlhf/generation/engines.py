@@ -22,6 +22,13 @@ def make_engine(settings: GenerationSettings) -> Engine:
     return LoopEngine(settings)
 
 
+def engine_of(policy: PreTrainedModel, settings: GenerationSettings) -> Engine:
+    """Make the engine that the settings name, ready to sample from these weights."""
+    engine = make_engine(settings)
+    engine.refresh(policy)
+    return engine
+
+
 def generate(
     policy: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -31,9 +38,7 @@ def generate(
     progress: Callable[[int], object] | None = None,
 ) -> Samples:
     """Sample one response per prompt, by a new engine. For the arguments see `Engine.generate`."""
-    engine = make_engine(settings)
-    engine.refresh(policy)
-    return engine.generate(prompts, decoding, generator, progress)
+    return engine_of(policy, settings).generate(prompts, decoding, generator, progress)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ template.py       what a chat template writes around prompts and answers
 ranges.py         refuses a setting whose value is out of range
 control.py        text to ids, where only names that a template wrote are control tokens
 chat.py           the one rendering of prompts and responses to token ids
-fitting.py        a prompt that fits a limit: from records to ids, oldest turns left out
+fitting.py        prompts that fit a limit: from records to ids, oldest turns left out
 packing.py        prompt trees packed into rows without padding, and results unpacked
 whole_files.py    files that are always the old one or the whole new one
 streams.py        a named stream of random numbers for every use of them

@@ -129,13 +129,6 @@ class Chat:
         """Return whether a sampled response is finished: its last token is an end token."""
         return len(ids) > 0 and (ids[-1] == self.end_id or ids[-1] in self.other_ends)
 
-    def with_own_end(self, ids: Sequence[int]) -> list[int]:
-        """Return a response with `end_id` in place of another end token.
-
-        A reward model was trained to read responses that end with `end_id`.
-        """
-        return [*ids[:-1], self.end_id] if self.has_end(ids) else list(ids)
-
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the text that each token of a response adds; the end token adds its own name.
 

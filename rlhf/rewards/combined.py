@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlhf.inputs.records import Prompt
+from rlhf.generation.answers import Answer
 from rlhf.rewards.scores import Reward, Scored, combine_members, spread
 from rlhf.rewards.settings import Combination
 
@@ -18,18 +18,9 @@ class WeightedReward:
     parts: Mapping[str, tuple[Reward, float]]
     """Maps a name to a reward and its weight."""
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[Sequence[int]],
-        response_ids: Sequence[Sequence[int]],
-        responses: Sequence[str],
-    ) -> Scored:
+    def score(self, answers: Sequence[Answer]) -> Scored:
         """Score as Reward.score does. `parts` are the scores before their weights."""
-        scored = {
-            name: part.score(prompts, prompt_ids, response_ids, responses)
-            for name, (part, _) in self.parts.items()
-        }
+        scored = {name: part.score(answers) for name, (part, _) in self.parts.items()}
         weighted = [(weight, scored[name]) for name, (_, weight) in self.parts.items()]
         token_rewards = [
             weight * part.token_rewards
@@ -51,19 +42,10 @@ class EnsembleReward:
     combination: Combination
     spread_coef: float
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[Sequence[int]],
-        response_ids: Sequence[Sequence[int]],
-        responses: Sequence[str],
-    ) -> Scored:
+    def score(self, answers: Sequence[Answer]) -> Scored:
         """Score as Reward.score does. `parts` are the members' scores and their variance."""
         scores = torch.stack(
-            [
-                member.score(prompts, prompt_ids, response_ids, responses).scores
-                for member in self.members
-            ]
+            [member.score(answers).scores for member in self.members]
         )  # (members, batch)
         return Scored(
             combine_members(scores, self.combination, self.spread_coef),
@@ -82,15 +64,9 @@ class NormalizedReward:
     mean: float
     std: float
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[Sequence[int]],
-        response_ids: Sequence[Sequence[int]],
-        responses: Sequence[str],
-    ) -> Scored:
+    def score(self, answers: Sequence[Answer]) -> Scored:
         """Score as Reward.score does. The shift applies at the last token."""
-        scored = self.reward.score(prompts, prompt_ids, response_ids, responses)
+        scored = self.reward.score(answers)
         token_rewards = scored.token_rewards
         return replace(
             scored,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.generation.answers import Answer
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.records import Prompt, PromptLike, name_rows
 from rlhf.rewards.scores import Scored
@@ -26,24 +27,18 @@ class FunctionReward:
         self.function = function
         self.name = name
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[Sequence[int]],
-        response_ids: Sequence[Sequence[int]],
-        responses: Sequence[str],
-    ) -> Scored:
-        """Score as Reward.score does. Only prompts and responses are used.
+    def score(self, answers: Sequence[Answer]) -> Scored:
+        """Score as Reward.score does. The function sees prompts and texts, no ids.
 
         Raises:
             ValueError: The function failed, or returned a wrong number of scores, or one that is
                 not finite.
         """
-        columns = (prompts, responses)
+        columns = columns_of(answers)
         values = call_by_rows(
             self.function, self.name, columns, "a list with one number a response"
         )
-        rows = (row_name(i, prompts) for i in range(len(values)))
+        rows = (row_name(i, columns[0]) for i in range(len(values)))
         return Scored(
             torch.tensor(
                 [_number(value, self.name, row) for value, row in zip(values, rows, strict=True)]
@@ -63,27 +58,21 @@ class TokenFunctionReward:
         self.name = name
         self.chat = chat
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[Sequence[int]],
-        response_ids: Sequence[Sequence[int]],
-        responses: Sequence[str],
-    ) -> Scored:
+    def score(self, answers: Sequence[Answer]) -> Scored:
         """Score as Reward.score does.
 
         Raises:
             ValueError: The function failed, or returned a wrong number of rows, a row that is not
                 as long as its response, or a number that is not finite.
         """
-        tokens = [self.chat.pieces(ids) for ids in response_ids]
-        columns = (prompts, responses, tokens)
+        tokens = [self.chat.pieces(one.ids_ending_with(self.chat.end_id)) for one in answers]
+        columns = (*columns_of(answers), tokens)
         rows = call_by_rows(
             self.function, self.name, columns, "a list of lists, one number a token"
         )
         rewards = torch.zeros(len(tokens), max(map(len, tokens)))
         for i, (row, pieces) in enumerate(zip(rows, tokens, strict=True)):
-            rewards[i, : len(pieces)] = self._row(row_name(i, prompts), row, pieces)
+            rewards[i, : len(pieces)] = self._row(row_name(i, columns[0]), row, pieces)
         return Scored(rewards.sum(1), token_rewards=rewards)
 
     def _row(self, place: str, row: Any, pieces: list[str]) -> Tensor:
@@ -150,6 +139,11 @@ def row_name(i: int, prompts: Sequence[Prompt]) -> str:
 
 Columns = Sequence[Sequence[Any]]
 """Prompt records, responses, and whatever else a function gets; each (batch,)."""
+
+
+def columns_of(answers: Sequence[Answer]) -> tuple[list[Prompt], list[str]]:
+    """Return the prompt records and the texts of answers."""
+    return [one.record for one in answers], [one.text for one in answers]
 
 
 def call_by_rows(

@@ -102,7 +102,7 @@ def load_judge(
         f"the reward model reads text: {settings.path} has another tokenizer or chat template than "
         "the policy, so prompts and decoded responses are rendered anew for it"
     )
-    return TextRewardModel(reward_model, chat.end_id)
+    return TextRewardModel(reward_model)
 
 
 def reward_models_of(reward: Reward) -> list[ScalarModel]:

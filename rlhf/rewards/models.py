@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlhf.generation.answers import Answer
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.fitting import fit_prompt
 from rlhf.inputs.packing import Packer, PromptTree
@@ -122,15 +123,14 @@ class RewardModel:
         self.chat = chat
         self.packer = packer
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[Sequence[int]],
-        response_ids: Sequence[Sequence[int]],
-        responses: Sequence[str],
-    ) -> Scored:
+    def score(self, answers: Sequence[Answer]) -> Scored:
         """Score as Reward.score does. Only the ids are used."""
-        return Scored(self.scores(prompt_ids, response_ids))
+        return Scored(
+            self.scores(
+                [one.prompt_ids for one in answers],
+                [one.ids_ending_with(self.chat.end_id) for one in answers],
+            )
+        )
 
     def scores(
         self, prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]
@@ -188,35 +188,25 @@ class RewardModel:
 class TextRewardModel:
     """A reward model that reads text, because the policy has another tokenizer or chat template.
 
-    It reads the prompt record and the decoded response in its own rendering. A response with the
-    policy's end token gets the reward model's own; a cut one gets none. If a prompt and its
+    It reads the prompt record and the decoded response in its own rendering. A finished response
+    gets the reward model's own end token; a cut one gets none. If a prompt and its
     response are longer than the reward model's context, the oldest turns are left out, even if the
     policy could read them.
     """
 
-    def __init__(self, reward_model: RewardModel, policy_end_id: int) -> None:
+    def __init__(self, reward_model: RewardModel) -> None:
         self.reward_model = reward_model
-        self.policy_end_id = policy_end_id
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[Sequence[int]],
-        response_ids: Sequence[Sequence[int]],
-        responses: Sequence[str],
-    ) -> Scored:
-        """Score as Reward.score does. Of the response's ids only the last is used: is it the end?
+    def score(self, answers: Sequence[Answer]) -> Scored:
+        """Score as Reward.score does. Only records and texts are used, no ids.
 
         Raises:
             ValueError: A prompt's last turn and its response are longer than the model's context.
         """
-        own_responses = [
-            self._response_ids(text, ended=ids[-1] == self.policy_end_id)
-            for text, ids in zip(responses, response_ids, strict=True)
-        ]
+        own_responses = [self._response_ids(one.text, ended=one.is_finished) for one in answers]
         own_prompts = [
-            self._prompt_ids(i, prompt, num_response_tokens=len(ids))
-            for i, (prompt, ids) in enumerate(zip(prompts, own_responses, strict=True))
+            self._prompt_ids(i, one.record, num_response_tokens=len(ids))
+            for i, (one, ids) in enumerate(zip(answers, own_responses, strict=True))
         ]
         return Scored(self.reward_model.scores(own_prompts, own_responses))
 

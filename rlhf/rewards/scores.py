@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rlhf.inputs.records import Prompt
+from rlhf.generation.answers import Answer
 from rlhf.rewards.settings import Combination, MissingEnd
 
 
@@ -38,20 +38,8 @@ class Scored:
 class Reward(Protocol):
     """Anything that scores responses."""
 
-    def score(
-        self,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[Sequence[int]],
-        response_ids: Sequence[Sequence[int]],
-        responses: Sequence[str],
-    ) -> Scored:
-        """Score a batch. All four arguments have one entry per response.
-
-        Args:
-            prompt_ids: Ids as the policy read them.
-            response_ids: Ids as the policy wrote them, including an end token if there is one.
-            responses: Their text, without the end token.
-        """
+    def score(self, answers: Sequence[Answer]) -> Scored:
+        """Score a batch of answers."""
         ...
 
 

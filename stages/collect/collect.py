@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.generation.answers import Answer
 from rlhf.inputs.files import read_records, write_records
 from rlhf.inputs.records import Prompt, Ranking
 from rlhf.models.limits import check_context, check_vocabulary
@@ -15,7 +16,7 @@ from rlhf.training.processes import start_accelerator
 from stages.collect.config import Config
 from stages.collect.labelers import SO_FAR_FILE, Labeler, load_labelers, rank_each
 from stages.collect.report import agreement, describe_rankings, describe_samples
-from stages.collect.sample import Question, Sample, make_questions, sample_responses
+from stages.collect.sample import Question, make_questions, sample_responses
 
 RANKINGS_FILE = "rankings.jsonl"
 OVERLAP_FILE = "overlap.jsonl"
@@ -45,10 +46,10 @@ def collect(config: Config) -> None:
     check_vocabulary(policy, chat, config.model.path)
     limits = {name: getattr(config, name) for name in ("max_prompt_tokens", "max_new_tokens")}
     check_context(policy, config.model.path, limits)
-    samples = sample_responses(policy.to(accelerator.device), questions, chat, config, accelerator)
+    answers = sample_responses(policy.to(accelerator.device), questions, chat, config, accelerator)
     if not accelerator.is_main_process:
         return
-    distinct = [distinct_texts(group) for group in samples]
+    distinct = [distinct_texts(group) for group in answers]
     kept = [i for i, texts in enumerate(distinct) if len(texts) > 1]
     if not kept:
         raise ValueError(
@@ -61,11 +62,11 @@ def collect(config: Config) -> None:
     results = {
         **agreement(overlap, config.seed),
         **describe_rankings(rankings),
-        **describe_samples(samples),
+        **describe_samples(answers),
         "num_prompts": len(prompts),
         "num_prompts_dropped": len(prompts) - len(questions),
         "num_prompts_without_choice": len(questions) - len(kept),
-        "num_duplicates": sum(map(len, samples)) - sum(map(len, distinct)),
+        "num_duplicates": sum(map(len, answers)) - sum(map(len, distinct)),
     }
     _write(run, rankings, [second for _, second in overlap])
     _print_report(results)
@@ -104,9 +105,9 @@ def _rank(
     return ranked
 
 
-def distinct_texts(samples: Sequence[Sample]) -> list[str]:
-    """Return the different texts among the samples, in the order in which they first appear."""
-    return list(dict.fromkeys(sample.text for sample in samples))
+def distinct_texts(answers: Sequence[Answer]) -> list[str]:
+    """Return the different texts among answers, in the order in which they first appear."""
+    return list(dict.fromkeys(answer.text for answer in answers))
 
 
 def _write(run: Run, rankings: Sequence[Ranking], second_rankings: Sequence[Ranking]) -> None:

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-from rlhf.inputs.records import PromptLike, Ranking, RecordError
+from rlhf.inputs.records import PromptLike, Ranking, RecordError, name_rows
 from rlhf.inputs.streams import python_stream
 from rlhf.rewards.functions import load_function
 from stages.collect.config import Config
@@ -77,7 +77,11 @@ def rank_each(
     ]
     chosen = [one.sample(labelers, 2 if i in twice else 1) for i, one in enumerate(generators)]
     tasks = list(zip(questions, responses, chosen, generators, strict=True))
-    wanted = [(to.prompt, tuple(texts), one.name) for to, texts, by, _ in tasks for one in by]
+    wanted = [
+        (to.prompt.record.prompt, tuple(texts), one.name)
+        for to, texts, by, _ in tasks
+        for one in by
+    ]
     if [(one.prompt, one.responses, one.labeler) for one in before] != wanted[: len(before)]:
         raise ValueError(
             f"{SO_FAR_FILE} of {config.output_dir} holds rankings of other responses or by other "
@@ -104,7 +108,8 @@ def ask(
     Raises:
         ValueError: the labeler failed, or its answer is no list of ranks for these responses.
     """
-    prompt, place = question.prompt, question.place
+    record = question.prompt.record
+    prompt, place = record.prompt, name_rows([record])
     try:
         ranks = labeler.rank(prompt, list(responses), generator)
     except Exception as error:  # the user's code may raise anything

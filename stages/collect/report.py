@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+from rlhf.generation.answers import Answer
 from rlhf.inputs.records import Ranking
 from rlhf.measuring.statistics import share_interval
-from stages.collect.sample import Sample
 
 
 def agreements(first: Ranking, second: Ranking) -> list[float]:
@@ -60,13 +60,13 @@ def describe_rankings(rankings: Sequence[Ranking]) -> dict[str, Any]:
     }
 
 
-def describe_samples(samples: Sequence[Sequence[Sample]]) -> dict[str, Any]:
-    """Describe lengths and ends over all samples, duplicates included."""
-    flat = [sample for group in samples for sample in group]
-    lengths = [sample.num_tokens for sample in flat]
+def describe_samples(answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
+    """Describe lengths and ends over the answers to all prompts, duplicates included."""
+    flat = [answer for group in answers for answer in group]
+    lengths = [len(answer.response_ids) for answer in flat]
     return {
         "num_samples": len(flat),
-        "eos_rate": sum(sample.ended for sample in flat) / len(flat),
+        "eos_rate": sum(answer.is_finished for answer in flat) / len(flat),
         "response_tokens": sum(lengths) / len(flat),
         "response_tokens_max": max(lengths),
     }

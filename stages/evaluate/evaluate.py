@@ -3,19 +3,20 @@
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from rlhf.generation.answers import Answer
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import read_records
-from rlhf.inputs.fitting import fit_prompt
+from rlhf.inputs.fitting import FittedPrompts, fit_prompts
 from rlhf.inputs.packing import Packer, PromptTree, text_tree
-from rlhf.inputs.records import Prompt, Text, name_rows, naming_row
+from rlhf.inputs.records import Prompt, Text, naming_row
 from rlhf.inputs.streams import python_stream, torch_stream
 from rlhf.measuring.fact_recall import fact_recall
 from rlhf.models.layout import packer_for
@@ -72,12 +73,7 @@ class Exam:
     """The baseline's rendering, which all policies share."""
     chats: dict[str, Chat]
     """The chat of each policy, with the end tokens that its own files declare."""
-    questions: list[Prompt]
-    prompt_ids: list[tuple[int, ...]]
-    num_cut: int
-    """Prompts that lost early turns to fit."""
-    num_dropped: int
-    """Prompts that do not fit even without early turns."""
+    prompts: FittedPrompts[Prompt]
     texts: list[PromptTree]
     probes: list[Prompt]
     judges: dict[str, Reward]
@@ -97,7 +93,7 @@ class Marks:
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     parts: dict[str, PartsByPrompt] = field(default_factory=dict)
     """Parts of gold for each policy's answers; empty without a grader."""
-    pool: list[PromptTree] = field(default_factory=list)
+    pool: list[list[Answer]] = field(default_factory=list)
     """Several answers of the baseline to each prompt, for pairs and for best-of-n; empty if neither
     is wanted."""
 
@@ -125,10 +121,7 @@ def evaluate(config: Config) -> None:
     exam = _prepare(config, accelerator.device)
     marks = _examine(config, exam, accelerator.device)
     scores = {
-        judge: {
-            name: score(reward, exam.questions, exam.chats[name], of)
-            for name, of in marks.answers.items()
-        }
+        judge: {name: score(reward, of) for name, of in marks.answers.items()}
         for judge, reward in exam.judges.items()
     }
     figures = {
@@ -155,9 +148,9 @@ def evaluate(config: Config) -> None:
         "judge": next(iter(exam.judges), None),
         "judges": list(exam.judges),
         "prompts": {
-            "used": len(exam.questions),
-            "cut": exam.num_cut,
-            "dropped": exam.num_dropped,
+            "used": len(exam.prompts.kept),
+            "cut": exam.prompts.num_cut,
+            "dropped": len(exam.prompts.dropped),
             "samples_per_prompt": config.samples_per_prompt,
             "temperature": config.temperature,
         },
@@ -206,14 +199,8 @@ def _prepare(config: Config, device: torch.device) -> Exam:
     """Load prompts, texts and judges, so that faults in them are found before any sampling."""
     chats = _common_chats(config)
     chat = chats[config.baseline_name]
-    drawn = _draw_prompts(config)
-    fitted = [(one, fit_prompt(one, chat, config.max_prompt_tokens)) for one in drawn]
-    kept = [(one, prompt) for one, prompt in fitted if prompt is not None]
-    questions = [one for one, _ in kept]
-    prompt_ids = [prompt.ids for _, prompt in kept]
-    num_cut = sum(prompt.is_cut for _, prompt in kept)
-    dropped = [one for one, prompt in fitted if prompt is None]
-    _check_prompts(config, num_cut, dropped, len(drawn))
+    prompts = fit_prompts(_draw_prompts(config), chat, config.max_prompt_tokens)
+    _check_prompts(config, prompts)
     texts: list[PromptTree] = []
     probes: list[Prompt] = []
     if config.held_out_text is not None:
@@ -227,15 +214,12 @@ def _prepare(config: Config, device: torch.device) -> Exam:
     return Exam(
         chat,
         chats,
-        questions,
-        prompt_ids,
-        num_cut,
-        len(dropped),
+        prompts,
         texts,
         probes,
         judges=_load_judges(config, gold, chat, device),
         grader=grader,
-        kinds=None if grader is None else grader.kinds(questions),
+        kinds=None if grader is None else grader.kinds([prompt.record for prompt in prompts.kept]),
     )
 
 
@@ -272,18 +256,15 @@ def _draw_prompts(config: Config) -> list[Prompt]:
     return [records[i] for i in sorted(drawn)]
 
 
-def _check_prompts(config: Config, num_cut: int, dropped: Sequence[Prompt], num_drawn: int) -> None:
+def _check_prompts(config: Config, prompts: FittedPrompts[Prompt]) -> None:
     """Print how many prompts did not fit; raise a ValueError if too few did."""
     limit = f"max_prompt_tokens {config.max_prompt_tokens}"
-    num_left = num_drawn - len(dropped)
-    if num_cut or dropped:
-        print(
-            f"evaluate: of {num_drawn} prompts, {num_cut} lost early turns and {len(dropped)} were "
-            f"dropped{name_rows(dropped)} to fit {limit}"
-        )
-    if num_left < 2:
+    told = prompts.describe(limit)
+    if told is not None:
+        print(f"evaluate: {told}")
+    if len(prompts.kept) < 2:
         raise ValueError(
-            f"{config.prompts}: {num_left} of {num_drawn} prompts fit {limit}, and "
+            f"{config.prompts}: {len(prompts.kept)} of {prompts.num_read} prompts fit {limit}, and "
             "an evaluation needs 2; raise it or give more prompts"
         )
 
@@ -350,14 +331,13 @@ def _examine(config: Config, exam: Exam, device: torch.device) -> Marks:
         policy.to(device)  # type: ignore[arg-type]  # its wrapper hides the types of Module.to
         packer = packer_for(policy, config.micro_batch_tokens)
         answers[name] = _answer(config, exam, policy, packer, name)
-        chat = exam.chats[name]
-        text, share = most_frequent_response(exam.questions, chat, answers[name])
+        text, share = most_frequent_response(answers[name])
         figures = marks.figures[name] = {
-            **describe(answers[name], chat.end_id, chat.other_ends),
+            **describe(answers[name]),
             "most_frequent_response": {"text": text, "share": share},
         }
         if exam.grader is not None:
-            marks.parts[name] = exam.grader.grade(exam.questions, answers[name].trees, chat)
+            marks.parts[name] = exam.grader.grade(answers[name].by_prompt)
             figures |= _grade(config, exam, exam.grader, policy, name, marks.parts[name])
         if exam.texts:
             label = f"{name} reads held-out text"
@@ -389,8 +369,8 @@ def _grade(
     if "right" in figures:
         label = f"{name} answers greedily"
         chat = exam.chats[name]
-        trees = _sample(config, exam, policy, chat, label, num_samples=1, temperature=0.0)
-        greedy = grader.grade(exam.questions, trees, exam.chats[name])
+        answers = _sample(config, exam, policy, chat, label, num_samples=1, temperature=0.0)
+        greedy = grader.grade(answers)
         of_greedy = describe_parts(greedy, config.right_part, None, config.seed)
         figures["right_greedy"] = of_greedy["right"]
         figures["right_greedy_interval"] = of_greedy["right_interval"]
@@ -405,7 +385,7 @@ def _makes_pairs(config: Config, exam: Exam) -> bool:
 
 def _sample_pool(
     config: Config, exam: Exam, policy: PreTrainedModel, name: str
-) -> list[PromptTree]:
+) -> list[list[Answer]]:
     """Sample answers other than those that the policies are compared on."""
     for_pairs = config.pair_samples_per_prompt if _makes_pairs(config, exam) else 0
     for_best = config.best_of_samples or config.best_of or 0
@@ -421,29 +401,29 @@ def _sample_pool(
     )
 
 
-def _judge_pool(config: Config, exam: Exam, trees: list[PromptTree]) -> Pool:
+def _judge_pool(config: Config, exam: Exam, pool: list[list[Answer]]) -> Pool:
     """Let the judges score the pool: all of them for best-of-n, the reward model for pairs."""
     names = list(exam.judges) if config.best_of is not None else [REWARD_MODEL]
-    chat, answers = exam.chats[config.baseline_name], Answers(trees, [])
+    answers = Answers(pool, [])
     return Pool(
-        scores={name: score(exam.judges[name], exam.questions, chat, answers) for name in names},
-        tokens=[[float(len(response)) for response in tree.responses] for tree in trees],
-        parts=None if exam.grader is None else exam.grader.grade(exam.questions, trees, chat),
+        scores={name: score(exam.judges[name], answers) for name in names},
+        tokens=[[float(len(answer.response_ids)) for answer in group] for group in pool],
+        parts=None if exam.grader is None else exam.grader.grade(pool),
     )
 
 
-def _try_pairs(config: Config, exam: Exam, trees: list[PromptTree], pool: Pool) -> dict[str, Any]:
+def _try_pairs(
+    config: Config, exam: Exam, answers: list[list[Answer]], pool: Pool
+) -> dict[str, Any]:
     """Measure the reward model on pairs of the pool that differ in one part only."""
     assert pool.parts is not None
     judged = [
         [
-            Judged(exam.chat.decode(response), of_response, value)
-            for response, of_response, value in zip(
-                tree.responses, of_parts, of_scores, strict=True
-            )
+            Judged(answer.text, of_answer, value)
+            for answer, of_answer, value in zip(group, of_parts, of_scores, strict=True)
         ][: config.pair_samples_per_prompt]
-        for tree, of_parts, of_scores in zip(
-            trees, pool.parts, pool.scores[REWARD_MODEL], strict=True
+        for group, of_parts, of_scores in zip(
+            answers, pool.parts, pool.scores[REWARD_MODEL], strict=True
         )
     ]
     right_part = _right_part(config, pool.parts)
@@ -512,7 +492,7 @@ def _find_warnings(
             name: Frequent(**figures["most_frequent_response"])
             for name, figures in marks.figures.items()
         },
-        num_prompts=len({question.key for question in exam.questions}),
+        num_prompts=len({prompt.record.key for prompt in exam.prompts.kept}),
         seed=config.seed,
     )
 
@@ -522,7 +502,7 @@ def _answer(
 ) -> Answers:
     num_samples, temperature = config.samples_per_prompt, config.temperature
     label = f"{name} answers"
-    trees = _sample(
+    drawn = _sample(
         config,
         exam,
         policy,
@@ -531,8 +511,10 @@ def _answer(
         num_samples=num_samples,
         temperature=temperature,
     )
+    answers = Answers(drawn, [])
     label = f"{name} reads its answers"
-    return Answers(trees, response_logprobs(policy, trees, packer, temperature, label))
+    logprobs = response_logprobs(policy, answers.trees, packer, temperature, label)
+    return replace(answers, logprobs=logprobs)
 
 
 def _sample(
@@ -545,14 +527,13 @@ def _sample(
     num_samples: int,
     temperature: float,
     stream: str = "evaluate/answers",
-) -> list[PromptTree]:
-    """Sample responses to all prompts, with the draws of one stream."""
+) -> list[list[Answer]]:
+    """Sample answers to all prompts, with the draws of one stream."""
     return sample(
         policy,
-        exam.prompt_ids,
+        exam.prompts.kept,
+        chat,
         config.generation,
-        end_id=chat.end_id,
-        other_ends=chat.other_ends,
         samples_per_prompt=num_samples,
         max_new_tokens=config.max_new_tokens,
         temperature=temperature,
@@ -623,18 +604,17 @@ def _sample_rows(
 ) -> list[dict[str, Any]]:
     """Make one row a response, sorted by prompt and then by policy."""
     rows = []
-    for number, question in enumerate(exam.questions):
+    for number, prompt in enumerate(exam.prompts.kept):
         for name in config.policies:
-            responses: Sequence[tuple[int, ...]] = marks.answers[name].trees[number].responses
-            for i, response in enumerate(responses):
+            for i, answer in enumerate(marks.answers[name].by_prompt[number]):
                 parts = marks.parts[name][number][i] if marks.parts else None
                 rows.append(
                     {
                         "prompt_number": number,
-                        "prompt": question.prompt,
+                        "prompt": prompt.record.prompt,
                         "policy": name,
-                        "response": exam.chats[name].decode(response),
-                        "finished": exam.chats[name].has_end(response),
+                        "response": answer.text,
+                        "finished": answer.is_finished,
                         **{judge: scores[judge][name][number][i] for judge in scores},
                         **({} if parts is None else {"parts": parts}),
                     }

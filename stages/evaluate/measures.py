@@ -12,10 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rlhf.generation.engines import generate
-from rlhf.generation.interface import Decoding
+from rlhf.generation.answers import Answer, sample_answers
+from rlhf.generation.engines import engine_of
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
+from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Prompt
 from rlhf.maths.kl import k1, k3
@@ -39,56 +40,57 @@ Scores = list[list[float]]
 
 @dataclass(frozen=True)
 class Answers:
-    """Holds one policy's responses to all prompts."""
+    """Holds one policy's answers to all prompts."""
 
-    trees: list[PromptTree]
-    """One tree for each prompt, with its responses."""
+    by_prompt: list[list[Answer]]
+    """The answers to each prompt."""
     logprobs: list[Tensor]
-    """Log-probabilities (time,) of each response under the policy, in nats, in the order of the
-    trees."""
+    """Log-probabilities (time,) of each response under the policy, in nats, in the same order."""
 
     @property
-    def responses(self) -> list[tuple[int, ...]]:
-        return [response for tree in self.trees for response in tree.responses]
+    def flat(self) -> list[Answer]:
+        """All answers, in the order of the prompts."""
+        return [answer for group in self.by_prompt for answer in group]
+
+    @property
+    def trees(self) -> list[PromptTree]:
+        """One tree for each prompt, with its responses."""
+        return [
+            PromptTree(group[0].prompt_ids, tuple(one.response_ids for one in group))
+            for group in self.by_prompt
+        ]
 
 
 def sample(
     policy: PreTrainedModel,
-    prompt_ids: Sequence[tuple[int, ...]],
+    prompts: Sequence[FittedPrompt[Prompt]],
+    chat: Chat,
     settings: GenerationSettings,
     *,
-    end_id: int,
     samples_per_prompt: int,
     max_new_tokens: int,
     temperature: float,
     generator: torch.Generator,
     label: str,
-    other_ends: tuple[int, ...] = (),
-) -> list[PromptTree]:
-    """Sample responses, and return one tree for each prompt.
+) -> list[list[Answer]]:
+    """Sample the answers to each prompt.
 
-    Equal policies with equal generators give equal responses.
+    Equal policies with equal generators give equal answers.
     """
-    repeated = [ids for ids in prompt_ids for _ in range(samples_per_prompt)]
+    repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
     with _bar(label, len(repeated)) as bar:
-        samples = generate(
-            policy,
-            repeated,
-            settings,
-            Decoding(
-                end_id=end_id,
-                other_ends=other_ends,
+        answers = iter(
+            sample_answers(
+                engine_of(policy, settings),
+                repeated,
+                chat,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
-            ),
-            generator=generator,
-            progress=bar.update,
+                generator=generator,
+                progress=bar.update,
+            )
         )
-    responses = iter(samples.responses)
-    return [
-        PromptTree(ids, tuple(tuple(one) for one in islice(responses, samples_per_prompt)))
-        for ids in prompt_ids
-    ]
+    return [list(islice(answers, samples_per_prompt)) for _ in prompts]
 
 
 def response_logprobs(
@@ -109,24 +111,22 @@ def response_logprobs(
     return logprobs
 
 
-def describe(answers: Answers, end_id: int, other_ends: tuple[int, ...] = ()) -> dict[str, float]:
+def describe(answers: Answers) -> dict[str, float]:
     """Compute means over responses of what the responses alone show."""
-    responses = answers.responses
-    ends = {end_id, *other_ends}
+    flat = answers.flat
+    responses = [answer.response_ids for answer in flat]
     return {
         "response_tokens": sum(map(len, responses)) / len(responses),
-        "eos_rate": sum(response[-1] in ends for response in responses) / len(responses),
+        "eos_rate": sum(answer.is_finished for answer in flat) / len(flat),
         "distinct_2": distinct_bigrams(responses),
     }
 
 
-def most_frequent_response(
-    questions: Sequence[Prompt], chat: Chat, answers: Answers
-) -> tuple[str, float]:
+def most_frequent_response(answers: Answers) -> tuple[str, float]:
     """Return the response that the most different prompts get, and their share of all prompts."""
     by_prompt: dict[str, list[str]] = defaultdict(list)
-    for question, tree in zip(questions, answers.trees, strict=True):
-        by_prompt[question.key] += [chat.decode(response) for response in tree.responses]
+    for answer in answers.flat:
+        by_prompt[answer.record.key].append(answer.text)
     return most_frequent_answer(list(by_prompt.values()))
 
 
@@ -155,22 +155,9 @@ def divergence(answers: Answers, ref_logprobs: Sequence[Tensor]) -> dict[str, fl
     return {"kl": kl, "kl_error": error, "kl_k3": low_variance.mean().item()}
 
 
-def score(reward: Reward, questions: Sequence[Prompt], chat: Chat, answers: Answers) -> Scores:
-    """Return the scores of all responses, grouped by prompt.
-
-    The judge reads each response with the end token of the chat template.
-    """
-    rows = [
-        (question, tree.prompt, chat.with_own_end(response))
-        for question, tree in zip(questions, answers.trees, strict=True)
-        for response in tree.responses
-    ]
-    scores = reward.score(
-        [question for question, _, _ in rows],
-        [prompt for _, prompt, _ in rows],
-        [response for _, _, response in rows],
-        [chat.decode(response) for _, _, response in rows],
-    ).scores
+def score(reward: Reward, answers: Answers) -> Scores:
+    """Return the scores of all answers, grouped by prompt."""
+    scores = reward.score(answers.flat).scores
     return [[float(value) for value in group] for group in _by_prompt(answers, scores)]
 
 
@@ -213,7 +200,7 @@ def gain(what: str, own: Scores, base: Scores, baseline: str, seed: int) -> dict
 
 def _by_prompt(answers: Answers, values: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Split values (responses,) into one group for each prompt."""
-    return (group.unbind() for group in values.split([len(t.responses) for t in answers.trees]))
+    return (group.unbind() for group in values.split([len(group) for group in answers.by_prompt]))
 
 
 def _chunks(trees: Sequence[PromptTree], max_tokens: int) -> Iterator[list[PromptTree]]:

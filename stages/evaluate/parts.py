@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from rlhf.inputs.chat import Chat
-from rlhf.inputs.packing import PromptTree
+from rlhf.generation.answers import Answer
 from rlhf.inputs.records import Prompt
 from rlhf.measuring.statistics import bootstrap_interval
-from rlhf.rewards.functions import call_by_rows, row_name
+from rlhf.rewards.functions import call_by_rows, columns_of, row_name
 from stages.evaluate.measures import Scores
 
 PartsByPrompt = list[list[dict[str, float]]]
@@ -35,20 +34,13 @@ class Grader:
     """package.module:name of the function that made the gold score."""
     gold: Any
 
-    def grade(
-        self, questions: Sequence[Prompt], trees: Sequence[PromptTree], chat: Chat
-    ) -> PartsByPrompt:
-        """Return the parts of every response, grouped by prompt.
+    def grade(self, answers: Sequence[Sequence[Answer]]) -> PartsByPrompt:
+        """Return the parts of every answer, grouped by prompt as the answers are.
 
         Raises:
             ValueError: `parts` failed, or gave something other than numbers by name.
         """
-        rows = [
-            (question, chat.decode(response))
-            for question, tree in zip(questions, trees, strict=True)
-            for response in tree.responses
-        ]
-        columns = ([question for question, _ in rows], [response for _, response in rows])
+        columns = columns_of([answer for group in answers for answer in group])
         found = call_by_rows(
             lambda prompts, responses, metas: self.gold.parts(prompts, responses),
             f"{self.name} (parts)",
@@ -56,7 +48,7 @@ class Grader:
             "a list of dicts, one number a part",
         )
         parts = iter([self._check(row_name(i, columns[0]), row) for i, row in enumerate(found)])
-        return [list(islice(parts, len(tree.responses))) for tree in trees]
+        return [list(islice(parts, len(group))) for group in answers]
 
     def kinds(self, questions: Sequence[Prompt]) -> list[str] | None:
         """Return the kind of each prompt, or None if gold does not give kinds.

@@ -7,13 +7,12 @@ from accelerate import Accelerator
 
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import read_records
-from rlhf.inputs.fitting import fit_prompt
+from rlhf.inputs.fitting import FittedPrompt, fit_prompts
 from rlhf.inputs.packing import PromptTree, text_tree
-from rlhf.inputs.records import Prompt, Text, name_rows
+from rlhf.inputs.records import Prompt, Text
 from rlhf.inputs.shuffling import ShuffledBatches
 from rlhf.inputs.streams import torch_stream
 from stages.ppo.config import Config
-from stages.ppo.rollout import Episode
 
 
 def inputs_of(config: Config) -> dict[str, str]:
@@ -28,42 +27,34 @@ def inputs_of(config: Config) -> dict[str, str]:
     return {name: path for name, path in inputs.items() if path is not None}
 
 
-def load_episodes(path: str, chat: Chat, config: Config, accelerator: Accelerator) -> list[Episode]:
+def load_prompts(
+    path: str, chat: Chat, config: Config, accelerator: Accelerator
+) -> list[FittedPrompt[Prompt]]:
     """Load the prompts that fit; print how many lost early turns and how many were dropped.
 
     Raises:
         ValueError: no prompt fits.
     """
-    max_prompt_tokens = config.rollout.max_prompt_tokens
-    episodes = []
-    dropped = []
-    num_cut = 0
-    records = read_records(path, Prompt)
-    for record in records:
-        prompt = fit_prompt(record, chat, max_prompt_tokens)
-        if prompt is None:
-            dropped.append(record)
-        else:
-            num_cut += prompt.is_cut
-            episodes.append(Episode(record, prompt.ids))
-    if not episodes:
+    limit = f"rollout.max_prompt_tokens {config.rollout.max_prompt_tokens}"
+    fitted = fit_prompts(read_records(path, Prompt), chat, config.rollout.max_prompt_tokens)
+    if not fitted.kept:
         raise ValueError(
-            f"{path}: none of {len(records)} prompts fits in rollout.max_prompt_tokens "
-            f"{max_prompt_tokens}; raise it, or give shorter prompts"
+            f"{path}: none of {fitted.num_read} prompts fits in {limit}; raise it, or give shorter "
+            "prompts"
         )
-    if num_cut or dropped:
-        accelerator.print(
-            f"ppo: of {len(records)} prompts in {path}, {num_cut} lost early turns and "
-            f"{len(dropped)} were dropped{name_rows(dropped)} to fit {max_prompt_tokens} tokens"
-        )
-    return episodes
+    told = fitted.describe(limit)
+    if told is not None:
+        accelerator.print(f"ppo: {path}: {told}")
+    return fitted.kept
 
 
-def load_held_out(chat: Chat, config: Config, accelerator: Accelerator) -> list[Episode]:
+def load_held_out(
+    chat: Chat, config: Config, accelerator: Accelerator
+) -> list[FittedPrompt[Prompt]]:
     if config.prompts_held_out is None:
         return []
-    episodes = load_episodes(config.prompts_held_out, chat, config, accelerator)
-    return episodes[: config.num_eval_prompts]
+    prompts = load_prompts(config.prompts_held_out, chat, config, accelerator)
+    return prompts[: config.num_eval_prompts]
 
 
 def shuffled_text(

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.packing import response_batch
+from rlhf.inputs.records import Prompt
 from rlhf.inputs.streams import torch_stream
 from rlhf.maths.kl import k1
 from rlhf.runs.run import Run
@@ -12,7 +14,7 @@ from rlhf.training.nonfinite import told_by_all
 from rlhf.training.processes import own_share, sum_over_processes
 from stages.ppo.config import Config
 from stages.ppo.learner import Learner
-from stages.ppo.rollout import Episode, Sampler
+from stages.ppo.rollout import Sampler
 
 
 def is_due(update: int, config: Config) -> bool:
@@ -25,18 +27,18 @@ def is_due(update: int, config: Config) -> bool:
 def evaluate(
     learner: Learner,
     sampler: Sampler,
-    held_out: Sequence[Episode],
+    held_out: Sequence[FittedPrompt[Prompt]],
     run: Run,
     number: int,
     config: Config,
 ) -> dict[str, float]:
     """Measure score, KL, length and ends on held-out prompts, with the same random draws each
     time."""
-    episodes = own_share(learner.state.accelerator, held_out)
+    prompts = own_share(learner.state.accelerator, held_out)
     sums = torch.zeros(4)
     with told_by_all():
-        if episodes:  # with fewer prompts than processes, some processes have none
-            sums = _answer(learner, sampler, episodes, run, number, config)
+        if prompts:  # with fewer prompts than processes, some processes have none
+            sums = _answer(learner, sampler, prompts, run, number, config)
     score, nats, tokens, ended = sum_over_processes(learner.state.accelerator, sums).tolist()
     return {
         "ppo/held_out_score": score / len(held_out),
@@ -49,7 +51,7 @@ def evaluate(
 def _answer(
     learner: Learner,
     sampler: Sampler,
-    episodes: Sequence[Episode],
+    prompts: Sequence[FittedPrompt[Prompt]],
     run: Run,
     number: int,
     config: Config,
@@ -61,22 +63,23 @@ def _answer(
     process = learner.state.accelerator.process_index
     generator = torch_stream(config.seed, "ppo/held out", process)
     policy = learner.models.policy
-    trees, _ = sampler.sample(policy, episodes, generator)
-    scored, finished = sampler.score(episodes, trees)
-    scores = scored.scores
-    _, mask = response_batch([tree.responses[0] for tree in trees])
+    answers = sampler.sample(policy, prompts, generator)
+    scores = sampler.score(answers).scores
+    trees = [answer.tree for answer in answers]
+    _, mask = response_batch([answer.response_ids for answer in answers])
+    finished = sum(answer.is_finished for answer in answers)
     kl = k1(sampler.logprobs(policy, trees), sampler.ref_logprobs(trees), mask)
     run.samples(
         [
             {
-                "prompt": episode.record.prompt,
-                "response": sampler.chat.decode(tree.responses[0]),
+                "prompt": answer.record.prompt,
+                "response": answer.text,
                 "score": round(float(score), 4),
                 "kl": round(float(nats), 4),
-                "tokens": len(tree.responses[0]),
+                "tokens": len(answer.response_ids),
             }
-            for episode, tree, score, nats in zip(episodes, trees, scores, kl.sum(1), strict=True)
+            for answer, score, nats in zip(answers, scores, kl.sum(1), strict=True)
         ][: config.num_samples],
         step=number,
     )
-    return torch.stack([scores.sum(), kl.sum(), mask.sum(), finished.sum()]).double()
+    return torch.tensor([scores.sum(), kl.sum(), mask.sum(), finished]).double()

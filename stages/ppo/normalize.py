@@ -8,12 +8,14 @@ from itertools import cycle, islice
 import torch
 from accelerate import Accelerator
 
+from rlhf.inputs.fitting import FittedPrompt
+from rlhf.inputs.records import Prompt
 from rlhf.inputs.streams import torch_stream
 from rlhf.models.scalar import ScalarModel
 from rlhf.rewards.combined import NormalizedReward
 from rlhf.training.nonfinite import told_by_all
 from rlhf.training.processes import own_share, sum_over_processes
-from stages.ppo.rollout import Episode, Sampler
+from stages.ppo.rollout import Sampler
 
 SMALLEST_STD = 1e-6
 """Smallest standard deviation that is not rounding, relative to the mean or to 1, whichever is
@@ -23,7 +25,7 @@ larger."""
 def normalize_scores(
     sampler: Sampler,
     value_model: ScalarModel,
-    episodes: Sequence[Episode],
+    prompts: Sequence[FittedPrompt[Prompt]],
     accelerator: Accelerator,
     known: Mapping[str, float] | None = None,
 ) -> tuple[Sampler, dict[str, float]]:
@@ -36,7 +38,7 @@ def normalize_scores(
 
     Args:
         value_model: its bias and scale are changed in place.
-        episodes: prompts to draw reward.normalize_on samples from, in an order set by the seed.
+        prompts: prompts to draw reward.normalize_on samples from, in an order set by the seed.
             The order starts again when all were drawn. The number is rounded up to one that all
             processes can share equally.
         known: mean and standard deviation found when a resumed run began. None: measure them.
@@ -51,7 +53,7 @@ def normalize_scores(
     if sampler.config.reward.normalize_on is None:
         return sampler, {}
     if known is None:
-        mean, std = _find_scale(sampler, episodes, accelerator)
+        mean, std = _find_scale(sampler, prompts, accelerator)
     else:
         mean, std = known["raw_score_mean"], known["raw_score_std"]
     if value_model.head.weight.any():
@@ -62,7 +64,7 @@ def normalize_scores(
 
 
 def _find_scale(
-    sampler: Sampler, episodes: Sequence[Episode], accelerator: Accelerator
+    sampler: Sampler, prompts: Sequence[FittedPrompt[Prompt]], accelerator: Accelerator
 ) -> tuple[float, float]:
     """Measure the mean and standard deviation of the raw scores, and print them."""
     config = sampler.config
@@ -70,8 +72,8 @@ def _find_scale(
     count = accelerator.num_processes
     num_samples = math.ceil(config.reward.normalize_on / count) * count
     generator = torch_stream(config.seed, "ppo/normalize/prompts")
-    order = torch.randperm(len(episodes), generator=generator)
-    chosen = [episodes[i] for i in islice(cycle(order.tolist()), num_samples)]
+    order = torch.randperm(len(prompts), generator=generator)
+    chosen = [prompts[i] for i in islice(cycle(order.tolist()), num_samples)]
     mean, std = _measure(sampler, own_share(accelerator, chosen), num_samples, accelerator)
     if std <= SMALLEST_STD * max(1.0, abs(mean)):
         raise ValueError(
@@ -87,17 +89,20 @@ def _find_scale(
 
 
 def _measure(
-    sampler: Sampler, episodes: Sequence[Episode], num_samples: int, accelerator: Accelerator
+    sampler: Sampler,
+    prompts: Sequence[FittedPrompt[Prompt]],
+    num_samples: int,
+    accelerator: Accelerator,
 ) -> tuple[float, float]:
-    """Return the mean and (biased) standard deviation of one sample's score for each episode, over
+    """Return the mean and (biased) standard deviation of one sample's score for each prompt, over
     all processes."""
     generator = torch_stream(
         sampler.config.seed, "ppo/normalize/samples", accelerator.process_index
     )
     with accelerator.autocast(), told_by_all():
         with sampler.reference_at_hand():
-            trees, _ = sampler.sample(sampler.ref_policy, episodes, generator)
-        scores = sampler.raw_scores(episodes, trees).scores.double()
+            answers = sampler.sample(sampler.ref_policy, prompts, generator)
+        scores = sampler.raw_scores(answers).scores.double()
     mean = float(sum_over_processes(accelerator, scores.sum())) / num_samples
     squares = float(sum_over_processes(accelerator, (scores - mean).square().sum()))
     return mean, math.sqrt(squares / num_samples)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from rlhf.generation.answers import Answer, sample_answers
 from rlhf.generation.engines import make_engine
-from rlhf.generation.interface import Decoding, Engine
+from rlhf.generation.interface import Engine
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
+from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.packing import Packer, PromptTree, response_batch
 from rlhf.inputs.records import Prompt
 from rlhf.maths.advantages import generalized_advantages
@@ -29,14 +31,6 @@ from rlhf.training.nonfinite import told_by_all
 from rlhf.training.offloading import on_device
 from rlhf.training.processes import sum_over_processes
 from stages.ppo.config import Config
-
-
-@dataclass(frozen=True)
-class Episode:
-    """Holds a prompt with its token ids."""
-
-    record: Prompt
-    prompt_ids: tuple[int, ...]
 
 
 class SamplerCheck(NamedTuple):
@@ -115,58 +109,40 @@ class Sampler:
     """context for the reward model, which the launcher does not wrap"""
 
     def sample(
-        self, policy: PreTrainedModel, episodes: Sequence[Episode], generator: torch.Generator
-    ) -> tuple[list[PromptTree], Tensor]:
-        """Sample one response for every episode; return it and its log-probabilities (batch,
-        time)."""
+        self,
+        policy: PreTrainedModel,
+        prompts: Sequence[FittedPrompt[Prompt]],
+        generator: torch.Generator,
+    ) -> list[Answer]:
+        """Sample one answer to each prompt."""
         settings = self.config.rollout
         with self.watch.phase("rollout"):
             self.engine.refresh(policy)
-            samples = self.engine.generate(
-                [episode.prompt_ids for episode in episodes],
-                Decoding(
-                    end_id=self.chat.end_id,
-                    other_ends=self.chat.other_ends,
-                    max_new_tokens=settings.max_new_tokens,
-                    temperature=settings.temperature,
-                ),
-                generator,
-                Heartbeat("ppo: sampled", len(episodes), self.tell),
+            return sample_answers(
+                self.engine,
+                prompts,
+                self.chat,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                generator=generator,
+                progress=Heartbeat("ppo: sampled", len(prompts), self.tell),
             )
-        trees = [
-            PromptTree(episode.prompt_ids, (tuple(response),))
-            for episode, response in zip(episodes, samples.responses, strict=True)
-        ]
-        logprobs = [torch.tensor(nats) for nats in samples.logprobs]
-        return trees, pad_sequence(logprobs, batch_first=True)
 
-    def raw_scores(self, episodes: Sequence[Episode], trees: Sequence[PromptTree]) -> Scored:
-        """Return the scores (batch,) as the reward gives them.
-
-        The reward reads each response with the end token of the chat template.
-        """
-        responses = [self.chat.with_own_end(tree.responses[0]) for tree in trees]
+    def raw_scores(self, answers: Sequence[Answer]) -> Scored:
+        """Return the scores (batch,) as the reward gives them."""
         with (
             self.watch.phase("score"),
             self.autocast(),
             on_device(reward_models_of(self.reward), self.watch.device, self.config.offload),
         ):
-            return self.reward.score(
-                [episode.record for episode in episodes],
-                [list(tree.prompt) for tree in trees],
-                responses,
-                [self.chat.decode(response) for response in responses],
-            )
+            return self.reward.score(answers)
 
-    def score(
-        self, episodes: Sequence[Episode], trees: Sequence[PromptTree]
-    ) -> tuple[Scored, Tensor]:
-        """Return the scores (batch,), and whether each response has an end token (batch,)."""
+    def score(self, answers: Sequence[Answer]) -> Scored:
+        """Return the scores (batch,) after the clip, the length penalty and missing ends."""
         settings = self.config.reward
-        responses = [tree.responses[0] for tree in trees]
-        lengths = torch.tensor([len(response) for response in responses])
-        finished = torch.tensor([self.chat.has_end(response) for response in responses])
-        scored = self.raw_scores(episodes, trees)
+        lengths = torch.tensor([len(one.response_ids) for one in answers])
+        finished = torch.tensor([one.is_finished for one in answers])
+        scored = self.raw_scores(answers)
         scores = clip_scores(scored.scores, settings.clip)
         scores = penalize_length(
             scores, lengths, settings.length_penalty, settings.length_allowance
@@ -174,7 +150,7 @@ class Sampler:
         scores = adjust_missing_end(
             scores, finished, settings.missing_end, settings.missing_end_value
         )
-        return replace(scored, scores=scores), finished
+        return replace(scored, scores=scores)
 
     def logprobs(self, policy: nn.Module, trees: Sequence[PromptTree]) -> Tensor:
         """Return log-probabilities (batch, time) at the sampling temperature."""
@@ -204,7 +180,7 @@ def roll_out(
     policy: PreTrainedModel,
     value_model: ScalarModel,
     sampler: Sampler,
-    episodes: Sequence[Episode],
+    prompts: Sequence[FittedPrompt[Prompt]],
     generator: torch.Generator,
     accelerator: Accelerator,
     kl_coef: float | None = None,
@@ -224,9 +200,11 @@ def roll_out(
     settings = sampler.config.ppo
     kl_coef = settings.kl_coef if kl_coef is None else kl_coef
     with told_by_all():
-        trees, logprobs = sampler.sample(policy, episodes, generator)
-    scored, finished = sampler.score(episodes, trees)
-    _, response_mask = response_batch([tree.responses[0] for tree in trees])
+        answers = sampler.sample(policy, prompts, generator)
+    scored = sampler.score(answers)
+    trees = [answer.tree for answer in answers]
+    _, response_mask = response_batch([answer.response_ids for answer in answers])
+    logprobs = pad_sequence([torch.tensor(answer.logprobs) for answer in answers], batch_first=True)
     check = None
     if is_checked:
         with sampler.watch.phase("logprobs"):
@@ -248,7 +226,7 @@ def roll_out(
     return Rollout(
         trees=trees,
         response_mask=response_mask,
-        finished=finished,
+        finished=torch.tensor([answer.is_finished for answer in answers]),
         scores=scored.scores,
         logprobs=logprobs,
         ref_logprobs=ref_logprobs,

@@ -8,7 +8,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from rlhf.inputs.chat import Chat
+from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.packing import PromptTree
+from rlhf.inputs.records import Prompt
 from rlhf.inputs.shuffling import ShuffledBatches
 from rlhf.inputs.streams import torch_stream
 from rlhf.models.tokenizers import load_chat
@@ -21,7 +23,7 @@ from rlhf.runs.stopwatch import Stopwatch
 from rlhf.training import sharding
 from rlhf.training.processes import own_share, start_accelerator
 from stages.ppo.config import Config
-from stages.ppo.data import inputs_of, load_episodes, load_held_out, shuffled_text
+from stages.ppo.data import inputs_of, load_held_out, load_prompts, shuffled_text
 from stages.ppo.learner import Learner
 from stages.ppo.load import load_models
 from stages.ppo.monitor import (
@@ -35,7 +37,7 @@ from stages.ppo.monitor import (
 )
 from stages.ppo.normalize import normalize_scores
 from stages.ppo.progress import Progress
-from stages.ppo.rollout import Episode, Sampler
+from stages.ppo.rollout import Sampler
 from stages.ppo.speed import Speedometer
 
 FILES = (*MODEL_FILES, REPLAY_FILE, LAST_GOOD)
@@ -51,9 +53,9 @@ class Setup:
     checkpoints: Checkpoints
     monitor: Monitor
     chat: Chat
-    prompts: ShuffledBatches[Episode]
+    prompts: ShuffledBatches[FittedPrompt[Prompt]]
     """the prompts of an update, for all processes"""
-    held_out: list[Episode]
+    held_out: list[FittedPrompt[Prompt]]
     texts: Iterator[list[PromptTree]]
     """the text blocks of an optimizer step, for this process; empty lists without ptx"""
     learner: Learner
@@ -83,23 +85,23 @@ def set_up(config: Config) -> Setup:
     run = open_run(config, stage="ppo", inputs=inputs_of(config), files=FILES)
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every, unit="update")
     chat = load_chat(config.policy)
-    episodes = load_episodes(config.prompts, chat, config, accelerator)
+    prompts = load_prompts(config.prompts, chat, config, accelerator)
     held_out = load_held_out(chat, config, accelerator)
     watch = Stopwatch(accelerator.device)
     with watch.phase("load"):
         learner, sampler = load_models(config, chat, accelerator, watch)
-    _announce(config, accelerator, len(episodes))
+    _announce(config, accelerator, len(prompts))
     _warn_of_chance(config, monitor)
     before = checkpoints.saved("progress") or {}
     with sharding.whole_weights(accelerator, learner.state.model):
         sampler, raw_scores = normalize_scores(
-            sampler, learner.models.value_model, episodes, accelerator, before.get("raw_scores")
+            sampler, learner.models.value_model, prompts, accelerator, before.get("raw_scores")
         )
 
     text_order = shuffled_text(config, chat, accelerator)
     texts = (own_share(accelerator, batch) for batch in text_order)
     order = ShuffledBatches(
-        episodes, config.rollout.batch_size, torch_stream(config.seed, "ppo/prompts")
+        prompts, config.rollout.batch_size, torch_stream(config.seed, "ppo/prompts")
     )
     sampling = torch_stream(config.seed, "ppo/rollouts", accelerator.process_index)
     shuffling = torch_stream(config.seed, "ppo/mini-batches")

@@ -1,34 +1,20 @@
 """Measure a policy on held-out data: losses, and samples."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from rlhf.generation.engines import generate
-from rlhf.generation.interface import Decoding
+from rlhf.generation.answers import Answer, sample_answers
+from rlhf.generation.engines import engine_of
 from rlhf.inputs.chat import Chat
+from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.packing import Packer, PromptTree
-from rlhf.inputs.records import Demonstration, prompt_key
+from rlhf.inputs.records import Prompt
 from rlhf.inputs.streams import torch_stream
 from rlhf.models.passes import compute_logprobs
-from rlhf.rewards.models import RewardModel
 from stages.sft.config import Config
 from stages.sft.rows import Example
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Holds a held-out prompt and the policy's response."""
-
-    record: Demonstration
-    prompt: list[int]
-    response: list[int]
-    text: str
-    """The response, decoded."""
-    ended: bool
-    """Whether the response has an end token."""
 
 
 def mean_loss(policy: PreTrainedModel, trees: Sequence[PromptTree], packer: Packer) -> float:
@@ -39,53 +25,35 @@ def mean_loss(policy: PreTrainedModel, trees: Sequence[PromptTree], packer: Pack
 
 def draw_samples(
     policy: PreTrainedModel, examples: Sequence[Example], chat: Chat, config: Config
-) -> list[Sample]:
-    """Sample one response to each of the first num_samples different prompts, with the same random
-    draws each time."""
-    chosen = list({prompt_key(one.record.prompt): one for one in examples}.values())
-    chosen = chosen[: config.num_samples]
-    prompts = [list(one.tree.prompt) for one in chosen]
-    samples = generate(
-        policy,
-        prompts,
-        config.generation,
-        Decoding(
-            end_id=chat.end_id,
-            other_ends=chat.other_ends,
-            max_new_tokens=config.max_response_tokens,
-            temperature=config.temperature,
-        ),
+) -> list[Answer]:
+    """Sample one answer to each prompt, with the same random draws each time."""
+    return sample_answers(
+        engine_of(policy, config.generation),
+        [FittedPrompt(Prompt(one.record.prompt), one.tree.prompt) for one in examples],
+        chat,
+        max_new_tokens=config.max_response_tokens,
+        temperature=config.temperature,
         generator=torch_stream(config.seed, "sft/samples"),
     )
-    return [
-        Sample(
-            record=one.record,
-            prompt=prompt,
-            response=response,
-            text=chat.decode(response),
-            ended=chat.has_end(response),
-        )
-        for one, prompt, response in zip(chosen, prompts, samples.responses, strict=True)
-    ]
 
 
-def score_samples(samples: Sequence[Sample], reward_model: RewardModel, chat: Chat) -> list[float]:
-    """Return the reward model's score of each sample, with the end token of the chat template."""
-    prompts = [sample.prompt for sample in samples]
-    responses = [chat.with_own_end(sample.response) for sample in samples]
-    return reward_model.scores(prompts, responses).tolist()
+def different_prompts(examples: Sequence[Example], most: int) -> list[Example]:
+    """Choose one example of each prompt, the last one of the file, and `most` of them at most."""
+    return list({one.record.key: one for one in examples}.values())[:most]
 
 
-def sample_rows(samples: Sequence[Sample], scores: Sequence[float] | None) -> list[dict[str, Any]]:
+def sample_rows(
+    examples: Sequence[Example], answers: Sequence[Answer], scores: Sequence[float] | None
+) -> list[dict[str, Any]]:
     """Make the rows of samples.jsonl, with the policy's response beside the demonstration."""
     rows: list[dict[str, Any]] = [
         {
-            "prompt": sample.record.prompt,
-            "response": sample.text,
-            "demonstration": sample.record.response,
-            "ended": sample.ended,
+            "prompt": example.record.prompt,
+            "response": answer.text,
+            "demonstration": example.record.response,
+            "ended": answer.is_finished,
         }
-        for sample in samples
+        for example, answer in zip(examples, answers, strict=True)
     ]
     if scores is not None:
         rows = [{**row, "score": score} for row, score in zip(rows, scores, strict=True)]

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, set_seed
 
+from rlhf.generation.answers import Answer
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer
 from rlhf.models.layout import packer_for
@@ -26,7 +27,7 @@ from rlhf.training.offloading import free_unused
 from rlhf.training.out_of_memory import memory_of
 from rlhf.training.processes import start_accelerator
 from stages.sft.config import Config
-from stages.sft.measure import Sample, draw_samples, mean_loss, sample_rows, score_samples
+from stages.sft.measure import different_prompts, draw_samples, mean_loss, sample_rows
 from stages.sft.rows import Rows, fit_batches, lay_out, load_rows
 from stages.sft.trainer import Metrics, figures_line, fit
 
@@ -120,19 +121,20 @@ class _Judge:
         return metrics
 
     def _sample(self, policy: PreTrainedModel, step: int | None) -> Metrics:
-        samples = draw_samples(policy, self.rows.held_out, self.chat, self.config)
+        examples = different_prompts(self.rows.held_out, self.config.num_samples)
+        answers = draw_samples(policy, examples, self.chat, self.config)
         scores = None
         if self.reward_model is not None:
             with sharding.autocast_unwrapped(self.accelerator):
-                scores = score_samples(samples, self.reward_model, self.chat)
-        self.run.samples(sample_rows(samples, scores), step)
-        return _figures(samples, scores)
+                scores = self.reward_model.score(answers).scores.tolist()
+        self.run.samples(sample_rows(examples, answers, scores), step)
+        return _figures(answers, scores)
 
 
-def _figures(samples: Sequence[Sample], scores: Sequence[float] | None) -> Metrics:
+def _figures(answers: Sequence[Answer], scores: Sequence[float] | None) -> Metrics:
     metrics = {
-        "sft/eos_rate": _mean([sample.ended for sample in samples]),
-        "sft/response_tokens": _mean([len(sample.response) for sample in samples]),
+        "sft/eos_rate": _mean([answer.is_finished for answer in answers]),
+        "sft/response_tokens": _mean([len(answer.response_ids) for answer in answers]),
     }
     return metrics if scores is None else {**metrics, "sft/reward_score": _mean(scores)}
 

@@ -11,6 +11,7 @@ import pytest
 from examples.http_reward import HttpReward
 from rlhf.inputs.records import Prompt
 from rlhf.rewards.functions import FunctionReward, load_function
+from tests.rlhf.answers import of_text
 
 Answer = tuple[int, bytes]
 
@@ -137,4 +138,4 @@ def test_what_goes_wrong_reaches_the_user(server: Server, waits: list[float]) ->
     server.answers = [(404, b"")] * 9
     reward = FunctionReward(reward_of(server), "examples.http_reward:score")
     with pytest.raises(ValueError, match=r"failed on row 0.*refused the request: HTTP 404"):
-        reward.score([Prompt("p")] * 2, [[1]] * 2, [[2]] * 2, ["x", "y"])
+        reward.score([of_text(Prompt("p"), text) for text in ("x", "y")])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import stages.ppo.rollout as rollout_module
 import stages.ppo.update as update_module
+from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.packing import Packer, PromptTree, response_batch, text_tree
 from rlhf.inputs.records import Prompt
 from rlhf.maths.kl import k1, k3, last_token_mask, penalized_rewards
@@ -31,7 +32,7 @@ from rlhf.training.settings import OptimSettings
 from rlhf.training.step import make_train_state
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.learner import Learner, PolicyAndValue
-from stages.ppo.rollout import Episode, Sampler
+from stages.ppo.rollout import Sampler
 from stages.ppo.update import OldOutputs, update
 
 VOCAB, END, TIME, BETA = 4, 0, 3, 0.3
@@ -192,15 +193,14 @@ def run_ppo(
         end_id=END,
         other_ends=(),
         decode=str,
-        with_own_end=list,
         has_end=lambda response: response[-1] == END,
     )
     reward = TableReward(task.reward)
     sampler = TableSampler(chat, TablePolicy(task.ref), reward, learner.packer, config)  # type: ignore[arg-type]
-    episodes = [Episode(Prompt(prompt="unused"), PROMPT)] * config.rollout.batch_size
+    prompts = [FittedPrompt(Prompt("unused"), PROMPT)] * config.rollout.batch_size
     generator = torch.Generator().manual_seed(seed)
     for _ in range(config.num_updates):
-        rollout = rollout_module.roll_out(policy, value, sampler, episodes, generator, accelerator)
+        rollout = rollout_module.roll_out(policy, value, sampler, prompts, generator, accelerator)
         update(learner, rollout, texts or repeat([]), config, generator)
     return policy.numbers.detach()
 

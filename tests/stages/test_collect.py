@@ -22,7 +22,7 @@ from rlhf.runs.settings import load_config
 from stages.collect.collect import collect, distinct_texts
 from stages.collect.config import Config
 from stages.collect.report import agreement, agreements, describe_samples, tie_share
-from stages.collect.sample import Sample
+from tests.rlhf.answers import of_ids
 from tests.rlhf.tiny_models import byte_tokenizer
 
 
@@ -172,8 +172,8 @@ def test_agreement_worked_by_hand() -> None:
 def test_ties_and_lengths_worked_by_hand() -> None:
     assert tie_share([ranking(1, 1, 2), ranking(1, None, 1), ranking(1, 2)]) == pytest.approx(2 / 5)
     groups = [
-        [Sample(text="a", num_tokens=2, ended=True), Sample(text="a", num_tokens=2, ended=True)],
-        [Sample(text="b", num_tokens=5, ended=False)],
+        [of_ids([5], [7, 0], text="a", is_finished=True)] * 2,
+        [of_ids([5], [8] * 5, text="b")],
     ]
     described = describe_samples(groups)
     assert described["eos_rate"] == pytest.approx(2 / 3)

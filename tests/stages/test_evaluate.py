@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer, PromptTree
-from rlhf.inputs.records import Prompt
 from rlhf.models.loading import load_policy, load_scalar, new_policy
 from rlhf.models.passes import compute_scores
 from rlhf.models.saving import save_policy
@@ -28,6 +27,8 @@ from stages.evaluate.config import Config
 from stages.evaluate.evaluate import evaluate
 from stages.evaluate.measures import Answers, describe, divergence, score
 from stages.evaluate.report import format_results, format_samples
+from tests.rlhf.answers import finished as finished_answer
+from tests.rlhf.answers import of_ids
 
 ARCHITECTURE = {
     "model_type": "llama",
@@ -212,19 +213,16 @@ def test_scores_come_back_to_their_prompts(inputs: Config) -> None:
     assert inputs.reward_model is not None
     reward = load_reward_model(ModelSettings(path=inputs.reward_model), micro_batch_tokens=99)
     chat = reward.chat
-    prompts = [Prompt("Who?"), Prompt("Why so?")]
     texts = [["I.", "It is you."], ["So."]]
-    trees = [
-        PromptTree(
-            tuple(chat.prompt_ids(prompt.prompt)), tuple(tuple(chat.response_ids(t)) for t in group)
-        )
-        for prompt, group in zip(prompts, texts, strict=True)
+    answers = [
+        [finished_answer(chat, prompt, text) for text in group]
+        for prompt, group in zip(["Who?", "Why so?"], texts, strict=True)
     ]
-    found = score(reward, prompts, chat, Answers(trees, []))
+    found = score(reward, Answers(answers, []))
     assert [len(group) for group in found] == [2, 1]
-    for tree, group in zip(trees, found, strict=True):
-        for response, value in zip(tree.responses, group, strict=True):
-            alone = reward.scores([tree.prompt], [response]).item()
+    for group, values in zip(answers, found, strict=True):
+        for answer, value in zip(group, values, strict=True):
+            alone = reward.scores([answer.prompt_ids], [answer.response_ids]).item()
             assert value == pytest.approx(alone, abs=1e-5)
 
 
@@ -368,10 +366,10 @@ def test_prompts_that_do_not_fit_are_counted(
 
 def test_divergence_worked_by_hand() -> None:
     # Log-ratios: prompt 1 has responses (1, -0.5) and (0.5); prompt 2 has (-1).
-    trees = [PromptTree((1,), ((2, 3), (4,))), PromptTree((1,), ((5,),))]
+    answers = [[of_ids([1], [2, 3]), of_ids([1], [4])], [of_ids([1], [5])]]
     logprobs = [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5]), torch.tensor([-3.0])]
     references = [torch.tensor([-2.0, -1.5]), torch.tensor([-1.0]), torch.tensor([-2.0])]
-    found = divergence(Answers(trees, logprobs), references)
+    found = divergence(Answers(answers, logprobs), references)
     assert found["kl"] == pytest.approx((0.5 + -1.0) / 2, abs=1e-6)
     assert found["kl_error"] == pytest.approx(1.5 / 2, abs=1e-6)
     tokens = [math.exp(-1) - 1 + 1, math.exp(0.5) - 1 - 0.5, math.exp(-0.5) - 0.5, math.e - 2]
@@ -379,8 +377,9 @@ def test_divergence_worked_by_hand() -> None:
 
 
 def test_what_responses_show_worked_by_hand() -> None:
-    trees = [PromptTree((9,), ((1, 2, 1, 2), (1, 0))), PromptTree((9,), ((0,),))]
-    found = describe(Answers(trees, []), end_id=0)
+    ended = [of_ids([9], ids, is_finished=True) for ids in ([1, 0], [0])]
+    answers = [[of_ids([9], [1, 2, 1, 2]), ended[0]], [ended[1]]]
+    found = describe(Answers(answers, []))
     assert found["response_tokens"] == pytest.approx(7 / 3, abs=1e-12)
     assert found["eos_rate"] == pytest.approx(2 / 3, abs=1e-12)
     assert found["distinct_2"] == pytest.approx(3 / 4, abs=1e-12)  # 12, 21, 12, 10

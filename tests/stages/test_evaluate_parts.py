@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 from rlhf.generation.settings import GenerationSettings
-from rlhf.inputs.chat import Chat
-from rlhf.inputs.packing import PromptTree
 from rlhf.inputs.records import Prompt
 from stages.evaluate.config import Config
 from stages.evaluate.evaluate import evaluate
@@ -26,6 +24,7 @@ from stages.evaluate.warnings import (
     find_reward_parted,
     find_warnings,
 )
+from tests.rlhf.answers import of_text
 from tests.stages.test_evaluate import (
     byte_tokenizer,
     save_random_policy,
@@ -114,16 +113,14 @@ def test_without_a_pair_there_is_no_accuracy() -> None:
 
 
 def test_the_most_frequent_response_counts_each_prompt_once() -> None:
-    chat = Chat(byte_tokenizer("<end>", "<pad>"))
-    yes, no, maybe = (tuple(chat.response_ids(text)) for text in ("yes", "no", "maybe"))
-    trees = [
-        PromptTree((1,), (yes, yes, no, no)),  # half a prompt each
-        PromptTree((2,), (no, no, no, no)),
-        PromptTree((2,), (maybe, maybe, maybe, maybe)),  # the same prompt asked again
-        PromptTree((3,), (yes,)),
+    texts = [
+        ("A?", ["yes", "yes", "no", "no"]),  # half a prompt each
+        ("B?", ["no", "no", "no", "no"]),
+        ("B?", ["maybe", "maybe", "maybe", "maybe"]),  # the same prompt asked again
+        ("C?", ["yes"]),
     ]
-    questions = [Prompt("A?"), Prompt("B?"), Prompt("B?"), Prompt("C?")]
-    found = most_frequent_response(questions, chat, Answers(trees, []))
+    answers = [[of_text(Prompt(prompt), text) for text in group] for prompt, group in texts]
+    found = most_frequent_response(Answers(answers, []))
     assert found == ("yes", pytest.approx(0.5))  # 1/2 + 0 + 1 of three prompts
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from rlhf.inputs.files import write_records
+from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.packing import PromptTree, text_tree
 from rlhf.inputs.records import Demonstration, Prompt, Ranking
 from rlhf.models.adapters import read_adapter, weights_sha256
@@ -29,7 +30,7 @@ from rlhf.training.sharding import local_gradients
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.load import load_models
-from stages.ppo.rollout import Episode, roll_out
+from stages.ppo.rollout import roll_out
 from stages.ppo.train import train as train_ppo
 from stages.ppo.update import update
 from stages.rm.config import Config as RmConfig
@@ -232,12 +233,12 @@ def test_a_step_of_ppo_touches_two_adapters_and_the_value_head(
     before = {name: p.clone() for name, p in models.named_parameters()}
     frozen = [*sampler.ref_policy.parameters(), *sampler.reward.model.parameters()]  # type: ignore[attr-defined]
     kept = [p.clone() for p in frozen]
-    episodes = [Episode(Prompt(prompt="b"), (5 + i, 9, 13)) for i in range(4)]
+    prompts = [FittedPrompt(Prompt("b"), (5 + i, 9, 13)) for i in range(4)]
     rollout = roll_out(
         models.policy,
         models.value_model,
         sampler,
-        episodes,
+        prompts,
         torch.Generator().manual_seed(0),
         accelerator,
     )

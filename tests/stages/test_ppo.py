@@ -25,6 +25,7 @@ import stages.ppo.setup
 from rlhf.generation.hf import LoopEngine
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
+from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.packing import Packer, text_tree
 from rlhf.inputs.records import Prompt
 from rlhf.models.passes import compute_logprobs, compute_values
@@ -39,7 +40,7 @@ from rlhf.training.step import make_train_state
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.data import text_blocks
 from stages.ppo.learner import POLICY, Learner, PolicyAndValue
-from stages.ppo.rollout import Episode, Rollout, Sampler, roll_out
+from stages.ppo.rollout import Rollout, Sampler, roll_out
 from stages.ppo.train import train
 from stages.ppo.update import update
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
@@ -56,8 +57,8 @@ TEXTS = [text_tree([5, 9, 13, 17, 21, 25]), text_tree([30, 31, 32])]
 class CountingReward:
     """One point for every token 7."""
 
-    def score(self, prompts, prompt_ids, response_ids, responses):
-        counts = [float(sum(token == 7 for token in ids)) for ids in response_ids]
+    def score(self, answers):
+        counts = [float(sum(token == 7 for token in one.response_ids)) for one in answers]
         return Scored(torch.tensor(counts))
 
 
@@ -109,7 +110,7 @@ def make_rollout(
     sampler = Sampler(chat, ref_policy, CountingReward(), learner.packer, config, tell=tell)
     prompts = cycle([(10, 11, 12), (13,), (14, 15), (16, 17, 18, 19)])
     episodes = [
-        Episode(Prompt(prompt="unused"), ids) for ids in islice(prompts, config.rollout.batch_size)
+        FittedPrompt(Prompt("unused"), ids) for ids in islice(prompts, config.rollout.batch_size)
     ]
     generator = torch.Generator().manual_seed(2)  # some of the responses end
     return roll_out(
@@ -118,12 +119,12 @@ def make_rollout(
 
 
 def test_every_declared_end_finishes_a_response_and_the_reward_reads_the_templates_own():
-    seen: list[list[int]] = []
+    seen: list[tuple[int, ...]] = []
 
     class NotingReward(CountingReward):
-        def score(self, prompts, prompt_ids, response_ids, responses):
-            seen.extend(response_ids)
-            return super().score(prompts, prompt_ids, response_ids, responses)
+        def score(self, answers):
+            seen.extend(answer.ids_ending_with(END) for answer in answers)
+            return super().score(answers)
 
     other = 40
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
@@ -135,14 +136,15 @@ def test_every_declared_end_finishes_a_response_and_the_reward_reads_the_templat
         ),
     )
     sampler = Sampler(chat, tiny_policy_of("llama"), NotingReward(), Packer(1000), config)
-    episodes = [Episode(Prompt(prompt="unused"), (10, 11, 12))] * 64
-    trees, _ = sampler.sample(sampler.ref_policy, episodes, torch.Generator().manual_seed(2))
-    responses = [tree.responses[0] for tree in trees]
+    prompts = [FittedPrompt(Prompt("unused"), (10, 11, 12))] * 64
+    answers = sampler.sample(sampler.ref_policy, prompts, torch.Generator().manual_seed(2))
+    responses = [answer.response_ids for answer in answers]
     assert not any({END, other} & set(response[:-1]) for response in responses)
     assert {END, other} <= {response[-1] for response in responses}
-    scored, finished = sampler.score(episodes, trees)
-    assert finished.tolist() == [response[-1] in (END, other) for response in responses]
-    assert (scored.scores == -9).tolist() == (~finished).tolist()
+    scores = sampler.score(answers).scores
+    finished = [answer.is_finished for answer in answers]
+    assert finished == [response[-1] in (END, other) for response in responses]
+    assert (scores == -9).tolist() == [not ended for ended in finished]
     assert {ids[-1] for ids, ended in zip(seen, finished, strict=True) if ended} == {END}
 
 

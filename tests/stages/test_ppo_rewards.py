@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from rlhf.inputs.chat import Chat
+from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Prompt
 from rlhf.maths.advantages import generalized_advantages
@@ -25,8 +26,9 @@ from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.load import make_value_model
 from stages.ppo.metrics import rollout_metrics, rollout_sums
 from stages.ppo.normalize import normalize_scores
-from stages.ppo.rollout import Episode, Sampler, roll_out
+from stages.ppo.rollout import Sampler, roll_out
 from stages.ppo.train import train
+from tests.rlhf.answers import of_ids
 from tests.rlhf.rewards.folders import (
     base_tokenizer,
     merging_tokenizer,
@@ -86,8 +88,8 @@ def make_sampler(reward: Any, config: Config | None = None) -> Sampler:
     )
 
 
-EPISODES = [
-    Episode(Prompt(f"prompt {'x' * i}"), ids)
+FITTED = [
+    FittedPrompt(Prompt(f"prompt {'x' * i}"), ids)
     for i, ids in enumerate([(10, 11, 12), (13,), (14, 15), (16, 17, 18, 19)] * 2)
 ]
 
@@ -97,7 +99,7 @@ def rollout_of(sampler: Sampler) -> Any:
         tiny_policy_of("llama"),
         tiny_scalar_of("llama"),
         sampler,
-        EPISODES,
+        FITTED,
         torch.Generator().manual_seed(0),
         Accelerator(cpu=True),
     )
@@ -141,7 +143,7 @@ def test_parts_are_logged_as_means_and_follow_their_episodes() -> None:
         }
     )
     rollout = rollout_of(make_sampler(reward))
-    lengths = [float(len(episode.record.prompt)) for episode in EPISODES]
+    lengths = [float(len(one.record.prompt)) for one in FITTED]
     assert rollout.parts["prompt"].tolist() == lengths
     metrics = rollout_metrics({k: float(v) for k, v in rollout_sums(rollout).items()})
     assert metrics["ppo/part/prompt"] == pytest.approx(sum(lengths) / 8)
@@ -177,9 +179,9 @@ def test_scores_are_clipped_then_charged_for_length_then_for_a_missing_end() -> 
         def score(self, *_: object) -> Scored:
             return Scored(torch.tensor([9.0, 9.0, -9.0, 0.5]))
 
-    trees = [
-        PromptTree((5,), (response,))
-        for response in [(7, 7, 7, 7, END), (7, 7, 7, 7, 7), (7, END), (7,)]
+    answers = [
+        of_ids([5], ids, is_finished=ids[-1] == END)
+        for ids in [(7, 7, 7, 7, END), (7, 7, 7, 7, 7), (7, END), (7,)]
     ]
     reward = RewardSettings(
         function="a:b",
@@ -190,34 +192,31 @@ def test_scores_are_clipped_then_charged_for_length_then_for_a_missing_end() -> 
         missing_end_value=1.0,
     )
     sampler = make_sampler(Fixed(), make_config(reward=reward))
-    scored, finished = sampler.score(EPISODES[:4], trees)
-    assert finished.tolist() == [True, False, True, False]
-    assert scored.scores.tolist() == [2 - 0.5, 2 - 0.5 - 1, -2.0, 0.5 - 1]
+    assert sampler.score(answers).scores.tolist() == [2 - 0.5, 2 - 0.5 - 1, -2.0, 0.5 - 1]
     replacing = replace(reward, missing_end="replace", missing_end_value=-3.0)
     sampler = make_sampler(Fixed(), make_config(reward=replacing))
-    assert sampler.score(EPISODES[:4], trees)[0].scores.tolist() == [1.5, -3.0, -2.0, -3.0]
+    assert sampler.score(answers).scores.tolist() == [1.5, -3.0, -2.0, -3.0]
 
 
 def normalized(function: Any, num_samples: int, value_model: Any, **changes: Any) -> Any:
     settings = RewardSettings(function="a:b", missing_end="none", normalize_on=num_samples)
     sampler = make_sampler(FunctionReward(function, "f"), make_config(reward=settings, **changes))
-    return normalize_scores(sampler, value_model, EPISODES, Accelerator(cpu=True))
+    return normalize_scores(sampler, value_model, FITTED, Accelerator(cpu=True))
 
 
 def test_scores_of_the_reference_policy_get_mean_0_and_standard_deviation_1() -> None:
     sampler, measured = normalized(length, 400, tiny_scalar_of("llama"))
     generator = torch.Generator().manual_seed(77)
-    episodes = EPISODES * 50
-    trees, _ = sampler.sample(sampler.ref_policy, episodes, generator)
-    scores = sampler.score(episodes, trees)[0].scores
-    lengths = torch.tensor([float(len(sampler.chat.decode(t.responses[0]))) for t in trees])
+    answers = sampler.sample(sampler.ref_policy, FITTED * 50, generator)
+    scores = sampler.score(answers).scores
+    lengths = torch.tensor([float(len(answer.text)) for answer in answers])
     assert measured["raw_score_mean"] == pytest.approx(float(lengths.mean()), abs=0.3)
     assert scores.mean().item() == pytest.approx(0.0, abs=0.2)
     assert scores.std().item() == pytest.approx(1.0, abs=0.15)
 
 
 def test_normalising_measures_each_prompt_in_turn_and_repeats_itself() -> None:
-    lengths = torch.tensor([float(len(e.record.prompt)) for e in EPISODES])
+    lengths = torch.tensor([float(len(e.record.prompt)) for e in FITTED])
     _, measured = normalized(prompt_length, 8, tiny_scalar_of("llama"))
     assert measured["raw_score_mean"] == pytest.approx(lengths.mean().item())
     assert measured["raw_score_std"] == pytest.approx(lengths.std(correction=0).item())
@@ -255,7 +254,7 @@ def test_scores_without_any_spread_cannot_be_normalised() -> None:
 def test_without_the_setting_nothing_is_normalised() -> None:
     sampler = make_sampler(FunctionReward(length, "length"))
     same, measured = normalize_scores(
-        sampler, tiny_scalar_of("llama"), EPISODES, Accelerator(cpu=True)
+        sampler, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True)
     )
     assert same is sampler and measured == {}
 

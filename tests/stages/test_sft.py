@@ -30,7 +30,7 @@ from rlhf.training.processes import start_accelerator
 from rlhf.training.settings import OptimSettings
 from stages.sft import train as train_module
 from stages.sft.config import Config
-from stages.sft.measure import draw_samples, mean_loss
+from stages.sft.measure import different_prompts, draw_samples, mean_loss, sample_rows
 from stages.sft.rows import cut_text, fit_batches, lay_out, load_rows, render
 from stages.sft.train import train
 from stages.sft.trainer import Measure, fit, make_trainer, to_row
@@ -404,10 +404,15 @@ def test_samples_are_of_different_prompts(base: Path, chat: Chat, tmp_path: Path
     records = [Demonstration(prompt, "x") for prompt in "aabbc"]
     examples, _ = render(records, chat, 40, 8)
     config = make_config(base, "unused", tmp_path, num_samples=3)
-    samples = draw_samples(load_policy(config.model), examples, chat, config)
-    assert [sample.record.prompt for sample in samples] == ["a", "b", "c"]
-    assert all(sample.ended == (chat.end_id in sample.response) for sample in samples)
-    assert all(sample.text == chat.decode(sample.response) for sample in samples)
+    chosen = different_prompts(examples, config.num_samples)
+    assert [one.record.prompt for one in chosen] == ["a", "b", "c"]
+    assert different_prompts(examples, 2) == chosen[:2]
+    answers = draw_samples(load_policy(config.model), chosen, chat, config)
+    assert [answer.record.prompt for answer in answers] == ["a", "b", "c"]
+    rows = sample_rows(chosen, answers, [0.5, 1.0, 1.5])
+    assert [row["score"] for row in rows] == [0.5, 1.0, 1.5]
+    assert [row["response"] for row in rows] == [answer.text for answer in answers]
+    assert all(answer.is_finished == (chat.end_id in answer.response_ids) for answer in answers)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,10 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rlhf.generation.answers import Answer
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.template import DATE
+from tests.rlhf.answers import fitted
 from tests.rlhf.inputs.test_chat import CHATML, LLAMA2
 from tests.rlhf.tiny_models import byte_tokenizer
 
@@ -367,9 +369,10 @@ def test_other_ends_end_a_response() -> None:
     assert not chat.has_end([])
     for end in (1, 2, 3):
         assert chat.decode([*words, end]) == "Me."
-        assert chat.with_own_end([*words, end]) == [*words, 1]
+        answer = Answer.of(fitted(chat, "Who?"), [*words, end], chat)
+        assert answer.is_finished and answer.ids_ending_with(chat.end_id) == (*words, 1)
         assert chat.pieces([*words, end]) == [*"Me.", names[end]]
-    assert chat.with_own_end(words) == words
+    assert Answer.of(fitted(chat, "Who?"), words, chat).ids_ending_with(1) == tuple(words)
 
 
 def test_padding_among_the_other_ends() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.generation.answers import Answer
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.records import Prompt
 from rlhf.models.settings import ModelSettings
@@ -15,6 +16,7 @@ from rlhf.rewards.load import load_reward, reward_models_of
 from rlhf.rewards.models import load_reward_model
 from rlhf.rewards.scores import Scored
 from rlhf.rewards.settings import EnsembleSettings, PartSettings, RewardSettings
+from tests.rlhf.answers import finished, of_text
 from tests.rlhf.rewards.folders import PROMPTS, RESPONSES, base_tokenizer
 
 
@@ -38,7 +40,11 @@ def vowels(
     return [[float(piece in "aeiou") for piece in pieces] for pieces in tokens]
 
 
-BATCH = ([Prompt("a")] * 2, [[1]] * 2, [[2]] * 2, ["x"] * 2)
+BATCH = [of_text(Prompt("a"), "x")] * 2
+
+
+def answers_of(chat: Chat) -> list[Answer]:
+    return [finished(chat, *pair) for pair in zip(PROMPTS, RESPONSES, strict=True)]
 
 
 def close(found: Tensor | None, expected: list[float] | list[list[float]]) -> bool:
@@ -55,7 +61,7 @@ def test_parts_are_summed_by_their_weights_and_kept_without_them() -> None:
             "flipped": (Fixed(1.0, 3.0, tokens=tokens), -1.0),
         }
     )
-    scored = reward.score(*BATCH)
+    scored = reward.score(BATCH)
     assert close(scored.scores, [2 - 4 + 0.5 - 1, 4 - 0.5 + 1.5 - 3])
     assert close(scored.token_rewards, [[-0.5, 0.0], [0.0, -1.5]])
     assert close(scored.at_end, [-2.0, 3.5])
@@ -65,7 +71,7 @@ def test_parts_are_summed_by_their_weights_and_kept_without_them() -> None:
 
 def test_an_ensemble_tells_its_members_and_their_spread() -> None:
     reward = EnsembleReward([Fixed(1.0, 5.0), Fixed(3.0, 5.0)], "mean_minus_spread", 2.0)
-    scored = reward.score(*BATCH)
+    scored = reward.score(BATCH)
     assert close(scored.scores, [2.0 - 2.0 * 1.0, 5.0])
     parts = {name: part.tolist() for name, part in scored.parts.items()}
     assert parts == {"member_0": [1.0, 5.0], "member_1": [3.0, 5.0], "spread": [1.0, 0.0]}
@@ -73,11 +79,11 @@ def test_an_ensemble_tells_its_members_and_their_spread() -> None:
 
 def test_normalising_scales_tokens_and_shifts_the_end() -> None:
     reward = NormalizedReward(Fixed(4.0, 8.0, tokens=[[1.0, 3.0], [8.0, 0.0]]), mean=6.0, std=2.0)
-    scored = reward.score(*BATCH)
+    scored = reward.score(BATCH)
     assert close(scored.scores, [-1.0, 1.0])
     assert close(scored.token_rewards, [[0.5, 1.5], [4.0, 0.0]])
     assert close(scored.at_end, [-3.0, -3.0])
-    assert NormalizedReward(Fixed(4.0, 8.0), 6.0, 2.0).score(*BATCH).token_rewards is None
+    assert NormalizedReward(Fixed(4.0, 8.0), 6.0, 2.0).score(BATCH).token_rewards is None
 
 
 def test_parts_come_from_their_settings(saved: Path) -> None:
@@ -91,10 +97,9 @@ def test_parts_come_from_their_settings(saved: Path) -> None:
     )
     chat = Chat(base_tokenizer())
     reward = load_reward(settings, chat, "cpu", 512)
-    prompts = [Prompt(prompt) for prompt in PROMPTS]
     prompt_ids = [chat.prompt_ids(prompt) for prompt in PROMPTS]
     response_ids = [chat.response_ids(response) for response in RESPONSES]
-    scored = reward.score(prompts, prompt_ids, response_ids, RESPONSES)
+    scored = reward.score(answers_of(chat))
     alone = load_reward_model(ModelSettings(path=str(saved)), micro_batch_tokens=512)
     helpful = alone.scores(prompt_ids, response_ids)
     lengths, counts = torch.tensor([3, 15, 0, 7]), torch.tensor([1, 4, 0, 2])
@@ -119,8 +124,7 @@ def test_an_ensemble_comes_from_its_settings(saved: Path, other: Path, combine: 
     chat = Chat(base_tokenizer())
     prompt_ids = [chat.prompt_ids(prompt) for prompt in PROMPTS]
     response_ids = [chat.response_ids(response) for response in RESPONSES]
-    batch = ([Prompt(prompt) for prompt in PROMPTS], prompt_ids, response_ids, RESPONSES)
-    found = load_reward(settings, chat, "cpu", 512).score(*batch).scores.tolist()
+    found = load_reward(settings, chat, "cpu", 512).score(answers_of(chat)).scores.tolist()
     members = [
         load_reward_model(ModelSettings(path=path), micro_batch_tokens=512)
         .scores(prompt_ids, response_ids)

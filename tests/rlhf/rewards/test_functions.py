@@ -8,27 +8,34 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf.generation.answers import Answer
 from rlhf.inputs.chat import Chat
+from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.records import Prompt
 from rlhf.rewards.functions import FunctionReward, TokenFunctionReward, load_function
 from rlhf.rewards.load import load_reward
 from rlhf.rewards.scores import Scored
 from rlhf.rewards.settings import RewardSettings
+from tests.rlhf.answers import of_text
 from tests.rlhf.rewards.folders import base_tokenizer
 
 PROMPTS = [Prompt("a", {"weight": 2.0}), Prompt("b", {"weight": 3.0})]
 
 
 def function_reward(function: Callable[..., Any]) -> Scored:
-    return FunctionReward(function, "own:reward").score(PROMPTS, [[1], [1]], [[2], [2]], ["x", ""])
+    answers = [of_text(prompt, text) for prompt, text in zip(PROMPTS, ["x", ""], strict=True)]
+    return FunctionReward(function, "own:reward").score(answers)
 
 
 def token_reward(function: Callable[..., Any]) -> Scored:
     """Of the responses `hi<end>` and `h`, which has no end."""
     chat = Chat(base_tokenizer())
     responses = [chat.response_ids("hi"), chat.response_ids("h")[:-1]]
-    reward = TokenFunctionReward(function, "own:reward", chat)
-    return reward.score(PROMPTS, [[1], [1]], responses, ["hi", "h"])
+    answers = [
+        Answer.of(FittedPrompt(prompt, (1,)), ids, chat)
+        for prompt, ids in zip(PROMPTS, responses, strict=True)
+    ]
+    return TokenFunctionReward(function, "own:reward", chat).score(answers)
 
 
 def test_a_function_sees_prompts_responses_and_meta() -> None:
@@ -127,7 +134,7 @@ def own_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_functions_are_found_by_name(own_rewards: Path) -> None:
     settings = RewardSettings(function="own_rewards:short")
     reward = load_reward(settings, Chat(base_tokenizer()), "cpu", 512)
-    assert reward.score([Prompt("a")], [[1]], [[2]], ["four"]).scores.tolist() == [-4.0]
+    assert reward.score([of_text(Prompt("a"), "four")]).scores.tolist() == [-4.0]
     with pytest.raises(ValueError, match="has no function 'shrt'; it has short"):
         load_function("own_rewards:shrt")
 

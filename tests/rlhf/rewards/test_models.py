@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from rlhf.generation.answers import Answer
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import PromptTree
 from rlhf.inputs.records import Prompt
@@ -29,6 +30,7 @@ from rlhf.rewards.models import (
 )
 from rlhf.rewards.rendering import check_rendering, same_rendering, same_vocabulary
 from rlhf.rewards.settings import PartSettings, RewardSettings
+from tests.rlhf.answers import fitted, of_ids
 from tests.rlhf.rewards.folders import (
     PROMPTS,
     RESPONSES,
@@ -211,9 +213,9 @@ def test_a_reward_model_with_another_tokenizer_reads_text(foreign: Path) -> None
     texts = ["yes", "no, rather long", "", "perhaps"]
     whole = [policy_chat.response_ids(text) for text in texts]
     cut = [ids[:-1] for ids in whole[:2]]
-    prompts = [Prompt(prompt) for prompt in [*PROMPTS, *PROMPTS[:2]]]
-    prompt_ids = [policy_chat.prompt_ids(prompt.prompt) for prompt in prompts]
-    found = reward.score(prompts, prompt_ids, [*whole, *cut], [*texts, *texts[:2]]).scores
+    prompts = [fitted(policy_chat, prompt) for prompt in [*PROMPTS, *PROMPTS[:2]]]
+    pairs = zip(prompts, [*whole, *cut], strict=True)
+    found = reward.score([Answer.of(*pair, policy_chat) for pair in pairs]).scores
     end = own.tokenizer.eos_token
     encode = own.tokenizer.encode
     expected = [
@@ -233,8 +235,9 @@ def test_a_reward_model_with_another_tokenizer_reads_text(foreign: Path) -> None
 
 def test_a_cut_response_without_text_is_read_as_an_empty_one(foreign: Path) -> None:
     reward, _ = judge_of(foreign, Chat(base_tokenizer()))
-    pad = reward.score([Prompt("one")], [[5]], [[1]], [""]).scores
-    empty = reward.score([Prompt("one")], [[5]], [[0]], [""]).scores
+    record = Prompt("one")
+    pad = reward.score([of_ids([5], [1], record=record, text="")]).scores
+    empty = reward.score([of_ids([5], [0], record=record, text="", is_finished=True)]).scores
     torch.testing.assert_close(pad, empty, rtol=0, atol=1e-5)
 
 
@@ -244,7 +247,8 @@ def test_what_its_context_cannot_hold_loses_its_oldest_turns(foreign: Path) -> N
     def score(turns: list[str], response: str) -> float:
         roles = ("user", "assistant")
         messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        return reward.score([Prompt(messages)], [[5]], [[6, 0]], [response]).scores.item()
+        answer = of_ids([5], [6, 0], record=Prompt(messages), text=response, is_finished=True)
+        return reward.score([answer]).scores.item()
 
     alone = pytest.approx(score(["one"], "yes"), abs=1e-5)
     assert score(["x " * 30, "y " * 30, "one"], "yes") == alone
@@ -267,7 +271,7 @@ def test_a_reward_model_of_the_policys_rendering_reads_its_ids(saved: Path) -> N
     assert isinstance(reward, RewardModel)
     assert told == []
     prompt_ids, response_ids = ids_of(policy_chat)
-    found = reward.score([Prompt("unread")] * 4, prompt_ids, response_ids, ["unread"] * 4)
+    found = reward.score([of_ids(*pair) for pair in zip(prompt_ids, response_ids, strict=True)])
     expected = reward.scores(prompt_ids, response_ids)
     torch.testing.assert_close(found.scores, expected, rtol=0, atol=1e-5)
     assert found.token_rewards is None and found.parts == {}
