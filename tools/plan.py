@@ -42,7 +42,7 @@ import yaml
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlhf.inputs.packing import PackedRow, Packer, PromptTree, text_tree
+from rlhf.inputs.packing import Layout, PackedRow, Packer, PromptTree, text_tree
 from rlhf.maths.logprobs import CHUNK_TOKENS
 from rlhf.measuring.allocations import DryRun
 from rlhf.measuring.flops import (
@@ -475,12 +475,12 @@ class Rows:
         return self._lay([text_tree([0] * block)] * max(1, min(self.budget // block, num_blocks)))
 
     def _lay(self, trees: Sequence[PromptTree]) -> PackedRow:
-        if self.settings.attention.startswith("flash"):
-            trees = trees[:1]  # without a mask every response has its own row
-        (row,) = Packer(self.budget).rows(trees)
+        is_flash = self.settings.attention == "flash_attention_2"
+        layout = Layout.SEQUENCES if is_flash else Layout.MASK
+        row, *_ = Packer(self.budget, layout).rows(trees)
         # With segments, as without a mask, attention saves only queries, keys and values.
         has_segments = self.device == "cpu" and self.settings.attention == "sdpa"
-        return replace(row, plain=row.plain or has_segments)
+        return replace(row, plain=row.plain or is_flash or has_segments)
 
 
 def _bytes(weights: Iterable[nn.Parameter], as_type: torch.dtype | None = None) -> int:

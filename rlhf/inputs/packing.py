@@ -18,6 +18,7 @@ A packed pass equals the separate passes up to floating-point noise
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from functools import cached_property
 
 import torch
@@ -54,6 +55,21 @@ def text_tree(ids: Sequence[int]) -> PromptTree:
     return PromptTree(prompt=(ids[0],), responses=(tuple(ids[1:]),))
 
 
+class Layout(IntEnum):
+    """How trees become rows, from the layout that computes most to the one that computes least."""
+
+    ALONE = 0
+    """Every response has a row of its own, after its own prompt. Every model can take that."""
+    SEQUENCES = 1
+    """Responses share rows, each after its own prompt. Positions that start again at 0 part them,
+    as variable lengths in flash attention do."""
+    MASK = 2
+    """Trees share rows, and responses their prompt. A mask parts them, with an entry for every pair
+    of a row's tokens."""
+    SEGMENTS = 3
+    """The same with segments on a CPU (rlhf.models.packed_attention), and a mask elsewhere."""
+
+
 @dataclass(frozen=True)
 class PackedRow:
     """One row of packed trees: a model's inputs, and where its results belong.
@@ -81,6 +97,8 @@ class PackedRow:
     """(responses, time) True where a response has a token"""
     plain: bool
     """True if the row holds one tree with one response, so that it needs no mask of its own"""
+    layout: Layout = Layout.MASK
+    """what tells the model which tokens belong together"""
     mask_dtype: torch.dtype | None = None
     """Type of a mask that is added to the attention scores. None means a boolean mask."""
     segments: Tensor | None = None
@@ -88,12 +106,13 @@ class PackedRow:
 
     @cached_property
     def attention_mask(self) -> Tensor | None:
-        """(1, 1, length, length), the third axis attends to the fourth. None means plain causal.
+        """(1, 1, length, length), the third axis attends to the fourth. None means plain causal,
+        or that positions part the row's sequences.
 
         The mask is boolean, True where a token may attend. With `mask_dtype` it is 0 there and the
         type's lowest number elsewhere. On a CPU it may be the segments instead.
         """
-        if self.plain:
+        if self.plain or self.layout == Layout.SEQUENCES:
             return None
         if self.segments is not None and self.device.type == "cpu":
             return self.segments
@@ -170,40 +189,53 @@ class Packer:
     micro_batch_tokens: int
     """The most tokens in a row, and so in a pass. A tree is never cut: if it exceeds the budget, it
     gets a row of its own."""
-    share_prompts: bool = True
-    """Whether responses share their prompt, and trees their row. False puts every response into its
-    own row after its own prompt, without a mask."""
+    layout: Layout = Layout.MASK
+    """What shares a row, and what parts it."""
     max_depth: int | None = None
     """Trees with longer paths than this (a sliding attention window) are not shared either."""
     mask_dtype: torch.dtype | None = None
     """Type of the mask that eager attention adds to its scores. None: boolean masks (sdpa)."""
-    use_segments: bool = False
-    """True gives segments instead of masks on a CPU (rlhf.models.packed_attention)."""
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the responses of a tree share one pass over their prompt."""
+        return self.layout >= Layout.MASK
 
     def rows(self, trees: Sequence[PromptTree]) -> list[PackedRow]:
         """Pack trees into rows by first fit, longest trees first."""
         first_response = _starts(len(tree.responses) for tree in trees)
-        laid = [
+        laid: list[_Laid] = [
             (number, tree.prompt, list(enumerate(tree.responses, start=first_response[number])))
             for number, tree in enumerate(trees)
         ]
-        shared = [number for number, tree in enumerate(trees) if self._may_share(tree)]
-        alone = sorted(set(range(len(trees))) - set(shared))
-        sizes = [trees[number].num_tokens for number in shared]
+        if self.layout == Layout.SEQUENCES:
+            return self._share_rows(_one_by_one(laid))
+        shared = [item for item, tree in zip(laid, trees, strict=True) if self._may_share(tree)]
+        alone = [item for item, tree in zip(laid, trees, strict=True) if not self._may_share(tree)]
+        return self._share_rows(shared) + [_lay_row([item]) for item in _one_by_one(alone)]
+
+    def _share_rows(self, laid: "Sequence[_Laid]") -> list[PackedRow]:
+        sizes = [
+            len(prompt) + sum(len(response) for _, response in responses)
+            for _, prompt, responses in laid
+        ]
         rows = [
-            self._finish(_lay_row([laid[shared[item]] for item in items]))
+            _lay_row([laid[item] for item in items])
             for items in _first_fit(sizes, self.micro_batch_tokens)
         ]
-        for number, prompt, responses in (laid[i] for i in alone):
-            rows += [_lay_row([(number, prompt, [response])]) for response in responses]
-        return rows
-
-    def _finish(self, row: PackedRow) -> PackedRow:
-        segments = _segments(row) if self.use_segments else None
-        return replace(row, mask_dtype=self.mask_dtype, segments=segments)
+        has_segments = self.layout == Layout.SEGMENTS
+        return [
+            replace(
+                row,
+                layout=self.layout,
+                mask_dtype=self.mask_dtype,
+                segments=_segments(row) if has_segments else None,
+            )
+            for row in rows
+        ]
 
     def _may_share(self, tree: PromptTree) -> bool:
-        return self.share_prompts and (self.max_depth is None or tree.depth <= self.max_depth)
+        return self.shares_prompts and (self.max_depth is None or tree.depth <= self.max_depth)
 
 
 def idle_row() -> PackedRow:
@@ -265,7 +297,10 @@ def _predict_whole(row: PackedRow, responses: Sequence[tuple[int, ...]]) -> Pack
             prompt_ends[tree] = place
         else:
             places.setdefault(segment, []).append(place)
-    branches = _branches(row.tree_index.tolist())
+    # A sequence is a tree of its own within its row, though its response shares a tree elsewhere.
+    is_tree = row.layout == Layout.SEQUENCES
+    numbers = range(len(row.tree_index)) if is_tree else row.tree_index.tolist()
+    branches = _branches(numbers)
     predictors = [
         place
         for tree, branch in branches
@@ -301,6 +336,13 @@ def response_batch(responses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 _Laid = tuple[int, tuple[int, ...], list[tuple[int, tuple[int, ...]]]]
 """Number of a tree, its prompt, and its responses with their numbers."""
+
+
+def _one_by_one(laid: Sequence[_Laid]) -> list[_Laid]:
+    """Give every response a prompt of its own."""
+    return [
+        (number, prompt, [response]) for number, prompt, responses in laid for response in responses
+    ]
 
 
 def _lay_row(laid: list[_Laid]) -> PackedRow:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.inputs.packing import PackedRow, Packer, PromptTree
+from rlhf.inputs.packing import Layout, PackedRow, Packer, PromptTree
 from rlhf.models.architectures import features_of, layer_configs, num_embeddings
 from rlhf.models.compat import attention_of
 from rlhf.models.packed_attention import PACKED_SDPA
@@ -17,18 +17,27 @@ PACKING_TOLERANCE = 1e-3
 """Largest difference that the test accepts between packed and separate passes in fp32."""
 
 
+LAYOUTS = {
+    PACKED_SDPA: (Layout.SEGMENTS, Layout.MASK),
+    "flash_attention_2": (Layout.SEQUENCES,),
+}
+"""Layouts to try for an attention, best first; for any other it is the mask."""
+
+
 def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
     """Return how trees are laid out for this model: the first layout that passes the test.
 
     A layout passes if its results agree with separate passes. If none does, every response gets
     its own row. That happens to models without an attention mask over positions (state space,
-    ALiBi), with flash attention, or with a window shorter than the test's tree.
+    ALiBi), or with a window shorter than the test's tree.
     """
     attention = attention_of(model)
     # Eager attention adds its mask to the scores, so True would count as 1.
     eager = model.dtype if attention == "eager" else None
-    masks = Packer(micro_batch_tokens, mask_dtype=eager)
-    ways = [replace(masks, use_segments=True), masks] if attention == PACKED_SDPA else [masks]
+    ways = [
+        Packer(micro_batch_tokens, layout, mask_dtype=eager)
+        for layout in LAYOUTS.get(attention, (Layout.MASK,))
+    ]
     packer = next((packer for packer in ways if _agrees(model, packer)), None)
     if packer is None:
         warnings.warn(
@@ -36,7 +45,7 @@ def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
             "every response goes through it alone, which is slow",
             stacklevel=2,
         )
-        packer = replace(masks, share_prompts=False)
+        packer = Packer(micro_batch_tokens, Layout.ALONE)
     windows = (
         getattr(config, name, None)
         for config in layer_configs(model.config.get_text_config())
@@ -59,7 +68,7 @@ def _agrees(model: PreTrainedModel, packer: Packer) -> bool:
     ids = tuple(1 + (7 * i) % top for i in range(26))
     trees = [PromptTree(ids[:6], (ids[6:12], ids[12:20])), PromptTree(ids[20:23], (ids[23:],))]
     device = next(model.parameters()).device
-    alone = Packer(len(ids), share_prompts=False)
+    alone = Packer(len(ids), Layout.ALONE)
     plain = [_features(model, row.to(device)) for row in alone.rows(trees)]
     together = replace(packer, micro_batch_tokens=len(ids))
     try:

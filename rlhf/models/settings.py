@@ -18,7 +18,8 @@ class ModelSettings:
     """Type of the weights. Keep float32 for a model that is trained: at the learning rates of RLHF,
     bfloat16 weights hardly move."""
     attention: Attention = "sdpa"
-    """Attention implementation. One that cannot take a packing mask needs one row per response."""
+    """Attention implementation. With sdpa the responses to a prompt share one pass over it. With
+    flash_attention_2 each has a copy of it, and no mask is needed."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Set it only for sources that you trust."""
 

@@ -61,7 +61,7 @@ def load_models(
         packer_for(value_model.classifier, config.micro_batch_tokens),
     ]
     # Both models read the same rows, so take the packer that both can read.
-    packer = min(packers, key=lambda packer: (packer.share_prompts, packer.use_segments))
+    packer = min(packers, key=lambda packer: packer.layout)
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
         checkpoint_activations(value_model.classifier)

@@ -104,7 +104,7 @@ def _saved(config: Config) -> ModelSettings:
 
     Scoring runs without autocast, and flash attention takes no float32.
     """
-    is_flash = config.model.attention == "flash_attention_2"
+    is_flash = config.model.attention.startswith("flash")
     return ModelSettings(
         path=config.output_dir,
         dtype=config.model.dtype,

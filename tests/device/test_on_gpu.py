@@ -48,7 +48,7 @@ def test_packed_passes_equal_those_of_the_cpu(architecture: str) -> None:
     found = []
     for device in (CPU, CUDA):
         packer = packer_for(policy.to(device), 64)
-        assert packer.share_prompts
+        assert packer.shares_prompts
         of_scalar = packer_for(scalar.to(device).classifier, 64)
         found.append(
             (
@@ -78,7 +78,7 @@ def test_packing_probe_accepts_masks_on_the_gpu(architecture: str, dtype: torch.
     policy = tiny_policy_of(architecture).to(CUDA, dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a probe that refuses warns
-        assert packer_for(policy, 64).share_prompts
+        assert packer_for(policy, 64).shares_prompts
 
 
 def test_autocast_stays_near_float32() -> None:

@@ -140,7 +140,7 @@ def run_all(model_type: str, folder: Path) -> Outcome:
             return {"result": f"refused by {stage}, because {reason}"}
     policy = load_policy(ModelSettings(path=str(folder / "ppo")))
     check_greedy(policy, load_chat(ModelSettings(path=str(folder / "ppo"))))
-    is_shared = packer_for(policy, 256).share_prompts
+    is_shared = packer_for(policy, 256).shares_prompts
     names = ("side by side", "prompts of one length at a time", "without a cache")
     own = scalar_class(policy.config) is not transformers.AutoModelForSequenceClassification
     return {

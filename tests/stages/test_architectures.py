@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.inputs.packing import Packer, PromptTree
+from rlhf.inputs.packing import Layout, Packer, PromptTree
 from rlhf.models.loading import load_policy
 from rlhf.models.passes import compute_logprobs
 from rlhf.models.settings import ModelSettings
@@ -45,7 +45,7 @@ def test_sft_learns_by_the_models_own_logits(
     save_tiny(model_type, tokenizer(), tmp_path / "base")
     policy = load_policy(ModelSettings(path=str(tmp_path / "base")))
     trees = [PromptTree((5, 6, 7), ((8, 9, 1),)), PromptTree((20, 21), ((22, 23, 24, 25, 1),))]
-    expected = compute_logprobs(policy, trees, Packer(64, share_prompts=False))
+    expected = compute_logprobs(policy, trees, Packer(64, layout=Layout.ALONE))
     words = ["--model.path", "base", "--demonstrations", "none.jsonl", "--output_dir", "none"]
     config = load_config(Config, [*words, "--batch_size", "2"])
     trainer = make_trainer(policy, tokenizer(), trees, config, str(tmp_path / "run"))

@@ -26,7 +26,7 @@ from rlhf.generation.hf import LoopEngine
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.fitting import FittedPrompt
-from rlhf.inputs.packing import Packer, text_tree
+from rlhf.inputs.packing import Layout, Packer, text_tree
 from rlhf.inputs.records import Prompt
 from rlhf.models.passes import compute_logprobs, compute_values
 from rlhf.models.saving import save_policy
@@ -356,7 +356,7 @@ def test_gradient_norms_and_cosine_are_those_of_the_two_parts():
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("num_episodes", [8, 12])
 @pytest.mark.parametrize(
-    "packer", [Packer(1), Packer(12), Packer(30), Packer(1000), Packer(1000, share_prompts=False)]
+    "packer", [Packer(1), Packer(12), Packer(30), Packer(1000), Packer(1000, layout=Layout.ALONE)]
 )
 def test_first_ratio_is_one_for_every_cut_of_the_batch(architecture, num_episodes, packer):
     config = make_config(

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, modeling_utils
 
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import write_records
-from rlhf.inputs.packing import Packer, PromptTree
+from rlhf.inputs.packing import Layout, Packer, PromptTree
 from rlhf.inputs.records import Demonstration, Ranking
 from rlhf.measuring.statistics import wilson_interval
 from rlhf.models.loading import load_scalar, new_policy
@@ -241,7 +241,7 @@ def test_gradient_is_that_of_the_plain_sum_however_it_is_packed(sft: Path, tmp_p
     chat = Chat(load_tokenizer(str(sft)))
     examples, _ = make_examples(rankings, chat, config, for_training=True)
     plain_loss, plain = plain_gradient(sft, chat, rankings, margin_per_rank=0.4)
-    layouts = [Packer(512), Packer(64), Packer(1), Packer(512, share_prompts=False)]
+    layouts = [Packer(512), Packer(64), Packer(1), Packer(512, layout=Layout.ALONE)]
     for packer in [*layouts, Packer(512, max_depth=max(e.tree.depth for e in examples) - 1)]:
         loss, found = gradient(sft, config, examples, packer)
         assert loss == pytest.approx(plain_loss, abs=1e-5)

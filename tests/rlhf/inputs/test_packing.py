@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.inputs.packing import (
+    Layout,
     PackedRow,
     Packer,
     PromptTree,
@@ -30,9 +31,12 @@ from rlhf.models.scalar import ScalarModel
 from tests.rlhf.tiny_models import VOCAB, tiny_policy_of, tiny_scalar_of
 
 PACKABLE = ["llama", "gpt2", "gpt_neox", "qwen3", "opt", "mistral", "gemma3_text"]
-PACKED = [(name, "sdpa", True) for name in PACKABLE] + [(name, "sdpa", False) for name in PACKABLE]
-PACKED += [("llama", "eager", False), ("gpt2", "eager", False)]
-"""Architecture, attention, and whether it is told the row's segments or takes a mask."""
+LAYOUTS = [Layout.SEGMENTS, Layout.MASK, Layout.SEQUENCES]
+LAYOUTS = [Layout.SEGMENTS, Layout.MASK, Layout.SEQUENCES]
+PACKED = [(name, "sdpa", layout) for name in PACKABLE for layout in LAYOUTS]
+PACKED += [(name, "eager", layout) for name in ("llama", "gpt2") for layout in LAYOUTS[1:]]
+PACKED.remove(("opt", "sdpa", Layout.SEQUENCES))  # transformers makes its mask without positions
+"""Architecture, attention, and what parts the sequences of a row."""
 
 EXAMPLE = PromptTree(prompt=(10, 11, 12), responses=((20, 21), (30, 31, 32)))
 
@@ -130,7 +134,9 @@ def test_mask_of_the_documented_example_and_a_second_tree() -> None:
 
 def test_segments_name_prompts_and_responses() -> None:
     lone = PromptTree((40,), ((50,),))
-    (row,) = Packer(12, use_segments=True).rows([EXAMPLE, lone, PromptTree((60,), ((), (70,)))])
+    (row,) = Packer(12, layout=Layout.SEGMENTS).rows(
+        [EXAMPLE, lone, PromptTree((60,), ((), (70,)))]
+    )
     expected = [
         # queries, keys before them
         (0, 3, 0, 0),  # the prompt
@@ -143,7 +149,7 @@ def test_segments_name_prompts_and_responses() -> None:
     assert row.attention_mask is not None
     assert row.attention_mask.shape == (1, 1, 4, 6)
     assert row.attention_mask[0, 0].T.tolist() == [list(segment) for segment in expected]
-    (alone,) = Packer(8, use_segments=True).rows([lone])
+    (alone,) = Packer(8, layout=Layout.SEGMENTS).rows([lone])
     assert alone.attention_mask is None
 
 
@@ -159,13 +165,13 @@ def test_first_fit_takes_the_longest_tree_first() -> None:
     assert [row.tree_index.tolist() for row in rows] == [[4], [3, 0], [1, 2]]
 
 
-@pytest.mark.parametrize(("architecture", "attention", "use_segments"), PACKED)
+@pytest.mark.parametrize(("architecture", "attention", "layout"), PACKED)
 def test_packed_logprobs_and_gradients_equal_separate(
-    architecture: str, attention: str, use_segments: bool
+    architecture: str, attention: str, layout: Layout
 ) -> None:
     policy = tiny_policy_of(architecture, attention=attention)
     trees = random_trees()
-    packer = replace(packer_for(policy, micro_batch_tokens=64), use_segments=use_segments)
+    packer = replace(packer_for(policy, micro_batch_tokens=64), layout=layout)
     rows = packer.rows(trees)
     assert len(rows) == 2, "several trees must share a row, or this test shows nothing"
 
@@ -200,7 +206,7 @@ def test_logits_that_are_scaled_or_capped_after_the_head(architecture: str, chan
     policy = tiny_policy_of(architecture, **changes)
     assert not has_plain_head(policy)
     trees = random_trees()
-    found = compute_logprobs(policy, trees, Packer(1, share_prompts=False))
+    found = compute_logprobs(policy, trees, Packer(1, layout=Layout.ALONE))
     for response, part in enumerate(separate_logprobs(policy, trees)):
         torch.testing.assert_close(found[response, : len(part)], part, rtol=0, atol=1e-5)
 
@@ -234,13 +240,13 @@ def test_checkpointed_activations_change_no_gradient_and_are_not_kept(architectu
     assert kept_bytes < all_bytes / 2
 
 
-@pytest.mark.parametrize(("architecture", "attention", "use_segments"), PACKED)
+@pytest.mark.parametrize(("architecture", "attention", "layout"), PACKED)
 def test_packed_values_scores_and_gradients_equal_separate(
-    architecture: str, attention: str, use_segments: bool
+    architecture: str, attention: str, layout: Layout
 ) -> None:
     model = tiny_scalar_of(architecture, attention=attention)
     trees = random_trees(seed=1)
-    packer = replace(packer_for(model.classifier, 64), use_segments=use_segments)
+    packer = replace(packer_for(model.classifier, 64), layout=layout)
     rows = packer.rows(trees)
     assert len(rows) < len(trees)
     prompts = [len(tree.prompt) for tree in trees for _ in tree.responses]
@@ -278,8 +284,8 @@ def test_packed_values_scores_and_gradients_equal_separate(
 @pytest.mark.parametrize("architecture", PACKABLE)
 def test_probe_accepts(architecture: str, attention: str) -> None:
     packer = packer_for(tiny_policy_of(architecture, attention=attention), 100)
-    assert packer.share_prompts
-    assert packer.use_segments == (attention == "sdpa")
+    assert packer.shares_prompts
+    assert packer.layout == (Layout.SEGMENTS if attention == "sdpa" else Layout.MASK)
 
 
 def test_model_that_takes_masks_but_no_segments_gets_masks(
@@ -288,7 +294,7 @@ def test_model_that_takes_masks_but_no_segments_gets_masks(
     policy = tiny_policy_of("llama")
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, PACKED_SDPA, sdpa_attention_forward)
     packer = packer_for(policy, 100)
-    assert packer.share_prompts and not packer.use_segments
+    assert packer.shares_prompts and packer.layout == Layout.MASK
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mamba", "gpt_neo"])
@@ -314,7 +320,7 @@ def test_probe_refuses_a_model_that_ignores_the_mask(monkeypatch: pytest.MonkeyP
         lambda attention_mask=None, **inputs: forward(attention_mask=None, **inputs),
     )
     with pytest.warns(UserWarning, match="cannot take the packing mask"):
-        assert not packer_for(policy, 64).share_prompts
+        assert not packer_for(policy, 64).shares_prompts
 
 
 @pytest.mark.parametrize(
@@ -355,7 +361,7 @@ def test_probe_refuses_a_model_that_has_no_use_for_the_mask(
 
     monkeypatch.setattr(policy.model, "forward", refuse_a_mask)
     with pytest.warns(UserWarning, match="cannot take the packing mask"):
-        assert not packer_for(policy, 64).share_prompts
+        assert not packer_for(policy, 64).shares_prompts
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma3_text"])
@@ -363,7 +369,7 @@ def test_trees_deeper_than_the_window_go_alone(architecture: str) -> None:
     window = 14
     policy = tiny_policy_of(architecture, sliding_window=window)
     packer = packer_for(policy, 200)
-    assert packer.share_prompts
+    assert packer.shares_prompts
     assert packer.max_depth == window
     shallow = PromptTree(tuple(range(3, 10)), (tuple(range(10, 17)), tuple(range(20, 24))))
     deep = PromptTree(tuple(range(30, 42)), (tuple(range(42, 50)), tuple(range(50, 58))))
@@ -436,7 +442,7 @@ TREES = st.lists(
 PACKERS = st.builds(
     Packer,
     micro_batch_tokens=st.integers(1, 60),
-    share_prompts=st.booleans(),
+    layout=st.sampled_from([Layout.ALONE, Layout.SEQUENCES, Layout.MASK]),
     max_depth=st.none() | st.integers(1, 13),
 )
 
@@ -444,8 +450,9 @@ PACKERS = st.builds(
 @settings(max_examples=100, deadline=None)
 @given(trees=TREES, packer=PACKERS)
 def test_segments_allow_what_the_mask_allows(trees: list[PromptTree], packer: Packer) -> None:
-    with_segments = replace(packer, use_segments=True).rows(trees)
-    for row, masked in zip(with_segments, packer.rows(trees), strict=True):
+    with_segments = replace(packer, layout=Layout.SEGMENTS).rows(trees)
+    with_masks = replace(packer, layout=Layout.MASK).rows(trees)
+    for row, masked in zip(with_segments, with_masks, strict=True):
         if masked.attention_mask is None:
             assert row.attention_mask is None
             continue
@@ -489,11 +496,13 @@ def check_row(
     responses: list[tuple[int, ...]],
     packer: Packer,
 ) -> None:
-    """Follows the mask alone: what the predictor of a token sees must be exactly its past."""
+    """Follows the mask, or where positions start again: what the predictor of a token sees must be
+    exactly its past."""
     ids, positions = row.input_ids[0], row.position_ids[0]
     length = len(ids)
     if row.attention_mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool).tril()
+        sequence = (positions == 0).cumsum(0)
+        mask = (sequence[:, None] == sequence).tril()
     else:
         mask = row.attention_mask[0, 0]
     token = 0
@@ -506,7 +515,8 @@ def check_row(
             assert positions[seen].tolist() == list(range(past))
             assert row.targets[token] == path[past]
             token += 1
-        if packer.max_depth is not None and len(path) > packer.max_depth:
+        is_deep = packer.max_depth is not None and len(path) > packer.max_depth
+        if is_deep or packer.layout == Layout.SEQUENCES:
             assert row.attention_mask is None
     assert token == len(row.targets) == len(row.predictors)
     if all(responses[number] for number in row.response_index.tolist()):
@@ -525,15 +535,16 @@ def test_a_predicting_row_by_hand() -> None:
     assert row.lengths.tolist() == [2, 3, 1, 1]
 
 
-@pytest.mark.parametrize(("architecture", "attention", "use_segments"), PACKED)
-@pytest.mark.parametrize("share_prompts", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "attention", "layout"), [*PACKED, ("llama", "sdpa", Layout.ALONE)]
+)
 def test_predicting_rows_equal_separate_passes(
-    architecture: str, attention: str, use_segments: bool, share_prompts: bool
+    architecture: str, attention: str, layout: Layout
 ) -> None:
     policy = tiny_policy_of(architecture, attention=attention)
     trees = [*random_trees(), PromptTree((5, 6), ((7,), (8,), (9, 10)))]
     eager = policy.dtype if attention == "eager" else None
-    packer = Packer(24, share_prompts, mask_dtype=eager, use_segments=use_segments)
+    packer = Packer(24, layout, mask_dtype=eager)
     rows = predicting_rows(packer, trees)
     parts = [response_likelihoods(policy, row) for row in rows]
     logprobs = assemble(

@@ -414,6 +414,6 @@ def test_what_an_earlier_run_left_is_not_taken_for_this_one(
     torch.testing.assert_close(logits(load_policy(settings)), logits(live), rtol=0, atol=1e-5)
     save_policy(full, tokenizer(), folder)
     torch.testing.assert_close(logits(load_policy(settings)), logits(full), rtol=0, atol=1e-5)
-    assert packer_for(load_policy(settings), 64).share_prompts
+    assert packer_for(load_policy(settings), 64).shares_prompts
     tiny_scalar_of("llama", vocab_size=258).save(folder, tokenizer())
     assert find_adapter(str(folder)) is None

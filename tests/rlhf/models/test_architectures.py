@@ -174,7 +174,7 @@ def test_own_classifier_shares_the_policys_base(models, tmp_path: Path) -> None:
 def test_eager_attention_where_there_is_no_sdpa(models) -> None:
     policy = load_policy(ModelSettings(path=models("gemma2")))
     assert policy.config._attn_implementation == "eager"
-    assert packer_for(policy, 64).share_prompts
+    assert packer_for(policy, 64).shares_prompts
 
 
 def test_bidirectional_model_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rlhf.inputs.packing import Layout
 from rlhf.models.compat import attention_of
 from rlhf.models.layout import packer_for
 from rlhf.models.packed_attention import PACKED_SDPA, take_segments
@@ -44,7 +45,7 @@ SPARSE = DeepseekV32Config(
 
 
 def test_transformers_own_sdpa_stays_in_its_place() -> None:
-    assert packer_for(tiny_policy_of("llama"), 64).use_segments
+    assert packer_for(tiny_policy_of("llama"), 64).layout == Layout.SEGMENTS
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
 
 

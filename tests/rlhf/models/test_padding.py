@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from rlhf.inputs.packing import Packer, PromptTree
+from rlhf.inputs.packing import Layout, Packer, PromptTree
 from rlhf.models.loading import load_scalar
 from rlhf.models.passes import compute_scores
 from rlhf.models.settings import ModelSettings
@@ -32,9 +32,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ours(folder: Path, trees: list[PromptTree], budget: int, share_prompts: bool = True):
+def ours(folder: Path, trees: list[PromptTree], budget: int, layout: Layout = Layout.MASK):
     model = load_scalar(ModelSettings(path=str(folder)))
-    return compute_scores(model, trees, Packer(budget, share_prompts=share_prompts))
+    return compute_scores(model, trees, Packer(budget, layout=layout))
 
 
 def test_scores_do_not_depend_on_the_company_in_a_row(folder: Path) -> None:
@@ -42,7 +42,7 @@ def test_scores_do_not_depend_on_the_company_in_a_row(folder: Path) -> None:
     assert together.std() > 0.05
     for other in (
         ours(folder, TREES, budget=10),
-        ours(folder, TREES, budget=1000, share_prompts=False),
+        ours(folder, TREES, budget=1000, layout=Layout.ALONE),
         torch.cat([ours(folder, [tree], budget=1000) for tree in TREES]),
         ours(folder, TREES[::-1], budget=1000)[[4, 5, 3, 0, 1, 2]],
     ):

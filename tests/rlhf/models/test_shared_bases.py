@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.inputs.packing import Packer, PromptTree
+from rlhf.inputs.packing import Layout, Packer, PromptTree
 from rlhf.models.layout import packer_for
 from rlhf.models.loading import load_policy, load_scalar
 from rlhf.models.passes import compute_logprobs, compute_scores, compute_values
@@ -89,7 +89,9 @@ def test_roles_weigh_one_base_and_their_adapters(work: Path) -> None:
     )
     assert weight_bytes(*roles) == base + own
     assert weight_bytes(*load_roles(work, None)) > 3 * base
-    assert packer_for(roles[1].classifier, 64).use_segments, "it has not the base's attention"
+    assert packer_for(roles[1].classifier, 64).layout == Layout.SEGMENTS, (
+        "it has not the base's attention"
+    )
 
 
 def test_only_trained_adapters_and_the_value_head_want_gradients(work: Path) -> None:
@@ -125,7 +127,7 @@ def test_other_types_and_attentions_are_not_shared(work: Path) -> None:
     ):
         other = load_policy(settings, bases=bases)
         assert weight_bytes(one, other) == weight_bytes(one) + weight_bytes(other)
-        assert packer_for(other, 64).share_prompts
+        assert packer_for(other, 64).shares_prompts
 
 
 def test_a_missing_head_is_refused_on_shared_weights_too(work: Path) -> None:
