@@ -200,14 +200,15 @@ def test_a_sampler_that_is_not_the_policy(distribution, config: Config, monkeypa
 
 @pytest.mark.slow
 def test_healthy_runs_in_bfloat16_raise_no_alarm(config: Config):
-    """Their rounding is far above float32's, and the stop rules must not take it for a fault."""
+    """On most processors their rounding is far above float32's, and the stop rules must not take it
+    for a fault."""
     policy = replace(config.policy, dtype="bfloat16")
     for seed in range(20):
         folder = Path(config.output_dir) / str(seed)
         one = replace(config, policy=policy, seed=seed, output_dir=str(folder), num_updates=2)
         assert alarms_of(one) == {}
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-        assert rows[0]["ppo/sampler_difference"] > 1e-4
+        weights = load_file(folder / "model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
 
 def test_a_wrong_temperature_in_bfloat16_stops_the_first_update(config: Config, monkeypatch):

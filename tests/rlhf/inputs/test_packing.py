@@ -499,7 +499,6 @@ def check_row(
     """Follows the mask, or where positions start again: what the predictor of a token sees must be
     exactly its past."""
     ids, positions = row.input_ids[0], row.position_ids[0]
-    length = len(ids)
     if row.attention_mask is None:
         sequence = (positions == 0).cumsum(0)
         mask = (sequence[:, None] == sequence).tril()
