@@ -12,7 +12,7 @@ from rlhf.maths.losses import policy_loss, value_loss
 from rlhf.training.nonfinite import NonFiniteError
 from rlhf.training.processes import sum_over_processes, sums_over_processes
 from rlhf.training.step import Step
-from stages.ppo.config import Config
+from stages.ppo.config import Config, PPOSettings
 from stages.ppo.learner import POLICY, Learner, Outputs
 from stages.ppo.metrics import Sums, differences, update_metrics
 from stages.ppo.monitor import Monitor
@@ -63,27 +63,8 @@ def update(
             log_ratios = []
             for row in step.rows(learner.packer.rows(batch.trees)):
                 new, old = Outputs(learner, row, temperature, only_value), OldOutputs.of(batch, row)
-                logprobs = new.logprobs
-                loss, stats = policy_loss(
-                    logprobs,
-                    old.logprobs,
-                    old.advantages,
-                    row.response_mask,
-                    clip_range=ppo.clip_range,
-                    num_tokens=num_tokens,
-                )
-                log_ratios.append((logprobs - old.logprobs).detach()[row.response_mask])
-                stats["policy_loss"] = loss.detach() * num_tokens
-                step.add(loss, {**stats, "tokens": row.response_mask.sum()})
-                loss, stats = value_loss(
-                    new.values,
-                    old.values,
-                    old.returns,
-                    row.response_mask,
-                    value_clip_range=ppo.value_clip_range,
-                    num_tokens=num_tokens,
-                )
-                step.add(loss, {**stats, "value_loss": loss.detach() * num_tokens})
+                log_ratios.append(add_policy_loss(step, row, new, old, num_tokens, ppo))
+                add_value_loss(step, row, new, old, num_tokens, ppo)
         if not total:  # no step was taken yet
             nats = torch.cat(log_ratios)
             first_ratio = differences("ppo/first_log_ratio", nats, state.accelerator)
@@ -105,6 +86,50 @@ def update(
     state.optimizer.zero_grad()  # the next rollout needs the memory
     metrics = update_metrics(sums_over_processes(state.accelerator, total))
     return metrics | first_ratio | {"ppo/steps": total["steps"]}
+
+
+def add_policy_loss(
+    step: Step,
+    row: PackedRow,
+    new: Outputs,
+    old: "OldOutputs",
+    num_tokens: int,
+    ppo: PPOSettings,
+) -> Tensor:
+    """Add a row's gradient of the clipped policy loss; return log(new / old) of its tokens,
+    (tokens,)."""
+    logprobs = new.logprobs
+    loss, stats = policy_loss(
+        logprobs,
+        old.logprobs,
+        old.advantages,
+        row.response_mask,
+        clip_range=ppo.clip_range,
+        num_tokens=num_tokens,
+    )
+    counts = {"policy_loss": loss.detach() * num_tokens, "tokens": row.response_mask.sum()}
+    step.add(loss, stats | counts)
+    return (logprobs - old.logprobs).detach()[row.response_mask]
+
+
+def add_value_loss(
+    step: Step,
+    row: PackedRow,
+    new: Outputs,
+    old: "OldOutputs",
+    num_tokens: int,
+    ppo: PPOSettings,
+) -> None:
+    """Add a row's gradient of the value loss."""
+    loss, stats = value_loss(
+        new.values,
+        old.values,
+        old.returns,
+        row.response_mask,
+        value_clip_range=ppo.value_clip_range,
+        num_tokens=num_tokens,
+    )
+    step.add(loss, stats | {"value_loss": loss.detach() * num_tokens})
 
 
 def mini_batches(
