@@ -10,7 +10,7 @@ Weights are bfloat16, so that no kernel is given mixed types.
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from benchmarks.gpu_check.models import load, prompts, release_memory
 from benchmarks.gpu_check.records import Row, Tell, tell_filled
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.machine import best_seconds, default_device
-from rlhf.inputs.packing import PackedRow, Packer, PromptTree
+from rlhf.inputs.packing import Layout, PackedRow, Packer, PromptTree
 from rlhf.models.heads import response_logprobs
 
 
@@ -83,7 +83,7 @@ def full_row(setting: Setting, length: int) -> PackedRow:
 
 
 def with_positions_only(row: PackedRow) -> PackedRow:
-    return other_row(row, None)
+    return replace(row, layout=Layout.SEQUENCES)
 
 
 def with_block_mask(row: PackedRow) -> PackedRow:
