@@ -1,0 +1,359 @@
+"""An accelerator that a machine without one pretends to have.
+
+    register()                 # once a process; nothing takes it back
+    with at_work() as waits:
+        train(config)          # torch.device("pretend") is what "cuda" is elsewhere
+    waits["stages/rm/update.py"]
+
+A tensor on it says that it is elsewhere. Its data are in the memory of the CPU, and every operation
+is done there, so results are those of a CPU. What CUDA refuses is refused:
+
+- operands on two devices, except that a number (a tensor without axes) and indices may be on the CPU;
+- a generator of another device than the tensor that is drawn;
+- numpy() and the address of the data.
+
+What makes the host wait for the device is counted, with the lines of rlhf and stages that led to it.
+That is what torch.cuda.set_sync_debug_mode reports: a value that Python reads (item, tolist, bool),
+a result whose size depends on values (nonzero, a mask as an index), and every copy between CPU and
+device that does not ask for non_blocking.
+
+It knows nothing of kernels, streams, memory, half precision by autocast, or time.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    return_and_correct_aliasing,
+)
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = "pretend"
+ROOT = Path(__file__).parents[2]
+OWN = tuple(str(ROOT / folder) + os.sep for folder in ("rlhf", "stages"))
+aten = torch.ops.aten
+
+IS_SUPPORTED = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+"""Whether this torch can register a device from Python; the call is experimental (2.13 has it)."""
+
+
+class DeviceMismatch(RuntimeError):
+    """Stands for CUDA's refusal of operands on two devices."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """The host waited for the device once."""
+
+    operation: str
+    path: tuple[str, ...]
+    """our own lines that led to it as "folder/file.py:function:line", the innermost last"""
+
+
+@dataclass
+class Waits:
+    """Every time the host waited, in order."""
+
+    found: list[Wait] = field(default_factory=list)
+
+    def within(self, place: str) -> list[Wait]:
+        """Those that a function of ours led to, given as "folder/file.py:function"."""
+        return [one for one in self.found if any(line.startswith(place) for line in one.path)]
+
+
+def lines(waits: Sequence[Wait]) -> str:
+    """Say for a failed test which line of ours waited how often, and why."""
+    seen: dict[tuple[str, str], int] = {}
+    for one in waits:
+        key = (one.path[-1] if one.path else "no line of ours", one.operation)
+        seen[key] = seen.get(key, 0) + 1
+    rows = sorted(seen.items(), key=lambda item: -item[1])
+    return "\n".join(f"{count:5} {place} {operation}" for (place, operation), count in rows)
+
+
+class _Module(backend_registration._DummyBackendModule):
+    """What stands at torch.cuda for CUDA."""
+
+    __name__ = "torch.pretend"
+
+    def set_device(self, device: Any) -> None:
+        pass
+
+    def synchronize(self, device: Any = None) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+    def get_rng_state(self, *_: Any) -> Tensor:
+        return torch.zeros(8, dtype=torch.uint8)
+
+    def set_rng_state(self, *_: Any) -> None:
+        pass
+
+
+def register() -> None:
+    """Make the device this process's accelerator, for good."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+
+
+class DeviceTensor(Tensor):
+    """A tensor on the device: `host` has its data."""
+
+    host: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, host: Tensor) -> "DeviceTensor":
+        return Tensor._make_wrapper_subclass(
+            cls,
+            host.shape,
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
+            layout=host.layout,
+            device=torch.device(NAME, 0),
+        )
+
+    def __init__(self, host: Tensor) -> None:
+        self.host = host
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"DeviceTensor({self.host})"
+
+    # With these two, Module.to keeps parameters the same objects, as it does with CUDA.
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["host"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> "DeviceTensor":
+        return DeviceTensor(inner["host"])
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return _run(Waits(), func, args, kwargs or {})
+
+
+class DeviceGenerator(torch.Generator):
+    """Draws on the CPU, and counts as one of the device."""
+
+
+def make_generator(device: torch.device | str = "cpu") -> torch.Generator:
+    """Stands for torch.Generator, which knows no device registered from Python."""
+    return DeviceGenerator() if torch.device(device).type == NAME else _Generator()
+
+
+_Generator = torch.Generator
+
+
+class _Operations(TorchDispatchMode):
+    """Does every operation, also those that make a tensor."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return _run(self.waits, func, args, kwargs or {})
+
+
+class _Calls(TorchFunctionMode):
+    """Sees what never becomes an operation: generators, and Python's own access to the data."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        _check_generator(func, args, kwargs)
+        if not (args and isinstance(args[0], DeviceTensor)):
+            return func(*args, **kwargs)
+        if func is Tensor.tolist:
+            self.waits.found.append(Wait("tolist", _own_lines()))
+            return args[0].host.tolist()
+        if func is Tensor.numpy:
+            raise TypeError(f"can't convert a tensor on {NAME} to numpy; call cpu() first")
+        if func in (Tensor.untyped_storage, Tensor.data_ptr):
+            return func(args[0].host, *args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
+def _check_generator(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    generator = kwargs.get("generator")
+    if generator is None:
+        return
+    device = kwargs.get("device")
+    draws_there = _is_there(device) or any(isinstance(x, DeviceTensor) for x in tree_leaves(args))
+    if draws_there != isinstance(generator, DeviceGenerator):
+        raise DeviceMismatch(f"{func}: expected a generator of the device on which it draws")
+
+
+@contextmanager
+def at_work() -> Iterator[Waits]:
+    """Have torch use the device inside the block; yields what the host waits for."""
+    waits = Waits()
+    lifted = torch._C._only_lift_cpu_tensors()
+    # torch.tensor(values, device=...) then makes a CPU tensor and copies it, which can be seen.
+    torch._C._set_only_lift_cpu_tensors(True)
+    try:
+        with (
+            mock.patch.object(torch, "Generator", make_generator),
+            mock.patch.object(torch.accelerator, "synchronize", lambda *_: None),
+            mock.patch.object(torch.accelerator, "empty_cache", lambda: None),
+            mock.patch.dict(os.environ, {"ACCELERATE_TORCH_DEVICE": NAME}),
+            _Calls(waits),
+            _Operations(waits),
+        ):
+            yield waits
+    finally:
+        torch._C._set_only_lift_cpu_tensors(lifted)
+
+
+COPIES = {aten._to_copy.default, aten.copy_.default}
+"""Operations whose operands may be on two devices."""
+
+TAKES_INDICES = {
+    aten.index.Tensor,
+    aten._unsafe_index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index_put.default,
+}
+"""Operations whose second operand is a list of indices."""
+
+READS_VALUES = {
+    "aten::_local_scalar_dense",
+    "aten::_unique2",
+    "aten::bincount",
+    "aten::equal",
+    "aten::masked_scatter_backward",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::repeat_interleave",
+    "aten::unique_consecutive",
+    "aten::unique_dim",
+}
+"""Operations whose result in Python, or whose size, depends on values on the device."""
+
+
+def _run(waits: Waits, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Do an operation with the data on the CPU, by the rules of a device."""
+    there = [x for x in tree_leaves((args, kwargs)) if isinstance(x, DeviceTensor)]
+    target = kwargs.get("device")
+    _check_devices(func, args, kwargs, there)
+    why = _reason_to_wait(func, args, kwargs, there)
+    if why is not None:
+        waits.found.append(Wait(why, _own_lines()))
+    if func is aten.is_pinned.default:
+        return False
+    if func is aten._fused_sdp_choice.default and there:
+        return 0  # plain products and a softmax: what CUDA computes as one kernel is checked piece by piece
+    host_args, host_kwargs = tree_map(
+        lambda x: x.host if isinstance(x, DeviceTensor) else x, (args, kwargs)
+    )
+    if target is not None and _is_there(target):
+        host_kwargs["device"] = torch.device("cpu")
+    with _disable_current_modes():
+        out = func(*host_args, **host_kwargs)
+    if func is aten.copy_.default:
+        return args[0]
+    goes_there = bool(there) if target is None else _is_there(target)
+    if not goes_there:
+        return out
+    wrapped = tree_map(lambda x: DeviceTensor(x) if isinstance(x, Tensor) else x, out)
+    return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
+
+
+def _check_devices(func: Any, args: Any, kwargs: dict[str, Any], there: list[Any]) -> None:
+    """Refuse operands on two devices, as CUDA does."""
+    if not there or func in COPIES:
+        return
+    operands = (args[0], args[2:], kwargs) if func in TAKES_INDICES else (args, kwargs)
+    others = [
+        x
+        for x in tree_leaves(operands)
+        if isinstance(x, Tensor) and not isinstance(x, DeviceTensor) and x.dim() > 0
+    ]
+    if others or (func in TAKES_INDICES and not isinstance(args[0], DeviceTensor)):
+        raise DeviceMismatch(
+            f"{func}: expected all tensors to be on the same device, but found at least two "
+            f"devices, {NAME}:0 and cpu (shapes {[tuple(x.shape) for x in others]})"
+        )
+
+
+def _reason_to_wait(
+    func: Any, args: Any, kwargs: dict[str, Any], there: list[Any]
+) -> str | None:
+    """Return why the host waits for the device in this operation; None if it goes on."""
+    name = func.name().split(".")[0]
+    if there and name in READS_VALUES:
+        return name.removeprefix("aten::")
+    if func in COPIES:
+        source, goal = (args[0], kwargs.get("device")) if func is aten._to_copy.default else (
+            args[1],
+            args[0].device,
+        )
+        leaves = isinstance(source, DeviceTensor)
+        arrives = leaves if goal is None else _is_there(goal)
+        is_blocking = not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:3] == (True,)))
+        # A copy from the device that the host does not wait for is read before it is there.
+        if leaves and not arrives:
+            return "copy to the CPU"
+        if arrives and not leaves and is_blocking and source.dim() >= 0:
+            return "copy to the device"
+        return None
+    if func in TAKES_INDICES and there:
+        indices = [x for x in args[1] if x is not None]
+        if any(not isinstance(x, DeviceTensor) for x in indices):
+            return "indices on the CPU"
+        if any(x.dtype == torch.bool for x in indices) and not _fills(func, args):
+            return "a mask as an index"
+    return None
+
+
+def _fills(func: Any, args: Any) -> bool:
+    """Return whether a masked assignment is of one number, which needs no places."""
+    return len(args) > 2 and args[2].numel() == 1 and all(
+        x is None or x.dtype == torch.bool for x in args[1]
+    )
+
+
+def _is_there(device: Any) -> bool:
+    return device is not None and torch.device(device).type == NAME
+
+
+def _own_lines() -> tuple[str, ...]:
+    """Return the lines of rlhf and stages that Python is in, the innermost last."""
+    found: list[str] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(OWN):
+            place = f"{os.path.relpath(file, ROOT)}:{frame.f_code.co_name}:{frame.f_lineno}"
+            found.append(place)
+        frame = frame.f_back  # type: ignore[assignment]
+    return tuple(reversed(found))
