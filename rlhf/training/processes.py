@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from rlhf.training.numbers import to_floats
+
 Row = TypeVar("Row")
 Number = TypeVar("Number", int, float)
 
@@ -230,7 +232,7 @@ def sums_over_processes(
     accelerator: Accelerator, values: Mapping[str, Tensor | float]
 ) -> dict[str, float]:
     """Return the sum of each value over all processes, which have values of the same names."""
-    own = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+    own = torch.tensor(to_floats(list(values.values())), dtype=torch.float64)
     return dict(zip(values, sum_over_processes(accelerator, own).tolist(), strict=True))
 
 

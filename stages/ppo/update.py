@@ -61,8 +61,9 @@ def update(
         with phase("train"):
             num_tokens = int(sum_over_processes(state.accelerator, batch.response_mask.sum()))
             log_ratios = []
+            old_outputs = OldOutputs.of(batch, state.accelerator.device)
             for row in step.rows(learner.packer.rows(batch.trees)):
-                new, old = Outputs(learner, row, temperature, only_value), OldOutputs.of(batch, row)
+                new, old = Outputs(learner, row, temperature, only_value), old_outputs.select(row)
                 logprobs = new.logprobs
                 loss, stats = policy_loss(
                     logprobs,
@@ -72,7 +73,8 @@ def update(
                     clip_range=ppo.clip_range,
                     num_tokens=num_tokens,
                 )
-                log_ratios.append((logprobs - old.logprobs).detach()[row.response_mask])
+                if not total:  # no step was taken yet
+                    log_ratios.append(row.pack((logprobs - old.logprobs).detach()))
                 stats["policy_loss"] = loss.detach() * num_tokens
                 step.add(loss, {**stats, "tokens": row.response_mask.sum()})
                 loss, stats = value_loss(
@@ -84,7 +86,7 @@ def update(
                     num_tokens=num_tokens,
                 )
                 step.add(loss, {**stats, "value_loss": loss.detach() * num_tokens})
-        if not total:  # no step was taken yet
+        if not total:
             nats = torch.cat(log_ratios)
             first_ratio = differences("ppo/first_log_ratio", nats, state.accelerator)
             if monitor is not None:
@@ -128,7 +130,7 @@ def moved_too_far(sums: Sums, max_step_kl: float | None, accelerator: Accelerato
 
 @dataclass(frozen=True)
 class OldOutputs:
-    """Holds what the losses compare with for one packed row, each (responses of the row, time)."""
+    """Holds what the losses compare with, each (responses, time): of a mini-batch, or of a row."""
 
     logprobs: Tensor
     values: Tensor
@@ -136,6 +138,11 @@ class OldOutputs:
     returns: Tensor
 
     @classmethod
-    def of(cls, batch: Rollout, row: PackedRow) -> "OldOutputs":
+    def of(cls, batch: Rollout, device: torch.device) -> "OldOutputs":
+        """Copy a mini-batch's to the device, once for all of its rows and without waiting."""
         names = cls.__dataclass_fields__
-        return cls(**{name: row.select(getattr(batch, name).to(row.device)) for name in names})
+        return cls(**{name: getattr(batch, name).to(device, non_blocking=True) for name in names})
+
+    def select(self, row: PackedRow) -> "OldOutputs":
+        """Return those of a packed row."""
+        return OldOutputs(**{name: row.select(value) for name, value in vars(self).items()})

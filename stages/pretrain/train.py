@@ -111,7 +111,7 @@ def held_out_loss(model: nn.Module, blocks: Tensor, batch_size: int) -> float:
     """Return the mean nats a token over blocks (rows, time); every process measures all blocks."""
     device = next(model.parameters()).device
     losses = [
-        language_model_loss(model, batch.to(device)) * len(batch)
+        language_model_loss(model, batch.to(device, non_blocking=True)) * len(batch)
         for batch in blocks.split(batch_size)
     ]
     return float(torch.stack(losses).sum() / len(blocks))

@@ -98,7 +98,7 @@ def test_layout_of_the_documented_example() -> None:
     assert row.predictors.tolist() == [2, 3, 2, 5, 6]
     assert row.targets.tolist() == [20, 21, 30, 31, 32]
     assert row.last_tokens.tolist() == [4, 7]
-    assert row.lengths.tolist() == [2, 3]
+    assert row.response_mask.sum(1).tolist() == [2, 3]
     assert row.response_mask.tolist() == [[True, True, False], [True, True, True]]
 
 
@@ -522,7 +522,7 @@ def test_a_predicting_row_by_hand() -> None:
     assert row.input_ids.tolist() == [[10, 11, 12, 20, 30, 31, 13]]
     assert row.targets.tolist() == [20, 21, 30, 31, 32, 40, 50]
     assert row.predictors.tolist() == [2, 3, 2, 4, 5, 6, 6]
-    assert row.lengths.tolist() == [2, 3, 1, 1]
+    assert row.response_mask.sum(1).tolist() == [2, 3, 1, 1]
 
 
 @pytest.mark.parametrize(("architecture", "attention", "use_segments"), PACKED)
