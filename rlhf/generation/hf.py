@@ -90,7 +90,9 @@ def _generate_batch(
         # One NaN among the logits makes all probabilities of their row NaN.
         if any(map(math.isnan, read_logprobs)):
             raise NonFiniteError("logits", "rollout")
-        for prompt, token, logprob in zip(active, map(int, read_tokens), read_logprobs, strict=True):
+        for prompt, token, logprob in zip(
+            active, map(int, read_tokens), read_logprobs, strict=True
+        ):
             if prompt in unfinished:
                 samples.responses[prompt].append(token)
                 samples.logprobs[prompt].append(logprob)

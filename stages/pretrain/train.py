@@ -22,7 +22,12 @@ from rlhf.runs.settings import settings_in_force
 from rlhf.runs.stateful import Generators, parts_of
 from rlhf.training import sharding
 from rlhf.training.nonfinite import with_remedy
-from rlhf.training.processes import own_share, start_accelerator, sums_over_processes
+from rlhf.training.processes import (
+    own_share,
+    start_accelerator,
+    sums_over_processes,
+    warn_of_float32,
+)
 from rlhf.training.step import Step, make_train_state
 from stages.pretrain.config import Config
 from stages.pretrain.tokenizer import train_tokenizer
@@ -35,6 +40,7 @@ def pretrain(config: Config) -> None:
     if config.facts_path is not None:
         inputs["facts"] = config.facts_path
     accelerator = start_accelerator()
+    warn_of_float32(accelerator)
     run = open_run(config, stage="pretrain", inputs=inputs, files=MODEL_FILES)
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     texts = _read_texts(config.text_path)

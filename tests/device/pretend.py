@@ -3,29 +3,29 @@
     register()                 # once a process; nothing takes it back
     with at_work() as waits:
         train(config)          # torch.device("pretend") is what "cuda" is elsewhere
-    waits["stages/rm/update.py"]
+    waits.within("stages/rm/update.py:update")
 
 A tensor on it says that it is elsewhere. Its data are in the memory of the CPU, and every operation
 is done there, so results are those of a CPU. What CUDA refuses is refused:
 
-- operands on two devices, except that a number (a tensor without axes) and indices may be on the CPU;
+- operands on two devices; only a number (a tensor without axes) and indices may be on the CPU;
 - a generator of another device than the tensor that is drawn;
 - numpy() and the address of the data.
 
-What makes the host wait for the device is counted, with the lines of rlhf and stages that led to it.
-That is what torch.cuda.set_sync_debug_mode reports: a value that Python reads (item, tolist, bool),
-a result whose size depends on values (nonzero, a mask as an index), and every copy between CPU and
-device that does not ask for non_blocking.
+What makes the host wait for the device is noted, with the lines of rlhf and stages that led to it:
+what torch.cuda.set_sync_debug_mode reports, and synchronize. That is a value that Python reads
+(item, tolist, bool), a result whose size depends on values (nonzero, a mask as an index), every copy
+to the CPU, and every copy to the device that does not ask for non_blocking.
 
-It knows nothing of kernels, streams, memory, half precision by autocast, or time.
+It knows nothing of kernels, streams, memory or time. Autocast can be switched on, and casts nothing.
 """
 
+import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,11 +34,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-    return_and_correct_aliasing,
-)
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "pretend"
@@ -68,6 +64,9 @@ class Waits:
     """Every time the host waited, in order."""
 
     found: list[Wait] = field(default_factory=list)
+
+    def note(self, operation: str) -> None:
+        self.found.append(Wait(operation, _own_lines()))
 
     def within(self, place: str) -> list[Wait]:
         """Those that a function of ours led to, given as "folder/file.py:function"."""
@@ -146,9 +145,8 @@ class DeviceTensor(Tensor):
         return DeviceTensor(inner["host"])
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Outside of at_work nobody asks for waits, but tensors on the device may still be read.
         return _run(Waits(), func, args, kwargs or {})
 
 
@@ -171,9 +169,7 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self.waits = waits
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(self.waits, func, args, kwargs or {})
 
 
@@ -184,15 +180,13 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self.waits = waits
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         _check_generator(func, args, kwargs)
         if not (args and isinstance(args[0], DeviceTensor)):
             return func(*args, **kwargs)
         if func is Tensor.tolist:
-            self.waits.found.append(Wait("tolist", _own_lines()))
+            self.waits.note("tolist")
             return args[0].host.tolist()
         if func is Tensor.numpy:
             raise TypeError(f"can't convert a tensor on {NAME} to numpy; call cpu() first")
@@ -221,7 +215,9 @@ def at_work() -> Iterator[Waits]:
     try:
         with (
             mock.patch.object(torch, "Generator", make_generator),
-            mock.patch.object(torch.accelerator, "synchronize", lambda *_: None),
+            mock.patch.object(
+                torch.accelerator, "synchronize", lambda *_: waits.note("synchronize")
+            ),
             mock.patch.object(torch.accelerator, "empty_cache", lambda: None),
             mock.patch.dict(os.environ, {"ACCELERATE_TORCH_DEVICE": NAME}),
             _Calls(waits),
@@ -246,100 +242,119 @@ TAKES_INDICES = {
 """Operations whose second operand is a list of indices."""
 
 READS_VALUES = {
-    "aten::_local_scalar_dense",
-    "aten::_unique2",
-    "aten::bincount",
-    "aten::equal",
-    "aten::masked_scatter_backward",
-    "aten::masked_select",
-    "aten::nonzero",
-    "aten::repeat_interleave",
-    "aten::unique_consecutive",
-    "aten::unique_dim",
+    aten._local_scalar_dense,
+    aten._unique2,
+    aten.bincount,
+    aten.equal,
+    aten.masked_scatter_backward,
+    aten.masked_select,
+    aten.nonzero,
+    aten.repeat_interleave,
+    aten.unique_consecutive,
+    aten.unique_dim,
 }
 """Operations whose result in Python, or whose size, depends on values on the device."""
 
 
 def _run(waits: Waits, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Do an operation with the data on the CPU, by the rules of a device."""
-    there = [x for x in tree_leaves((args, kwargs)) if isinstance(x, DeviceTensor)]
+    operands = list(_tensors((*args, *kwargs.values())))
+    is_there = any(isinstance(x, DeviceTensor) for x in operands)
     target = kwargs.get("device")
-    _check_devices(func, args, kwargs, there)
-    why = _reason_to_wait(func, args, kwargs, there)
-    if why is not None:
-        waits.found.append(Wait(why, _own_lines()))
+    if is_there:
+        _check_devices(func, args, operands)
+    if is_there or target is not None:
+        why = _reason_to_wait(func, args, kwargs)
+        if why is not None:
+            waits.note(why)
     if func is aten.is_pinned.default:
         return False
-    if func is aten._fused_sdp_choice.default and there:
-        return 0  # plain products and a softmax: what CUDA computes as one kernel is checked piece by piece
-    host_args, host_kwargs = tree_map(
-        lambda x: x.host if isinstance(x, DeviceTensor) else x, (args, kwargs)
-    )
-    if target is not None and _is_there(target):
+    if func is aten._fused_sdp_choice.default and is_there:
+        return 0  # plain products and a softmax, each of which is checked
+    host_args = [_host(x) for x in args]
+    host_kwargs = {name: _host(x) for name, x in kwargs.items()}
+    if _is_there(target):
         host_kwargs["device"] = torch.device("cpu")
-    with _disable_current_modes():
+    with torch._C._DisableTorchDispatch():
         out = func(*host_args, **host_kwargs)
     if func is aten.copy_.default:
         return args[0]
-    goes_there = bool(there) if target is None else _is_there(target)
+    goes_there = is_there if target is None else _is_there(target)
     if not goes_there:
         return out
     wrapped = tree_map(lambda x: DeviceTensor(x) if isinstance(x, Tensor) else x, out)
-    return return_and_correct_aliasing(func, args, kwargs, wrapped) if there else wrapped
+    if is_there and _has_alias(func):
+        return return_and_correct_aliasing(func, args, kwargs, wrapped)
+    return wrapped
 
 
-def _check_devices(func: Any, args: Any, kwargs: dict[str, Any], there: list[Any]) -> None:
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _host(value: Any) -> Any:
+    """Return a value with the data of every tensor in it."""
+    if isinstance(value, DeviceTensor):
+        return value.host
+    return [_host(x) for x in value] if isinstance(value, list | tuple) else value
+
+
+@functools.cache
+def _has_alias(func: Any) -> bool:
+    """Return whether a result is a view of an operand, or the operand itself."""
+    return any(result.alias_info is not None for result in func._schema.returns)
+
+
+def _check_devices(func: Any, args: Any, operands: Sequence[Tensor]) -> None:
     """Refuse operands on two devices, as CUDA does."""
-    if not there or func in COPIES:
+    if func in COPIES:
         return
-    operands = (args[0], args[2:], kwargs) if func in TAKES_INDICES else (args, kwargs)
+    indices = [x for x in args[1] if x is not None] if func in TAKES_INDICES else []
     others = [
         x
-        for x in tree_leaves(operands)
-        if isinstance(x, Tensor) and not isinstance(x, DeviceTensor) and x.dim() > 0
+        for x in operands
+        if not isinstance(x, DeviceTensor) and x.dim() > 0 and not any(x is i for i in indices)
     ]
-    if others or (func in TAKES_INDICES and not isinstance(args[0], DeviceTensor)):
+    if others or (indices and not isinstance(args[0], DeviceTensor)):
         raise DeviceMismatch(
             f"{func}: expected all tensors to be on the same device, but found at least two "
-            f"devices, {NAME}:0 and cpu (shapes {[tuple(x.shape) for x in others]})"
+            f"devices, {NAME}:0 and cpu (shapes {[tuple(x.shape) for x in operands]})"
         )
 
 
-def _reason_to_wait(
-    func: Any, args: Any, kwargs: dict[str, Any], there: list[Any]
-) -> str | None:
+def _reason_to_wait(func: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
     """Return why the host waits for the device in this operation; None if it goes on."""
-    name = func.name().split(".")[0]
-    if there and name in READS_VALUES:
-        return name.removeprefix("aten::")
-    if func in COPIES:
-        source, goal = (args[0], kwargs.get("device")) if func is aten._to_copy.default else (
-            args[1],
-            args[0].device,
-        )
-        leaves = isinstance(source, DeviceTensor)
-        arrives = leaves if goal is None else _is_there(goal)
-        is_blocking = not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:3] == (True,)))
-        # A copy from the device that the host does not wait for is read before it is there.
-        if leaves and not arrives:
-            return "copy to the CPU"
-        if arrives and not leaves and is_blocking and source.dim() >= 0:
-            return "copy to the device"
-        return None
-    if func in TAKES_INDICES and there:
+    if func.overloadpacket in READS_VALUES:
+        return str(func.overloadpacket).removeprefix("aten.")
+    if func in TAKES_INDICES:
         indices = [x for x in args[1] if x is not None]
         if any(not isinstance(x, DeviceTensor) for x in indices):
             return "indices on the CPU"
-        if any(x.dtype == torch.bool for x in indices) and not _fills(func, args):
+        if any(x.dtype == torch.bool for x in indices) and not _fills(args, indices):
             return "a mask as an index"
-    return None
+        return None
+    if func is aten._to_copy.default:
+        before = isinstance(args[0], DeviceTensor)
+        goal = kwargs.get("device")
+        after = before if goal is None else _is_there(goal)
+        goes_on = kwargs.get("non_blocking", False)
+    elif func is aten.copy_.default:
+        before, after = (isinstance(x, DeviceTensor) for x in (args[1], args[0]))
+        goes_on = kwargs.get("non_blocking", args[2:] == (True,))
+    else:
+        return None
+    if before and not after:
+        return "a copy to the CPU"
+    return "a copy to the device" if after and not before and not goes_on else None
 
 
-def _fills(func: Any, args: Any) -> bool:
-    """Return whether a masked assignment is of one number, which needs no places."""
-    return len(args) > 2 and args[2].numel() == 1 and all(
-        x is None or x.dtype == torch.bool for x in args[1]
-    )
+def _fills(args: Any, indices: Sequence[Tensor]) -> bool:
+    """Return whether one number is assigned under masks, which CUDA does without their places."""
+    return len(args) > 2 and args[2].numel() == 1 and all(x.dtype == torch.bool for x in indices)
 
 
 def _is_there(device: Any) -> bool:
