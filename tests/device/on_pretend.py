@@ -46,7 +46,7 @@ pretend.register()
 
 DEVICE = torch.device(pretend.NAME)
 TOLERANCE = 1e-4
-"""The device computes a dense mask where the CPU computes segments, so results round differently."""
+"""The device computes a dense mask where the CPU computes segments, which rounds differently."""
 
 
 @dataclass
@@ -123,6 +123,7 @@ def ppo(inputs: Path, rm: Seen) -> Seen:
                 inputs / "ppo",
                 num_updates=NUM_UPDATES,
                 num_eval_prompts=2,
+                micro_batch_tokens=64,  # two episodes, or three blocks of text
                 ppo=PPOSettings(mini_batch_size=4),
             )
         )
@@ -160,8 +161,10 @@ def test_pretrain_runs(inputs: Path) -> None:
     with watched("no") as seen:
         pretrain(pretrain_settings(inputs, inputs / "pretrain"))
     assert results(inputs / "pretrain")["held_out_loss"] > 0
-    # A step: its loss and its norm. transformers looks once at the positions of each pass.
-    within(3, seen.waits.within("stages/pretrain/train.py:_train:"))
+    waits = seen.waits.within("stages/pretrain/train.py:_train")
+    # Its one step reads the norm, which must be finite, and the loss. The evaluation reads a loss.
+    # transformers asks in both passes whether positions start anew.
+    within(3 + 2, [one for one in waits if not one.is_within("rlhf/training/sharding.py:prepare")])
     assert any("mixed_precision" in text for text in seen.warned)
 
 
@@ -238,7 +241,7 @@ def test_a_pass_of_scores_waits_once_however_many_rows_it_has() -> None:
     trees = [PromptTree((5, 6, 7 + i), ((8, 9), (10, 11, 12))) for i in range(6)]
     with pretend.at_work() as waits:
         model.to(DEVICE)
-        packer = packer_for(model.classifier, 16)
+        packer = packer_for(model.classifier, 8)
         assert len(packer.rows(trees)) == 6
         before = len(waits.found)
         compute_scores(model, trees, packer)
@@ -259,7 +262,7 @@ def test_ppo_training_waits_for_a_step_and_never_for_a_row(ppo: Seen) -> None:
     # the policy, and once in the value model, which reads no text.
     of_plain_rows = [one for one in waits if "hidden_states" in one.path[-1]]
     num_plain = sum(row.plain for row in ppo.rows)
-    assert len(ppo.rows) > num_plain + NUM_STEPS, "rows of several trees are missing"
+    assert len(ppo.rows) - num_plain > NUM_STEPS, "rows of several trees are missing"
     within(2 * num_plain, of_plain_rows)
     # The clock stops at both ends of the phases ptx, train and step, so that their seconds add up.
     clock = [one for one in waits if one.operation == "synchronize"]
@@ -278,16 +281,21 @@ def test_a_rollout_waits_for_tokens_and_once_for_each_models_pass(ppo: Seen) -> 
     within(6 * NUM_UPDATES, passes)
 
 
-def test_sft_waits_in_trl_and_nowhere_else(sft: Seen) -> None:
-    waits = sft.waits.within("stages/sft/trainer.py:fit")
-    in_a_pass = [one for one in waits if "stages/sft/trainer.py:compute_loss" in one.path[-1]]
-    num_passes = SFT_ROWS // 2  # micro_batch_size
-    within(SFT_WAITS_A_PASS * num_passes, in_a_pass)
-
-
-SFT_ROWS = 6
-SFT_WAITS_A_PASS = 7
-"""All in TRL and transformers, which log a token accuracy and an entropy of every pass."""
+def test_sft_training_waits_in_trl_only(sft: Seen) -> None:
+    num_steps, num_passes = 2, 4
+    waits = [
+        one
+        for one in sft.waits.within("stages/sft/trainer.py:fit")
+        if not one.is_within("stages/sft/trainer.py:make_trainer")
+        and not one.is_within("stages/sft/trainer.py:_measure_and_log")
+        and not one.is_within("rlhf/models/saving.py")
+    ]
+    # TRL reads the accuracy, the entropy and the number of tokens of each pass; transformers asks
+    # whether the mask hides anything. Some of it is read twice.
+    in_a_pass = [one for one in waits if one.is_within("stages/sft/trainer.py:compute_loss")]
+    within(7 * num_passes, in_a_pass)
+    # The Trainer copies each pass's ids, mask and labels, and reads as many numbers.
+    within(6 * num_passes + 1 * num_steps, [one for one in waits if one not in in_a_pass])
 
 
 # ---- The device's own rules
@@ -312,7 +320,7 @@ SFT_WAITS_A_PASS = 7
 def test_operands_on_two_devices_are_refused(compute: Callable[..., Any]) -> None:
     with pretend.at_work():
         here, there = torch.ones(2, 2), torch.ones(2, 2, device=DEVICE)
-        with pytest.raises((pretend.DeviceMismatch, TypeError), match="device|convert"):
+        with pytest.raises((pretend.DeviceMismatch, TypeError), match=r"device|convert"):
             compute(there, here)
 
 

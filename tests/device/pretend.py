@@ -13,11 +13,11 @@ is done there, so results are those of a CPU. What CUDA refuses is refused:
 - numpy() and the address of the data.
 
 What makes the host wait for the device is noted, with the lines of rlhf and stages that led to it:
-what torch.cuda.set_sync_debug_mode reports, and synchronize. That is a value that Python reads
-(item, tolist, bool), a result whose size depends on values (nonzero, a mask as an index), every copy
-to the CPU, and every copy to the device that does not ask for non_blocking.
+synchronize, and what torch.cuda.set_sync_debug_mode reports. That is a value that Python reads
+(item, tolist, bool), a result whose size depends on values (nonzero, a mask as an index), every
+copy to the CPU, and every copy to the device that does not ask for non_blocking.
 
-It knows nothing of kernels, streams, memory or time. Autocast can be switched on, and casts nothing.
+It knows nothing of kernels, streams, memory or time. Autocast can be on, but casts nothing.
 """
 
 import functools
@@ -58,6 +58,10 @@ class Wait:
     path: tuple[str, ...]
     """our own lines that led to it as "folder/file.py:function:line", the innermost last"""
 
+    def is_within(self, place: str) -> bool:
+        """Return whether a function of ours led to it, as in Waits.within."""
+        return any(line.startswith(place) for line in self.path)
+
 
 @dataclass
 class Waits:
@@ -70,7 +74,7 @@ class Waits:
 
     def within(self, place: str) -> list[Wait]:
         """Those that a function of ours led to, given as "folder/file.py:function"."""
-        return [one for one in self.found if any(line.startswith(place) for line in one.path)]
+        return [one for one in self.found if one.is_within(place)]
 
 
 def lines(waits: Sequence[Wait]) -> str:
@@ -107,9 +111,14 @@ class _Module(backend_registration._DummyBackendModule):
         pass
 
 
+_AUTOCAST = torch.library.Library("_", "IMPL")
+"""What autocast does on the device: nothing. torch forgets it with this object."""
+
+
 def register() -> None:
     """Make the device this process's accelerator, for good."""
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    _AUTOCAST.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 
 
 class DeviceTensor(Tensor):

@@ -1,4 +1,4 @@
-"""The stages keep to the rules of a device that is not the CPU, on a machine that has only a CPU."""
+"""The stages keep the rules of a device that is not the CPU, on a machine that has only a CPU."""
 
 import os
 import subprocess

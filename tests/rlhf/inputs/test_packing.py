@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import rlhf.models.layout
 from rlhf.inputs.packing import (
     PackedRow,
     Packer,
@@ -23,7 +24,7 @@ from rlhf.inputs.packing import (
 )
 from rlhf.models.full import checkpoint_activations
 from rlhf.models.heads import has_plain_head, response_likelihoods, response_logprobs
-from rlhf.models.layout import packer_for
+from rlhf.models.layout import PACKING_TOLERANCE, packer_for
 from rlhf.models.packed_attention import PACKED_SDPA
 from rlhf.models.passes import compute_logprobs, compute_scores, compute_values
 from rlhf.models.scalar import ScalarModel
@@ -280,6 +281,16 @@ def test_probe_accepts(architecture: str, attention: str) -> None:
     packer = packer_for(tiny_policy_of(architecture, attention=attention), 100)
     assert packer.share_prompts
     assert packer.use_segments == (attention == "sdpa")
+
+
+def test_probe_under_autocast_allows_for_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy_of("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packer_for(policy, 100).share_prompts
+        # The rounding is there: float32's tolerance would refuse it.
+        monkeypatch.setattr(rlhf.models.layout, "HALF_TOLERANCE", PACKING_TOLERANCE)
+        with pytest.warns(UserWarning, match="cannot take the packing mask"):
+            assert not packer_for(policy, 100).share_prompts
 
 
 def test_model_that_takes_masks_but_no_segments_gets_masks(
