@@ -18,11 +18,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from rlhf.generation.decoder import way_for
 from rlhf.generation.hf import LoopEngine
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.packing import PackedRow, Packer, PromptTree, idle_row
 from rlhf.models import layout
+from rlhf.models.architectures import check_causal
 from rlhf.models.layout import packer_for
 from rlhf.models.passes import compute_scores
 from rlhf.models.settings import ModelSettings
@@ -37,6 +39,7 @@ from stages.ppo.train import train as train_ppo
 from stages.pretrain.train import pretrain
 from stages.rm.train import train as train_rm
 from stages.sft.train import train as train_sft
+from stages.sft.trainer import _is_fused_right
 from tests.device import pretend
 from tests.distributed.chain import make_inputs, ppo_settings, rm_settings, sft_settings
 from tests.distributed.other_stages import evaluate_settings, pretrain_settings
@@ -381,6 +384,31 @@ def test_the_packing_probe_takes_no_wrong_device_for_a_refusal(
     monkeypatch.setattr(PackedRow, "attention_mask", on_cpu)
     with pretend.at_work(), pytest.raises(pretend.DeviceMismatch):
         packer_for(tiny_policy_of("llama").to(DEVICE), 64)
+
+
+@pytest.mark.parametrize(
+    ("try_out", "argument"),
+    [
+        (way_for, "past_key_values"),
+        (_is_fused_right, "fused_lm_head"),
+        (lambda policy: check_causal(policy, "folder"), "input_ids"),
+    ],
+)
+def test_no_other_trial_takes_a_wrong_device_for_a_refusal(
+    try_out: Callable[..., Any], argument: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampling would forgo the cache, and SFT TRL's fused head; a model would be called faulty."""
+    policy = tiny_policy_of("llama")
+    forward = policy.forward
+
+    def with_a_tensor_on_the_cpu(**inputs: Any) -> Any:
+        if inputs.get(argument) is not None:
+            inputs["input_ids"] = inputs["input_ids"].cpu()
+        return forward(**inputs)
+
+    monkeypatch.setattr(policy, "forward", with_a_tensor_on_the_cpu)
+    with pretend.at_work(), pytest.raises(pretend.DeviceMismatch):
+        try_out(policy.to(DEVICE))
 
 
 def test_gradients_are_those_of_the_cpu() -> None:

@@ -10,7 +10,7 @@ is done there, so results are those of a CPU. What CUDA refuses is refused:
 
 - operands on two devices; only a number (a tensor without axes) and indices may be on the CPU;
 - a generator of another device than the tensor that is drawn;
-- numpy() and the address of the data.
+- numpy().
 
 What makes the host wait for the device is noted, with the lines of rlhf and stages that led to it:
 synchronize, and what torch.cuda.set_sync_debug_mode reports. That is a value that Python reads
@@ -87,10 +87,28 @@ def lines(waits: Sequence[Wait]) -> str:
     return "\n".join(f"{count:5} {place} {operation}" for (place, operation), count in rows)
 
 
-class _Module(backend_registration._DummyBackendModule):
+class _Module:
     """What stands at torch.cuda for CUDA."""
 
     __name__ = "torch.pretend"
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
 
     def set_device(self, device: Any) -> None:
         pass
@@ -111,14 +129,16 @@ class _Module(backend_registration._DummyBackendModule):
         pass
 
 
-_AUTOCAST = torch.library.Library("_", "IMPL")
-"""What autocast does on the device: nothing. torch forgets it with this object."""
+_kept: list[torch.library.Library] = []
+"""What was registered with torch, which forgets it together with these objects."""
 
 
 def register() -> None:
     """Make the device this process's accelerator, for good."""
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-    _AUTOCAST.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    every_operation = torch.library.Library("_", "IMPL")
+    every_operation.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    _kept.append(every_operation)
 
 
 class DeviceTensor(Tensor):
