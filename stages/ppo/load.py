@@ -64,7 +64,7 @@ def load_models(
         of_reference = replace(of_reference, dtype="bfloat16")
     ref_policy = load_policy(of_reference, bases=bases).requires_grad_(False)
     if not config.offload:
-        ref_policy.to(accelerator.device)  # type: ignore[arg-type]  # a wrapper hides the types
+        ref_policy.to(accelerator.device)
     _announce_weights(config, accelerator, [policy, value_model, ref_policy], reward)
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
