@@ -1,7 +1,7 @@
 """Update both models on a rollout: clipped policy and value steps, plus the text's gradient."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -145,4 +145,4 @@ class OldOutputs:
 
     def select(self, row: PackedRow) -> "OldOutputs":
         """Return those of a packed row."""
-        return OldOutputs(**{name: row.select(value) for name, value in vars(self).items()})
+        return replace(self, **{name: row.select(value) for name, value in vars(self).items()})

@@ -277,6 +277,12 @@ def test_ppo_training_waits_for_a_step_and_never_for_a_row(ppo: Seen) -> None:
     within(3 * NUM_STEPS + 2 * NUM_UPDATES, rest)
 
 
+def test_no_backward_pass_waits(sft: Seen, rm: Seen, ppo: Seen) -> None:
+    """It runs in a thread of torch's, in which no line of ours is at work."""
+    for seen in (sft, rm, ppo):
+        within(0, [one for one in seen.waits.found if not one.path])
+
+
 def test_a_rollout_waits_for_tokens_and_once_for_each_models_pass(ppo: Seen) -> None:
     waits = ppo.waits.within("stages/ppo/rollout.py:roll_out")
     passes = [one for one in waits if "rlhf/models/passes.py:_to_cpu" in one.path[-1]]

@@ -56,7 +56,8 @@ class Wait:
 
     operation: str
     path: tuple[str, ...]
-    """our own lines that led to it as "folder/file.py:function:line", the innermost last"""
+    """our own lines that led to it as "folder/file.py:function:line", the innermost last. Empty in
+    a backward pass, which torch runs in a thread of its own."""
 
     def is_within(self, place: str) -> bool:
         """Return whether a function of ours led to it, as in Waits.within."""
@@ -81,7 +82,7 @@ def lines(waits: Sequence[Wait]) -> str:
     """Say for a failed test which line of ours waited how often, and why."""
     seen: dict[tuple[str, str], int] = {}
     for one in waits:
-        key = (one.path[-1] if one.path else "no line of ours", one.operation)
+        key = (one.path[-1] if one.path else "a backward pass", one.operation)
         seen[key] = seen.get(key, 0) + 1
     rows = sorted(seen.items(), key=lambda item: -item[1])
     return "\n".join(f"{count:5} {place} {operation}" for (place, operation), count in rows)
