@@ -31,7 +31,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -130,15 +130,15 @@ class _Module:
         pass
 
 
-_kept: list[torch.library.Library] = []
+_kept: list[library.Library] = []
 """What was registered with torch, which forgets it together with these objects."""
 
 
 def register() -> None:
     """Make the device this process's accelerator, for good."""
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-    every_operation = torch.library.Library("_", "IMPL")
-    every_operation.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    every_operation = library.Library("_", "IMPL")
+    every_operation.fallback(library.fallthrough_kernel, "AutocastPrivateUse1")
     _kept.append(every_operation)
 
 
