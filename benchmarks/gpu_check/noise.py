@@ -55,11 +55,12 @@ def first_log_ratios(loop: PPOLoop, rollout: Rollout) -> Tensor:
     learner, found = loop.learner, []
     learner.state.model.train()
     for batch in mini_batches(rollout, loop.config, loop.order, loop.accelerator):
+        old_outputs = OldOutputs.of(batch, loop.accelerator.device)
         for row in learner.packer.rows(batch.trees):
             row = row.to(loop.accelerator.device)
             outputs = Outputs(learner, row, loop.config.rollout.temperature)
-            difference = outputs.logprobs.detach() - OldOutputs.of(batch, row).logprobs
-            found.append(difference[row.response_mask].abs().cpu())
+            difference = outputs.logprobs.detach() - old_outputs.select(row).logprobs
+            found.append(row.pack(difference).abs().cpu())
     learner.state.model.eval()
     return torch.cat(found)
 

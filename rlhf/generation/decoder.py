@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.models.architectures import accepted, accepts, num_embeddings
+from rlhf.training.out_of_memory import is_of_the_device
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class Decoder:
         self._policy = policy
         self._way = way
         device = next(policy.parameters()).device
-        self._ids, self._mask = (tensor.to(device) for tensor in left_pad(prompts))
+        self._ids, self._mask = (
+            tensor.to(device, non_blocking=True) for tensor in left_pad(prompts)
+        )
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
         self._cache = DynamicCache(config=policy.config) if way.caches else None
 
@@ -129,9 +132,9 @@ def _is_right(policy: PreTrainedModel, way: Way) -> bool:
     ]
     try:
         found = _step_through(policy, texts, lengths, way)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:  # an architecture may raise anything for a cache that it does not know
+    except Exception as error:  # an architecture may raise anything for a cache it does not know
+        if is_of_the_device(error):
+            raise
         return False
     differences, effects = [], []
     for text, length, logprobs in zip(texts, lengths, found, strict=True):

@@ -1,5 +1,6 @@
 """Provides the engine `hf`: our own loop over the model's cache, which drops finished responses."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
@@ -84,7 +85,14 @@ def _generate_batch(
     for step in range(decoding.max_new_tokens):
         tokens, logprobs = _sample(decoder.logits(), decoding.temperature, generator)
         num_before = len(unfinished)
-        for prompt, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
+        # The only wait of the loop for the device. float32 holds every token id (below 2**24).
+        read_tokens, read_logprobs = torch.stack([tokens.to(logprobs.dtype), logprobs]).tolist()
+        # One NaN among the logits makes all probabilities of their row NaN.
+        if any(map(math.isnan, read_logprobs)):
+            raise NonFiniteError("logits", "rollout")
+        for prompt, token, logprob in zip(
+            active, map(int, read_tokens), read_logprobs, strict=True
+        ):
             if prompt in unfinished:
                 samples.responses[prompt].append(token)
                 samples.logprobs[prompt].append(logprob)
@@ -102,17 +110,15 @@ def _generate_batch(
         if num_wasted >= COPY_COST * len(unfinished):
             kept = [row for row, prompt in enumerate(active) if prompt in unfinished]
             active, num_wasted = [active[row] for row in kept], 0
-            decoder.keep(torch.tensor(kept, device=tokens.device))
+            decoder.keep(torch.tensor(kept).to(tokens.device, non_blocking=True))
     return samples
 
 
 def _sample(
     logits: Tensor, temperature: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token per row and return it with its log-probability, both (rows,)."""
+    """Draw one token per row and return it with its log-probability in float32, both (rows,)."""
     probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
-    if probabilities.isnan().any():
-        raise NonFiniteError("logits", "rollout")
     tokens = logits.argmax(-1) if temperature == 0 else draw(probabilities, generator)
     return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(1).log()
 

@@ -95,6 +95,12 @@ class PackedRow:
     """(responses,) number of the tree of each response among all packed trees"""
     response_mask: Tensor
     """(responses, time) True where a response has a token"""
+    token_places: Tensor
+    """(tokens,) place of each response token in a flattened (responses, time). With the mask alone
+    a device would have to tell the host how many there are, and the host would wait for it."""
+    ends: Tensor | None
+    """(responses,) position in the row of each response's last token. None if a response has no
+    token, or if the row leaves last tokens out (predicting_rows)."""
     plain: bool
     """True if the row holds one tree with one response, so that it needs no mask of its own"""
     layout: Layout = Layout.MASK
@@ -133,15 +139,9 @@ class PackedRow:
         Raises:
             ValueError: A response has no tokens, so there is no place to read its score.
         """
-        if (self.lengths == 0).any():
+        if self.ends is None:
             raise ValueError("a response without tokens has no score; end it with its end token")
-        ends = self.lengths.cumsum(0) - 1
-        return self._token_positions[ends]
-
-    @property
-    def lengths(self) -> Tensor:
-        """(responses,) number of tokens of each response."""
-        return self.response_mask.sum(1)
+        return self.ends
 
     @property
     def device(self) -> torch.device:
@@ -160,22 +160,23 @@ class PackedRow:
             "attention_mask": self.attention_mask,
         }
 
-    @cached_property
-    def _token_positions(self) -> Tensor:
-        return (self.branch > 0).nonzero().squeeze(1)
-
     def unpack(self, flat: Tensor) -> Tensor:
         """Turn (tokens,) into (responses, time), 0 without a token; gradients flow through."""
-        batch = flat.new_zeros(self.response_mask.shape)
-        return batch.masked_scatter(self.response_mask, flat)
+        shape = self.response_mask.shape
+        return flat.new_zeros(shape.numel()).scatter(0, self.token_places, flat).view(shape)
+
+    def pack(self, batch: Tensor) -> Tensor:
+        """Turn (responses, time) into (tokens,): the inverse of `unpack`."""
+        return batch.flatten()[self.token_places]
 
     def select(self, batch: Tensor) -> Tensor:
         """Return this row's part of (all responses, time), cut to its longest response."""
         return batch[self.response_index][:, : self.response_mask.shape[1]]
 
-    def to(self, device: torch.device | str) -> "PackedRow":
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedRow":
+        """Copy all tensors to a device, like Tensor.to."""
         tensors = {
-            name: value.to(device)
+            name: value.to(device, non_blocking=non_blocking)
             for name, value in self.__dict__.items()
             if isinstance(value, Tensor) and name in self.__dataclass_fields__
         }
@@ -255,6 +256,8 @@ def idle_row() -> PackedRow:
         response_index=none,
         tree_index=none,
         response_mask=torch.zeros(0, 0, dtype=torch.bool),
+        token_places=none,
+        ends=none,
         plain=True,
     )
 
@@ -309,7 +312,12 @@ def _predict_whole(row: PackedRow, responses: Sequence[tuple[int, ...]]) -> Pack
     whole = [responses[number] for number in row.response_index.tolist()]
     targets, mask = response_batch(whole)
     return replace(
-        row, predictors=torch.tensor(predictors), targets=targets[mask], response_mask=mask
+        row,
+        predictors=torch.tensor(predictors),
+        targets=targets[mask],
+        response_mask=mask,
+        token_places=_places(mask),
+        ends=None,
     )
 
 
@@ -322,6 +330,11 @@ def _branches(tree_index: Sequence[int]) -> list[tuple[int, int]]:
         counts[tree] = counts.get(tree, 0) + 1
         found.append((numbers.setdefault(tree, len(numbers)), counts[tree]))
     return found
+
+
+def _places(response_mask: Tensor) -> Tensor:
+    """Return the places (tokens,) in a flattened mask (responses, time) where it is True."""
+    return response_mask.flatten().nonzero().squeeze(1)
 
 
 def response_batch(responses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -352,6 +365,7 @@ def _lay_row(laid: list[_Laid]) -> PackedRow:
     branch: list[int] = []
     predictors: list[int] = []
     lengths: list[int] = []
+    ends: list[int] = []
     response_index: list[int] = []
     tree_index: list[int] = []
     for place, (number, prompt, responses) in enumerate(laid):
@@ -366,12 +380,13 @@ def _lay_row(laid: list[_Laid]) -> PackedRow:
             positions += range(len(prompt), len(prompt) + len(response))
             branch += [i] * len(response)
             lengths.append(len(response))
+            ends.append(len(ids) - 1)
             response_index.append(response_number)
             tree_index.append(number)
         tree += [place] * (len(ids) - len(tree))
     branches = torch.tensor(branch)
     input_ids = torch.tensor([ids])
-    time = torch.tensor(lengths)
+    response_mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return PackedRow(
         input_ids=input_ids,
         position_ids=torch.tensor([positions]),
@@ -381,7 +396,9 @@ def _lay_row(laid: list[_Laid]) -> PackedRow:
         targets=input_ids[0, branches > 0],
         response_index=torch.tensor(response_index),
         tree_index=torch.tensor(tree_index),
-        response_mask=torch.arange(max(lengths)) < time[:, None],
+        response_mask=response_mask,
+        token_places=_places(response_mask),
+        ends=torch.tensor(ends) if all(lengths) else None,
         plain=len(response_index) == 1,
     )
 

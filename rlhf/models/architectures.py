@@ -25,6 +25,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlhf.models.compat import model_from_config
+from rlhf.training.out_of_memory import is_of_the_device
 
 NO_POLICY = (
     "WithScore",
@@ -160,9 +161,9 @@ def check_causal(model: PreTrainedModel, path: str) -> None:
             _predictions(model, row)[0, :8].float() for row in (first[:, :8], first, second)
         )
         _read_as_in_training(model, first)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if is_of_the_device(error):
+            raise
         mode = " in training" if model.training else ""
         raise ValueError(
             f"the model at {path} ({type(model).__name__}) cannot read a text of 16 tokens{mode} "

@@ -63,5 +63,13 @@ def _over_rows(
     """Return what `compute` gives for each packed row, in the order of the trees, on the CPU."""
     device = next(model.parameters()).device
     rows = packer.rows(trees)
-    parts = [[part.cpu() for part in compute(row.to(device))] for row in rows]
-    return [assemble(rows, column) for column in zip(*parts, strict=True)]
+    parts = [compute(row.to(device, non_blocking=True)) for row in rows]
+    return [assemble(rows, _to_cpu(column)) for column in zip(*parts, strict=True)]
+
+
+def _to_cpu(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Copy all rows' results at once: a copy for each row would wait for its pass, and the device
+    would then wait for the next row."""
+    sizes = [part.numel() for part in parts]
+    flat = torch.cat([part.flatten() for part in parts]).cpu()
+    return [one.view(part.shape) for one, part in zip(flat.split(sizes), parts, strict=True)]

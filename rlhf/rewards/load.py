@@ -1,6 +1,7 @@
 """Loads the reward that the settings describe, checked and ready to score."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -23,6 +24,8 @@ def load_reward(
     micro_batch_tokens: int,
     tell: Callable[[str], object] = print,
     bases: SharedBases | None = None,
+    offload: bool = False,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Reward:
     """Load the reward of these settings, checked and ready to score, but not yet normalised.
 
@@ -31,6 +34,7 @@ def load_reward(
         micro_batch_tokens: The most tokens in one pass of a reward model.
         tell: Called with a line for each reward model that reads text instead of the policy's ids.
         bases: Holds frozen weights for several models. None gives each model its own weights.
+        device, offload, autocast: As in load_reward_model.
 
     Raises:
         ValueError: As load_judge and load_function.
@@ -56,6 +60,8 @@ def load_reward(
             allow_chance_reward=settings.allow_chance_reward,
             tell=tell,
             bases=bases,
+            offload=offload,
+            autocast=autocast,
         )
 
     if settings.parts:
@@ -81,6 +87,8 @@ def load_judge(
     allow_chance_reward: bool = False,
     tell: Callable[[str], object] = print,
     bases: SharedBases | None = None,
+    offload: bool = False,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Reward:
     """Load a reward model for a policy's responses.
 
@@ -95,6 +103,8 @@ def load_judge(
         device=device,
         allow_chance_reward=allow_chance_reward,
         bases=bases,
+        offload=offload,
+        autocast=autocast,
     )
     if same_rendering(chat, reward_model.chat):
         return reward_model

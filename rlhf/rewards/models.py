@@ -3,7 +3,8 @@
 import json
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +29,7 @@ from rlhf.models.shared_bases import SharedBases, has_four_bits
 from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.rendering import check_rendering
 from rlhf.rewards.scores import Scored
+from rlhf.training.offloading import on_device
 
 REWARD_FILE = "reward.json"
 """The file next to a reward model's weights that holds what the weights cannot."""
@@ -250,13 +252,19 @@ def load_reward_model(
     policy_chat: Chat | None = None,
     allow_chance_reward: bool = False,
     bases: SharedBases | None = None,
+    offload: bool = False,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> RewardModel:
     """Load a folder of the rm stage and score its golden rows again.
 
     Args:
+        device: Where the model scores.
         policy_chat: Rendering of the policy that is to be scored. None does not compare it.
         allow_chance_reward: Whether to load a model that may be no better than a coin.
         bases: Holds frozen weights for several models. None gives the model its own weights.
+        offload: Whether the model is in CPU memory outside this function.
+        autocast: The precision in which it will score, and so is tried for packing. Golden rows are
+            scored in the type of the weights, as when they were measured.
 
     Raises:
         ValueError: There is no head or no reward.json, the policy's rendering is another one, the
@@ -267,9 +275,14 @@ def load_reward_model(
     if policy_chat is not None:
         check_rendering(policy_chat, chat, settings.path)
     _refuse_chance(settings.path, card, allow_chance_reward)
-    model.to(device).requires_grad_(False)
-    reward = RewardModel(model, card, chat, packer_for(model.classifier, micro_batch_tokens))
-    reward.recheck()
+    model.requires_grad_(False)
+    if not offload:
+        model.to(device)
+    with on_device([model], torch.device(device), offload):
+        with autocast():
+            packer = packer_for(model.classifier, micro_batch_tokens)
+        reward = RewardModel(model, card, chat, packer)
+        reward.recheck()
     return reward
 
 

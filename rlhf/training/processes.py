@@ -3,6 +3,7 @@
 sharding.py handles models that are split between them."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,8 @@ from accelerate.utils import (
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from rlhf.training.numbers import to_floats
 
 Row = TypeVar("Row")
 Number = TypeVar("Number", int, float)
@@ -85,6 +88,25 @@ def keep_single_precision(accelerator: Accelerator) -> None:
         compute = plugin.mixed_precision_policy.param_dtype
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=compute, reduce_dtype=torch.float32
+        )
+
+
+def warn_of_float32(accelerator: Accelerator, dtype: str = "float32") -> None:
+    """Warn if a model is about to be trained in float32 on an accelerator, where that is slow.
+
+    Args:
+        dtype: The type of its weights.
+    """
+    device = accelerator.device.type
+    if device == "cpu" or accelerator.mixed_precision != "no" or dtype != "float32":
+        return
+    if accelerator.is_main_process:
+        warnings.warn(
+            f'the launcher says mixed_precision "no", so this run computes in float32 on {device}, '
+            "much slower and in more memory than in bfloat16; start it with `make STAGE "
+            "ACCELERATE=configs/accelerate/gpu.yaml` or `accelerate launch --config_file "
+            "configs/accelerate/gpu.yaml`, or set mixed_precision: bf16 in your launcher file",
+            stacklevel=3,
         )
 
 
@@ -230,7 +252,7 @@ def sums_over_processes(
     accelerator: Accelerator, values: Mapping[str, Tensor | float]
 ) -> dict[str, float]:
     """Return the sum of each value over all processes, which have values of the same names."""
-    own = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+    own = torch.tensor(to_floats(list(values.values())), dtype=torch.float64)
     return dict(zip(values, sum_over_processes(accelerator, own).tolist(), strict=True))
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from rlhf.training.numbers import to_floats
 from rlhf.training.processes import sum_over_processes
 
 
@@ -112,15 +113,18 @@ def backward(accelerator: Accelerator, model: nn.Module, loss: Tensor) -> None:
 
 def clip_gradients(
     accelerator: Accelerator, parameters: Iterable[nn.Parameter], max_norm: float
-) -> float:
+) -> Tensor | float:
     """Scale gradients down to a total norm of at most `max_norm`; return the norm before.
 
-    Call it after the last pass and before the step.
+    Call it after the last pass and before the step. The norm of whole gradients stays on the
+    device, so that the host need not wait for it yet.
     """
     parameters = list(parameters)
     if not shards_gradients(accelerator):
-        return float(accelerator.clip_grad_norm_(parameters, max_norm))
-    before = norm(accelerator, local_gradients(parameters))
+        return accelerator.clip_grad_norm_(parameters, max_norm)
+    gradients = local_gradients(parameters)
+    (square,) = dots(accelerator, [(gradients, gradients)])
+    before = math.sqrt(square)
     if before > max_norm:
         # The 1e-6 makes this equal to torch's clip_grad_norm_.
         scale_gradients(parameters, max_norm / (before + 1e-6))
@@ -206,16 +210,22 @@ def zero_gradients(
             buffer.zero_()
 
 
-def norm(accelerator: Accelerator, gradients: Sequence[Tensor]) -> float:
-    """Return the norm over all processes of gradients from `local_gradients`."""
-    return math.sqrt(dot(accelerator, gradients, gradients))
+def dots(
+    accelerator: Accelerator, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]
+) -> list[float]:
+    """Return the inner product over all processes of each pair of gradients.
+
+    The gradients come from `local_gradients`.
+    """
+    own = to_floats([_own_dot(some, others) for some, others in pairs])
+    if not shards_gradients(accelerator):
+        return own
+    return sum_over_processes(accelerator, torch.tensor(own, dtype=torch.float64)).tolist()
 
 
-def dot(accelerator: Accelerator, some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    """Return the inner product over all processes of two gradients from `local_gradients`."""
+def _own_dot(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor | float:
     parts = [(a * b).sum(dtype=torch.float64) for a, b in zip(some, others, strict=True)]
-    own = float(torch.stack(parts).sum()) if parts else 0.0
-    return float(sum_over_processes(accelerator, own)) if shards_gradients(accelerator) else own
+    return torch.stack(parts).sum() if parts else 0.0
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from rlhf.inputs.packing import PackedRow, idle_row
 from rlhf.training import sharding
 from rlhf.training.nonfinite import NonFiniteError
+from rlhf.training.numbers import to_floats
 from rlhf.training.optim import MovingAverage, make_optimizer, make_schedule
 from rlhf.training.parameters import trained_parameters
 from rlhf.training.processes import max_over_processes
@@ -108,7 +109,7 @@ class Step:
     @property
     def sums(self) -> dict[str, float]:
         """The sums of all `stats` so far, on this process."""
-        return {name: float(value) for name, value in self._sums.items()}
+        return dict(zip(self._sums, to_floats(list(self._sums.values())), strict=True))
 
     def rows(self, rows: Sequence[PackedRow], *, more_follow: bool = False) -> Iterator[PackedRow]:
         """Yield this process's rows on the device, each in a pass of its own, then idle rows.
@@ -129,7 +130,8 @@ class Step:
         for number, one in enumerate(inputs, start=1):
             is_last = is_synced and number == len(inputs)
             with sharding.one_pass(state.accelerator, state.model, is_last=is_last):
-                yield one.to(state.accelerator.device)
+                # Without waiting: the device may still be busy with the pass before.
+                yield one.to(state.accelerator.device, non_blocking=True)
                 self._backward()
 
     def add(self, loss: Tensor, stats: Mapping[str, Tensor | float] | None = None) -> None:
@@ -171,12 +173,14 @@ class Step:
         state = self.state
         for number in self._frozen:
             sharding.drop_gradients(state.accelerator, state.modules[number].parameters())
-        norms = [
-            sharding.clip_gradients(
-                state.accelerator, trained_parameters(module).values(), state.max_grad_norm
-            )
-            for module in state.modules
-        ]
+        norms = to_floats(
+            [
+                sharding.clip_gradients(
+                    state.accelerator, trained_parameters(module).values(), state.max_grad_norm
+                )
+                for module in state.modules
+            ]
+        )
         if not math.isfinite(sum(norms)):
             raise NonFiniteError("gradient", "train", step=state.schedule.last_epoch)
         sharding.take_step(state.accelerator, state.model, state.optimizer, self._frozen)

@@ -7,6 +7,7 @@ gradients.end_first()
 found = gradients.weigh()    # both norms and their cosine
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,8 +68,9 @@ class TwoGradients:
             if accelerator.num_processes > 1:
                 first = [accelerator.reduce(gradient, reduction="mean") for gradient in first]
             second = [total - part for total, part in zip(second, first, strict=True)]
-        first_norm, second_norm = (sharding.norm(accelerator, one) for one in (first, second))
-        product = sharding.dot(accelerator, first, second)
+        pairs = [(first, first), (second, second), (first, second)]
+        first_square, second_square, product = sharding.dots(accelerator, pairs)
+        first_norm, second_norm = math.sqrt(first_square), math.sqrt(second_square)
         factor = 1.0 if ratio is None else ratio * second_norm / max(first_norm, _NO_NORM)
         if factor != 1.0 or is_sharded:
             total = [own.add_(part, alpha=factor) for own, part in zip(second, first, strict=True)]

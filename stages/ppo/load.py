@@ -11,6 +11,7 @@ from torch import nn
 
 from rlhf.generation.engines import make_engine
 from rlhf.inputs.chat import Chat
+from rlhf.inputs.packing import Packer
 from rlhf.models.full import checkpoint_activations
 from rlhf.models.layout import packer_for
 from rlhf.models.limits import check_context, check_vocabulary
@@ -44,9 +45,17 @@ def load_models(
     }
     check_context(policy, config.policy.path, limits)
     value_model = make_value_model(config, chat, accelerator, bases)
-    resting_device = torch.device("cpu") if config.offload else accelerator.device
+    tell = accelerator.print
+    autocast = partial(sharding.autocast_unwrapped, accelerator)
     reward = load_reward(
-        config.reward, chat, resting_device, config.micro_batch_tokens, accelerator.print, bases
+        config.reward,
+        chat,
+        accelerator.device,
+        config.micro_batch_tokens,
+        tell,
+        bases,
+        offload=config.offload,
+        autocast=autocast,
     )
     of_reference = config.policy
     is_bf16 = accelerator.mixed_precision == "bf16"
@@ -54,14 +63,9 @@ def load_models(
         # DeepSpeed turns the policy into bfloat16, and the reference must match it.
         of_reference = replace(of_reference, dtype="bfloat16")
     ref_policy = load_policy(of_reference, bases=bases).requires_grad_(False)
-    ref_policy.to(resting_device)  # type: ignore[arg-type]  # a wrapper hides the types
+    if not config.offload:
+        ref_policy.to(accelerator.device)
     _announce_weights(config, accelerator, [policy, value_model, ref_policy], reward)
-    packers = [
-        packer_for(policy, config.micro_batch_tokens),
-        packer_for(value_model.classifier, config.micro_batch_tokens),
-    ]
-    # Both models read the same rows, so take the packer that both can read.
-    packer = min(packers, key=lambda packer: packer.layout)
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
         checkpoint_activations(value_model.classifier)
@@ -71,11 +75,20 @@ def load_models(
     state = make_train_state(both, groups, config.optim, config.num_steps, accelerator, first_steps)
     if config.ema_decay is not None:
         state.average = MovingAverage(policy, config.ema_decay)
+    with sharding.whole_weights(accelerator, state.model), accelerator.autocast():
+        packer = _common_packer(both, config.micro_batch_tokens)
     learner = Learner(state, packer, watch)
-    tell = accelerator.print
-    autocast = partial(sharding.autocast_unwrapped, accelerator)
     sampler = Sampler(chat, ref_policy, reward, packer, config, watch, engine, tell, autocast)
     return learner, sampler
+
+
+def _common_packer(models: PolicyAndValue, micro_batch_tokens: int) -> Packer:
+    """Return the packer that both models can read, since both read the same rows."""
+    packers = [
+        packer_for(models.policy, micro_batch_tokens),
+        packer_for(models.value_model.classifier, micro_batch_tokens),
+    ]
+    return min(packers, key=lambda packer: packer.layout)
 
 
 def _shared_bases(config: Config, accelerator: Accelerator) -> SharedBases | None:

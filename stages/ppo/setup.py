@@ -21,7 +21,7 @@ from rlhf.runs.run import Run, open_run
 from rlhf.runs.stateful import Fields, Generators, Stateful, parts_of
 from rlhf.runs.stopwatch import Stopwatch
 from rlhf.training import sharding
-from rlhf.training.processes import own_share, start_accelerator
+from rlhf.training.processes import own_share, start_accelerator, warn_of_float32
 from stages.ppo.config import Config
 from stages.ppo.data import inputs_of, load_held_out, load_prompts, shuffled_text
 from stages.ppo.learner import Learner
@@ -77,6 +77,7 @@ class Setup:
 def set_up(config: Config) -> Setup:
     """Read inputs, load models, and restore what a checkpoint of this run holds."""
     accelerator = start_accelerator()
+    warn_of_float32(accelerator, config.policy.dtype)
     config.check_launch(accelerator.mixed_precision, accelerator.num_processes)
     token_noise = _token_noise(config, accelerator)
     _check_sampler(config, token_noise)

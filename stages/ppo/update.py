@@ -1,7 +1,7 @@
 """Update both models on a rollout: clipped policy and value steps, plus the text's gradient."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -61,8 +61,9 @@ def update(
         with phase("train"):
             num_tokens = int(sum_over_processes(state.accelerator, batch.response_mask.sum()))
             log_ratios = []
+            old_outputs = OldOutputs.of(batch, state.accelerator.device)
             for row in step.rows(learner.packer.rows(batch.trees)):
-                new, old = Outputs(learner, row, temperature, only_value), OldOutputs.of(batch, row)
+                new, old = Outputs(learner, row, temperature, only_value), old_outputs.select(row)
                 log_ratios.append(add_policy_loss(step, row, new, old, num_tokens, ppo))
                 add_value_loss(step, row, new, old, num_tokens, ppo)
         if not total:  # no step was taken yet
@@ -109,7 +110,7 @@ def add_policy_loss(
     )
     counts = {"policy_loss": loss.detach() * num_tokens, "tokens": row.response_mask.sum()}
     step.add(loss, stats | counts)
-    return (logprobs - old.logprobs).detach()[row.response_mask]
+    return row.pack((logprobs - old.logprobs).detach())
 
 
 def add_value_loss(
@@ -153,7 +154,7 @@ def moved_too_far(sums: Sums, max_step_kl: float | None, accelerator: Accelerato
 
 @dataclass(frozen=True)
 class OldOutputs:
-    """Holds what the losses compare with for one packed row, each (responses of the row, time)."""
+    """Holds what the losses compare with, each (responses, time): of a mini-batch, or of a row."""
 
     logprobs: Tensor
     values: Tensor
@@ -161,6 +162,11 @@ class OldOutputs:
     returns: Tensor
 
     @classmethod
-    def of(cls, batch: Rollout, row: PackedRow) -> "OldOutputs":
+    def of(cls, batch: Rollout, device: torch.device) -> "OldOutputs":
+        """Copy a mini-batch's to the device, once for all of its rows and without waiting."""
         names = cls.__dataclass_fields__
-        return cls(**{name: row.select(getattr(batch, name).to(row.device)) for name in names})
+        return cls(**{name: getattr(batch, name).to(device, non_blocking=True) for name in names})
+
+    def select(self, row: PackedRow) -> "OldOutputs":
+        """Return those of a packed row."""
+        return replace(self, **{name: row.select(value) for name, value in vars(self).items()})

@@ -22,7 +22,12 @@ from rlhf.runs.settings import settings_in_force
 from rlhf.runs.stateful import Generators, parts_of
 from rlhf.training import sharding
 from rlhf.training.nonfinite import with_remedy
-from rlhf.training.processes import own_share, start_accelerator, sums_over_processes
+from rlhf.training.processes import (
+    own_share,
+    start_accelerator,
+    sums_over_processes,
+    warn_of_float32,
+)
 from rlhf.training.step import Step, make_train_state
 from stages.pretrain.config import Config
 from stages.pretrain.tokenizer import train_tokenizer
@@ -35,6 +40,7 @@ def pretrain(config: Config) -> None:
     if config.facts_path is not None:
         inputs["facts"] = config.facts_path
     accelerator = start_accelerator()
+    warn_of_float32(accelerator)
     run = open_run(config, stage="pretrain", inputs=inputs, files=MODEL_FILES)
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     texts = _read_texts(config.text_path)
@@ -111,7 +117,7 @@ def held_out_loss(model: nn.Module, blocks: Tensor, batch_size: int) -> float:
     """Return the mean nats a token over blocks (rows, time); every process measures all blocks."""
     device = next(model.parameters()).device
     losses = [
-        language_model_loss(model, batch.to(device)) * len(batch)
+        language_model_loss(model, batch.to(device, non_blocking=True)) * len(batch)
         for batch in blocks.split(batch_size)
     ]
     return float(torch.stack(losses).sum() / len(blocks))

@@ -70,11 +70,12 @@ class Comparisons:
         )
 
     def to(self, device: torch.device) -> "Comparisons":
+        """Copy all tensors from the CPU to a device, without waiting for it."""
         return Comparisons(
-            self.preferences.to(device),
-            self.tree_index.to(device),
-            self.weights.to(device),
-            None if self.margins is None else self.margins.to(device),
+            self.preferences.to(device, non_blocking=True),
+            self.tree_index.to(device, non_blocking=True),
+            self.weights.to(device, non_blocking=True),
+            None if self.margins is None else self.margins.to(device, non_blocking=True),
         )
 
 

@@ -16,6 +16,7 @@ from rlhf.models.loading import load_scalar
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.functions import load_function
+from rlhf.training import sharding
 from rlhf.training.out_of_memory import memory_of
 from rlhf.training.step import TrainState, make_train_state
 from stages.rm.config import Config
@@ -65,11 +66,13 @@ def make_state(
     with memory_of("load"):
         model = load_scalar(config.model, new_head=True, lora=config.lora)
     check_vocabulary(model.classifier, chat, config.model.path)
-    packer = packer_for(model.classifier, config.micro_batch_tokens)
     if config.gradient_checkpointing:
         checkpoint_activations(model.classifier)
     groups = [(model, config.optim.learning_rate)]
-    return make_train_state(model, groups, config.optim, num_steps, accelerator), packer
+    state = make_train_state(model, groups, config.optim, num_steps, accelerator)
+    with sharding.whole_weights(accelerator, state.model), accelerator.autocast():
+        packer = packer_for(model.classifier, config.micro_batch_tokens)
+    return state, packer
 
 
 def inputs_of(config: Config) -> dict[str, str]:

@@ -16,7 +16,7 @@ from rlhf.runs.stateful import Fields, Generators, parts_of
 from rlhf.training.nonfinite import with_remedy
 from rlhf.training.offloading import free_unused
 from rlhf.training.out_of_memory import memory_of
-from rlhf.training.processes import naming, start_accelerator
+from rlhf.training.processes import naming, start_accelerator, warn_of_float32
 from stages.rm.batches import GlobalBatches
 from stages.rm.config import Config
 from stages.rm.measure import measure
@@ -34,6 +34,7 @@ def train(config: Config) -> None:
         OSError: a file cannot be read.
     """
     accelerator = start_accelerator()
+    warn_of_float32(accelerator, config.model.dtype)
     files = (*MODEL_FILES, REWARD_FILE)
     run = open_run(config, stage="rm", inputs=inputs_of(config), files=files)
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)

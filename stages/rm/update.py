@@ -81,7 +81,7 @@ def score_slopes(
     scores = torch.zeros(len(comparisons.tree_index), device=device)
     with torch.no_grad():
         for row in equal_rows(state.accelerator, rows):
-            on_device = row.to(device)
+            on_device = row.to(device, non_blocking=True)
             scores[on_device.response_index] = scores_of(state, on_device).float()
     scores.requires_grad_()
     loss, stats = ranking_loss(scores, **vars(comparisons), num_prompts=total_weight)

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, set_seed
 
@@ -25,7 +25,7 @@ from rlhf.runs.stateful import Fields
 from rlhf.training import sharding
 from rlhf.training.offloading import free_unused
 from rlhf.training.out_of_memory import memory_of
-from rlhf.training.processes import start_accelerator
+from rlhf.training.processes import start_accelerator, warn_of_float32
 from stages.sft.config import Config
 from stages.sft.measure import different_prompts, draw_samples, mean_loss, sample_rows
 from stages.sft.rows import Rows, fit_batches, lay_out, load_rows
@@ -36,6 +36,7 @@ from stages.sft.trainer import Metrics, figures_line, fit
 def train(config: Config) -> None:
     """Fine-tune a policy on demonstrations and write its folder."""
     accelerator = start_accelerator()
+    warn_of_float32(accelerator, config.model.dtype)
     run = open_run(config, stage="sft", inputs=_inputs(config), files=MODEL_FILES)
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)
     chat = load_chat(config.model)
@@ -55,8 +56,7 @@ def train(config: Config) -> None:
         run=run,
         chat=chat,
         rows=rows,
-        packer=packer_for(policy, config.micro_batch_tokens),
-        reward_model=_load_reward_model(config, chat, accelerator.device),
+        reward_model=_load_reward_model(config, chat, accelerator),
         accelerator=accelerator,
     )
     trees = [*(one.tree for one in rows.train), *rows.text]
@@ -92,10 +92,11 @@ class _Judge:
     run: Run
     chat: Chat
     rows: Rows
-    packer: Packer
     reward_model: RewardModel | None
     accelerator: Accelerator
     base: Metrics | None = None
+    packer: Packer | None = None
+    """found at the first measurement, when the policy is where the launcher put it"""
 
     def measure(self, policy: PreTrainedModel, step: int) -> Metrics:
         """Measure held-out losses, and the mean score of samples if choose_by needs it."""
@@ -114,6 +115,8 @@ class _Judge:
         return {name.replace("sft/", ""): value for name, value in {**metrics, **base}.items()}
 
     def _losses(self, policy: PreTrainedModel) -> Metrics:
+        if self.packer is None:
+            self.packer = packer_for(policy, self.config.micro_batch_tokens)
         held_out = [one.tree for one in self.rows.held_out]
         metrics = {"sft/held_out_loss": mean_loss(policy, held_out, self.packer)}
         if self.rows.text_held_out:
@@ -153,7 +156,7 @@ def _inputs(config: Config) -> dict[str, str]:
     return {name: path for name, path in inputs.items() if path is not None}
 
 
-def _load_reward_model(config: Config, chat: Chat, device: torch.device) -> RewardModel | None:
+def _load_reward_model(config: Config, chat: Chat, accelerator: Accelerator) -> RewardModel | None:
     if config.reward_model is None:
         return None
     return load_reward_model(
@@ -164,8 +167,9 @@ def _load_reward_model(config: Config, chat: Chat, device: torch.device) -> Rewa
             trust_remote_code=config.model.trust_remote_code,
         ),
         micro_batch_tokens=config.micro_batch_tokens,
-        device=device,
+        device=accelerator.device,
         policy_chat=chat,
+        autocast=partial(sharding.autocast_unwrapped, accelerator),
     )
 
 

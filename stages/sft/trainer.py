@@ -39,7 +39,7 @@ from rlhf.runs.run import Run
 from rlhf.runs.stateful import Fields, Stateful
 from rlhf.training import sharding
 from rlhf.training.optim import make_optimizer, make_schedule
-from rlhf.training.out_of_memory import memory_of
+from rlhf.training.out_of_memory import is_of_the_device, memory_of
 from rlhf.training.processes import (
     TRAINER_STATE,
     check_launch,
@@ -160,9 +160,9 @@ def _is_fused_right(policy: PreTrainedModel) -> bool:
     ids = 1 + torch.arange(16, device=policy.device)[None] % (num_embeddings(policy) - 1)
     try:
         fused = policy(input_ids=ids, labels=ids, fused_lm_head=True).loss.item()
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:  # an architecture may fail in any way on the fused head
+    except Exception as error:  # an architecture may fail in any way on the fused head
+        if is_of_the_device(error):
+            raise
         return False
     logits = policy(input_ids=ids, **accepted(policy, use_cache=False)).logits[0, :-1]
     expected = nn.functional.cross_entropy(logits.float(), ids[0, 1:]).item()

@@ -350,10 +350,15 @@ def test_a_penalty_in_the_loss_instead_of_the_reward_is_caught(estimator, monkey
     """k1 has a gradient of 0 on average, k3 that of the other KL, and all miss later tokens."""
     ref_logprobs = torch.empty(0)
 
-    def of(batch, row):
-        nonlocal ref_logprobs
-        ref_logprobs = row.select(batch.ref_logprobs)
-        return OldOutputs.of(batch, row)
+    def of(batch, device):
+        old_outputs = OldOutputs.of(batch, device)
+
+        def select(row):
+            nonlocal ref_logprobs
+            ref_logprobs = row.select(batch.ref_logprobs)
+            return old_outputs.select(row)
+
+        return SimpleNamespace(select=select)
 
     def with_penalty(logprobs, old_logprobs, advantages, response_mask, **options):
         loss, stats = policy_loss(logprobs, old_logprobs, advantages, response_mask, **options)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import rlhf.models.layout
 from rlhf.inputs.packing import (
     Layout,
     PackedRow,
@@ -24,7 +25,7 @@ from rlhf.inputs.packing import (
 )
 from rlhf.models.full import checkpoint_activations
 from rlhf.models.heads import has_plain_head, response_likelihoods, response_logprobs
-from rlhf.models.layout import packer_for
+from rlhf.models.layout import PACKING_TOLERANCE, packer_for
 from rlhf.models.packed_attention import PACKED_SDPA
 from rlhf.models.passes import compute_logprobs, compute_scores, compute_values
 from rlhf.models.scalar import ScalarModel
@@ -102,7 +103,7 @@ def test_layout_of_the_documented_example() -> None:
     assert row.predictors.tolist() == [2, 3, 2, 5, 6]
     assert row.targets.tolist() == [20, 21, 30, 31, 32]
     assert row.last_tokens.tolist() == [4, 7]
-    assert row.lengths.tolist() == [2, 3]
+    assert row.response_mask.sum(1).tolist() == [2, 3]
     assert row.response_mask.tolist() == [[True, True, False], [True, True, True]]
 
 
@@ -286,6 +287,16 @@ def test_probe_accepts(architecture: str, attention: str) -> None:
     packer = packer_for(tiny_policy_of(architecture, attention=attention), 100)
     assert packer.shares_prompts
     assert packer.layout == (Layout.SEGMENTS if attention == "sdpa" else Layout.MASK)
+
+
+def test_probe_under_autocast_allows_for_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy_of("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packer_for(policy, 100).shares_prompts
+        # The rounding is there: float32's tolerance would refuse it.
+        monkeypatch.setattr(rlhf.models.layout, "HALF_TOLERANCE", PACKING_TOLERANCE)
+        with pytest.warns(UserWarning, match="cannot take the packing mask"):
+            assert not packer_for(policy, 100).shares_prompts
 
 
 def test_model_that_takes_masks_but_no_segments_gets_masks(
@@ -531,7 +542,7 @@ def test_a_predicting_row_by_hand() -> None:
     assert row.input_ids.tolist() == [[10, 11, 12, 20, 30, 31, 13]]
     assert row.targets.tolist() == [20, 21, 30, 31, 32, 40, 50]
     assert row.predictors.tolist() == [2, 3, 2, 4, 5, 6, 6]
-    assert row.lengths.tolist() == [2, 3, 1, 1]
+    assert row.response_mask.sum(1).tolist() == [2, 3, 1, 1]
 
 
 @pytest.mark.parametrize(

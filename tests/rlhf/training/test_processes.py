@@ -1,14 +1,21 @@
 """What a process learns from its launcher, and tells transformers' Trainers."""
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import TrainingArguments
 
 import rlhf.training.processes
-from rlhf.training.processes import is_on_cpu, use_accelerator_at_work, use_share_of_cores
+from rlhf.training.processes import (
+    is_on_cpu,
+    use_accelerator_at_work,
+    use_share_of_cores,
+    warn_of_float32,
+)
 
 
 def test_one_process_that_sees_several_gpus_takes_one(tmp_path: Path) -> None:
@@ -28,6 +35,34 @@ def test_the_launcher_says_whether_a_trainer_stays_on_the_cpu(
     state = SimpleNamespace(device=torch.device(device))
     monkeypatch.setattr(rlhf.training.processes, "PartialState", lambda: state)
     assert is_on_cpu() == (device == "cpu")
+
+
+def accelerator_of(device: str, mixed_precision: str, is_main: bool = True) -> Any:
+    return SimpleNamespace(
+        device=torch.device(device), mixed_precision=mixed_precision, is_main_process=is_main
+    )
+
+
+def test_a_gpu_without_mixed_precision_is_warned_of_with_the_remedy() -> None:
+    with pytest.warns(UserWarning, match=r"float32 on cuda.*configs/accelerate/gpu\.yaml"):
+        warn_of_float32(accelerator_of("cuda", "no"))
+
+
+@pytest.mark.parametrize(
+    ("device", "mixed_precision", "is_main", "dtype"),
+    [
+        ("cpu", "no", True, "float32"),
+        ("cuda", "bf16", True, "float32"),
+        ("cuda", "no", True, "bfloat16"),
+        ("cuda", "no", False, "float32"),
+    ],
+)
+def test_no_other_start_is_warned_of(
+    device: str, mixed_precision: str, is_main: bool, dtype: str
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_float32(accelerator_of(device, mixed_precision, is_main), dtype)
 
 
 @pytest.mark.parametrize(
