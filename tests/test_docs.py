@@ -1,4 +1,4 @@
-"""docs/migrate_from_trl.md has a row for every key of TRL, and names no setting that is not there."""
+"""docs/migrate_from_trl.md has a row for every key of TRL, and names only settings that exist."""
 
 import re
 from pathlib import Path
