@@ -1,62 +1,12 @@
-"""docs/metrics.md has a row for every metric and alarm, docs/migrate_from_trl.md for every key
-of TRL; neither names what is not there."""
+"""docs/migrate_from_trl.md has a row for every key of TRL, and names only settings that exist."""
 
-import ast
 import re
 from pathlib import Path
 
 from rlhf.runs.settings import keys_of, load_config
 from stages.ppo.config import Config
-from stages.ppo.monitor import CODES
 
 ROOT = Path(__file__).parents[1]
-STREAMS = {"python_stream", "torch_stream"}
-NAME = re.compile(r"(?:ppo|rm|sft|pretrain)/[a-z0-9_]+")
-FAMILY = re.compile(r"(?:ppo|rm|sft|pretrain|seconds)/[a-z0-9_/]*NAME")
-
-
-def logged_names() -> set[str]:
-    """Metric names in the stages' code; those that are put together with a NAME in them.
-
-    The names of random streams look the same and are none.
-    """
-    names = set()
-    for path in (ROOT / "stages").rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        streams = [one for one in calls if getattr(one.func, "id", "") in STREAMS]
-        of_streams = {id(argument) for one in streams for argument in one.args}
-        for node in ast.walk(tree):
-            if id(node) in of_streams:
-                continue
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                names |= {node.value} if NAME.fullmatch(node.value) else set()
-            if isinstance(node, ast.DictComp) and isinstance(node.key, ast.JoinedStr):
-                names |= {spelt} if FAMILY.fullmatch(spelt := spell(node.key)) else set()
-    return names
-
-
-def spell(text: ast.JoinedStr) -> str:
-    """An f-string with NAME for what is filled in."""
-    parts = (str(part.value) if isinstance(part, ast.Constant) else "NAME" for part in text.values)
-    return "".join(parts)
-
-
-def documented(pattern: str) -> list[str]:
-    text = (ROOT / "docs/metrics.md").read_text()
-    return re.findall(rf"^\| `({pattern})` \|", text, flags=re.M)
-
-
-def test_every_logged_name_has_one_row() -> None:
-    rows = documented(f"{NAME.pattern}|{FAMILY.pattern}")
-    assert len(rows) == len(set(rows))
-    assert logged_names() == set(rows)
-
-
-def test_every_alarm_has_one_row() -> None:
-    assert sorted(documented(r"PPO_\w+")) == sorted(CODES)
-
-
 MIGRATION = (ROOT / "docs/migrate_from_trl.md").read_text(encoding="utf-8")
 MIGRATION_ROWS = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) ?\|$", MIGRATION, flags=re.M)
 TRL_KEYS = """

@@ -12,6 +12,7 @@ checkpoint_files.py    a training state as files: whole and unaltered, or refuse
 stateful.py            what a run carries from step to step
 interrupts.py          Ctrl-C and SIGTERM: end at once, or at the end of a step
 stopwatch.py           where the time of a run goes
+glossary.py            what a logged number and an alarm mean
 trackers.py            TensorBoard, Weights & Biases and trackio
 page.py                keeps a page about a run in its folder, also while it goes on
 """

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState, is_initialized
+from accelerate.state import is_initialized
 from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedType,
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from rlhf.training import compat
 from rlhf.training.numbers import to_floats
 
 Row = TypeVar("Row")
@@ -58,9 +59,9 @@ def start_accelerator() -> Accelerator:
     on_cpu = not torch.accelerator.is_available()
     if deepspeed and on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _reduce_by_gloo()
+        compat.reduce_by_gloo()
     if deepspeed and is_initialized():  # an earlier stage in this process set it up
-        AcceleratorState._reset_state()
+        compat.forget_launch()
     group = InitProcessGroupKwargs(
         backend="gloo" if on_cpu and "LOCAL_RANK" in os.environ else None,
         timeout=COLLECTIVE_TIMEOUT,
@@ -195,7 +196,7 @@ def use_accelerator_at_work(arguments: Any) -> None:
     one. In one process that sees several GPUs, they would also spread each batch over all of them.
     """
     arguments.deepspeed_plugin = None
-    arguments._n_gpu = min(arguments.n_gpu, 1)
+    compat.use_one_device(arguments)
 
 
 def is_bf16() -> bool:
@@ -296,13 +297,3 @@ def _deepspeed_plugin() -> DeepSpeedPlugin:
         zero3_init_flag=False,
         zero3_save_16bit_model=True,
     )
-
-
-def _reduce_by_gloo() -> None:
-    """Make DeepSpeed use gloo on CPUs instead of its own shared memory operation.
-
-    It compiles that C++ operation at the first start, which takes minutes. A start that is cut
-    short leaves a lock for which all later starts wait."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

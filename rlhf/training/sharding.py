@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from rlhf.training import compat
 from rlhf.training.numbers import to_floats
 from rlhf.training.processes import sum_over_processes
 
@@ -66,12 +67,8 @@ def name_layers(model: nn.Module) -> None:
     gather the whole model for each pass, and keep it.
     """
     present = {type(module).__name__ for module in model.modules()}
-    named = {
-        name
-        for module in model.modules()
-        for name in getattr(module, "_no_split_modules", None) or ()
-    }
-    model._no_split_modules = sorted(named & present)  # type: ignore[assignment]
+    named = {name for module in model.modules() for name in compat.layer_names(module)}
+    compat.set_layer_names(model, sorted(named & present))
 
 
 def autocast_unwrapped(accelerator: Accelerator) -> AbstractContextManager[object]:
@@ -161,7 +158,7 @@ def take_step(
             group["lr"] = 0.0  # the schedule sets it again at its next step
     model.step()  # type: ignore[operator]
     if frozen:
-        _forget_empty_steps(model)
+        compat.forget_empty_steps(model)
 
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -178,7 +175,7 @@ def set_local_gradients(parameters: Iterable[nn.Parameter], values: Iterable[Ten
     for parameter, value in zip(parameters, values, strict=True):
         if not parameter.requires_grad:
             continue
-        if hasattr(parameter, "ds_id"):
+        if compat.is_zero3(parameter):
             from deepspeed.utils import safe_set_local_grad
 
             safe_set_local_grad(parameter, value)
@@ -206,7 +203,7 @@ def zero_gradients(
     """
     scale_gradients(parameters, 0.0)
     if is_deepspeed(accelerator):
-        for buffer in _accumulated_gradients(model):
+        for buffer in compat.accumulated_gradients(model):
             buffer.zero_()
 
 
@@ -238,7 +235,7 @@ def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     if not shards_weights(accelerator):
         yield
     elif is_deepspeed(accelerator):
-        with _gathered_by_deepspeed(model):
+        with compat.gathered_by_deepspeed(model):
             yield
     else:
         with _gathered_by_torch(model):
@@ -263,7 +260,7 @@ def whole_state(
 def local_weights(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
     """Yield each weight detached in fp32: this process's shard, or all of it if it is whole."""
     for parameter in parameters:
-        if hasattr(parameter, "ds_id"):
+        if compat.is_zero3(parameter):
             from deepspeed.utils import safe_get_local_fp32_param
 
             yield safe_get_local_fp32_param(parameter).detach()
@@ -278,8 +275,8 @@ def set_local_weights(parameters: Iterable[nn.Parameter], values: Iterable[Tenso
 
     The optimizer's states are not updated with the new weights."""
     for parameter, value in zip(parameters, values, strict=True):
-        if hasattr(parameter, "ds_id"):
-            _set_deepspeed_shard(parameter, value)
+        if compat.is_zero3(parameter):
+            compat.set_zero3_weights(parameter, value)
         else:
             weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             weight.copy_(value)
@@ -288,14 +285,14 @@ def set_local_weights(parameters: Iterable[nn.Parameter], values: Iterable[Tenso
 def _local_gradient(parameter: nn.Parameter) -> Tensor:
     if not parameter.requires_grad:
         return torch.zeros(0, device=parameter.device)
-    if hasattr(parameter, "ds_id"):
+    if compat.is_zero3(parameter):
         from deepspeed.utils import safe_get_local_grad
 
         return safe_get_local_grad(parameter).detach().flatten()
     place = _place_of_gradient(parameter)
     if place is not None:
         return place.detach().float().flatten()
-    if hasattr(parameter, "_hp_mapping"):
+    if compat.is_zero2(parameter):
         return torch.zeros(0, device=parameter.device)
     weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return torch.zeros_like(weight, dtype=torch.float32).flatten()
@@ -303,62 +300,16 @@ def _local_gradient(parameter: nn.Parameter) -> Tensor:
 
 def _place_of_gradient(parameter: Any) -> Tensor | None:
     """Return the tensor that holds the gradient, or this process's shard of it, if there is one."""
-    # ZeRO-1 and 2. A mapping of None means that the parameter belongs to another process.
-    if hasattr(parameter, "_hp_mapping"):
-        if parameter._hp_mapping is None:
-            return None
-        return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+    if compat.is_zero2(parameter):
+        return compat.zero2_gradient(parameter)
     gradient = parameter.grad
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
-
-
-def _forget_empty_steps(engine: Any) -> None:
-    """Reset Adam's step count where its moments have seen only zeros, as if no step was taken."""
-    for state in engine.optimizer.optimizer.state.values():
-        if "exp_avg_sq" in state and not state["exp_avg_sq"].any():
-            step = state["step"]  # a tensor in torch's AdamW, a number in DeepSpeed's CPU Adam
-            state["step"] = torch.zeros_like(step) if isinstance(step, Tensor) else 0
-
-
-def _accumulated_gradients(engine: Any) -> list[Tensor]:
-    """Return the buffers to which DeepSpeed adds the gradients of the next pass.
-
-    With offload_optimizer, `local_gradients` reads copies of them made at the last pass. Zeros
-    written to the copies would not last.
-    """
-    optimizer = engine.optimizer
-    if engine.zero_optimization_stage() == 3:
-        return [optimizer.grad_partitions_flat_buffer]
-    if not optimizer.cpu_offload:
-        return []
-    compact = [group.flat_partition for group in optimizer.averaged_gradients.values()]
-    return [*optimizer.accumulated_grads_in_cpu.values(), *compact]
-
-
-@contextmanager
-def _gathered_by_deepspeed(engine: Any) -> Iterator[None]:
-    """Remove DeepSpeed's hooks, which would drop each module's weights after its first use."""
-    from deepspeed.runtime.zero import GatheredParameters
-
-    offload = engine.optimizer.parameter_offload
-    with GatheredParameters(list(engine.module.parameters())):
-        for parameter in engine.module.parameters():
-            parameter.ds_active_sub_modules.clear()
-        for hooks in (offload.forward_hooks, offload.backward_hooks):
-            for hook in hooks:
-                hook.remove()
-            hooks.clear()
-        try:
-            yield
-        finally:
-            offload._register_deepspeed_module(offload.module)
 
 
 @contextmanager
 def _gathered_by_torch(model: nn.Module) -> Iterator[None]:
     assert isinstance(model, FSDPModule)
-    # Otherwise the first module that runs becomes the root, which would be a layer here.
-    model._get_fsdp_state()._lazy_init()
+    compat.make_root(model)  # otherwise the first layer that runs becomes it
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -369,13 +320,3 @@ def _gathered_by_torch(model: nn.Module) -> Iterator[None]:
         for module in modules:
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
-
-
-def _set_deepspeed_shard(parameter: Any, value: Tensor) -> None:
-    from deepspeed.runtime.zero import GatheredParameters
-
-    count = torch.distributed.get_world_size()
-    whole = value.new_empty(count * value.numel())
-    torch.distributed.all_gather_into_tensor(whole, value.contiguous())
-    with GatheredParameters([parameter], modifier_rank=0):
-        parameter.data.copy_(whole[: parameter.ds_numel].view(parameter.ds_shape))

@@ -3,7 +3,7 @@
 A policy may trade one part for another, give one answer to many prompts, or please the reward model
 alone. Each check compares a policy with the baseline on the same prompts. The codes are stable.
 They appear in results.json (`warnings`), at the end of the output and at the top of samples.md.
-docs/metrics.md lists them.
+stages/evaluate/glossary.py describes them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from rlhf.measuring.statistics import Estimate, is_one_answer, paired_difference
 from stages.evaluate.config import GOLD, REWARD_MODEL
+from stages.evaluate.glossary import ALARMS
 from stages.evaluate.measures import Scores
 from stages.evaluate.parts import PartsByPrompt, part_names, part_scores
 
@@ -24,6 +25,7 @@ have the same right answer."""
 PARTS = "EVAL_PARTS"
 ONE_ANSWER = "EVAL_ONE_ANSWER"
 REWARD = "EVAL_REWARD"
+REMEDIES = {alarm.code: alarm.remedy for alarm in ALARMS}
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def find_parts_traded(
         return []
     message = (
         f"{policy} gains by {_list(gains)} and loses by {_list(losses)} against {baseline}. "
-        "Look at the parts one by one: their sum hides the loss."
+        f"{REMEDIES[PARTS]}"
     )
     return [EvaluationWarning(PARTS, policy, message)]
 
@@ -121,8 +123,7 @@ def find_one_answer(
     message = (
         f"{policy} gives one answer to {now.share:.0%} of {num_prompts} different prompts: "
         f"{_shorten(now.text)!r}. The most frequent answer of {baseline} goes to "
-        f"{before.share:.0%}. Read samples.md, raise ppo.kl_coef, and train the reward model on "
-        "such answers too."
+        f"{before.share:.0%}. {REMEDIES[ONE_ANSWER]}"
     )
     return [EvaluationWarning(ONE_ANSWER, policy, message)]
 
@@ -152,8 +153,7 @@ def find_reward_parted(
         message = (
             f"The reward of {policy} rises by {_signed(rise)} against {baseline}, and {name} "
             f"{verb} ({_signed(change)}): the policy may learn to please the reward model "
-            "alone. Train the reward model on this policy's answers, raise ppo.kl_coef, or stop "
-            "earlier."
+            f"alone. {REMEDIES[REWARD]}"
         )
         warnings.append(EvaluationWarning(REWARD, policy, message))
     return warnings

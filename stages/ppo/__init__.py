@@ -12,6 +12,7 @@ gradient of the language modelling loss on pretraining text.
     learner.py    the two models that learn, and their outputs on a row
     evaluate.py   the policy on held-out prompts
     metrics.py    sums and means over a rollout and an update
+    glossary.py   what each metric and each alarm means
     monitor.py    alarms
     stopping.py   the last good weights, and where a fault was
     nonfinite.py  the row that makes a gradient NaN

@@ -1,9 +1,9 @@
-"""Alarms for what can go wrong in PPO, each with a code, a cause and a remedy.
+"""Alarms for what can go wrong in PPO, each with a code, what was found, and a remedy.
 
 After each rollout and after each update the monitor looks at the metrics so far. A rule that finds
 a fault prints a warning of two sentences. If its code is in `monitor.stop_on`, the run stops. The
 codes are stable: scripts may look for them in the output, in metrics.jsonl (`ppo/alarms` counts
-them) and in results.json (`alarms`). docs/metrics.md lists them.
+them) and in results.json (`alarms`). stages/ppo/glossary.py describes them.
 """
 
 import json
@@ -18,11 +18,12 @@ from rlhf.inputs.chat import Chat
 from rlhf.measuring.statistics import is_one_answer
 from rlhf.training.nonfinite import NonFiniteError
 from stages.ppo.config import Config, MonitorSettings
+from stages.ppo.glossary import ALARMS
 
 Metrics = Mapping[str, float]
 Check = Callable[[Metrics, "Monitor"], str | None]
 """Takes the metrics of this update so far and the monitor, which holds the earlier updates; returns
-the cause of an alarm, or None."""
+what is wrong, or None."""
 
 NONFINITE = "PPO_NONFINITE"
 RM_CHANCE = "PPO_RM_CHANCE"
@@ -88,13 +89,12 @@ class TrainingStopped(ValueError):
 
 @dataclass(frozen=True)
 class Rule:
-    """Describes a fault, how it shows, and what to do about it."""
+    """Finds a fault; stages/ppo/glossary.py says what its code means and what to do about it."""
 
     code: str
     needs: tuple[str, ...]
     """Metrics that the rule reads. It is tried once an update, as soon as all of them are there."""
     check: Check
-    remedy: str
 
 
 def reference_differs(now: Metrics, monitor: "Monitor") -> str | None:
@@ -267,7 +267,6 @@ RULES = (
         "PPO_REFERENCE",
         ("ppo/reference_difference", "ppo/reference_difference_high"),
         reference_differs,
-        "Load both from one folder in one dtype, with dropout off.",
     ),
     Rule(
         "PPO_SAMPLER",
@@ -278,97 +277,23 @@ RULES = (
             "ppo/sampler_excess",
         ),
         sampler_differs,
-        "Sample at rollout.temperature without top-k, top-p or penalties, from the weights that "
-        "are scored.",
     ),
-    Rule(
-        "PPO_NEG_KL",
-        ("ppo/kl", "ppo/kl_error"),
-        kl_is_negative,
-        "Look for what makes sampler, scorer or reference differ: temperature, filters, dtype, "
-        "tokens after the end.",
-    ),
-    Rule(
-        "PPO_KL",
-        ("ppo/kl",),
-        kl_is_large,
-        "Raise ppo.kl_coef, lower optim.learning_rate, or stop earlier: gold quality usually falls "
-        "long before.",
-    ),
-    Rule(
-        "PPO_NO_EOS",
-        ("ppo/eos_rate",),
-        few_ends,
-        "Raise rollout.max_new_tokens, charge reward.missing_end, or train SFT on responses with "
-        "their end token.",
-    ),
-    Rule(
-        "PPO_LENGTH",
-        ("ppo/response_tokens",),
-        length_collapses,
-        "Read samples.jsonl: the reward may love length or shortness; raise ppo.kl_coef or set a "
-        "length penalty.",
-    ),
-    Rule(
-        "PPO_REPEAT",
-        ("ppo/distinct_2",),
-        responses_repeat,
-        "Read samples.jsonl, raise ppo.kl_coef and train the reward model on such responses too.",
-    ),
-    Rule(
-        "PPO_ONE_ANSWER",
-        ("ppo/one_answer",),
-        one_answer_to_many,
-        "Read samples.jsonl, raise ppo.kl_coef, and train the reward model on pairs in which such "
-        "an answer loses.",
-    ),
-    Rule(
-        "PPO_ZERO_ADV",
-        ("ppo/score", "ppo/score_std", "ppo/advantage_std"),
-        advantages_vanish,
-        "Give a reward that tells responses apart, or prompts that are neither always nor never "
-        "solved.",
-    ),
-    Rule(
-        "PPO_RATIO",
-        ("ppo/first_log_ratio", "ppo/first_log_ratio_high"),
-        ratio_is_not_one,
-        "Make rollout and training pass alike: dropout off, one dtype, one temperature, no weights "
-        "changed in between.",
-    ),
-    Rule(
-        "PPO_CLIP",
-        ("ppo/clip_fraction",),
-        many_clipped,
-        "Lower optim.learning_rate or ppo.num_epochs.",
-    ),
-    Rule(
-        "PPO_UPDATE_KL",
-        ("ppo/approx_kl",),
-        steps_are_long,
-        "Lower optim.learning_rate or ppo.num_epochs, or set ppo.max_step_kl.",
-    ),
-    Rule(
-        "PPO_VALUE",
-        ("ppo/value_loss",),
-        value_loss_explodes,
-        "Lower value_learning_rate, and look whether scores jumped (ppo/score_std).",
-    ),
-    Rule(
-        "PPO_VALUE_CLIP",
-        ("ppo/value_error",),
-        value_clip_is_tight,
-        "Raise ppo.value_clip_range or set it to null, or bring scores to unit variance "
-        "(reward.normalize_on).",
-    ),
+    Rule("PPO_NEG_KL", ("ppo/kl", "ppo/kl_error"), kl_is_negative),
+    Rule("PPO_KL", ("ppo/kl",), kl_is_large),
+    Rule("PPO_NO_EOS", ("ppo/eos_rate",), few_ends),
+    Rule("PPO_LENGTH", ("ppo/response_tokens",), length_collapses),
+    Rule("PPO_REPEAT", ("ppo/distinct_2",), responses_repeat),
+    Rule("PPO_ONE_ANSWER", ("ppo/one_answer",), one_answer_to_many),
+    Rule("PPO_ZERO_ADV", ("ppo/score", "ppo/score_std", "ppo/advantage_std"), advantages_vanish),
+    Rule("PPO_RATIO", ("ppo/first_log_ratio", "ppo/first_log_ratio_high"), ratio_is_not_one),
+    Rule("PPO_CLIP", ("ppo/clip_fraction",), many_clipped),
+    Rule("PPO_UPDATE_KL", ("ppo/approx_kl",), steps_are_long),
+    Rule("PPO_VALUE", ("ppo/value_loss",), value_loss_explodes),
+    Rule("PPO_VALUE_CLIP", ("ppo/value_error",), value_clip_is_tight),
 )
 """All rules, sorted so that a cause comes before its effects."""
 
-REMEDIES = {rule.code: rule.remedy for rule in RULES} | {
-    NONFINITE: "Lower the learning rates, hold the weights in float32, and look at the prompt in "
-    f"{REPLAY_FILE}.",
-    RM_CHANCE: "Train the reward model on more rankings: optimising noise makes the policy worse.",
-}
+REMEDIES = {alarm.code: alarm.remedy for alarm in ALARMS}
 CODES = tuple(REMEDIES)
 
 
@@ -422,20 +347,20 @@ class Monitor:
         for rule in RULES:
             if rule.code not in self._tried and all(name in self._metrics for name in rule.needs):
                 self._tried.add(rule.code)
-                cause = rule.check(self._metrics, self)
-                if cause is not None:
-                    self.raise_alarm(rule.code, cause)
+                found = rule.check(self._metrics, self)
+                if found is not None:
+                    self.raise_alarm(rule.code, found)
 
-    def raise_alarm(self, code: str, cause: str) -> None:
+    def raise_alarm(self, code: str, found: str) -> None:
         """Count an alarm; print it if the update before did not have it, or stop the run.
 
         Raises:
             TrainingStopped: the code is in `monitor.stop_on`, or a value is not finite.
         """
-        text = f"{code} at update {self.update}: {cause} {REMEDIES[code]}"
+        text = f"{code} at update {self.update}: {found} {REMEDIES[code]}"
         self._active.add(code)
         self.raised.append(
-            {"step": self.update, "code": code, "message": f"{cause} {REMEDIES[code]}"}
+            {"step": self.update, "code": code, "message": f"{found} {REMEDIES[code]}"}
         )
         entry = self.alarms.setdefault(code, {"first_update": self.update, "updates": 0})
         entry["updates"] += 1

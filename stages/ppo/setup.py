@@ -177,11 +177,11 @@ def _warn_of_chance(config: Config, monitor: Monitor) -> None:
         card = RewardCard.load(path)
         low, high = card.interval
         if low <= 0.5:
-            cause = (
+            found = (
                 f"The reward model at {path} orders {card.pair_accuracy:.1%} of held-out pairs "
                 f"right, 95 % interval {low:.1%} to {high:.1%}."
             )
-            monitor.raise_alarm(RM_CHANCE, cause)
+            monitor.raise_alarm(RM_CHANCE, found)
 
 
 def _token_noise(config: Config, accelerator: Accelerator) -> Noise:

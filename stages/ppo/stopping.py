@@ -39,8 +39,8 @@ def stopping_well(learner: Learner, monitor: Monitor, chat: Chat, run: Run) -> I
             if learner.state.accelerator.is_main_process:
                 write_replay(error, monitor.update, chat, run.dir)
             prompt = "" if error.tree is None else f" at prompt {chat.show(error.tree.prompt)!r}"
-            cause = f"{error}{prompt} (see {run.dir / REPLAY_FILE})."
-            monitor.raise_alarm(NONFINITE, cause)
+            found = f"{error}{prompt} (see {run.dir / REPLAY_FILE})."
+            monitor.raise_alarm(NONFINITE, found)
     except TrainingStopped as stop:
         run.alarms(monitor.take_raised())
         run.refresh_page(is_last=True)

@@ -9,6 +9,7 @@ a prompt at once (Ouyang et al. 2022, section 3.5 and C.2).
     setup.py      what is read, and the model that learns
     data.py       turns rankings into token ids; counts what was left out, and why
     measure.py    a model on held-out rankings
+    glossary.py   what each metric means
     figures.py    held-out pair accuracy against labelers and gold, and the length-only baseline
     saved.py      saves the model, measures what was saved, writes reward.json
 """

@@ -22,3 +22,18 @@ def test_a_wing_is_the_map_of_its_files(wing: Path) -> None:
 def test_no_file_lies_loose_beside_the_wings() -> None:
     assert [path.name for path in (ROOT / "rlhf").glob("*.py")] == ["__init__.py"]
     assert len(WINGS) == 8
+
+
+@pytest.mark.parametrize("wing", ["models", "training"])
+def test_only_compat_reaches_into_other_libraries(wing: str) -> None:
+    """Private attributes of objects that are not one's own."""
+    found = [
+        f"{path.name}:{node.lineno} {ast.unparse(node)}"
+        for path in (ROOT / "rlhf" / wing).glob("*.py")
+        if path.name != "compat.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and re.match(r"_[a-z]", node.attr)
+        and ast.unparse(node.value) not in ("self", "super()")
+    ]
+    assert found == []

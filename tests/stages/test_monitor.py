@@ -40,6 +40,8 @@ from stages.ppo.config import Config, MonitorSettings, PPOSettings
 from stages.ppo.metrics import differences
 from stages.ppo.monitor import (
     CODES,
+    NONFINITE,
+    RM_CHANCE,
     RULES,
     TOKEN_NOISE,
     Monitor,
@@ -512,6 +514,7 @@ def save_reward_model(sft: Path, folder: Path, interval: tuple[float, float]) ->
 def test_every_code_has_its_fault_in_this_file():
     tests = Path(__file__).read_text()
     assert [code for code in CODES if code not in tests] == []
+    assert {rule.code for rule in RULES} | {NONFINITE, RM_CHANCE} == set(CODES)
 
 
 def test_an_unknown_code_is_refused(config: Config):

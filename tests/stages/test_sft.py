@@ -30,6 +30,7 @@ from rlhf.training.processes import start_accelerator
 from rlhf.training.settings import OptimSettings
 from stages.sft import train as train_module
 from stages.sft.config import Config
+from stages.sft.glossary import METRICS
 from stages.sft.measure import different_prompts, draw_samples, mean_loss, sample_rows
 from stages.sft.rows import cut_text, fit_batches, lay_out, load_rows, render
 from stages.sft.train import train
@@ -265,6 +266,8 @@ def test_reward_model_chooses(base: Path, chat: Chat, demonstrations: Path, tmp_
     train(config)
     folder = Path(config.output_dir)
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = {name for row in logged for name in row} - {"step"}
+    assert names == {metric.name for metric in METRICS}
     scores = {row["step"]: row["sft/reward_score"] for row in logged if "sft/reward_score" in row}
     results = json.loads((folder / "results.json").read_text())
     del scores[0]  # the base model is measured, and is no candidate

@@ -7,7 +7,7 @@ folders.py    reads what runs left in their folders
 figures.py    numbers that remember where they were read
 verdict.py    says in words what came out
 tables.py     policies side by side
-panels.py     which curves are shown, with healthy ranges and alarms
+panels.py     which curves share a panel, and which alarms it shows
 samples.py    which samples are shown, and in which words they differ
 lineage.py    where inputs came from
 settings.py   settings that differ from the preset, or between runs

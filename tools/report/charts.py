@@ -320,7 +320,8 @@ def _alt(drawn: DrawnPanel) -> str:
         f"{curve.label} from {curve.values[0]:.3g} to {curve.values[-1]:.3g}"
         for curve in drawn.curves
     )
-    return f"{drawn.panel.group}: {drawn.panel.title}, {drawn.panel.unit}: {ends}"
+    what = ", ".join(filter(None, (drawn.panel.title, drawn.panel.unit)))
+    return f"{drawn.panel.group}: {what}: {ends}"
 
 
 def _told(title: str, values: Iterable[tuple[str, float]]) -> str:

@@ -1,10 +1,15 @@
-"""The curves of a page: which metrics share a panel, and which values are healthy."""
+"""The curves of a page: which metrics share a panel, and which alarms it shows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from rlhf.runs.glossary import Metric, by_name
+from stages.ppo import glossary as ppo_glossary
+from stages.pretrain import glossary as pretrain_glossary
+from stages.rm import glossary as rm_glossary
+from stages.sft import glossary as sft_glossary
 from tools.report.figures import is_number
 from tools.report.folders import RunFolder, Stage
 
@@ -13,20 +18,24 @@ SMOOTHED_FROM = 30
 raw points."""
 
 
+METRICS = by_name(
+    (*ppo_glossary.METRICS, *rm_glossary.METRICS, *sft_glossary.METRICS, *pretrain_glossary.METRICS)
+)
+"""What the metrics of all stages mean."""
+
+
 @dataclass(frozen=True)
 class Panel:
-    """One small plot, with a line for each stage that logs one of the keys."""
+    """One small plot, with a line for each stage that logs one of the metrics."""
 
     group: str
     """The stage, in words."""
-    title: str
-    unit: str
     lines: Mapping[str, str]
-    """Maps each metric key to its label, which is empty in a panel with a single key."""
+    """Maps the name of each metric to its label, which is empty in a panel with a single one."""
+    heading: str = ""
+    """Heading where no metric alone gives it. Empty means the title of the first metric."""
     floor: float | None = None
     """Lowest value to show. None means that all are shown."""
-    healthy: tuple[float, float] | None = None
-    """Range of healthy runs, as docs/metrics.md has it. None means that it depends on the task."""
     limit: str | None = None
     """Setting below `monitor` beyond which an alarm is raised."""
     codes: tuple[str, ...] = ()
@@ -34,108 +43,77 @@ class Panel:
     is_worth_a_first_look: bool = True
     """Whether the panel is open when the page is opened."""
 
+    @property
+    def metric(self) -> Metric:
+        """The first metric, which gives the panel its title, unit and healthy range."""
+        return METRICS[next(iter(self.lines))]
+
+    @property
+    def title(self) -> str:
+        return self.heading or self.metric.title
+
+    @property
+    def unit(self) -> str:
+        return self.metric.unit
+
+    @property
+    def healthy(self) -> tuple[float, float] | None:
+        """Range of healthy runs. None means that it depends on the task."""
+        return self.metric.healthy_range
+
 
 PANELS = (
-    Panel("PPO", "Score", "reward model", {"ppo/score": "", "ppo/held_out_score": "held out"}),
+    Panel("PPO", {"ppo/score": "", "ppo/held_out_score": "held out"}),
     Panel(
         "PPO",
-        "KL to the reference",
-        "nats a response",
         {"ppo/kl": "", "ppo/held_out_kl": "held out"},
         limit="max_kl",
         codes=("PPO_KL", "PPO_NEG_KL", "PPO_REFERENCE"),
     ),
-    Panel("PPO", "Response length", "tokens", {"ppo/response_tokens": ""}, codes=("PPO_LENGTH",)),
+    Panel("PPO", {"ppo/response_tokens": ""}, codes=("PPO_LENGTH",)),
+    Panel("PPO", {"ppo/eos_rate": ""}, limit="min_eos_rate", codes=("PPO_NO_EOS",)),
+    Panel("PPO", {"ppo/entropy": ""}, codes=("PPO_SAMPLER",)),
+    Panel("PPO", {"ppo/ptx_loss": ""}),
     Panel(
         "PPO",
-        "Responses that end",
-        "share",
-        {"ppo/eos_rate": ""},
-        healthy=(0.9, 1.0),
-        limit="min_eos_rate",
-        codes=("PPO_NO_EOS",),
-    ),
-    Panel("PPO", "Entropy", "nats a token", {"ppo/entropy": ""}, codes=("PPO_SAMPLER",)),
-    Panel("PPO", "Pretraining loss", "nats a token", {"ppo/ptx_loss": ""}),
-    Panel(
-        "PPO",
-        "Norms of the two gradients",
-        "PPO's and the text's",
         {"ppo/ppo_grad_norm": "PPO", "ppo/ptx_grad_norm": "text"},
+        heading="Norms of the two gradients",
         is_worth_a_first_look=False,
     ),
     Panel(
         "PPO",
-        "Variance explained",
-        "share",
         {"ppo/explained_variance": ""},
         floor=-1.0,
-        healthy=(0.0, 1.0),
         codes=("PPO_VALUE", "PPO_VALUE_CLIP"),
     ),
+    Panel("PPO", {"ppo/one_answer": ""}, limit="max_one_answer", codes=("PPO_ONE_ANSWER",)),
+    Panel("PPO", {"ppo/distinct_2": ""}, codes=("PPO_REPEAT",)),
     Panel(
         "PPO",
-        "Most frequent response",
-        "share of prompts",
-        {"ppo/one_answer": ""},
-        limit="max_one_answer",
-        codes=("PPO_ONE_ANSWER",),
-    ),
-    Panel("PPO", "Different bigrams", "share", {"ppo/distinct_2": ""}, codes=("PPO_REPEAT",)),
-    Panel(
-        "PPO",
-        "Clipped tokens",
-        "share",
         {"ppo/clip_fraction": ""},
-        healthy=(0.0, 0.2),
         limit="max_clip_fraction",
         codes=("PPO_CLIP", "PPO_RATIO"),
         is_worth_a_first_look=False,
     ),
     Panel(
         "PPO",
-        "Step from the policy that sampled",
-        "nats a token",
         {"ppo/approx_kl": ""},
-        healthy=(0.0, 0.02),
         limit="max_update_kl",
         codes=("PPO_UPDATE_KL",),
         is_worth_a_first_look=False,
     ),
     Panel(
         "PPO",
-        "Spread of scores and advantages",
-        "standard deviation",
         {"ppo/score_std": "scores", "ppo/advantage_std": "advantages"},
+        heading="Spread of scores and advantages",
         codes=("PPO_ZERO_ADV",),
         is_worth_a_first_look=False,
     ),
-    Panel(
-        "PPO",
-        "Tokens a second",
-        "episode tokens",
-        {"ppo/tokens_per_second": ""},
-        is_worth_a_first_look=False,
-    ),
-    Panel(
-        "Reward model",
-        "Pair accuracy",
-        "share of pairs",
-        {"rm/accuracy": "training", "rm/held_out_accuracy": "held out"},
-    ),
-    Panel(
-        "Reward model",
-        "Loss",
-        "nats a pair",
-        {"rm/loss": "training", "rm/held_out_loss": "held out"},
-    ),
-    Panel("SFT", "Loss", "nats a token", {"sft/loss": "training", "sft/held_out_loss": "held out"}),
-    Panel(
-        "Pretraining",
-        "Loss",
-        "nats a token",
-        {"pretrain/loss": "training", "pretrain/held_out_loss": "held out"},
-    ),
+    Panel("PPO", {"ppo/tokens_per_second": ""}, is_worth_a_first_look=False),
+    Panel("Reward model", {"rm/accuracy": "training", "rm/held_out_accuracy": "held out"}),
+    Panel("Reward model", {"rm/loss": "training", "rm/held_out_loss": "held out"}),
+    Panel("SFT", {"sft/loss": "training", "sft/held_out_loss": "held out"}),
+    Panel("Pretraining", {"pretrain/loss": "training", "pretrain/held_out_loss": "held out"}),
 )
 
 

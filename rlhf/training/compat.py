@@ -1,0 +1,138 @@
+"""Holds what the wing must know of the insides of accelerate, DeepSpeed, torch and transformers.
+
+They offer no public way to these. Each function names the version that it was tried with; a new
+version is tried here first. Functions import DeepSpeed only when they run under it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+# accelerate 1.15.0
+
+
+def forget_launch() -> None:
+    """Have accelerate set up DeepSpeed again, after an earlier stage of this process did."""
+    AcceleratorState._reset_state()
+
+
+# The attribute is transformers' (5.23.0); accelerate 1.15.0 reads it.
+
+
+def layer_names(module: nn.Module) -> list[str]:
+    """Return the class names of the layers that a model says must not be split."""
+    return [*(getattr(module, "_no_split_modules", None) or ())]
+
+
+def set_layer_names(module: nn.Module, names: list[str]) -> None:
+    """Set the class names of the modules that FSDP2 gathers one at a time."""
+    module._no_split_modules = names  # type: ignore[assignment]
+
+
+# transformers 5.23.0
+
+
+def use_one_device(arguments: Any) -> None:
+    """Keep a Trainer with these TrainingArguments from using all GPUs that its process sees."""
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+
+
+# torch 2.13.0
+
+
+def make_root(model: FSDPModule) -> None:
+    """Make a module the root of its FSDP2 modules. Otherwise the first one that runs becomes it."""
+    model._get_fsdp_state()._lazy_init()
+
+
+# DeepSpeed 0.19.8, stages 2 and 3
+
+
+def reduce_by_gloo() -> None:
+    """Make DeepSpeed use gloo on CPUs instead of its own shared memory operation.
+
+    It compiles that C++ operation at the first start, which takes minutes. A start that is cut
+    short leaves a lock for which all later starts wait.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def is_zero3(parameter: nn.Parameter) -> bool:
+    """Return whether ZeRO-3 splits this parameter."""
+    return hasattr(parameter, "ds_id")
+
+
+def is_zero2(parameter: nn.Parameter) -> bool:
+    """Return whether ZeRO-1 or ZeRO-2 splits the gradient and the fp32 copy of this parameter."""
+    return hasattr(parameter, "_hp_mapping")
+
+
+def zero2_gradient(parameter: Any) -> Tensor | None:
+    """Return this process's shard of a gradient under ZeRO-2; None if another process has it."""
+    if parameter._hp_mapping is None:
+        return None
+    shard: Tensor = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+    return shard
+
+
+def set_zero3_weights(parameter: Any, shard: Tensor) -> None:
+    """Write this process's shard of a parameter. All processes must call this."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    count = torch.distributed.get_world_size()
+    whole = shard.new_empty(count * shard.numel())
+    torch.distributed.all_gather_into_tensor(whole, shard.contiguous())
+    with GatheredParameters([parameter], modifier_rank=0):
+        parameter.data.copy_(whole[: parameter.ds_numel].view(parameter.ds_shape))
+
+
+def forget_empty_steps(engine: Any) -> None:
+    """Reset Adam's step count where its moments have seen only zeros, as if no step was taken."""
+    for state in engine.optimizer.optimizer.state.values():
+        if "exp_avg_sq" in state and not state["exp_avg_sq"].any():
+            step = state["step"]  # a tensor in torch's AdamW, a number in DeepSpeed's CPU Adam
+            state["step"] = torch.zeros_like(step) if isinstance(step, Tensor) else 0
+
+
+def accumulated_gradients(engine: Any) -> list[Tensor]:
+    """Return the buffers to which DeepSpeed adds the gradients of the next pass.
+
+    With offload_optimizer, `zero2_gradient` reads copies of them made at the last pass. Zeros
+    written to the copies would not last.
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return [optimizer.grad_partitions_flat_buffer]
+    if not optimizer.cpu_offload:
+        return []
+    compact = [group.flat_partition for group in optimizer.averaged_gradients.values()]
+    return [*optimizer.accumulated_grads_in_cpu.values(), *compact]
+
+
+@contextmanager
+def gathered_by_deepspeed(engine: Any) -> Iterator[None]:
+    """Hold all weights in every process inside the block.
+
+    DeepSpeed's hooks would drop each module's weights after its first use, so they are removed.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    offload = engine.optimizer.parameter_offload
+    with GatheredParameters(list(engine.module.parameters())):
+        for parameter in engine.module.parameters():
+            parameter.ds_active_sub_modules.clear()
+        for hooks in (offload.forward_hooks, offload.backward_hooks):
+            for hook in hooks:
+                hook.remove()
+            hooks.clear()
+        try:
+            yield
+        finally:
+            offload._register_deepspeed_module(offload.module)
