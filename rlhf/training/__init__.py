@@ -10,5 +10,6 @@ parameters.py       the trained parameters of a model, by name
 optim.py            optimizer, learning rate schedule, moving average of weights
 nonfinite.py        where the first NaN or infinite value is
 out_of_memory.py    an out-of-memory error that names the setting to lower
+numbers.py          reading several numbers from a device in one wait
 offloading.py       models that leave the device between uses
 """

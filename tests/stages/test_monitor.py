@@ -404,8 +404,8 @@ def test_a_value_loss_that_explodes(config: Config, monkeypatch):
     score = stages.ppo.rollout.Sampler.score
 
     def jump(*args):
-        scored, finished = score(*args)
-        return replace(scored, scores=scored.scores + 100), finished
+        scored = score(*args)
+        return replace(scored, scores=scored.scores + 100)
 
     monkeypatch.setattr(stages.ppo.rollout.Sampler, "score", break_from(3, score, jump))
     monitor = replace(config.monitor, stop_on=["PPO_VALUE"])
