@@ -17,6 +17,7 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
     is_deepspeed_available,
     str_to_bool,
 )
@@ -25,6 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 Row = TypeVar("Row")
+Result = TypeVar("Result")
 Number = TypeVar("Number", int, float)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -250,6 +252,26 @@ def from_first_process(value: bool) -> bool:
     values = [value]
     broadcast_object_list(values)
     return values[0]
+
+
+def from_all_processes(work: Callable[[], Result], kind: type[Exception]) -> list[Result]:
+    """Do some work in every process and return all results, in the order of the processes.
+
+    Args:
+        work: Returns something small, since every process gets the results of all.
+        kind: The errors that work may raise. What fails in one process is raised in all; otherwise
+            the others would wait for it.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except kind as error:
+        problem = str(error)
+    outcomes: list[tuple[Any, str | None]] = gather_object([(result, problem)])
+    for _, one in outcomes:
+        if one is not None:
+            raise kind(one)
+    return [one for one, _ in outcomes]
 
 
 def own_share(accelerator: Accelerator, rows: Sequence[Row]) -> list[Row]:
