@@ -123,8 +123,9 @@ def kill_stage(
             if found.get(name) != expected.get(name):
                 sys.exit(f"{stage}: {name} of {run.output_dir} differs after {kills} kills")
     print(
-        f"{launch.launcher or 'one process'}, {stage}: a run of {seconds:.0f} s, {kills} kills in {runs} runs, {writing} of them "
-        f"within the writing of a checkpoint, {resumed} with one to go on from: "
+        f"{launch.launcher or 'one process'}, {stage}: a run of {seconds:.0f} s, {kills} kills in "
+        f"{runs} runs, {writing} of them within the writing of a checkpoint, {resumed} with one to "
+        f"go on from: "
         f"{', '.join(sorted(expected))} equal",
         flush=True,
     )

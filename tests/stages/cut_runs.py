@@ -41,7 +41,7 @@ from tests.stages.conftest import is_timing, make_ppo_config, write_ppo_inputs
 KILLED = -signal.SIGKILL
 RESULTS_OF_TIME = ("seconds", "phase_seconds", "tokens_per_second", "model_flops_utilisation")
 WHOLE_BELOW = 100
-"""Weights of fewer numbers stay whole under ZeRO-3: the tiny models' vectors, not their matrices."""
+"""Weights of fewer numbers stay whole under ZeRO-3: the tiny models' vectors, no matrices."""
 _SERVER = multiprocessing.get_context("forkserver")
 STAGES = ("pretrain", "sft", "rm", "ppo")
 _SERVER.set_forkserver_preload(["tests.stages.cut_runs", *(f"stages.{s}.train" for s in STAGES)])
