@@ -48,7 +48,10 @@ def shards_weights(accelerator: Accelerator) -> bool:
 def split_by(accelerator: Accelerator) -> str | None:
     """Return the name of what splits gradients between processes, such as "ZeRO-3", or None."""
     if is_deepspeed(accelerator):
-        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        device = _offload_settings(accelerator, "offload_optimizer").get("device", "none")
+        # Offload takes another Adam, which rounds in its own way.
+        return f"ZeRO-{stage}" if device == "none" else f"ZeRO-{stage} with offload_optimizer"
     return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else None
 
 
@@ -59,18 +62,22 @@ def why_not_saved(accelerator: Accelerator) -> str:
         return ""
     if accelerator.mixed_precision == "fp16":
         return f"{kind} in fp16 changes a loss scale"
-    if kind == "FSDP2":
+    if not is_deepspeed(accelerator):
         return ""
-    if kind not in ("ZeRO-2", "ZeRO-3"):
+    if accelerator.state.deepspeed_plugin.zero_stage not in (2, 3):
         return f"{kind} keeps other optimizers than ZeRO-2 and ZeRO-3"
-    settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
     for name in ("offload_optimizer", "offload_param"):
-        offload = settings.get(name) or {}
+        offload = _offload_settings(accelerator, name)
         if offload.get("device") == "nvme":
-            return f"{name} keeps parts of {kind} in files of its own"
+            return f"{name} keeps weights or moments in files of its own"
         if offload.get("ratio", 1.0) != 1.0:
             return f"{name} with a ratio steps some weights by a second optimizer"
     return ""
+
+
+def _offload_settings(accelerator: Accelerator, name: str) -> dict[str, Any]:
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    return settings.get("zero_optimization", {}).get(name) or {}
 
 
 def prepare(

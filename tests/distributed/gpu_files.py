@@ -65,6 +65,8 @@ def launched_as(name: str) -> Iterator[None]:
             kind = "gloo", DistributedType.MULTI_GPU
             patch.setattr(PartialState, "_prepare_backend", lambda *_, **__: kind)
             patch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+            if not torch.distributed.is_initialized():  # for GPUs accelerate does it, on CPUs not
+                torch.distributed.init_process_group("gloo")
         AcceleratorState._reset_state(reset_partial_state=True)
         yield
     AcceleratorState._reset_state(reset_partial_state=True)

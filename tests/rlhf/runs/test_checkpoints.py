@@ -122,7 +122,7 @@ def test_where_the_model_is_split_every_process_writes_its_own(tmp_path: Path, k
 
 UNSAVED = {
     "ZeRO-1 keeps other optimizers": under_zero(1),
-    "offload_optimizer keeps parts of ZeRO-3 in files": under_zero(
+    "offload_optimizer keeps weights or moments in files": under_zero(
         3, offload_optimizer={"device": "nvme"}
     ),
     "offload_optimizer with a ratio": under_zero(3, offload_optimizer={"ratio": 0.5}),
@@ -146,6 +146,8 @@ def test_another_split_or_number_of_processes_is_refused(tmp_path: Path) -> None
         start(tmp_path, under_zero(3))
     with pytest.raises(ValueError, match="model was split by FSDP2 and is by nothing; start it as"):
         start(tmp_path)
+    with pytest.raises(ValueError, match="and is by ZeRO-3 with offload_optimizer; start it as"):
+        start(tmp_path, under_zero(3, offload_optimizer={"device": "cpu"}))
     four = OneProcess(DistributedType.FSDP, num_processes=4)
     expected = r"number of processes was 1 and is 4, .* its shard of the model; start it as before"
     with pytest.raises(ValueError, match=expected):
