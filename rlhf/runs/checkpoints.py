@@ -170,7 +170,7 @@ class Checkpoints:
         return manifest.step, states
 
     def _read(self, folder: Path) -> None:
-        """Read what is not read yet of the checkpoint that was found: this process's own state."""
+        """Read the states that `_find` has not read: among them this process's own."""
         rank = self._accelerator.process_index
         if not self._accelerator.is_main_process:
             self._states = read_states(folder)

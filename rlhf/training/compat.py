@@ -33,12 +33,12 @@ def zero_state(optimizer: Any) -> dict[str, Any]:
 
 
 def load_zero_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """Put back what `zero_state` returned, and what the model computes with follows it.
+    """Put back what `zero_state` returned, and derive from it the weights of the model's passes.
 
     All processes must call this.
 
     Raises:
-        ValueError: The state was not made by as many processes, or is of another model.
+        ValueError: The state is of another model, or of another split.
     """
     whole = optimizer.state_dict()
     of_weights, of_moments = _KEYS[int(whole["zero_stage"])]
