@@ -28,7 +28,16 @@ from rlhf.models.saving import save_policy
 from rlhf.models.settings import LoraSettings, ModelSettings
 from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.models import GoldenRow, RewardCard
-from rlhf.runs.checkpoint_files import check_files, read_manifest, read_states, write_checkpoint
+from rlhf.runs.checkpoint_files import (
+    check_files,
+    check_shard,
+    finish_checkpoint,
+    read_manifest,
+    read_shard,
+    read_states,
+    start_checkpoint,
+    write_shard,
+)
 from rlhf.runs.settings import keys_of, load_config
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 from tests.test_configs import SETTINGS, config_class_of
@@ -179,6 +188,7 @@ def test_settings_files(
 
 
 STATES = {"model": {"weight": torch.arange(6.0)}, "monitor": {"history": [0.5, None]}}
+SHARD = {"zero": {"weights": {"0": torch.arange(4.0)}, "groups": [{"lr": 0.1}]}}
 
 
 def of_model(folder: Path) -> ModelSettings:
@@ -187,7 +197,8 @@ def of_model(folder: Path) -> ModelSettings:
 
 def load_checkpoint(folder: Path) -> dict[str, dict[str, Any]]:
     check_files(folder, read_manifest(folder))
-    return read_states(folder)
+    check_shard(folder, 0)
+    return {**read_states(folder), **read_shard(folder, 0)}
 
 
 def has_all_weights(model: torch.nn.Module) -> bool:
@@ -205,7 +216,13 @@ def has_numbers(card: RewardCard) -> bool:
 
 def is_as_written(states: dict[str, dict[str, Any]]) -> bool:
     weight = states["model"]["weight"]
-    return torch.equal(weight, STATES["model"]["weight"]) and states["monitor"] == STATES["monitor"]
+    shard = states["zero"]["weights"]["0"]
+    return (
+        torch.equal(weight, STATES["model"]["weight"])
+        and torch.equal(shard, SHARD["zero"]["weights"]["0"])
+        and states["monitor"] == STATES["monitor"]
+        and states["zero"]["groups"] == SHARD["zero"]["groups"]
+    )
 
 
 @dataclass(frozen=True)
@@ -227,7 +244,7 @@ KINDS = {
     "reward card": Kind("rm", ["reward.json"], RewardCard.load, has_numbers),
     "checkpoint": Kind(
         "step-3",
-        ["manifest.json", "state.json", WEIGHTS],
+        ["manifest.json", "state.json", WEIGHTS, "rank-0.json", "rank-0.safetensors"],
         load_checkpoint,
         is_as_written,
     ),
@@ -283,7 +300,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rendering_hash="r",
     ).save(folder / "rm")
     run = {"stage": "ppo", "settings": {"seed": 0}}
-    write_checkpoint(folder / "step-3", STATES, step=3, seconds=1.5, num_processes=1, run=run)
+    start_checkpoint(folder / "step-3")
+    shards = write_shard(folder / "step-3", 0, SHARD)
+    finish_checkpoint(
+        folder / "step-3",
+        STATES,
+        step=3,
+        seconds=1.5,
+        num_processes=1,
+        run=run,
+        shards=shards,
+    )
     return folder
 
 

@@ -4,6 +4,11 @@
     state.json          plain values of all parts
     PART.safetensors    tensors of a part, nested names joined by "/"
 
+Where ZeRO or FSDP2 splits the model, every process writes its own state, with its shards:
+
+    rank-K.json         plain values of process K, counted from 0
+    rank-K.safetensors  its tensors
+
 A part's state is a mapping of names to tensors, plain JSON values, and mappings of these. A
 checkpoint that is not whole, or was altered, is refused by name. It is written under another name,
 synced to the disk and renamed: a machine that dies at any moment leaves no half checkpoint under a
@@ -13,7 +18,8 @@ checkpoint's name. Loading runs no code from the folder: there is no pickle.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +33,9 @@ from rlhf.runs.files import sha256_of
 from rlhf.runs.stateful import State
 
 MANIFEST = "manifest.json"
-STATE = "state.json"
+PLAIN = ".json"
+STATE = "state" + PLAIN
+SHARD = "rank-"
 TENSORS = ".safetensors"
 UNFINISHED = ".part"
 FORMAT = 1
@@ -48,7 +56,31 @@ class Manifest:
     """Maps each file to its SHA-256."""
 
 
-def write_checkpoint(
+def start_checkpoint(folder: Path) -> None:
+    """Make room for the files of a checkpoint, which `finish_checkpoint` gives its name.
+
+    Raises:
+        OSError: The folder cannot be made.
+    """
+    with _whole_or_nothing(folder) as part:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+
+
+def write_shard(folder: Path, rank: int, state: State) -> dict[str, str]:
+    """Write the state of one process into a checkpoint that was started.
+
+    Returns:
+        The SHA-256 of each file by name.
+
+    Raises:
+        OSError: The disk is full, or cannot be written. No part of the checkpoint is left then.
+    """
+    with _whole_or_nothing(folder) as part:
+        return _write_states(part, {shard_name(rank): state}, shard_name(rank) + PLAIN)
+
+
+def finish_checkpoint(
     folder: Path,
     states: Mapping[str, State],
     *,
@@ -56,17 +88,18 @@ def write_checkpoint(
     seconds: float,
     num_processes: int,
     run: dict[str, Any],
+    shards: Mapping[str, str],
 ) -> None:
-    """Write the states of all parts to `folder`, which appears once everything is on the disk.
+    """Write the parts that all processes share; everything then appears under the name `folder`.
+
+    Args:
+        shards: What `write_shard` returned in all processes. They are on the disk.
 
     Raises:
         OSError: The disk is full, or cannot be written. No part of the checkpoint is left then.
     """
-    part = folder.with_name(folder.name + UNFINISHED)
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        files = _write_states(part, states)
+    with _whole_or_nothing(folder) as part:
+        files = {**_write_states(part, states, STATE), **shards}
         manifest = Manifest(
             step=step, seconds=seconds, num_processes=num_processes, run=run, files=files
         )
@@ -76,9 +109,11 @@ def write_checkpoint(
         part.rename(folder)
         sync_to_disk(folder.parent)
         sync_to_disk(folder.parent.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"{folder} could not be written: {error}") from error
+
+
+def shard_name(rank: int) -> str:
+    """Return the name of the files of one process, without their ending."""
+    return f"{SHARD}{rank}"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -100,30 +135,34 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Check that every file of a checkpoint is there and unaltered.
+    """Check that every file that all processes share is there and unaltered.
 
     Raises:
         ValueError: A file is missing or altered; the message names the first one.
     """
-    for name, written in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; put it back, {_or_anew(folder)}")
-        found = sha256_of(path)
-        if found != written:
-            raise ValueError(_altered(path, found, written))
+    shared = [name for name in manifest.files if not name.startswith(SHARD)]
+    _check(folder, manifest, shared)
+
+
+def check_shard(folder: Path, rank: int) -> None:
+    """Check that the files of one process are there and unaltered.
+
+    Raises:
+        ValueError: A file is missing or altered; the message names the first one.
+    """
+    manifest = read_manifest(folder)
+    _check(folder, manifest, [n for n in manifest.files if Path(n).stem == shard_name(rank)])
 
 
 def read_states(folder: Path) -> dict[str, State]:
-    """Read the states of all parts of a checkpoint. Call `check_files` first."""
-    states: dict[str, State] = _read_json(folder, STATE)
-    for name, state in states.items():
-        path = folder / (name + TENSORS)
-        if path.is_file():
-            for tensor_name, tensor in _load_file(path).items():
-                # A copy, because the tensor maps the file, which a later checkpoint removes.
-                _put(state, tensor_name.split("/"), tensor.clone())
-    return states
+    """Read the states of all parts that processes share. Call `check_files` first."""
+    return _read_states(folder, STATE)
+
+
+def read_shard(folder: Path, rank: int) -> State:
+    """Read the state that one process wrote. Call `check_shard` first."""
+    name = shard_name(rank)
+    return _read_states(folder, name + PLAIN)[name]
 
 
 def newest_checkpoint(parent: Path) -> Path | None:
@@ -143,10 +182,25 @@ def remove_others(folder: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _write_states(folder: Path, states: Mapping[str, State]) -> dict[str, str]:
-    """Write the files and return the SHA-256 of each by name."""
+@contextmanager
+def _whole_or_nothing(folder: Path) -> Iterator[Path]:
+    """Give the folder that a checkpoint is written to, and remove it if that fails."""
+    part = folder.with_name(folder.name + UNFINISHED)
+    try:
+        yield part
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"{folder} could not be written: {error}") from error
+
+
+def _write_states(folder: Path, states: Mapping[str, State], plain_name: str) -> dict[str, str]:
+    """Write the files and return the SHA-256 of each by name.
+
+    Args:
+        plain_name: Name of the file that takes the plain values.
+    """
     plain: dict[str, State] = {}
-    written = [folder / STATE]
+    written = [folder / plain_name]
     for name, state in states.items():
         tensors = dict(_tensors(state))
         plain[name] = _without_tensors(state)
@@ -154,8 +208,29 @@ def _write_states(folder: Path, states: Mapping[str, State]) -> dict[str, str]:
             written.append(folder / (name + TENSORS))
             save_file(tensors, written[-1])
             sync_to_disk(written[-1])
-    _write_json(folder / STATE, plain)
+    _write_json(folder / plain_name, plain)
     return {path.name: sha256_of(path) for path in written}
+
+
+def _read_states(folder: Path, plain_name: str) -> dict[str, State]:
+    states: dict[str, State] = _read_json(folder, plain_name)
+    for name, state in states.items():
+        path = folder / (name + TENSORS)
+        if path.is_file():
+            for tensor_name, tensor in _load_file(path).items():
+                # A copy, because the tensor maps the file, which a later checkpoint removes.
+                _put(state, tensor_name.split("/"), tensor.clone())
+    return states
+
+
+def _check(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; put it back, {_or_anew(folder)}")
+        found = sha256_of(path)
+        if found != manifest.files[name]:
+            raise ValueError(_altered(path, found, manifest.files[name]))
 
 
 def _tensors(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -8,29 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf.runs.checkpoint_files import (
     Manifest,
     check_files,
+    check_shard,
     checkpoint_folder,
+    finish_checkpoint,
     newest_checkpoint,
     read_manifest,
+    read_shard,
     read_states,
     remove_others,
-    write_checkpoint,
+    start_checkpoint,
+    write_shard,
 )
 from rlhf.runs.folder import MAX_SHOWN, contents_of, differing
 from rlhf.runs.interrupts import Interrupted, interrupts
 from rlhf.runs.run import Run
-from rlhf.runs.stateful import Generators, OptimizerState, State, Stateful, Together, Weights
-from rlhf.training.processes import max_over_processes
+from rlhf.runs.stateful import Generators, State, Stateful, Together, trained_parts
+from rlhf.training import sharding
+from rlhf.training.processes import from_all_processes, max_over_processes
 
 _PROCESSES = "processes"
 """Name of the part that holds the state of each process by its number, such as its generators."""
 _PRECISION = "mixed_precision"
-_SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+_SPLIT = "split_by"
+_WHOLE = "nothing"
+"""What splits the model where every process holds all of it."""
 
 
 class Checkpoints:
@@ -43,7 +50,8 @@ class Checkpoints:
             checkpoints.end_step(step)
         checkpoints.close()
 
-    Make it before the run writes anything. All processes must see the folder.
+    Make it before the run writes anything. All processes must see the folder. Where ZeRO or FSDP2
+    splits the model, every process writes and reads its own shards, and none gathers the model.
 
     Args:
         every: Number of steps between checkpoints. None writes none.
@@ -62,21 +70,23 @@ class Checkpoints:
         self._unit = unit
         self._num_since = 0
         self._parts, self._own = Together(), Together()
-        if every is not None and accelerator.distributed_type in _SHARDED:
+        self._split_by = sharding.split_by(accelerator)
+        if every is not None and (reason := sharding.why_not_saved(accelerator)):
             self._every = None
             self._print(
-                f"no checkpoints are written: {accelerator.distributed_type.value} cuts the "
-                "optimizer up between processes, and a run under it cannot be resumed"
+                f"no checkpoints are written, and this run cannot be resumed: {reason}, which they "
+                "cannot hold"
             )
         self.step: int | None = None
         """The last step that is done; the run resumes after it. None means a new run."""
         self._states: dict[str, State] = {}
+        self._own_state: State = {}
         if accelerator.is_main_process:
             self.step, self._states = self._find()
         if accelerator.num_processes > 1:
             (self.step,) = broadcast_object_list([self.step])
-            if self.step is not None and not accelerator.is_main_process:
-                self._states = read_states(checkpoint_folder(run.checkpoints, self.step))
+        if self.step is not None:
+            self._read(checkpoint_folder(run.checkpoints, self.step))
 
     @property
     def are_written(self) -> bool:
@@ -94,14 +104,13 @@ class Checkpoints:
 
         Args:
             parts: The parts whose state is the same in all processes.
-            own: The parts whose state differs between processes, such as generators.
+            own: The parts whose state differs between processes, such as generators and shards.
         """
         self._parts, self._own = Together(parts), Together(own)
-        states, self._states = self._states, {}
         if self.step is not None:
-            of_process = states.pop(_PROCESSES)[str(self._accelerator.process_index)]
-            self._parts.load_state_dict(states)
-            self._own.load_state_dict(of_process)
+            self._parts.load_state_dict(self._states)
+            self._own.load_state_dict(self._own_state)
+        self._states, self._own_state = {}, {}
         interrupts.are_deferred = self.are_written
 
     def end_step(self, step: int) -> bool:
@@ -160,18 +169,29 @@ class Checkpoints:
         self._print(f"resumes after {self._unit} {manifest.step} from {folder}")
         return manifest.step, states
 
+    def _read(self, folder: Path) -> None:
+        """Read the states that `_find` has not read: among them this process's own."""
+        rank = self._accelerator.process_index
+        if not self._accelerator.is_main_process:
+            self._states = read_states(folder)
+        if self._split_by is None:
+            self._own_state = self._states.pop(_PROCESSES)[str(rank)]
+        else:
+            from_all_processes(lambda: check_shard(folder, rank), ValueError)
+            self._own_state = read_shard(folder, rank)
+
     def _other_run(self, manifest: Manifest) -> str:
         """Return in words how a checkpoint's run differs from this one; empty if it does not."""
         now, then = self._identity(), manifest.run
         differences = list(islice(_differences(then, now), MAX_SHOWN))
         if differences:
             return "; ".join(differences)
-        count, kind = self._accelerator.num_processes, self._accelerator.distributed_type
-        if manifest.num_processes != count or kind in _SHARDED:
+        count = self._accelerator.num_processes
+        if manifest.num_processes != count:
+            each = "" if self._split_by is None else " and has its shard of the model"
             return (
-                f"the number of processes was {manifest.num_processes} and is {count} "
-                f"({kind.value}); others would draw other numbers and add in another order, and "
-                "sharded ones hold no whole models"
+                f"the number of processes was {manifest.num_processes} and is {count}, and each "
+                f"goes on with its own random numbers and its own part of a batch{each}"
             )
         return ""
 
@@ -185,30 +205,57 @@ class Checkpoints:
                 )
 
     def _identity(self) -> dict[str, Any]:
-        return {**self._run.identity(), _PRECISION: self._accelerator.mixed_precision}
+        split = {} if self._split_by is None else {_SPLIT: self._split_by}
+        return {**self._run.identity(), _PRECISION: self._accelerator.mixed_precision, **split}
 
     def _save(self, step: int) -> None:
         self._run.sync()  # rows first: a checkpoint must not hold a step whose row can be lost
-        own = gather_object([self._own.state_dict()])
+        folder = checkpoint_folder(self._run.checkpoints, step)
+        try:
+            if self._split_by is None:
+                self._write_whole(folder, step)
+            else:
+                self._write_shards(folder, step)
+        except OSError as error:
+            raise OSError(f"{error}; {self._fallback()}") from error
         if self._accelerator.is_main_process:
-            states = self._parts.state_dict()
-            states[_PROCESSES] = {str(rank): state for rank, state in enumerate(own)}
-            folder = checkpoint_folder(self._run.checkpoints, step)
-            try:
-                write_checkpoint(
-                    folder,
-                    states,
-                    step=step,
-                    seconds=self._run.seconds,
-                    num_processes=self._accelerator.num_processes,
-                    run=self._identity(),
-                )
-            except OSError as error:
-                raise OSError(f"{error}; {self._fallback()}") from error
             remove_others(folder)
             self._run.refresh_page()
         self._accelerator.wait_for_everyone()
         self._num_since = 0
+
+    def _write_whole(self, folder: Path, step: int) -> None:
+        """Write a model that every process holds; the first one writes for all."""
+        own = gather_object([self._own.state_dict()])
+        if self._accelerator.is_main_process:
+            start_checkpoint(folder)
+            of_processes = {str(rank): state for rank, state in enumerate(own)}
+            self._finish(folder, step, {_PROCESSES: of_processes}, {})
+
+    def _write_shards(self, folder: Path, step: int) -> None:
+        """Write a model in shards: every process its own, and then the first one the rest."""
+        rank, is_main = self._accelerator.process_index, self._accelerator.is_main_process
+        from_all_processes(lambda: start_checkpoint(folder) if is_main else None, OSError)
+        written = from_all_processes(
+            lambda: write_shard(folder, rank, self._own.state_dict()), OSError
+        )
+        shards = {name: sha for files in written for name, sha in files.items()}
+        from_all_processes(
+            lambda: self._finish(folder, step, {}, shards) if is_main else None, OSError
+        )
+
+    def _finish(
+        self, folder: Path, step: int, more: Mapping[str, State], shards: Mapping[str, str]
+    ) -> None:
+        finish_checkpoint(
+            folder,
+            {**self._parts.state_dict(), **more},
+            step=step,
+            seconds=self._run.seconds,
+            num_processes=self._accelerator.num_processes,
+            run=self._identity(),
+            shards=shards,
+        )
 
     def _fallback(self) -> str:
         folder = newest_checkpoint(self._run.checkpoints)
@@ -252,13 +299,12 @@ class ResumeCallback(TrainerCallback):
         trainer = self._trainer
         assert trainer.model is not None
         assert trainer.optimizer is not None and trainer.lr_scheduler is not None
-        parts: dict[str, Stateful] = {
-            "model": Weights(trainer.model),
-            "optimizer": OptimizerState(trainer.optimizer, trainer.model),
-            "schedule": trainer.lr_scheduler,
-            **self._parts,
-        }
-        self._checkpoints.restore(parts, {"generators": self._generators})
+        trained = trained_parts(
+            trainer.accelerator, trainer.model, trainer.optimizer, trainer.lr_scheduler, {}
+        )
+        self._checkpoints.restore(
+            {**trained.shared, **self._parts}, {**trained.own, "generators": self._generators}
+        )
         step = self._checkpoints.step
         if step is not None:
             state.global_step = step
@@ -286,3 +332,6 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[st
     yield from differing(*contents)
     if then.get(_PRECISION) != now[_PRECISION]:
         yield f"the launcher's {_PRECISION} was {then.get(_PRECISION)} and is {now[_PRECISION]}"
+    split_by, splits_now = (run.get(_SPLIT, _WHOLE) for run in (then, now))
+    if split_by != splits_now:
+        yield f"the model was split by {split_by} and is by {splits_now}"

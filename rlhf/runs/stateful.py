@@ -5,12 +5,16 @@ shapes."""
 
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 
+from rlhf.training import sharding
+from rlhf.training.compat import load_zero_state, zero_state
 from rlhf.training.parameters import check_names, copy_into, trained_parameters
 from rlhf.training.step import TrainState
 
@@ -27,36 +31,38 @@ class Stateful(Protocol):
 
 
 class Weights:
-    """The weights that learn. Frozen ones, such as an adapter's base, come from their source.
+    """The weights that learn, or this process's shards of them under FSDP2.
 
-    Loading copies into the existing tensors, because an optimizer holds them.
+    Frozen ones, such as an adapter's base, come from their source. Loading copies into the existing
+    tensors, because an optimizer holds them.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._parameters = trained_parameters(module)
 
     def state_dict(self) -> State:
-        return {**self._parameters}
+        return {name: sharding.own_part(p).detach() for name, p in self._parameters.items()}
 
     def load_state_dict(self, state: State) -> None:
-        copy_into(self._parameters, state)
+        copy_into(self.state_dict(), state)
 
 
 class OptimizerState:
-    """The state of an optimizer, by parameter names, since torch's parameter numbers may change."""
+    """The state of an optimizer, by parameter names, since torch's parameter numbers may change.
+
+    Under FSDP2 it holds this process's shards of the moments.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
         self._optimizer = optimizer
         self._module = module
 
     @property
-    def _names(self) -> list[str]:
-        """Parameter names in the optimizer's order. They are looked up only to save or load.
-
-        DeepSpeed's optimizers hold other parameters than the module's, and are never saved."""
-        of_parameter = {id(p): name for name, p in trained_parameters(self._module).items()}
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by name in the optimizer's order. They are looked up only to save or load."""
+        names = {id(p): name for name, p in trained_parameters(self._module).items()}
         groups = self._optimizer.param_groups
-        return [of_parameter[id(p)] for group in groups for p in group["params"]]
+        return {names[id(p)]: p for group in groups for p in group["params"]}
 
     def state_dict(self) -> State:
         """Return moments and groups. A parameter that was never stepped has no moments."""
@@ -65,30 +71,96 @@ class OptimizerState:
             {key: value for key, value in group.items() if key != "params"}
             for group in state["param_groups"]
         ]
-        names = self._names
-        moments = {names[number]: of_one for number, of_one in state["state"].items()}
+        names = list(self._parameters)
+        moments = {names[number]: _own_parts(of_one) for number, of_one in state["state"].items()}
         return {"moments": moments, "groups": groups}
 
     def load_state_dict(self, state: State) -> None:
-        numbers = {name: number for number, name in enumerate(self._names)}
+        parameters = self._parameters
+        numbers = {name: number for number, name in enumerate(parameters)}
         present = self._optimizer.state_dict()["param_groups"]
         check_names(set(state["moments"]) - set(numbers), set(), "optimizer state")
         groups = [
             {**saved, "params": group["params"]}
             for saved, group in zip(state["groups"], present, strict=True)
         ]
-        moments = {numbers[name]: of_one for name, of_one in state["moments"].items()}
+        moments = {
+            numbers[name]: _as_parts_of(parameters[name], of_one)
+            for name, of_one in state["moments"].items()
+        }
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
-def parts_of(state: TrainState) -> dict[str, Stateful]:
-    """Return what a checkpoint must hold of the trained model, by name."""
-    parts: dict[str, Stateful] = {
-        "model": Weights(state.module),
-        "optimizer": OptimizerState(state.optimizer, state.module),
-        "schedule": state.schedule,
+def _own_parts(moments: Mapping[str, Any]) -> State:
+    return {
+        name: sharding.own_part(value) if isinstance(value, Tensor) else value
+        for name, value in moments.items()
     }
-    return parts if state.average is None else {**parts, "average": state.average}
+
+
+def _as_parts_of(parameter: nn.Parameter, moments: State) -> State:
+    """Split the moments as the parameter is, but for its step count, a tensor without axes."""
+    return {
+        name: sharding.as_part_of(parameter, value)
+        if isinstance(value, Tensor) and value.ndim > 0
+        else value
+        for name, value in moments.items()
+    }
+
+
+class ZeroState:
+    """The fp32 weights and the optimizer state that DeepSpeed's ZeRO keeps in this process."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the optimizer as accelerate wrapped it."""
+        self._optimizer = optimizer
+
+    def state_dict(self) -> State:
+        return zero_state(self._optimizer.optimizer)  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: State) -> None:
+        load_zero_state(self._optimizer.optimizer, state)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class TrainedParts:
+    """What a checkpoint must hold of a trained model, by name."""
+
+    shared: dict[str, Stateful]
+    """the parts that are the same in all processes"""
+    own: dict[str, Stateful]
+    """the parts of which every process has a shard; empty if nothing is split"""
+
+
+def parts_of(state: TrainState) -> TrainedParts:
+    """Return what a checkpoint must hold of the trained model."""
+    averages: dict[str, Stateful] = {} if state.average is None else {"average": state.average}
+    return trained_parts(state.accelerator, state.module, state.optimizer, state.schedule, averages)
+
+
+def trained_parts(
+    accelerator: Accelerator,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Stateful,
+    averages: Mapping[str, Stateful],
+) -> TrainedParts:
+    """Return what a checkpoint must hold of a model that the launcher may have split.
+
+    Args:
+        module: The model without the launcher's wrapper.
+        optimizer: The optimizer as accelerate wrapped it.
+        averages: Moving averages of the weights, which are split as the weights are.
+    """
+    if sharding.is_deepspeed(accelerator):  # the model's weights follow from ZeRO's
+        trained: dict[str, Stateful] = {"zero": ZeroState(optimizer)}
+    else:
+        trained = {"model": Weights(module), "optimizer": OptimizerState(optimizer, module)}
+    if sharding.shards_weights(accelerator):
+        return TrainedParts({"schedule": schedule}, {**trained, **averages})
+    if sharding.shards_gradients(accelerator):
+        return TrainedParts({"schedule": schedule, **averages}, trained)
+    return TrainedParts({**trained, "schedule": schedule, **averages}, {})
 
 
 class Generators:

@@ -16,14 +16,20 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 @torch.no_grad()
 def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Copy the values of a state into tensors of the same names and shapes."""
-    check_names(state, tensors, "weights")
+    check_shapes(state, tensors)
     for name, tensor in tensors.items():
-        if state[name].shape != tensor.shape:
+        tensor.copy_(state[name])
+
+
+def check_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a state has exactly these names, with tensors of these shapes."""
+    check_names(found, expected, "weights")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
             raise ValueError(
-                f"{name} has shape {tuple(state[name].shape)} in the checkpoint and "
+                f"{name} has shape {tuple(found[name].shape)} in the checkpoint and "
                 f"{tuple(tensor.shape)} in this run; {_REMEDY}"
             )
-        tensor.copy_(state[name])
 
 
 def check_names(found: Iterable[str], expected: Iterable[str], what: str) -> None:

@@ -18,6 +18,7 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
     is_deepspeed_available,
     str_to_bool,
 )
@@ -29,6 +30,7 @@ from rlhf.training import compat
 from rlhf.training.numbers import to_floats
 
 Row = TypeVar("Row")
+Result = TypeVar("Result")
 Number = TypeVar("Number", int, float)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -273,6 +275,26 @@ def from_first_process(value: bool) -> bool:
     values = [value]
     broadcast_object_list(values)
     return values[0]
+
+
+def from_all_processes(work: Callable[[], Result], kind: type[Exception]) -> list[Result]:
+    """Do some work in every process and return all results, in the order of the processes.
+
+    Args:
+        work: Returns something small, since every process gets the results of all.
+        kind: The errors that work may raise. What fails in one process is raised in all; otherwise
+            the others would wait for it.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except kind as error:
+        problem = str(error)
+    outcomes: list[tuple[Any, str | None]] = gather_object([(result, problem)])
+    for _, one in outcomes:
+        if one is not None:
+            raise kind(one)
+    return [one for one, _ in outcomes]
 
 
 def own_share(accelerator: Accelerator, rows: Sequence[Row]) -> list[Row]:

@@ -47,6 +47,41 @@ def shards_weights(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+def split_by(accelerator: Accelerator) -> str | None:
+    """Return the name of what splits gradients between processes, such as "ZeRO-3", or None."""
+    if is_deepspeed(accelerator):
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        device = _offload_settings(accelerator, "offload_optimizer").get("device", "none")
+        # Offload takes another Adam, which rounds in its own way.
+        return f"ZeRO-{stage}" if device == "none" else f"ZeRO-{stage} with offload_optimizer"
+    return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else None
+
+
+def why_not_saved(accelerator: Accelerator) -> str:
+    """Return why no checkpoint can hold what this launcher splits; empty if one can."""
+    kind = split_by(accelerator)
+    if kind is None:
+        return ""
+    if accelerator.mixed_precision == "fp16":
+        return f"{kind} in fp16 changes a loss scale"
+    if not is_deepspeed(accelerator):
+        return ""
+    if accelerator.state.deepspeed_plugin.zero_stage not in (2, 3):
+        return f"{kind} keeps other optimizers than ZeRO-2 and ZeRO-3"
+    for name in ("offload_optimizer", "offload_param"):
+        offload = _offload_settings(accelerator, name)
+        if offload.get("device") == "nvme":
+            return f"{name} keeps weights or moments in files of its own"
+        if offload.get("ratio", 1.0) != 1.0:
+            return f"{name} with a ratio steps some weights by a second optimizer"
+    return ""
+
+
+def _offload_settings(accelerator: Accelerator, name: str) -> dict[str, Any]:
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    return settings.get("zero_optimization", {}).get(name) or {}
+
+
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -265,8 +300,25 @@ def local_weights(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
 
             yield safe_get_local_fp32_param(parameter).detach()
         else:
-            weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            yield weight.detach().float()
+            yield own_part(parameter).detach().float()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a tensor that FSDP2 splits, or the tensor. No data moves."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_part_of(parameter: nn.Parameter, part: Tensor) -> Tensor:
+    """Return what `own_part` gave as a tensor that is split as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return part
+    return DTensor.from_local(
+        part,
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 @torch.no_grad()
@@ -278,8 +330,7 @@ def set_local_weights(parameters: Iterable[nn.Parameter], values: Iterable[Tenso
         if compat.is_zero3(parameter):
             compat.set_zero3_weights(parameter, value)
         else:
-            weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            weight.copy_(value)
+            own_part(parameter).copy_(value)
 
 
 def _local_gradient(parameter: nn.Parameter) -> Tensor:
@@ -294,7 +345,7 @@ def _local_gradient(parameter: nn.Parameter) -> Tensor:
         return place.detach().float().flatten()
     if compat.is_zero2(parameter):
         return torch.zeros(0, device=parameter.device)
-    weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    weight = own_part(parameter)
     return torch.zeros_like(weight, dtype=torch.float32).flatten()
 
 
@@ -303,7 +354,7 @@ def _place_of_gradient(parameter: Any) -> Tensor | None:
     if compat.is_zero2(parameter):
         return compat.zero2_gradient(parameter)
     gradient = parameter.grad
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return None if gradient is None else own_part(gradient)
 
 
 @contextmanager

@@ -116,7 +116,8 @@ def set_up(config: Config) -> Setup:
         "speed": Fields(speed, "totals"),
     }
     own: dict[str, Stateful] = {"generators": Generators(sampling=sampling, shuffling=shuffling)}
-    checkpoints.restore(parts | parts_of(learner.state), own)
+    trained = parts_of(learner.state)
+    checkpoints.restore(parts | trained.shared, own | trained.own)
     watch.take()  # discard the seconds before the first update
     return Setup(
         accelerator=accelerator,

@@ -155,7 +155,8 @@ def _train(
     batches = list(draw_batches(len(blocks), batch_size, config.num_epochs, config.seed))
     groups = [(model, config.optim.learning_rate)]
     state = make_train_state(model, groups, config.optim, len(batches), accelerator)
-    checkpoints.restore(parts_of(state), {"generators": Generators()})
+    trained = parts_of(state)
+    checkpoints.restore(trained.shared, {**trained.own, "generators": Generators()})
     first = checkpoints.step or 0
     measured: dict[str, float] = {}
     progress = tqdm(

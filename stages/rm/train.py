@@ -45,9 +45,10 @@ def train(config: Config) -> None:
     num_steps = config.num_epochs * len(batches)
     state, packer = make_state(config, data.chat, num_steps, accelerator)
     progress = Progress()
+    trained = parts_of(state)
     checkpoints.restore(
-        {**parts_of(state), "progress": Fields(progress, "first_loss")},
-        {"generators": Generators()},
+        {**trained.shared, "progress": Fields(progress, "first_loss")},
+        {**trained.own, "generators": Generators()},
     )
     # Other stages take a folder with a card for a finished reward model.
     (run.dir / REWARD_FILE).unlink(missing_ok=True)

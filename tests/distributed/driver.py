@@ -13,15 +13,15 @@ import sys
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import DeepSpeedPlugin, DistributedType
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from rlhf.training import processes, sharding
+from rlhf.training import sharding
 from rlhf.training.processes import start_accelerator
 from tests.distributed.chain import LORA, run_chain
-from tests.distributed.gpu_files import run_under
+from tests.distributed.gpu_files import run_under, split_weights
 from tests.distributed.gradients import all_steps
 from tests.distributed.other_stages import run_others
 from tests.distributed.rollouts import greedy_rollouts, watched_rollouts
@@ -36,7 +36,7 @@ def main() -> None:
     inputs, results = Path(sys.argv[1]), Path(sys.argv[2])
     results.mkdir(exist_ok=True)
     gc.freeze()  # each Trainer collects garbage at its end: 0.3 s for all that was imported
-    split_every_weight()
+    split_weights(0)
     steps = all_steps(results / "steps")
     seen = {"whole": steps.whole, "greedy": greedy_rollouts(1, 12)}
     with watched_rollouts() as seen["rollouts"]:
@@ -59,19 +59,6 @@ def main() -> None:
         for name, (gradients, _) in of_files.items():
             save_file(gradients, results / f"{name}.safetensors")
         (results / "seen.json").write_text(json.dumps(seen))
-
-
-def split_every_weight() -> None:
-    """Has ZeRO-3 split also weights of fewer than 100,000 numbers, which it otherwise leaves whole
-    on every process: all that the tiny models have."""
-    make_plugin = processes._deepspeed_plugin
-
-    def make_splitting_plugin() -> DeepSpeedPlugin:
-        plugin = make_plugin()
-        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return plugin
-
-    processes._deepspeed_plugin = make_splitting_plugin
 
 
 if __name__ == "__main__":

@@ -65,9 +65,30 @@ def launched_as(name: str) -> Iterator[None]:
             kind = "gloo", DistributedType.MULTI_GPU
             patch.setattr(PartialState, "_prepare_backend", lambda *_, **__: kind)
             patch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+            if not torch.distributed.is_initialized():  # for GPUs accelerate does it, on CPUs not
+                torch.distributed.init_process_group("gloo")
         AcceleratorState._reset_state(reset_partial_state=True)
         yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def split_weights(threshold: int) -> None:
+    """Has ZeRO-3 split the tiny models' weights: it leaves those of fewer than 100,000 numbers
+    whole on every process, which are all that they have.
+
+    Args:
+        threshold: Weights of fewer numbers stay whole.
+    """
+    make_plugin = processes._deepspeed_plugin
+
+    def make_splitting_plugin() -> DeepSpeedPlugin:
+        plugin = make_plugin()
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = (
+            threshold
+        )
+        return plugin
+
+    processes._deepspeed_plugin = make_splitting_plugin
 
 
 def _plugin_without_cpp() -> Any:

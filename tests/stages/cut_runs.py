@@ -13,7 +13,9 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from multiprocessing.connection import wait
@@ -33,10 +35,13 @@ from stages.pretrain.config import ArchitectureSettings
 from stages.pretrain.config import Config as PretrainConfig
 from stages.rm.config import Config as RewardModelConfig
 from stages.sft.config import Config as SFTConfig
+from tests.distributed.gpu_files import launched_as, split_weights
 from tests.stages.conftest import is_timing, make_ppo_config, write_ppo_inputs
 
 KILLED = -signal.SIGKILL
 RESULTS_OF_TIME = ("seconds", "phase_seconds", "tokens_per_second", "model_flops_utilisation")
+WHOLE_BELOW = 100
+"""Weights of fewer numbers stay whole under ZeRO-3: the tiny models' vectors, no matrices."""
 _SERVER = multiprocessing.get_context("forkserver")
 STAGES = ("pretrain", "sft", "rm", "ppo")
 _SERVER.set_forkserver_preload(["tests.stages.cut_runs", *(f"stages.{s}.train" for s in STAGES)])
@@ -52,25 +57,51 @@ class Cut:
     call: int
     signal: int = signal.SIGKILL
     times: int = 1
+    rank: int | None = None
+    """The process that is cut; None means the last one."""
 
 
 def run_command(
-    stage: str, config: Any, cut: Cut | None = None, *, num_processes: int = 1
+    stage: str,
+    config: Any,
+    cut: Cut | None = None,
+    *,
+    num_processes: int = 1,
+    launcher: str | None = None,
 ) -> tuple[int, str]:
     """Run a stage as its command line does; returns the exit code and what was printed.
 
-    Of several processes the last one is cut, and the others are ended when one has failed, as the
-    launcher does.
+    Of several processes the last one is cut, unless the cut names another.
+
+    Args:
+        launcher: Name of a file in configs/accelerate that splits models (see
+            tests/distributed/gpu_files.py). None means plain processes.
     """
-    processes, log = start_command(stage, config, cut, num_processes=num_processes)
+    processes, log = start_command(
+        stage, config, cut, num_processes=num_processes, launcher=launcher
+    )
+    return wait_for(processes), log.read_text()
+
+
+def wait_for(processes: Sequence[Any], seconds: float | None = None, victim: int = 0) -> int:
+    """Wait until all processes have ended or one has failed, and end the others, as the launcher
+    does; returns the exit code of the one that failed, or 0.
+
+    Args:
+        seconds: After so many the process with the number `victim` is killed.
+    """
+    end = None if seconds is None else time.monotonic() + seconds
     failed = None
     while failed is None and any(process.is_alive() for process in processes):
-        wait([process.sentinel for process in processes if process.is_alive()])
+        left = None if end is None else max(end - time.monotonic(), 0.0)
+        if not wait([process.sentinel for process in processes if process.is_alive()], left):
+            processes[victim].kill()
+            end = None
         failed = next((process.exitcode for process in processes if process.exitcode), None)
     for process in processes:
         process.kill()
         process.join()
-    return failed or 0, log.read_text()
+    return failed or 0
 
 
 def start_server() -> None:
@@ -81,7 +112,12 @@ def start_server() -> None:
 
 
 def start_command(
-    stage: str, config: Any, cut: Cut | None = None, *, num_processes: int = 1
+    stage: str,
+    config: Any,
+    cut: Cut | None = None,
+    *,
+    num_processes: int = 1,
+    launcher: str | None = None,
 ) -> tuple[list[Any], Path]:
     """The same, without waiting for its end; returns its processes and where the first prints."""
     folder = Path(config.output_dir)
@@ -90,10 +126,11 @@ def start_command(
     settings.write_text(yaml.safe_dump(settings_in_force(config)))
     logs = [folder.with_suffix(f".{rank}.log") for rank in range(num_processes)]
     launched = [{} for _ in logs] if num_processes == 1 else _launcher_variables(num_processes)
-    last = num_processes - 1
+    cut_rank = num_processes - 1 if cut is None or cut.rank is None else cut.rank
+    cuts = [cut if rank == cut_rank else None for rank in range(num_processes)]
     processes = [
-        _SERVER.Process(target=_run, args=(stage, settings, log, cut if i == last else None, own))
-        for i, (log, own) in enumerate(zip(logs, launched, strict=True))
+        _SERVER.Process(target=_run, args=(stage, settings, log, one, own, launcher))
+        for log, one, own in zip(logs, cuts, launched, strict=True)
     ]
     for process in processes:
         process.start()
@@ -110,13 +147,17 @@ def _launcher_variables(num_processes: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(num_processes)]
 
 
-def run_to_the_end(stage: str, config: Any, cuts: Iterable[Cut], *, num_processes: int = 1) -> str:
+def run_to_the_end(stage: str, config: Any, cuts: Iterable[Cut], **launched: Any) -> str:
     """Give the same command until it ends by itself; each cut must happen. Returns the last
-    output."""
+    output.
+
+    Args:
+        launched: How it is started (see run_command).
+    """
     for cut in cuts:
-        code, printed = run_command(stage, config, cut, num_processes=num_processes)
+        code, printed = run_command(stage, config, cut, **launched)
         assert code == KILLED, (cut, code, printed[-2000:])
-    code, printed = run_command(stage, config, num_processes=num_processes)
+    code, printed = run_command(stage, config, **launched)
     assert code == 0, printed[-2000:]
     return printed
 
@@ -143,7 +184,14 @@ def _without_times(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _run(stage: str, settings: Path, log: Path, cut: Cut | None, variables: dict[str, str]) -> None:
+def _run(
+    stage: str,
+    settings: Path,
+    log: Path,
+    cut: Cut | None,
+    variables: dict[str, str],
+    launcher: str | None,
+) -> None:
     os.environ.update(variables)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -154,7 +202,9 @@ def _run(stage: str, settings: Path, log: Path, cut: Cut | None, variables: dict
     module = importlib.import_module(f"stages.{stage}.train")
     config = importlib.import_module(f"stages.{stage}.config")
     function = module.pretrain if stage == "pretrain" else module.train
-    run_stage(function, config.Config, ["--config", str(settings)])
+    split_weights(WHOLE_BELOW)
+    with nullcontext() if launcher is None else launched_as(launcher):
+        run_stage(function, config.Config, ["--config", str(settings)])
 
 
 def _send_at(cut: Cut) -> None:

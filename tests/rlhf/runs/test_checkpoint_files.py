@@ -4,7 +4,7 @@ stays until it is."""
 import json
 import math
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,16 @@ import torch
 from rlhf.runs import checkpoint_files
 from rlhf.runs.checkpoint_files import (
     check_files,
+    check_shard,
     checkpoint_folder,
+    finish_checkpoint,
     newest_checkpoint,
     read_manifest,
+    read_shard,
     read_states,
     remove_others,
-    write_checkpoint,
+    start_checkpoint,
+    write_shard,
 )
 
 STATES: dict[str, dict[str, Any]] = {
@@ -34,9 +38,26 @@ STATES: dict[str, dict[str, Any]] = {
 }
 
 
-def write(parent: Path, step: int = 4) -> Path:
+SHARDS = [
+    {"zero": {"weights": {"0": torch.randn(4)}, "groups": [{"lr": 0.1 * rank}]}, "empty": {}}
+    for rank in (1, 2)
+]
+"""The states of two processes, which differ in all that they hold."""
+
+
+def write(parent: Path, step: int = 4, *, shards: Sequence[dict[str, Any]] = ()) -> Path:
     folder = checkpoint_folder(parent, step)
-    write_checkpoint(folder, STATES, step=step, seconds=1.5, num_processes=1, run={"stage": "ppo"})
+    start_checkpoint(folder)
+    written = [write_shard(folder, rank, state) for rank, state in enumerate(shards)]
+    finish_checkpoint(
+        folder,
+        STATES,
+        step=step,
+        seconds=1.5,
+        num_processes=1,
+        run={"stage": "ppo"},
+        shards={name: sha for files in written for name, sha in files.items()},
+    )
     return folder
 
 
@@ -85,6 +106,46 @@ def test_every_file_that_is_not_as_written_is_named(tmp_path: Path, damage: str)
         expected = "missing" if damage == "removed" else "altered"
         with pytest.raises(ValueError, match=f"{name} is {expected}.*delete .*step-4 to start"):
             load(path.parent)
+
+
+def test_every_process_reads_its_own_shard(tmp_path: Path) -> None:
+    folder = write(tmp_path, shards=SHARDS)
+    assert [name for name in names_of(folder) if name.startswith("rank-")] == [
+        "rank-0.json", "rank-0.safetensors", "rank-1.json", "rank-1.safetensors"
+    ]  # fmt: skip
+    for rank, state in enumerate(SHARDS):
+        check_shard(folder, rank)
+        assert equal(read_shard(folder, rank), state)
+    assert equal(load(folder), STATES)
+
+
+@pytest.mark.parametrize("name", ["rank-1.json", "rank-1.safetensors"])
+@pytest.mark.parametrize("damage", ["removed", "changed", "truncated"])
+def test_a_shard_that_is_not_as_written_is_named_by_its_process(
+    tmp_path: Path, name: str, damage: str
+) -> None:
+    path = write(tmp_path, shards=SHARDS) / name
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if damage == "truncated" else content[:-1] + b"?")
+    if damage == "removed":
+        path.unlink()
+    load(path.parent)
+    check_shard(path.parent, 0)
+    expected = "missing" if damage == "removed" else "altered"
+    with pytest.raises(ValueError, match=f"{name} is {expected}.*delete .*step-4 to start"):
+        check_shard(path.parent, 1)
+
+
+@pytest.mark.parametrize("name", ["save_file", "sync_to_disk", "_write_json", "sha256_of"])
+def test_killed_while_it_writes_a_shard_there_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = checkpoint_folder(tmp_path, 4)
+    start_checkpoint(folder)
+    write_shard(folder, 0, SHARDS[0])
+    with pytest.raises(Killed), killed_at(monkeypatch, name, 1):
+        write_shard(folder, 1, SHARDS[1])
+    assert newest_checkpoint(tmp_path) is None and names_of(tmp_path) == ["step-4.part"]
 
 
 def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,73 @@
+"""Two processes that hold a model in shards go on from a kill to what they would have come to."""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.ppo.config import PPOSettings, RolloutSettings
+from tests.stages.cut_runs import KILLED, Cut, make_configs, outcome, run_command
+
+SHARDS = ["rank-0.json", "rank-0.safetensors", "rank-1.json", "rank-1.safetensors"]
+CUT = Cut("rlhf.runs.checkpoint_files", "save_file", 2)
+"""Kills the second process while it writes its shard of the second checkpoint."""
+USER_ERROR = 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["cpu2_zero2", "cpu2_zero3", "fsdp2"])
+def test_a_killed_run_goes_on_to_the_same_bits(launcher: str, tmp_path: Path) -> None:
+    """In bfloat16 under FSDP2, whose file says so."""
+    config = config_for(launcher, tmp_path)
+    code, printed = run(launcher, replace(config, output_dir=str(tmp_path / "whole")))
+    assert code == 0, printed[-2000:]
+    checkpoints = killed_in_writing(launcher, config)
+    assert sorted(path.name for path in checkpoints.glob("step-0/rank-*")) == SHARDS
+    assert not any(checkpoints.glob("step-0/model*"))
+    code, printed = run(launcher, config)
+    assert code == 0, printed[-2000:]
+    assert f"ppo: resumes after update 0 from {checkpoints / 'step-0'}" in printed
+    expected, found = outcome(tmp_path / "whole"), outcome(Path(config.output_dir))
+    assert {"model.safetensors", "metrics.jsonl", "results.json"} <= expected.keys()
+    for name in expected.keys() | found.keys():
+        assert found.get(name) == expected.get(name), name
+
+
+@pytest.mark.slow
+def test_a_shard_that_one_process_finds_altered_stops_all(tmp_path: Path) -> None:
+    config = config_for("fsdp2", tmp_path)
+    shard = killed_in_writing("fsdp2", config) / "step-0" / "rank-1.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    code, printed = run("fsdp2", config)
+    assert code == USER_ERROR
+    assert f"error: {shard} is altered (sha256 " in printed, printed[-2000:]
+    assert "Traceback" not in printed
+
+
+def config_for(launcher: str, folder: Path) -> Any:
+    """A PPO run of three updates, the first of the value model alone."""
+    if launcher != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed, an extra, is not installed")
+    (folder / "inputs").mkdir()
+    return replace(
+        make_configs(folder / "inputs", folder)["ppo"],
+        rollout=RolloutSettings(batch_size=8, max_new_tokens=4),
+        ppo=PPOSettings(mini_batch_size=8, kl_target=1.0, value_warmup_updates=1),
+        num_updates=3,
+        checkpoint_every=1,
+    )
+
+
+def killed_in_writing(launcher: str, config: Any) -> Path:
+    """Run until the cut; returns the folder of the checkpoints."""
+    code, printed = run(launcher, config, CUT)
+    assert code == KILLED, printed[-2000:]
+    checkpoints = Path(config.output_dir) / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-0", "step-1.part"]
+    return checkpoints
+
+
+def run(launcher: str, config: Any, cut: Cut | None = None) -> tuple[int, str]:
+    return run_command("ppo", config, cut, num_processes=2, launcher=launcher)
