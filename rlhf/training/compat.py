@@ -140,8 +140,8 @@ def gathered_by_deepspeed(engine: Any) -> Iterator[None]:
             offload._register_deepspeed_module(offload.module)
 
 
-# DeepSpeed writes its own checkpoints as pickles. Its ZeRO optimizers also give and take their state
-# as dictionaries, which are turned here into names, tensors and plain values.
+# DeepSpeed writes its own checkpoints as pickles. Its ZeRO optimizers also give and take their
+# state as dictionaries, which are turned here into names, tensors and plain values.
 
 _KEYS = {
     2: ("single_partition_of_fp32_groups", "base_optimizer_state"),
