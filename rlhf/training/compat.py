@@ -52,6 +52,12 @@ def make_root(model: FSDPModule) -> None:
     model._get_fsdp_state()._lazy_init()
 
 
+def drops_after_forward(module: FSDPModule) -> bool:
+    """Return whether an FSDP2 module that `make_root` reached drops its weights after a pass."""
+    groups = module._get_fsdp_state()._fsdp_param_groups
+    return any(group.post_forward_mesh_info is not None for group in groups)
+
+
 # DeepSpeed 0.19.8, stages 2 and 3
 
 

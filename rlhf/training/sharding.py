@@ -362,12 +362,14 @@ def _gathered_by_torch(model: nn.Module) -> Iterator[None]:
     assert isinstance(model, FSDPModule)
     compat.make_root(model)  # otherwise the first layer that runs becomes it
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    # The root and the head keep theirs between forward and backward pass, if nothing is changed.
+    drops = [compat.drops_after_forward(module) for module in modules]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     try:
         yield
     finally:
-        for module in modules:
-            module.set_reshard_after_forward(True, recurse=False)
+        for module, drops_then in zip(modules, drops, strict=True):
+            module.set_reshard_after_forward(drops_then, recurse=False)
             module.reshard()
