@@ -677,7 +677,8 @@ def test_mixed_precision_holds_in_every_pass_of_a_run(ppo_config: Config, monkey
 
 
 def test_half_types_whose_gradients_are_scaled_are_refused(ppo_config: Config, monkeypatch):
-    launched = SimpleNamespace(mixed_precision="fp16", num_processes=1)
+    cpu = torch.device("cpu")
+    launched = SimpleNamespace(mixed_precision="fp16", num_processes=1, device=cpu)
     monkeypatch.setattr(stages.ppo.setup, "start_accelerator", lambda: launched)
     message = "^mixed_precision of the launcher is fp16, .* bf16 or no"
     with pytest.raises(ValueError, match=message):
