@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import stages.ppo.rollout as rollout_module
 import stages.ppo.update as update_module
+from rlhf.generation.answers import Answer
 from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.packing import Packer, PromptTree, response_batch, text_tree
 from rlhf.inputs.records import Prompt
@@ -97,8 +98,8 @@ class TableReward:
     def __init__(self, numbers: Tensor) -> None:
         self.of = dict(zip(RESPONSES, numbers.tolist(), strict=True))
 
-    def score(self, prompts, prompt_ids, response_ids, responses):
-        return Scored(torch.tensor([self.of[tuple(ids)] for ids in response_ids]))
+    def score(self, answers):
+        return Scored(torch.tensor([self.of[answer.response_ids] for answer in answers]))
 
 
 class TableSampler(Sampler):
@@ -107,15 +108,16 @@ class TableSampler(Sampler):
     So the draws are as unbiased as independent ones, and fewer of them tell as much.
     """
 
-    def sample(self, policy, episodes, generator):
+    def sample(self, policy, prompts, generator):
         cumulative = exact_logprobs(policy.numbers.detach()).exp().cumsum(0)
         shift = torch.rand((), generator=generator, dtype=torch.float64)
-        places = (torch.arange(len(episodes)) + shift) / len(episodes)
+        places = (torch.arange(len(prompts)) + shift) / len(prompts)
         drawn = torch.searchsorted(cumulative, places).clamp(max=len(RESPONSES) - 1)
-        logprobs = token_logprobs(policy.numbers.detach())[drawn]
-        longest = int(MASK[drawn].sum(1).max())
-        trees = [PromptTree(PROMPT, (RESPONSES[i],)) for i in drawn.tolist()]
-        return trees, logprobs[:, :longest].float()
+        logprobs = token_logprobs(policy.numbers.detach()).tolist()
+        return [
+            Answer.of(prompt, RESPONSES[i], self.chat, logprobs[i][: len(RESPONSES[i])])
+            for prompt, i in zip(prompts, drawn.tolist(), strict=True)
+        ]
 
 
 def exact_logprobs(numbers: Tensor) -> Tensor:
