@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf.generation.answers import Answer
-from rlhf.rewards.scores import Reward, Scored, combine_members, spread
+from rlhf.rewards.scores import Reward, Scored, ScoreScale, combine_members, spread
 from rlhf.rewards.settings import Combination
 
 
@@ -58,20 +58,20 @@ class EnsembleReward:
 
 @dataclass(frozen=True)
 class NormalizedReward:
-    """Returns (score of the reward - mean) / std; the parts stay unchanged."""
+    """Returns (score of the reward - what the scale takes off) / std; the parts stay unchanged."""
 
     reward: Reward
-    mean: float
-    std: float
+    scale: ScoreScale
 
     def score(self, answers: Sequence[Answer]) -> Scored:
-        """Score as Reward.score does. The shift applies at the last token."""
+        """Score as Reward.score does. What is taken off comes off at the last token."""
         scored = self.reward.score(answers)
         token_rewards = scored.token_rewards
+        lengths = torch.tensor([float(len(answer.response_ids)) for answer in answers])
         return replace(
             scored,
-            scores=(scored.scores - self.mean) / self.std,
-            token_rewards=None if token_rewards is None else token_rewards / self.std,
+            scores=self.scale.apply(scored.scores, lengths),
+            token_rewards=None if token_rewards is None else token_rewards / self.scale.std,
         )
 
 

@@ -35,6 +35,29 @@ class Scored:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreScale:
+    """Maps scores of samples to mean 0 and standard deviation 1, with or without their length."""
+
+    mean: float
+    """Mean score."""
+    std: float
+    """Standard deviation of the scores, after the length was taken out."""
+    per_token: float = 0.0
+    """Slope of the score over the length: what one token more is worth. 0 leaves the length in."""
+    mean_tokens: float = 0.0
+    """Mean length in tokens."""
+
+    def apply(self, scores: Tensor, lengths: Tensor) -> Tensor:
+        """Return (scores - mean - per_token * (lengths - mean_tokens)) / std.
+
+        Args:
+            scores: (batch,)
+            lengths: (batch,) tokens of each response, including the end token.
+        """
+        return (scores - self.mean - self.per_token * (lengths - self.mean_tokens)) / self.std
+
+
 class Reward(Protocol):
     """Anything that scores responses."""
 

@@ -63,8 +63,8 @@ class EnsembleSettings(Ranged):
 class RewardSettings(Ranged):
     """Where the reward comes from. Give exactly one of model, function, parts and ensemble.models.
 
-    Four settings then change every score, in this order: normalize_on, clip, length_penalty,
-    missing_end.
+    Five settings then change every score, in this order: debias_length, normalize_on, clip,
+    length_penalty, missing_end.
     """
 
     model: str | None = None
@@ -93,6 +93,10 @@ class RewardSettings(Ranged):
     normalize_on: TwoOrMore | None = None
     """Number of samples of the reference policy, drawn before the first update, whose scores get
     mean 0 and standard deviation 1 (Ziegler et al. 2019). None leaves scores unchanged."""
+    debias_length: bool = False
+    """Take out of the scores what the length of a response explains (length bias, Singhal et al.
+    2023): a straight line that is fitted to the samples of normalize_on, of which each prompt then
+    gets two. Only the difference between answers to one prompt counts."""
     clip: Positive | None = None
     """Limit of the scores: they are clipped to -clip..clip. None means no clip."""
     length_penalty: NotNegative = 0.0
@@ -110,6 +114,11 @@ class RewardSettings(Ranged):
         super().__post_init__()
         self._check_source()
         _check_per_token(self.per_token, self.function)
+        if self.debias_length and (self.normalize_on is None or self.normalize_on < 4):
+            raise ValueError(
+                f"debias_length is True and normalize_on is {self.normalize_on}; the line is "
+                "fitted to the samples of normalize_on, so give 4 or more, better 256"
+            )
         if not math.isfinite(self.missing_end_value):
             raise ValueError(f"missing_end_value is {self.missing_end_value}; give a number")
         if self.missing_end == "subtract" and self.missing_end_value < 0:

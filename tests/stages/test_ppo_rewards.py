@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from rlhf.generation.answers import Answer
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.packing import Packer, PromptTree
@@ -58,6 +59,13 @@ def early(
         [-1.0 if piece == "</s>" else 1.0 + t for t, piece in enumerate(pieces)]
         for pieces in tokens
     ]
+
+
+def each(
+    prompts: list[str], responses: list[str], metas: list[Any], tokens: list[list[str]]
+) -> list[list[float]]:
+    """3 for each token."""
+    return [[3.0] * len(pieces) for pieces in tokens]
 
 
 def constant(prompts: list[str], responses: list[str], metas: list[Any]) -> list[float]:
@@ -228,6 +236,48 @@ def test_normalising_measures_each_prompt_in_turn_and_repeats_itself() -> None:
     assert normalized(length, 39, tiny_scalar_of("llama"), seed=6)[1] != first
 
 
+class LongerAndPrompt:
+    """Scores 3 for each token, and -100 for each character of the prompt."""
+
+    def score(self, answers: list[Answer]) -> Scored:
+        return Scored(
+            torch.tensor([3.0 * len(one.response_ids) + self.rest(one) for one in answers])
+        )
+
+    @staticmethod
+    def rest(one: Answer) -> float:
+        return -100.0 * len(one.record.prompt)
+
+
+def test_the_length_is_taken_out_as_it_differs_within_a_prompt() -> None:
+    """Prompts also differ in length, so a line through all samples would be another."""
+    settings = RewardSettings(
+        function="a:b", missing_end="none", normalize_on=32, debias_length=True
+    )
+    sampler = make_sampler(LongerAndPrompt(), make_config(reward=settings))
+    value_model, accelerator = tiny_scalar_of("llama"), Accelerator(cpu=True)
+    scaled, measured = normalize_scores(sampler, value_model, FITTED, accelerator)
+    assert measured["raw_score_per_token"] == pytest.approx(3.0)
+    assert 1 < measured["raw_score_mean_tokens"] < 6
+    answers = sampler.sample(sampler.ref_policy, FITTED * 10, torch.Generator().manual_seed(7))
+    assert len({len(one.response_ids) for one in answers}) > 1
+    found = scaled.score(answers).scores
+    rest = torch.tensor([LongerAndPrompt.rest(one) for one in answers])
+    prompts_only = (rest - rest.mean()) / rest.std(correction=0)
+    assert torch.allclose(found, prompts_only, atol=1e-3)
+    again, known = normalize_scores(sampler, value_model, FITTED, accelerator, measured)
+    assert known == measured
+    assert again.score(answers).scores.equal(found)
+
+
+def test_answers_of_one_length_do_not_show_what_a_token_is_worth() -> None:
+    settings = RewardSettings(function="a:b", normalize_on=8, debias_length=True)
+    config = make_config(reward=settings, rollout=RolloutSettings(batch_size=8, max_new_tokens=1))
+    sampler = make_sampler(FunctionReward(length, "length"), config)
+    with pytest.raises(ValueError, match="the two answers to each of 4 prompts have the same"):
+        normalize_scores(sampler, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True))
+
+
 def test_the_value_model_stays_in_the_units_of_the_scores() -> None:
     value_model = tiny_scalar_of("llama")
     row = Packer(100).rows([PromptTree((5, 6), ((7, 8, 9),))])[0]
@@ -361,7 +411,12 @@ def test_a_run_with_an_ensemble(folders: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_measure_the_same_scale_as_one(folders: Path, tmp_path: Path) -> None:
+    """Both take out the 3 that each token is worth, so that only the prompt's length is left."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file"]
+    parts = {
+        "prompt": {"function": f"{HERE}:prompt_length"},
+        "tokens": {"function": f"{HERE}:each", "per_token": True},
+    }
     found = []
     for name in ("cpu", "cpu2"):
         output = tmp_path / name
@@ -369,12 +424,13 @@ def test_two_processes_measure_the_same_scale_as_one(folders: Path, tmp_path: Pa
             "output_dir": output,
             "policy.path": folders / "sft",
             "prompts": folders / "prompts.jsonl",
-            "reward.function": f"{HERE}:prompt_length",
-            "reward.normalize_on": 8,
+            "reward.parts": json.dumps(parts),
+            "reward.normalize_on": 16,
+            "reward.debias_length": "true",
             "ptx.coef": 0,
             "rollout.batch_size": 8,
             "rollout.max_prompt_tokens": 60,
-            "rollout.max_new_tokens": 6,
+            "rollout.max_new_tokens": 12,
             "ppo.mini_batch_size": 8,
             "num_updates": 1,
         }
@@ -382,6 +438,8 @@ def test_two_processes_measure_the_same_scale_as_one(folders: Path, tmp_path: Pa
         settings = str(ROOT / "configs/accelerate" / f"{name}.yaml")
         subprocess.run([*launch, settings, "-m", "stages.ppo", *options], cwd=ROOT, check=True)
         results = json.loads((output / "results.json").read_text())
-        found.append((results["raw_score_mean"], results["raw_score_std"]))
+        in_tokens = 3 * results["raw_score_mean_tokens"]
+        found.append((results["raw_score_mean"] - in_tokens, results["raw_score_std"]))
+        assert results["raw_score_per_token"] == pytest.approx(3.0)
     assert found[0] == pytest.approx(found[1])
     assert found[0] == pytest.approx((7.5, (63 / 12) ** 0.5))

@@ -14,9 +14,9 @@ from rlhf.models.settings import ModelSettings
 from rlhf.rewards.combined import EnsembleReward, NormalizedReward, WeightedReward
 from rlhf.rewards.load import load_reward, reward_models_of
 from rlhf.rewards.models import load_reward_model
-from rlhf.rewards.scores import Scored
+from rlhf.rewards.scores import Scored, ScoreScale
 from rlhf.rewards.settings import EnsembleSettings, PartSettings, RewardSettings
-from tests.rlhf.answers import finished, of_text
+from tests.rlhf.answers import finished, of_ids, of_text
 from tests.rlhf.rewards.folders import PROMPTS, RESPONSES, base_tokenizer
 
 
@@ -78,12 +78,24 @@ def test_an_ensemble_tells_its_members_and_their_spread() -> None:
 
 
 def test_normalising_scales_tokens_and_shifts_the_end() -> None:
-    reward = NormalizedReward(Fixed(4.0, 8.0, tokens=[[1.0, 3.0], [8.0, 0.0]]), mean=6.0, std=2.0)
+    scale = ScoreScale(mean=6.0, std=2.0)
+    reward = NormalizedReward(Fixed(4.0, 8.0, tokens=[[1.0, 3.0], [8.0, 0.0]]), scale)
     scored = reward.score(BATCH)
     assert close(scored.scores, [-1.0, 1.0])
     assert close(scored.token_rewards, [[0.5, 1.5], [4.0, 0.0]])
     assert close(scored.at_end, [-3.0, -3.0])
-    assert NormalizedReward(Fixed(4.0, 8.0), 6.0, 2.0).score(BATCH).token_rewards is None
+    assert NormalizedReward(Fixed(4.0, 8.0), scale).score(BATCH).token_rewards is None
+
+
+def test_normalising_may_take_out_the_length() -> None:
+    """By hand, with 2 for each token: 4 at 3 tokens is 4 - 5 - 2 * (3 - 2) = -3, and 8 at 1 token
+    is 8 - 5 - 2 * (1 - 2) = 5; both are halved."""
+    scale = ScoreScale(mean=5.0, std=2.0, per_token=2.0, mean_tokens=2.0)
+    answers = [of_ids([1], [7, 7, 7]), of_ids([1], [7])]
+    reward = NormalizedReward(Fixed(4.0, 8.0, tokens=[[0.0, 1.0, 3.0], [8.0, 0.0, 0.0]]), scale)
+    scored = reward.score(answers)
+    assert close(scored.scores, [-1.5, 2.5])
+    assert close(scored.token_rewards, [[0.0, 0.5, 1.5], [4.0, 0.0, 0.0]])
 
 
 def test_parts_come_from_their_settings(saved: Path) -> None:

@@ -28,6 +28,11 @@ from rlhf.rewards.settings import EnsembleSettings, PartSettings, RewardSettings
             {"model": "rm", "normalize_on": 1},
             "normalize_on is 1; .* 2 or more, or null",
         ),
+        ({"model": "rm", "debias_length": True}, "debias_length is True and normalize_on is None"),
+        (
+            {"model": "rm", "debias_length": True, "normalize_on": 3},
+            "normalize_on is 3; .*give 4 or more",
+        ),
         (
             {"model": "rm", "length_penalty": -0.1},
             "length_penalty is -0.1; .* 0 or more",
