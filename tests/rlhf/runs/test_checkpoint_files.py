@@ -126,9 +126,12 @@ def test_a_shard_that_is_not_as_written_is_named_by_its_process(
 ) -> None:
     path = write(tmp_path, shards=SHARDS) / name
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2] if damage == "truncated" else content[:-1] + b"?")
     if damage == "removed":
         path.unlink()
+    elif damage == "changed":  # a bit of the last byte
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        path.write_bytes(content[: len(content) // 2])
     load(path.parent)
     check_shard(path.parent, 0)
     expected = "missing" if damage == "removed" else "altered"
