@@ -148,7 +148,7 @@ def test_what_does_not_fit_the_run_stops_it_and_says_how_to_go_on(
     prompts.write_text(content)
     weights = step / "model.safetensors"
     content_of_weights = weights.read_bytes()
-    weights.write_bytes(content_of_weights[:-1] + b"?")
+    weights.write_bytes(content_of_weights[:-1] + bytes([content_of_weights[-1] ^ 1]))
     refused(config, f"error: {weights} is altered (sha256 ")
     weights.unlink()
     refused(config, f"error: {weights} is missing; put it back, or delete {step} to start anew")
