@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 Z_975 = stats.norm.ppf(0.975)
@@ -27,6 +28,7 @@ ONE_ANSWER_ODDS = 3.0
 
 
 Value = TypeVar("Value")
+Numbers = npt.NDArray[np.float64]
 
 
 class Estimate(NamedTuple):
@@ -141,15 +143,70 @@ def paired_difference(
     Returns:
         (nan, (nan, nan)) if no prompt is left.
     """
-    differences = [
-        math.fsum(a) / len(a) - math.fsum(b) / len(b)
-        for a, b in zip(values_a, values_b, strict=True)
-        if a and b
-    ]
+    differences = _differences(values_a, values_b)
     if not differences:
         return Estimate(math.nan, (math.nan, math.nan))
     mean = math.fsum(differences) / len(differences)
     return Estimate(mean, bootstrap_interval([[one] for one in differences], seed))
+
+
+def difference_at_equal_length(
+    values_a: Sequence[Sequence[float]],
+    values_b: Sequence[Sequence[float]],
+    lengths_a: Sequence[Sequence[float]],
+    lengths_b: Sequence[Sequence[float]],
+    seed: int = 0,
+) -> Estimate:
+    """Return what is left of `paired_difference` where a's responses are as long as b's.
+
+    It is the height at 0 of a line through the prompts by least squares: the difference of their
+    values over the difference of their lengths. Dubois et al. 2024 take the length out of win rates
+    in this way, with a logistic model.
+
+    Args:
+        values_a, values_b, seed: As in `paired_difference`.
+        lengths_a, lengths_b: Lengths of the same responses.
+
+    Returns:
+        (nan, (nan, nan)) if fewer than two prompts are left, or if the difference of the lengths is
+        the same for all prompts, and is not 0. The interval comes from drawing prompts.
+    """
+    values = np.array(_differences(values_a, values_b))
+    lengths = np.array(_differences(lengths_a, lengths_b))
+    if len(values) < 2 or (np.ptp(lengths) == 0 and lengths[0] != 0):
+        return Estimate(math.nan, (math.nan, math.nan))
+    drawn = stats.bootstrap(
+        (values, lengths),
+        _height_at_zero,
+        paired=True,
+        n_resamples=NUM_RESAMPLES,
+        batch=max(1, NUMBERS_AT_ONCE // len(values)),
+        method="percentile",
+        rng=seed,
+    )
+    low, high = drawn.confidence_interval
+    return Estimate(float(_height_at_zero(values, lengths, -1)), (float(low), float(high)))
+
+
+def _differences(
+    values_a: Sequence[Sequence[float]], values_b: Sequence[Sequence[float]]
+) -> list[float]:
+    """Return a's mean minus b's for each prompt for which both have values."""
+    return [
+        math.fsum(a) / len(a) - math.fsum(b) / len(b)
+        for a, b in zip(values_a, values_b, strict=True)
+        if a and b
+    ]
+
+
+def _height_at_zero(values: Numbers, lengths: Numbers, axis: int) -> Numbers:
+    """Return the height at length 0 of a line by least squares along the axis. Where all lengths
+    are equal, the line is level."""
+    mean_value, mean_length = values.mean(axis, keepdims=True), lengths.mean(axis, keepdims=True)
+    spread = np.square(lengths - mean_length).sum(axis)
+    together = ((values - mean_value) * (lengths - mean_length)).sum(axis)
+    slope = together / np.where(spread == 0, 1.0, spread)
+    return np.asarray(mean_value.squeeze(axis) - slope * mean_length.squeeze(axis))
 
 
 def aggregate_estimate(

@@ -124,8 +124,9 @@ def evaluate(config: Config) -> None:
         judge: {name: score(reward, of) for name, of in marks.answers.items()}
         for judge, reward in exam.judges.items()
     }
+    lengths = {name: of.lengths for name, of in marks.answers.items()}
     figures = {
-        name: of | compare(name, config.baseline_name, scores, config.seed)
+        name: of | compare(name, config.baseline_name, scores, lengths, config.seed)
         for name, of in marks.figures.items()
     }
     for name in figures:
@@ -407,7 +408,7 @@ def _judge_pool(config: Config, exam: Exam, pool: list[list[Answer]]) -> Pool:
     answers = Answers(pool, [])
     return Pool(
         scores={name: score(exam.judges[name], answers) for name in names},
-        tokens=[[float(len(answer.response_ids)) for answer in group] for group in pool],
+        tokens=answers.lengths,
         parts=None if exam.grader is None else exam.grader.grade(pool),
     )
 
@@ -486,6 +487,7 @@ def _find_warnings(
         config.policies_after_baseline,
         config.baseline_name,
         scores=scores,
+        lengths={name: of.lengths for name, of in marks.answers.items()},
         parts=marks.parts,
         right_part=config.right_part,
         frequent={

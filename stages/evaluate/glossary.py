@@ -24,4 +24,12 @@ ALARMS = (
         "The policy learned to please the reward model alone.",
         "Train the reward model on this policy's answers, raise ppo.kl_coef, or stop earlier.",
     ),
+    Alarm(
+        "EVAL_LENGTH",
+        "The policy gains by a judge, and at equal length the gain is not beyond its interval. A "
+        "straight line through the gains of all prompts shows it: its height where a response is "
+        "as long as the baseline's.",
+        "Judges often like long or short answers as such, and the policy learned that.",
+        "Set reward.debias_length, and read samples.md.",
+    ),
 )

@@ -1,7 +1,8 @@
 """Measure a policy: sample responses, compute their probabilities and scores, and compare."""
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,6 +23,7 @@ from rlhf.inputs.records import Prompt
 from rlhf.maths.kl import k1, k3
 from rlhf.measuring.statistics import (
     bootstrap_interval,
+    difference_at_equal_length,
     distinct_bigrams,
     mean_and_error,
     most_frequent_answer,
@@ -51,6 +53,11 @@ class Answers:
     def flat(self) -> list[Answer]:
         """All answers, in the order of the prompts."""
         return [answer for group in self.by_prompt for answer in group]
+
+    @property
+    def lengths(self) -> "Scores":
+        """Tokens of each answer, by prompt."""
+        return [[float(len(answer.response_ids)) for answer in group] for group in self.by_prompt]
 
     @property
     def trees(self) -> list[PromptTree]:
@@ -162,13 +169,18 @@ def score(reward: Reward, answers: Answers) -> Scores:
 
 
 def compare(
-    name: str, baseline: str, scores: dict[str, dict[str, Scores]], seed: int
+    name: str,
+    baseline: str,
+    scores: dict[str, dict[str, Scores]],
+    lengths: Mapping[str, Scores],
+    seed: int,
 ) -> dict[str, Any]:
     """Compute a policy's mean score by each judge, its gain, and how often it beats the baseline.
 
     Args:
         scores: maps judge to policy to scores. The first judge gives `win_rate_vs_BASELINE`. The
             other judges give `win_rate_vs_BASELINE_by_JUDGE`.
+        lengths: maps policy to the tokens of each prompt's responses.
     """
     figures: dict[str, Any] = {}
     for number, (judge, by_policy) in enumerate(scores.items()):
@@ -177,9 +189,14 @@ def compare(
         figures[f"{judge}_score"] = sum(values) / len(values)
         figures[f"{judge}_score_interval"] = bootstrap_interval(own, seed)
         if name != baseline:
-            figures |= gain(judge, own, by_policy[baseline], baseline, seed)
+            base = by_policy[baseline]
+            figures |= gain(judge, own, base, baseline, seed)
+            change = difference_at_equal_length(own, base, lengths[name], lengths[baseline], seed)
+            if not math.isnan(change.value):
+                key = f"{judge}_gain_at_equal_length_vs_{baseline}"
+                figures |= {key: change.value, f"{key}_interval": change.interval}
             key = win_rate_key(baseline, None if number == 0 else judge)
-            figures[key], figures[f"{key}_interval"] = win_rate(own, by_policy[baseline], seed)
+            figures[key], figures[f"{key}_interval"] = win_rate(own, base, seed)
     return figures
 
 

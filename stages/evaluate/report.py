@@ -150,6 +150,8 @@ def _policy_rows(results: Mapping[str, Any], policies: Mapping[str, Mapping[str,
     for name, label in judges.items():
         lines += [(f"{label} score", f"{name}_score", 3)]
         lines += [(f"{label} score, gain on {baseline}", f"{name}_gain_vs_{baseline}", 3)]
+        at_equal_length = f"{name}_gain_at_equal_length_vs_{baseline}"
+        lines += [("  the same at equal length", at_equal_length, 3)]
     lines += [
         (f"KL to {baseline}, nats a response", "kl", 3),
         ("KL by the k3 estimate", "kl_k3", 3),

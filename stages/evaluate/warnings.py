@@ -1,16 +1,21 @@
 """Warn of what an average hides.
 
-A policy may trade one part for another, give one answer to many prompts, or please the reward model
-alone. Each check compares a policy with the baseline on the same prompts. The codes are stable.
-They appear in results.json (`warnings`), at the end of the output and at the top of samples.md.
-stages/evaluate/glossary.py describes them.
+A policy may trade one part for another, give one answer to many prompts, please the reward model
+alone, or gain by length. Each check compares a policy with the baseline on the same prompts. The
+codes are stable. They appear in results.json (`warnings`), at the end of the output and at the top
+of samples.md. stages/evaluate/glossary.py describes them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rlhf.measuring.statistics import Estimate, is_one_answer, paired_difference
+from rlhf.measuring.statistics import (
+    Estimate,
+    difference_at_equal_length,
+    is_one_answer,
+    paired_difference,
+)
 from stages.evaluate.config import GOLD, REWARD_MODEL
 from stages.evaluate.glossary import ALARMS
 from stages.evaluate.measures import Scores
@@ -25,6 +30,7 @@ have the same right answer."""
 PARTS = "EVAL_PARTS"
 ONE_ANSWER = "EVAL_ONE_ANSWER"
 REWARD = "EVAL_REWARD"
+LENGTH = "EVAL_LENGTH"
 REMEDIES = {alarm.code: alarm.remedy for alarm in ALARMS}
 
 
@@ -50,6 +56,7 @@ def find_warnings(
     baseline: str,
     *,
     scores: Mapping[str, Mapping[str, Scores]],
+    lengths: Mapping[str, Scores],
     parts: Mapping[str, PartsByPrompt],
     right_part: str | None,
     frequent: Mapping[str, Frequent],
@@ -60,6 +67,7 @@ def find_warnings(
 
     Args:
         scores: maps judge to policy to scores.
+        lengths: maps policy to the tokens of each prompt's responses.
         parts: maps policy to parts of gold; empty if gold gives none.
         right_part: The part of gold that says whether a response is right. It counts as a judge of
             its own, since gold as a whole may rise through manners alone.
@@ -84,6 +92,7 @@ def find_warnings(
         warnings += find_one_answer(policy, baseline, frequent, num_prompts)
         if reward is not None:
             warnings += find_reward_parted(policy, baseline, reward, independent, seed)
+        warnings += find_gain_by_length(policy, baseline, scores, lengths, seed)
     return warnings
 
 
@@ -157,6 +166,41 @@ def find_reward_parted(
         )
         warnings.append(EvaluationWarning(REWARD, policy, message))
     return warnings
+
+
+def find_gain_by_length(
+    policy: str,
+    baseline: str,
+    judges: Mapping[str, Mapping[str, Scores]],
+    lengths: Mapping[str, Scores],
+    seed: int,
+) -> list[EvaluationWarning]:
+    """Warn if the policy gains by judges, and not where its responses are as long as the
+    baseline's.
+
+    Args:
+        judges: maps judge to policy to that judge's scores of each prompt's responses.
+        lengths: maps policy to the tokens of the same responses.
+    """
+    found = []
+    for name, of in judges.items():
+        change = _change(policy, baseline, of, seed)
+        if change is None or not change.interval[0] > 0:
+            continue
+        at_equal_length = difference_at_equal_length(
+            of[policy], of[baseline], lengths[policy], lengths[baseline], seed
+        )
+        if not at_equal_length.interval[0] > 0:
+            found.append(f"{_signed(at_equal_length)} by {name} ({_signed(change)} as they are)")
+    if not found:
+        return []
+    longer = paired_difference(lengths[policy], lengths[baseline], seed).value
+    message = (
+        f"At equal length {policy} gains {'; '.join(found)}. Its responses have {abs(longer):.1f} "
+        f"tokens {'more' if longer > 0 else 'less'} than those of {baseline}: the gain may be "
+        f"length alone. {REMEDIES[LENGTH]}"
+    )
+    return [EvaluationWarning(LENGTH, policy, message)]
 
 
 def _change(policy: str, baseline: str, scores: Mapping[str, Scores], seed: int) -> Estimate | None:

@@ -173,6 +173,7 @@ def test_equal_policies_tie_and_have_no_kl(finished: Finished) -> None:
     for name in ("kl", "kl_error", "kl_k3"):
         assert twin[name] == pytest.approx(0.0, abs=1e-5)
     assert twin["gold_gain_vs_sft"] == twin["rm_gain_vs_sft"] == 0.0
+    assert twin["rm_gain_at_equal_length_vs_sft_interval"] == [0.0, 0.0]
     compared = ("kl", "win_rate", "gold_gain", "rm_gain")
     own = {key: value for key, value in twin.items() if not key.startswith(compared)}
     baseline = finished.results["sft"]

@@ -19,6 +19,7 @@ from stages.evaluate.parts import describe_parts, find_grader
 from stages.evaluate.report import format_results, format_samples
 from stages.evaluate.warnings import (
     Frequent,
+    find_gain_by_length,
     find_one_answer,
     find_parts_traded,
     find_reward_parted,
@@ -191,6 +192,23 @@ def test_a_reward_that_leaves_an_independent_judge_is_told(
     assert find_reward_parted("ppo", "sft", level, judges, seed=0) == []
 
 
+def test_a_gain_that_shorter_responses_explain_is_told() -> None:
+    """The judge gives a point for each token less. The friend gives one point more."""
+    lengths = {"sft": repeated(9, 8, 9), "ppo": repeated(4, 6, 8)}
+    judge = {policy: [[-of[0]] for of in by_prompt] for policy, by_prompt in lengths.items()}
+    friend = {"sft": judge["sft"], "ppo": [[of[0] + 1] for of in judge["ppo"]]}
+    (found,) = find_gain_by_length(
+        "ppo", "sft", {"judge": judge, "friend": friend}, lengths, seed=0
+    )
+    assert (found.code, found.policy) == ("EVAL_LENGTH", "ppo")
+    assert "ppo gains +0.000, 95 % interval" in found.message.replace("-0.000", "+0.000")
+    assert "by judge (+2.667, " in found.message and "friend" not in found.message
+    assert "Its responses have 2.7 tokens less than those of sft" in found.message
+    assert find_gain_by_length("ppo", "sft", {"friend": friend}, lengths, seed=0) == []
+    worse = {"sft": judge["ppo"], "ppo": judge["sft"]}
+    assert find_gain_by_length("ppo", "sft", {"worse": worse}, lengths, seed=0) == []
+
+
 def test_all_checks_of_a_policy_that_pleases_the_reward_model_by_manners() -> None:
     """Gold rises as a whole, so only its parts and the right answers show the loss."""
     polite = {"sft": repeated(0, 0, 0), "ppo": repeated(3, 3, 3)}
@@ -206,6 +224,7 @@ def test_all_checks_of_a_policy_that_pleases_the_reward_model_by_manners() -> No
         ["ppo"],
         "sft",
         scores={"gold": polite, "rm": polite, "length": correct},
+        lengths={"sft": repeated(9, 8, 7), "ppo": repeated(9, 6, 7)},
         parts=parts,
         right_part="correct",
         frequent={"sft": Frequent("a", 0.02), "ppo": Frequent("b", 0.9)},

@@ -14,6 +14,7 @@ from rlhf.measuring.statistics import (
     best_of_n,
     best_of_n_kl,
     bootstrap_interval,
+    difference_at_equal_length,
     distinct_bigrams,
     is_one_answer,
     majority_of_k,
@@ -156,6 +157,35 @@ def test_paired_difference_by_hand() -> None:
     assert value == pytest.approx(4 / 3)
     assert -1.0 <= low < value < high <= 4.0
     assert all(map(math.isnan, [*paired_difference([[]], [[1]])[1]]))
+
+
+def test_a_difference_at_equal_length_by_hand() -> None:
+    """Prompts differ by (length, value) (-2, 3), (0, 1), (2, 2): the line is 2 - length / 4."""
+    b = [[1.0], [1.0], [1.0]]
+    found = difference_at_equal_length([[4], [2], [3]], b, [[1], [3], [6, 4]], [[3], [3], [3]])
+    assert found.value == pytest.approx(2.0)
+    found = difference_at_equal_length([[4], [2]], b[:2], [[4], [5]], [[3], [3]])
+    assert found.value == pytest.approx(5.0)  # (1, 3) and (2, 1)
+    level = difference_at_equal_length([[4], [2]], b[:2], [[3], [4]], [[3], [4]])
+    assert level.value == pytest.approx(2.0)
+    shorter = difference_at_equal_length([[4], [2]], b[:2], [[1], [2]], [[3], [4]])
+    assert math.isnan(shorter.value)
+
+
+def test_a_gain_that_comes_with_length_is_none_at_equal_length() -> None:
+    random = np.random.default_rng(0)
+    longer = random.normal(8.0, 6.0, size=300)
+    noise = random.normal(size=300)
+    zeros = [[0.0]] * 300
+    lengths = [[value] for value in longer]
+    by_length = [[value] for value in 0.1 * longer + noise]
+    found = difference_at_equal_length(by_length, zeros, lengths, zeros)
+    assert found.interval[0] < 0 < found.interval[1] and abs(found.value) < 0.2
+    half_width = 1.96 * np.sqrt((1 + (longer.mean() / longer.std()) ** 2) / 300)
+    assert found.interval[1] - found.value == pytest.approx(half_width, rel=0.15)
+    real = [[value] for value in 0.1 * longer + 0.5 + noise]
+    found = difference_at_equal_length(real, zeros, lengths, zeros)
+    assert found.value == pytest.approx(0.5, abs=0.2) and found.interval[0] > 0
 
 
 def test_pairing_takes_out_what_the_prompts_share() -> None:
