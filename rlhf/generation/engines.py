@@ -22,6 +22,22 @@ def make_engine(settings: GenerationSettings) -> Engine:
     return LoopEngine(settings)
 
 
+def check_alone(settings: GenerationSettings, num_processes: int) -> None:
+    """Refuse vLLM in a stage in which only the first of several processes samples.
+
+    vLLM makes groups of all processes when it starts. The first one would wait for the others
+    without end.
+
+    Raises:
+        ValueError: It is vLLM, and there are several processes.
+    """
+    if settings.engine == "vllm" and num_processes > 1:
+        raise ValueError(
+            f"generation.engine is vllm, which all {num_processes} processes must start together, "
+            "and only the first one samples in this stage; start it in one process, or choose hf"
+        )
+
+
 def engine_of(policy: PreTrainedModel, settings: GenerationSettings) -> Engine:
     """Make the engine that the settings name, ready to sample from these weights."""
     engine = make_engine(settings)

@@ -22,9 +22,8 @@ of both costs changes by at most 3 % for responses of 16 to 256 tokens."""
 class LoopEngine:
     """Decodes prompts of similar length together until the last of them is finished.
 
-    Rows leave the batch after their responses end. Waiting prompts do not take their place; the
-    engine `continuous` does that. The loop keeps only the tokens of each step and their
-    log-probabilities, not the scores.
+    Rows leave the batch after their responses end. Waiting prompts do not take their place. The
+    loop keeps only the tokens of each step and their log-probabilities, not the scores.
     """
 
     def __init__(self, settings: GenerationSettings) -> None:
@@ -33,6 +32,9 @@ class LoopEngine:
 
     def refresh(self, policy: PreTrainedModel) -> None:
         self.policy = policy
+
+    def release(self) -> None:
+        """Do nothing: the weights are the policy's own, and the cache ends with `generate`."""
 
     @torch.no_grad()
     def generate(

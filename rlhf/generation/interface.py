@@ -46,6 +46,9 @@ class Engine(Protocol):
     def refresh(self, policy: PreTrainedModel) -> None:
         """Sample from these weights from now on. Call it after every change of the weights."""
 
+    def release(self) -> None:
+        """Give back the memory of the weights and of the cache. The next `refresh` takes it."""
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

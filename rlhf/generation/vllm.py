@@ -5,8 +5,10 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -29,10 +31,12 @@ ALONE = {
 class VllmEngine:
     """Runs one vLLM per process, with a copy of the weights in the type of the forward pass.
 
-    Not tested on a GPU. Its tests use a stand-in for the module, written from the interface of
-    vLLM 0.22 to 0.31. The given generator seeds each draw. Two runs can still differ, because the
-    results of some kernels depend on the batch. Log-probabilities differ more from the trainer's
-    than those of the other engines.
+    Not tested on a GPU. Its tests use a stand-in for the module that refuses whatever vLLM 0.30's
+    own signatures do not take. The given generator seeds every call of `generate`. Two runs can
+    still differ, because the results of some kernels depend on the batch. Log-probabilities differ
+    more from the trainer's than those of the other engine.
+
+    All processes that train must start it and sample together: vLLM makes groups of all of them.
     """
 
     def __init__(self, settings: GenerationSettings) -> None:
@@ -51,6 +55,7 @@ class VllmEngine:
         self.vllm: Any = vllm
         self.settings = settings
         self.llm: Any = None
+        self.is_asleep = False
         self.shapes: dict[str, torch.Size] = {}
 
     def refresh(self, policy: PreTrainedModel) -> None:
@@ -67,9 +72,21 @@ class VllmEngine:
                 "generation.engine is vllm, which holds models of one shape in a process, and this "
                 f"policy's is another ({policy.config.name_or_path}); choose hf"
             )
+        if self.is_asleep:
+            self.llm.wake_up(tags=["weights"])
         weights = full_weights(policy)
-        self.llm.apply_model(lambda model: model.load_weights(weights))
+        with torch.autocast("cuda", enabled=False):
+            self.llm.apply_model(lambda model: model.load_weights(weights))
+        if self.is_asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.is_asleep = False
         self.llm.reset_prefix_cache()  # it holds keys and values from the old weights
+
+    def release(self) -> None:
+        """Put vLLM to sleep: its weights and its cache leave the GPU."""
+        if self.llm is not None and not self.is_asleep:
+            self.llm.sleep(level=2)  # forgets the weights, which `refresh` gives anew
+            self.is_asleep = True
 
     def generate(
         self,
@@ -81,21 +98,19 @@ class VllmEngine:
         """See `Engine.generate`."""
         if not prompts or decoding.max_new_tokens == 0:
             return Samples([[] for _ in prompts], [[] for _ in prompts])
-        seeds = torch.randint(2**31, (len(prompts),), generator=generator).tolist()
-        sampling = [
-            self.vllm.SamplingParams(
-                temperature=decoding.temperature,
-                max_tokens=decoding.max_new_tokens,
-                stop_token_ids=decoding.ends,
-                ignore_eos=True,  # a response ends only at stop_token_ids
-                logprobs=0,  # the sampled token's only
-                detokenize=False,
-                seed=seed,
-            )
-            for seed in seeds
-        ]
+        sampling = self.vllm.SamplingParams(
+            temperature=decoding.temperature,
+            max_tokens=decoding.max_new_tokens,
+            stop_token_ids=decoding.ends,
+            ignore_eos=True,  # a response ends only at stop_token_ids
+            logprobs=0,  # the sampled token's only
+            detokenize=False,
+        )
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = [one.outputs[0] for one in self.llm.generate(inputs, sampling, use_tqdm=False)]
+        seed = int(torch.randint(2**31, (), generator=generator))
+        with torch.autocast("cuda", enabled=False), _seeded(seed):
+            answers = self.llm.generate(inputs, sampling, use_tqdm=False)
+        outputs = [answer.outputs[0] for answer in answers]
         if progress is not None:
             progress(len(prompts))
         responses = [list(output.token_ids) for output in outputs]
@@ -117,20 +132,39 @@ class VllmEngine:
         config = copy.deepcopy(policy.config)
         config.architectures = [type(policy).__name__]
         is_mixed = torch.is_autocast_enabled("cuda")
-        with tempfile.TemporaryDirectory() as folder:
+        dtype = torch.get_autocast_dtype("cuda") if is_mixed else policy.dtype
+        with tempfile.TemporaryDirectory() as folder, torch.autocast("cuda", enabled=False):
             config.save_pretrained(folder)
             return self.vllm.LLM(
                 model=folder,
                 load_format="dummy",
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # ignores filters in a model's folder, such as top-k
-                dtype=torch.get_autocast_dtype("cuda") if is_mixed else policy.dtype,
+                dtype=dtype,
                 distributed_executor_backend="external_launcher",
                 gpu_memory_utilization=self.settings.vllm_memory_share,
                 max_num_seqs=self.settings.batch_size,
                 max_model_len=-1,  # the model's context, or as much of it as fits in memory
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
+                enable_sleep_mode=True,
             )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators, from which vLLM draws in this process; restore them afterwards.
+
+    A seed for each request would not touch them, but keeps vLLM from its fast samplers.
+    """
+    before = np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(before)
 
 
 def full_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

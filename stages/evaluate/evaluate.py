@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.generation.answers import Answer
+from rlhf.generation.engines import check_alone
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import read_records
 from rlhf.inputs.fitting import FittedPrompts, fit_prompts
@@ -102,6 +103,7 @@ class Marks:
 def evaluate(config: Config) -> None:
     """Measure every policy, write results.json, samples and the page, and print the table."""
     accelerator = start_accelerator()
+    check_alone(config.generation, accelerator.num_processes)
     run = open_run(
         config,
         stage="evaluate",

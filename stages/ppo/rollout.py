@@ -118,7 +118,7 @@ class Sampler:
         settings = self.config.rollout
         with self.watch.phase("rollout"):
             self.engine.refresh(policy)
-            return sample_answers(
+            answers = sample_answers(
                 self.engine,
                 prompts,
                 self.chat,
@@ -127,6 +127,8 @@ class Sampler:
                 generator=generator,
                 progress=Heartbeat("ppo: sampled", len(prompts), self.tell),
             )
+            self.engine.release()
+            return answers
 
     def raw_scores(self, answers: Sequence[Answer]) -> Scored:
         """Return the scores (batch,) as the reward gives them."""

@@ -150,14 +150,14 @@ def test_every_declared_end_finishes_a_response_and_the_reward_reads_the_templat
 
 def test_the_engine_gets_the_weights_once_a_rollout_and_before_it(monkeypatch):
     calls = []
-    for name in ("refresh", "generate"):
+    for name in ("refresh", "generate", "release"):
         method = getattr(LoopEngine, name)
         monkeypatch.setattr(
             LoopEngine, name, lambda *a, _n=name, _m=method, **k: calls.append(_n) or _m(*a, **k)
         )
     config = make_config()
     make_rollout(make_learner(config), config)
-    assert calls == ["refresh", "generate"]
+    assert calls == ["refresh", "generate", "release"]
 
 
 def test_a_long_rollout_says_how_far_it_is(monkeypatch):

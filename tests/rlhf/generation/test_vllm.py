@@ -1,23 +1,28 @@
 """The engine vllm against a stand-in for the module, which no GPU is needed for."""
 
+import functools
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rlhf.generation
-from rlhf.generation.engines import generate, make_engine
+from rlhf.generation.engines import check_alone, generate, make_engine
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
 from rlhf.generation.vllm import full_weights
 from rlhf.training.nonfinite import NonFiniteError
+from tests.rlhf.generation.vllm_interface import Interface
 from tests.rlhf.tiny_models import tiny_policy_of
 
 SETTINGS = GenerationSettings(engine="vllm", batch_size=5, vllm_memory_share=0.4)
@@ -25,13 +30,40 @@ PROMPTS = [[5, 6, 7], [30, 8, 9, 12, 11], [5, 6, 7]]
 DECODING = Decoding(end_id=7, max_new_tokens=16, temperature=1.0)
 
 
+INTERFACE = Interface.load()
+
+
+def takes_what_vllm_takes(method: Any) -> Any:
+    """Refuse arguments that the method of this name in vLLM would not take."""
+
+    @functools.wraps(method)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        INTERFACE.bind(method.__name__, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
+def of_class(name: str, **values: Any) -> SimpleNamespace:
+    """Hold these values, which must be fields of the class in vLLM."""
+    INTERFACE.check_fields(name, values)
+    return SimpleNamespace(**values)
+
+
 class FakeLLM:
-    """What the engine uses of vllm.LLM, on a model of transformers that is made from the folder."""
+    """What the engine uses of vllm.LLM, on a model of transformers that is made from the folder.
+
+    It draws from the global generator, as vLLM does for requests without a seed. Asleep it has no
+    weights, and it refuses to sample.
+    """
 
     started: ClassVar[list[Any]]
 
+    @takes_what_vllm_takes
     def __init__(self, *, model: str, **arguments: Any) -> None:
+        assert not torch.is_autocast_enabled("cuda")
         self.arguments = arguments
+        self.asleep: set[str] = set()
         self.calls: list[str] = []
         config = AutoConfig.from_pretrained(model)
         assert config.architectures == ["LlamaForCausalLM"]
@@ -44,16 +76,36 @@ class FakeLLM:
         assert list(by_name) == [name for name, _ in self.model.named_parameters()]
         self.model.load_state_dict(by_name, strict=False)
 
-    def apply_model(self, function: Any) -> None:
+    @takes_what_vllm_takes
+    def apply_model(self, func: Any) -> None:
+        assert "weights" not in self.asleep
         self.calls.append("refresh")
-        function(self.model)
+        func(self.model)
 
+    @takes_what_vllm_takes
     def reset_prefix_cache(self) -> None:
         self.calls.append("reset")
 
-    def generate(self, inputs: Any, sampling: Any, *, use_tqdm: bool) -> list[Any]:
+    @takes_what_vllm_takes
+    def sleep(self, level: int) -> None:
+        assert level == 2 and self.arguments["enable_sleep_mode"] and not self.asleep
+        self.calls.append("sleep")
+        self.asleep = {"weights", "kv_cache"}
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.fill_(math.nan)
+
+    @takes_what_vllm_takes
+    def wake_up(self, tags: list[str]) -> None:
+        assert self.asleep.issuperset(tags)
+        self.calls.append(f"wake {' '.join(tags)}")
+        self.asleep.difference_update(tags)
+
+    @takes_what_vllm_takes
+    def generate(self, prompts: Any, sampling_params: Any, *, use_tqdm: bool) -> list[Any]:
+        assert not self.asleep and not torch.is_autocast_enabled("cuda")
         self.calls.append("generate")
-        return [self._respond(*pair) for pair in zip(inputs, sampling, strict=True)]
+        return [self._respond(prompt, sampling_params) for prompt in prompts]
 
     def _respond(self, request: dict[str, list[int]], sampling: SimpleNamespace) -> Any:
         assert sampling.ignore_eos and sampling.logprobs == 0 and not sampling.detokenize
@@ -67,20 +119,21 @@ class FakeLLM:
                 max_new_tokens=sampling.max_tokens,
                 temperature=sampling.temperature,
             ),
-            torch.Generator().manual_seed(sampling.seed),
         )
         [response], [logprobs] = samples
         pairs = zip(response, logprobs, strict=True)
-        steps = [{token: SimpleNamespace(logprob=nats)} for token, nats in pairs]
-        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(response), logprobs=steps)])
+        steps = [{token: of_class("Logprob", logprob=nats)} for token, nats in pairs]
+        output = of_class("CompletionOutput", token_ids=tuple(response), logprobs=steps)
+        return of_class("RequestOutput", outputs=[output])
 
 
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if vLLM were installed and a GPU there."""
-    module = SimpleNamespace(LLM=FakeLLM, SamplingParams=SimpleNamespace)
+    module = SimpleNamespace(LLM=FakeLLM, SamplingParams=partial(of_class, "SamplingParams"))
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" in INTERFACE.variables
     for name in "VLLM_ENABLE_V1_MULTIPROCESSING RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR".split():
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("MASTER_PORT", "0")
@@ -88,6 +141,19 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     rlhf.generation.engines._only_vllm.cache_clear()
     yield
     rlhf.generation.engines._only_vllm.cache_clear()
+
+
+@contextmanager
+def cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
+    """torch.autocast("cuda") as it is on a machine with a GPU; torch refuses it without one."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
 
 
 def sharper(policy: Any) -> Any:
@@ -110,7 +176,33 @@ def test_one_start_and_one_refresh_a_call_with_the_weights_of_that_moment() -> N
     assert llm.calls == ["refresh", "reset", "generate"] * 2
 
 
-def test_settings_that_vllm_starts_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_released_it_sleeps_until_the_next_refresh() -> None:
+    engine, policy = make_engine(SETTINGS), tiny_policy_of("llama")
+    engine.release()  # nothing was started
+    for changed in (policy, sharper(policy)):
+        engine.refresh(changed)
+        greedy = replace(DECODING, temperature=0)
+        expected = generate(changed, PROMPTS, GenerationSettings(), greedy)
+        assert engine.generate(PROMPTS, greedy).responses == expected.responses
+        engine.release()
+        engine.release()
+    engine.refresh(policy)
+    [llm] = FakeLLM.started
+    once = ["refresh", "reset", "generate", "sleep"]
+    assert llm.calls == [*once, *(wake := ["wake weights", "refresh", "wake kv_cache", "reset"]),
+                         "generate", "sleep", *wake]  # fmt: skip
+
+
+def test_the_stand_in_refuses_what_vllm_does_not_take() -> None:
+    with pytest.raises(TypeError, match="EngineArgs has no max_sequences"):
+        FakeLLM(model="unread", max_sequences=3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tag'"):
+        INTERFACE.bind("wake_up", tag=["weights"])
+    with pytest.raises(TypeError, match="SamplingParams has no max_new_tokens"):
+        of_class("SamplingParams", max_new_tokens=3)
+
+
+def test_settings_that_vllm_starts_with() -> None:
     make_engine(SETTINGS).refresh(tiny_policy_of("llama"))
     arguments = FakeLLM.started[0].arguments
     assert arguments["max_num_seqs"] == 5
@@ -119,22 +211,27 @@ def test_settings_that_vllm_starts_with(monkeypatch: pytest.MonkeyPatch) -> None
     assert arguments["generation_config"] == "vllm"  # no top-k of the model's folder
     assert arguments["logprobs_mode"] == "processed_logprobs"
     rlhf.generation.engines._only_vllm.cache_clear()
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-    monkeypatch.setattr(torch, "get_autocast_dtype", {"cuda": torch.bfloat16}.get)
-    make_engine(SETTINGS).refresh(tiny_policy_of("llama"))
+    with cuda_autocast(torch.bfloat16):
+        generate(tiny_policy_of("llama"), PROMPTS, SETTINGS, DECODING)
     assert FakeLLM.started[1].arguments["dtype"] == torch.bfloat16
 
 
-def test_every_prompt_has_a_seed_of_its_own_from_the_generator() -> None:
+def test_the_generator_seeds_each_call_and_the_global_draws_stay_as_they_were() -> None:
     policy = tiny_policy_of("llama")
 
     def sample(seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
         return generate(policy, PROMPTS, SETTINGS, DECODING, generator).responses
 
+    torch.manual_seed(5)
+    np.random.seed(5)
+    expected = float(torch.rand(())), float(np.random.rand())
     first = sample(0)
     assert first[0] != first[2]  # the same prompt
+    torch.manual_seed(5)
+    np.random.seed(5)
     assert sample(0) == first != sample(1)
+    assert (float(torch.rand(())), float(np.random.rand())) == expected
 
 
 def test_lora_layers_give_the_weights_of_the_model_that_they_make() -> None:
@@ -187,6 +284,13 @@ def test_without_vllm_the_message_holds_the_command(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ValueError, match=r"not installed; pip install 'instruct-rlhf\[vllm\]'"):
         make_engine(SETTINGS)
+
+
+def test_it_is_refused_where_only_the_first_process_samples() -> None:
+    with pytest.raises(ValueError, match=r"all 2 processes must start together, .*choose hf"):
+        check_alone(SETTINGS, 2)
+    check_alone(SETTINGS, 1)
+    check_alone(GenerationSettings(), 2)
 
 
 def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
