@@ -26,7 +26,7 @@ def load_gguf(
     weights move into a model made from the same config without the mark.
 
     Raises:
-        ValueError: The file is no GGUF file, or the package gguf is not installed.
+        ValueError: The file is not a GGUF file, or the package gguf is not installed.
         OSError: The file cannot be read.
     """
     file = Path(path)
@@ -49,4 +49,6 @@ def _check_magic(file: Path) -> None:
     with file.open("rb") as opened:
         start = opened.read(len(_MAGIC))
     if start != _MAGIC:
-        raise ValueError(f"{file} is no GGUF file: it starts with {start!r}, expected {_MAGIC!r}")
+        raise ValueError(
+            f"{file} is not a GGUF file: it starts with {start!r}, expected {_MAGIC!r}"
+        )

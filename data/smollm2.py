@@ -215,7 +215,8 @@ def _save_checked(gguf: Path, folder: Path) -> tuple[dict[str, object], int]:
     answer = greedy_answer(model, Chat(tokenizer), QUESTION)
     if ANSWER not in answer:
         raise ValueError(
-            f"{gguf} answers {QUESTION!r} with {answer!r}: no sane model; give another --gguf file"
+            f"{gguf} answers {QUESTION!r} with {answer!r}, so it is not a working model; give "
+            "another --gguf file"
         )
     with quiet():
         save_policy(model, tokenizer, folder)

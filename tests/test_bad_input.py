@@ -291,7 +291,8 @@ def test_rewards_that_cannot_be_had(rewarded, reward, message):
     [
         (
             "too_few",
-            r"returned 1 entries for 4 responses, and they part at row 1 \(.*jsonl, row \d+\); it",
+            r"returned 1 entries for 4 responses, and the first difference is at row 1 \(.*jsonl, "
+            r"row \d+\); it",
         ),
         ("one_not_a_number", r"one_not_a_number gave nan for row 1 \(.*jsonl, row \d+\); it must"),
         ("no_list", "no_list returned float; it must return a list with one number a response"),

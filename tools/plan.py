@@ -97,7 +97,7 @@ class Launch:
         if settings.get("distributed_type") == "FSDP":
             raise ValueError(
                 f"{path} asks for FSDP, which the plan does not know; ZeRO-3 "
-                "(configs/accelerate/deepspeed_zero3.yaml) splits alike, and its plan comes near"
+                "(configs/accelerate/deepspeed_zero3.yaml) splits alike, and its plan is close"
             )
         is_parallel = settings.get("distributed_type", "NO") != "NO"
         has_gpu = torch.cuda.is_available() or is_parallel

@@ -129,7 +129,7 @@ def _decode_file(path: Path) -> str:
     except RecordError as error:
         raise ValueError(f"{path}: {error}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is no whole gzip file: {error}") from None
+        raise ValueError(f"{path} is not a complete gzip file: {error}") from None
 
 
 def _checked(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -249,7 +249,7 @@ def _match(text: str) -> tuple[Kind, str, Mapping[str, str]]:
             if found := pattern.fullmatch(bare):
                 return kind, variant, found.groupdict()
     raise ValueError(
-        f"{text!r} is no instruction of the tiny world, so there is no gold preference for it; "
+        f"{text!r} is not an instruction of the tiny world, so there is no gold preference for it; "
         "use prompts that data.tinyworld wrote, or another reward"
     )
 

@@ -10,6 +10,7 @@ policy that sampled (docs/recipe.md, mistake 12).
     answers.py         one record for a sampled response, which rewards and figures take
     hf.py              our own loop over the model's cache
     decoder.py         a model's step of one token, as fast as that model allows
+    half_weights.py    weights in bf16 while they sample under autocast
     cpu_products.py    linear layers transposed for a few rows on the CPU
     vllm.py            vLLM on the GPU that trains
 """

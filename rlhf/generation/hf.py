@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from rlhf.generation.cpu_products import thin_products
 from rlhf.generation.decoder import Decoder, Way, way_for
+from rlhf.generation.half_weights import half_weights
 from rlhf.generation.interface import Decoding, Samples
 from rlhf.generation.settings import GenerationSettings
 from rlhf.training.nonfinite import NonFiniteError
@@ -34,7 +35,7 @@ class LoopEngine:
         self.policy = policy
 
     def release(self) -> None:
-        """Do nothing: the weights are the policy's own, and the cache ends with `generate`."""
+        """Do nothing: what `generate` takes, it gives back."""
 
     @torch.no_grad()
     def generate(
@@ -51,7 +52,7 @@ class LoopEngine:
         samples = Samples([[] for _ in prompts], [[] for _ in prompts])
         for chosen in _batches(prompts, self.batch_size, way):
             some_prompts = [prompts[i] for i in chosen]
-            with thin_products(self.policy):
+            with half_weights(self.policy), thin_products(self.policy):
                 decoder = Decoder(self.policy, some_prompts, way)
                 batch = _generate_batch(
                     decoder, len(some_prompts), decoding, draws, progress or (lambda _: None)

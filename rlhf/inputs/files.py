@@ -55,7 +55,7 @@ def read_records(
         more = "" if num_bad <= NUM_SHOWN_ERRORS else f"\n(and {num_bad - NUM_SHOWN_ERRORS} more)"
         lines = "\n".join(errors)
         raise ValueError(
-            f"{source}: {num_bad} of {num_bad + len(records)} rows are no "
+            f"{source}: {num_bad} of {num_bad + len(records)} rows do not hold a "
             f"{record_class.kind}:\n{lines}{more}"
         )
     if not records:
@@ -180,7 +180,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
             except StopIteration:
                 return
             except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise ValueError(f"{path} is no whole gzip file: {error}") from None
+                raise ValueError(f"{path} is not a complete gzip file: {error}") from None
             if line.strip():
                 yield f"{path}, row {number}", _parse(line)
 

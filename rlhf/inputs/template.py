@@ -159,8 +159,8 @@ def read_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
     tail = whole[answer + len(PROBE) :]
     if tail and end_id not in _ids(tokenizer, tail):
         departures.append(
-            f"the chat template ends an assistant's turn with {tail!r}, which is no token of its "
-            f"own; a response ends with {tokenizer.eos_token!r} instead"
+            f"the chat template ends an assistant's turn with {tail!r}, which is not a token "
+            f"of its own; a response ends with {tokenizer.eos_token!r} instead"
         )
     if prints_date(tokenizer):
         warnings.warn(

@@ -124,7 +124,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         return _parse(_read_json(path), _read_base(Path(folder) / BASE_FILE))
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no LoRA adapter that can be used: {error}; give a folder that a stage "
+            f"{path} is not a LoRA adapter that can be used: {error}; give a folder that a stage "
             "wrote, or merge the adapter where it was made"
         ) from error
 
@@ -145,14 +145,16 @@ def weights_sha256(path: str) -> str:
             return f"hub commit {extract_commit_hash(cached_file(path, 'config.json'), None)}"
         except (OSError, ValueError) as error:
             raise OSError(
-                f"{path} is no folder here, and as a hub id it cannot be read: {error}; start the "
-                "program where the path holds"
+                f"{path} is not a folder here, and cannot be read as a hub id: {error}; if the "
+                "path is a relative one, start the program in the folder that it starts from"
             ) from error
     if (folder / CONFIG_FILE).exists():
         raise ValueError(f"{path} is an adapter itself; adapters are not stacked, merge it first")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{path} holds no *.safetensors file, so it can be no adapter's base")
+        raise ValueError(
+            f"{path} holds no *.safetensors file, so it cannot be the base of an adapter"
+        )
     states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return _sha256(tuple(files), tuple(states))
 
@@ -360,7 +362,7 @@ def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def _read_json(path: Path) -> dict[str, Any]:
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
-        raise ValueError("it holds no object")
+        raise ValueError("it does not hold an object")
     return values
 
 
@@ -392,7 +394,7 @@ def _parse(values: Mapping[str, Any], base_sha256: str | None) -> Adapter:
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise ValueError(f"lora_alpha is {alpha!r}")
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise ValueError(f"target_modules is {targets!r} and no list of names")
+        raise ValueError(f"target_modules is {targets!r} and not a list of names")
     if not targets:
         raise ValueError("target_modules is empty")
     if not isinstance(saved, list) or not {"score", "classifier"}.issuperset(map(str, saved)):

@@ -10,7 +10,7 @@ import re
 import sys
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 ASKS_FOR_SDPA = re.compile(r"""_attn_implementation\b.*["']sdpa["']""")
@@ -56,6 +56,12 @@ def model_from_config(auto_class: Any, config: PretrainedConfig, **arguments: An
 def forget_adapter(model: PreTrainedModel) -> None:
     """Have transformers take a model for one without an adapter, so that it saves all weights."""
     model._hf_peft_config_loaded = False
+
+
+def stays_in_float32(model: nn.Module, name: str) -> bool:
+    """Return whether a model's code asks for fp32 for a parameter, even if all others are bf16."""
+    names = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return any(one in name for one in names)
 
 
 def share_storage(one: Tensor, other: Tensor) -> bool:

@@ -154,8 +154,8 @@ def check_folder(path: str) -> None:
         (folder / name).exists() for name in ("config.json", CONFIG_FILE)
     ):
         raise ValueError(
-            f"{path} holds no config.json, so it is no model folder; run the stage that makes it, "
-            "or give the folder that save_pretrained wrote"
+            f"{path} holds no config.json, so it is not a model folder; run the stage that makes "
+            "it, or give the folder that save_pretrained wrote"
         )
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not folder.exists():

@@ -116,8 +116,8 @@ def load_function(name: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(
-            f"cannot import {module_name} for {name!r} ({error}); start the program where the "
-            "module lies, or install it"
+            f"cannot import {module_name} for {name!r} ({error}); start the program in the "
+            "module's folder, or install it"
         ) from error
     except Exception as error:
         raise ValueError(
@@ -170,7 +170,7 @@ def call_by_rows(
         place = row_name(min(len(values), num_rows), columns[0])
         raise ValueError(
             f"reward function {name} returned {len(values)} entries for {num_rows} responses, and "
-            f"they part at {place}; it must return {expected}"
+            f"the first difference is at {place}; it must return {expected}"
         )
     return values
 

@@ -112,7 +112,7 @@ class RewardCard:
             return cls(golden=golden, interval=(low, high), **values)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{path} is no reward card of the rm stage ({error}); run that stage again"
+                f"{path} is not a reward card of the rm stage ({error}); run that stage again"
             ) from error
 
 
@@ -338,4 +338,4 @@ def _refuse_chance(path: str, card: RewardCard, allowed: bool) -> None:
 def _check_number(name: str, value: Any) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not abs(value) <= sys.float_info.max:
-        raise ValueError(f"{name} is {show(value)} and no finite number")
+        raise ValueError(f"{name} is {show(value)} and not a finite number")

@@ -278,7 +278,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is altered ({error}); {_or_anew(folder)}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is altered (it holds no object); {_or_anew(folder)}")
+        raise ValueError(f"{path} is altered (it does not hold an object); {_or_anew(folder)}")
     return value
 
 

@@ -167,7 +167,7 @@ def _home_path(path: str, key: str) -> str:
     if expanded.startswith("~"):
         who = path.split("/")[0]
         raise ConfigError(
-            f"{key} is {path}, and {who} is no home folder here; write the path out, or ./{path} "
+            f"{key} is {path}, and there is no home folder {who}; write the path out, or ./{path} "
             "for a folder of that name"
         )
     return expanded
@@ -259,7 +259,7 @@ def config_files(words: Sequence[str]) -> list[Path]:
 def _check_file(path: Path, config_class: type) -> None:
     """Refuse a bad settings file with a message that names it; jsonargparse's messages do not."""
     if not path.is_file():
-        raise ConfigError(f"--config {path} does not exist or is no file; correct the path")
+        raise ConfigError(f"--config {path} does not exist or is not a file; correct the path")
     try:
         text = path.read_text(encoding="utf-8")
         has_alias = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text))

@@ -236,8 +236,8 @@ def naming(accelerator: Accelerator, place: Callable[[], str]) -> Iterator[None]
         if not any(words in str(error).lower() for words in _LOST):
             raise
         raise TimeoutError(
-            f"process {accelerator.process_index} of {accelerator.num_processes} waited in vain "
-            f"for another one in {place()}; look for the first error in the other processes' "
+            f"process {accelerator.process_index} of {accelerator.num_processes} waited too "
+            f"long for another one in {place()}; look for the first error in the other processes' "
             f"output ({' '.join(str(error).split())[:200]})"
         ) from error
 

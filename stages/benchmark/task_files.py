@@ -25,14 +25,14 @@ def read_task_file(path: Path) -> dict[str, Any]:
     """Read the settings of one task; its `!function package.module.name` becomes that function.
 
     Raises:
-        ValueError: The file is no task file.
+        ValueError: The file is not a task file.
     """
     try:
         settings = _TaskLoader(path.read_text(encoding="utf-8")).get_single_data()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} is no task file: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not a task file: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict) or "task" not in settings:
         raise ValueError(f"{path} has no key task; {PAGE} shows what a task file holds")
     if settings["task"] != path.stem:

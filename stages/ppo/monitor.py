@@ -324,8 +324,8 @@ class Monitor:
         unknown = sorted(set(self.limits.stop_on) - set(CODES))
         if unknown:
             raise ValueError(
-                f"monitor.stop_on has {unknown[0]!r}, which is no code; give some of "
-                f"{', '.join(CODES)}"
+                f"monitor.stop_on has {unknown[0]!r}, which is not the code of an alarm; give some "
+                f"of {', '.join(CODES)}"
             )
 
     @property

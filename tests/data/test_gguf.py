@@ -143,7 +143,7 @@ def test_dtype_is_taken(tmp_path: Path, source: LlamaForCausalLM) -> None:
 
 def test_a_file_that_is_no_gguf_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGML")
-    with pytest.raises(ValueError, match=r"x\.gguf is no GGUF file: it starts with b'GGML'"):
+    with pytest.raises(ValueError, match=r"x\.gguf is not a GGUF file: it starts with b'GGML'"):
         load_gguf(tmp_path / "x.gguf")
     with pytest.raises(FileNotFoundError):
         load_gguf(tmp_path / "none.gguf")

@@ -119,7 +119,7 @@ def test_a_folder_that_is_no_model_is_not_replaced(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_gguf_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGML????")
-    with pytest.raises(ValueError, match="is no GGUF file"):
+    with pytest.raises(ValueError, match="is not a GGUF file"):
         write_base(BASE, tmp_path / "x.gguf", tmp_path / "base")
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 

@@ -519,5 +519,7 @@ def test_every_code_has_its_fault_in_this_file():
 
 def test_an_unknown_code_is_refused(config: Config):
     monitor = MonitorSettings(stop_on=["PPO_EOS"])
-    with pytest.raises(ValueError, match=r"stop_on has 'PPO_EOS', which is no code; give some of"):
+    with pytest.raises(
+        ValueError, match=r"stop_on has 'PPO_EOS', which is not the code of an alarm; give some of"
+    ):
         Monitor(replace(config, monitor=monitor), print, 1e-3)

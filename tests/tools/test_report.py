@@ -309,10 +309,10 @@ def broken_inputs(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     yield tmp_path / "file", "is a file; give the folder of a run"
     write_sft(tmp_path / "cut")
     (tmp_path / "cut/sft/results.json").write_text('{"held_out')
-    yield tmp_path / "cut", "results.json is no whole JSON"
+    yield tmp_path / "cut", "results.json is not complete JSON"
     write_sft(tmp_path / "rows")
     (tmp_path / "rows/sft/metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    yield tmp_path / "rows", "metrics.jsonl, line 2 is no JSON"
+    yield tmp_path / "rows", "metrics.jsonl, line 2 is not JSON"
 
 
 def test_what_is_no_run_gets_one_message_and_no_file(

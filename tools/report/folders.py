@@ -158,7 +158,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no whole JSON ({error}); run the stage again") from error
+        raise ValueError(f"{path} is not complete JSON ({error}); run the stage again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, and an object was expected")
     return content
@@ -170,7 +170,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        raise ValueError(f"{path} is not YAML: {error}") from error
     return settings if isinstance(settings, dict) else {}
 
 
@@ -187,7 +187,7 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
             except ValueError as error:
                 if not line.endswith("\n"):
                     return
-                raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
             if isinstance(row, dict):
                 yield row
 

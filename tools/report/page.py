@@ -67,7 +67,7 @@ def write_page(runs: Sequence[RunFolder], output: Path | None) -> Path:
             other runs, report_vs_NAME.html.
 
     Raises:
-        ValueError: The file is there and is no page of this program.
+        ValueError: The file is there and was not written by this program.
         OSError: It cannot be written.
     """
     others = [run.folder.resolve().name for run in runs[1:]]
@@ -75,8 +75,8 @@ def write_page(runs: Sequence[RunFolder], output: Path | None) -> Path:
     path = runs[0].folder / name if output is None else output
     if path.exists() and not _is_ours(path):
         raise ValueError(
-            f"{path} is there and is no page of this program; move it away, or name another file "
-            "with --output"
+            f"{path} is there and was not written by this program; move it away, or name "
+            "another file with --output"
         )
     write_text(path, render(runs))
     if output is None:

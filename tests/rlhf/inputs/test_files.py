@@ -72,7 +72,7 @@ def test_bad_rows_are_named_by_file_and_line_and_counted(tmp_path: Path) -> None
     with pytest.raises(ValueError) as raised:
         read_records(path, Ranking)
     message = str(raised.value)
-    assert "7 of 8 rows are no ranking" in message
+    assert "7 of 8 rows do not hold a ranking" in message
     assert f"{path}, row 2: field 'ranks': found 1 ranks for 2 responses" in message
     assert "row 6" in message and "row 7" not in message and "(and 2 more)" in message
 
@@ -87,11 +87,11 @@ def test_bad_rows_are_named_by_file_and_line_and_counted(tmp_path: Path) -> None
         ("n.jsonl", b'{"text": "caf\xe9"}\n', "at byte 14, which is not UTF-8"),
         ("j.jsonl", b'{"text": "a"}\n{"text": ', "row 2: field 'row': found '{\"text\":'"),
         ("d.jsonl", b"[" * 100_000, "one JSON object a line"),
-        ("z.jsonl.gz", b'{"text": "a"}', "is no whole gzip file"),
+        ("z.jsonl.gz", b'{"text": "a"}', "is not a complete gzip file"),
         (
             "z.jsonl.gz",
             gzip.compress(b'{"text": "a"}\n' * 100, mtime=0)[:-9],
-            "is no whole gzip file",
+            "is not a complete gzip file",
         ),
         ("t.csv", b"text\na\n", "expected a file ending in .jsonl or .jsonl.gz"),
     ],

@@ -289,7 +289,7 @@ def test_another_base_is_refused_with_both_hashes(base: ModelSettings, tmp_path:
 def test_base_that_is_gone_or_an_adapter_is_named(base: ModelSettings, tmp_path: Path) -> None:
     _, settings = save_adapter_over(base, tmp_path / "adapter")
     Path(base.path).rename(tmp_path / "elsewhere")
-    message = f"{settings.path} is an adapter without its base: {base.path} is no folder here"
+    message = f"{settings.path} is an adapter without its base: {base.path} is not a folder here"
     with pytest.raises(OSError, match=message):
         load_policy(settings)
     (tmp_path / "adapter").rename(base.path)

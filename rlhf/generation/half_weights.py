@@ -1,0 +1,42 @@
+"""Holds a policy's weights in bf16 while it samples under autocast."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from rlhf.models.compat import stays_in_float32
+
+
+@contextmanager
+def half_weights(model: nn.Module) -> Iterator[None]:
+    """Under bf16 autocast, hold the weights in bf16 and turn autocast off, until the block ends.
+
+    Autocast leaves the residual stream in fp32, and with it the keys of the cache. So the cache
+    takes up to twice the memory, and every layer casts what it reads. The weights in fp32 stay in
+    memory for training. Nothing happens without autocast, under fp16, which may overflow in the
+    residual stream, and where a launcher holds the weights in bf16 anyway.
+    """
+    device = next(model.parameters()).device.type
+    if not _is_bf16(device):
+        yield
+        return
+    full = [
+        (parameter, parameter.data)
+        for name, parameter in model.named_parameters()
+        if parameter.dtype == torch.float32 and not stays_in_float32(model, name)
+    ]
+    try:
+        for parameter, weights in full:
+            parameter.data = weights.bfloat16()
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for parameter, weights in full:
+            parameter.data = weights
+
+
+def _is_bf16(device: str) -> bool:
+    is_on = torch.is_autocast_enabled(device)
+    return is_on and torch.get_autocast_dtype(device) == torch.bfloat16
