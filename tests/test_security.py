@@ -340,7 +340,7 @@ def test_only_the_default_of_several_templates_is_kept(policy: Path, tmp_path: P
 def test_a_pickled_reward_card_is_refused(models: Path, tmp_path: Path, canary: Path) -> None:
     folder = Path(shutil.copytree(models / "rm", tmp_path / "rm"))
     (folder / REWARD_FILE).write_bytes(pickle.dumps(Bomb(canary)))
-    with pytest.raises(ValueError, match=r"reward\.json is no reward card"):
+    with pytest.raises(ValueError, match=r"reward\.json is not a reward card"):
         RewardCard.load(folder)
     assert not canary.exists()
 

@@ -331,7 +331,7 @@ def test_a_file_of_somebody_else_is_not_replaced(
     write_sft(tmp_path)
     (tmp_path / "sft/report.html").write_text("<html>mine</html>")
     assert main([str(tmp_path / "sft")]) == 2
-    assert "is no page of this program" in capsys.readouterr().err
+    assert "was not written by this program" in capsys.readouterr().err
     assert (tmp_path / "sft/report.html").read_text() == "<html>mine</html>"
 
 

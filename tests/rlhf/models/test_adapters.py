@@ -354,7 +354,7 @@ def test_adapter_with_more_to_it_is_refused(
     changes: dict[str, Any], message: str, base: ModelSettings, tmp_path: Path
 ) -> None:
     settings = adapter_with(changes, base, tmp_path / "adapter")
-    with pytest.raises(ValueError, match=f"adapter_config.json is no LoRA adapter.*{message}"):
+    with pytest.raises(ValueError, match=f"adapter_config.json is not a LoRA adapter.*{message}"):
         load_policy(settings)
 
 
@@ -389,7 +389,7 @@ def test_files_that_are_cut_or_missing_are_named(base: ModelSettings, tmp_path: 
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors cannot be read"):
         load_policy(settings)
     (tmp_path / "adapter" / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config\.json is no LoRA adapter"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not a LoRA adapter"):
         load_policy(settings)
 
 
