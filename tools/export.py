@@ -1,12 +1,16 @@
-"""Merge an adapter and its base into one full model, for programs that cannot read adapters.
+"""Write a plain model folder: of an adapter with its base, or of a PPO run's last checkpoint.
 
-python -m tools.export --folder runs/mine/ppo --output_dir merged
+    python -m tools.export --folder runs/mine/ppo --output_dir merged
+    python -m tools.export --folder runs/mine/ppo/checkpoints/step-15 --output_dir before_the_alarm
+
+The first is for programs that cannot read adapters. The second gives the policy of a run that was
+killed, or that had an alarm since.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,11 +24,17 @@ from rlhf.models.settings import ModelSettings
 from rlhf.models.shared_bases import SharedBases
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.models import REWARD_FILE
+from rlhf.runs.checkpoint_files import MANIFEST, Manifest, check_files, read_manifest, read_states
 from rlhf.runs.folder import MODEL_FILES, folders_given_back
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
 from rlhf.runs.settings import FolderSettings
+from rlhf.training.parameters import copy_into
 
+Checkpoint = tuple[Manifest, dict[str, dict[str, Any]]]
+"""What a checkpoint says of itself, and the states of its parts."""
+POLICY = "policy."
+"""How names of the policy's weights start in a checkpoint of PPO."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 """Largest difference of an output between the adapter on its base and the merged weights. bfloat16
 rounds the merged weights to 8 bits."""
@@ -32,14 +42,16 @@ rounds the merged weights to 8 bits."""
 
 @dataclass(frozen=True, kw_only=True)
 class Config(FolderSettings):
-    """Merge an adapter into its base and write the full weights of a policy or a reward model."""
+    """Merge an adapter into its base, or take the policy out of a checkpoint; write full
+    weights."""
 
     folder: str
-    """Folder that a stage wrote with lora.rank above 0."""
+    """Folder that a stage wrote with lora.rank above 0, or a folder RUN/checkpoints/step-N of
+    PPO."""
     output_dir: str
     """Folder to write."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the merged weights."""
+    """Type of the written weights."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base. Set it only for sources that you trust."""
 
@@ -49,15 +61,21 @@ def export(config: Config) -> None:
     """Write the full model with its tokenizer, template, reward card and lineage.
 
     Raises:
-        ValueError: The folder holds no adapter, its base has changed, the output folder holds files
-            of others, or the merged weights do not compute what the adapter does.
+        ValueError: The folder holds no adapter and is no checkpoint of PPO, its base has changed,
+            the output folder holds files of others, or the merged weights do not compute what the
+            adapter does.
     """
     files = (*MODEL_FILES, REWARD_FILE)
+    checkpoint = _read_checkpoint(Path(config.folder))
     run = open_run(config, stage="export", inputs={"folder": config.folder}, files=files)
+    if checkpoint is not None:
+        run.finish(_export_checkpoint(checkpoint, config, run.dir))
+        return
     adapter = find_adapter(config.folder)
     if adapter is None:
         raise ValueError(
-            f"{config.folder} holds no adapter (adapter_config.json), so there is nothing to merge"
+            f"{config.folder} holds no adapter (adapter_config.json) and no checkpoint "
+            f"({MANIFEST}), so there is nothing to export"
         )
     settings = ModelSettings(
         path=config.folder, dtype=config.dtype, trust_remote_code=config.trust_remote_code
@@ -75,6 +93,41 @@ def export(config: Config) -> None:
         difference = _merge(policy, config.dtype)
         save_policy(policy, tokenizer, run.dir)
     run.finish({"base": adapter.base, "max_difference": difference})
+
+
+def _read_checkpoint(folder: Path) -> Checkpoint | None:
+    """Return a checkpoint of PPO and its states, or None if the folder is no checkpoint."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    states = read_states(folder)
+    is_ppo = manifest.run["stage"] == "ppo"
+    if not is_ppo or "model" not in states or manifest.run["settings"]["lora"]["rank"]:
+        raise ValueError(
+            f"{folder} is a checkpoint of {manifest.run['stage']} on {manifest.num_processes} "
+            "processes; only the whole weights of a PPO policy without an adapter can be exported. "
+            "Give the command of the run again, which goes on from there"
+        )
+    return manifest, states
+
+
+def _export_checkpoint(checkpoint: Checkpoint, config: Config, output_dir: Path) -> dict[str, Any]:
+    """Write the policy as PPO would have written it after the checkpoint's update."""
+    manifest, states = checkpoint
+    settings = manifest.run["settings"]
+    start = ModelSettings(**settings["policy"])
+    start = replace(start, trust_remote_code=config.trust_remote_code)
+    policy = load_policy(start)
+    both = states["model"]
+    own = {n.removeprefix(POLICY): w for n, w in both.items() if n.startswith(POLICY)}
+    # A run that averages its policy's weights ends with the average.
+    copy_into(dict(policy.named_parameters()), states.get("average", own))
+    torch.nn.Module.to(policy, dtype=getattr(torch, config.dtype))
+    tokenizer = load_tokenizer(start.path, trust_remote_code=config.trust_remote_code)
+    save_policy(policy, tokenizer, output_dir)
+    print(f"export: wrote the policy as it was after {manifest.step + 1} updates")
+    return {"update": manifest.step}
 
 
 def _merge(model: PreTrainedModel, dtype: str) -> float:

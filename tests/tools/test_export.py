@@ -78,7 +78,9 @@ def test_nothing_is_overwritten_and_there_must_be_an_adapter(work: Path) -> None
     ):
         export(Config(folder=str(work / "ppo"), output_dir=str(work / "taken")))
     assert [path.name for path in (work / "taken").iterdir()] == ["notes.txt"]
-    with pytest.raises(ValueError, match=r"base holds no adapter \(adapter_config\.json\)"):
+    with pytest.raises(
+        ValueError, match=r"base holds no adapter \(adapter_config\.json\) and no checkpoint"
+    ):
         export(Config(folder=str(work / "base"), output_dir=str(work / "merged")))
     assert not (work / "merged").exists()
 

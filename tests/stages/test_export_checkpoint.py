@@ -1,0 +1,43 @@
+"""The policy of a run that was killed is in its checkpoint, for whoever does not want to go on."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.stages.cut_runs import KILLED, Cut, make_configs, run_command
+from tools.export import Config, export
+
+
+def last_checkpoint(folder: Path) -> str:
+    [found] = (folder / "checkpoints").iterdir()
+    return str(found)
+
+
+def test_a_checkpoint_gives_the_policy_of_a_run_that_ends_there(tmp_path: Path) -> None:
+    """Both have a constant learning rate, and end with the average of the weights."""
+    (tmp_path / "inputs").mkdir()
+    config = make_configs(tmp_path / "inputs", tmp_path)["ppo"]
+    config = replace(config, checkpoint_every=1, optim=replace(config.optim, schedule="constant"))
+    assert config.ema_decay is not None
+    cut = Cut("stages.ppo.stopping", "save_policy", 1)
+    assert run_command("ppo", config, cut)[0] == KILLED
+    checkpoint = last_checkpoint(Path(config.output_dir))
+    export(Config(folder=checkpoint, output_dir=str(tmp_path / "early")))
+    num_updates = int(checkpoint.rpartition("-")[2]) + 1
+    shorter = replace(config, num_updates=num_updates, output_dir=str(tmp_path / "shorter"))
+    code, printed = run_command("ppo", shorter)
+    assert code == 0, printed
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        expected = (tmp_path / "shorter" / name).read_bytes()
+        assert (tmp_path / "early" / name).read_bytes() == expected
+
+
+def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "inputs").mkdir()
+    config = make_configs(tmp_path / "inputs", tmp_path)["rm"]
+    assert run_command("rm", config, Cut("stages.rm.train", "save_scalar", 1))[0] == KILLED
+    checkpoint = last_checkpoint(Path(config.output_dir))
+    with pytest.raises(ValueError, match=r"is a checkpoint of rm on 1 processes; only the whole"):
+        export(Config(folder=checkpoint, output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
