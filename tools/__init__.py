@@ -4,6 +4,6 @@ python -m tools               starts a stage, a tool or a data command by its na
 python -m tools.doctor        reports what works on this machine and in this installation
 python -m tools.plan          computes what a run will need, before anything is loaded
 python -m tools.report        writes a page about a run, or about runs side by side
-python -m tools.export        merges an adapter and its base into one full model
+python -m tools.export        writes a full model of an adapter, or the policy of a checkpoint
 python -m tools.metrics_page  writes docs/metrics.md from the stages' tables
 """
