@@ -178,7 +178,8 @@ def make_policies(
 def policy_config(run: str, knob: str, coef: float) -> PPOConfig:
     """Return the settings of RUN/ppo with another coefficient and a folder in RUN/sweep.
 
-    If RUN/ppo or RUN/ppo_ptx has this coefficient already, its settings are returned unchanged.
+    If RUN/ppo or RUN/ppo_ptx has this coefficient already, its settings are returned, with the
+    folder in which it lies now.
     """
     base = settings_of(PPOConfig, f"{run}/ppo")
     folder = f"{run}/sweep/{knob}_{coef:g}"
@@ -186,9 +187,10 @@ def policy_config(run: str, knob: str, coef: float) -> PPOConfig:
         wanted = replace(base, ptx=replace(base.ptx, coef=coef), output_dir=folder)
     else:
         wanted = replace(base, ppo=replace(base.ppo, kl_coef=coef), output_dir=folder)
-    for existing in (base, settings_of(PPOConfig, f"{run}/ppo_ptx")):
+    for name in ("ppo", "ppo_ptx"):
+        existing = settings_of(PPOConfig, f"{run}/{name}")
         if replace(existing, output_dir=folder) == wanted:
-            return existing
+            return replace(existing, output_dir=f"{run}/{name}")
     return wanted
 
 

@@ -64,6 +64,12 @@ def test_a_coefficient_that_the_pipeline_took_is_not_made_again(run: str) -> Non
     assert policy_config(run, "ptx", 1.0) == ppo_config(run, "ppo_ptx", ptx=1.0)
 
 
+def test_a_run_that_was_moved_is_found_where_it_lies(run: str, tmp_path: Path) -> None:
+    moved = str(Path(run).rename(tmp_path / "moved"))
+    assert policy_config(moved, "ptx", 0.0).output_dir == f"{moved}/ppo"
+    assert policy_config(moved, "ptx", 1.0).output_dir == f"{moved}/ppo_ptx"
+
+
 def test_other_coefficients_change_nothing_else(run: str) -> None:
     assert policy_config(run, "ptx", 27.8) == ppo_config(run, "sweep/ptx_27.8", ptx=27.8)
     assert policy_config(run, "kl", 1.5) == ppo_config(run, "sweep/kl_1.5", kl=1.5)
