@@ -3,6 +3,7 @@
 import ast
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -24,9 +25,9 @@ def config_class_of(stage: str) -> type:
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_stage_settings_load(path: Path) -> None:
-    config = load_config(config_class_of(path.parent.name), ["--config", str(path)])
+    config: Any = load_config(config_class_of(path.parent.name), ["--config", str(path)])
     # harmless_judge is a second run of the preset harmless, so its folder lies in runs/harmless.
-    runs, preset, *_ = Path(config.output_dir).parts  # type: ignore[attr-defined]
+    runs, preset, *_ = Path(config.output_dir).parts
     assert runs == "runs"
     assert path.stem.startswith(preset)
 

@@ -433,7 +433,7 @@ def test_huge_and_nested_rows_are_named(tmp_path: Path, row: bytes) -> None:
 )
 @pytest.mark.parametrize("section", ["policies", "reports"])
 def test_names_in_settings_are_no_paths(name: str, section: str) -> None:
-    names = {"policies": {"sft": "runs/sft"}}
+    names: dict[str, Any] = {"policies": {"sft": "runs/sft"}}
     names[section] = {**names.get(section, {}), name: "runs/sft"}
     with pytest.raises(ValueError, match=f"{section} has the name"):
         EvaluateConfig(prompts="p.jsonl", output_dir="runs/evaluate", **names)
