@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from rlhf.generation.engines import generate
 from rlhf.generation.interface import Decoding
@@ -20,6 +26,7 @@ from rlhf.training.settings import OptimSettings
 from stages.pretrain.config import ArchitectureSettings, Config
 from stages.pretrain.tokenizer import train_tokenizer
 from stages.pretrain.train import draw_batches, language_model_loss, pretrain, to_blocks
+from tests.rlhf.plain_loading import load_with_report
 
 TEXTS = [f"The {colour} hat is in the {place}." for colour in ("red", "blue") for place in "ABCDE"]
 
@@ -82,13 +89,14 @@ def test_a_batch_larger_than_the_text_is_told(
 
 
 def test_the_folder_loads_with_plain_transformers(run_dir: Path) -> None:
-    model, report = AutoModelForCausalLM.from_pretrained(run_dir, output_loading_info=True)
+    model, report = load_with_report(AutoModelForCausalLM, run_dir)
     tokenizer = AutoTokenizer.from_pretrained(run_dir)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     ids = tokenizer("The red", return_tensors="pt").input_ids
     text = tokenizer.decode(
         model.generate(ids, max_new_tokens=2, do_sample=False)[0, ids.shape[1] :]
     )
+    assert isinstance(text, str)
     assert text.startswith("hat")
 
 
@@ -108,10 +116,13 @@ def test_same_seed_same_weights_and_another_seed_others(
 def test_greedy_text_before_saving_equals_text_after_loading(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = []
-    monkeypatch.setattr(
-        "stages.pretrain.train.fact_recall", lambda model, *_: kept.append(model) or 0.0
-    )
+    kept: list[PreTrainedModel] = []
+
+    def keep(model: PreTrainedModel, *_: object) -> float:
+        kept.append(model)
+        return 0.0
+
+    monkeypatch.setattr("stages.pretrain.train.fact_recall", keep)
     pretrain(make_config(data, tmp_path))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     prompt = AutoTokenizer.from_pretrained(tmp_path)("The blue hat").input_ids
