@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 from rlhf.inputs.packing import Layout, Packer, PromptTree
 from rlhf.models.loading import load_policy
@@ -50,7 +51,9 @@ def test_sft_learns_by_the_models_own_logits(
     config = load_config(Config, [*words, "--batch_size", "2"])
     trainer = make_trainer(policy, tokenizer(), trees, config, str(tmp_path / "run"))
     assert trainer.is_fused == is_fused
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    rows = trainer.train_dataset
+    assert isinstance(rows, Dataset)
+    batch = trainer.data_collator([rows[i] for i in range(2)])
     count = torch.tensor(8)
     loss = trainer.compute_loss(policy, batch, num_items_in_batch=count)
     assert loss.item() == pytest.approx(-expected.sum().item() / 8, rel=1e-4)

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +42,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_config(data: Path, output_dir: Path, **changes: object) -> Config:
-    settings: dict[str, object] = {
+def make_config(data: Path, output_dir: Path, **changes: Any) -> Config:
+    settings: dict[str, Any] = {
         "text_path": str(data / "text.jsonl"),
         "text_held_out_path": str(data / "held_out.jsonl"),
         "facts_path": str(data / "facts.jsonl"),
@@ -57,7 +58,7 @@ def make_config(data: Path, output_dir: Path, **changes: object) -> Config:
         ),
         "optim": OptimSettings(learning_rate=1e-2),
     }
-    return Config(**{**settings, **changes})  # type: ignore[arg-type]
+    return Config(**{**settings, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
@@ -277,11 +277,11 @@ def plain_gradient(
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_every_ranking_is_seen_once_an_epoch_on_any_number_of_processes(num_processes: int) -> None:
-    config = SimpleNamespace(batch_size=4, seed=7)
+    config = cast(Config, SimpleNamespace(batch_size=4, seed=7))
     epochs = []
     for index in range(num_processes):
-        accelerator = SimpleNamespace(process_index=index, num_processes=num_processes)
-        batches = GlobalBatches(9, config, accelerator)  # type: ignore[arg-type]
+        process = SimpleNamespace(process_index=index, num_processes=num_processes)
+        batches = GlobalBatches(9, config, cast(Accelerator, process))
         epochs.append([list(batches), list(batches)])
         assert [len(batches)] == [3]
     for epoch in range(2):
