@@ -19,13 +19,13 @@ SETTINGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(LAUNCHER) - TASK
 STAGES = sorted(path.parent.name for path in (ROOT / "stages").glob("*/__main__.py"))
 
 
-def config_class_of(stage: str) -> type:
+def config_class_of(stage: str) -> type[Any]:
     return importlib.import_module(f"stages.{stage}.config").Config
 
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_stage_settings_load(path: Path) -> None:
-    config: Any = load_config(config_class_of(path.parent.name), ["--config", str(path)])
+    config = load_config(config_class_of(path.parent.name), ["--config", str(path)])
     # harmless_judge is a second run of the preset harmless, so its folder lies in runs/harmless.
     runs, preset, *_ = Path(config.output_dir).parts
     assert runs == "runs"

@@ -95,7 +95,11 @@ HARMLESS = [
 def breaches(text: str) -> list[str]:
     """The lines of a Python file that could run what they read, as `line: code`."""
     tree = ast.parse(text)
-    found = {node.lineno: ast.unparse(node) for node in ast.walk(tree) if is_breach(node)}
+    found = {
+        node.lineno: ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.stmt | ast.expr) and is_breach(node)
+    }
     return [f"{line}: {code.splitlines()[0]}" for line, code in sorted(found.items())]
 
 

@@ -1,6 +1,5 @@
 """What TensorBoard and W&B get, read back from their own files."""
 
-from dataclasses import MISSING
 import json
 import os
 import socket
@@ -9,7 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
