@@ -194,7 +194,7 @@ def run_ppo(
 ) -> Tensor:
     """The project's PPO on a task; the policy's table at the end."""
     table = TablePolicy(task.ref)
-    # They and the chat below have all that the code under test asks of what they stand for.
+    # Each stand-in has all that the code under test asks of the real one.
     policy = cast(PreTrainedModel, table)
     value = cast(ScalarModel, TableValue(torch.zeros(NUM_STATES)))
     ref_policy = cast(PreTrainedModel, TablePolicy(task.ref))
@@ -310,7 +310,7 @@ def test_without_a_mistake_the_short_run_comes_near_the_optimum() -> None:
 
 PenalizedRewards = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 Estimator = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Of logprobs, ref_logprobs and response_mask, all (batch, time)."""
+"""Takes logprobs, ref_logprobs and response_mask, each (batch, time)."""
 
 
 def whitened_with_mean(

@@ -56,7 +56,7 @@ from stages.ppo.rollout import Rollout
 from stages.ppo.train import train
 
 Distribution = Callable[[Tensor, float], Tensor]
-"""The probabilities to draw from, (rows, vocab), of logits and a temperature."""
+"""Takes logits (rows, vocab) and a temperature; gives the probabilities to draw from."""
 
 
 @pytest.fixture
