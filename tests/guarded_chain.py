@@ -131,7 +131,7 @@ def run_chain(folder: Path, runs: Path) -> None:
     from stages.sft.config import Config as SFTConfig
     from stages.sft.train import train as train_sft
 
-    lengths = {"max_prompt_tokens": 64, "max_response_tokens": 60}
+    lengths: dict[str, Any] = {"max_prompt_tokens": 64, "max_response_tokens": 60}
     optim = OptimSettings(learning_rate=1e-3)
     prompts, demonstrations = str(folder / "prompts.jsonl"), str(folder / "demonstrations.jsonl")
     train_sft(

@@ -5,12 +5,13 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from rlhf.inputs.chat import Chat
+from rlhf.inputs.records import PromptLike
 from rlhf.models.saving import save_policy
 from rlhf.runs.program import USER_ERROR, run_stage
 from stages.evaluate.config import Config as EvaluateConfig
@@ -23,9 +24,14 @@ from stages.sft.config import Config as SFTConfig
 from stages.sft.train import train as train_sft
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 
-RANKING = {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2]}
-DEMONSTRATION = {"prompt": "q", "response": "a"}
-FRUITS = [{"prompt": f"Name fruit {i}.", "response": "pear"} for i in range(20)]
+RANKING: dict[str, Any] = {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2]}
+DEMONSTRATION: dict[str, Any] = {"prompt": "q", "response": "a"}
+Program = tuple[Callable[[Any], object], type, dict[str, object]]
+"""A stage, the class of its settings, and its arguments by name."""
+
+FRUITS: list[dict[str, Any]] = [
+    {"prompt": f"Name fruit {i}.", "response": "pear"} for i in range(20)
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,27 +54,40 @@ def make_tokenizer(*more: str) -> Any:
     return Chat(tokenizer).tokenizer
 
 
-def too_few(prompts, responses, metas):
+def too_few(
+    prompts: list[PromptLike], responses: list[str], metas: list[dict[str, Any]]
+) -> list[float]:
     return [0.0]
 
 
-def one_not_a_number(prompts, responses, metas):
+def one_not_a_number(
+    prompts: list[PromptLike], responses: list[str], metas: list[dict[str, Any]]
+) -> list[float]:
     return [0.0, float("nan")] + [0.0] * (len(responses) - 2)
 
 
-def no_list(prompts, responses, metas):
+def no_list(prompts: list[PromptLike], responses: list[str], metas: list[dict[str, Any]]) -> float:
     return 1.0
 
 
-def failing(prompts, responses, metas):
+def failing(
+    prompts: list[PromptLike], responses: list[str], metas: list[dict[str, Any]]
+) -> list[float]:
     raise KeyError("no such\nkey")
 
 
-def one_token_short(prompts, responses, metas, tokens):
+def one_token_short(
+    prompts: list[PromptLike],
+    responses: list[str],
+    metas: list[dict[str, Any]],
+    tokens: list[list[str]],
+) -> list[list[float]]:
     return [[0.0] * (len(pieces) - 1) for pieces in tokens]
 
 
-def constant(prompts, responses, metas):
+def constant(
+    prompts: list[PromptLike], responses: list[str], metas: list[dict[str, Any]]
+) -> list[float]:
     return [0.5] * len(responses)
 
 
@@ -104,8 +123,8 @@ def refusal(
     return message
 
 
-def sft(folder: Path, tmp_path: Path, **changes: object) -> tuple[Any, ...]:
-    args = {
+def sft(folder: Path, tmp_path: Path, **changes: object) -> Program:
+    args: dict[str, object] = {
         "model.path": folder / "model",
         "demonstrations": folder / "demonstrations.jsonl",
         "output_dir": tmp_path / "sft",
@@ -114,8 +133,8 @@ def sft(folder: Path, tmp_path: Path, **changes: object) -> tuple[Any, ...]:
     return train_sft, SFTConfig, args | {k.replace("__", "."): v for k, v in changes.items()}
 
 
-def rm(folder: Path, tmp_path: Path, rankings: Path, **changes: object) -> tuple[Any, ...]:
-    args = {
+def rm(folder: Path, tmp_path: Path, rankings: Path, **changes: object) -> Program:
+    args: dict[str, object] = {
         "model.path": folder / "model",
         "rankings": f"[{rankings}]",
         "demonstrations": folder / "demonstrations.jsonl",
@@ -125,8 +144,8 @@ def rm(folder: Path, tmp_path: Path, rankings: Path, **changes: object) -> tuple
     return train_rm, RMConfig, args | {k.replace("__", "."): v for k, v in changes.items()}
 
 
-def ppo(folder: Path, tmp_path: Path, **changes: object) -> tuple[Any, ...]:
-    args = {
+def ppo(folder: Path, tmp_path: Path, **changes: object) -> Program:
+    args: dict[str, object] = {
         "policy.path": folder / "model",
         "prompts": folder / "prompts.jsonl",
         "reward.model": folder / "rm",
@@ -138,7 +157,7 @@ def ppo(folder: Path, tmp_path: Path, **changes: object) -> tuple[Any, ...]:
     return train_ppo, PPOConfig, args | {k.replace("__", "."): v for k, v in changes.items()}
 
 
-def test_empty_file(folder, tmp_path, capsys):
+def test_empty_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = write(tmp_path / "empty.jsonl", [])
     message = refusal(*sft(folder, tmp_path, demonstrations=empty), capsys)
     assert "empty.jsonl" in message
@@ -146,7 +165,7 @@ def test_empty_file(folder, tmp_path, capsys):
     assert "empty.jsonl" in message
 
 
-def test_missing_field(folder, tmp_path, capsys):
+def test_missing_field(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [DEMONSTRATION, {"prompt": "q"}]
     path = write(tmp_path / "rows.jsonl", rows)
     message = refusal(*sft(folder, tmp_path, demonstrations=path), capsys)
@@ -155,35 +174,39 @@ def test_missing_field(folder, tmp_path, capsys):
     assert "response" in message
 
 
-def test_misspelt_field(folder, tmp_path, capsys):
+def test_misspelt_field(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "rows.jsonl", [{"prompt": "q", "respones": "a"}])
     message = refusal(*sft(folder, tmp_path, demonstrations=path), capsys)
     assert "respones" in message
     assert "response" in message
 
 
-def test_ranks_of_the_wrong_length(folder, tmp_path, capsys):
+def test_ranks_of_the_wrong_length(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write(tmp_path / "rows.jsonl", [RANKING, {**RANKING, "ranks": [1, 2, 3]}])
     message = refusal(*rm(folder, tmp_path, path), capsys)
     assert "row 2" in message
     assert "ranks" in message
 
 
-def test_all_tied(folder, tmp_path, capsys):
+def test_all_tied(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{**RANKING, "prompt": f"q{i}", "ranks": [1, 1]} for i in range(20)]
     path = write(tmp_path / "rows.jsonl", rows)
     message = refusal(*rm(folder, tmp_path, path), capsys)
     assert "all are tied" in message
 
 
-def test_one_response(folder, tmp_path, capsys):
+def test_one_response(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "rows.jsonl", [{"prompt": "q", "responses": ["a"], "ranks": [1]}])
     message = refusal(*rm(folder, tmp_path, path), capsys)
     assert "row 1" in message
     assert "responses" in message
 
 
-def test_prompt_longer_than_the_context(folder, tmp_path, capsys):
+def test_prompt_longer_than_the_context(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write(tmp_path / "prompts.jsonl", [{"prompt": "why " * 100}])
     message = refusal(*ppo(folder, tmp_path, prompts=path), capsys)
     assert "prompts.jsonl" in message
@@ -193,7 +216,9 @@ def test_prompt_longer_than_the_context(folder, tmp_path, capsys):
     assert "max_prompt_tokens" in message
 
 
-def test_file_that_is_not_utf8(folder, tmp_path, capsys):
+def test_file_that_is_not_utf8(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"prompt": "q", "response": "caf\xe9"}\n')
     message = refusal(*sft(folder, tmp_path, demonstrations=path), capsys)
@@ -201,14 +226,18 @@ def test_file_that_is_not_utf8(folder, tmp_path, capsys):
     assert "row 1" in message
 
 
-def test_model_folder_without_weights(folder, tmp_path, capsys):
+def test_model_folder_without_weights(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(folder / "model", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     message = refusal(*sft(folder, tmp_path, model__path=tmp_path / "model"), capsys)
     assert "model.safetensors" in message
 
 
-def test_reward_model_folder_without_a_head(folder, tmp_path, capsys):
+def test_reward_model_folder_without_a_head(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(folder / "rm", tmp_path / "rm")
     weights = load_file(tmp_path / "rm" / "model.safetensors")
     del weights["score.weight"]
@@ -217,33 +246,43 @@ def test_reward_model_folder_without_a_head(folder, tmp_path, capsys):
     assert "no reward head" in message
 
 
-def test_reward_model_folder_without_its_card(folder, tmp_path, capsys):
+def test_reward_model_folder_without_its_card(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     message = refusal(*ppo(folder, tmp_path), capsys)
     assert "reward.json" in message
 
 
-def test_tokenizer_of_another_model(folder, tmp_path, capsys):
+def test_tokenizer_of_another_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(folder / "model", tmp_path / "model")
     make_tokenizer(*(f"<more {i}>" for i in range(9))).save_pretrained(tmp_path / "model")
     message = refusal(*sft(folder, tmp_path, model__path=tmp_path / "model"), capsys)
     assert "tokenizer of another model" in message
 
 
-def test_misspelt_setting(folder, tmp_path, capsys):
+def test_misspelt_setting(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(*ppo(folder, tmp_path, ppo__kl_coeff=0.1), capsys)
     assert "ppo.kl_coeff" in message
     assert "did you mean ppo.kl_coef?" in message
 
 
-def test_folder_that_is_not_there(folder, tmp_path, capsys):
+def test_folder_that_is_not_there(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     message = refusal(*sft(folder, tmp_path, model__path=tmp_path / "nowhere"), capsys)
     assert "nowhere" in message
     message = refusal(*ppo(folder, tmp_path, prompts=tmp_path / "nothing.jsonl"), capsys)
     assert "nothing.jsonl" in message
 
 
+class Rewarded(Protocol):
+    def __call__(self, reward: str, *, behind_a_bar: bool = False, **changes: object) -> str: ...
+
+
 @pytest.fixture
-def rewarded(folder, tmp_path, capsys):
+def rewarded(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Rewarded:
     """The refusal of a PPO run whose reward comes from these settings, in a YAML file."""
 
     def run(reward: str, *, behind_a_bar: bool = False, **changes: object) -> str:
@@ -282,7 +321,7 @@ def rewarded(folder, tmp_path, capsys):
     ],
 )
 @pytest.mark.slow
-def test_rewards_that_cannot_be_had(rewarded, reward, message):
+def test_rewards_that_cannot_be_had(rewarded: Rewarded, reward: str, message: str) -> None:
     assert re.search(message, rewarded(reward))
 
 
@@ -304,13 +343,17 @@ def test_rewards_that_cannot_be_had(rewarded, reward, message):
     ],
 )
 @pytest.mark.slow
-def test_functions_that_give_something_else(rewarded, function, message):
+def test_functions_that_give_something_else(
+    rewarded: Rewarded, function: str, message: str
+) -> None:
     per_token = function == "one_token_short"
     reward = f"{{function: 'tests.test_bad_input:{function}', per_token: {per_token}}}"
     assert re.search(message, rewarded(reward, behind_a_bar=True))
 
 
-def test_a_value_model_that_cannot_read_the_policys_tokens(folder, tmp_path, rewarded):
+def test_a_value_model_that_cannot_read_the_policys_tokens(
+    folder: Path, tmp_path: Path, rewarded: Rewarded
+) -> None:
     shutil.copytree(folder / "rm", tmp_path / "rm")
     byte_tokenizer("<e>", "<p>", eos_token="<e>", pad_token="<p>").save_pretrained(tmp_path / "rm")
     reward = "{function: 'tests.test_bad_input:constant'}"
@@ -326,13 +369,15 @@ REFUSES_SYSTEM = (
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "rm_bias", "ppo", "ppo_held_out", "evaluate"])
-def test_a_prompt_that_the_template_refuses_is_named(folder, tmp_path, capsys, stage):
+def test_a_prompt_that_the_template_refuses_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
     """Row 3 of each file has a system turn, the others have none."""
     model = tmp_path / "model"
     shutil.copytree(folder / "model", model)
     (model / "chat_template.jinja").write_text(REFUSES_SYSTEM)
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "demonstrations": DEMONSTRATION,
         "rankings": RANKING,
         "prompts": {"prompt": "q"},
@@ -344,7 +389,7 @@ def test_a_prompt_that_the_template_refuses_is_named(folder, tmp_path, capsys, s
         )
         for name, row in kinds.items()
     }
-    programs = {
+    programs: dict[str, Program] = {
         "sft": sft(folder, tmp_path, model__path=model, demonstrations=bad["demonstrations"]),
         "rm": rm(folder, tmp_path, bad["rankings"], model__path=model),
         "rm_bias": rm(
@@ -371,7 +416,9 @@ def test_a_prompt_that_the_template_refuses_is_named(folder, tmp_path, capsys, s
     assert re.match(r"error: .*\.jsonl, row 3: the chat template refuses a prompt with", message)
 
 
-def test_rankings_of_equal_responses_alone(folder, tmp_path, capsys):
+def test_rankings_of_equal_responses_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{**RANKING, "prompt": f"q{i}", "responses": ["a", "a"]} for i in range(20)]
     rankings = write(tmp_path / "equal.jsonl", rows)
     message = refusal(*rm(folder, tmp_path, rankings), capsys)

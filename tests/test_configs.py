@@ -3,6 +3,7 @@
 import ast
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ SETTINGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(LAUNCHER) - TASK
 STAGES = sorted(path.parent.name for path in (ROOT / "stages").glob("*/__main__.py"))
 
 
-def config_class_of(stage: str) -> type:
+def config_class_of(stage: str) -> type[Any]:
     return importlib.import_module(f"stages.{stage}.config").Config
 
 
@@ -26,7 +27,7 @@ def config_class_of(stage: str) -> type:
 def test_stage_settings_load(path: Path) -> None:
     config = load_config(config_class_of(path.parent.name), ["--config", str(path)])
     # harmless_judge is a second run of the preset harmless, so its folder lies in runs/harmless.
-    runs, preset, *_ = Path(config.output_dir).parts  # type: ignore[attr-defined]
+    runs, preset, *_ = Path(config.output_dir).parts
     assert runs == "runs"
     assert path.stem.startswith(preset)
 

@@ -69,9 +69,9 @@ def test_settings_are_utf8_in_any_locale(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(json.dumps(row), encoding="utf-8")
     settings = f"prompt_column: question é\nresponse_column: answer\ninput: {tmp_path}/in.jsonl\n"
     (tmp_path / "settings.yaml").write_text(settings, encoding="utf-8")
-    words = ["--config", tmp_path / "settings.yaml", "--format", "columns"]
+    words = ["--config", str(tmp_path / "settings.yaml"), "--format", "columns"]
     run = subprocess.run(
-        [sys.executable, "-m", "data.convert", *words, "--output", tmp_path / "out.jsonl"],
+        [sys.executable, "-m", "data.convert", *words, "--output", str(tmp_path / "out.jsonl")],
         env={**os.environ, **NARROW},
         cwd=ROOT,
         capture_output=True,

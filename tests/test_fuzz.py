@@ -187,8 +187,13 @@ def test_settings_files(
     assert config is None or type(config) is config_class
 
 
-STATES = {"model": {"weight": torch.arange(6.0)}, "monitor": {"history": [0.5, None]}}
-SHARD = {"zero": {"weights": {"0": torch.arange(4.0)}, "groups": [{"lr": 0.1}]}}
+STATES: dict[str, dict[str, Any]] = {
+    "model": {"weight": torch.arange(6.0)},
+    "monitor": {"history": [0.5, None]},
+}
+SHARD: dict[str, dict[str, Any]] = {
+    "zero": {"weights": {"0": torch.arange(4.0)}, "groups": [{"lr": 0.1}]}
+}
 
 
 def of_model(folder: Path) -> ModelSettings:

@@ -135,7 +135,7 @@ def block_of(language: str) -> str:
 def test_own_rewards_do_what_is_said_of_them() -> None:
     own: dict[str, Any] = {}
     exec(block_of("python"), own)
-    batch = (["p", "p"], ["one two three", ""], [{}, {}])
+    batch: tuple[Any, ...] = (["p", "p"], ["one two three", ""], [{}, {}])
     assert own["brevity"](*batch) == [-0.3, 0.0]
     tokens = [["so", " so", " so", "</s>"], ["</s>"]]
     assert own["no_repeats"](*batch, tokens) == [[0.0, 0.0, -1.0, 0.0], [0.0]]

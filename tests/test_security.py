@@ -95,7 +95,11 @@ HARMLESS = [
 def breaches(text: str) -> list[str]:
     """The lines of a Python file that could run what they read, as `line: code`."""
     tree = ast.parse(text)
-    found = {node.lineno: ast.unparse(node) for node in ast.walk(tree) if is_breach(node)}
+    found = {
+        node.lineno: ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.stmt | ast.expr) and is_breach(node)
+    }
     return [f"{line}: {code.splitlines()[0]}" for line, code in sorted(found.items())]
 
 
@@ -433,7 +437,7 @@ def test_huge_and_nested_rows_are_named(tmp_path: Path, row: bytes) -> None:
 )
 @pytest.mark.parametrize("section", ["policies", "reports"])
 def test_names_in_settings_are_no_paths(name: str, section: str) -> None:
-    names = {"policies": {"sft": "runs/sft"}}
+    names: dict[str, Any] = {"policies": {"sft": "runs/sft"}}
     names[section] = {**names.get(section, {}), name: "runs/sft"}
     with pytest.raises(ValueError, match=f"{section} has the name"):
         EvaluateConfig(prompts="p.jsonl", output_dir="runs/evaluate", **names)

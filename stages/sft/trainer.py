@@ -117,7 +117,7 @@ def make_trainer(
     config: Config,
     checkpoint_dir: str,
     first_step: int = 0,
-) -> SFTTrainer:
+) -> "_PlainTrainer":
     """Make a trainer that takes each row once, in the order given.
 
     It skips the rows of the steps before `first_step`.

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from benchmarks.compare import (
@@ -102,7 +104,7 @@ def test_a_row_without_its_samples_is_refused() -> None:
         check_row(made)
 
 
-def test_rows_of_a_later_run_take_the_place_of_their_namesakes(tmp_path) -> None:
+def test_rows_of_a_later_run_take_the_place_of_their_namesakes(tmp_path: Path) -> None:
     write([row("ppo_eos"), row("rm_k9")], tmp_path)
     write([row("ppo_eos") | {"time_ratio": 9.87}], tmp_path)
     table = (tmp_path / "results.md").read_text()

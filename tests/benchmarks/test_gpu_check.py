@@ -225,7 +225,8 @@ def test_block_mask_has_the_rule_of_the_dense_mask() -> None:
     trees = [PromptTree((1, 2, 3), ((4, 5), (6,), (7, 8, 9))), PromptTree((1, 2), ((3, 4),))]
     (row,) = Packer(32).rows(trees)
     places = torch.arange(len(row.tree))
-    mask = block_mask(row).mask_mod(None, None, places[:, None], places[None, :])
+    any_batch = any_head = torch.tensor(0)
+    mask = block_mask(row).mask_mod(any_batch, any_head, places[:, None], places[None, :])
     assert row.attention_mask is not None
     assert torch.equal(mask, row.attention_mask[0, 0])
     assert with_positions_only(row).attention_mask is None

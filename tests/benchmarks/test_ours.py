@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TypedDict
 
 import pytest
 import torch
@@ -19,18 +20,23 @@ from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
 OURS = [sys.executable, "-m", "benchmarks.ours"]
 
 
+class Folders(TypedDict):
+    policy: str
+    reward_model: str
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     folder = tmp_path_factory.mktemp("bench")
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     Chat(tokenizer)
     save_policy(tiny_policy_of("llama", vocab_size=len(tokenizer)), tokenizer, folder / "policy")
     reward = reward_folder(folder / "policy", folder)
-    return {"policy": str(folder / "policy"), "reward_model": str(reward)}
+    return Folders(policy=str(folder / "policy"), reward_model=str(reward))
 
 
 @pytest.mark.slow
-def test_rm_worker_trains_epochs(folders: dict[str, str], tmp_path: Path) -> None:
+def test_rm_worker_trains_epochs(folders: Folders, tmp_path: Path) -> None:
     prompts, responses = rm_data(
         num_prompts=2, k=3, prompt_tokens=6, response_tokens=4, vocab_size=200
     )
@@ -44,7 +50,7 @@ def test_rm_worker_trains_epochs(folders: dict[str, str], tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_ppo_worker_makes_updates_with_the_lengths_that_were_asked_for(
-    folders: dict[str, str], tmp_path: Path
+    folders: Folders, tmp_path: Path
 ) -> None:
     prompts = ppo_prompts(lengths=[3, 6, 9], vocab_size=200)
     work = Workload(name="ppo", kind="ppo", prompts=prompts, new_tokens=8, **folders)
@@ -60,7 +66,7 @@ def test_ppo_worker_makes_updates_with_the_lengths_that_were_asked_for(
 
 
 def test_end_token_is_certain_where_it_is_due_and_impossible_elsewhere(
-    folders: dict[str, str],
+    folders: Folders,
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(folders["policy"])
     ids = torch.tensor([[5, 6, 7, 8]])

@@ -1,10 +1,18 @@
+from typing import Any
+
 import pytest
 
 from benchmarks.workload import Workload, every, pairs_of, ppo_prompts, rm_data, spread_lengths
 
 
-def work(**changes) -> Workload:
-    settings = {"name": "x", "kind": "ppo", "policy": "p", "reward_model": "r", "prompts": [[5]]}
+def work(**changes: Any) -> Workload:
+    settings: dict[str, Any] = {
+        "name": "x",
+        "kind": "ppo",
+        "policy": "p",
+        "reward_model": "r",
+        "prompts": [[5]],
+    }
     return Workload(**settings | changes)
 
 

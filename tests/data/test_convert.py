@@ -425,8 +425,8 @@ def test_chat_rows_that_are_dropped(format: str, row: Any, reason: str) -> None:
 def test_two_columns_of_any_name(tmp_path: Path) -> None:
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     rows.write_text('{"question": "Hi?", "answer": "Ho.", "id": 3}\n')
-    settings = {"format": "columns", "input": str(rows), "output": str(out)}
-    columns = {"prompt_column": "question", "response_column": "answer"}
+    settings: dict[str, Any] = {"format": "columns", "input": str(rows), "output": str(out)}
+    columns: dict[str, Any] = {"prompt_column": "question", "response_column": "answer"}
     convert(ConvertConfig(**settings, **columns))
     assert read_records(out, Demonstration) == [Demonstration("Hi?", "Ho.")]
     convert(ConvertConfig(**settings, **columns, kind="prompt", overwrite=True))
@@ -549,7 +549,7 @@ def test_convert_writes_what_it_counts(tmp_path: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "rows read 3, records written 2, dropped 1, changed 0" in printed
     assert "dropped 1: chosen and rejected are equal" in printed
-    first = {"limit": 1, "kind": "prompt", "overwrite": True}
+    first: dict[str, Any] = {"limit": 1, "kind": "prompt", "overwrite": True}
     convert(ConvertConfig(format="hh", input=source, output=output, **first))
     assert read_records(output, Prompt) == [Prompt(HH_PROMPT)]
 

@@ -16,6 +16,7 @@ from rlhf.models.loading import load_policy, load_scalar
 from rlhf.models.saving import save_policy
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_chat
+from tests.rlhf.plain_loading import load_with_report
 from tests.rlhf.tiny_models import tiny_policy_of
 
 TOKENS = ["<unk>", "<bos>", "<end>", *"abcdefghij", "ab"]
@@ -127,9 +128,7 @@ def test_what_was_loaded_is_saved_as_a_plain_folder(
     model, tokenizer = load_gguf(tmp_path / "tiny.gguf")
     save_policy(model, tokenizer, tmp_path / "plain")
     assert "quantization" not in (tmp_path / "plain" / "config.json").read_text()
-    again, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "plain", output_loading_info=True
-    )
+    again, report = load_with_report(AutoModelForCausalLM, tmp_path / "plain")
     assert not report["missing_keys"] and not report["unexpected_keys"]
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "plain")("abc").input_ids[-2:] == [13, 5]

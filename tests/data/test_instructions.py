@@ -180,7 +180,7 @@ def test_prompts_of_ifeval_that_need_more_than_few_tokens_are_left_out() -> None
         names, kwargs = zip(*rows, strict=True)
         return Prompt(text, {"instruction_id_list": list(names), "kwargs": list(kwargs)})
 
-    comma = ("punctuation:no_comma", {})
+    comma: tuple[str, dict[str, Any]] = ("punctuation:no_comma", {})
     many = ("length_constraints:number_words", {"relation": "at least", "num_words": 300})
     prompts = [
         prompt("kept", comma),

@@ -9,6 +9,7 @@ import pytest
 from data.smollm2 import PACKAGE, Smollm2Config, find_gguf, prepare, write_base
 from rlhf.inputs.files import read_records
 from rlhf.inputs.records import Demonstration, Prompt, Ranking, Text
+from tests.rlhf.plain_loading import load_with_report
 
 BASE = Smollm2Config(base_dir="unused")
 QUESTIONS = [f"What is {i} times {i}?" for i in range(40)]
@@ -132,9 +133,7 @@ def test_the_real_weights_become_a_plain_folder(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     prepare(Smollm2Config(base_dir=str(tmp_path / "base")))
-    model, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", output_loading_info=True
-    )
+    model, report = load_with_report(AutoModelForCausalLM, tmp_path / "base")
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert not hasattr(model.config, "quantization_config")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")

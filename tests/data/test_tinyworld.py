@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -30,7 +30,9 @@ from rlhf.inputs.files import read_records
 from rlhf.inputs.records import Demonstration, Prompt, Record, Text, prompt_key, to_messages
 from stages.pretrain.tokenizer import train_tokenizer
 
-SMALL = {
+One = TypeVar("One", Demonstration, Prompt, Text)
+
+SMALL: dict[str, Any] = {
     "num_texts": 300,
     "num_texts_held_out": 20,
     "num_demonstrations": 300,
@@ -106,10 +108,12 @@ def test_no_prompt_and_no_document_is_in_two_files(world: World) -> None:
         prompt_key(record.prompt)
         for name, records in files.items()
         if name.startswith(("prompts", "demonstrations"))
-        for record in records
+        for record in _tasks(records)
     ]
     texts = [
-        record.text for name in ("text.jsonl", "text_held_out.jsonl") for record in files[name]
+        record.text
+        for name in ("text.jsonl", "text_held_out.jsonl")
+        for record in _all(Text, files[name])
     ]
     assert len(prompts) == len(set(prompts)) == 650
     assert len(texts) == len(set(texts)) == 320
@@ -119,13 +123,12 @@ def test_no_prompt_and_no_document_is_in_two_files(world: World) -> None:
 def test_what_a_held_out_prompt_asks_is_asked_nowhere_else(
     world: World, files: dict[str, list[Record]]
 ) -> None:
-    held_out = {
-        parse_task(world, record.prompt).content for record in files["prompts_held_out.jsonl"]
-    }
+    asked = _all(Prompt, files["prompts_held_out.jsonl"])
+    held_out = {parse_task(world, prompt.prompt).content for prompt in asked}
     for name in ("demonstrations.jsonl", "prompts_rm.jsonl", "prompts_ppo.jsonl"):
-        for record in files[name]:
+        for record in _tasks(files[name]):
             assert held_out.isdisjoint(contents_of(world, record.prompt)), record
-    assert {record.meta["kind"] for record in files["prompts_held_out.jsonl"]} == set(KINDS)
+    assert {prompt.meta["kind"] for prompt in asked} == set(KINDS)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -162,15 +165,17 @@ def test_probed_people_and_things_are_in_the_text_and_in_nothing_else(
 ) -> None:
     probed = {name.lower() for name in (*world.probe_people, *world.probe_things)}
     assert len(probed) == 6
-    told = {word for record in files["text.jsonl"] for word in split_words(record.text)}
+    texts = _all(Text, files["text.jsonl"])
+    told = {word for record in texts for word in split_words(record.text)}
     assert probed <= told
     for name in ("demonstrations.jsonl", "prompts_rm.jsonl", "prompts_ppo.jsonl"):
-        for record in files[name]:
+        for record in _tasks(files[name]):
             assert not probed.intersection(_words_of(record)), record
 
 
 def test_probes_ask_for_every_fact_of_the_probe_in_three_forms(world: World) -> None:
-    probes = make_files(world, TinyWorldConfig(output_dir="unused", **SMALL))["facts_probe.jsonl"]
+    files = make_files(world, TinyWorldConfig(output_dir="unused", **SMALL))
+    probes = _all(Prompt, files["facts_probe.jsonl"])
     facts = probe_facts(world)
     for form in ("sentence", "question", "few_shot"):
         metas = [probe.meta for probe in probes if probe.meta["form"] == form]
@@ -210,8 +215,10 @@ def test_the_text_has_exchanges_as_the_chat_template_renders_them(
 def test_text_has_every_word_of_instructions_and_demonstrations(
     files: dict[str, list[Record]],
 ) -> None:
-    told = {word for record in files["text.jsonl"] for word in split_words(record.text)}
-    used = {word for record in files["demonstrations.jsonl"] for word in _words_of(record)}
+    texts = _all(Text, files["text.jsonl"])
+    told = {word for record in texts for word in split_words(record.text)}
+    demonstrations = _all(Demonstration, files["demonstrations.jsonl"])
+    used = {word for record in demonstrations for word in _words_of(record)}
     assert used <= told
 
 
@@ -423,6 +430,20 @@ def test_more_documents_than_can_be_written_are_refused(world: World) -> None:
 
     with pytest.raises(ValueError, match="num_texts is 3"):
         draw_texts(world, 3, Repeating())
+
+
+def _all(kind: type[One], records: list[Record]) -> list[One]:
+    """The records of a file that holds one kind."""
+    found = [record for record in records if isinstance(record, kind)]
+    assert len(found) == len(records)
+    return found
+
+
+def _tasks(records: list[Record]) -> list[Demonstration | Prompt]:
+    """The records of a file that holds demonstrations or prompts."""
+    found = [record for record in records if isinstance(record, Demonstration | Prompt)]
+    assert len(found) == len(records)
+    return found
 
 
 def _words_of(record: Demonstration | Prompt) -> set[str]:

@@ -371,6 +371,7 @@ def test_an_index_put_under_a_mask_waits_only_for_several_values() -> None:
         assert not waits.found
         x[x == 1] = x + 1
     assert [one.operation for one in waits.found] == ["a mask as an index"]
+    assert isinstance(x, pretend.DeviceTensor)
     assert x.host.tolist() == [2.0, 2.0, 2.0]
 
 
@@ -385,7 +386,7 @@ def test_the_packing_probe_takes_no_wrong_device_for_a_refusal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a mask left on the CPU, every response would go through the model alone."""
-    mask = PackedRow.attention_mask.func  # type: ignore[attr-defined]
+    mask = vars(PackedRow)["attention_mask"].func
     on_cpu = property(lambda row: None if row.plain else mask(row).cpu())
     monkeypatch.setattr(PackedRow, "attention_mask", on_cpu)
     with pretend.at_work(), pytest.raises(pretend.DeviceMismatch):

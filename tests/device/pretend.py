@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -146,7 +147,8 @@ class DeviceTensor(Tensor):
     """A tensor on the device: `host` has its data."""
 
     host: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    # torch turns the function off in the same way; its stubs let no subclass do so.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, host: Tensor) -> "DeviceTensor":
@@ -163,6 +165,7 @@ class DeviceTensor(Tensor):
     def __init__(self, host: Tensor) -> None:
         self.host = host
 
+    # torch gives its own one the text of the contents, where another class formats them.
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DeviceTensor({self.host})"
 
@@ -174,8 +177,11 @@ class DeviceTensor(Tensor):
     def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> "DeviceTensor":
         return DeviceTensor(inner["host"])
 
+    # Tensor itself has a disabled one, whose type in the stubs lacks `func`.
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         # Outside of at_work nobody asks for waits, but tensors on the device may still be read.
         return _run(Waits(), func, args, kwargs or {})
 
@@ -394,11 +400,11 @@ def _is_there(device: Any) -> bool:
 def _own_lines() -> tuple[str, ...]:
     """Return the lines of rlhf and stages that Python is in, the innermost last."""
     found: list[str] = []
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(OWN):
             place = f"{os.path.relpath(file, ROOT)}:{frame.f_code.co_name}:{frame.f_lineno}"
             found.append(place)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return tuple(reversed(found))

@@ -41,6 +41,7 @@ from tests.distributed.other_stages import (
 from tests.distributed.rollouts import greedy_rollouts
 from tests.distributed.row_counts import COUNTS, make_rows, rm_of, sft_of
 from tests.distributed.table import FILES_FOR_GPUS, table
+from tests.rlhf.plain_loading import load_with_report
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -187,7 +188,7 @@ def test_stages_under_files_for_gpus(
     assert math.isfinite(read(own / "ppo" / "results.json")["held_out_score"])
     for stage in ("sft", "ppo"):
         folder = own / stage
-        _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        _, report = load_with_report(AutoModelForCausalLM, folder)
         assert not any(report.values()), (stage, report)
     load_reward_model(  # scores its golden rows again
         ModelSettings(path=str(own / "rm")), micro_batch_tokens=100, allow_chance_reward=True
@@ -247,7 +248,7 @@ def test_folders_are_plain_ones(name: str, launched: dict[str, Path]) -> None:
     ):
         folder = launched[name] / stage
         assert all(weight.numel() > 0 for weight in weights(folder).values())
-        _, report = auto_class.from_pretrained(folder, output_loading_info=True)
+        _, report = load_with_report(auto_class, folder)
         assert not any(report.values()), (stage, report)
     load_reward_model(  # scores its golden rows again
         ModelSettings(path=str(launched[name] / "rm")),

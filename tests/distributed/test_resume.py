@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(launcher: str, tmp_path: Path) ->
 def test_the_other_stages_too(launcher: str, stage: str, tmp_path: Path) -> None:
     (tmp_path / "inputs").mkdir()
     config = make_configs(tmp_path / "inputs", tmp_path)[stage]
-    start = {"num_processes": 2, "launcher": launcher}
+    start = partial(run_command, stage, num_processes=2, launcher=launcher)
     for folder in ("whole", "killed"):
         one = replace(config, output_dir=str(tmp_path / folder))
         if folder == "killed":
-            assert run_command(stage, one, CUT, **start)[0] == KILLED
+            assert start(one, CUT)[0] == KILLED
             assert len([*(tmp_path / folder / "checkpoints").glob("step-*/manifest.json")]) == 1
-        code, printed = run_command(stage, one, **start)
+        code, printed = start(one)
         assert code == 0, printed[-2000:]
     expected, found = outcome(tmp_path / "whole"), outcome(tmp_path / "killed")
     for name in expected.keys() | found.keys():

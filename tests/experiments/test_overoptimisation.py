@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,7 +90,9 @@ def test_ppo_curve_is_a_mean_for_each_evaluation() -> None:
         ("d (a - b d^2)", lambda d: 1.5 * d - 0.7 * d**3),
     ],
 )
-def test_a_form_finds_its_own_coefficients_and_the_far_half(form: str, gold) -> None:
+def test_a_form_finds_its_own_coefficients_and_the_far_half(
+    form: str, gold: Callable[[float], float]
+) -> None:
     distances = [3.0, 0.5, 1.0, 2.5, 2.0, 1.5]  # in any order
     kl = [d**2 for d in distances]
     fits = fit_all(curve_of([*kl, 0.05], [*map(gold, distances), 99.0]))  # the last is too near
@@ -160,7 +163,10 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     write_records(folder / "prompts.jsonl", [Prompt(prompt=f"P{i}") for i in range(16)])
     write_records(folder / "held_out.jsonl", [Prompt(prompt=f"H{i}") for i in range(13)])
     write_records(folder / "demos.jsonl", [Demonstration(prompt="P", response=w) for w in WORDS])
-    gold = {"gold": "judge_of_overoptimisation_test:make_gold", "gold_path": f"{run}/weight"}
+    gold: dict[str, Any] = {
+        "gold": "judge_of_overoptimisation_test:make_gold",
+        "gold_path": f"{run}/weight",
+    }
     write_run(evaluate_config(run, **gold))
     ppo = PPOConfig(
         output_dir=f"{run}/ppo",

@@ -25,7 +25,7 @@ READERS = {"policy": AutoModelForCausalLM, "reward_model": AutoModelForSequenceC
 
 
 def main() -> None:
-    found = {"version": transformers.__version__}
+    found: dict[str, Any] = {"version": transformers.__version__}
     for argument in sys.argv[1:]:
         kind, folder = argument.split("=", 1)
         try:

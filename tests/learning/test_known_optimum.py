@@ -6,26 +6,29 @@ The policy and the value model are tables over the 13 states of three tokens fro
 rollout, rewards, advantages, losses and steps, is the code that trains language models.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import stages.ppo.rollout as rollout_module
 import stages.ppo.update as update_module
 from rlhf.generation.answers import Answer
+from rlhf.inputs.chat import Chat
 from rlhf.inputs.fitting import FittedPrompt
-from rlhf.inputs.packing import Packer, PromptTree, response_batch, text_tree
+from rlhf.inputs.packing import PackedRow, Packer, PromptTree, response_batch, text_tree
 from rlhf.inputs.records import Prompt
 from rlhf.maths.kl import k1, k3, last_token_mask, penalized_rewards
-from rlhf.maths.losses import policy_loss
+from rlhf.maths.losses import Stats, policy_loss
 from rlhf.maths.masking import masked_sum, whiten
+from rlhf.models.scalar import ScalarModel
 from rlhf.models.settings import ModelSettings
 from rlhf.rewards.scores import Scored
 from rlhf.rewards.settings import RewardSettings
@@ -33,7 +36,7 @@ from rlhf.training.settings import OptimSettings
 from rlhf.training.step import make_train_state
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.learner import Learner, PolicyAndValue
-from stages.ppo.rollout import Sampler
+from stages.ppo.rollout import Rollout, Sampler
 from stages.ppo.update import OldOutputs, update
 
 VOCAB, END, TIME, BETA = 4, 0, 3, 0.3
@@ -98,7 +101,7 @@ class TableReward:
     def __init__(self, numbers: Tensor) -> None:
         self.of = dict(zip(RESPONSES, numbers.tolist(), strict=True))
 
-    def score(self, answers):
+    def score(self, answers: Sequence[Answer]) -> Scored:
         return Scored(torch.tensor([self.of[answer.response_ids] for answer in answers]))
 
 
@@ -108,12 +111,18 @@ class TableSampler(Sampler):
     So the draws are as unbiased as independent ones, and fewer of them tell as much.
     """
 
-    def sample(self, policy, prompts, generator):
-        cumulative = exact_logprobs(policy.numbers.detach()).exp().cumsum(0)
+    def sample(
+        self,
+        policy: PreTrainedModel,
+        prompts: Sequence[FittedPrompt[Prompt]],
+        generator: torch.Generator,
+    ) -> list[Answer]:
+        numbers = policy.get_parameter("numbers").detach()
+        cumulative = exact_logprobs(numbers).exp().cumsum(0)
         shift = torch.rand((), generator=generator, dtype=torch.float64)
         places = (torch.arange(len(prompts)) + shift) / len(prompts)
         drawn = torch.searchsorted(cumulative, places).clamp(max=len(RESPONSES) - 1)
-        logprobs = token_logprobs(policy.numbers.detach()).tolist()
+        logprobs = token_logprobs(numbers).tolist()
         return [
             Answer.of(prompt, RESPONSES[i], self.chat, logprobs[i][: len(RESPONSES[i])])
             for prompt, i in zip(prompts, drawn.tolist(), strict=True)
@@ -184,35 +193,40 @@ def run_ppo(
     task: Task, config: Config, seed: int, texts: Iterator[list[PromptTree]] | None = None
 ) -> Tensor:
     """The project's PPO on a task; the policy's table at the end."""
-    policy, value = TablePolicy(task.ref), TableValue(torch.zeros(NUM_STATES))
+    table = TablePolicy(task.ref)
+    # Each stand-in has all that the code under test asks of the real one.
+    policy = cast(PreTrainedModel, table)
+    value = cast(ScalarModel, TableValue(torch.zeros(NUM_STATES)))
+    ref_policy = cast(PreTrainedModel, TablePolicy(task.ref))
     learning_rates = config.optim.learning_rate, config.value_learning_rate
     groups = list(zip((policy, value), learning_rates, strict=True))
-    both = PolicyAndValue(policy, value)  # type: ignore[arg-type]
+    both = PolicyAndValue(policy, value)
     accelerator = Accelerator(cpu=True)
     state = make_train_state(both, groups, config.optim, config.num_steps, accelerator)
     learner = Learner(state, Packer(600))
-    chat = SimpleNamespace(
+    stand_in = SimpleNamespace(
         end_id=END,
         other_ends=(),
         decode=str,
         has_end=lambda response: response[-1] == END,
     )
+    chat = cast(Chat, stand_in)
     reward = TableReward(task.reward)
-    sampler = TableSampler(chat, TablePolicy(task.ref), reward, learner.packer, config)  # type: ignore[arg-type]
+    sampler = TableSampler(chat, ref_policy, reward, learner.packer, config)
     prompts = [FittedPrompt(Prompt("unused"), PROMPT)] * config.rollout.batch_size
     generator = torch.Generator().manual_seed(seed)
     for _ in range(config.num_updates):
         rollout = rollout_module.roll_out(policy, value, sampler, prompts, generator, accelerator)
         update(learner, rollout, texts or repeat([]), config, generator)
-    return policy.numbers.detach()
+    return table.numbers.detach()
 
 
-def test_there_are_40_responses_and_their_probabilities_sum_to_one():
+def test_there_are_40_responses_and_their_probabilities_sum_to_one() -> None:
     assert len(RESPONSES) == len(set(RESPONSES)) == 40
     assert float(exact_logprobs(Task(0).ref).exp().sum()) == pytest.approx(1, abs=1e-12)
 
 
-def test_objective_is_beta_log_z_minus_beta_kl_to_the_optimum_for_any_policy():
+def test_objective_is_beta_log_z_minus_beta_kl_to_the_optimum_for_any_policy() -> None:
     task = Task(0)
     for seed in range(5):
         numbers = torch.randn(NUM_STATES, VOCAB, generator=torch.Generator().manual_seed(seed))
@@ -222,7 +236,7 @@ def test_objective_is_beta_log_z_minus_beta_kl_to_the_optimum_for_any_policy():
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_ppo_reaches_the_optimum():
+def test_ppo_reaches_the_optimum() -> None:
     """KL(pi, pi*) falls from 2.7 and more to about 2e-4, the mean of three seeds.
 
     Of 1024 draws a response that the optimum gives a thousandth is one; with half as many draws and
@@ -240,7 +254,7 @@ def test_ppo_reaches_the_optimum():
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_ppo_ptx_reaches_the_stationary_point_of_the_summed_objective():
+def test_ppo_ptx_reaches_the_stationary_point_of_the_summed_objective() -> None:
     task = Task(0)
     coef, document = 0.2, (2, 3)
     # Whitening would weigh the two terms by the spread of the advantages, which changes.
@@ -289,18 +303,35 @@ def distance_after_a_short_run() -> float:
 
 
 @pytest.mark.slow
-def test_without_a_mistake_the_short_run_comes_near_the_optimum():
+def test_without_a_mistake_the_short_run_comes_near_the_optimum() -> None:
     assert Task(9).kl_to_best(Task(9).ref) > 1
     assert distance_after_a_short_run() < NEAR
 
 
-def whitened_with_mean(scores, logprobs, ref_logprobs, response_mask, kl_coef):
+PenalizedRewards = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+Estimator = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Takes logprobs, ref_logprobs and response_mask, each (batch, time)."""
+
+
+def whitened_with_mean(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    kl_coef: float,
+) -> Tensor:
     rewards = penalized_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef)
     mean = masked_sum(rewards, response_mask) / response_mask.sum()
     return (whiten(rewards, response_mask) + mean).where(response_mask, 0.0)
 
 
-def score_behind_the_end(scores, logprobs, ref_logprobs, response_mask, kl_coef):
+def score_behind_the_end(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    kl_coef: float,
+) -> Tensor:
     """Advantages read nothing behind the end, so the score is lost.
 
     Where they did, the optimum would be the right one, and this test blind: the score's place is
@@ -312,19 +343,38 @@ def score_behind_the_end(scores, logprobs, ref_logprobs, response_mask, kl_coef)
     return penalty + scores[:, None] * behind
 
 
-def flipped(scores, logprobs, ref_logprobs, response_mask, kl_coef):
+def flipped(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    kl_coef: float,
+) -> Tensor:
     return penalized_rewards(scores, logprobs, ref_logprobs, response_mask, -kl_coef)
 
 
-def without_penalty(scores, logprobs, ref_logprobs, response_mask, kl_coef):
+def without_penalty(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    kl_coef: float,
+) -> Tensor:
     return penalized_rewards(scores, logprobs, ref_logprobs, response_mask, 0.0)
 
 
-def k2(logprobs, ref_logprobs, response_mask):
+def k2(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> Tensor:
     return k1(logprobs, ref_logprobs, response_mask).square() / 2
 
 
-def in_reward(estimator, scores, logprobs, ref_logprobs, response_mask, kl_coef):
+def in_reward(
+    estimator: Estimator,
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    kl_coef: float,
+) -> Tensor:
     penalty = -kl_coef * estimator(logprobs, ref_logprobs, response_mask)
     return penalty + scores[:, None] * last_token_mask(response_mask)
 
@@ -341,28 +391,38 @@ def in_reward(estimator, scores, logprobs, ref_logprobs, response_mask, kl_coef)
         pytest.param(partial(in_reward, k3), id="k3 in the reward"),
     ],
 )
-def test_mistakes_in_the_reward_are_caught(mistake, monkeypatch):
+def test_mistakes_in_the_reward_are_caught(
+    mistake: PenalizedRewards, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rollout_module, "penalized_rewards", mistake)
     assert distance_after_a_short_run() > FAR
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", [k1, k2, k3])
-def test_a_penalty_in_the_loss_instead_of_the_reward_is_caught(estimator, monkeypatch):
+def test_a_penalty_in_the_loss_instead_of_the_reward_is_caught(
+    estimator: Estimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """k1 has a gradient of 0 on average, k3 that of the other KL, and all miss later tokens."""
     ref_logprobs = torch.empty(0)
 
-    def of(batch, device):
+    def of(batch: Rollout, device: torch.device) -> SimpleNamespace:
         old_outputs = OldOutputs.of(batch, device)
 
-        def select(row):
+        def select(row: PackedRow) -> OldOutputs:
             nonlocal ref_logprobs
             ref_logprobs = row.select(batch.ref_logprobs)
             return old_outputs.select(row)
 
         return SimpleNamespace(select=select)
 
-    def with_penalty(logprobs, old_logprobs, advantages, response_mask, **options):
+    def with_penalty(
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        **options: Any,
+    ) -> tuple[Tensor, Stats]:
         loss, stats = policy_loss(logprobs, old_logprobs, advantages, response_mask, **options)
         penalty = masked_sum(estimator(logprobs, ref_logprobs, response_mask), response_mask)
         return loss + BETA * penalty / options["num_tokens"], stats

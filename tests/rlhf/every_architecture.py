@@ -184,7 +184,7 @@ def save_tiny(model_type: str, tokenizer: PreTrainedTokenizerBase, folder: str |
 def _class_of(config: PretrainedConfig) -> Any:
     """The class of the models that people publish with this config. Where the causal LM is a part
     of a model that reads or writes more than text, it is the whole model's."""
-    causal_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    causal_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if causal_class.config_class is not type(config):
         for mapping in (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING):
             if type(config) in mapping:

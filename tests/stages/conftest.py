@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rlhf.inputs.chat import Chat
+from rlhf.inputs.records import PromptLike
 from rlhf.models.saving import save_policy
 from rlhf.models.settings import ModelSettings
 from rlhf.rewards.settings import RewardSettings
@@ -27,12 +29,14 @@ def is_timing(metric: str) -> bool:
     )
 
 
-def some_length(prompts, responses, metas):
+def some_length(
+    prompts: list[PromptLike], responses: list[str], metas: list[dict[str, Any]]
+) -> list[float]:
     return [len(response) % 5 / 5 for response in responses]
 
 
 @pytest.fixture(scope="module")
-def ppo_inputs(tmp_path_factory) -> Path:
+def ppo_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy and prompts."""
     folder = tmp_path_factory.mktemp("ppo")
     write_ppo_inputs(folder)

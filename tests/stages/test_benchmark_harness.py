@@ -21,7 +21,7 @@ from rlhf.inputs.chat import Chat
 from rlhf.models.saving import save_policy
 from rlhf.runs.program import USER_ERROR, run_stage
 from stages.benchmark.benchmark import benchmark
-from stages.benchmark.config import Config, TaskSettings
+from stages.benchmark.config import Config, Rendering, TaskSettings
 from tests.rlhf.tiny_models import byte_tokenizer, change_trained, tiny_policy_of
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
@@ -34,7 +34,8 @@ from stages.benchmark.task_files import read_task_file
 CONTEXT = 64
 """Positions of the tiny models: some prompts with examples are longer, and lose their start."""
 MEANS = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc",)]
-PLAIN, BOTH = ["plain"], ["plain", "chat"]
+PLAIN: list[Rendering] = ["plain"]
+BOTH: list[Rendering] = ["plain", "chat"]
 CHOICES = {
     "output_type": "multiple_choice",
     "doc_to_text": "{{query}}\n",
@@ -59,7 +60,7 @@ TEXT = {
         {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
     ],
 }
-SUMS = {
+SUMS: dict[str, Any] = {
     "output_type": "generate_until",
     "doc_to_text": "{{query}}=",
     "doc_to_target": "{{gold}}",
@@ -75,7 +76,7 @@ SUMS = {
     ],
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {
         "query": f"what is {'so ' * (i % 4)}{i}",
         "choices": ["yes", f"no {i}", "a", "it is", "y"][: 2 + i % 4],
@@ -93,7 +94,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Chat(tokenizer)
     for name, architecture in (("first", "llama"), ("second", "gpt2")):
         size = "n_positions" if architecture == "gpt2" else "max_position_embeddings"
-        policy = tiny_policy_of(architecture, vocab_size=len(tokenizer), **{size: CONTEXT})
+        sizes: dict[str, Any] = {"vocab_size": len(tokenizer), size: CONTEXT}
+        policy = tiny_policy_of(architecture, **sizes)
         change_trained(policy)
         save_policy(policy, tokenizer, folder / name)
     save_policy(policy, tokenizer, folder / "untaught")
@@ -179,7 +181,7 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     return {at: leaf for key, one in value for at, leaf in leaves(one, f"{path}/{key}").items()}
 
 
-def assert_equal_leaves(found: Any, expected: Any, **tolerance: float) -> None:
+def assert_equal_leaves(found: Any, expected: Any, **tolerance: Any) -> None:
     """Numbers may differ by the tolerance, all else must be equal."""
     ours, theirs = leaves(found), leaves(expected)
     assert ours.keys() == theirs.keys()

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ POOL = Pool(
 ANSWERS = {"gold": [[3.0], [2.0]], "rm": [[1.0], [7.0]]}
 
 
-def figures(n: int = 2, chooser: str = "rm"):
+def figures(n: int = 2, chooser: str = "rm") -> dict[str, Any]:
     right = ("correct", [[0.0], []])
     return best_of_figures(
         POOL, n, chooser, "sft", ANSWERS, right=right, kinds=["sum", "list"], seed=0
@@ -78,8 +79,13 @@ def test_the_curve_doubles_and_ends_at_n() -> None:
     assert list(best_of_curve(POOL, 2, "rm")) == ["1", "2"]
 
 
-def config(**changes) -> Config:
-    settings = {"policies": {"sft": "s"}, "prompts": "p", "output_dir": "o", "reward_model": "r"}
+def config(**changes: Any) -> Config:
+    settings: dict[str, Any] = {
+        "policies": {"sft": "s"},
+        "prompts": "p",
+        "output_dir": "o",
+        "reward_model": "r",
+    }
     return Config(**settings | changes)
 
 
@@ -99,7 +105,7 @@ def config(**changes) -> Config:
         ({"policies": {"best_of": "s"}}, "policies has the name 'best_of'"),
     ],
 )
-def test_settings_that_contradict_each_other_are_named(changes, words: str) -> None:
+def test_settings_that_contradict_each_other_are_named(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         config(**changes)
     config(best_of=8, best_of_samples=8)

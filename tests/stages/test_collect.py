@@ -66,7 +66,7 @@ def maker(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], str]:
 
     def put(function: Any) -> str:
         module = ModuleType("own_labelers")
-        module.make = function  # type: ignore[attr-defined]
+        vars(module)["make"] = function
         monkeypatch.setitem(sys.modules, "own_labelers", module)
         return "own_labelers:make"
 

@@ -269,7 +269,7 @@ def test_table_shows_every_policy_in_a_column(finished: Finished) -> None:
 
 def test_table_shows_where_the_time_of_a_stage_went() -> None:
     report = {"phase_seconds": {"rollout": 2.0, "train": 5.5, "update": 10.0}}
-    results = {
+    results: dict[str, Any] = {
         "policies": [],
         "baseline": "sft",
         "judge": None,
@@ -428,7 +428,7 @@ def test_inputs_that_cannot_be_leave_the_last_run_alone(finished: Finished, tmp_
     save_random_policy(stranger, 0, byte_tokenizer("<stop>", "<pad>"))
     (tmp_path / "rm").mkdir()
     broken = "judge_of_evaluate_test:make_broken_judge"
-    for change, message in [
+    changes: list[tuple[dict[str, Any], str]] = [
         (
             {"policies": {**config.policies, "stranger": str(stranger)}},
             "policy stranger at .* another",
@@ -438,7 +438,8 @@ def test_inputs_that_cannot_be_leave_the_last_run_alone(finished: Finished, tmp_
         ({"gold": broken, "gold_path": None}, "returned 1 entries for 16"),
         ({"reward_model": config.policies["sft"]}, "no reward head"),
         ({"prompts": str(tmp_path / "none.jsonl")}, "does not exist"),
-    ]:
+    ]
+    for change, message in changes:
         with pytest.raises((ValueError, OSError), match=message):
             evaluate(replace(config, **change, overwrite=True))
         assert (finished.folder / "results.json").read_bytes() == before

@@ -108,7 +108,7 @@ def test_pairs_that_differ_in_one_part_worked_by_hand() -> None:
 
 
 def test_without_a_pair_there_is_no_accuracy() -> None:
-    empty = {"accuracy_by_part": {}, "pairs_by_part": {}}
+    empty: dict[str, Any] = {"accuracy_by_part": {}, "pairs_by_part": {}}
     assert pair_figures({}, "correct", None, seed=0) == {"right_pairs": 0, **empty}
     assert pair_figures({}, None, None, seed=0) == empty
 

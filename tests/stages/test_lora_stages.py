@@ -22,7 +22,7 @@ from rlhf.models.loading import load_policy, load_scalar, new_policy
 from rlhf.models.saving import save_policy
 from rlhf.models.settings import LoraSettings, ModelSettings
 from rlhf.models.tokenizers import load_chat
-from rlhf.rewards.models import load_reward_model
+from rlhf.rewards.models import RewardModel, load_reward_model
 from rlhf.rewards.settings import RewardSettings
 from rlhf.runs.stopwatch import Stopwatch
 from rlhf.training.settings import OptimSettings
@@ -231,7 +231,9 @@ def test_a_step_of_ppo_touches_two_adapters_and_the_value_head(
     )
     models = learner.models
     before = {name: p.clone() for name, p in models.named_parameters()}
-    frozen = [*sampler.ref_policy.parameters(), *sampler.reward.model.parameters()]  # type: ignore[attr-defined]
+    reward_model = sampler.reward
+    assert isinstance(reward_model, RewardModel)
+    frozen = [*sampler.ref_policy.parameters(), *reward_model.model.parameters()]
     kept = [p.clone() for p in frozen]
     prompts = [FittedPrompt(Prompt("b"), (5 + i, 9, 13)) for i in range(4)]
     rollout = roll_out(

@@ -6,7 +6,7 @@ error, or in results.json and the output where the alarm only warns.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 import rlhf.generation.hf
 import stages.ppo.learner
@@ -27,6 +29,7 @@ from rlhf.generation.interface import Samples
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import PromptTree
+from rlhf.inputs.records import PromptLike
 from rlhf.models.layout import packer_for
 from rlhf.models.loading import load_scalar
 from rlhf.models.passes import compute_scores
@@ -34,6 +37,7 @@ from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.models import GoldenRow, RewardCard
 from rlhf.rewards.rendering import rendering_hash
+from rlhf.rewards.scores import Scored
 from rlhf.rewards.settings import RewardSettings
 from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config, MonitorSettings, PPOSettings
@@ -48,7 +52,11 @@ from stages.ppo.monitor import (
     TrainingStopped,
     ratio_is_not_one,
 )
+from stages.ppo.rollout import Rollout
 from stages.ppo.train import train
+
+Distribution = Callable[[Tensor, float], Tensor]
+"""Takes logits (rows, vocab) and a temperature; gives the probabilities to draw from."""
 
 
 @pytest.fixture
@@ -56,11 +64,15 @@ def config(ppo_config: Config) -> Config:
     return ppo_config
 
 
-def constant(prompts, responses, metas):
+def constant(
+    prompts: list[PromptLike], responses: list[str], metas: list[dict[str, Any]]
+) -> list[float]:
     return [1.0] * len(responses)
 
 
-def huge(prompts, responses, metas):
+def huge(
+    prompts: list[PromptLike], responses: list[str], metas: list[dict[str, Any]]
+) -> list[float]:
     return [1000.0 * (len(response) % 5) for response in responses]
 
 
@@ -69,13 +81,15 @@ def alarms_of(config: Config) -> dict[str, Any]:
     return json.loads((Path(config.output_dir) / "results.json").read_text())["alarms"]
 
 
-def break_from(update: int, function: Callable, broken: Callable) -> Callable:
+def break_from(
+    update: int, function: Callable[..., Any], broken: Callable[..., Any]
+) -> Callable[..., Any]:
     """`function` for so many calls, `broken` from then on."""
     calls = iter(range(10**9))
     return lambda *args, **kwargs: (function if next(calls) < update else broken)(*args, **kwargs)
 
 
-def test_a_healthy_run_raises_no_alarm(config: Config, capsys):
+def test_a_healthy_run_raises_no_alarm(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     assert alarms_of(config) == {}
     assert "warning" not in capsys.readouterr().out
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
@@ -84,7 +98,7 @@ def test_a_healthy_run_raises_no_alarm(config: Config, capsys):
     assert tried == {rule.code for rule in RULES}  # no rule waits for a metric that never comes
 
 
-def test_sampled_tokens_of_a_healthy_run_are_as_likely_as_they_should_be(config: Config):
+def test_sampled_tokens_of_a_healthy_run_are_as_likely_as_they_should_be(config: Config) -> None:
     train(replace(config, rollout=replace(config.rollout, batch_size=256)))
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
     assert all(abs(row["ppo/sampler_z"]) < 4 for row in rows)
@@ -93,13 +107,18 @@ def test_sampled_tokens_of_a_healthy_run_are_as_likely_as_they_should_be(config:
     assert 0.2 < math.sqrt(sum(row["ppo/sampler_z"] ** 2 for row in rows) / len(rows)) < 2.5
 
 
-def test_an_update_that_is_not_checked_takes_the_sampler_at_its_word(config: Config, monkeypatch):
+def test_an_update_that_is_not_checked_takes_the_sampler_at_its_word(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same run but for rounding, with one pass less in three of four updates."""
-    passes = []
+    passes: list[int] = []
     moments = stages.ppo.rollout.compute_moments
-    monkeypatch.setattr(
-        stages.ppo.rollout, "compute_moments", lambda *a, **k: passes.append(1) or moments(*a, **k)
-    )
+
+    def counted(*args: Any, **options: Any) -> Any:
+        passes.append(1)
+        return moments(*args, **options)
+
+    monkeypatch.setattr(stages.ppo.rollout, "compute_moments", counted)
     rows: dict[int, list[dict[str, float]]] = {}
     for every in (1, 3):
         folder = Path(config.output_dir) / str(every)
@@ -121,7 +140,9 @@ def test_an_update_that_is_not_checked_takes_the_sampler_at_its_word(config: Con
     assert flops[1] / flops[0] == pytest.approx(0.9, abs=0.03)  # of 10 passes, of 3 with gradient 6
 
 
-def test_a_sampler_that_is_not_the_policy_shows_in_the_first_ratio_too(config: Config, monkeypatch):
+def test_a_sampler_that_is_not_the_policy_shows_in_the_first_ratio_too(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sample = rlhf.generation.hf._sample
     broken = break_from(8, sample, sampler(cold, is_honest=True))  # the first rollout's 8 tokens
     monkeypatch.setattr(rlhf.generation.hf, "_sample", broken)
@@ -138,7 +159,9 @@ def test_a_sampler_that_is_not_the_policy_shows_in_the_first_ratio_too(config: C
         {"ppo": PPOSettings(mini_batch_size=16, clip_range=0.001)},
     ],
 )
-def test_a_sampler_as_far_from_the_trainer_as_a_clip_is_always_checked(changes, config: Config):
+def test_a_sampler_as_far_from_the_trainer_as_a_clip_is_always_checked(
+    changes: dict[str, Any], config: Config
+) -> None:
     if "policy" in changes:
         changes = {"policy": replace(config.policy, dtype="bfloat16")}
     rollout = replace(config.rollout, check_every=2)
@@ -146,7 +169,7 @@ def test_a_sampler_as_far_from_the_trainer_as_a_clip_is_always_checked(changes, 
         train(replace(config, rollout=rollout, **changes))
 
 
-def test_a_reference_that_is_another_model(config: Config, monkeypatch):
+def test_a_reference_that_is_another_model(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     load_policy = stages.ppo.load.load_policy
     monkeypatch.setattr(
         stages.ppo.load,
@@ -157,32 +180,35 @@ def test_a_reference_that_is_another_model(config: Config, monkeypatch):
         train(config)
 
 
-def other(policy):
+def other(policy: PreTrainedModel) -> PreTrainedModel:
+    assert isinstance(policy, LlamaForCausalLM)
     with torch.no_grad():
         policy.lm_head.weight.mul_(1.5)
     return policy
 
 
-def top_k(logits, temperature):
+def top_k(logits: Tensor, temperature: float) -> Tensor:
     likeliest = logits.topk(40).indices
     kept = torch.full_like(logits, -math.inf).scatter(-1, likeliest, logits.gather(-1, likeliest))
     return kept.softmax(-1)
 
 
-def top_p(logits, temperature):
+def top_p(logits: Tensor, temperature: float) -> Tensor:
     probabilities, order = logits.softmax(-1).sort(descending=True)
     probabilities[probabilities.cumsum(-1) - probabilities > 0.8] = 0
     return torch.zeros_like(logits).scatter(-1, order, probabilities)
 
 
-def cold(logits, temperature):
+def cold(logits: Tensor, temperature: float) -> Tensor:
     return (logits / 0.5).softmax(-1)
 
 
-def sampler(distribution: Callable, *, is_honest: bool) -> Callable:
+def sampler(distribution: Distribution, *, is_honest: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     """Draws from `distribution`, and says so or gives the log-probabilities of the softmax."""
 
-    def sample(logits, temperature, generator):
+    def sample(
+        logits: Tensor, temperature: float, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
         drawn_from = distribution(logits, temperature)
         drawn_from = drawn_from / drawn_from.sum(-1, keepdim=True)
         tokens = torch.multinomial(drawn_from, 1, generator=generator)
@@ -193,7 +219,9 @@ def sampler(distribution: Callable, *, is_honest: bool) -> Callable:
 
 
 @pytest.mark.parametrize("distribution", [top_k, top_p, cold])
-def test_a_sampler_that_is_not_the_policy(distribution, config: Config, monkeypatch):
+def test_a_sampler_that_is_not_the_policy(
+    distribution: Distribution, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sample = sampler(distribution, is_honest=True)
     monkeypatch.setattr(rlhf.generation.hf, "_sample", sample)
     with pytest.raises(TrainingStopped, match=r"^PPO_SAMPLER at update 0: Sampler and trainer"):
@@ -201,7 +229,7 @@ def test_a_sampler_that_is_not_the_policy(distribution, config: Config, monkeypa
 
 
 @pytest.mark.slow
-def test_healthy_runs_in_bfloat16_raise_no_alarm(config: Config):
+def test_healthy_runs_in_bfloat16_raise_no_alarm(config: Config) -> None:
     """On most processors their rounding is far above float32's, and the stop rules must not take it
     for a fault."""
     policy = replace(config.policy, dtype="bfloat16")
@@ -213,7 +241,9 @@ def test_healthy_runs_in_bfloat16_raise_no_alarm(config: Config):
         assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
 
-def test_a_wrong_temperature_in_bfloat16_stops_the_first_update(config: Config, monkeypatch):
+def test_a_wrong_temperature_in_bfloat16_stops_the_first_update(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sample = sampler(cold, is_honest=True)
     monkeypatch.setattr(rlhf.generation.hf, "_sample", sample)
     with pytest.raises(TrainingStopped, match=r"^PPO_SAMPLER at update 0: Sampler and trainer"):
@@ -221,7 +251,7 @@ def test_a_wrong_temperature_in_bfloat16_stops_the_first_update(config: Config, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_token_far_off_among_many_is_no_alarm(dtype: str, config: Config):
+def test_one_token_far_off_among_many_is_no_alarm(dtype: str, config: Config) -> None:
     """The largest of 100,000 differences says nothing; one in a thousand does, and so does the
     mean."""
     accelerator, noise = Accelerator(cpu=True), TOKEN_NOISE[dtype]
@@ -238,18 +268,22 @@ def test_one_token_far_off_among_many_is_no_alarm(dtype: str, config: Config):
 
 
 @pytest.mark.parametrize("distribution", [top_k, top_p, cold])
-def test_a_sampler_that_says_it_is_the_policy(distribution, config: Config, monkeypatch):
+def test_a_sampler_that_says_it_is_the_policy(
+    distribution: Distribution, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sample = sampler(distribution, is_honest=False)
     monkeypatch.setattr(rlhf.generation.hf, "_sample", sample)
     with pytest.raises(TrainingStopped, match=r"^PPO_SAMPLER at update \d: .* nats likelier"):
         train(replace(config, rollout=replace(config.rollout, batch_size=256)))
 
 
-def test_a_sampler_whose_weights_are_one_update_old(config: Config, monkeypatch):
+def test_a_sampler_whose_weights_are_one_update_old(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It refreshes at the first rollout only."""
     refresh = LoopEngine.refresh
 
-    def refresh_once(engine, policy):
+    def refresh_once(engine: LoopEngine, policy: PreTrainedModel) -> None:
         if not hasattr(engine, "policy"):
             refresh(engine, deepcopy(policy))
 
@@ -258,7 +292,7 @@ def test_a_sampler_whose_weights_are_one_update_old(config: Config, monkeypatch)
         train(config)
 
 
-def test_a_kl_below_zero(config: Config, monkeypatch):
+def test_a_kl_below_zero(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference's log-probabilities stop being normalised after the first update."""
     logprobs = stages.ppo.rollout.Sampler.logprobs
     monkeypatch.setattr(
@@ -270,7 +304,9 @@ def test_a_kl_below_zero(config: Config, monkeypatch):
         train(config)
 
 
-def test_a_training_pass_that_is_not_the_policy_that_sampled(config: Config, monkeypatch):
+def test_a_training_pass_that_is_not_the_policy_that_sampled(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logprobs = stages.ppo.learner.response_logprobs
     monkeypatch.setattr(
         stages.ppo.learner,
@@ -287,7 +323,9 @@ def test_a_training_pass_that_is_not_the_policy_that_sampled(config: Config, mon
     assert all(torch.equal(good[name], start[name]) for name in start), "no step was taken"
 
 
-def test_a_code_that_is_not_to_stop_warns_once_and_is_counted(config: Config, monkeypatch, capsys):
+def test_a_code_that_is_not_to_stop_warns_once_and_is_counted(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     logprobs = stages.ppo.learner.response_logprobs
     monkeypatch.setattr(
         stages.ppo.learner,
@@ -303,10 +341,10 @@ def test_a_code_that_is_not_to_stop_warns_once_and_is_counted(config: Config, mo
     assert capsys.readouterr().out.count("warning PPO_RATIO at update 0") == 1
 
 
-def test_responses_that_never_end(config: Config, monkeypatch):
+def test_responses_that_never_end(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = rlhf.generation.hf._sample
 
-    def never_end(logits, *args):
+    def never_end(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         logits[:, 1] = -math.inf
         return sample(logits, *args)
 
@@ -316,13 +354,13 @@ def test_responses_that_never_end(config: Config, monkeypatch):
         train(replace(config, monitor=monitor))
 
 
-def test_scores_that_are_all_equal(config: Config):
+def test_scores_that_are_all_equal(config: Config) -> None:
     reward = RewardSettings(function="tests.stages.test_monitor:constant", missing_end="none")
     alarms = alarms_of(replace(config, reward=reward))
     assert alarms["PPO_ZERO_ADV"]["updates"] == config.num_updates
 
 
-def test_advantages_that_are_all_zero(config: Config, monkeypatch):
+def test_advantages_that_are_all_zero(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     advantages = stages.ppo.rollout.generalized_advantages
     monkeypatch.setattr(
         stages.ppo.rollout,
@@ -335,17 +373,17 @@ def test_advantages_that_are_all_zero(config: Config, monkeypatch):
     assert alarms_of(config)["PPO_ZERO_ADV"]["updates"] == config.num_updates
 
 
-def always(response: list[int]) -> Callable:
+def always(response: list[int]) -> Callable[..., Samples]:
     """An engine that has one answer to everything."""
 
-    def generate(engine, prompts, *_):
+    def generate(engine: LoopEngine, prompts: Sequence[Sequence[int]], *_: object) -> Samples:
         logprobs = [[0.0] * len(response)] * len(prompts)
         return Samples([response] * len(prompts), logprobs)
 
     return generate
 
 
-def test_responses_that_shrink(config: Config, monkeypatch):
+def test_responses_that_shrink(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     generate = LoopEngine.generate
     monkeypatch.setattr(LoopEngine, "generate", break_from(2, generate, always([5])))
     monitor = replace(config.monitor, stop_on=["PPO_LENGTH"])
@@ -353,7 +391,7 @@ def test_responses_that_shrink(config: Config, monkeypatch):
         train(replace(config, monitor=monitor))
 
 
-def test_responses_that_repeat_themselves(config: Config, monkeypatch):
+def test_responses_that_repeat_themselves(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     generate = LoopEngine.generate
     monkeypatch.setattr(LoopEngine, "generate", break_from(2, generate, always([5, 6] * 4)))
     monitor = replace(config.monitor, stop_on=["PPO_REPEAT"])
@@ -361,7 +399,7 @@ def test_responses_that_repeat_themselves(config: Config, monkeypatch):
         train(replace(config, monitor=monitor))
 
 
-def test_one_answer_to_every_prompt(config: Config, monkeypatch):
+def test_one_answer_to_every_prompt(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     generate = LoopEngine.generate
     monkeypatch.setattr(LoopEngine, "generate", break_from(2, generate, always([5, 6, 7])))
     monitor = replace(config.monitor, stop_on=["PPO_ONE_ANSWER"])
@@ -371,7 +409,7 @@ def test_one_answer_to_every_prompt(config: Config, monkeypatch):
         train(replace(config, monitor=monitor))
 
 
-def test_an_answer_that_many_prompts_had_from_the_start_is_no_alarm(config: Config):
+def test_an_answer_that_many_prompts_had_from_the_start_is_no_alarm(config: Config) -> None:
     told: list[str] = []
     monitor = Monitor(config, told.append, TOKEN_NOISE["float32"])
     # Odds of 0.667 at first; 0.66 has 1.94, and the mean of 0.66, 0.66, 0.66 and 0.8 has 2.28.
@@ -385,7 +423,7 @@ def test_an_answer_that_many_prompts_had_from_the_start_is_no_alarm(config: Conf
 
 
 @pytest.mark.parametrize("code", ["PPO_CLIP", "PPO_UPDATE_KL", "PPO_KL"])
-def test_steps_that_are_far_too_long(code: str, config: Config):
+def test_steps_that_are_far_too_long(code: str, config: Config) -> None:
     monitor = replace(
         config.monitor, stop_on=[code], max_kl=8.0
     )  # responses of a few tokens cannot get far
@@ -400,10 +438,10 @@ def test_steps_that_are_far_too_long(code: str, config: Config):
         train(wild)
 
 
-def test_a_value_loss_that_explodes(config: Config, monkeypatch):
+def test_a_value_loss_that_explodes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     score = stages.ppo.rollout.Sampler.score
 
-    def jump(*args):
+    def jump(*args: Any) -> Scored:
         scored = score(*args)
         return replace(scored, scores=scored.scores + 100)
 
@@ -413,7 +451,7 @@ def test_a_value_loss_that_explodes(config: Config, monkeypatch):
         train(replace(config, monitor=monitor))
 
 
-def test_a_reward_far_beyond_the_value_clip(config: Config):
+def test_a_reward_far_beyond_the_value_clip(config: Config) -> None:
     wide = replace(
         config,
         reward=RewardSettings(function="tests.stages.test_monitor:huge"),
@@ -424,7 +462,9 @@ def test_a_reward_far_beyond_the_value_clip(config: Config):
         train(wide)
 
 
-def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(config: Config, monkeypatch):
+def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Log-probabilities turn NaN in the second update; the weights on disk are those before it."""
     forward = stages.ppo.learner.response_logprobs
     passes_of_one_update = 2  # one a step
@@ -457,10 +497,12 @@ def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(config: Con
 
 
 @pytest.mark.parametrize("tensor", ["scores", "values", "ref_logprobs"])
-def test_a_nan_in_the_rollout_is_named(tensor: str, config: Config, monkeypatch):
+def test_a_nan_in_the_rollout_is_named(
+    tensor: str, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     roll_out = stages.ppo.train.roll_out
 
-    def broken(*args, **options):
+    def broken(*args: Any, **options: Any) -> Rollout:
         rollout = roll_out(*args, **options)
         spoilt = getattr(rollout, tensor).clone()
         spoilt[3] = math.nan
@@ -471,10 +513,12 @@ def test_a_nan_in_the_rollout_is_named(tensor: str, config: Config, monkeypatch)
         train(config)
 
 
-def test_a_policy_without_finite_logits_is_told_at_its_first_sample(config: Config, monkeypatch):
+def test_a_policy_without_finite_logits_is_told_at_its_first_sample(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     load_policy = stages.ppo.load.load_policy
 
-    def spoilt(*args, **kwargs):
+    def spoilt(*args: Any, **kwargs: Any) -> PreTrainedModel:
         policy = load_policy(*args, **kwargs)
         with torch.no_grad():
             policy.lm_head.weight[7] = math.nan
@@ -485,7 +529,9 @@ def test_a_policy_without_finite_logits_is_told_at_its_first_sample(config: Conf
         train(config)
 
 
-def test_a_reward_model_that_may_be_a_coin(config: Config, tmp_path: Path, capsys):
+def test_a_reward_model_that_may_be_a_coin(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "rm"
     save_reward_model(Path(config.policy.path), folder, interval=(0.48, 0.55))
     reward = RewardSettings(model=str(folder), allow_chance_reward=True)
@@ -511,15 +557,15 @@ def save_reward_model(sft: Path, folder: Path, interval: tuple[float, float]) ->
     ).save(folder)
 
 
-def test_every_code_has_its_fault_in_this_file():
+def test_every_code_has_its_fault_in_this_file() -> None:
     tests = Path(__file__).read_text()
     assert [code for code in CODES if code not in tests] == []
     assert {rule.code for rule in RULES} | {NONFINITE, RM_CHANCE} == set(CODES)
 
 
-def test_an_unknown_code_is_refused(config: Config):
+def test_an_unknown_code_is_refused(config: Config) -> None:
     monitor = MonitorSettings(stop_on=["PPO_EOS"])
     with pytest.raises(
         ValueError, match=r"stop_on has 'PPO_EOS', which is not the code of an alarm; give some of"
     ):
-        Monitor(replace(config, monitor=monitor), print, 1e-3)
+        Monitor(replace(config, monitor=monitor), print, TOKEN_NOISE["float32"])

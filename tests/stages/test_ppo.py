@@ -3,17 +3,20 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import cycle, islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -22,12 +25,13 @@ import rlhf.runs.stopwatch
 import stages.ppo.learner
 import stages.ppo.rollout
 import stages.ppo.setup
+from rlhf.generation.answers import Answer
 from rlhf.generation.hf import LoopEngine
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.fitting import FittedPrompt
-from rlhf.inputs.packing import Layout, Packer, text_tree
-from rlhf.inputs.records import Prompt
+from rlhf.inputs.packing import Layout, Packer, PromptTree, text_tree
+from rlhf.inputs.records import Prompt, PromptLike
 from rlhf.models.passes import compute_logprobs, compute_values
 from rlhf.models.saving import save_policy
 from rlhf.models.settings import LoraSettings, ModelSettings
@@ -43,6 +47,7 @@ from stages.ppo.learner import POLICY, Learner, PolicyAndValue
 from stages.ppo.rollout import Rollout, Sampler, roll_out
 from stages.ppo.train import train
 from stages.ppo.update import update
+from tests.rlhf.plain_loading import load_with_report
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 from tests.stages.conftest import is_timing
 from tools.plan import Launch, make_plan
@@ -57,18 +62,20 @@ TEXTS = [text_tree([5, 9, 13, 17, 21, 25]), text_tree([30, 31, 32])]
 class CountingReward:
     """One point for every token 7."""
 
-    def score(self, answers):
+    def score(self, answers: Sequence[Answer]) -> Scored:
         counts = [float(sum(token == 7 for token in one.response_ids)) for one in answers]
         return Scored(torch.tensor(counts))
 
 
-def share_of_e(prompts, responses, metas):
+def share_of_e(
+    prompts: list[PromptLike], responses: list[str], metas: list[dict[str, Any]]
+) -> list[float]:
     """The share of a response's characters that are `e`, times ten."""
     return [10 * response.count("e") / max(len(response), 1) for response in responses]
 
 
-def make_config(**changes) -> Config:
-    settings = {
+def make_config(**changes: Any) -> Config:
+    settings: dict[str, Any] = {
         "output_dir": "unused",
         "policy": ModelSettings(path="unused"),
         "prompts": "unused",
@@ -118,11 +125,11 @@ def make_rollout(
     )
 
 
-def test_every_declared_end_finishes_a_response_and_the_reward_reads_the_templates_own():
+def test_every_declared_end_finishes_a_response_and_the_reward_reads_the_templates_own() -> None:
     seen: list[tuple[int, ...]] = []
 
     class NotingReward(CountingReward):
-        def score(self, answers):
+        def score(self, answers: Sequence[Answer]) -> Scored:
             seen.extend(answer.ids_ending_with(END) for answer in answers)
             return super().score(answers)
 
@@ -148,19 +155,28 @@ def test_every_declared_end_finishes_a_response_and_the_reward_reads_the_templat
     assert {ids[-1] for ids, ended in zip(seen, finished, strict=True) if ended} == {END}
 
 
-def test_the_engine_gets_the_weights_once_a_rollout_and_before_it(monkeypatch):
-    calls = []
-    for name in ("refresh", "generate", "release"):
+def test_the_engine_gets_the_weights_once_a_rollout_and_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
         method = getattr(LoopEngine, name)
-        monkeypatch.setattr(
-            LoopEngine, name, lambda *a, _n=name, _m=method, **k: calls.append(_n) or _m(*a, **k)
-        )
+
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(name)
+            return method(*args, **options)
+
+        return call
+
+    for name in ("refresh", "generate", "release"):
+        monkeypatch.setattr(LoopEngine, name, noted(name))
     config = make_config()
     make_rollout(make_learner(config), config)
     assert calls == ["refresh", "generate", "release"]
 
 
-def test_a_long_rollout_says_how_far_it_is(monkeypatch):
+def test_a_long_rollout_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config()
     learner = make_learner(config)
     told: list[str] = []
@@ -173,7 +189,7 @@ def test_a_long_rollout_says_how_far_it_is(monkeypatch):
 
 
 def take_step(
-    learner: Learner, rollout: Rollout, texts, config: Config
+    learner: Learner, rollout: Rollout, texts: list[PromptTree], config: Config
 ) -> tuple[dict[str, float], torch.Tensor]:
     """One step on all episodes of a rollout: its metrics, and the gradient that it takes."""
     size = len(rollout.trees)
@@ -193,7 +209,7 @@ def take_step(
     return metrics, gradient
 
 
-def test_one_process_holds_the_activations_of_one_model_at_a_time():
+def test_one_process_holds_the_activations_of_one_model_at_a_time() -> None:
     config = make_config(ppo=PPOSettings(mini_batch_size=8))
     learner = make_learner(config, budget=40)
     rollout = make_rollout(learner, config)
@@ -208,7 +224,7 @@ def test_one_process_holds_the_activations_of_one_model_at_a_time():
     assert len(set(norms)) == len(norms)
 
 
-def test_rewards_of_a_rollout_hold_the_score_once_and_no_kl_before_the_first_update():
+def test_rewards_of_a_rollout_hold_the_score_once_and_no_kl_before_the_first_update() -> None:
     config = make_config()
     rollout = make_rollout(make_learner(config), config)
     lengths = rollout.response_mask.sum(1)
@@ -224,11 +240,13 @@ def test_rewards_of_a_rollout_hold_the_score_once_and_no_kl_before_the_first_upd
     )
 
 
-def test_reference_and_reward_models_come_only_for_their_use(monkeypatch):
-    visits = []
+def test_reference_and_reward_models_come_only_for_their_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    visits: list[tuple[list[nn.Module], str, bool]] = []
 
     @contextmanager
-    def note(models, device, offload):
+    def note(models: Sequence[nn.Module], device: torch.device, offload: bool) -> Iterator[None]:
         visits.append((list(models), device.type, offload))
         yield
 
@@ -242,7 +260,7 @@ def test_reference_and_reward_models_come_only_for_their_use(monkeypatch):
     assert type(reading[0][0]).__name__ == "LlamaForCausalLM" and reading[1:] == ("cpu", True)
 
 
-def test_returns_come_from_advantages_before_whitening():
+def test_returns_come_from_advantages_before_whitening() -> None:
     config = make_config()
     learner = make_learner(config)
     whitened = make_rollout(learner, config)
@@ -256,7 +274,7 @@ def test_returns_come_from_advantages_before_whitening():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_gradient_does_not_depend_on_the_micro_batch(architecture):
+def test_gradient_does_not_depend_on_the_micro_batch(architecture: str) -> None:
     config = make_config(ptx=PtxSettings(coef=0.7, text="unused"))
     whole = make_learner(config, 1000, architecture)
     rollout = make_rollout(whole, config)
@@ -271,12 +289,12 @@ def test_gradient_does_not_depend_on_the_micro_batch(architecture):
     assert len(num_rows) > 3 and min(num_rows) == 1
 
 
-def test_what_stands_behind_the_end_changes_no_bit_of_a_step():
+def test_what_stands_behind_the_end_changes_no_bit_of_a_step() -> None:
     """Of the rollout's numbers; of tokens there are none, since rows hold no padding."""
     config = make_config()
     learner = make_learner(config)
     rollout = make_rollout(learner, config)
-    tensors = {
+    tensors: dict[str, Any] = {
         name: tensor
         for name, tensor in vars(rollout).items()
         if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.ndim == 2
@@ -284,27 +302,27 @@ def test_what_stands_behind_the_end_changes_no_bit_of_a_step():
     assert len(tensors) == 6 and not rollout.response_mask.all()
     expected_metrics, expected = take_step(learner, rollout, [], config)
     for rubbish in (math.nan, math.inf, -1e30):
-        dirty = {k: x.where(rollout.response_mask, rubbish) for k, x in tensors.items()}
+        dirty: dict[str, Any] = {
+            k: x.where(rollout.response_mask, rubbish) for k, x in tensors.items()
+        }
         other = make_learner(config)
         metrics, found = take_step(other, replace(rollout, **dirty), [], config)
         assert metrics == expected_metrics
         assert torch.equal(found, expected)
 
 
-def test_the_order_of_episodes_changes_nothing():
+def test_the_order_of_episodes_changes_nothing() -> None:
     """Up to rounding: 1e-6 in a log-probability or value, 1e-6 of a sum, 1e-5 in a gradient."""
     config = make_config()
     learner, other = make_learner(config, budget=30), make_learner(config, budget=30)
     rollout = make_rollout(learner, config)
     order = torch.tensor([5, 2, 7, 0, 3, 6, 1, 4])
     permuted = rollout.select(order)
-    for compute, model in (
-        (compute_logprobs, learner.models.policy),
-        (compute_values, learner.models.value_model),
-    ):
-        rows = compute(model, rollout.trees, learner.packer)
+    policy, value_model = learner.models.policy, learner.models.value_model
+    for compute in (partial(compute_logprobs, policy), partial(compute_values, value_model)):
+        rows = compute(rollout.trees, learner.packer)
         assert rows.abs().sum() > 1
-        found = compute(model, permuted.trees, learner.packer)
+        found = compute(permuted.trees, learner.packer)
         torch.testing.assert_close(found, rows[order], rtol=1e-6, atol=1e-6)
     with torch.no_grad():  # a policy that moved since, so that ratios are not 1
         for models in (learner.models, other.models):
@@ -316,7 +334,7 @@ def test_the_order_of_episodes_changes_nothing():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_ptx_adds_coef_times_the_gradient_of_the_mean_text_loss():
+def test_ptx_adds_coef_times_the_gradient_of_the_mean_text_loss() -> None:
     with_text = make_config(
         ptx=PtxSettings(coef=0.7, text="unused"), optim=OptimSettings(max_grad_norm=math.inf)
     )
@@ -327,7 +345,7 @@ def test_ptx_adds_coef_times_the_gradient_of_the_mean_text_loss():
     _, ppo_only = take_step(make_learner(without), rollout, [], without)
 
     reference = make_learner(without).models
-    nats = 0.0
+    nats = torch.zeros(())
     for ids in ([5, 9, 13, 17, 21, 25], [30, 31, 32]):
         logits = reference.policy(input_ids=torch.tensor([ids])).logits[0, :-1]
         nats = nats + torch.nn.functional.cross_entropy(
@@ -339,7 +357,7 @@ def test_ptx_adds_coef_times_the_gradient_of_the_mean_text_loss():
     assert torch.allclose(both, ppo_only + text_only, atol=1e-5)
 
 
-def test_gradient_norms_and_cosine_are_those_of_the_two_parts():
+def test_gradient_norms_and_cosine_are_those_of_the_two_parts() -> None:
     config = make_config(
         ptx=PtxSettings(coef=0.7, text="unused"), optim=OptimSettings(max_grad_norm=math.inf)
     )
@@ -358,7 +376,9 @@ def test_gradient_norms_and_cosine_are_those_of_the_two_parts():
 @pytest.mark.parametrize(
     "packer", [Packer(1), Packer(12), Packer(30), Packer(1000), Packer(1000, layout=Layout.ALONE)]
 )
-def test_first_ratio_is_one_for_every_cut_of_the_batch(architecture, num_episodes, packer):
+def test_first_ratio_is_one_for_every_cut_of_the_batch(
+    architecture: str, num_episodes: int, packer: Packer
+) -> None:
     config = make_config(
         rollout=RolloutSettings(batch_size=num_episodes, max_new_tokens=6),
         optim=OptimSettings(learning_rate=1e-30),  # so that every step is the first
@@ -375,7 +395,7 @@ def test_first_ratio_is_one_for_every_cut_of_the_batch(architecture, num_episode
         assert abs(metrics["ppo/approx_kl"]) < 1e-7
 
 
-def test_a_ratio_of_a_gradient_norm_is_what_the_step_takes():
+def test_a_ratio_of_a_gradient_norm_is_what_the_step_takes() -> None:
     with_ratio = make_config(
         ptx=PtxSettings(coef=1.0, grad_norm_ratio=3.0, text="unused"),
         optim=OptimSettings(max_grad_norm=math.inf),
@@ -393,7 +413,7 @@ def test_a_ratio_of_a_gradient_norm_is_what_the_step_takes():
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_a_value_model_is_held_as_what_of_it_learns_asks_for():
+def test_a_value_model_is_held_as_what_of_it_learns_asks_for() -> None:
     half = ModelSettings(path="unused", dtype="bfloat16", attention="eager")
     trusted = RewardSettings(model="rm", trust_remote_code=True)
     whole = make_config(policy=half, reward=trusted).value_settings("rm")
@@ -402,23 +422,25 @@ def test_a_value_model_is_held_as_what_of_it_learns_asks_for():
     assert adapter.value_settings("rm") == replace(whole, dtype="bfloat16")
 
 
-def test_value_warmup_only_reads_the_policy(monkeypatch):
+def test_value_warmup_only_reads_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config()
     learner = make_learner(config)
     rollout = make_rollout(learner, config)
-    logprobs, learns = stages.ppo.learner.response_logprobs, []
-    monkeypatch.setattr(
-        stages.ppo.learner,
-        "response_logprobs",
-        lambda *row: learns.append(torch.is_grad_enabled()) or logprobs(*row),
-    )
+    logprobs = stages.ppo.learner.response_logprobs
+    learns: list[bool] = []
+
+    def noted(*row: Any) -> Tensor:
+        learns.append(torch.is_grad_enabled())
+        return logprobs(*row)
+
+    monkeypatch.setattr(stages.ppo.learner, "response_logprobs", noted)
     generator = torch.Generator().manual_seed(0)
     read = update(learner, rollout, repeat([]), config, generator, only_value=True)
     assert learns == [False, False]
     assert read["ppo/ratio"] == pytest.approx(1) and read["ppo/policy_grad_norm"] == 0
 
 
-def test_value_warmup_moves_the_value_model_alone_and_the_schedule_waits():
+def test_value_warmup_moves_the_value_model_alone_and_the_schedule_waits() -> None:
     optim = OptimSettings(learning_rate=1e-2, warmup_steps=4, weight_decay=0.1)
     ppo = PPOSettings(mini_batch_size=4, value_warmup_updates=1)
     config = make_config(num_updates=3, optim=optim, ppo=ppo)
@@ -438,7 +460,7 @@ def test_value_warmup_moves_the_value_model_alone_and_the_schedule_waits():
     assert not torch.equal(before[0], moved)
 
 
-def test_an_update_ends_with_the_step_that_moved_too_far():
+def test_an_update_ends_with_the_step_that_moved_too_far() -> None:
     config = make_config(
         ppo=PPOSettings(mini_batch_size=2, num_epochs=2, max_step_kl=1e-4),
         optim=OptimSettings(learning_rate=1e-2, schedule="constant"),
@@ -454,7 +476,7 @@ def test_an_update_ends_with_the_step_that_moved_too_far():
     assert metrics["ppo/steps"] == 8
 
 
-def test_moving_average_trails_the_policy():
+def test_moving_average_trails_the_policy() -> None:
     config = make_config(ema_decay=0.5)
     learner = make_learner(config)
     weight = learner.models.policy.lm_head.weight
@@ -466,7 +488,7 @@ def test_moving_average_trails_the_policy():
     assert torch.allclose(average, (before + weight) / 2, atol=1e-7)
 
 
-def test_text_is_joined_behind_its_separator_and_cut_to_full_blocks():
+def test_text_is_joined_behind_its_separator_and_cut_to_full_blocks() -> None:
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", bos_token="<s>")
     chat = Chat(tokenizer)
     config = make_config(ptx=PtxSettings(coef=1.0, text="t.jsonl", block_tokens=4))
@@ -523,12 +545,14 @@ def test_text_is_joined_behind_its_separator_and_cut_to_full_blocks():
         ),
     ],
 )
-def test_contradictory_settings_are_refused_with_their_values(changes, message):
+def test_contradictory_settings_are_refused_with_their_values(
+    changes: Callable[[], dict[str, Any]], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(**changes())
 
 
-def test_a_run_learns_and_its_folder_loads(tmp_path: Path):
+def test_a_run_learns_and_its_folder_loads(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     Chat(tokenizer)
     policy = tiny_policy_of("llama", vocab_size=len(tokenizer))
@@ -572,12 +596,12 @@ def test_a_run_learns_and_its_folder_loads(tmp_path: Path):
     assert {row["step"] for row in samples} == {0, 6, 11}
     results = json.loads((tmp_path / "ppo/results.json").read_text())
     assert results["held_out_score"] > 3 * rows[0]["ppo/held_out_score"]
-    saved, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo", output_loading_info=True)
+    saved, report = load_with_report(AutoModelForCausalLM, tmp_path / "ppo")
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert not torch.equal(saved.lm_head.weight, policy.lm_head.weight)
 
 
-def test_the_kl_coefficient_steers_itself_once_the_policy_learns(ppo_config: Config):
+def test_the_kl_coefficient_steers_itself_once_the_policy_learns(ppo_config: Config) -> None:
     """A KL far below its target lowers it by 20 % of episodes / horizon an update."""
     ppo = replace(ppo_config.ppo, kl_target=50.0, kl_horizon=320, value_warmup_updates=1)
     train(replace(ppo_config, ppo=ppo))
@@ -589,8 +613,8 @@ def test_the_kl_coefficient_steers_itself_once_the_policy_learns(ppo_config: Con
 
 
 def test_a_seed_gives_the_same_run_bit_for_bit_and_another_seed_another(
-    ppo_config: Config, ppo_inputs
-):
+    ppo_config: Config, ppo_inputs: Path
+) -> None:
     text = ppo_inputs / "text.jsonl"
     text.write_text(json.dumps({"text": "the cat sat. " * 40}) + "\n")
     ptx = PtxSettings(coef=0.1, text=str(text), block_tokens=16, blocks_per_episode=0.25)
@@ -606,7 +630,7 @@ def test_a_seed_gives_the_same_run_bit_for_bit_and_another_seed_another(
     assert runs["first"][0][-1]["ppo/kl"] != runs["other"][0][-1]["ppo/kl"]
 
 
-def test_phases_of_the_first_update_hold_nothing_from_before_it(ppo_config: Config):
+def test_phases_of_the_first_update_hold_nothing_from_before_it(ppo_config: Config) -> None:
     reward = replace(ppo_config.reward, normalize_on=1024)  # far more samples than an update's
     train(replace(ppo_config, reward=reward, num_updates=1))
     (row,) = map(json.loads, (Path(ppo_config.output_dir) / "metrics.jsonl").open())
@@ -614,12 +638,14 @@ def test_phases_of_the_first_update_hold_nothing_from_before_it(ppo_config: Conf
     assert sum(phases.values()) <= 2 * phases["seconds/update"]  # the update is one of them
 
 
-def test_gradient_checkpointing_changes_no_result(ppo_config: Config, monkeypatch):
+def test_gradient_checkpointing_changes_no_result(
+    ppo_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each of the 4 updates has 2 steps of one row, whose 2 layers run once more in each model."""
     num_calls = 0
     forward = LlamaMLP.forward
 
-    def count(*args):
+    def count(*args: Any) -> Tensor:
         nonlocal num_calls
         num_calls += 1
         return forward(*args)
@@ -646,18 +672,20 @@ def bf16_launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("bf16_launch")
-def test_mixed_precision_holds_in_every_pass_of_a_run(ppo_config: Config, monkeypatch):
+def test_mixed_precision_holds_in_every_pass_of_a_run(
+    ppo_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sampling, all passes without gradient, training and the held-out evaluation; the reference is
     computed as the policy is, so that before the first step no KL is."""
     types: set[torch.dtype] = set()
     forward = LlamaMLP.forward
 
-    def note(*args):
+    def note(*args: Any) -> Tensor:
         output = forward(*args)
         types.add(output.dtype)
         return output
 
-    def load(*args):
+    def load(*args: Any) -> Any:
         models = load_models(*args)
         types.clear()  # of a probe that finds how the models can be packed
         return models
@@ -676,7 +704,9 @@ def test_mixed_precision_holds_in_every_pass_of_a_run(ppo_config: Config, monkey
     assert all(row["ppo/first_log_ratio"] < 0.5 for row in rows)
 
 
-def test_half_types_whose_gradients_are_scaled_are_refused(ppo_config: Config, monkeypatch):
+def test_half_types_whose_gradients_are_scaled_are_refused(
+    ppo_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cpu = torch.device("cpu")
     launched = SimpleNamespace(mixed_precision="fp16", num_processes=1, device=cpu)
     monkeypatch.setattr(stages.ppo.setup, "start_accelerator", lambda: launched)

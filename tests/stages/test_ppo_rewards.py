@@ -15,7 +15,7 @@ from rlhf.generation.answers import Answer
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.packing import Packer, PromptTree
-from rlhf.inputs.records import Prompt
+from rlhf.inputs.records import Prompt, PromptLike
 from rlhf.maths.advantages import generalized_advantages
 from rlhf.models.settings import ModelSettings
 from rlhf.rewards.combined import WeightedReward
@@ -43,16 +43,23 @@ HERE = "tests.stages.test_ppo_rewards"
 END = 1
 
 
-def prompt_length(prompts: list[str], responses: list[str], metas: list[Any]) -> list[float]:
+def prompt_length(
+    prompts: list[PromptLike], responses: list[str], metas: list[dict[str, Any]]
+) -> list[float]:
     return [float(len(prompt)) for prompt in prompts]
 
 
-def length(prompts: list[str], responses: list[str], metas: list[Any]) -> list[float]:
+def length(
+    prompts: list[PromptLike], responses: list[str], metas: list[dict[str, Any]]
+) -> list[float]:
     return [float(len(response)) for response in responses]
 
 
 def early(
-    prompts: list[str], responses: list[str], metas: list[Any], tokens: list[list[str]]
+    prompts: list[PromptLike],
+    responses: list[str],
+    metas: list[dict[str, Any]],
+    tokens: list[list[str]],
 ) -> list[list[float]]:
     """1 for the first token, 2 for the second, and so on; -1 for an end."""
     return [
@@ -62,13 +69,18 @@ def early(
 
 
 def each(
-    prompts: list[str], responses: list[str], metas: list[Any], tokens: list[list[str]]
+    prompts: list[PromptLike],
+    responses: list[str],
+    metas: list[dict[str, Any]],
+    tokens: list[list[str]],
 ) -> list[list[float]]:
     """3 for each token."""
     return [[3.0] * len(pieces) for pieces in tokens]
 
 
-def constant(prompts: list[str], responses: list[str], metas: list[Any]) -> list[float]:
+def constant(
+    prompts: list[PromptLike], responses: list[str], metas: list[dict[str, Any]]
+) -> list[float]:
     return [0.1] * len(responses)
 
 

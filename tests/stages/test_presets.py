@@ -230,7 +230,7 @@ def test_every_stage_starts_with_the_presets_own_files(name: str, tmp_path: Path
 
     def settings(stage: str, config_class: type, *words: str) -> Any:
         file = ROOT / f"configs/{stage}/{name}.yaml"
-        own = load_config(config_class, ["--config", str(file), "--run_dir", str(run)])
+        own: Any = load_config(config_class, ["--config", str(file), "--run_dir", str(run)])
         model = getattr(own, "model", None)
         if model is not None and model.path in bases:  # a hub id
             words = ("--model.path", str(bases[model.path]), *words)

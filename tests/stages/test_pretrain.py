@@ -3,11 +3,18 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from rlhf.generation.engines import generate
 from rlhf.generation.interface import Decoding
@@ -20,6 +27,7 @@ from rlhf.training.settings import OptimSettings
 from stages.pretrain.config import ArchitectureSettings, Config
 from stages.pretrain.tokenizer import train_tokenizer
 from stages.pretrain.train import draw_batches, language_model_loss, pretrain, to_blocks
+from tests.rlhf.plain_loading import load_with_report
 
 TEXTS = [f"The {colour} hat is in the {place}." for colour in ("red", "blue") for place in "ABCDE"]
 
@@ -34,8 +42,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_config(data: Path, output_dir: Path, **changes: object) -> Config:
-    settings: dict[str, object] = {
+def make_config(data: Path, output_dir: Path, **changes: Any) -> Config:
+    settings: dict[str, Any] = {
         "text_path": str(data / "text.jsonl"),
         "text_held_out_path": str(data / "held_out.jsonl"),
         "facts_path": str(data / "facts.jsonl"),
@@ -50,7 +58,7 @@ def make_config(data: Path, output_dir: Path, **changes: object) -> Config:
         ),
         "optim": OptimSettings(learning_rate=1e-2),
     }
-    return Config(**{**settings, **changes})  # type: ignore[arg-type]
+    return Config(**{**settings, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +90,14 @@ def test_a_batch_larger_than_the_text_is_told(
 
 
 def test_the_folder_loads_with_plain_transformers(run_dir: Path) -> None:
-    model, report = AutoModelForCausalLM.from_pretrained(run_dir, output_loading_info=True)
+    model, report = load_with_report(AutoModelForCausalLM, run_dir)
     tokenizer = AutoTokenizer.from_pretrained(run_dir)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     ids = tokenizer("The red", return_tensors="pt").input_ids
     text = tokenizer.decode(
         model.generate(ids, max_new_tokens=2, do_sample=False)[0, ids.shape[1] :]
     )
+    assert isinstance(text, str)
     assert text.startswith("hat")
 
 
@@ -108,10 +117,13 @@ def test_same_seed_same_weights_and_another_seed_others(
 def test_greedy_text_before_saving_equals_text_after_loading(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = []
-    monkeypatch.setattr(
-        "stages.pretrain.train.fact_recall", lambda model, *_: kept.append(model) or 0.0
-    )
+    kept: list[PreTrainedModel] = []
+
+    def keep(model: PreTrainedModel, *_: object) -> float:
+        kept.append(model)
+        return 0.0
+
+    monkeypatch.setattr("stages.pretrain.train.fact_recall", keep)
     pretrain(make_config(data, tmp_path))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     prompt = AutoTokenizer.from_pretrained(tmp_path)("The blue hat").input_ids

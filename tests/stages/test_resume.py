@@ -29,7 +29,7 @@ PPO_CUTS = [
 ]
 
 
-def test_ppo_killed_again_and_again_is_the_run_that_was_not(configs: dict[str, Any]):
+def test_ppo_killed_again_and_again_is_the_run_that_was_not(configs: dict[str, Any]) -> None:
     rows = same_when_killed("ppo", configs["ppo"], PPO_CUTS)
     assert [row["step"] for row in rows] == list(range(6))
     assert rows[-1]["ppo/kl"] > 0 and rows[-1]["ppo/kl_coef"] != rows[0]["ppo/kl_coef"]
@@ -46,7 +46,7 @@ RM_CUTS = [
 
 def test_a_reward_model_killed_again_and_again_is_the_one_that_was_not(
     configs: dict[str, Any],
-):
+) -> None:
     rows = same_when_killed("rm", configs["rm"], RM_CUTS)
     assert [row["step"] for row in rows if "rm/loss" in row] == list(range(1, 17))
     assert [row["step"] for row in rows if "rm/held_out_loss" in row] == [8, 16]
@@ -62,7 +62,7 @@ SFT_CUTS = [
 ]
 
 
-def test_sft_killed_again_and_again_is_the_run_that_was_not(configs: dict[str, Any]):
+def test_sft_killed_again_and_again_is_the_run_that_was_not(configs: dict[str, Any]) -> None:
     rows = same_when_killed("sft", configs["sft"], SFT_CUTS)
     steps = [row["step"] for row in rows if "sft/loss" in row]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 12
@@ -76,7 +76,9 @@ PRETRAIN_CUTS = [
 ]
 
 
-def test_pretraining_killed_again_and_again_is_the_run_that_was_not(configs: dict[str, Any]):
+def test_pretraining_killed_again_and_again_is_the_run_that_was_not(
+    configs: dict[str, Any],
+) -> None:
     rows = same_when_killed("pretrain", configs["pretrain"], PRETRAIN_CUTS)
     assert [row["step"] for row in rows if "pretrain/held_out_loss" in row][:2] == [5, 10]
 
@@ -86,14 +88,14 @@ def test_pretraining_killed_again_and_again_is_the_run_that_was_not(configs: dic
 )
 def test_adapters_killed_again_and_again_are_the_ones_that_were_not(
     configs: dict[str, Any], stage: str, cuts: list[Cut]
-):
+) -> None:
     config = replace(configs[stage], lora=LoraSettings(rank=2))
     same_when_killed(stage, config, cuts, weights="adapter_model.safetensors")
 
 
 def test_two_processes_go_on_from_one_checkpoint(
     configs: dict[str, Any],
-):
+) -> None:
     cuts = [
         Cut("stages.ppo.train", "update", 4),  # the second process, in the middle of an update
         Cut("rlhf.runs.checkpoints", "gather_object", 1),  # before it gives its part
@@ -102,7 +104,7 @@ def test_two_processes_go_on_from_one_checkpoint(
     assert [row["step"] for row in rows] == list(range(6))
 
 
-def test_another_number_of_processes_is_refused(configs: dict[str, Any]):
+def test_another_number_of_processes_is_refused(configs: dict[str, Any]) -> None:
     config = configs["ppo"]
     code, printed = run_command("ppo", config, Cut("stages.ppo.train", "update", 4))
     assert code == KILLED, printed
@@ -133,7 +135,7 @@ def same_when_killed(
 
 def test_what_does_not_fit_the_run_stops_it_and_says_how_to_go_on(
     configs: dict[str, Any], tmp_path: Path
-):
+) -> None:
     config = replace(configs["ppo"], output_dir=str(tmp_path / "run"))
     code, _ = run_command("ppo", config, Cut("stages.ppo.train", "update", 4))
     assert code == KILLED
@@ -166,7 +168,7 @@ def refused(config: Any, message: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_step_and_saves_it(
     configs: dict[str, Any], tmp_path: Path, number: int
-):
+) -> None:
     config = replace(configs["ppo"], output_dir=str(tmp_path / "run"), checkpoint_every=100)
     code, printed = run_command("ppo", config, Cut("stages.ppo.train", "update", 3, number))
     step = tmp_path / "run" / "checkpoints" / "step-2"
@@ -183,7 +185,7 @@ def test_an_interrupt_ends_the_step_and_saves_it(
 
 def test_an_interrupt_outside_of_steps_and_a_second_one_end_at_once(
     configs: dict[str, Any], tmp_path: Path
-):
+) -> None:
     config = replace(configs["ppo"], output_dir=str(tmp_path / "run"))
     before = Cut("stages.ppo.setup", "normalize_scores", 1, signal.SIGINT)
     code, printed = run_command("ppo", config, before)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
@@ -37,6 +37,7 @@ from stages.rm.figures import Pair
 from stages.rm.saved import check_saved_head
 from stages.rm.train import train
 from stages.rm.update import update
+from tests.rlhf.plain_loading import load_with_report
 from tests.rlhf.tiny_models import byte_tokenizer
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -178,9 +179,7 @@ def test_gradient_checkpointing_changes_no_result(sft: Path, tmp_path: Path) -> 
 
 def test_any_tool_reads_the_same_scores(trained: tuple[Config, dict[str, Any]]) -> None:
     config, results = trained
-    plain, report = AutoModelForSequenceClassification.from_pretrained(
-        config.output_dir, output_loading_info=True
-    )
+    plain, report = load_with_report(AutoModelForSequenceClassification, config.output_dir)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     reward = load_reward_model(ModelSettings(path=config.output_dir), micro_batch_tokens=512)
     rankings = make_rankings(8, seed=5)
@@ -278,11 +277,11 @@ def plain_gradient(
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_every_ranking_is_seen_once_an_epoch_on_any_number_of_processes(num_processes: int) -> None:
-    config = SimpleNamespace(batch_size=4, seed=7)
+    config = cast(Config, SimpleNamespace(batch_size=4, seed=7))
     epochs = []
     for index in range(num_processes):
-        accelerator = SimpleNamespace(process_index=index, num_processes=num_processes)
-        batches = GlobalBatches(9, config, accelerator)  # type: ignore[arg-type]
+        process = SimpleNamespace(process_index=index, num_processes=num_processes)
+        batches = GlobalBatches(9, config, cast(Accelerator, process))
         epochs.append([list(batches), list(batches)])
         assert [len(batches)] == [3]
     for epoch in range(2):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import write_records
 from rlhf.inputs.packing import Packer, PromptTree, text_tree
-from rlhf.inputs.records import Demonstration, Text
+from rlhf.inputs.records import Demonstration, PromptLike, Text
 from rlhf.models.loading import load_policy, load_scalar, new_policy
 from rlhf.models.passes import compute_scores
 from rlhf.models.saving import save_policy
@@ -35,6 +36,7 @@ from stages.sft.measure import different_prompts, draw_samples, mean_loss, sampl
 from stages.sft.rows import cut_text, fit_batches, lay_out, load_rows, render
 from stages.sft.train import train
 from stages.sft.trainer import Measure, fit, make_trainer, to_row
+from tests.rlhf.plain_loading import load_with_report
 from tests.rlhf.tiny_models import byte_tokenizer
 
 LLAMA = {
@@ -169,7 +171,7 @@ def test_micro_batches_do_not_change_the_weights(
     assert (weights[0] - weights[1]).abs().max() < 1e-6
 
 
-def greedy(policy: PreTrainedModel, chat: Chat, prompts: str) -> list[str]:
+def greedy(policy: PreTrainedModel, chat: Chat, prompts: Sequence[PromptLike]) -> list[str]:
     ids = [chat.prompt_ids(prompt) for prompt in prompts]
     settings = GenerationSettings(batch_size=4)
     responses = generate(
@@ -186,7 +188,7 @@ def test_learns_its_rows_by_heart_ends_them_and_loads_anywhere(
         base, demonstrations, tmp_path, num_epochs=40, eval_every=1000, temperature=0.0
     )
     prompts = [one.record.prompt for one in load_rows(config, chat).train]
-    before = []
+    before: list[str] = []
 
     def save_and_remember(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         before.extend(greedy(model, chat, prompts))
@@ -194,11 +196,9 @@ def test_learns_its_rows_by_heart_ends_them_and_loads_anywhere(
 
     monkeypatch.setattr(train_module, "save_policy", save_and_remember)
     train(config)
-    loaded, report = AutoModelForCausalLM.from_pretrained(
-        config.output_dir, output_loading_info=True
-    )
+    loaded, report = load_with_report(AutoModelForCausalLM, config.output_dir)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert before == [2 * prompt.upper() for prompt in prompts]
+    assert before == [2 * str(prompt).upper() for prompt in prompts]
     assert greedy(loaded, Chat(AutoTokenizer.from_pretrained(config.output_dir)), prompts) == before
     assert loaded.generation_config.eos_token_id == [chat.end_id]
     results = json.loads((Path(config.output_dir) / "results.json").read_text())

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,11 @@ if what == "wait":
 print(__name__, sys.argv[1:], os.environ.get("MINE"), torch.get_num_threads())
 """
 
+Serve = Callable[[str], subprocess.CompletedProcess[str]]
+
 
 @pytest.fixture
-def serve(tmp_path: Path):
+def serve(tmp_path: Path) -> Serve:
     """Runs a shell script under a server which imports the test's program only."""
     (tmp_path / "program.py").write_text(PROGRAM)
 
@@ -55,7 +58,7 @@ def serve(tmp_path: Path):
     return run
 
 
-def test_a_stage_has_its_words_its_environment_and_its_threads(serve) -> None:
+def test_a_stage_has_its_words_its_environment_and_its_threads(serve: Serve) -> None:
     ran = serve(f"MINE=yes OMP_NUM_THREADS=2 {ASK} program a 'b c'; {ASK} program d")
     assert ran.stdout.splitlines() == [
         "__main__ ['a', 'b c'] yes 2",
@@ -64,7 +67,7 @@ def test_a_stage_has_its_words_its_environment_and_its_threads(serve) -> None:
     assert ran.returncode == 0
 
 
-def test_exit_codes_are_those_of_the_stage(serve) -> None:
+def test_exit_codes_are_those_of_the_stage(serve: Serve) -> None:
     ran = serve(f"for how in fail crash die; do {ASK} program $how; echo $how $?; done; exit 7")
     assert ran.stdout.split() == ["fail", "1", "crash", "1", "die", "137"]
     assert "error: no" in ran.stderr
@@ -72,7 +75,7 @@ def test_exit_codes_are_those_of_the_stage(serve) -> None:
     assert ran.returncode == 7
 
 
-def test_who_asked_may_be_gone_before_the_stage_ends(serve, tmp_path: Path) -> None:
+def test_who_asked_may_be_gone_before_the_stage_ends(serve: Serve, tmp_path: Path) -> None:
     waits = tmp_path / "waits"
     ran = serve(
         f"{ASK} program wait {waits} & until [ -s {waits} ]; do sleep 0.1; done; kill -9 $!; "
@@ -82,7 +85,7 @@ def test_who_asked_may_be_gone_before_the_stage_ends(serve, tmp_path: Path) -> N
     assert ran.returncode == 0
 
 
-def test_two_stages_go_side_by_side_and_each_can_be_ended(serve, tmp_path: Path) -> None:
+def test_two_stages_go_side_by_side_and_each_can_be_ended(serve: Serve, tmp_path: Path) -> None:
     waits = tmp_path / "waits"
     ran = serve(
         f"{ASK} program wait {waits} & until [ -s {waits} ]; do sleep 0.1; done; "

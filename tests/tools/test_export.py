@@ -13,6 +13,7 @@ from rlhf.models.loading import load_policy, load_scalar
 from rlhf.models.passes import compute_scores
 from rlhf.models.saving import save_policy
 from rlhf.models.settings import LoraSettings, ModelSettings
+from tests.rlhf.plain_loading import load_with_report
 from tests.rlhf.tiny_models import byte_tokenizer, change_trained, tiny_policy_of
 from tools.export import TOLERANCE, Config, export
 
@@ -35,7 +36,7 @@ def test_merged_policy_has_the_live_ones_logits(work: Path) -> None:
     change_trained(live)
     save_policy(live, AutoTokenizer.from_pretrained(settings.path), work / "ppo")
     export(Config(folder=str(work / "ppo"), output_dir=str(work / "merged")))
-    merged, report = AutoModelForCausalLM.from_pretrained(work / "merged", output_loading_info=True)
+    merged, report = load_with_report(AutoModelForCausalLM, work / "merged")
     assert not any(report.values()), report
     with torch.no_grad():
         expected, base = live(input_ids=IDS).logits, load_policy(settings)(input_ids=IDS).logits
@@ -62,9 +63,7 @@ def test_merged_reward_model_has_the_same_scores_and_card(work: Path) -> None:
     expected, found = (compute_scores(model, trees, Packer(64)) for model in (live, merged))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (work / "merged" / "reward.json").read_text() == '{"bias": 0.5}'
-    _, report = AutoModelForSequenceClassification.from_pretrained(
-        work / "merged", output_loading_info=True
-    )
+    _, report = load_with_report(AutoModelForSequenceClassification, work / "merged")
     assert not any(report.values()), report
 
 

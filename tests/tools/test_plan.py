@@ -16,7 +16,7 @@ from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.models.loading import load_policy, load_scalar
 from rlhf.models.saving import save_policy
-from rlhf.models.settings import LoraSettings, ModelSettings
+from rlhf.models.settings import Attention, LoraSettings, ModelSettings
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.settings import RewardSettings
 from rlhf.runs.settings import settings_in_force
@@ -31,20 +31,20 @@ VOCAB = 4096
 PROMPT_TOKENS = 112
 TOLERANCE = 0.15
 
-SMALL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6}
+SMALL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6}
 """6.6 million weights."""
-LARGE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
+LARGE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
 """22 million."""
 
 
 TEXT = PtxSettings(coef=0.1, text="text.jsonl", block_tokens=64, blocks_per_episode=2.0)
 
 
-def write_inputs(folder: Path, **size: int) -> Path:
+def write_inputs(folder: Path, **size: Any) -> Path:
     """A policy, prompts of PROMPT_TOKENS tokens each, and text."""
     folder.mkdir()
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4}
     policy = tiny_policy_of("llama", vocab_size=VOCAB, **heads, **size)
     for parameter in policy.parameters():
         parameter.data.mul_(0.1)  # sure of nothing, so that responses do not end
@@ -293,7 +293,9 @@ def test_quantized_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
     ("device", "attention", "has_mask"),
     [("cpu", "sdpa", False), ("cuda", "sdpa", True), ("cpu", "eager", True)],
 )
-def test_rows_have_a_mask_where_a_run_has_one(device: str, attention: str, has_mask: bool) -> None:
+def test_rows_have_a_mask_where_a_run_has_one(
+    device: str, attention: Attention, has_mask: bool
+) -> None:
     rows = Rows(ModelSettings(path="unused", attention=attention), 32, device)
     row = rows.of_episodes(prompt=8, response=8, num_trees=2)
     assert (row.attention_mask is not None) == has_mask

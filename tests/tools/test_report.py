@@ -349,7 +349,7 @@ def test_settings_are_compared_with_the_nearest_preset(tmp_path: Path) -> None:
 
 
 def test_curves_of_two_stages_meet_in_a_panel_and_gaps_are_left_out(tmp_path: Path) -> None:
-    logs = {
+    logs: dict[str, list[dict[str, Any]]] = {
         "ppo": [{"step": 0, "ppo/kl": 0.0}, {"step": 1}, {"step": 2, "ppo/kl": "nan"}],
         "ppo_ptx": [{"step": 0, "ppo/kl": 0.5}, {"step": 5, "ppo/kl": 1.5}],
     }

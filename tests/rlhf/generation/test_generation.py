@@ -2,11 +2,13 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.generation.decoder import way_for
 from rlhf.generation.engines import generate
@@ -28,7 +30,9 @@ def uneven_prompts() -> list[list[int]]:
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
-def greedy_of_transformers(policy, prompt: list[int], end_id: int, num_tokens: int) -> list[int]:
+def greedy_of_transformers(
+    policy: Any, prompt: list[int], end_id: int, num_tokens: int
+) -> list[int]:
     output = policy.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -41,14 +45,18 @@ def greedy_of_transformers(policy, prompt: list[int], end_id: int, num_tokens: i
 
 
 def greedy(
-    policy, prompts: list[list[int]], batch_size: int = 8, generator=None, **changes
+    policy: PreTrainedModel,
+    prompts: list[list[int]],
+    batch_size: int = 8,
+    generator: torch.Generator | None = None,
+    **changes: Any,
 ) -> list[list[int]]:
     decoding = replace(Decoding(end_id=1, max_new_tokens=12, temperature=0), **changes)
     settings = GenerationSettings(batch_size=batch_size)
     return generate(policy, prompts, settings, decoding, generator).responses
 
 
-def frequent_end(policy) -> int:
+def frequent_end(policy: PreTrainedModel) -> int:
     """An end token that greedy decoding hits early in some responses and late in others."""
     responses = greedy(policy, uneven_prompts(), end_id=-1)
     tokens = itertools.chain.from_iterable(responses)
@@ -112,16 +120,18 @@ def test_finished_responses_stop_costing(monkeypatch: pytest.MonkeyPatch) -> Non
     can do without, and decoding ends with the longest response."""
     policy = tiny_policy_of("llama")
     way_for(policy)  # its probe decodes too
-    decoded, copied = [], []
+    decoded: list[int] = []
+    copied: list[int] = []
     policy.register_forward_pre_hook(
         lambda _, args, inputs: decoded.append(len(inputs["input_ids"])), with_kwargs=True
     )
     select = DynamicCache.reorder_cache
-    monkeypatch.setattr(
-        DynamicCache,
-        "reorder_cache",
-        lambda cache, rows: copied.append(len(rows)) or select(cache, rows),
-    )
+
+    def noted(cache: DynamicCache, rows: torch.LongTensor) -> None:
+        copied.append(len(rows))
+        select(cache, rows)
+
+    monkeypatch.setattr(DynamicCache, "reorder_cache", noted)
     responses = sample(policy, [[5, 6, 7]] * 48, end_id=7, max_new_tokens=60, batch_size=48)[0]
     lengths = [len(response) for response in responses]
     assert len(decoded) == max(lengths) == 60
@@ -188,19 +198,19 @@ def test_second_tokens_follow_the_first() -> None:
 
 
 def sample(
-    policy,
+    policy: PreTrainedModel,
     prompts: list[list[int]],
     batch_size: int = 6,
     seed: int = 0,
-    progress=None,
-    **changes,
+    progress: Callable[[int], object] | None = None,
+    **changes: Any,
 ) -> Samples:
     generator = torch.Generator().manual_seed(seed)
     settings = GenerationSettings(batch_size=batch_size)
     return generate(policy, prompts, settings, replace(DECODING, **changes), generator, progress)
 
 
-def sampled(seed: int, **arguments) -> list[list[int]]:
+def sampled(seed: int, **arguments: Any) -> list[list[int]]:
     prompts = uneven_prompts() * 2
     return sample(tiny_policy_of("llama"), prompts, seed=seed, **arguments).responses
 

@@ -44,7 +44,9 @@ def gpt2_like() -> PreTrainedTokenizerBase:
 
 
 def text_of(chat: Chat, ids: list[int]) -> str:
-    return chat.tokenizer.decode(ids, skip_special_tokens=False)
+    text = chat.tokenizer.decode(ids, skip_special_tokens=False)
+    assert isinstance(text, str)
+    return text
 
 
 def ids_of(chat: Chat, text: str) -> list[int]:
@@ -90,6 +92,7 @@ def test_prompt_and_response_concatenate_to_the_rendered_conversation(template: 
     answer = {"role": "assistant", "content": "Me, Ā and ąß: 你好 🙂"}
     messages = [{"role": "user", "content": "Who?\n\nReally?"}]
     whole = tokenizer.apply_chat_template([*messages, answer], tokenize=False)
+    assert isinstance(whole, str)
     ids = chat.prompt_ids(messages) + chat.response_ids(answer["content"])
     assert ids == ids_of(chat, whole)[: len(ids)]
     assert chat.decode(chat.response_ids(answer["content"])) == answer["content"]

@@ -1,6 +1,7 @@
 """Packed passes equal separate ones, and every token comes back in its place."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -88,6 +90,11 @@ def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
+
+
+def weighted_sum(terms: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    pairs = zip(terms, weights, strict=True)
+    return sum(((term * weight).sum() for term, weight in pairs), start=torch.zeros(()))
 
 
 def weights_like(parts: list[Tensor]) -> list[Tensor]:
@@ -178,7 +185,7 @@ def test_packed_logprobs_and_gradients_equal_separate(
 
     expected = separate_logprobs(policy, trees)
     weights = weights_like(expected)
-    loss = sum((part * weight).sum() for part, weight in zip(expected, weights, strict=True))
+    loss = weighted_sum(expected, weights)
     expected_gradients = gradients(policy, loss)
 
     parts = [row.unpack(response_logprobs(policy, row)) for row in rows]
@@ -186,9 +193,7 @@ def test_packed_logprobs_and_gradients_equal_separate(
     for response, part in enumerate(expected):
         torch.testing.assert_close(packed[response, : len(part)], part, rtol=0, atol=1e-5)
         assert not packed[response, len(part) :].any()
-    loss = sum(
-        (packed[response, : len(weight)] * weight).sum() for response, weight in enumerate(weights)
-    )
+    loss = weighted_sum([packed[i, : len(weight)] for i, weight in enumerate(weights)], weights)
     packed_gradients = gradients(policy, loss)
     assert packed_gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
@@ -203,7 +208,9 @@ def test_packed_logprobs_and_gradients_equal_separate(
     ("architecture", "changes"),
     [("gemma2", {"final_logit_softcapping": 2.0}), ("granite", {"logits_scaling": 8.0})],
 )
-def test_logits_that_are_scaled_or_capped_after_the_head(architecture: str, changes) -> None:
+def test_logits_that_are_scaled_or_capped_after_the_head(
+    architecture: str, changes: dict[str, Any]
+) -> None:
     policy = tiny_policy_of(architecture, **changes)
     assert not has_plain_head(policy)
     trees = random_trees()
@@ -220,7 +227,7 @@ def test_logits_that_are_the_heads() -> None:
 def test_checkpointed_activations_change_no_gradient_and_are_not_kept(architecture: str) -> None:
     (row,) = Packer(1000).rows(random_trees())
 
-    def gradients_and_bytes(policy) -> tuple[dict[str, Tensor], int]:
+    def gradients_and_bytes(policy: PreTrainedModel) -> tuple[dict[str, Tensor], int]:
         num_bytes = 0
 
         def keep(tensor: Tensor) -> Tensor:
@@ -259,9 +266,7 @@ def test_packed_values_scores_and_gradients_equal_separate(
     expected_scores = torch.stack([output[-1] for output in outputs])
     weights = weights_like([*expected_values, expected_scores])
     terms = [*expected_values, expected_scores]
-    expected_gradients = gradients(
-        model, sum((term * weight).sum() for term, weight in zip(terms, weights, strict=True))
-    )
+    expected_gradients = gradients(model, weighted_sum(terms, weights))
 
     values = assemble(rows, [row.unpack(model(row.predictors, **row.model_inputs)) for row in rows])
     scores = assemble(rows, [model(row.last_tokens, **row.model_inputs) for row in rows])
@@ -269,9 +274,7 @@ def test_packed_values_scores_and_gradients_equal_separate(
         torch.testing.assert_close(values[response, : len(part)], part, rtol=0, atol=1e-5)
     torch.testing.assert_close(scores, expected_scores, rtol=0, atol=1e-5)
     terms = [values[i, : len(part)] for i, part in enumerate(expected_values)] + [scores]
-    packed_gradients = gradients(
-        model, sum((term * weight).sum() for term, weight in zip(terms, weights, strict=True))
-    )
+    packed_gradients = gradients(model, weighted_sum(terms, weights))
     for name, gradient in expected_gradients.items():
         scale = max(1.0, gradient.abs().max().item())
         torch.testing.assert_close(

@@ -179,10 +179,11 @@ def test_whole_numbers_of_other_types_are_ranks(ranks: tuple[Any, ...]) -> None:
 
 
 def test_probabilities_of_numpy_are_taken() -> None:
-    triples = ((np.int64(1), 0.0, np.float32(0.75)),)
+    triples: tuple[Any, ...] = ((np.int64(1), 0.0, np.float32(0.75)),)
     ranking = Ranking("p", ("a", "b"), (None, None), probabilities=triples)
     assert json.dumps(ranking.to_row()["probabilities"]) == "[[1, 0, 0.75]]"
-    for wrong in (np.bool_(True), np.float64("nan"), np.float64(1.5)):
+    wrong_ranks: tuple[Any, ...] = (np.bool_(True), np.float64("nan"), np.float64(1.5))
+    for wrong in wrong_ranks:
         with pytest.raises(RecordError, match=r"ranks\[0\]"):
             Ranking("p", ("a", "b"), (wrong, 2))
 

@@ -3,7 +3,9 @@ tokens stand in them: over kinds of tokenizers and templates."""
 
 import warnings
 from collections.abc import Callable
+from datetime import datetime, tzinfo
 from functools import cache
+from typing import Self
 
 import pytest
 import transformers.utils.chat_template_utils as template_utils
@@ -22,7 +24,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.generation.answers import Answer
 from rlhf.inputs.chat import Chat
-from rlhf.inputs.template import DATE
 from tests.rlhf.answers import fitted
 from tests.rlhf.inputs.test_chat import CHATML, LLAMA2
 from tests.rlhf.tiny_models import byte_tokenizer
@@ -208,6 +209,7 @@ def test_prompts_hold_the_templates_control_tokens_alone(name: str, text: str) -
     if "\u2581" not in text:
         template = chat.tokenizer.apply_chat_template
         rendered = template(prompt, tokenize=False, add_generation_prompt=True)
+        assert isinstance(rendered, str)
         assert "".join(chat.show(ids).split()) == "".join(rendered.split())
 
 
@@ -230,7 +232,9 @@ def test_added_tokens_of_the_template_are_control_tokens_too() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = CHATML
     chat = Chat(tokenizer)
-    start, end = tokenizer.convert_tokens_to_ids(list(names))
+    ids_of_names = tokenizer.convert_tokens_to_ids(list(names))
+    assert isinstance(ids_of_names, list)
+    start, end = ids_of_names
     assert (chat.end_id, chat.other_ends) == (end, (1,))
     response = "Not <|im_end|>, not <|im_start|>."
     ids = chat.response_ids(response)
@@ -312,7 +316,9 @@ def test_names_that_a_template_looks_for_are_left_to_it() -> None:
     )
     assert chat.show(ids) == rendered
     assert ids.count(chat.end_id) == 3
-    assert not set(chat.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])) & set(ids)
+    thoughts = chat.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    assert isinstance(thoughts, list)
+    assert not set(thoughts) & set(ids)
 
 
 def test_a_prompt_that_the_conversation_departs_from_is_warned_of() -> None:
@@ -331,9 +337,9 @@ def test_a_turn_without_an_end_of_its_own_is_warned_of() -> None:
 
 
 def test_a_dated_template_renders_the_same_on_every_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Later(type(DATE)):  # type: ignore[misc]
+    class Later(datetime):
         @classmethod
-        def now(cls, tz: object = None) -> object:
+        def now(cls, tz: tzinfo | None = None) -> Self:
             return cls(2031, 1, 2)
 
     names = ("<|im_start|>", "<|im_end|>", "<pad>")

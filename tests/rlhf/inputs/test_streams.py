@@ -26,25 +26,25 @@ MAY_START = {
 }
 
 
-def test_a_stream_is_the_same_again():
+def test_a_stream_is_the_same_again() -> None:
     first = torch.rand(8, generator=torch_stream(3, "ppo/rollouts", 1))
     assert torch.equal(first, torch.rand(8, generator=torch_stream(3, "ppo/rollouts", 1)))
     assert python_stream(3, "sft/order").random() == python_stream(3, "sft/order").random()
 
 
 @pytest.mark.parametrize("other", [(4, "ppo/text", 0), (3, "ppo/prompts", 0), (3, "ppo/text", 1)])
-def test_another_seed_name_or_process_is_another_stream(other):
+def test_another_seed_name_or_process_is_another_stream(other: tuple[int, str, int]) -> None:
     ours = torch.randperm(50, generator=torch_stream(3, "ppo/text"))
     assert not torch.equal(ours, torch.randperm(50, generator=torch_stream(*other)))
 
 
-def test_the_text_of_one_seed_is_not_the_prompts_of_the_next():
+def test_the_text_of_one_seed_is_not_the_prompts_of_the_next() -> None:
     """With seed + 1 for the text it was."""
     text = torch.randperm(50, generator=torch_stream(0, "ppo/text"))
     assert not torch.equal(text, torch.randperm(50, generator=torch_stream(1, "ppo/prompts")))
 
 
-def test_no_program_starts_a_generator_by_itself():
+def test_no_program_starts_a_generator_by_itself() -> None:
     found = {
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in SOURCES
@@ -55,7 +55,7 @@ def test_no_program_starts_a_generator_by_itself():
     assert not found, f"take a stream of rlhf/inputs/streams.py instead: {sorted(found)}"
 
 
-def test_no_two_uses_share_a_name():
+def test_no_two_uses_share_a_name() -> None:
     names = Counter(
         ast.unparse(node.args[1])
         for path in SOURCES

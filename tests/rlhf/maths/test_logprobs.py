@@ -1,7 +1,9 @@
 import math
 from functools import partial
+from typing import Any
 from weakref import WeakSet
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,7 +72,7 @@ def test_moments_by_hand() -> None:
     torch.testing.assert_close(moments.logprobs, expected, rtol=0, atol=1e-6)
 
 
-def test_moments_in_chunks_and_with_impossible_tokens(monkeypatch) -> None:
+def test_moments_in_chunks_and_with_impossible_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(7, 5, generator=generator)
     logits[:, 3] = -math.inf
@@ -85,7 +87,7 @@ def test_moments_in_chunks_and_with_impossible_tokens(monkeypatch) -> None:
     torch.testing.assert_close(whole, four, rtol=0, atol=1e-6)
 
 
-def test_chunks_change_neither_values_nor_gradients(monkeypatch) -> None:
+def test_chunks_change_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
     features = torch.randn(7, 4, generator=generator, requires_grad=True)
     unembedding = torch.randn(11, 4, generator=generator, requires_grad=True)
@@ -100,7 +102,7 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_no_more_than_a_chunk_of_logits_is_ever_in_memory(monkeypatch) -> None:
+def test_no_more_than_a_chunk_of_logits_is_ever_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even between the passes: nothing that autograd keeps, and nothing that is computed, has
     the vocabulary's width for more tokens than a chunk."""
     monkeypatch.setattr(rlhf.maths.logprobs, "CHUNK_TOKENS", 8)
@@ -124,7 +126,7 @@ class LargestLogits(TorchDispatchMode):
         self.kept = 0
         self._alive: WeakSet[torch.Tensor] = WeakSet()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.ones_like.default:  # the gradient of the loss: backward begins
             self.kept = len(self._alive)
         result = func(*args, **(kwargs or {}))
@@ -134,7 +136,7 @@ class LargestLogits(TorchDispatchMode):
         return result
 
 
-def test_likelihoods_by_hand(monkeypatch) -> None:
+def test_likelihoods_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rlhf.maths.logprobs, "CHUNK_TOKENS", 2)
     logits = LOGITS[[0, 0, 1]]
     likelihoods = chunked_likelihoods(logits, torch.tensor([2, 1, 0]), torch.nn.Identity())

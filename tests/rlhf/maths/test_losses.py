@@ -321,8 +321,11 @@ def token_by_token(
 def test_policy_loss_and_gradient_equal_the_cases_token_by_token(seed: int) -> None:
     tensors = [tensor.double() for tensor in random_batch(seed, 3)]
     expected, slopes, num_clipped = token_by_token(policy_case, tensors, 0.3)
-    logprobs = tensors[0].requires_grad_()
-    loss, stats = policy_loss(*tensors, MASK, clip_range=0.3, num_tokens=11)
+    logprobs, old_logprobs, advantages = tensors
+    logprobs.requires_grad_()
+    loss, stats = policy_loss(
+        logprobs, old_logprobs, advantages, MASK, clip_range=0.3, num_tokens=11
+    )
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert loss.item() == pytest.approx(expected, rel=0, abs=1e-12)
     torch.testing.assert_close(gradient, slopes, rtol=0, atol=1e-12)
@@ -337,8 +340,11 @@ def test_value_loss_and_gradient_equal_the_cases_token_by_token(
 ) -> None:
     tensors = [tensor.double() for tensor in random_batch(seed, 3)]
     expected, slopes, num_clipped = token_by_token(value_case, tensors, value_clip_range)
-    values = tensors[0].requires_grad_()
-    loss, stats = value_loss(*tensors, MASK, value_clip_range=value_clip_range, num_tokens=11)
+    values, old_values, returns = tensors
+    values.requires_grad_()
+    loss, stats = value_loss(
+        values, old_values, returns, MASK, value_clip_range=value_clip_range, num_tokens=11
+    )
     (gradient,) = torch.autograd.grad(loss, values)
     assert loss.item() == pytest.approx(expected, rel=0, abs=1e-12)
     torch.testing.assert_close(gradient, slopes, rtol=0, atol=1e-12)
@@ -386,9 +392,9 @@ def test_losses_of_micro_batches_add_up_to_the_whole() -> None:
 
 
 def test_stats_carry_no_gradient() -> None:
-    tensors = [tensor.requires_grad_() for tensor in random_batch(5, 3)]
-    _, policy_stats = policy_loss(*tensors, MASK, clip_range=0.2, num_tokens=11)
-    _, value_stats = value_loss(*tensors, MASK, value_clip_range=0.2, num_tokens=11)
+    a, b, c = (tensor.requires_grad_() for tensor in random_batch(5, 3))
+    _, policy_stats = policy_loss(a, b, c, MASK, clip_range=0.2, num_tokens=11)
+    _, value_stats = value_loss(a, b, c, MASK, value_clip_range=0.2, num_tokens=11)
     scores = torch.zeros(2, requires_grad=True)
     _, ranking_stats = hard_loss(scores, torch.tensor([1, 2]), torch.tensor([0, 0]), num_prompts=1)
     stats = [*policy_stats.values(), *value_stats.values(), *ranking_stats.values()]

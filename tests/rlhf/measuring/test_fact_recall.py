@@ -1,5 +1,7 @@
 """Fact recall: whole-word matching, and the share over probes of several lengths."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -58,7 +60,9 @@ def test_recall_is_the_share_of_probes_continued_with_their_answer() -> None:
 
 
 def test_probes_without_text_or_answer_are_refused() -> None:
+    """Before the model or the tokenizer is asked anything."""
+    nobody: Any = None
     with pytest.raises(ValueError, match="no fact probes"):
-        fact_recall(None, None, [])  # type: ignore[arg-type]
+        fact_recall(nobody, nobody, [])
     with pytest.raises(ValueError, match="fact probe 1"):
-        fact_recall(None, None, [Prompt("x", {"text": "x"})])  # type: ignore[arg-type]
+        fact_recall(nobody, nobody, [Prompt("x", {"text": "x"})])

@@ -1,6 +1,7 @@
 """Intervals against numbers worked by hand or taken from tables."""
 
 import math
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -237,7 +238,7 @@ def test_majority_equals_the_mean_over_all_subsets() -> None:
             assert majority_of_k(answers, right, k) == pytest.approx(np.mean(chances))
 
 
-def majority(answers, is_right) -> float:
+def majority(answers: Sequence[str | None], is_right: Mapping[str | None, int]) -> float:
     """How right the most frequent answer is, over those that are equally frequent."""
     voters = [answer for answer in answers if answer is not None]
     counts = {answer: voters.count(answer) for answer in voters}
@@ -250,7 +251,7 @@ def test_majority_refuses_more_voters_than_answers() -> None:
         majority_of_k(["a", "b"], [1, 0], 3)
 
 
-def spread(values) -> float:
+def spread(values: Sequence[float]) -> float:
     return max(values) - min(values)
 
 

@@ -3,11 +3,19 @@ name where they cannot be used. tests/long/architectures.py runs all of them thr
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+from torch import Tensor
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf.generation.decoder import WAYS, way_for
 from rlhf.generation.engines import generate
@@ -39,8 +47,11 @@ REPRESENTATIVES = {
 }
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18, 19], [20, 21]]
 
+PathOf = Callable[[str], str]
+"""Gives the folder of a tiny model of an architecture."""
 
-def tokenizer():
+
+def tokenizer() -> PreTrainedTokenizerBase:
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     made = byte_tokenizer("<s>", "</s>", "<pad>", **names)
     Chat(made)
@@ -48,7 +59,7 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory):
+def models(tmp_path_factory: pytest.TempPathFactory) -> PathOf:
     root = tmp_path_factory.mktemp("architectures")
 
     def path_of(model_type: str) -> str:
@@ -60,7 +71,7 @@ def models(tmp_path_factory):
     return path_of
 
 
-def greedy_without_cache(policy, prompt: list[int], num_tokens: int) -> list[int]:
+def greedy_without_cache(policy: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(num_tokens):
@@ -72,7 +83,7 @@ def greedy_without_cache(policy, prompt: list[int], num_tokens: int) -> list[int
 @pytest.mark.filterwarnings("ignore:.*(cannot take the packing mask|samples )")
 @pytest.mark.parametrize("model_type", REPRESENTATIVES)
 @pytest.mark.slow
-def test_text_is_sampled_with_its_history(models, model_type: str) -> None:
+def test_text_is_sampled_with_its_history(models: PathOf, model_type: str) -> None:
     """Greedy tokens are those of passes without a cache, also after rows left, and the sampler's
     log-probabilities those of the trainer."""
     policy = load_policy(ModelSettings(path=models(model_type)))
@@ -96,20 +107,22 @@ def test_text_is_sampled_with_its_history(models, model_type: str) -> None:
         assert row[: len(logprobs)].tolist() == pytest.approx(logprobs, abs=1e-4)
 
 
-def test_no_way_is_taken_that_forgets(monkeypatch: pytest.MonkeyPatch, models) -> None:
+def test_no_way_is_taken_that_forgets(monkeypatch: pytest.MonkeyPatch, models: PathOf) -> None:
     """A model that drops its cache in silence is read anew for every token, and one whose padding
     is seen is read by length."""
     policy = load_policy(ModelSettings(path=models("granite")))
     forward = type(policy).forward
 
-    def forgetful(self, past_key_values=None, **inputs):
+    def forgetful(self: PreTrainedModel, past_key_values: Any = None, **inputs: Any) -> Any:
         return forward(self, **inputs)
 
     monkeypatch.setattr(type(policy), "forward", forgetful)
     with pytest.warns(UserWarning, match="samples without a cache"):
         assert way_for(policy) == WITHOUT_CACHE
 
-    def sees_padding(self, input_ids, past_key_values=None, **inputs):
+    def sees_padding(
+        self: PreTrainedModel, input_ids: Tensor, past_key_values: Any = None, **inputs: Any
+    ) -> Any:
         inputs.pop("attention_mask", None)
         return forward(self, input_ids=input_ids, past_key_values=past_key_values, **inputs)
 
@@ -124,7 +137,7 @@ def test_no_way_is_taken_that_forgets(monkeypatch: pytest.MonkeyPatch, models) -
     "model_type", ["granite", "llama4_text", "mamba", "falcon_h1", "modernbert-decoder"]
 )
 def test_scalar_model_without_a_classifier_of_transformers(
-    models, model_type: str, tmp_path: Path
+    models: PathOf, model_type: str, tmp_path: Path
 ) -> None:
     """The body of the causal LM and a head that is saved and loaded with it."""
     settings = ModelSettings(path=models(model_type))
@@ -136,7 +149,7 @@ def test_scalar_model_without_a_classifier_of_transformers(
     loaded = load_scalar(replace_path(settings, tmp_path / "saved"))
     assert torch.allclose(compute_scores(loaded, trees, packer), scores, atol=1e-5)
     policy = load_policy(settings)
-    body = policy.backbone if model_type == "mamba" else policy.model
+    body = policy.get_submodule("backbone" if model_type == "mamba" else "model")
     hidden = body(input_ids=torch.tensor([[5, 6, 7, 8, 9, 1]]), use_cache=False)[0]
     by_hand = (hidden[0, -1] * model.head.weight[0]).sum()
     assert scores[0].item() == pytest.approx(by_hand.item(), abs=1e-4)
@@ -146,7 +159,9 @@ def test_scalar_model_without_a_classifier_of_transformers(
         load_scalar(settings)
 
 
-def test_classifiers_of_transformers_are_taken_where_there_are_any(models, tmp_path: Path) -> None:
+def test_classifiers_of_transformers_are_taken_where_there_are_any(
+    models: PathOf, tmp_path: Path
+) -> None:
     settings = ModelSettings(path=models("mixtral"))
     load_scalar(settings, new_head=True).save(tmp_path, tokenizer())
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -154,7 +169,7 @@ def test_classifiers_of_transformers_are_taken_where_there_are_any(models, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot take the packing mask")
-def test_own_classifier_shares_the_policys_base(models, tmp_path: Path) -> None:
+def test_own_classifier_shares_the_policys_base(models: PathOf, tmp_path: Path) -> None:
     """Adapters of policy and value model over one base, for an architecture without classifier."""
     lora, bases = LoraSettings(rank=2), SharedBases()
     settings = ModelSettings(path=models("granite"))
@@ -171,7 +186,7 @@ def test_own_classifier_shares_the_policys_base(models, tmp_path: Path) -> None:
     )
 
 
-def test_eager_attention_where_there_is_no_sdpa(models) -> None:
+def test_eager_attention_where_there_is_no_sdpa(models: PathOf) -> None:
     policy = load_policy(ModelSettings(path=models("gemma2")))
     assert policy.config._attn_implementation == "eager"
     assert packer_for(policy, 64).shares_prompts
@@ -187,20 +202,20 @@ def test_bidirectional_model_is_refused(tmp_path: Path) -> None:
         load_scalar(ModelSettings(path=str(tmp_path)), new_head=True)
 
 
-def test_logits_that_change_with_the_length_are_refused(models) -> None:
+def test_logits_that_change_with_the_length_are_refused(models: PathOf) -> None:
     """ProphetNet's hidden states keep to earlier tokens, and its logits do not."""
     with pytest.raises(ValueError, match="is bidirectional"):
         load_policy(ModelSettings(path=models("prophetnet")))
 
 
-def test_model_that_fails_in_training_only_is_refused(models) -> None:
+def test_model_that_fails_in_training_only_is_refused(models: PathOf) -> None:
     """Reformer's axial positions read a text of any length in evaluation, and one length in
     training."""
     with pytest.raises(ValueError, match=r"16 tokens in training .*axial_pos_shape"):
         load_policy(ModelSettings(path=models("reformer")))
 
 
-def test_text_part_that_could_not_be_loaded_again_is_refused(models) -> None:
+def test_text_part_that_could_not_be_loaded_again_is_refused(models: PathOf) -> None:
     """Before anything is trained, for the policy and for the reward model."""
     settings = ModelSettings(path=models("mllama"))
     refusal = "causal LM of mllama as model_type mllama_text_model, which it cannot load again"
@@ -210,7 +225,9 @@ def test_text_part_that_could_not_be_loaded_again_is_refused(models) -> None:
         load_scalar(settings, new_head=True)
 
 
-def test_text_part_of_a_model_of_images_is_trained_and_saved(models, tmp_path: Path) -> None:
+def test_text_part_of_a_model_of_images_is_trained_and_saved(
+    models: PathOf, tmp_path: Path
+) -> None:
     policy = load_policy(ModelSettings(path=models("llama4")))
     save_policy(policy, tokenizer(), tmp_path)
     loaded = load_policy(ModelSettings(path=str(tmp_path)))
@@ -228,7 +245,7 @@ def test_encoder_that_was_made_a_decoder_is_causal(tmp_path: Path) -> None:
     load_policy(ModelSettings(path=str(tmp_path)))
 
 
-def test_token_without_an_embedding_is_named(models, tmp_path: Path) -> None:
+def test_token_without_an_embedding_is_named(models: PathOf, tmp_path: Path) -> None:
     shutil.copytree(models("granite"), tmp_path / "gap")
     path = tmp_path / "gap" / "tokenizer.json"
     inner = json.loads(path.read_text())
@@ -240,7 +257,7 @@ def test_token_without_an_embedding_is_named(models, tmp_path: Path) -> None:
         check_vocabulary(load_policy(settings), load_chat(settings), settings.path)
 
 
-def test_added_token_without_an_embedding_is_named(models) -> None:
+def test_added_token_without_an_embedding_is_named(models: PathOf) -> None:
     chat = load_chat(ModelSettings(path=models("granite")))
     chat.tokenizer.add_tokens(["<call>"])
     policy = load_policy(ModelSettings(path=models("granite")))

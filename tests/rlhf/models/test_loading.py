@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedTokenizerBase,
 )
 
 from rlhf.inputs.packing import Packer, PromptTree
@@ -21,6 +23,7 @@ from rlhf.models.passes import compute_scores
 from rlhf.models.saving import save_policy
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_chat, load_tokenizer
+from tests.rlhf.plain_loading import load_with_report
 from tests.rlhf.tiny_models import (
     ARCHITECTURES,
     byte_tokenizer,
@@ -37,7 +40,7 @@ CHATML = (
 TREES = [PromptTree((3, 4, 5), ((6, 7, 8), (9, 10)))]
 
 
-def tokenizer_of(*, chatml: bool = False):
+def tokenizer_of(*, chatml: bool = False) -> PreTrainedTokenizerBase:
     special = ("<eos>", "<pad>", "<|im_start|>", "<|im_end|>")
     template = CHATML if chatml else None
     return byte_tokenizer(*special, eos_token="<eos>", pad_token="<pad>", chat_template=template)
@@ -53,7 +56,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-def greedy(model, length: int = 10) -> list[int]:
+def greedy(model: Any, length: int = 10) -> list[int]:
     prompt = torch.tensor([[65, 70, 75]])
     ids = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=length
@@ -69,7 +72,7 @@ def test_saved_policy_loads_anywhere(architecture: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_of()
     model = tiny_policy_of(architecture, vocab_size=len(tokenizer))
     save_policy(model, tokenizer, tmp_path)
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, report = load_with_report(AutoModelForCausalLM, tmp_path)
     assert not any(report.values()), report
     assert greedy(loaded) == greedy(model)
     ours = load_policy(ModelSettings(path=str(tmp_path)))
@@ -116,9 +119,7 @@ def test_saved_scalar_model_loads_anywhere(tmp_path: Path) -> None:
     tokenizer = tokenizer_of()
     model = tiny_scalar_of("gpt2", vocab_size=len(tokenizer), pad_token_id=1)
     model.save(tmp_path, tokenizer)
-    loaded, report = AutoModelForSequenceClassification.from_pretrained(
-        tmp_path, output_loading_info=True
-    )
+    loaded, report = load_with_report(AutoModelForSequenceClassification, tmp_path)
     assert not any(report.values()), report
     ours = load_scalar(ModelSettings(path=str(tmp_path)))
     torch.testing.assert_close(ours.head.weight, model.head.weight)
@@ -293,7 +294,7 @@ DROPOUT = {
 
 @pytest.mark.parametrize("architecture", DROPOUT)
 def test_loaded_policy_has_no_dropout_in_training(architecture: str, tmp_path: Path) -> None:
-    rates = {name: 0.3 for name in DROPOUT[architecture]}
+    rates: dict[str, Any] = {name: 0.3 for name in DROPOUT[architecture]}
     tokenizer = tokenizer_of()
     model = tiny_policy_of(architecture, vocab_size=len(tokenizer), **rates)
     save_policy(model, tokenizer, tmp_path)
@@ -316,7 +317,7 @@ def test_loaded_policy_has_no_dropout_in_training(architecture: str, tmp_path: P
 
 def test_dropout_is_off_in_scalar_models(tmp_path: Path) -> None:
     tokenizer = tokenizer_of()
-    rates = {name: 0.3 for name in DROPOUT["gpt2"]}
+    rates: dict[str, Any] = {name: 0.3 for name in DROPOUT["gpt2"]}
     save_policy(tiny_policy_of("gpt2", vocab_size=len(tokenizer), **rates), tokenizer, tmp_path)
     model = load_scalar(ModelSettings(path=str(tmp_path)), new_head=True).train()
     scores = [compute_scores(model, TREES, Packer(64)) for _ in range(2)]

@@ -32,7 +32,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ours(folder: Path, trees: list[PromptTree], budget: int, layout: Layout = Layout.MASK):
+def ours(
+    folder: Path, trees: list[PromptTree], budget: int, layout: Layout = Layout.MASK
+) -> torch.Tensor:
     model = load_scalar(ModelSettings(path=str(folder)))
     return compute_scores(model, trees, Packer(budget, layout=layout))
 

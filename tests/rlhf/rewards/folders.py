@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import PromptTree
+from rlhf.inputs.records import PromptLike
 from rlhf.models.layout import packer_for
 from rlhf.models.loading import load_scalar, new_policy
 from rlhf.models.passes import compute_scores
@@ -19,7 +20,7 @@ from rlhf.rewards.models import GoldenRow, RewardCard
 from rlhf.rewards.rendering import rendering_hash
 from tests.rlhf.tiny_models import byte_tokenizer
 
-PROMPTS = ["one", "one", "two", [{"role": "user", "content": "three"}]]
+PROMPTS: list[PromptLike] = ["one", "one", "two", [{"role": "user", "content": "three"}]]
 RESPONSES = ["yes", "no, rather long", "", "perhaps"]
 
 ARCHITECTURES = {

@@ -15,7 +15,7 @@ from rlhf.rewards.combined import EnsembleReward, NormalizedReward, WeightedRewa
 from rlhf.rewards.load import load_reward, reward_models_of
 from rlhf.rewards.models import load_reward_model
 from rlhf.rewards.scores import Scored, ScoreScale
-from rlhf.rewards.settings import EnsembleSettings, PartSettings, RewardSettings
+from rlhf.rewards.settings import Combination, EnsembleSettings, PartSettings, RewardSettings
 from tests.rlhf.answers import finished, of_ids, of_text
 from tests.rlhf.rewards.folders import PROMPTS, RESPONSES, base_tokenizer
 
@@ -44,7 +44,8 @@ BATCH = [of_text(Prompt("a"), "x")] * 2
 
 
 def answers_of(chat: Chat) -> list[Answer]:
-    return [finished(chat, *pair) for pair in zip(PROMPTS, RESPONSES, strict=True)]
+    pairs = zip(PROMPTS, RESPONSES, strict=True)
+    return [finished(chat, prompt, response) for prompt, response in pairs]
 
 
 def close(found: Tensor | None, expected: list[float] | list[list[float]]) -> bool:
@@ -128,11 +129,11 @@ def test_reward_models_are_held_as_the_settings_say(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("combine", ["mean", "worst"])
-def test_an_ensemble_comes_from_its_settings(saved: Path, other: Path, combine: str) -> None:
+def test_an_ensemble_comes_from_its_settings(
+    saved: Path, other: Path, combine: Combination
+) -> None:
     folders = (str(saved), str(other))
-    settings = RewardSettings(
-        ensemble=EnsembleSettings(models=folders, combine=combine)  # type: ignore[arg-type]
-    )
+    settings = RewardSettings(ensemble=EnsembleSettings(models=folders, combine=combine))
     chat = Chat(base_tokenizer())
     prompt_ids = [chat.prompt_ids(prompt) for prompt in PROMPTS]
     response_ids = [chat.response_ids(response) for response in RESPONSES]

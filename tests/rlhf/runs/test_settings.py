@@ -304,7 +304,9 @@ def test_home_is_known_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     config = load_config(Paths, ["--config", path, "--model.path", "~/x", "--rankings", "['~/y']"])
     assert (config.model.path, config.rankings) == (f"{tmp_path}/x", [f"{tmp_path}/y"])
-    with pytest.raises(ConfigError, match=r"text is ~nobody_here/x, and there is no home folder ~nobody_here"):
+    with pytest.raises(
+        ConfigError, match=r"text is ~nobody_here/x, and there is no home folder ~nobody_here"
+    ):
         load_config(Paths, ["--config", path, "--text", "~nobody_here/x"])
     with pytest.raises(ConfigError, match=r"policies\.a is ~nobody_here, and"):
         load_config(Paths, ["--config", path, "--policies.a", "~nobody_here"])

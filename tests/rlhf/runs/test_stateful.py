@@ -16,6 +16,12 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2, bias=False))
 
 
+def first_layer(module: nn.Sequential) -> nn.Linear:
+    layer = module[0]
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
 def adamw(module: nn.Module) -> torch.optim.AdamW:
     decayed, plain = ([p for p in module.parameters() if (p.ndim > 1) == d] for d in (True, False))
     return torch.optim.AdamW(
@@ -53,13 +59,13 @@ def test_a_model_and_its_optimizer_go_on_to_the_same_bits() -> None:
     step(module, optimizer, 3)
     other = model()
     with torch.no_grad():
-        other[0].weight.zero_()
+        first_layer(other).weight.zero_()
     resumed = adamw(other)
     resumed.param_groups[1]["lr"] = 7.0
     Weights(other).load_state_dict(weights)
     OptimizerState(resumed, other).load_state_dict(moments)
     assert [group["lr"] for group in resumed.param_groups] == [0.1, 0.01]
-    assert resumed.state[other[0].weight]["step"] == 2
+    assert resumed.state[first_layer(other).weight]["step"] == 2
     resumed.param_groups[0]["lr"] = 0.3
     step(other, resumed, 3)
     for found, expected in zip(other.parameters(), module.parameters(), strict=True):
@@ -69,7 +75,7 @@ def test_a_model_and_its_optimizer_go_on_to_the_same_bits() -> None:
 def test_moments_bear_the_names_of_parameters_and_only_of_stepped_ones() -> None:
     module = model()
     optimizer = adamw(module)
-    module[0].bias.requires_grad_(True)
+    first_layer(module).bias.requires_grad_(True)
     step(module, optimizer, 1)
     assert set(OptimizerState(optimizer, module).state_dict()["moments"]) == {
         "0.weight", "0.bias", "1.weight"
@@ -86,10 +92,10 @@ def test_frozen_weights_are_not_of_the_state() -> None:
 
 def test_weights_are_written_in_place_and_only_whole() -> None:
     module = model()
-    first = module[0].weight
+    first = first_layer(module).weight
     state = copy(Weights(module).state_dict())
     Weights(module).load_state_dict({**state, "0.weight": torch.ones(4, 3)})
-    assert module[0].weight is first and bool((first == 1).all())
+    assert first_layer(module).weight is first and bool((first == 1).all())
     with pytest.raises(ValueError, match=r"0\.bias not in the checkpoint"):
         Weights(module).load_state_dict({k: v for k, v in state.items() if k != "0.bias"})
     with pytest.raises(ValueError, match=r"more only in the checkpoint"):

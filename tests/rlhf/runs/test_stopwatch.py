@@ -45,12 +45,14 @@ def test_a_phase_that_fails_is_counted_and_ends(clock: list[float]) -> None:
     assert watch.take() == {"score": 1.0, "value": 1.0}
 
 
-def test_the_matrix_rate_is_that_of_the_fastest_product(clock, monkeypatch) -> None:
+def test_the_matrix_rate_is_that_of_the_fastest_product(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Products of 2 * 512^3 FLOPs that take 1, 4, 2, ... seconds; the first is a warm-up."""
     seconds = iter([1.0, 4.0, 2.0, 4.0, 4.0, 4.0])
     product = torch.Tensor.__matmul__
 
-    def slow(a, b):
+    def slow(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         clock[0] += next(seconds)
         return product(a, b)
 

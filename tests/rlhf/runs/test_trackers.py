@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ def test_a_run_that_goes_on_shows_no_step_twice(tmp_path: Path) -> None:
 def test_no_tracker_runs_unless_asked_for(tmp_path: Path) -> None:
     for config_class in (PretrainConfig, SFTConfig, RMConfig, PPOConfig):
         fields = {one.name: one for one in config_class.__dataclass_fields__.values()}
-        assert fields["trackers"].default_factory() == []
+        factory = fields["trackers"].default_factory
+        assert factory is not MISSING and factory() == []
     start(tmp_path).log(1, {"sft/loss": 1.0})
     assert not (tmp_path / "trackers").exists()
 

@@ -182,7 +182,12 @@ def test_a_large_input_is_read_again_only_if_its_size_or_time_changed(
     assert marked[str(data)][:2] == [13, 1_000_000_000 * 10**9]
     read: list[str] = []
     sha256_of = files.sha256_of
-    monkeypatch.setattr(files, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+
+    def noted(path: Path) -> str:
+        read.append(path.name)
+        return sha256_of(path)
+
+    monkeypatch.setattr(files, "sha256_of", noted)
     assert not stage()
     assert read == []
     assert stage(force=True)

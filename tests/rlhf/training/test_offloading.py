@@ -16,6 +16,7 @@ class Traveller(nn.Module):
         super().__init__()
         self.sent: list[str] = []
 
+    # Module.to can be called in more ways, which on_device does not use.
     def to(self, device: torch.device | str) -> "Traveller":  # type: ignore[override]
         self.sent.append(torch.device(device).type)
         return self

@@ -207,7 +207,7 @@ def test_a_process_with_fewer_rows_makes_idle_passes() -> None:
     assert lengths == [2, 0, 0]
     assert processes.backward_passes == [False, False, True]
     assert model.gradients[0] == 2 * (7 + 8) and step.sums == {"tokens": 2.0}
-    assert len(equal_rows(processes, [])) == 3  # type: ignore[arg-type]
+    assert len(equal_rows(processes, [])) == 3
     assert equal_rows(Accelerator(cpu=True), ROWS) == ROWS
 
 
@@ -233,7 +233,7 @@ def test_an_idle_row_has_no_loss_and_a_gradient_of_zeros_for_every_weight(
     losses = [of_policy, of_values, of_scores]
     assert [loss.item() for loss in losses] == [0.0, 0.0, 0.0]
     assert {name: value.item() for name, value in stats.items()} == dict.fromkeys(stats, 0)
-    sum(losses).backward()  # type: ignore[union-attr]
+    torch.stack(losses).sum().backward()
     for model in (policy, scalar):
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None and not parameter.grad.any(), name

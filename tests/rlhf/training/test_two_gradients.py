@@ -16,7 +16,9 @@ def weigh(ratio: float | None, first: list[float]) -> tuple[Weighed, list[float]
     model = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    state = TrainState(model, [model], optimizer, schedule, Accelerator(cpu=True), math.inf)
+    state: TrainState[nn.Linear] = TrainState(
+        model, [model], optimizer, schedule, Accelerator(cpu=True), math.inf
+    )
     step = Step(state)
     gradients = TwoGradients(state, list(model.parameters()))
     step.add((model.weight * torch.tensor([first])).sum())
