@@ -140,6 +140,7 @@ def policy(right: float, **figures: Any) -> dict[str, Any]:
         "text_loss": 0.63286,
         "response_tokens": 9.75,
         "gold_score": 5.5,
+        "gold_score_interval": [5.25, 5.75],
         "rm_score": 0.25,
         **figures,
     }
@@ -159,6 +160,10 @@ def write_evaluation(run: Path, **changes: Any) -> None:
             0.83789,
             kl=1.55103,
             kl_error=0.06107,
+            gold_gain_vs_sft=1.25391,
+            gold_gain_vs_sft_interval=[1.10156, 1.40625],
+            gold_gain_at_equal_length_vs_sft=0.92773,
+            gold_gain_at_equal_length_vs_sft_interval=[0.74121, 1.11523],
             right_gain_vs_sft=0.27116,
             right_gain_vs_sft_interval=[0.22851, 0.31445],
             win_rate_vs_sft=0.84082,
@@ -202,11 +207,38 @@ def write_evaluation(run: Path, **changes: Any) -> None:
     write_rows(run / "samples.jsonl", rows)
 
 
+def write_benchmark(run: Path) -> None:
+    """A benchmark of sft and ppo_ptx on one task."""
+    row = {"task": "arc_easy", "rendering": "plain", "shots": 0, "metric": "acc"}
+    results = {
+        "policies": ["sft", "ppo_ptx"],
+        "baselines": ["sft"],
+        "figures": [
+            {**row, "policy": "sft", "value": 0.50042, "interval": [0.48031, 0.52053]},
+            {**row, "policy": "ppo_ptx", "value": 0.44571, "interval": [0.42573, 0.46569]},
+        ],
+        "tax": [
+            {
+                **row,
+                "policy": "ppo_ptx",
+                "baseline": "sft",
+                "difference": -0.05471,
+                "interval": [-0.07113, -0.03829],
+                "verdict": "worse",
+            }
+        ],
+        "seconds": 95.5,
+    }
+    settings = {"output_dir": str(run / "benchmark"), "seed": 0}
+    write_stage(run / "benchmark", "benchmark", settings, results)
+
+
 def write_pipeline(run: Path, **changes: Any) -> Path:
     """A whole run with its evaluation, whose results may be changed."""
     write_sft(run)
     write_collect(run)
     write_rm(run)
     write_ppo(run)
+    write_benchmark(run)
     write_evaluation(run, **changes)
     return run

@@ -77,6 +77,8 @@
       table.append(top, body);
       scroll.className = "scroll";
       scroll.tabIndex = 0;
+      scroll.setAttribute("role", "group");
+      scroll.setAttribute("aria-label", `Numbers of ${details.dataset.label}`);
       scroll.append(table);
       details.append(scroll);
     });

@@ -35,6 +35,8 @@ class Line:
 class Table:
     """A table with a column for each policy of each run."""
 
+    corner: str
+    """Heading of the first column, which names the rows."""
     columns: list[str]
     lines: list[Line]
 
@@ -93,7 +95,7 @@ def policy_table(columns: Sequence[Column]) -> Table:
         for name in dict.fromkeys(name for of in found for name in of):
             cells = [Cell(column.results.figure(column.policy, key, name)) for column in columns]
             lines.append(Line(label + name, cells))
-    return Table([column.label for column in columns], lines)
+    return Table("figure", [column.label for column in columns], lines)
 
 
 def _keys(columns: Sequence[Column]) -> Iterator[tuple[str, str, int]]:
@@ -111,6 +113,8 @@ def _keys(columns: Sequence[Column]) -> Iterator[tuple[str, str, int]]:
     for name in judges:
         yield f"{JUDGES.get(name, name)} score", f"{name}_score", 3
         yield f"{JUDGES.get(name, name)} score, gain", f"{name}_gain_vs_{baseline}", 3
+        at_equal_length = f"{name}_gain_at_equal_length_vs_{baseline}"
+        yield f"{JUDGES.get(name, name)} score, gain at equal length", at_equal_length, 3
     yield f"KL to {baseline}, nats a response", "kl", 3
     yield "loss on held-out text, nats a token", "text_loss", 3
     yield "fact recall", "fact_recall", 3
@@ -202,4 +206,4 @@ def _by_policy(
         Line(label, [cells.get(policy, Cell(None)) for policy in policies])
         for label, cells in places.items()
     ]
-    return Table(list(policies), lines)
+    return Table("task and metric", list(policies), lines)
