@@ -27,7 +27,7 @@ from tools.report.charts import (
 from tools.report.figures import Figure, Source, is_number, to_html
 from tools.report.folders import RunFolder, Stage
 from tools.report.lineage import draw_lineage, find_inputs
-from tools.report.panels import Alarm, DrawnPanel, find_alarms, find_panels
+from tools.report.panels import MAX_POINTS, Alarm, DrawnPanel, find_alarms, find_panels
 from tools.report.samples import find_samples
 from tools.report.settings import compare_runs, compare_with_presets
 from tools.report.tables import (
@@ -126,6 +126,7 @@ def _context(
 ) -> dict[str, Any]:
     """Return what the template shows, by name."""
     inputs = {run.number: find_inputs(run) for run in runs}
+    samples = find_samples(runs)
     return {
         "runs": runs,
         "verdicts": [(run, verdict_of(run, alarms)) for run in runs],
@@ -133,7 +134,10 @@ def _context(
         "table": policy_table(columns) if columns else None,
         "outcomes": list(_outcomes(columns)),
         "groups": _grouped(panels),
-        "samples": find_samples(runs),
+        "samples": samples.shown,
+        "num_prompts": samples.num_prompts,
+        "read_in_part": [one for one in samples.stages if one.num_rows_left_out],
+        "max_points": MAX_POINTS,
         "reward_models": [
             (run, stage, list(_about_rm(run, stage)))
             for run in runs
@@ -346,15 +350,15 @@ def _grouped(panels: Sequence[DrawnPanel]) -> list[Group]:
 
 
 def _data_of(drawn: DrawnPanel) -> dict[str, Any]:
-    """Return the points of a panel, as metrics.jsonl has them, for the page's script."""
+    """Return the points of a panel that the page has, as metrics.jsonl has them, for its script."""
     return {
         "lines": [
             {
                 "label": curve.label,
                 "origin": f"{curve.stage.origin}metrics.jsonl",
                 "key": curve.key,
-                "x": curve.steps,
-                "y": curve.values,
+                "x": [curve.steps[place] for place in curve.kept],
+                "y": [curve.values[place] for place in curve.kept],
             }
             for curve in drawn.curves
         ],
