@@ -1,11 +1,14 @@
 """Run folders as stages leave them, small and written by hand, for tests of the page."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tools.report.panels import PANELS
 
 HOSTILE = (
     '</script><img src=x onerror="window.pwned=1">',
@@ -127,6 +130,36 @@ def write_ppo(
     samples = [
         {"step": step, "prompt": "Who?", "response": text, "score": 0.25, "kl": 0.5, "tokens": 3}
         for step, text in ((0, "It is me."), (last_update, "It is you."))
+    ]
+    write_rows(folder / "samples.jsonl", samples)
+    return folder
+
+
+def write_long_ppo(run: Path, *, num_updates: int, num_samples: int) -> Path:
+    """A long PPO run that logs what panels show, with an alarm in every tenth update.
+
+    Its KL is a wave with one peak, in its third update; its samples are those of two evaluations.
+    """
+    alarms = ({"step": i, "code": "PPO_KL", "message": "High."} for i in range(0, num_updates, 10))
+    folder = write_ppo(run, num_updates=num_updates, last_update=num_updates - 1, alarms=alarms)
+    names = sorted({name for panel in PANELS for name in panel.lines if name.startswith("ppo/")})
+    rows = [
+        {"step": i, **{name: math.sin(i / 7 + place) for place, name in enumerate(names)}}
+        for i in range(num_updates)
+    ]
+    rows[2]["ppo/kl"] = 9.75
+    write_rows(folder / "metrics.jsonl", rows)
+    samples = [
+        {
+            "step": step,
+            "prompt": f"What comes after {number}?",
+            "response": f"After {number} comes {number + step}, as all of us know. " * 12,
+            "score": math.cos(number + step),
+            "kl": number / 100,
+            "tokens": 120,
+        }
+        for step in (0, num_updates - 1)
+        for number in range(num_samples // 2)
     ]
     write_rows(folder / "samples.jsonl", samples)
     return folder

@@ -3,6 +3,7 @@
 axe-core looks for what keeps people out: missing names, headings out of order, text too faint.
 """
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,17 +39,23 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run / "report.html"
 
 
+def listen(page: Any) -> list[str]:
+    """What a page asks for and complains of, from now on."""
+    heard: list[str] = []
+    page.on("console", lambda message: heard.append(message.text))
+    page.on("pageerror", lambda error: heard.append(str(error)))
+    page.on("dialog", lambda dialog: heard.append(dialog.message))
+    page.on("request", lambda one: heard.append(one.url))
+    return heard
+
+
 @pytest.fixture
 def opened(browser: Any, path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     """The page, with all that it asked for and complained of noted in `heard`."""
     options = getattr(request, "param", {})
     context = browser.new_context(offline=True, **options)
     page = context.new_page()
-    page.heard = []
-    page.on("console", lambda message: page.heard.append(message.text))
-    page.on("pageerror", lambda error: page.heard.append(str(error)))
-    page.on("dialog", lambda dialog: page.heard.append(dialog.message))
-    page.on("request", lambda one: page.heard.append(one.url))
+    page.heard = listen(page)
     page.goto(path.as_uri())
     yield page
     assert page.heard == [path.as_uri()]
@@ -96,6 +103,17 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "two runs": run / "report_vs_other.html",
         "a dead run": dead / "report.html",
     }
+
+
+def test_every_kind_of_page_is_quiet(browser: Any, kinds: dict[str, Path]) -> None:
+    for path in kinds.values():
+        page = browser.new_page(offline=True)
+        heard = listen(page)
+        page.goto(path.as_uri())
+        page.locator("details").evaluate_all("all => all.forEach((one) => { one.open = true; })")
+        page.locator("[data-table] table").first.wait_for()
+        page.close()
+        assert heard == [path.as_uri()]
 
 
 def faults_of(page: Any) -> list[str]:
@@ -259,7 +277,56 @@ def test_samples_are_filtered_and_ordered(opened: Any) -> None:
     assert opened.locator(".sample:visible").count() == 9
 
 
-def test_it_prints(opened: Any) -> None:
+MARK_CORNERS = """(all) => all.forEach((svg, number) => {
+  const { x, y, width, height } = svg.viewBox.baseVal;
+  for (const [name, left, top, anchor] of [
+    ["upper", x, y + 12, "start"], ["lower", x + width, y + height - 2, "end"],
+  ]) {
+    const mark = document.createElementNS("http://www.w3.org/2000/svg", "text");
+    mark.setAttribute("x", left);
+    mark.setAttribute("y", top);
+    mark.setAttribute("text-anchor", anchor);
+    mark.textContent = `${name}${number}x`;
+    svg.append(mark);
+  }
+})"""
+"""Writes a word into two opposite corners of every drawing."""
+
+
+@pytest.mark.parametrize(
+    "opened", [{"color_scheme": scheme} for scheme in ("light", "dark")], indirect=True
+)
+def test_no_drawing_is_cut_in_print(opened: Any) -> None:
+    pdfium = pytest.importorskip(
+        "pypdfium2", reason="pypdfium2 is not installed; the extra [dev] has it"
+    )
+    opened.locator("#curves details").evaluate_all("all => all.forEach((one) => one.open = true)")
+    drawings = opened.locator("svg")
     opened.emulate_media(media="print")
+    seen = [number for number, one in enumerate(drawings.all()) if one.is_visible()]
+    assert len(seen) == drawings.count() > 10
+    drawings.evaluate_all(MARK_CORNERS)
+    places: dict[str, list[int]] = {}
+    document = pdfium.PdfDocument(opened.pdf())
+    for page_number, page in enumerate(document):
+        text, width, height = page.get_textpage(), *page.get_size()
+        found = re.finditer(r"(upper|lower)(\d+)x", text.get_text_range())
+        for match in found:
+            boxes = [text.get_charbox(place) for place in range(*match.span())]
+            left, bottom, right, top = zip(*boxes, strict=True)
+            assert min(left) >= 0 and max(right) <= width, match[0]
+            assert min(bottom) >= 0 and max(top) <= height, match[0]
+            places.setdefault(match[2], []).append(page_number)
+    for number in seen:
+        assert len(places[str(number)]) == 2 and len(set(places[str(number)])) == 1, number
+
+
+def test_print_is_dark_on_white(opened: Any) -> None:
+    opened.emulate_media(media="print", color_scheme="dark")
     assert not opened.locator("nav").is_visible()
-    assert len(opened.pdf()) > 10_000
+    body = opened.locator("body")
+    ink, ground = (
+        channels(body.evaluate(f"one => getComputedStyle(one).{name}"))
+        for name in ("color", "backgroundColor")
+    )
+    assert ground == [255, 255, 255] and contrast(ink, ground) > 7
