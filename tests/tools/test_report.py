@@ -183,6 +183,16 @@ def test_a_win_rate_does_not_hide_what_is_wrong(
     assert f'class="verdict {tone}"' in page
 
 
+def test_drawings_have_tables_of_their_numbers(tmp_path: Path) -> None:
+    run = write_pipeline(tmp_path / "run")
+    page = page_of(run)
+    origins = {origin for origin, _, _ in Reader(page).figures}
+    assert {f"0:rm/results.json#/calibration/{i}/confidence" for i in range(3)} <= origins
+    assert "0:rm/results.json#/calibration/1/accuracy" not in origins  # it is not a number
+    assert {f"0:results.json#/best_of/by_n/{n}/gold_score" for n in (1, 8)} <= origins
+    assert check_figures(page, run) > 100
+
+
 def test_without_an_independent_judge_the_verdict_is_open(tmp_path: Path) -> None:
     figures = {"rm_score": 0.5, "win_rate_vs_sft": 0.9, "win_rate_vs_sft_interval": [0.8, 0.95]}
     run = write_pipeline(

@@ -13,6 +13,7 @@ import pytest
 
 from tests.tools.report_runs import write_pipeline, write_ppo
 from tools.report.__main__ import main
+from tools.report.charts import NUM_COLOURS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -205,19 +206,25 @@ DRAWN = [
 """What is drawn, by which property, on which ground, and how clear it must be."""
 
 
+def styles_of(page: Any, selector: str, *names: str) -> set[tuple[str, ...]]:
+    """The different values that elements have of some properties."""
+    read = "(all, names) => all.map((one) => names.map((name) => getComputedStyle(one)[name]))"
+    return {tuple(of) for of in page.locator(selector).evaluate_all(read, list(names))}
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_drawings_are_clear(browser: Any, kinds: dict[str, Path], scheme: str) -> None:
     page = browser.new_page(color_scheme=scheme)
     page.goto(kinds["two runs"].as_uri())
-
-    def styles(selector: str, *names: str) -> set[tuple[str, ...]]:
-        read = "(all, names) => all.map((one) => names.map((name) => getComputedStyle(one)[name]))"
-        return {tuple(of) for of in page.locator(selector).evaluate_all(read, list(names))}
-
+    ((card,),) = styles_of(page, "figure", "backgroundColor")
+    for number in range(NUM_COLOURS):  # also those that this page has no line for
+        read = f"one => getComputedStyle(one).getPropertyValue('--c{number}')"
+        colour = bytes.fromhex(page.locator("html").evaluate(read).strip("# "))
+        assert contrast(colour, channels(card)) >= LINE, number
     for mark, name, below, least in DRAWN:
         ground = "fill" if below in (".band", ".box") else "backgroundColor"
-        ((behind,),) = styles(below, ground)
-        drawn = styles(mark, name, "opacity")
+        ((behind,),) = styles_of(page, below, ground)
+        drawn = styles_of(page, mark, name, "opacity")
         assert drawn, mark
         for colour, opacity in drawn:
             reached = contrast(channels(colour), channels(behind), float(opacity))
@@ -289,8 +296,9 @@ MARK_CORNERS = """(all) => all.forEach((svg, number) => {
     mark.textContent = `${name}${number}x`;
     svg.append(mark);
   }
+  svg.closest("figure")?.querySelector("figcaption").append(`title${number}x`);
 })"""
-"""Writes a word into two opposite corners of every drawing."""
+"""Writes a word into two opposite corners of every drawing, and into its caption."""
 
 
 @pytest.mark.parametrize(
@@ -306,19 +314,20 @@ def test_no_drawing_is_cut_in_print(opened: Any) -> None:
     seen = [number for number, one in enumerate(drawings.all()) if one.is_visible()]
     assert len(seen) == drawings.count() > 10
     drawings.evaluate_all(MARK_CORNERS)
-    places: dict[str, list[int]] = {}
+    places: dict[str, dict[str, int]] = {}
     document = pdfium.PdfDocument(opened.pdf())
     for page_number, page in enumerate(document):
         text, width, height = page.get_textpage(), *page.get_size()
-        found = re.finditer(r"(upper|lower)(\d+)x", text.get_text_range())
+        found = re.finditer(r"(title|upper|lower)(\d+)x", text.get_text_range())
         for match in found:
             boxes = [text.get_charbox(place) for place in range(*match.span())]
             left, bottom, right, top = zip(*boxes, strict=True)
             assert min(left) >= 0 and max(right) <= width, match[0]
             assert min(bottom) >= 0 and max(top) <= height, match[0]
-            places.setdefault(match[2], []).append(page_number)
-    for number in seen:
-        assert len(places[str(number)]) == 2 and len(set(places[str(number)])) == 1, number
+            places.setdefault(match[2], {})[match[1]] = page_number
+    assert places.keys() == {str(number) for number in seen}
+    for number, sheets in places.items():
+        assert sheets.keys() >= {"upper", "lower"} and len({*sheets.values()}) == 1, number
 
 
 def test_print_is_dark_on_white(opened: Any) -> None:

@@ -33,13 +33,16 @@ from tools.report.settings import compare_runs, compare_with_presets
 from tools.report.tables import (
     BENCHMARK,
     Column,
+    Table,
     benchmark_tables,
     best_of_path,
+    calibration_table,
     colour_names,
     dots_against_kl,
     find_columns,
     policy_table,
     rows_of,
+    table_against_kl,
 )
 from tools.report.verdict import HUMAN_AGREEMENT, REWARD_MODEL, summary, verdict_of
 
@@ -57,6 +60,8 @@ class Chart:
     title: str
     svg: Markup
     note: str = ""
+    table: Table | None = None
+    """The numbers of the drawing, where no other table has them."""
 
 
 def write_page(runs: Sequence[RunFolder], output: Path | None) -> Path:
@@ -242,7 +247,7 @@ def _overoptimisation(columns: Sequence[Column]) -> list[Chart]:
             name = "the reward model" if judge == REWARD_MODEL else judge
             title = f"Score by {name} against KL"
             svg = draw_scatter(dots, path, title, "KL to the baseline, nats a response")
-            charts.append(Chart(title, svg))
+            charts.append(Chart(title, svg, table=table_against_kl(columns, judge)))
     return charts
 
 
@@ -270,7 +275,8 @@ def _about_rm(run: RunFolder, stage: Stage) -> list[Chart]:
     ]
     if bins:
         note = "On the dashed line it is as often right as it is sure. Large dots hold many pairs."
-        charts.append(Chart("Calibration", draw_calibration(bins), note))
+        drawn = draw_calibration(bins)
+        charts.append(Chart("Calibration", drawn, note, calibration_table(results)))
     evaluation = run.evaluation
     if evaluation is not None and evaluation.results is not None:
         parts = evaluation.results.get(REWARD_MODEL, "accuracy_by_part") or {}

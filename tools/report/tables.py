@@ -173,13 +173,40 @@ def best_of_path(columns: Sequence[Column], judge: str) -> list[Dot]:
     return []
 
 
+def table_against_kl(columns: Sequence[Column], judge: str) -> Table:
+    """Return what `dots_against_kl` and `best_of_path` have, as a table."""
+    lines = [
+        Line(column.label, [_cell(column, "kl", 3), _cell(column, f"{judge}_score", 3)])
+        for column in columns
+    ]
+    for column in columns:
+        if column.policy == column.results.get("best_of", "name"):
+            for n in column.results.get("best_of", "by_n") or {}:
+                place = ("best_of", "by_n", n)
+                names = ("kl", f"{judge}_score")
+                cells = [Cell(column.results.figure(*place, name)) for name in names]
+                lines.append(Line(f"best of {n}, {column.run.name}", cells))
+    return Table("policy", ["KL, nats a response", "score"], lines)
+
+
+def calibration_table(results: Source) -> Table:
+    """Return the bins of a reward model's reliability diagram."""
+    names = ("confidence", "accuracy", "pairs")
+    bins = range(len(results.get("calibration") or []))
+    lines = [
+        Line(f"{one + 1}", [Cell(results.figure("calibration", one, name)) for name in names])
+        for one in bins
+    ]
+    return Table("bin", ["how sure it is", "how often it is right", "pairs"], lines)
+
+
 def benchmark_tables(stage: Stage) -> list[tuple[str, Table]]:
     """Return the figures of benchmark tasks, and the difference of each policy to each baseline."""
     results = stage.results
     if results is None:
         return []
     policies: list[str] = results.get("policies") or []
-    tables = [("Benchmark tasks", _by_policy(results, "figures", "value", policies, None))]
+    tables = [("Figures of each policy", _by_policy(results, "figures", "value", policies, None))]
     for baseline in results.get("baselines") or []:
         others = [policy for policy in policies if policy != baseline]
         table = _by_policy(results, "tax", "difference", others, baseline)
