@@ -54,6 +54,12 @@ def write_stage(
         write_json(folder / "results.json", results)
 
 
+def inputs_from(run: Path, **folders: str) -> dict[str, Any]:
+    """Inputs as lineage.json has them, each from a folder of the run."""
+    hashes = {"model.safetensors": "5b1f8705bf"}
+    return {name: {"path": str(run / of), "sha256": hashes} for name, of in folders.items()}
+
+
 def write_sft(run: Path) -> None:
     results = {"held_out_loss": 0.5071, "base_held_out_loss": 0.6690, "seconds": 34.4}
     write_stage(run / "sft", "sft", {"output_dir": str(run / "sft"), "seed": 0}, results)
@@ -76,8 +82,8 @@ def write_rm(run: Path) -> None:
         ],
         "seconds": 35.0,
     }
-    policy = {"policy": {"path": str(run / "sft"), "sha256": {"model.safetensors": "5b1f8705bf"}}}
-    write_stage(run / "rm", "rm", {"output_dir": str(run / "rm"), "seed": 0}, results, policy)
+    inputs = inputs_from(run, policy="sft", rankings="rankings")
+    write_stage(run / "rm", "rm", {"output_dir": str(run / "rm"), "seed": 0}, results, inputs)
 
 
 def write_collect(run: Path) -> None:
@@ -92,7 +98,8 @@ def write_collect(run: Path) -> None:
         "num_rankings_by_k": {"4": 244, "9": 125},
         "seconds": 26.1,
     }
-    write_stage(run / "rankings", "collect", {"output_dir": str(run / "rankings")}, results)
+    settings = {"output_dir": str(run / "rankings")}
+    write_stage(run / "rankings", "collect", settings, results, inputs_from(run, policy="sft"))
 
 
 def write_ppo(
@@ -114,7 +121,8 @@ def write_ppo(
     }
     is_finished = last_update == num_updates - 1
     results = {"score": 1.18769, "kl": 1.6155, "alarms": {}, "seconds": 148.8}
-    write_stage(folder, "ppo", settings, results if is_finished else None)
+    inputs = inputs_from(run, policy="sft", reward_model="rm")
+    write_stage(folder, "ppo", settings, results if is_finished else None, inputs)
     rows = [
         {
             "step": i,
@@ -218,9 +226,7 @@ def write_evaluation(run: Path, **changes: Any) -> None:
         "rm": {"accuracy_by_part": {"polite": 0.91004, "correct": 0.76568}},
         "seconds": {"sft": 34.4, "evaluate": 41.7, "total": 76.1},
     } | changes
-    inputs = {
-        "policies.sft": {"path": str(run / "sft"), "sha256": {"model.safetensors": "5b1f8705bf"}}
-    }
+    inputs = inputs_from(run, **{"policies.sft": "sft", "policies.ppo_ptx": "ppo_ptx"})
     settings = {"output_dir": str(run), "seed": 0, "num_prompts": 9}
     write_stage(run, "evaluate", settings, results, inputs)
     rows = [

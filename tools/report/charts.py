@@ -108,8 +108,8 @@ def draw_panel(drawn: DrawnPanel, name: str) -> Markup:
         if y.low <= limit <= y.high:
             add(svg, "line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(limit), y2=y(limit), klass="limit")
     for alarm in drawn.alarms:
-        for place in dict.fromkeys(round(x(step)) for step in alarm.steps):  # one mark a pixel
-            add(svg, "path", d=_triangle(place, TOP), klass="alarm")
+        for pixel in dict.fromkeys(round(x(step)) for step in alarm.steps):
+            add(svg, "path", d=_triangle(pixel, TOP), klass="alarm")
         if alarm.steps:
             place = x(alarm.steps[0])
             add(svg, "line", x1=place, x2=place, y1=TOP, y2=HEIGHT - BOTTOM, klass="alarm-line")

@@ -144,9 +144,9 @@ def _gain_at_equal_length(
     gain = results.figure(policy, f"{judge}_gain_vs_{baseline}")
     left, ends = results.figure(policy, key), results.interval(policy, f"{key}_interval")
     if gain is not None and left is not None:
-        yield from (" The gain in score is ", gain, ", and at equal length ", left)
-        yield from ([] if ends is None else [" (", ends, ")"])
-        yield "."
+        interval: list[Part] = [] if ends is None else [" (", ends, ")"]
+        told: list[Part] = [" The gain in score is ", gain, ", and at equal length ", left]
+        yield from [*told, *interval, "."]
 
 
 def _costs(results: Source, policy: str, baseline: str) -> Iterator[Sentence]:
