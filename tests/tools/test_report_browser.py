@@ -263,6 +263,12 @@ def test_arrow_keys_read_a_curve(opened: Any) -> None:
     readout = opened.locator(f'[data-readout="{chart.get_attribute("data-chart")}"]')
     opened.keyboard.press("End")
     assert readout.inner_text() == "23: ppo_ptx 2.0909"
+    last_point = str(chart.locator("polyline").get_attribute("points")).split()[-1]
+    assert (
+        chart.locator(".cursor").get_attribute("x1")
+        == last_point.split(",")[0].removesuffix(".0")
+        == "324"
+    )
     opened.keyboard.press("ArrowLeft")
     assert readout.inner_text() == "22: ppo_ptx 2"
 

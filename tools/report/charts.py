@@ -16,7 +16,7 @@ from tools.report.figures import Figure
 from tools.report.panels import Curve, DrawnPanel, thin_out
 
 WIDTH, HEIGHT = 340, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
+LEFT, RIGHT, TOP, BOTTOM = 46, 16, 10, 24
 NUM_COLOURS = 6
 """Colours that the style sheet has; more lines than that begin anew."""
 MAX_LABEL = 22
@@ -53,7 +53,7 @@ def scale_for(values: Iterable[float], start: float, end: float, margin: float =
     """Return a scale with some room at both ends."""
     found = [value for value in values if math.isfinite(value)]
     low, high = min(found), max(found)
-    room = (high - low) * margin or abs(high) * 0.1 or 1.0
+    room = (high - low) * margin if high > low else abs(high) * 0.1 or 1.0
     return Scale(low - room, high + room, start, end)
 
 

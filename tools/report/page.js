@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const points = JSON.parse(document.getElementById("points").textContent);
-  const LEFT = 46, RIGHT = 10, WIDTH = 340; // as tools/report/charts.py draws
+  const LEFT = 46, RIGHT = 16, WIDTH = 340; // as tools/report/charts.py draws
 
   const element = (tag, text) => {
     const made = document.createElement(tag);
