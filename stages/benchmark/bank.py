@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import datasets
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
+from stages.benchmark.bank_names import unknown_task
 from stages.benchmark.config import Config, TaskSettings
 from stages.benchmark.task_files import PAGE, data_files, find_task_file, read_task_file, rows_of
 
@@ -132,13 +132,7 @@ def _load(name: str, config: Config) -> list[LoadedTask]:
 def _load_from_bank(name: str, config: Config) -> list[LoadedTask]:
     manager = TaskManager()
     if name not in manager.all_tasks:
-        own = [path.stem for path in Path(config.task_dir).glob("*.yaml")]
-        near = get_close_matches(name, [*own, *manager.all_tasks], n=3)
-        meant = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(
-            f"tasks.{name}: there is no {Path(config.task_dir) / name}.yaml, and "
-            f"lm-evaluation-harness has no such task; {meant}{PAGE} tells how to write one"
-        )
+        raise unknown_task(name, config.task_dir, manager.all_tasks)
     try:
         tasks = manager.load([name])["tasks"]
     except OSError as error:  # the hub cannot be reached

@@ -19,6 +19,7 @@ from rlhf.models.tokenizers import has_chat_template, load_chat
 from rlhf.runs.folder import folders_given_back
 from rlhf.runs.run import open_run
 from rlhf.training.processes import start_accelerator
+from stages.benchmark.bank_names import HARNESS, check_names
 from stages.benchmark.config import Config
 from stages.benchmark.figures import figure, tax
 from stages.benchmark.report import format_results
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from stages.benchmark.bank import LoadedTask
 
 TABLES = "benchmark.md"
-HARNESS = "lm_eval"
-"""The package of lm-evaluation-harness. It takes seconds to import, and is an extra."""
 
 
 @folders_given_back()
@@ -44,6 +43,7 @@ def benchmark(config: Config) -> None:
     if not accelerator.is_main_process:
         return
     _require_harness()
+    check_names(config.tasks, config.task_dir)
     from stages.benchmark.bank import load_tasks
 
     chats = {name: load_chat(_settings(config, name)) for name in config.policies}

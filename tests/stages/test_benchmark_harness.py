@@ -28,7 +28,9 @@ pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 from lm_eval.tasks import TaskManager
 
 import stages.benchmark.bank
+import stages.benchmark.bank_names
 from stages.benchmark.bank import hold_out
+from stages.benchmark.bank_names import check_names
 from stages.benchmark.task_files import read_task_file
 
 CONTEXT = 64
@@ -308,6 +310,7 @@ def test_bad_input_is_one_message_and_nothing_half_written(
 ) -> None:
     own_bank = functools.partial(TaskManager, include_defaults=False, include_path=str(tmp_path))
     monkeypatch.setattr(stages.benchmark.bank, "TaskManager", own_bank)  # the whole takes seconds
+    monkeypatch.setattr(stages.benchmark.bank_names, "bank_folder", lambda: tmp_path)
     write_rows(tmp_path / "rows.jsonl", ROWS)
     write_rows(tmp_path / "one.jsonl", [{**ROWS[0], "query": "what else"}])
     write_rows(tmp_path / "leak.jsonl", [{**ROWS[0], "query": "what else"}, ROWS[3]])
@@ -364,11 +367,17 @@ def test_a_task_of_the_harness_bank_keeps_its_own_way_of_drawing_examples(
         TaskManager, include_defaults=False, include_path=str(tmp_path / "bank")
     )
     monkeypatch.setattr(stages.benchmark.bank, "TaskManager", own_bank)
+    monkeypatch.setattr(stages.benchmark.bank_names, "bank_folder", lambda: tmp_path / "bank")
     tasks = {"banked": TaskSettings(shots=[2], renderings=PLAIN)}
     policies = {"first": str(folder / "first")}
     results, rows = run(make_config(folder, tmp_path / "out", tasks=tasks, policies=policies))
     assert results["tasks"]["banked"]["source"] == "lm_eval: banked"
     assert len(rows) == len(ROWS)  # none is held out: the examples come from the test split
+
+
+@pytest.mark.long
+def test_every_name_of_the_harness_bank_is_found_in_its_files(tmp_path: Path) -> None:
+    check_names(TaskManager().all_tasks, str(tmp_path))
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs/benchmark/tasks").glob("*.yaml")), ids=str)

@@ -1,11 +1,14 @@
 """Run folders as stages leave them, small and written by hand, for tests of the page."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tools.report.panels import PANELS
 
 HOSTILE = (
     '</script><img src=x onerror="window.pwned=1">',
@@ -51,6 +54,12 @@ def write_stage(
         write_json(folder / "results.json", results)
 
 
+def inputs_from(run: Path, **folders: str) -> dict[str, Any]:
+    """Inputs as lineage.json has them, each from a folder of the run."""
+    hashes = {"model.safetensors": "5b1f8705bf"}
+    return {name: {"path": str(run / of), "sha256": hashes} for name, of in folders.items()}
+
+
 def write_sft(run: Path) -> None:
     results = {"held_out_loss": 0.5071, "base_held_out_loss": 0.6690, "seconds": 34.4}
     write_stage(run / "sft", "sft", {"output_dir": str(run / "sft"), "seed": 0}, results)
@@ -73,8 +82,8 @@ def write_rm(run: Path) -> None:
         ],
         "seconds": 35.0,
     }
-    policy = {"policy": {"path": str(run / "sft"), "sha256": {"model.safetensors": "5b1f8705bf"}}}
-    write_stage(run / "rm", "rm", {"output_dir": str(run / "rm"), "seed": 0}, results, policy)
+    inputs = inputs_from(run, policy="sft", rankings="rankings")
+    write_stage(run / "rm", "rm", {"output_dir": str(run / "rm"), "seed": 0}, results, inputs)
 
 
 def write_collect(run: Path) -> None:
@@ -89,7 +98,8 @@ def write_collect(run: Path) -> None:
         "num_rankings_by_k": {"4": 244, "9": 125},
         "seconds": 26.1,
     }
-    write_stage(run / "rankings", "collect", {"output_dir": str(run / "rankings")}, results)
+    settings = {"output_dir": str(run / "rankings")}
+    write_stage(run / "rankings", "collect", settings, results, inputs_from(run, policy="sft"))
 
 
 def write_ppo(
@@ -111,7 +121,8 @@ def write_ppo(
     }
     is_finished = last_update == num_updates - 1
     results = {"score": 1.18769, "kl": 1.6155, "alarms": {}, "seconds": 148.8}
-    write_stage(folder, "ppo", settings, results if is_finished else None)
+    inputs = inputs_from(run, policy="sft", reward_model="rm")
+    write_stage(folder, "ppo", settings, results if is_finished else None, inputs)
     rows = [
         {
             "step": i,
@@ -132,6 +143,36 @@ def write_ppo(
     return folder
 
 
+def write_long_ppo(run: Path, *, num_updates: int, num_samples: int) -> Path:
+    """A long PPO run that logs what panels show, with an alarm in every tenth update.
+
+    Its KL is a wave with one peak, in its third update; its samples are those of two evaluations.
+    """
+    alarms = ({"step": i, "code": "PPO_KL", "message": "High."} for i in range(0, num_updates, 10))
+    folder = write_ppo(run, num_updates=num_updates, last_update=num_updates - 1, alarms=alarms)
+    names = sorted({name for panel in PANELS for name in panel.lines if name.startswith("ppo/")})
+    rows = [
+        {"step": i, **{name: math.sin(i / 7 + place) for place, name in enumerate(names)}}
+        for i in range(num_updates)
+    ]
+    rows[2]["ppo/kl"] = 9.75
+    write_rows(folder / "metrics.jsonl", rows)
+    samples = [
+        {
+            "step": step,
+            "prompt": f"What comes after {number}?",
+            "response": f"After {number} comes {number + step}, as all of us know. " * 12,
+            "score": math.cos(number + step),
+            "kl": number / 100,
+            "tokens": 120,
+        }
+        for step in (0, num_updates - 1)
+        for number in range(num_samples // 2)
+    ]
+    write_rows(folder / "samples.jsonl", samples)
+    return folder
+
+
 def policy(right: float, **figures: Any) -> dict[str, Any]:
     return {
         "right": right,
@@ -140,6 +181,7 @@ def policy(right: float, **figures: Any) -> dict[str, Any]:
         "text_loss": 0.63286,
         "response_tokens": 9.75,
         "gold_score": 5.5,
+        "gold_score_interval": [5.25, 5.75],
         "rm_score": 0.25,
         **figures,
     }
@@ -159,6 +201,10 @@ def write_evaluation(run: Path, **changes: Any) -> None:
             0.83789,
             kl=1.55103,
             kl_error=0.06107,
+            gold_gain_vs_sft=1.25391,
+            gold_gain_vs_sft_interval=[1.10156, 1.40625],
+            gold_gain_at_equal_length_vs_sft=0.92773,
+            gold_gain_at_equal_length_vs_sft_interval=[0.74121, 1.11523],
             right_gain_vs_sft=0.27116,
             right_gain_vs_sft_interval=[0.22851, 0.31445],
             win_rate_vs_sft=0.84082,
@@ -180,9 +226,7 @@ def write_evaluation(run: Path, **changes: Any) -> None:
         "rm": {"accuracy_by_part": {"polite": 0.91004, "correct": 0.76568}},
         "seconds": {"sft": 34.4, "evaluate": 41.7, "total": 76.1},
     } | changes
-    inputs = {
-        "policies.sft": {"path": str(run / "sft"), "sha256": {"model.safetensors": "5b1f8705bf"}}
-    }
+    inputs = inputs_from(run, **{"policies.sft": "sft", "policies.ppo_ptx": "ppo_ptx"})
     settings = {"output_dir": str(run), "seed": 0, "num_prompts": 9}
     write_stage(run, "evaluate", settings, results, inputs)
     rows = [
@@ -202,11 +246,38 @@ def write_evaluation(run: Path, **changes: Any) -> None:
     write_rows(run / "samples.jsonl", rows)
 
 
+def write_benchmark(run: Path) -> None:
+    """A benchmark of sft and ppo_ptx on one task."""
+    row = {"task": "arc_easy", "rendering": "plain", "shots": 0, "metric": "acc"}
+    results = {
+        "policies": ["sft", "ppo_ptx"],
+        "baselines": ["sft"],
+        "figures": [
+            {**row, "policy": "sft", "value": 0.50042, "interval": [0.48031, 0.52053]},
+            {**row, "policy": "ppo_ptx", "value": 0.44571, "interval": [0.42573, 0.46569]},
+        ],
+        "tax": [
+            {
+                **row,
+                "policy": "ppo_ptx",
+                "baseline": "sft",
+                "difference": -0.05471,
+                "interval": [-0.07113, -0.03829],
+                "verdict": "worse",
+            }
+        ],
+        "seconds": 95.5,
+    }
+    settings = {"output_dir": str(run / "benchmark"), "seed": 0}
+    write_stage(run / "benchmark", "benchmark", settings, results)
+
+
 def write_pipeline(run: Path, **changes: Any) -> Path:
     """A whole run with its evaluation, whose results may be changed."""
     write_sft(run)
     write_collect(run)
     write_rm(run)
     write_ppo(run)
+    write_benchmark(run)
     write_evaluation(run, **changes)
     return run

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+import tools.report.folders
 from rlhf.runs.settings import load_config, settings_in_force
 from stages.ppo.monitor import CODES
 from stages.rm.config import Config as RMConfig
@@ -19,6 +23,7 @@ from tests.tools.report_runs import (
     HOSTILE,
     write_collect,
     write_json,
+    write_long_ppo,
     write_pipeline,
     write_ppo,
     write_rm,
@@ -26,10 +31,18 @@ from tests.tools.report_runs import (
     write_sft,
 )
 from tools.report.__main__ import main
+from tools.report.charts import LEFT, RIGHT, WIDTH
 from tools.report.folders import read_run
 from tools.report.lineage import find_inputs
 from tools.report.page import content_policy
-from tools.report.panels import METRICS, PANELS, find_curves, running_mean
+from tools.report.panels import (
+    MAX_POINTS,
+    METRICS,
+    PANELS,
+    find_curves,
+    running_mean,
+    thin_out,
+)
 from tools.report.samples import mark_new, show_text
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +147,23 @@ def test_the_verdict_puts_substance_before_the_win_rate(tmp_path: Path) -> None:
     assert "the best of 8 responses of sft by the reward model is right in 73.7 %" in text
 
 
+def test_what_a_gain_is_at_equal_length_stands_beside_it(tmp_path: Path) -> None:
+    run = write_pipeline(tmp_path / "run")
+    page = page_of(run)
+    reader = Reader(page)
+    text = " ".join(reader.text.split())
+    assert (
+        "Win rate against sft by gold: 84.1 % (81.2 % to 86.6 %). The gain in score is 1.254, and "
+        "at equal length 0.928 (0.741 to 1.115)."
+    ) in text
+    rows = re.findall(r'<th scope="row">([^<]*)</th>', page)
+    assert rows[rows.index("gold score, gain") + 1] == "gold score, gain at equal length"
+    place = "0:results.json#/ppo_ptx/gold_gain_at_equal_length_vs_sft"
+    told = [(origin, shown) for origin, _, shown in reader.figures if origin.startswith(place)]
+    of_both = [(place, "0.928"), (f"{place}_interval/0", "0.741"), (f"{place}_interval/1", "1.115")]
+    assert told == [*of_both, *of_both]  # in the verdict, and in the table of all figures
+
+
 @pytest.mark.parametrize(
     ("gain", "words", "tone"),
     [
@@ -152,6 +182,16 @@ def test_a_win_rate_does_not_hide_what_is_wrong(
     page = page_of(run)
     assert words in page
     assert f'class="verdict {tone}"' in page
+
+
+def test_drawings_have_tables_of_their_numbers(tmp_path: Path) -> None:
+    run = write_pipeline(tmp_path / "run")
+    page = page_of(run)
+    origins = {origin for origin, _, _ in Reader(page).figures}
+    assert {f"0:rm/results.json#/calibration/{i}/confidence" for i in range(3)} <= origins
+    assert "0:rm/results.json#/calibration/1/accuracy" not in origins  # it is not a number
+    assert {f"0:results.json#/best_of/by_n/{n}/gold_score" for n in (1, 8)} <= origins
+    assert check_figures(page, run) > 100
 
 
 def test_without_an_independent_judge_the_verdict_is_open(tmp_path: Path) -> None:
@@ -203,9 +243,73 @@ def test_the_page_fetches_nothing_and_names_all_that_runs(tmp_path: Path) -> Non
     assert "unsafe" not in str(policy) and "http:" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.slow
 def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
+    """Also at another time, in another process, and where sets have another order."""
     run = write_pipeline(tmp_path / "run")
-    assert page_of(run) == page_of(run)
+    other = write_pipeline(tmp_path / "other")
+    pages = []
+    for seed in ("1", "2"):
+        command = [sys.executable, "-m", "tools.report", str(run), str(other)]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        pages.append((run / "report_vs_other.html").read_bytes())
+        for file in run.rglob("*"):
+            os.utime(file, (0, 0))
+    assert pages[0] == pages[1]
+
+
+def test_a_long_run_has_a_small_page_with_all_its_points(tmp_path: Path) -> None:
+    folder = write_long_ppo(tmp_path, num_updates=1_000, num_samples=500)
+    page = page_of(folder)
+    assert len(page.encode()) < 5_000_000
+    lines = [line for one in json.loads(Reader(page).scripts[0]).values() for line in one["lines"]]
+    assert {len(line["x"]) for line in lines} == {1_000}
+    assert "Thinned out" not in page
+    assert "16 of 250 prompts: the first of the file" in Reader(page).text
+    assert check_figures(page, folder) > 16
+
+
+def test_a_longer_run_is_thinned_out_but_for_its_extremes_and_alarms(tmp_path: Path) -> None:
+    folder = write_long_ppo(tmp_path, num_updates=12_000, num_samples=16)
+    rows = [{"step": i, "ppo/kl": 9.75 if i == 3_001 else i % 2} for i in range(12_000)]
+    write_rows(folder / "metrics.jsonl", rows)
+    page = page_of(folder)
+    (panel,) = json.loads(Reader(page).scripts[0]).values()
+    (line,) = panel["lines"]
+    assert line["x"][0] == 0 and line["x"][-1] == 11_999 and len(line["x"]) <= MAX_POINTS
+    assert all(line["y"][line["x"].index(x)] == rows[x]["ppo/kl"] for x in line["x"])
+    assert max(line["y"]) == line["y"][line["x"].index(3_001)] == 9.75
+    assert "Thinned out to 1,000 points or less" in page
+    assert "metrics.jsonl has all 12,000" in page
+    paths = [attrs["d"] for _, attrs in Reader(page).elements if attrs.get("class") == "alarm"]
+    tips = [int(str(path).split(",")[0][1:]) + 4 for path in paths]
+    assert tips == list(range(LEFT, WIDTH - RIGHT + 1))  # 1,200 alarms, one mark on every pixel
+
+
+def test_thinning_out_keeps_the_ends_and_extremes_of_every_stretch() -> None:
+    values = [3.0, 9.0, 4.0, 1.0, 5.0, 5.0, 5.0, 5.0, 2.0, 6.0, 7.0, 8.0]
+    assert thin_out(values, most=12) == list(range(12))
+    assert thin_out(values, most=8) == [0, 1, 3, 5, 6, 8, 11]
+    assert thin_out(values, most=4) == [0, 1, 3, 11]
+
+
+def test_of_a_huge_file_of_samples_the_ends_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools.report.folders, "MAX_ROWS", 6)
+    folder = write_ppo(tmp_path)
+    rows = [
+        {"step": step, "prompt": f"Prompt {i}", "response": "Yes.", "score": step + i / 8}
+        for step in range(10)
+        for i in range(3)
+    ]
+    write_rows(folder / "samples.jsonl", rows)
+    page = page_of(folder)
+    text = " ".join(Reader(page).text.split())
+    assert "ppo_ptx, update 0" in text and "ppo_ptx, update 9" in text and "update 5" not in text
+    assert "samples.jsonl has 24 rows more, between the first and the last 3" in text
+    assert "0:samples.jsonl#/29/score" in {origin for origin, _, _ in Reader(page).figures}
+    assert check_figures(page, folder) > 6
 
 
 def test_a_killed_run_says_so_with_its_alarm(tmp_path: Path) -> None:

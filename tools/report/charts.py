@@ -13,10 +13,10 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 from tools.report.figures import Figure
-from tools.report.panels import Curve, DrawnPanel
+from tools.report.panels import Curve, DrawnPanel, thin_out
 
 WIDTH, HEIGHT = 340, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24
+LEFT, RIGHT, TOP, BOTTOM = 46, 16, 10, 24
 NUM_COLOURS = 6
 """Colours that the style sheet has; more lines than that begin anew."""
 MAX_LABEL = 22
@@ -53,7 +53,7 @@ def scale_for(values: Iterable[float], start: float, end: float, margin: float =
     """Return a scale with some room at both ends."""
     found = [value for value in values if math.isfinite(value)]
     low, high = min(found), max(found)
-    room = (high - low) * margin or abs(high) * 0.1 or 1.0
+    room = (high - low) * margin if high > low else abs(high) * 0.1 or 1.0
     return Scale(low - room, high + room, start, end)
 
 
@@ -108,8 +108,8 @@ def draw_panel(drawn: DrawnPanel, name: str) -> Markup:
         if y.low <= limit <= y.high:
             add(svg, "line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(limit), y2=y(limit), klass="limit")
     for alarm in drawn.alarms:
-        for step in alarm.steps[:50]:
-            add(svg, "path", d=_triangle(x(step), TOP), klass="alarm")
+        for pixel in dict.fromkeys(round(x(step)) for step in alarm.steps):
+            add(svg, "path", d=_triangle(pixel, TOP), klass="alarm")
         if alarm.steps:
             place = x(alarm.steps[0])
             add(svg, "line", x1=place, x2=place, y1=TOP, y2=HEIGHT - BOTTOM, klass="alarm-line")
@@ -223,7 +223,7 @@ def _draw_curve(svg: ElementTree.Element, curve: Curve, x: Scale, y: Scale) -> N
     colour = f"c{curve.rank % NUM_COLOURS}{dashes}"
     if curve.is_held_out:
         _polyline(svg, curve.steps, curve.values, x, y, f"curve held-out {colour}")
-        for step, value in zip(curve.steps, curve.values, strict=True):
+        for step, value in ((curve.steps[place], curve.values[place]) for place in curve.kept):
             if y.low <= value <= y.high:
                 add(svg, "circle", cx=x(step), cy=y(value), r=2.6, klass=f"dot {colour}")
         return
@@ -241,8 +241,8 @@ def _polyline(
     y: Scale,
     klass: str,
 ) -> None:
-    held = [min(max(value, y.low), y.high) for value in values]
-    points = " ".join(f"{x(step)},{y(value)}" for step, value in zip(steps, held, strict=True))
+    kept = [(steps[place], min(max(values[place], y.low), y.high)) for place in thin_out(values)]
+    points = " ".join(f"{x(step)},{y(value)}" for step, value in kept)
     add(svg, "polyline", points=points, klass=klass)
 
 

@@ -3,8 +3,10 @@
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ EVALUATE = "evaluate"
 ORDER = ("data", "pretrain", "sft", "collect", "rm", "ppo", "evaluate", "benchmark")
 """Stages in the order of the recipe; programs below data/ count as data."""
 MAX_ROWS = 20_000
-"""Most rows of samples.jsonl to read, so that a page of a huge evaluation stays small."""
+"""Most rows of samples.jsonl to read, half of them from its end, so that a page of a long run takes
+no longer than a look at it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,10 @@ class Stage:
     results: Source | None
     """None means that the stage is not finished."""
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Maps the place in samples.jsonl, from 0, to a row."""
+    num_rows_left_out: int = 0
+    """Rows of samples.jsonl that were not read, between the first and the last ones."""
     alarms: list[dict[str, Any]] = field(default_factory=list)
     """Rows with step, code and message; a run of an older version has none."""
     nonfinite: dict[str, Any] | None = None
@@ -131,6 +137,7 @@ def _read_stage(folder: Path, origin: str) -> Stage:
     mark = _read_object(folder / MARK)
     lineage = _read_object(folder / LINEAGE)
     results, nonfinite = folder / RESULTS, folder / NONFINITE
+    samples, num_left_out = _read_ends(folder / SAMPLES)
     return Stage(
         name=folder.resolve().name,
         stage=lineage.get("stage") or mark.get("program", "unknown"),
@@ -139,9 +146,10 @@ def _read_stage(folder: Path, origin: str) -> Stage:
         settings=_read_settings(folder / CONFIG) or mark.get("settings") or {},
         lineage=lineage,
         results=_read_source(results, origin) if results.is_file() else None,
-        metrics=list(_read_rows(folder / METRICS)),
-        samples=list(_read_rows(folder / SAMPLES)),
-        alarms=list(_read_rows(folder / ALARMS)),
+        metrics=_read_rows(folder / METRICS),
+        samples=samples,
+        num_rows_left_out=num_left_out,
+        alarms=_read_rows(folder / ALARMS),
         nonfinite=_read_object(nonfinite) if nonfinite.is_file() else None,
         is_at_work=_is_held(folder / LOCK),
     )
@@ -174,22 +182,41 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSON Lines file; a last line that a run is still writing is left out."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            if number > MAX_ROWS:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read all rows of a JSON Lines file; a missing file has none."""
+    return [row for _, row in _parse(path, _lines(path))]
+
+
+def _read_ends(path: Path) -> tuple[dict[int, dict[str, Any]], int]:
+    """Read the first and the last rows of a JSON Lines file, MAX_ROWS at most.
+
+    Returns:
+        The rows by their place in the file, from 0, and the number of rows in between.
+    """
+    lines = _lines(path)
+    first = list(islice(lines, MAX_ROWS // 2))
+    last = deque(lines, maxlen=MAX_ROWS // 2)
+    num_left_out = last[0][0] - first[-1][0] - 1 if last else 0
+    return dict(_parse(path, [*first, *last])), num_left_out
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+            yield from enumerate(file)
+
+
+def _parse(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of lines; a last line that a run is still writing is left out."""
+    for place, line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if not line.endswith("\n"):
                 return
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                if not line.endswith("\n"):
-                    return
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-            if isinstance(row, dict):
-                yield row
+            raise ValueError(f"{path}, line {place + 1} is not JSON: {error}") from error
+        if isinstance(row, dict):
+            yield place, row
 
 
 def _is_held(lock: Path) -> bool:

@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const points = JSON.parse(document.getElementById("points").textContent);
-  const LEFT = 46, RIGHT = 10, WIDTH = 340; // as tools/report/charts.py draws
+  const LEFT = 46, RIGHT = 16, WIDTH = 340; // as tools/report/charts.py draws
 
   const element = (tag, text) => {
     const made = document.createElement(tag);
@@ -77,6 +77,8 @@
       table.append(top, body);
       scroll.className = "scroll";
       scroll.tabIndex = 0;
+      scroll.setAttribute("role", "group");
+      scroll.setAttribute("aria-label", `Numbers of ${details.dataset.label}`);
       scroll.append(table);
       details.append(scroll);
     });

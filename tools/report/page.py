@@ -27,19 +27,22 @@ from tools.report.charts import (
 from tools.report.figures import Figure, Source, is_number, to_html
 from tools.report.folders import RunFolder, Stage
 from tools.report.lineage import draw_lineage, find_inputs
-from tools.report.panels import Alarm, DrawnPanel, find_alarms, find_panels
+from tools.report.panels import MAX_POINTS, Alarm, DrawnPanel, find_alarms, find_panels
 from tools.report.samples import find_samples
 from tools.report.settings import compare_runs, compare_with_presets
 from tools.report.tables import (
     BENCHMARK,
     Column,
+    Table,
     benchmark_tables,
     best_of_path,
+    calibration_table,
     colour_names,
     dots_against_kl,
     find_columns,
     policy_table,
     rows_of,
+    table_against_kl,
 )
 from tools.report.verdict import HUMAN_AGREEMENT, REWARD_MODEL, summary, verdict_of
 
@@ -57,6 +60,8 @@ class Chart:
     title: str
     svg: Markup
     note: str = ""
+    table: Table | None = None
+    """The numbers of the drawing, where no other table has them."""
 
 
 def write_page(runs: Sequence[RunFolder], output: Path | None) -> Path:
@@ -126,6 +131,7 @@ def _context(
 ) -> dict[str, Any]:
     """Return what the template shows, by name."""
     inputs = {run.number: find_inputs(run) for run in runs}
+    samples = find_samples(runs)
     return {
         "runs": runs,
         "verdicts": [(run, verdict_of(run, alarms)) for run in runs],
@@ -133,7 +139,10 @@ def _context(
         "table": policy_table(columns) if columns else None,
         "outcomes": list(_outcomes(columns)),
         "groups": _grouped(panels),
-        "samples": find_samples(runs),
+        "samples": samples.shown,
+        "num_prompts": samples.num_prompts,
+        "read_in_part": [one for one in samples.stages if one.num_rows_left_out],
+        "max_points": MAX_POINTS,
         "reward_models": [
             (run, stage, list(_about_rm(run, stage)))
             for run in runs
@@ -238,7 +247,7 @@ def _overoptimisation(columns: Sequence[Column]) -> list[Chart]:
             name = "the reward model" if judge == REWARD_MODEL else judge
             title = f"Score by {name} against KL"
             svg = draw_scatter(dots, path, title, "KL to the baseline, nats a response")
-            charts.append(Chart(title, svg))
+            charts.append(Chart(title, svg, table=table_against_kl(columns, judge)))
     return charts
 
 
@@ -266,7 +275,8 @@ def _about_rm(run: RunFolder, stage: Stage) -> list[Chart]:
     ]
     if bins:
         note = "On the dashed line it is as often right as it is sure. Large dots hold many pairs."
-        charts.append(Chart("Calibration", draw_calibration(bins), note))
+        drawn = draw_calibration(bins)
+        charts.append(Chart("Calibration", drawn, note, calibration_table(results)))
     evaluation = run.evaluation
     if evaluation is not None and evaluation.results is not None:
         parts = evaluation.results.get(REWARD_MODEL, "accuracy_by_part") or {}
@@ -346,15 +356,15 @@ def _grouped(panels: Sequence[DrawnPanel]) -> list[Group]:
 
 
 def _data_of(drawn: DrawnPanel) -> dict[str, Any]:
-    """Return the points of a panel, as metrics.jsonl has them, for the page's script."""
+    """Return the points of a panel that the page has, as metrics.jsonl has them, for its script."""
     return {
         "lines": [
             {
                 "label": curve.label,
                 "origin": f"{curve.stage.origin}metrics.jsonl",
                 "key": curve.key,
-                "x": curve.steps,
-                "y": curve.values,
+                "x": [curve.steps[place] for place in curve.kept],
+                "y": [curve.values[place] for place in curve.kept],
             }
             for curve in drawn.curves
         ],

@@ -18,6 +18,9 @@ SMOOTHED_FROM = 30
 raw points."""
 
 
+MAX_POINTS = 1_000
+"""Most points of a curve on a page, so that the page of a long run stays small."""
+
 METRICS = by_name(
     (*ppo_glossary.METRICS, *rm_glossary.METRICS, *sft_glossary.METRICS, *pretrain_glossary.METRICS)
 )
@@ -136,6 +139,11 @@ class Curve:
         return "held_out" in self.key
 
     @property
+    def kept(self) -> list[int]:
+        """The places of the points that the page has."""
+        return thin_out(self.values)
+
+    @property
     def smooth(self) -> list[float] | None:
         """The running mean, or None if there are too few points for one."""
         if self.is_held_out or len(self.values) < SMOOTHED_FROM:
@@ -166,6 +174,11 @@ class DrawnPanel:
     alarms: list[Alarm]
     limits: list[float] = field(default_factory=list)
     """Values beyond which an alarm is raised, one for each different setting."""
+
+    @property
+    def num_points(self) -> int:
+        """Points of the longest curve, as they were logged."""
+        return max(len(curve.values) for curve in self.curves)
 
 
 def find_panels(
@@ -241,6 +254,25 @@ def running_mean(values: Sequence[float], reach: int) -> list[float]:
     sums = [0.0, *accumulate(values)]
     windows = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
     return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
+
+
+def thin_out(values: Sequence[float], most: int = MAX_POINTS) -> list[int]:
+    """Return the places of the values to draw: all of them, or at most `most` of a longer curve.
+
+    Of each of `most` / 4 equal stretches the first, the last, the lowest and the highest are kept.
+    If a stretch is a pixel wide, a line through them looks like a line through all (Jugel et al.
+    2014, "M4: A Visualization-Oriented Time Series Data Aggregation").
+    """
+    if len(values) <= most:
+        return list(range(len(values)))
+    num_stretches = most // 4
+    kept: set[int] = set()
+    for number in range(num_stretches):
+        start, end = (len(values) * one // num_stretches for one in (number, number + 1))
+        stretch = range(start, end)
+        kept |= {start, end - 1, min(stretch, key=values.__getitem__)}
+        kept.add(max(stretch, key=values.__getitem__))
+    return sorted(kept)
 
 
 def _limits(panel: Panel, curves: Sequence[Curve]) -> list[float]:

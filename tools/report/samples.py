@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
@@ -61,7 +61,18 @@ class Sample:
     """Whether it is shown because the judges part on it, not by its place in the file."""
 
 
-def find_samples(runs: Sequence[RunFolder]) -> list[Sample]:
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a page."""
+
+    shown: list[Sample]
+    num_prompts: int
+    """Prompts that were to choose from."""
+    stages: Sequence[Stage]
+    """The stages that sampled them."""
+
+
+def find_samples(runs: Sequence[RunFolder]) -> Samples:
     """Return samples of the evaluation; without one, those of the last stage that sampled."""
     evaluations = [run.evaluation for run in runs]
     if all(evaluations):
@@ -70,14 +81,18 @@ def find_samples(runs: Sequence[RunFolder]) -> list[Sample]:
         )
     stages = [(run, one) for run in runs for one in run.stages if one.samples]
     if not stages:
-        return []
+        return Samples([], 0, [])
     last = stages[-1][1].stage
-    return [
-        sample
-        for run, stage in stages
-        if stage.stage == last
-        for sample in _of_stage(stage, run.name if len(runs) > 1 else "")
-    ]
+    alike = [(run, stage) for run, stage in stages if stage.stage == last]
+    shown: list[Sample] = []
+    num_prompts = 0
+    for run, stage in alike:
+        by_prompt = _rows_by_prompt(stage)
+        num_prompts += len(by_prompt)
+        name = f"{run.name} {stage.name}" if len(runs) > 1 else stage.name
+        origin = f"{stage.origin}samples.jsonl"
+        shown += [_of_prompt(rows, name, origin) for rows in by_prompt[:NUM_PROMPTS]]
+    return Samples(shown, num_prompts, [stage for _, stage in alike])
 
 
 @dataclass(frozen=True)
@@ -107,13 +122,13 @@ class _Question:
         return 0.0 if reward is None or gold is None or gold >= 0 else max(0.0, reward)
 
 
-def _of_evaluations(evaluations: Sequence[Stage], names: Sequence[str]) -> list[Sample]:
+def _of_evaluations(evaluations: Sequence[Stage], names: Sequence[str]) -> Samples:
     """Choose prompts that all evaluations have, and show the responses of all their policies."""
     first = evaluations[0].results
     baseline = None if first is None else first.get("baseline")
     questions: dict[str, _Question] = {}
     for number, evaluation in enumerate(evaluations):
-        for place, row in enumerate(evaluation.samples):
+        for place, row in evaluation.samples.items():
             key = json.dumps(row.get("prompt"), sort_keys=True)
             question = questions.setdefault(key, _Question({}, baseline))
             question.rows.setdefault((number, str(row.get("policy"))), (place, row))
@@ -124,10 +139,9 @@ def _of_evaluations(evaluations: Sequence[Stage], names: Sequence[str]) -> list[
     ]
     as_they_come, rest = shared[:NUM_PROMPTS], shared[NUM_PROMPTS:]
     parted = sorted((one for one in rest if one.parting > 0), key=lambda one: -one.parting)
-    return [
-        _side_by_side(question, evaluations, names, is_parted=question in parted[:NUM_PARTED])
-        for question in [*as_they_come, *parted[:NUM_PARTED]]
-    ]
+    shown = [_side_by_side(one, evaluations, names, is_parted=False) for one in as_they_come]
+    shown += [_side_by_side(one, evaluations, names, is_parted=True) for one in parted[:NUM_PARTED]]
+    return Samples(shown, len(shared), evaluations)
 
 
 def _side_by_side(
@@ -176,27 +190,26 @@ def _changes(last: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[
     }
 
 
-def _of_stage(stage: Stage, run: str) -> Iterator[Sample]:
-    """Yield a stage's own samples: first against last, or response against demonstration."""
+def _rows_by_prompt(stage: Stage) -> list[list[tuple[int, dict[str, Any]]]]:
+    """Return the rows of each prompt, with their places in the file."""
     by_prompt: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for place, row in enumerate(stage.samples):
+    for place, row in stage.samples.items():
         by_prompt.setdefault(json.dumps(row.get("prompt"), sort_keys=True), []).append((place, row))
-    origin = f"{stage.origin}samples.jsonl"
-    name = " ".join(part for part in (run, stage.name) if part)
-    for rows in list(by_prompt.values())[:NUM_PROMPTS]:
-        (first_place, first), (last_place, last) = rows[0], rows[-1]
-        if "demonstration" in last:
-            shown = {"response": last["demonstration"]}
-            responses = [Response("demonstration", mark_new(str(shown["response"]), None), [])]
-            responses.append(_response(name, _plain(last), origin, last_place, shown))
-            yield Sample(_prompt_text(last), responses, {})
-            continue
-        responses = [_response(_at_step(name, first), _plain(first), origin, first_place, None)]
-        if last_place != first_place:
-            responses.append(
-                _response(_at_step(name, last), _plain(last), origin, last_place, first)
-            )
-        yield Sample(_prompt_text(last), responses, _changes(_plain(last), _plain(first)))
+    return list(by_prompt.values())
+
+
+def _of_prompt(rows: Sequence[tuple[int, dict[str, Any]]], name: str, origin: str) -> Sample:
+    """Return a stage's own sample: first against last, or response against demonstration."""
+    (first_place, first), (last_place, last) = rows[0], rows[-1]
+    if "demonstration" in last:
+        shown = {"response": last["demonstration"]}
+        responses = [Response("demonstration", mark_new(str(shown["response"]), None), [])]
+        responses.append(_response(name, _plain(last), origin, last_place, shown))
+        return Sample(_prompt_text(last), responses, {})
+    responses = [_response(_at_step(name, first), _plain(first), origin, first_place, None)]
+    if last_place != first_place:
+        responses.append(_response(_at_step(name, last), _plain(last), origin, last_place, first))
+    return Sample(_prompt_text(last), responses, _changes(_plain(last), _plain(first)))
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

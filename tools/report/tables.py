@@ -35,6 +35,8 @@ class Line:
 class Table:
     """A table with a column for each policy of each run."""
 
+    corner: str
+    """Heading of the first column, which names the rows."""
     columns: list[str]
     lines: list[Line]
 
@@ -93,7 +95,7 @@ def policy_table(columns: Sequence[Column]) -> Table:
         for name in dict.fromkeys(name for of in found for name in of):
             cells = [Cell(column.results.figure(column.policy, key, name)) for column in columns]
             lines.append(Line(label + name, cells))
-    return Table([column.label for column in columns], lines)
+    return Table("figure", [column.label for column in columns], lines)
 
 
 def _keys(columns: Sequence[Column]) -> Iterator[tuple[str, str, int]]:
@@ -111,6 +113,8 @@ def _keys(columns: Sequence[Column]) -> Iterator[tuple[str, str, int]]:
     for name in judges:
         yield f"{JUDGES.get(name, name)} score", f"{name}_score", 3
         yield f"{JUDGES.get(name, name)} score, gain", f"{name}_gain_vs_{baseline}", 3
+        at_equal_length = f"{name}_gain_at_equal_length_vs_{baseline}"
+        yield f"{JUDGES.get(name, name)} score, gain at equal length", at_equal_length, 3
     yield f"KL to {baseline}, nats a response", "kl", 3
     yield "loss on held-out text, nats a token", "text_loss", 3
     yield "fact recall", "fact_recall", 3
@@ -169,13 +173,40 @@ def best_of_path(columns: Sequence[Column], judge: str) -> list[Dot]:
     return []
 
 
+def table_against_kl(columns: Sequence[Column], judge: str) -> Table:
+    """Return what `dots_against_kl` and `best_of_path` have, as a table."""
+    lines = [
+        Line(column.label, [_cell(column, "kl", 3), _cell(column, f"{judge}_score", 3)])
+        for column in columns
+    ]
+    for column in columns:
+        if column.policy == column.results.get("best_of", "name"):
+            for n in column.results.get("best_of", "by_n") or {}:
+                place = ("best_of", "by_n", n)
+                names = ("kl", f"{judge}_score")
+                cells = [Cell(column.results.figure(*place, name)) for name in names]
+                lines.append(Line(f"best of {n}, {column.run.name}", cells))
+    return Table("policy", ["KL, nats a response", "score"], lines)
+
+
+def calibration_table(results: Source) -> Table:
+    """Return the bins of a reward model's reliability diagram."""
+    names = ("confidence", "accuracy", "pairs")
+    bins = range(len(results.get("calibration") or []))
+    lines = [
+        Line(f"{one + 1}", [Cell(results.figure("calibration", one, name)) for name in names])
+        for one in bins
+    ]
+    return Table("bin", ["how sure it is", "how often it is right", "pairs"], lines)
+
+
 def benchmark_tables(stage: Stage) -> list[tuple[str, Table]]:
     """Return the figures of benchmark tasks, and the difference of each policy to each baseline."""
     results = stage.results
     if results is None:
         return []
     policies: list[str] = results.get("policies") or []
-    tables = [("Benchmark tasks", _by_policy(results, "figures", "value", policies, None))]
+    tables = [("Figures of each policy", _by_policy(results, "figures", "value", policies, None))]
     for baseline in results.get("baselines") or []:
         others = [policy for policy in policies if policy != baseline]
         table = _by_policy(results, "tax", "difference", others, baseline)
@@ -202,4 +233,4 @@ def _by_policy(
         Line(label, [cells.get(policy, Cell(None)) for policy in policies])
         for label, cells in places.items()
     ]
-    return Table(list(policies), lines)
+    return Table("task and metric", list(policies), lines)

@@ -132,7 +132,21 @@ def _wins(results: Source, policy: str, baseline: str) -> Iterator[Sentence]:
         ends = results.interval(policy, f"{key}_interval", is_percent=True)
         if rate is not None:
             interval: list[Part] = [] if ends is None else [" (", ends, ")"]
-            yield [f"Win rate against {baseline} by {_name(judge)}: ", rate, *interval, "."]
+            gain = _gain_at_equal_length(results, judge, policy, baseline)
+            yield [f"Win rate against {baseline} by {_name(judge)}: ", rate, *interval, ".", *gain]
+
+
+def _gain_at_equal_length(
+    results: Source, judge: str, policy: str, baseline: str
+) -> Iterator[Part]:
+    """Say what a judge's score gains, and what is left where responses are equally long."""
+    key = f"{judge}_gain_at_equal_length_vs_{baseline}"
+    gain = results.figure(policy, f"{judge}_gain_vs_{baseline}")
+    left, ends = results.figure(policy, key), results.interval(policy, f"{key}_interval")
+    if gain is not None and left is not None:
+        interval: list[Part] = [] if ends is None else [" (", ends, ")"]
+        told: list[Part] = [" The gain in score is ", gain, ", and at equal length ", left]
+        yield from [*told, *interval, "."]
 
 
 def _costs(results: Source, policy: str, baseline: str) -> Iterator[Sentence]:

@@ -1,0 +1,75 @@
+"""Tells soon that lm-evaluation-harness has no task of some name, without parsing its task files.
+
+The harness parses all of them, more than ten thousand, before it knows a single name. But the name
+of a task stands word for word in one of the files. So a name that stands in none is no task, and
+reading the files as text is enough to say so. A name that does stand there may still be no task;
+the harness finds that out when it loads the task.
+"""
+
+import importlib.util
+import re
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
+from pathlib import Path
+
+from stages.benchmark.task_files import PAGE, find_task_file
+
+HARNESS = "lm_eval"
+"""The package of lm-evaluation-harness. It takes seconds to import, and is an extra."""
+NO_TASK_FILES = {".py", ".pyc", ".md"}
+"""Endings in the harness's folder of tasks whose files name no task. Files that task files include
+have any other ending, or none."""
+NUM_MEANT = 3
+"""Most names in the message to choose from."""
+
+_NAMED = re.compile(r"""^["']?(?:task|group|tag)["']?[ \t]*:[ \t]*["']?([^\s"'#\[\]{},]+)""", re.M)
+"""Matches the line of a file that gives a task, a group or a tag its name."""
+
+
+def check_names(names: Iterable[str], task_dir: str) -> None:
+    """Refuse a name that is neither a task file nor in the harness's bank.
+
+    Raises:
+        ValueError: There is no such task; the message has the nearest names.
+    """
+    of_bank = [name for name in names if find_task_file(name, task_dir) is None]
+    texts = _bank_texts() if of_bank else []
+    for name in of_bank:
+        if not any(_stands_in(name, text) for text in texts):
+            known = {found for text in texts for found in _NAMED.findall(text)}
+            raise unknown_task(name, task_dir, known)
+
+
+def unknown_task(name: str, task_dir: str, known: Collection[str]) -> ValueError:
+    """Return the error for a name of no task.
+
+    Args:
+        known: Names in the harness's bank.
+    """
+    own = [path.stem for path in Path(task_dir).glob("*.yaml")]
+    near = get_close_matches(name, sorted({*own, *known}), n=NUM_MEANT)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    return ValueError(
+        f"tasks.{name}: there is no {Path(task_dir) / name}.yaml, and lm-evaluation-harness has no "
+        f"such task; {meant}{PAGE} tells how to write one"
+    )
+
+
+def bank_folder() -> Path:
+    """Return the folder in which the harness keeps its tasks, without importing the harness."""
+    spec = importlib.util.find_spec(HARNESS)
+    assert spec is not None and spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0]) / "tasks"
+
+
+def _bank_texts() -> list[str]:
+    return [
+        path.read_text(encoding="utf-8", errors="replace")
+        for path in sorted(bank_folder().rglob("*"))
+        if path.is_file() and path.suffix not in NO_TASK_FILES
+    ]
+
+
+def _stands_in(name: str, text: str) -> bool:
+    """Return whether a name stands in a text as a word of its own."""
+    return name in text and bool(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text))
