@@ -219,8 +219,8 @@ def test_drawings_are_clear(browser: Any, kinds: dict[str, Path], scheme: str) -
     ((card,),) = styles_of(page, "figure", "backgroundColor")
     for number in range(NUM_COLOURS):  # also those that this page has no line for
         read = f"one => getComputedStyle(one).getPropertyValue('--c{number}')"
-        colour = bytes.fromhex(page.locator("html").evaluate(read).strip("# "))
-        assert contrast(colour, channels(card)) >= LINE, number
+        line = bytes.fromhex(page.locator("html").evaluate(read).strip("# "))
+        assert contrast(line, channels(card)) >= LINE, number
     for mark, name, below, least in DRAWN:
         ground = "fill" if below in (".band", ".box") else "backgroundColor"
         ((behind,),) = styles_of(page, below, ground)
@@ -323,7 +323,8 @@ def test_no_drawing_is_cut_in_print(opened: Any) -> None:
     places: dict[str, dict[str, int]] = {}
     document = pdfium.PdfDocument(opened.pdf())
     for page_number, page in enumerate(document):
-        text, width, height = page.get_textpage(), *page.get_size()
+        text = page.get_textpage()
+        width, height = page.get_size()
         found = re.finditer(r"(title|upper|lower)(\d+)x", text.get_text_range())
         for match in found:
             boxes = [text.get_charbox(place) for place in range(*match.span())]
