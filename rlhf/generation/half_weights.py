@@ -14,27 +14,31 @@ def half_weights(model: nn.Module) -> Iterator[None]:
     """Under bf16 autocast, hold the weights in bf16 and turn autocast off, until the block ends.
 
     Autocast leaves the residual stream in fp32, and with it the keys of the cache. So the cache
-    takes up to twice the memory, and every layer casts what it reads. The weights in fp32 stay in
-    memory for training. Nothing happens without autocast, under fp16, which may overflow in the
-    residual stream, and where a launcher holds the weights in bf16 anyway.
+    takes up to twice the memory, and every layer casts what it reads. Other parameters stand in for
+    the trained ones, which stay in memory untouched: a change of their data's type would cut the
+    hooks by which DistributedDataParallel collects gradients. Nothing happens without autocast,
+    under fp16, which may overflow in the residual stream, and where a launcher holds the weights in
+    bf16 anyway.
     """
     device = next(model.parameters()).device.type
     if not _is_bf16(device):
         yield
         return
     full = [
-        (parameter, parameter.data)
-        for name, parameter in model.named_parameters()
+        (module, name, parameter)
+        for prefix, module in model.named_modules()
+        for name, parameter in module.named_parameters(prefix, recurse=False)
         if parameter.dtype == torch.float32 and not stays_in_float32(model, name)
     ]
+    halves = {id(one): nn.Parameter(one.detach().bfloat16(), False) for _, _, one in full}
     try:
-        for parameter, weights in full:
-            parameter.data = weights.bfloat16()
+        for module, name, parameter in full:
+            setattr(module, name.rpartition(".")[2], halves[id(parameter)])
         with torch.autocast(device, enabled=False):
             yield
     finally:
-        for parameter, weights in full:
-            parameter.data = weights
+        for module, name, parameter in full:
+            setattr(module, name.rpartition(".")[2], parameter)
 
 
 def _is_bf16(device: str) -> bool:

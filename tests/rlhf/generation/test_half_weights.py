@@ -53,6 +53,22 @@ def test_the_cache_holds_bf16() -> None:
     assert {None if tensor is None else tensor.dtype for tensor in held} == {torch.bfloat16}
 
 
+def test_the_trained_parameters_and_their_hooks_stay() -> None:
+    """DistributedDataParallel hangs its hooks on the parameters' gradient accumulators."""
+    policy = tiny_policy_of("llama", tie_word_embeddings=True)
+    before = list(policy.parameters())
+    called: list[int] = []
+    nodes = [parameter.view_as(parameter).grad_fn.next_functions[0][0] for parameter in before]
+    for number, node in enumerate(nodes):
+        node.register_hook(lambda *_, n=number: called.append(n))
+    with autocast(), half_weights(policy):
+        assert policy.lm_head.weight is policy.get_input_embeddings().weight
+        assert not any(parameter.requires_grad for parameter in policy.parameters())
+    assert all(now is then for now, then in zip(policy.parameters(), before, strict=True))
+    policy(input_ids=torch.tensor([PROMPTS[1]])).logits.sum().backward()
+    assert sorted(called) == list(range(len(before)))
+
+
 @pytest.mark.parametrize("has_adapter", [False, True])
 def test_sampling_under_autocast_is_sampling_from_the_model_in_bf16(has_adapter: bool) -> None:
     policy = tiny_policy_of("llama")

@@ -20,6 +20,7 @@ MAY_START = {
     "rlhf/inputs/streams.py",
     # These pass on the seed of a generator that they were given, or one of the caller's.
     "rlhf/generation/hf.py",
+    "rlhf/generation/vllm.py",
     "rlhf/measuring/statistics.py",
     # lm-evaluation-harness draws from torch's own generator, which gets the seed of a stream.
     "stages/benchmark/answers.py",

@@ -131,7 +131,7 @@ def test_a_folder_without_a_card_is_refused(copy: Path) -> None:
 
 def test_a_card_that_is_none_is_refused(copy: Path) -> None:
     (copy / "reward.json").write_text('{"bias": 0.0}')
-    with pytest.raises(ValueError, match="no reward card of the rm stage"):
+    with pytest.raises(ValueError, match="is not a reward card of the rm stage"):
         load(copy)
 
 
