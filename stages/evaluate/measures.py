@@ -22,6 +22,7 @@ from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Prompt
 from rlhf.maths.kl import k1, k3
 from rlhf.measuring.statistics import (
+    Estimate,
     bootstrap_interval,
     difference_at_equal_length,
     distinct_bigrams,
@@ -193,10 +194,9 @@ def compare(
             figures |= gain(judge, own, base, baseline, seed)
             change = difference_at_equal_length(own, base, lengths[name], lengths[baseline], seed)
             if not math.isnan(change.value):
-                key = f"{judge}_gain_at_equal_length_vs_{baseline}"
-                figures |= {key: change.value, f"{key}_interval": change.interval}
+                figures |= _with_interval(f"{judge}_gain_at_equal_length_vs_{baseline}", change)
             key = win_rate_key(baseline, None if number == 0 else judge)
-            figures[key], figures[f"{key}_interval"] = win_rate(own, base, seed)
+            figures |= _with_interval(key, win_rate(own, base, seed))
     return figures
 
 
@@ -210,9 +210,11 @@ def gain(what: str, own: Scores, base: Scores, baseline: str, seed: int) -> dict
 
     Pairing by prompt takes the difficulty of the prompts out of the interval.
     """
-    change = paired_difference(own, base, seed)
-    key = f"{what}_gain_vs_{baseline}"
-    return {key: change.value, f"{key}_interval": change.interval}
+    return _with_interval(f"{what}_gain_vs_{baseline}", paired_difference(own, base, seed))
+
+
+def _with_interval(key: str, estimate: Estimate) -> dict[str, Any]:
+    return {key: estimate.value, f"{key}_interval": estimate.interval}
 
 
 def _by_prompt(answers: Answers, values: Tensor) -> Iterator[tuple[Tensor, ...]]:
