@@ -15,6 +15,11 @@ from tests.tools.report_runs import write_pipeline, write_ppo
 from tools.report.__main__ import main
 from tools.report.charts import NUM_COLOURS
 
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed; the extra [dev] has it"
+)
+# The page acts on an event after the press has returned; expect waits until it has.
+expect = sync_api.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -22,9 +27,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine; Debian's package chromium has it")
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed; the extra [dev] has it"
-    )
     with sync_api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield opened
@@ -262,7 +264,7 @@ def test_arrow_keys_read_a_curve(opened: Any) -> None:
     chart.focus()
     readout = opened.locator(f'[data-readout="{chart.get_attribute("data-chart")}"]')
     opened.keyboard.press("End")
-    assert readout.inner_text() == "23: ppo_ptx 2.0909"
+    expect(readout).to_have_text("23: ppo_ptx 2.0909")
     last_point = str(chart.locator("polyline").get_attribute("points")).split()[-1]
     assert (
         chart.locator(".cursor").get_attribute("x1")
@@ -270,24 +272,25 @@ def test_arrow_keys_read_a_curve(opened: Any) -> None:
         == "324"
     )
     opened.keyboard.press("ArrowLeft")
-    assert readout.inner_text() == "22: ppo_ptx 2"
+    expect(readout).to_have_text("22: ppo_ptx 2")
 
 
 def test_the_numbers_of_a_curve_are_those_of_the_log(opened: Any) -> None:
     panel = opened.locator(".panel", has_text="KL to the reference")
     panel.locator("summary").press("Enter")
-    assert panel.locator("tbody tr").count() == 24
-    assert panel.locator("tbody tr").nth(1).inner_text().split() == ["1", "0.09090909090909091"]
-    assert panel.locator(".alarm-note").inner_text() == "PPO_KL at update 20"
+    expect(panel.locator("tbody tr")).to_have_count(24)
+    second = panel.locator("tbody tr").nth(1).locator("th, td")
+    expect(second).to_have_text(["1", "0.09090909090909091"])
+    expect(panel.locator(".alarm-note")).to_have_text("PPO_KL at update 20")
 
 
 def test_samples_are_filtered_and_ordered(opened: Any) -> None:
     opened.locator("#filter").fill("JAVASCRIPT:")
-    assert opened.locator(".sample:visible").count() == 1
-    assert opened.locator("#shown").inner_text() == "1 of 9 prompts"
+    expect(opened.locator(".sample:visible")).to_have_count(1)
+    expect(opened.locator("#shown")).to_have_text("1 of 9 prompts")
     opened.locator("#filter").fill("")
     opened.locator("#order").select_option("gold")
-    assert opened.locator(".sample:visible").count() == 9
+    expect(opened.locator(".sample:visible")).to_have_count(9)
 
 
 MARK_CORNERS = """(all) => all.forEach((svg, number) => {
@@ -315,6 +318,9 @@ def test_no_drawing_is_cut_in_print(opened: Any) -> None:
         "pypdfium2", reason="pypdfium2 is not installed; the extra [dev] has it"
     )
     opened.locator("#curves details").evaluate_all("all => all.forEach((one) => one.open = true)")
+    expect(opened.locator("details[data-table] table")).to_have_count(
+        opened.locator("details[data-table]").count()
+    )
     drawings = opened.locator("svg")
     opened.emulate_media(media="print")
     seen = [number for number, one in enumerate(drawings.all()) if one.is_visible()]
@@ -339,7 +345,7 @@ def test_no_drawing_is_cut_in_print(opened: Any) -> None:
 
 def test_print_is_dark_on_white(opened: Any) -> None:
     opened.emulate_media(media="print", color_scheme="dark")
-    assert not opened.locator("nav").is_visible()
+    expect(opened.locator("nav")).to_be_hidden()
     body = opened.locator("body")
     ink, ground = (
         channels(body.evaluate(f"one => getComputedStyle(one).{name}"))
