@@ -9,10 +9,10 @@ with few tokens to follow sometimes.
     build.py        the program: `python -m data.instructions --output_dir FOLDER`
 
 Programs name them in their settings: `data.instructions:follows` is a reward for PPO, and
-`data.instructions:make_gold` makes a judge for the evaluation. `follows_where_asked` is the reward
-for a file in which some prompts have no instructions.
+`data.instructions:make_gold` makes a judge for the evaluation. Where some prompts of a file have no
+instructions, give the reward's part `only_with: instructions`.
 """
 
-from data.instructions.checks import follows, follows_where_asked, make_gold
+from data.instructions.checks import follows, make_gold
 
-__all__ = ["follows", "follows_where_asked", "make_gold"]
+__all__ = ["follows", "make_gold"]

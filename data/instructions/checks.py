@@ -206,21 +206,6 @@ def follows(
     return scores
 
 
-def follows_where_asked(
-    prompts: Sequence[PromptLike], responses: Sequence[str], metas: Sequence[dict[str, Any]]
-) -> list[float]:
-    """Compute the rule reward where other prompts stand among those with instructions: 0 for a
-    prompt without meta.instructions, `follows` for the others.
-
-    Raises:
-        ValueError: an instruction that no check knows.
-    """
-    return [
-        share_followed(response, meta["instructions"]) if meta.get("instructions") else 0.0
-        for response, meta in zip(responses, metas, strict=True)
-    ]
-
-
 @dataclass(frozen=True)
 class Gold:
     """Computes `follows` where no meta is given; it looks the instructions up by the prompt."""

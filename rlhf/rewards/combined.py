@@ -1,5 +1,6 @@
 """Combines rewards: weighted parts, ensembles, and scores brought to a common scale."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -7,30 +8,81 @@ import torch
 from torch import Tensor
 
 from rlhf.generation.answers import Answer
-from rlhf.rewards.scores import Reward, Scored, ScoreScale, combine_members, spread
+from rlhf.rewards.scores import (
+    UNSCALED,
+    Reward,
+    Scored,
+    ScoreScale,
+    combine_members,
+    spread,
+)
 from rlhf.rewards.settings import Combination
 
 
 @dataclass(frozen=True)
-class WeightedReward:
-    """Returns score = sum of weight * part."""
+class Part:
+    """One reward of a weighted sum, and the answers that it judges."""
 
-    parts: Mapping[str, tuple[Reward, float]]
-    """Maps a name to a reward and its weight."""
+    reward: Reward
+    weight: float = 1.0
+    only_with: str | None = None
+    """Judge only answers to prompts whose meta has a true value under this key. None: judge all."""
+    only_without: str | None = None
+    """Leave out answers to prompts whose meta has a true value under this key."""
+    scale: ScoreScale = UNSCALED
+    """Common scale to which the scores are brought before they are weighted."""
+
+    def judges(self, answer: Answer) -> bool:
+        """Return whether this part has a say on the answer."""
+        meta = answer.record.meta
+        return (self.only_with is None or bool(meta.get(self.only_with))) and (
+            self.only_without is None or not meta.get(self.only_without)
+        )
+
+    def score(self, answers: Sequence[Answer]) -> tuple[Scored, Tensor]:
+        """Score a batch.
+
+        Returns:
+            The weighted scores on the common scale, 0 for answers that this part does not judge;
+            and the reward's own scores (batch,), with nan for those.
+        """
+        places = [i for i, answer in enumerate(answers) if self.judges(answer)]
+        own = torch.full((len(answers),), math.nan)
+        weighted = torch.zeros(len(answers))
+        if not places:
+            return Scored(weighted), own
+        judged = [answers[i] for i in places]
+        scored = self.reward.score(judged)
+        lengths = torch.tensor([float(len(answer.response_ids)) for answer in judged])
+        own[places] = scored.scores
+        weighted[places] = self.weight * self.scale.apply(scored.scores, lengths)
+        if scored.token_rewards is None:
+            return Scored(weighted), own
+        steps = torch.zeros(len(answers), max(len(answer.response_ids) for answer in answers))
+        width = scored.token_rewards.shape[1]
+        steps[places, :width] = self.weight * (scored.token_rewards / self.scale.std)
+        return Scored(weighted, token_rewards=steps), own
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """Returns score = sum of weight * part, over the parts that judge an answer."""
+
+    parts: Mapping[str, Part]
+    """Maps a name to a part."""
 
     def score(self, answers: Sequence[Answer]) -> Scored:
-        """Score as Reward.score does. `parts` are the scores before their weights."""
-        scored = {name: part.score(answers) for name, (part, _) in self.parts.items()}
-        weighted = [(weight, scored[name]) for name, (_, weight) in self.parts.items()]
-        token_rewards = [
-            weight * part.token_rewards
-            for weight, part in weighted
-            if part.token_rewards is not None
-        ]
+        """Score as Reward.score does.
+
+        `parts` are the rewards' own scores, before scale and weight; nan where a part does not
+        judge an answer.
+        """
+        scored = {name: part.score(answers) for name, part in self.parts.items()}
+        steps = [one.token_rewards for one, _ in scored.values() if one.token_rewards is not None]
         return Scored(
-            _sum([weight * part.scores for weight, part in weighted]),
-            token_rewards=_sum(token_rewards) if token_rewards else None,
-            parts={name: part.scores for name, part in scored.items()},
+            _sum([one.scores for one, _ in scored.values()]),
+            token_rewards=_sum(steps) if steps else None,
+            parts={name: own for name, (_, own) in scored.items()},
         )
 
 

@@ -9,7 +9,7 @@ from rlhf.inputs.chat import Chat
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.settings import ModelSettings
 from rlhf.models.shared_bases import SharedBases
-from rlhf.rewards.combined import EnsembleReward, NormalizedReward, WeightedReward
+from rlhf.rewards.combined import EnsembleReward, NormalizedReward, Part, WeightedReward
 from rlhf.rewards.functions import FunctionReward, TokenFunctionReward, load_function
 from rlhf.rewards.models import RewardModel, TextRewardModel, load_reward_model, measured_dtype
 from rlhf.rewards.rendering import same_rendering
@@ -67,7 +67,12 @@ def load_reward(
     if settings.parts:
         return WeightedReward(
             {
-                name: (load(part.model, part.function, part.per_token), part.weight)
+                name: Part(
+                    load(part.model, part.function, part.per_token),
+                    part.weight,
+                    only_with=part.only_with,
+                    only_without=part.only_without,
+                )
                 for name, part in settings.parts.items()
             }
         )
@@ -125,7 +130,7 @@ def reward_models_of(reward: Reward) -> list[ScalarModel]:
         case NormalizedReward():
             return reward_models_of(reward.reward)
         case WeightedReward():
-            members = [part for part, _ in reward.parts.values()]
+            members = [part.reward for part in reward.parts.values()]
         case EnsembleReward():
             members = list(reward.members)
         case _:

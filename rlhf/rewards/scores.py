@@ -25,7 +25,8 @@ class Scored:
     """(batch, time) the share of the scores that belongs to single tokens, 0 after the end. None
     means that the whole score belongs to the last token."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
-    """(batch,) what the score is made of, by name, each before its weight."""
+    """(batch,) what the score is made of, by name, each before its weight; nan where a part does
+    not judge an answer."""
 
     @property
     def at_end(self) -> Tensor:
@@ -56,6 +57,10 @@ class ScoreScale:
             lengths: (batch,) tokens of each response, including the end token.
         """
         return (scores - self.mean - self.per_token * (lengths - self.mean_tokens)) / self.std
+
+
+UNSCALED = ScoreScale(mean=0.0, std=1.0)
+"""Leaves every score as it is."""
 
 
 class Reward(Protocol):

@@ -27,6 +27,15 @@ class PartSettings:
     called with the tokens' texts as its fourth argument."""
     weight: float = 1.0
     """Weight of the part's scores in the sum. Below 0 the part counts against the response."""
+    only_with: str | None = None
+    """Judge only prompts whose meta has a true value under this key. The part adds nothing to the
+    score of other prompts. None means that only_with leaves no prompt out."""
+    only_without: str | None = None
+    """Judge only prompts whose meta has no true value under this key. None means that only_without
+    leaves no prompt out."""
+    debias_length: bool = False
+    """Take out of this part what the length of a response explains, as reward.debias_length does
+    where the reward has no parts. It needs reward.normalize_on."""
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.function is None):
@@ -92,11 +101,13 @@ class RewardSettings(Ranged):
     """Use a reward model even if the interval of its held-out accuracy reaches down to 0.5."""
     normalize_on: TwoOrMore | None = None
     """Number of samples of the reference policy, drawn before the first update, whose scores get
-    mean 0 and standard deviation 1 (Ziegler et al. 2019). None leaves scores unchanged."""
+    mean 0 and standard deviation 1 (Ziegler et al. 2019). Each part gets them by itself, on the
+    samples that it judges, and then its weight. None leaves scores unchanged."""
     debias_length: bool = False
     """Take out of the scores what the length of a response explains (length bias, Singhal et al.
     2023): a straight line that is fitted to the samples of normalize_on, of which each prompt then
-    gets two. Only the difference between answers to one prompt counts."""
+    gets two. Only the difference between answers to one prompt counts. With parts, set it on those
+    that like a length for its own sake."""
     clip: Positive | None = None
     """Limit of the scores: they are clipped to -clip..clip. None means no clip."""
     length_penalty: NotNegative = 0.0
@@ -114,7 +125,12 @@ class RewardSettings(Ranged):
         super().__post_init__()
         self._check_source()
         _check_per_token(self.per_token, self.function)
-        if self.debias_length and (self.normalize_on is None or self.normalize_on < 4):
+        if self.debias_length and self.parts:
+            raise ValueError(
+                "debias_length is True and the reward has parts, each with a length of its own to "
+                f"like; set debias_length on a part, such as {next(iter(self.parts))}"
+            )
+        if self.takes_length_out and (self.normalize_on is None or self.normalize_on < 4):
             raise ValueError(
                 f"debias_length is True and normalize_on is {self.normalize_on}; the line is "
                 "fitted to the samples of normalize_on, so give 4 or more, better 256"
@@ -145,6 +161,11 @@ class RewardSettings(Ranged):
                     f"parts has the name {name!r}, which becomes a metric's; use letters, digits, "
                     "_ and -"
                 )
+
+    @property
+    def takes_length_out(self) -> bool:
+        """Whether any score loses what the length explains."""
+        return self.debias_length or any(part.debias_length for part in self.parts.values())
 
     @property
     def model_paths(self) -> dict[str, str]:

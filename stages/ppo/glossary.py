@@ -25,7 +25,8 @@ ROLLOUT = (
     Metric(
         "ppo/part/NAME",
         "score",
-        "Mean of one part of the score, before its weight. NAME is a key of reward.parts. An "
+        "Mean of one part of the score, before its weight, over the responses that it judges. NAME "
+        "is a key of reward.parts. An "
         "ensemble has the parts member_0, member_1 and so on, and `spread`, which is a variance.",
         healthy="moves with the score",
         otherwise="One part falls while another rises: the weights trade them off.",

@@ -23,6 +23,9 @@ HIGH = 0.999
 PART = "part "
 """Prefix that marks the sums of the score's parts among the sums of a rollout."""
 
+JUDGED = "judged by "
+"""Prefix that marks the number of episodes that a part judges."""
+
 
 def describe(rollout: Rollout, accelerator: Accelerator) -> dict[str, float]:
     """Compute the rollout's metrics over all processes.
@@ -99,7 +102,8 @@ def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
         "advantages": raw_advantages.sum(),
         "advantage_squares": raw_advantages.square().sum(),
         **_check_sums(rollout),
-        **{PART + name: part.double().sum() for name, part in rollout.parts.items()},
+        **{PART + name: part.double().nansum() for name, part in rollout.parts.items()},
+        **{JUDGED + name: (~part.isnan()).sum() for name, part in rollout.parts.items()},
     }
 
 
@@ -118,6 +122,7 @@ def _check_sums(rollout: Rollout) -> dict[str, Tensor]:
 def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Compute means over episodes (score and its parts, reward, KL, length) and tokens (the rest).
 
+    A part's mean is over the episodes that it judges; where it judges none, it has no mean.
     `one_answer` is the share of different prompts that get the most frequent response.
 
     `sampler_excess` and `sampler_z` are there where the sampler was checked. `sampler_excess` is
@@ -151,10 +156,17 @@ def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
         "ppo/explained_variance": 1 - advantage_variance / max(return_variance, 1e-8),
         **_check_metrics(sums),
         **{
-            f"ppo/part/{key.removeprefix(PART)}": total / episodes
-            for key, total in sums.items()
-            if key.startswith(PART)
+            f"ppo/part/{name}": sums[PART + name] / judged
+            for name, judged in _number_judged(sums).items()
+            if judged
         },
+    }
+
+
+def _number_judged(sums: dict[str, float]) -> dict[str, float]:
+    """Map each part of the score to the number of episodes that it judges."""
+    return {
+        key.removeprefix(JUDGED): number for key, number in sums.items() if key.startswith(JUDGED)
     }
 
 

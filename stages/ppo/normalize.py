@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
 import torch
@@ -13,8 +13,9 @@ from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.records import Prompt
 from rlhf.inputs.streams import torch_stream
 from rlhf.models.scalar import ScalarModel
-from rlhf.rewards.combined import NormalizedReward
-from rlhf.rewards.scores import ScoreScale
+from rlhf.rewards.combined import NormalizedReward, WeightedReward
+from rlhf.rewards.scores import Reward, ScoreScale
+from rlhf.rewards.settings import RewardSettings
 from rlhf.training.nonfinite import told_by_all
 from rlhf.training.processes import own_share, sum_over_processes
 from stages.ppo.rollout import Sampler
@@ -24,7 +25,10 @@ SMALLEST_STD = 1e-6
 larger."""
 
 LENGTH_FIELDS = ("per_token", "mean_tokens")
-"""Fields of a ScoreScale that reward.debias_length measures."""
+"""Fields of a ScoreScale that debias_length measures."""
+
+WHOLE = ""
+"""Stands in the place of a part's name for a reward that has no parts."""
 
 
 def normalize_scores(
@@ -36,113 +40,198 @@ def normalize_scores(
 ) -> tuple[Sampler, dict[str, float]]:
     """Shift and scale the reward so that samples of the reference policy score 0 on average, with a
     standard deviation of 1 (Ziegler et al. 2019). Then a KL coefficient means the same for every
-    reward. With reward.debias_length, the scores also lose what the length explains.
+    reward. With debias_length, the scores also lose what the length explains.
 
-    The value model gets the same shift and scale, so that it stays in the units of the scores. A
-    head of zeros is left alone: it predicts 0, which is the mean of the new scores.
+    A reward of several parts gets a scale for each part, measured on the samples that the part
+    judges. The weights then count standard deviations.
+
+    The value model gets the shift and scale of the reward that it starts from, so that it stays in
+    the units of the scores. A head of zeros is left alone: it predicts 0, which is the mean of the
+    new scores.
 
     Args:
         value_model: its bias and scale are changed in place.
         prompts: prompts to draw reward.normalize_on samples from, in an order set by the seed.
             The order starts again when all were drawn. The number is rounded up to one that all
             processes can share equally.
-        known: the scale found when a resumed run began. None: measure it.
+        known: the scales found when a resumed run began. None: measure them.
 
     Returns:
-        the sampler with the normalised reward, and the scale for results.json. Where
-        reward.normalize_on is None, the same sampler and an empty dict.
+        the sampler with the normalised reward, and the scales for results.json, each field as
+        raw_score_FIELD, with parts as raw_score_PART_FIELD. Where reward.normalize_on is None, the
+        same sampler and an empty dict.
 
     Raises:
-        ValueError: all samples have the same score; or, with reward.debias_length, the two answers
-            to each prompt have the same length.
+        ValueError: all samples have the same score; a part judges no sample; or, with
+            debias_length, the two answers to each prompt have the same length.
     """
-    if sampler.config.reward.normalize_on is None:
+    settings = sampler.config.reward
+    if settings.normalize_on is None:
         return sampler, {}
+    rewards = _rewards_to_scale(settings)
     if known is None:
-        scale = _find_scale(sampler, prompts, accelerator)
+        scales = _find_scales(sampler, rewards, prompts, accelerator)
     else:
-        scale = ScoreScale(**{name: known[f"raw_score_{name}"] for name in _names(sampler)})
-    if value_model.head.weight.any():
-        value_model.bias += scale.mean / value_model.scale
-        value_model.scale /= scale.std
-    normalized = replace(sampler, reward=NormalizedReward(sampler.reward, scale))
-    return normalized, {f"raw_score_{name}": getattr(scale, name) for name in _names(sampler)}
+        scales = {
+            name: ScoreScale(**{field: known[_key(name, field)] for field in _fields(debias)})
+            for name, debias in rewards.items()
+        }
+    start = scales.get(_value_part(settings))
+    if start is not None and value_model.head.weight.any():
+        value_model.bias += _value_weight(settings) * start.mean / value_model.scale
+        value_model.scale /= start.std
+    measured = {
+        _key(name, field): getattr(scales[name], field)
+        for name, debias in rewards.items()
+        for field in _fields(debias)
+    }
+    return replace(sampler, reward=_scaled(sampler.reward, scales)), measured
 
 
-def _names(sampler: Sampler) -> tuple[str, ...]:
-    """Return which fields of the scale are measured."""
-    return ("mean", "std", *(LENGTH_FIELDS if sampler.config.reward.debias_length else ()))
+def _rewards_to_scale(settings: RewardSettings) -> dict[str, bool]:
+    """Map each part, or WHOLE, to whether it loses what the length explains."""
+    if settings.parts:
+        return {name: part.debias_length for name, part in settings.parts.items()}
+    return {WHOLE: settings.debias_length}
 
 
-def _find_scale(
-    sampler: Sampler, prompts: Sequence[FittedPrompt[Prompt]], accelerator: Accelerator
-) -> ScoreScale:
-    """Measure the scale of the raw scores, and print it."""
+def _value_part(settings: RewardSettings) -> str:
+    """Return the reward that the value model starts from: the first part that is a model."""
+    models = (name for name, part in settings.parts.items() if part.model is not None)
+    return next(models, WHOLE)
+
+
+def _value_weight(settings: RewardSettings) -> float:
+    name = _value_part(settings)
+    return settings.parts[name].weight if name in settings.parts else 1.0
+
+
+def _key(name: str, field: str) -> str:
+    return f"raw_score_{name}_{field}" if name else f"raw_score_{field}"
+
+
+def _fields(debias: bool) -> tuple[str, ...]:
+    """Return which fields of a scale are measured."""
+    return ("mean", "std", *(LENGTH_FIELDS if debias else ()))
+
+
+def _scaled(reward: Reward, scales: Mapping[str, ScoreScale]) -> Reward:
+    """Return the reward with these scales in place."""
+    if isinstance(reward, WeightedReward):
+        parts = reward.parts.items()
+        return WeightedReward({name: replace(part, scale=scales[name]) for name, part in parts})
+    return NormalizedReward(reward, scales[WHOLE])
+
+
+def _find_scales(
+    sampler: Sampler,
+    rewards: Mapping[str, bool],
+    prompts: Sequence[FittedPrompt[Prompt]],
+    accelerator: Accelerator,
+) -> dict[str, ScoreScale]:
+    """Measure the scale of each reward's raw scores, and print it.
+
+    To take out the length, each prompt is answered twice.
+    """
     settings = sampler.config.reward
     assert settings.normalize_on is not None
-    per_prompt = 2 if settings.debias_length else 1
+    per_prompt = 2 if settings.takes_length_out else 1
     count = per_prompt * accelerator.num_processes
     num_samples = math.ceil(settings.normalize_on / count) * count
     generator = torch_stream(sampler.config.seed, "ppo/normalize/prompts")
     order = torch.randperm(len(prompts), generator=generator)
     chosen = [prompts[i] for i in islice(cycle(order.tolist()), num_samples // per_prompt)]
     own = [prompt for prompt in own_share(accelerator, chosen) for _ in range(per_prompt)]
-    scale = _measure(sampler, own, num_samples, accelerator)
-    taken_out = (
-        f" after {scale.per_token:+.3g} a token is taken out" if settings.debias_length else ""
-    )
-    if scale.std <= SMALLEST_STD * max(1.0, abs(scale.mean)):
-        raise ValueError(
-            f"all {num_samples} samples for reward.normalize_on score {scale.mean:.6g}{taken_out}, "
-            "and a standard deviation of 0 cannot be scaled to 1; give a reward that tells "
-            "responses apart, or reward.normalize_on null"
+    samples = _draw(sampler, own, accelerator)
+    scales = {}
+    for name, debias in rewards.items():
+        scale, judged = _measure(samples, name, debias, accelerator)
+        scales[name] = scale
+        accelerator.print(
+            f"ppo: {judged} samples of the reference policy score {scale.mean:.4g}{_by(name)} on "
+            f"average, with a standard deviation of {scale.std:.4g}{_taken_out(scale, debias)}; "
+            "scores are shifted and scaled to 0 and 1"
         )
-    accelerator.print(
-        f"ppo: {num_samples} samples of the reference policy score {scale.mean:.4g} on average, "
-        f"with a standard deviation of {scale.std:.4g}{taken_out}; scores are shifted and scaled "
-        "to 0 and 1"
+    return scales
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """This process's samples of the reference policy. To take out the length, two in a row answer
+    the same prompt."""
+
+    scores: Mapping[str, Tensor]
+    """Maps each part, or WHOLE, to raw scores (samples,); nan where a part does not judge."""
+    lengths: Tensor
+    """(samples,) tokens of each response, including the end token."""
+
+
+def _draw(
+    sampler: Sampler, prompts: Sequence[FittedPrompt[Prompt]], accelerator: Accelerator
+) -> _Samples:
+    """Let the reference policy answer these prompts, and score the answers."""
+    generator = torch_stream(
+        sampler.config.seed, "ppo/normalize/samples", accelerator.process_index
     )
-    return scale
-
-
-def _measure(
-    sampler: Sampler,
-    prompts: Sequence[FittedPrompt[Prompt]],
-    num_samples: int,
-    accelerator: Accelerator,
-) -> ScoreScale:
-    """Return the scale of one sample's score for each of these prompts, over all processes.
-
-    The standard deviation is the biased one. To take out the length, each prompt stands here
-    twice in a row.
-    """
-    config = sampler.config
-    generator = torch_stream(config.seed, "ppo/normalize/samples", accelerator.process_index)
     with accelerator.autocast(), told_by_all():
         with sampler.reference_at_hand():
             answers = sampler.sample(sampler.ref_policy, prompts, generator)
-        scores = sampler.raw_scores(answers).scores.double()
-    lengths = torch.tensor([float(len(one.response_ids)) for one in answers]).double()
+        scored = sampler.raw_scores(answers)
+    parts = scored.parts if sampler.config.reward.parts else {WHOLE: scored.scores}
+    return _Samples(
+        {name: scores.double() for name, scores in parts.items()},
+        torch.tensor([float(len(one.response_ids)) for one in answers]).double(),
+    )
+
+
+def _measure(
+    samples: _Samples, name: str, debias: bool, accelerator: Accelerator
+) -> tuple[ScoreScale, int]:
+    """Return the scale of one reward over all processes, and the number of samples it judges.
+
+    The standard deviation is the biased one.
+    """
+    is_judged = ~samples.scores[name].isnan()
+    scores, lengths = samples.scores[name][is_judged], samples.lengths[is_judged]
 
     def total(values: Tensor) -> float:
         return float(sum_over_processes(accelerator, values.sum()))
 
-    mean = total(scores) / num_samples
-    if not config.reward.debias_length:
-        return ScoreScale(mean=mean, std=math.sqrt(total((scores - mean).square()) / num_samples))
-    longer, better = (values[::2] - values[1::2] for values in (lengths, scores))
-    unlike = total(longer.square())
-    if unlike == 0:
+    judged = int(total(is_judged.double()))
+    if judged == 0:
         raise ValueError(
-            f"the two answers to each of {num_samples // 2} prompts have the same length, so "
-            "nothing shows what a token is worth; set reward.debias_length to false, or raise "
-            "rollout.max_new_tokens"
+            f"part {name} judges none of the samples for reward.normalize_on; write the key of its "
+            "only_with into meta of the prompts, or raise normalize_on"
         )
-    scale = ScoreScale(
-        mean=mean,
-        std=1.0,
-        per_token=total(longer * better) / unlike,
-        mean_tokens=total(lengths) / num_samples,
-    )
-    rest = scale.apply(scores, lengths)
-    return replace(scale, std=math.sqrt(total(rest.square()) / num_samples))
+    mean = total(scores) / judged
+    scale = ScoreScale(mean=mean, std=1.0)
+    if debias:
+        longer, better = (values[::2] - values[1::2] for values in (lengths, scores))
+        unlike = total(longer.square())
+        if unlike == 0:
+            raise ValueError(
+                f"the two answers to each of {judged // 2} prompts have the same length, so "
+                f"nothing shows what a token is worth{_by(name)}; set debias_length to false, "
+                "or raise rollout.max_new_tokens"
+            )
+        scale = replace(
+            scale,
+            per_token=total(longer * better) / unlike,
+            mean_tokens=total(lengths) / judged,
+        )
+    std = math.sqrt(total(scale.apply(scores, lengths).square()) / judged)
+    if std <= SMALLEST_STD * max(1.0, abs(mean)):
+        raise ValueError(
+            f"all {judged} samples for reward.normalize_on score {mean:.6g}{_by(name)}"
+            f"{_taken_out(scale, debias)}, and a standard deviation of 0 cannot be scaled to 1; "
+            "give a reward that tells responses apart, or reward.normalize_on null"
+        )
+    return replace(scale, std=std), judged
+
+
+def _by(name: str) -> str:
+    return f" by {name}" if name else ""
+
+
+def _taken_out(scale: ScoreScale, debias: bool) -> str:
+    return f" after {scale.per_token:+.3g} a token is taken out" if debias else ""

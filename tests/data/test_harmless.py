@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from data.harmless import HarmlessConfig, build, first_turn
-from data.instructions import follows_where_asked
 from rlhf.inputs.files import read_records
 from rlhf.inputs.records import Demonstration, Prompt, Ranking
 
@@ -81,10 +80,3 @@ def test_missing_instructions_are_named_before_anything_is_written(config: Harml
     with pytest.raises((ValueError, OSError), match=str(missing)):
         build(config)
     assert not Path(config.output_dir).exists()
-
-
-def test_rules_score_nothing_where_there_are_none() -> None:
-    metas = [{}, {"instructions": [{"kind": "words_at_most", "count": 3}]}]
-    metas += [metas[1], {"instructions": []}]
-    responses = ["Yes.", "Yes, it is.", "Yes, I think it is.", "No."]
-    assert follows_where_asked(["?"] * 4, responses, metas) == [0.0, 1.0, 0.0, 0.0]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Prompt, PromptLike
 from rlhf.maths.advantages import generalized_advantages
 from rlhf.models.settings import ModelSettings
-from rlhf.rewards.combined import WeightedReward
+from rlhf.rewards.combined import Part, WeightedReward
 from rlhf.rewards.functions import FunctionReward, TokenFunctionReward
 from rlhf.rewards.scores import Scored
 from rlhf.rewards.settings import EnsembleSettings, PartSettings, RewardSettings
@@ -41,6 +42,7 @@ from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_o
 ROOT = Path(__file__).parents[2]
 HERE = "tests.stages.test_ppo_rewards"
 END = 1
+SCALE_FIELDS = ("mean", "std", "per_token", "mean_tokens")
 
 
 def prompt_length(
@@ -68,14 +70,17 @@ def early(
     ]
 
 
-def each(
+def prompt_and_each(
     prompts: list[PromptLike],
     responses: list[str],
     metas: list[dict[str, Any]],
     tokens: list[list[str]],
 ) -> list[list[float]]:
-    """3 for each token."""
-    return [[3.0] * len(pieces) for pieces in tokens]
+    """3 for each token, and one more for each character of the prompt at the first."""
+    return [
+        [3.0 + len(prompt), *[3.0] * (len(pieces) - 1)]
+        for prompt, pieces in zip(prompts, tokens, strict=True)
+    ]
 
 
 def constant(
@@ -131,8 +136,8 @@ def test_rewards_of_tokens_stand_at_them_before_advantages_are_estimated() -> No
     chat = make_sampler(None).chat
     reward = WeightedReward(
         {
-            "steps": (TokenFunctionReward(early, "early", chat), 0.5),
-            "length": (FunctionReward(length, "length"), 2.0),
+            "steps": Part(TokenFunctionReward(early, "early", chat), 0.5),
+            "length": Part(FunctionReward(length, "length"), 2.0),
         }
     )
     rollout = rollout_of(make_sampler(reward, config))
@@ -158,8 +163,9 @@ def test_rewards_of_tokens_stand_at_them_before_advantages_are_estimated() -> No
 def test_parts_are_logged_as_means_and_follow_their_episodes() -> None:
     reward = WeightedReward(
         {
-            "prompt": (FunctionReward(prompt_length, "prompt"), -0.5),
-            "length": (FunctionReward(length, "length"), 1.0),
+            "prompt": Part(FunctionReward(prompt_length, "prompt"), -0.5),
+            "length": Part(FunctionReward(length, "length")),
+            "none": Part(FunctionReward(length, "length"), only_with="rules"),
         }
     )
     rollout = rollout_of(make_sampler(reward))
@@ -169,6 +175,7 @@ def test_parts_are_logged_as_means_and_follow_their_episodes() -> None:
     assert metrics["ppo/part/prompt"] == pytest.approx(sum(lengths) / 8)
     parts = -0.5 * metrics["ppo/part/prompt"] + metrics["ppo/part/length"]
     assert metrics["ppo/score"] == pytest.approx(parts, abs=1e-5)
+    assert "ppo/part/none" not in metrics
     some = rollout.select(torch.tensor([5, 2]))
     assert some.parts["prompt"].tolist() == [lengths[5], lengths[2]]
 
@@ -251,7 +258,7 @@ def test_normalising_measures_each_prompt_in_turn_and_repeats_itself() -> None:
 class LongerAndPrompt:
     """Scores 3 for each token, and -100 for each character of the prompt."""
 
-    def score(self, answers: list[Answer]) -> Scored:
+    def score(self, answers: Sequence[Answer]) -> Scored:
         return Scored(
             torch.tensor([3.0 * len(one.response_ids) + self.rest(one) for one in answers])
         )
@@ -280,6 +287,73 @@ def test_the_length_is_taken_out_as_it_differs_within_a_prompt() -> None:
     again, known = normalize_scores(sampler, value_model, FITTED, accelerator, measured)
     assert known == measured
     assert again.score(answers).scores.equal(found)
+
+
+def test_each_part_has_a_scale_of_the_prompts_that_it_judges() -> None:
+    """Half of the prompts have rules. The rule scores 5 and 9 on them, so mean 7 and deviation 2;
+    the model scores -100 a character and 3 a token on the others, and the 3 are taken out."""
+    fives, nines = ({"rules": True, "worth": worth} for worth in (5.0, 9.0))
+    metas: list[dict[str, Any]] = [{}, fives, {}, nines, {}, nines, {}, fives]
+    fitted = [
+        FittedPrompt(replace(one.record, meta=meta), one.ids)
+        for one, meta in zip(FITTED, metas, strict=True)
+    ]
+    settings = RewardSettings(
+        parts={
+            "rule": PartSettings(function="a:b", weight=2.0, only_with="rules"),
+            "model": PartSettings(
+                model="rm", weight=-3.0, only_without="rules", debias_length=True
+            ),
+        },
+        missing_end="none",
+        normalize_on=32,
+    )
+    worth = FunctionReward(lambda prompts, responses, metas: [of["worth"] for of in metas], "worth")
+    parts = {
+        "rule": Part(worth, 2.0, only_with="rules"),
+        "model": Part(LongerAndPrompt(), -3.0, only_without="rules"),
+    }
+    sampler = make_sampler(WeightedReward(parts), make_config(reward=settings))
+    value_model = tiny_scalar_of("llama")
+    value_model.scale, value_model.bias = -3.0, 0.0
+    accelerator = Accelerator(cpu=True)
+    scaled, measured = normalize_scores(sampler, value_model, fitted, accelerator)
+    assert measured["raw_score_rule_mean"] == pytest.approx(7.0)
+    assert measured["raw_score_rule_std"] == pytest.approx(2.0)
+    assert measured["raw_score_model_per_token"] == pytest.approx(3.0)
+    assert measured.keys() == {
+        f"raw_score_{name}"
+        for name in ("rule_mean", "rule_std", *(f"model_{field}" for field in SCALE_FIELDS))
+    }
+    answers = scaled.sample(scaled.ref_policy, fitted, torch.Generator().manual_seed(7))
+    found = scaled.score(answers).scores
+    assert found[[1, 3, 5, 7]].tolist() == pytest.approx([-2.0, 2.0, 2.0, -2.0])
+    rest = torch.tensor([LongerAndPrompt.rest(one) for one in answers])[::2]
+    prompts_only = (rest - rest.mean()) / rest.std(correction=0)
+    assert torch.allclose(found[::2], -3.0 * prompts_only, atol=1e-3)
+    # What the value model predicts is -3 times the model's score, brought to that part's scale.
+    mean, std = measured["raw_score_model_mean"], measured["raw_score_model_std"]
+    assert value_model.scale == pytest.approx(-3.0 / std)
+    assert value_model.scale * (10.0 - value_model.bias) == pytest.approx(-3 * (10.0 - mean) / std)
+    again, known = normalize_scores(sampler, value_model, fitted, accelerator, measured)
+    assert known == measured
+    assert again.score(answers).scores.equal(found)
+
+
+@pytest.mark.parametrize(
+    ("only_with", "message"),
+    [
+        ("rules", "part brief judges none of the samples for reward.normalize_on"),
+        (None, "all 8 samples for reward.normalize_on score 0.1 by brief"),
+    ],
+)
+def test_a_part_without_a_scale_is_named(only_with: str | None, message: str) -> None:
+    settings = PartSettings(function="a:b", only_with=only_with)
+    config = make_config(reward=RewardSettings(parts={"brief": settings}, normalize_on=8))
+    part = Part(FunctionReward(constant, "constant"), only_with=only_with)
+    sampler = make_sampler(WeightedReward({"brief": part}), config)
+    with pytest.raises(ValueError, match=message):
+        normalize_scores(sampler, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True))
 
 
 def test_answers_of_one_length_do_not_show_what_a_token_is_worth() -> None:
@@ -390,7 +464,7 @@ def test_a_run_with_all_kinds_of_parts(
             "brief": PartSettings(function=f"{HERE}:length", weight=-0.1),
             "early": PartSettings(function=f"{HERE}:early", per_token=True, weight=0.01),
         },
-        normalize_on=8,
+        normalize_on=64,
         missing_end="none",
     )
     train(run_config(folders, tmp_path / "ppo", reward))
@@ -400,9 +474,11 @@ def test_a_run_with_all_kinds_of_parts(
     for row in rows:
         parts = {n.removeprefix("ppo/part/"): v for n, v in row.items() if "/part/" in n}
         assert list(parts) == ["helpful", "foreign", "brief", "early"]
-        raw = parts["helpful"] + 0.5 * parts["foreign"] - 0.1 * parts["brief"]
-        raw += 0.01 * parts["early"]
-        score = (raw - results["raw_score_mean"]) / results["raw_score_std"]
+        weights = {"helpful": 1.0, "foreign": 0.5, "brief": -0.1, "early": 0.01}
+        score = 0.0
+        for part, weight in weights.items():
+            mean, std = (results[f"raw_score_{part}_{field}"] for field in ("mean", "std"))
+            score += weight * (parts[part] - mean) / std
         assert row["ppo/score"] == pytest.approx(score, abs=1e-4)
     assert results["part/brief"] == rows[-1]["ppo/part/brief"]
     lineage = json.loads((tmp_path / "ppo/lineage.json").read_text())
@@ -425,10 +501,8 @@ def test_a_run_with_an_ensemble(folders: Path, tmp_path: Path) -> None:
 def test_two_processes_measure_the_same_scale_as_one(folders: Path, tmp_path: Path) -> None:
     """Both take out the 3 that each token is worth, so that only the prompt's length is left."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file"]
-    parts = {
-        "prompt": {"function": f"{HERE}:prompt_length"},
-        "tokens": {"function": f"{HERE}:each", "per_token": True},
-    }
+    both = {"function": f"{HERE}:prompt_and_each", "per_token": True, "debias_length": True}
+    parts = {"both": both, "prompt": {"function": f"{HERE}:prompt_length"}}
     found = []
     for name in ("cpu", "cpu2"):
         output = tmp_path / name
@@ -438,7 +512,6 @@ def test_two_processes_measure_the_same_scale_as_one(folders: Path, tmp_path: Pa
             "prompts": folders / "prompts.jsonl",
             "reward.parts": json.dumps(parts),
             "reward.normalize_on": 16,
-            "reward.debias_length": "true",
             "ptx.coef": 0,
             "rollout.batch_size": 8,
             "rollout.max_prompt_tokens": 60,
@@ -450,8 +523,10 @@ def test_two_processes_measure_the_same_scale_as_one(folders: Path, tmp_path: Pa
         settings = str(ROOT / "configs/accelerate" / f"{name}.yaml")
         subprocess.run([*launch, settings, "-m", "stages.ppo", *options], cwd=ROOT, check=True)
         results = json.loads((output / "results.json").read_text())
-        in_tokens = 3 * results["raw_score_mean_tokens"]
-        found.append((results["raw_score_mean"] - in_tokens, results["raw_score_std"]))
-        assert results["raw_score_per_token"] == pytest.approx(3.0)
+        raw = {k.removeprefix("raw_score_"): v for k, v in results.items() if "raw_score" in k}
+        in_tokens = 3 * raw["both_mean_tokens"]
+        found.append((raw["both_mean"] - in_tokens, raw["both_std"]))
+        assert raw["both_per_token"] == pytest.approx(3.0)
+        assert (raw["prompt_mean"], raw["prompt_std"]) == pytest.approx(found[-1])
     assert found[0] == pytest.approx(found[1])
     assert found[0] == pytest.approx((7.5, (63 / 12) ** 0.5))

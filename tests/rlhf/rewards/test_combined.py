@@ -1,6 +1,7 @@
 """Rewards made of rewards, with numbers by hand and through their settings."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rlhf.generation.answers import Answer
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.records import Prompt
 from rlhf.models.settings import ModelSettings
-from rlhf.rewards.combined import EnsembleReward, NormalizedReward, WeightedReward
+from rlhf.rewards.combined import EnsembleReward, NormalizedReward, Part, WeightedReward
 from rlhf.rewards.load import load_reward, reward_models_of
 from rlhf.rewards.models import load_reward_model
 from rlhf.rewards.scores import Scored, ScoreScale
@@ -56,18 +57,62 @@ def test_parts_are_summed_by_their_weights_and_kept_without_them() -> None:
     tokens = [[1.0, 0.0], [0.0, 3.0]]
     reward = WeightedReward(
         {
-            "good": (Fixed(1.0, 2.0), 2.0),
-            "bad": (Fixed(4.0, 0.5), -1.0),
-            "steps": (Fixed(1.0, 3.0, tokens=tokens), 0.5),
-            "flipped": (Fixed(1.0, 3.0, tokens=tokens), -1.0),
+            "good": Part(Fixed(1.0, 2.0), 2.0),
+            "bad": Part(Fixed(4.0, 0.5), -1.0),
+            "steps": Part(Fixed(1.0, 3.0, tokens=tokens), 0.5),
+            "flipped": Part(Fixed(1.0, 3.0, tokens=tokens), -1.0),
         }
     )
-    scored = reward.score(BATCH)
+    scored = reward.score([of_ids([1], [7]), of_ids([1], [7, 7])])
     assert close(scored.scores, [2 - 4 + 0.5 - 1, 4 - 0.5 + 1.5 - 3])
     assert close(scored.token_rewards, [[-0.5, 0.0], [0.0, -1.5]])
     assert close(scored.at_end, [-2.0, 3.5])
     parts = {name: part.tolist() for name, part in scored.parts.items()}
     assert parts == {"good": [1, 2], "bad": [4, 0.5], "steps": [1, 3], "flipped": [1, 3]}
+
+
+RULED = Prompt("Use no commas.", meta={"instructions": ["no_comma"]})
+FREE = Prompt("Hello", meta={"instructions": []})
+
+
+def test_a_part_judges_the_prompts_that_it_is_for() -> None:
+    """By hand: the rule follows 2, 3 on prompts with rules, the model 10, 20, 30 on the others.
+
+    On its scale the rule is (2 - 1) / 2 and (3 - 1) / 2, and its weight is 4.
+    """
+    scale = ScoreScale(mean=1.0, std=2.0)
+    rules = Part(Fixed(2.0, 3.0), 4.0, only_with="instructions", scale=scale)
+    model = Part(Fixed(10.0, 20.0, 30.0), only_without="instructions")
+    records = [FREE, RULED, Prompt("Bye"), RULED, FREE]
+    scored = WeightedReward({"rules": rules, "model": model}).score(
+        [of_text(record, "Yes") for record in records]
+    )
+    assert scored.scores.tolist() == [10, 2, 20, 4, 30]
+    assert scored.token_rewards is None
+    assert scored.parts["rules"].nan_to_num(-1).tolist() == [-1, 2, -1, 3, -1]
+    assert scored.parts["model"].nan_to_num(-1).tolist() == [10, -1, 20, -1, 30]
+
+
+def test_a_part_that_judges_nothing_of_a_batch_adds_nothing() -> None:
+    class Unasked:
+        def score(self, answers: Sequence[Answer]) -> Scored:
+            raise AssertionError("no answer is for this part")
+
+    parts = {"rules": Part(Unasked(), only_with="instructions"), "model": Part(Fixed(1.0, 2.0))}
+    scored = WeightedReward(parts).score([of_text(FREE, "Yes")] * 2)
+    assert scored.scores.tolist() == [1, 2]
+    assert scored.parts["rules"].isnan().all()
+
+
+def test_token_rewards_of_a_part_stand_at_the_answers_that_it_judges() -> None:
+    """The longest answer is not judged, so that the part's own rewards are narrower."""
+    scale = ScoreScale(mean=1.0, std=2.0, per_token=3.0, mean_tokens=1.0)
+    steps = Part(Fixed(7.0, tokens=[[4.0, 3.0]]), 10.0, only_with="instructions", scale=scale)
+    answers = [of_ids([1], [7, 7, 7], record=FREE), of_ids([1], [7, 7], record=RULED)]
+    scored = WeightedReward({"steps": steps}).score(answers)
+    assert close(scored.token_rewards, [[0.0, 0.0, 0.0], [20.0, 15.0, 0.0]])
+    assert close(scored.scores, [0.0, 10 * (7 - 1 - 3 * (2 - 1)) / 2])
+    assert close(scored.at_end, [0.0, 15.0 - 35.0])
 
 
 def test_an_ensemble_tells_its_members_and_their_spread() -> None:
@@ -104,7 +149,8 @@ def test_parts_come_from_their_settings(saved: Path) -> None:
     settings = RewardSettings(
         parts={
             "helpful": PartSettings(model=str(saved), weight=0.5),
-            "brief": PartSettings(function=f"{here}:brevity", weight=0.125),
+            "brief": PartSettings(function=f"{here}:brevity", weight=0.125, only_without="long"),
+            "unused": PartSettings(function=f"{here}:brevity", only_with="long"),
             "vowels": PartSettings(function=f"{here}:vowels", per_token=True, weight=-2.0),
         }
     )
@@ -119,7 +165,8 @@ def test_parts_come_from_their_settings(saved: Path) -> None:
     assert torch.allclose(scored.scores, 0.5 * helpful - 0.125 * lengths - 2 * counts, atol=1e-5)
     assert scored.token_rewards is not None
     assert scored.token_rewards[3].tolist() == [0, -2, 0, 0, -2, 0, 0, *[0] * 9]
-    assert list(scored.parts) == ["helpful", "brief", "vowels"]
+    assert list(scored.parts) == ["helpful", "brief", "unused", "vowels"]
+    assert scored.parts["unused"].isnan().all()
 
 
 def test_reward_models_are_held_as_the_settings_say(saved: Path) -> None:

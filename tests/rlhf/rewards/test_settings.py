@@ -30,6 +30,14 @@ from rlhf.rewards.settings import EnsembleSettings, PartSettings, RewardSettings
         ),
         ({"model": "rm", "debias_length": True}, "debias_length is True and normalize_on is None"),
         (
+            {"parts": {"x": PartSettings(model="rm", debias_length=True)}},
+            "debias_length is True and normalize_on is None",
+        ),
+        (
+            {"parts": {"x": PartSettings(model="rm")}, "debias_length": True, "normalize_on": 8},
+            "debias_length is True and the reward has parts.*; set debias_length on a part, such",
+        ),
+        (
             {"model": "rm", "debias_length": True, "normalize_on": 3},
             "normalize_on is 3; .*give 4 or more",
         ),
