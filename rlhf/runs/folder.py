@@ -71,7 +71,15 @@ MODEL_FILES = (
 )
 """Names and patterns of the files that saving a model and its tokenizer writes."""
 
-UNIMPORTANT = ("output_dir", "run_dir", "overwrite", "force", "checkpoint_every", "trackers")
+UNIMPORTANT = (
+    "output_dir",
+    "run_dir",
+    "overwrite",
+    "force",
+    "checkpoint_every",
+    "policy_every",
+    "trackers",
+)
 """Settings that do not change what a run computes."""
 MAX_SHOWN = 5
 """The most differences, or files, that an error message lists."""

@@ -1,7 +1,8 @@
 """Makes the optimizer, the learning rate schedule and the moving average of weights."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -210,3 +211,14 @@ class MovingAverage:
     def put_in_place(self) -> None:
         """Give the module the average as its weights, after the last step."""
         set_local_weights(trained_parameters(self.module).values(), self.average.values())
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Give the module the average as its weights inside the context."""
+        trained = trained_parameters(self.module).values()
+        own = [weight.clone() for weight in local_weights(trained)]
+        self.put_in_place()
+        try:
+            yield
+        finally:
+            set_local_weights(trained, own)

@@ -191,6 +191,10 @@ class Config(StageSettings):
     """Updates between checkpoints. An interrupted run continues from the last one when the same
     command is given again. A checkpoint holds both models, the optimizer and the average: four to
     five times the weights. None means no checkpoints."""
+    policy_every: PositiveInt | None = None
+    """Updates between copies of the policy, in policies/update-N. A copy loads like the final
+    policy: go back to one from before an alarm, or evaluate several to see how the reward and
+    other judges change along the run. None means no copies."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     offload: bool = False

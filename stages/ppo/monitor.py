@@ -29,6 +29,7 @@ NONFINITE = "PPO_NONFINITE"
 RM_CHANCE = "PPO_RM_CHANCE"
 REPLAY_FILE = "nonfinite.json"
 LAST_GOOD = "last_good"
+POLICIES = "policies"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from stages.ppo.learner import Learner
 from stages.ppo.load import load_models
 from stages.ppo.monitor import (
     LAST_GOOD,
+    POLICIES,
     REPLAY_FILE,
     RM_CHANCE,
     TOKEN_NOISE,
@@ -40,7 +41,7 @@ from stages.ppo.progress import Progress
 from stages.ppo.rollout import Sampler
 from stages.ppo.speed import Speedometer
 
-FILES = (*MODEL_FILES, REPLAY_FILE, LAST_GOOD)
+FILES = (*MODEL_FILES, REPLAY_FILE, LAST_GOOD, POLICIES)
 """What PPO writes besides what every run writes."""
 
 

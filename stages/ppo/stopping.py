@@ -1,7 +1,7 @@
-"""Stop a run well: name the fault and the place, and save the weights before it."""
+"""Save the policy: at the end, along the run, and when a fault or an alarm ends it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from rlhf.inputs.chat import Chat
@@ -14,6 +14,7 @@ from stages.ppo.learner import Learner
 from stages.ppo.monitor import (
     LAST_GOOD,
     NONFINITE,
+    POLICIES,
     REPLAY_FILE,
     Monitor,
     TrainingStopped,
@@ -47,6 +48,13 @@ def stopping_well(learner: Learner, monitor: Monitor, chat: Chat, run: Run) -> I
         folder = run.dir / LAST_GOOD
         save_learned(learner, chat, folder)
         raise TrainingStopped(f"{stop} The weights before it are in {folder}.") from stop
+
+
+def save_copy(learner: Learner, chat: Chat, run: Run, number: int) -> None:
+    """Write the policy as a run that ends after this update would; all processes must call this."""
+    average = learner.state.average
+    with nullcontext() if average is None else average.in_place():
+        save_learned(learner, chat, run.dir / POLICIES / f"update-{number}")
 
 
 def save_learned(learner: Learner, chat: Chat, folder: Path) -> None:

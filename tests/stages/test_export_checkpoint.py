@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.ppo.train import train
 from tests.stages.cut_runs import KILLED, Cut, make_configs, run_command
 from tools.export import Config, export
 
@@ -31,6 +32,26 @@ def test_a_checkpoint_gives_the_policy_of_a_run_that_ends_there(tmp_path: Path) 
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         expected = (tmp_path / "shorter" / name).read_bytes()
         assert (tmp_path / "early" / name).read_bytes() == expected
+
+
+def test_copies_along_the_run_are_the_policies_of_runs_that_end_there(tmp_path: Path) -> None:
+    """A copy takes the average for a moment; the run goes on with its own weights, as it would
+    without copies."""
+    (tmp_path / "inputs").mkdir()
+    config = make_configs(tmp_path / "inputs", tmp_path)["ppo"]
+    config = replace(config, optim=replace(config.optim, schedule="constant"))
+    assert config.ema_decay is not None and config.num_updates % 2 == 0
+    copied = replace(config, policy_every=2, output_dir=str(tmp_path / "copied"))
+    train(copied)
+    policies = tmp_path / "copied/policies"
+    numbers = range(1, config.num_updates, 2)
+    assert {one.name for one in policies.iterdir()} == {f"update-{number}" for number in numbers}
+    for number in numbers:
+        alone = tmp_path / f"alone{number}"
+        train(replace(config, num_updates=number + 1, output_dir=str(alone)))
+        for name in ("model.safetensors", "tokenizer.json", "config.json"):
+            found = policies / f"update-{number}" / name
+            assert found.read_bytes() == (alone / name).read_bytes()
 
 
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:

@@ -96,6 +96,10 @@ def test_moving_average_by_hand_and_in_fp32() -> None:
             average.update()
     assert average.average["weight"].dtype == torch.float32
     assert average.average["weight"].item() == 2.375
+    with pytest.raises(KeyError), average.in_place():
+        assert module.weight.item() == 2.375
+        raise KeyError
+    assert module.weight.item() == 5.0
     average.put_in_place()
     assert module.weight.item() == 2.375
 
