@@ -2,14 +2,13 @@
 
 Decides when checkpoints are written, and whether a checkpoint belongs to this run."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf.runs.checkpoint_files import (
     Manifest,
@@ -28,7 +27,7 @@ from rlhf.runs.checkpoint_files import (
 from rlhf.runs.folder import MAX_SHOWN, contents_of, differing
 from rlhf.runs.interrupts import Interrupted, interrupts
 from rlhf.runs.run import Run
-from rlhf.runs.stateful import Generators, State, Stateful, Together, trained_parts
+from rlhf.runs.stateful import State, Stateful, Together
 from rlhf.training import sharding
 from rlhf.training.processes import from_all_processes, max_over_processes
 
@@ -264,66 +263,6 @@ class Checkpoints:
 
     def _print(self, text: str) -> None:
         self._accelerator.print(f"{self._run.stage}: {text}", flush=True)
-
-
-class ResumeCallback(TrainerCallback):
-    """Writes and restores checkpoints under a transformers Trainer.
-
-    The Trainer must get only the batches after `checkpoints.step`. A step is saved when the next
-    one begins. By then everything that follows it is logged, including its epoch's metrics, and the
-    next step has drawn random numbers only for loading its batch. The Trainer's own checkpoints are
-    not used because they are pickles.
-
-    Args:
-        parts: What the run carries besides the model, its optimizer and its schedule.
-        after_save: Called after each checkpoint.
-    """
-
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        trainer: Trainer,
-        parts: Mapping[str, Stateful],
-        after_save: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._checkpoints = checkpoints
-        self._trainer = trainer
-        self._parts = parts
-        self._after_save = after_save
-        self._generators = Generators()
-        self._before_first_step: State | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        trainer = self._trainer
-        assert trainer.model is not None
-        assert trainer.optimizer is not None and trainer.lr_scheduler is not None
-        trained = trained_parts(
-            trainer.accelerator, trainer.model, trainer.optimizer, trainer.lr_scheduler, {}
-        )
-        self._checkpoints.restore(
-            {**trained.shared, **self._parts}, {**trained.own, "generators": self._generators}
-        )
-        step = self._checkpoints.step
-        if step is not None:
-            state.global_step = step
-            trainer._globalstep_last_logged = step  # the Trainer averages the loss from here on
-            self._before_first_step = self._generators.state_dict()
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if self._before_first_step is not None:  # the Trainer drew numbers when it began the epoch
-            self._generators.load_state_dict(self._before_first_step)
-            self._before_first_step = None
-        elif state.global_step > 0 and self._checkpoints.end_step(state.global_step):
-            self._after_save()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._checkpoints.close()
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -6,6 +6,7 @@ never the prompt.
 
     rows.py      turns records into token ids; counts what was cut or dropped
     trainer.py   TRL's SFTTrainer on these ids; the only module that knows TRL
+    resume.py    our checkpoints under its Trainer
     measure.py   held-out losses and samples
     glossary.py  what each metric means
     train.py     the stage from start to end

@@ -34,7 +34,7 @@ from trl import SFTConfig, SFTTrainer
 from rlhf.inputs.packing import PromptTree
 from rlhf.models.architectures import accepted, num_embeddings
 from rlhf.models.saving import save_tokenizer, save_weights
-from rlhf.runs.checkpoints import Checkpoints, ResumeCallback
+from rlhf.runs.checkpoints import Checkpoints
 from rlhf.runs.run import Run
 from rlhf.runs.stateful import Fields, Stateful
 from rlhf.training import sharding
@@ -51,6 +51,7 @@ from rlhf.training.processes import (
 )
 from rlhf.training.settings import OptimSettings
 from stages.sft.config import Config
+from stages.sft.resume import ResumeCallback
 
 Metrics = dict[str, float]
 Measure = Callable[[PreTrainedModel, int], Metrics]

@@ -1,0 +1,37 @@
+"""What a stage imports as it starts: every second of it is waited for at every start."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("pretrain", "collect", "rm", "ppo", "evaluate")
+UNNEEDED = (
+    "peft",
+    "bitsandbytes",
+    "trl",
+    "datasets",
+    "pandas",
+    "matplotlib",
+    "deepspeed",
+    "lm_eval",
+)
+"""Packages that are imported when a run needs them. SFT needs TRL, which imports most of them."""
+
+
+@pytest.mark.slow
+def test_stages_start_without_the_packages_that_few_runs_need() -> None:
+    modules = ", ".join(f"stages.{stage}.{_entry(stage)}" for stage in STAGES)
+    program = f"import sys, {modules}; print([name for name in {UNNEEDED} if name in sys.modules])"
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
+def _entry(stage: str) -> str:
+    """Return the module that the stage's program imports."""
+    names = ("train", stage)
+    return next(name for name in names if (ROOT / "stages" / stage / f"{name}.py").is_file())
