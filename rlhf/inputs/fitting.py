@@ -1,7 +1,8 @@
 """Turns the prompt of a record into token ids that fit a limit; errors name file and row.
 
 The oldest turns are left out until a prompt fits (Chat.fit_prompt). A prompt that still does not
-fit is dropped. Every stage fits prompts by this rule, and says how many it cut and dropped.
+fit is dropped. Every stage fits prompts by this rule, says how many it cut and dropped, and refuses
+to go on if that is more than max_dropped.
 """
 
 from collections.abc import Sequence
@@ -40,6 +41,24 @@ class FittedPrompts(Generic[Record]):
     def num_read(self) -> int:
         """Number of records."""
         return len(self.kept) + len(self.dropped)
+
+    def check_dropped(self, limit: str, max_dropped: float, name: str = "max_dropped") -> None:
+        """Check that enough prompts fit.
+
+        Args:
+            limit: Name and value of the limit, such as "max_prompt_tokens 512".
+            max_dropped: The largest share of the prompts that may be dropped.
+            name: The setting that gives max_dropped.
+
+        Raises:
+            ValueError: No prompt fits, or a larger share than max_dropped does not.
+        """
+        if self.kept and len(self.dropped) <= max_dropped * self.num_read:
+            return
+        raise ValueError(
+            f"{len(self.dropped)} of {self.num_read} prompts are over {limit}"
+            f"{name_rows(self.dropped)}; raise it, or {name} {max_dropped} to go on without them"
+        )
 
     def describe(self, limit: str) -> str | None:
         """Say how many prompts were cut and dropped, and which; None if all fit as they are.

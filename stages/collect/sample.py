@@ -12,7 +12,7 @@ from rlhf.generation.answers import Answer, sample_answers
 from rlhf.generation.engines import engine_of
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.fitting import FittedPrompt, fit_prompts
-from rlhf.inputs.records import Prompt, name_rows
+from rlhf.inputs.records import Prompt
 from rlhf.inputs.streams import python_stream, torch_stream
 from rlhf.training.processes import own_share
 from stages.collect.config import Config
@@ -34,12 +34,7 @@ def make_questions(prompts: Sequence[Prompt], chat: Chat, config: Config) -> lis
     """
     limit = f"max_prompt_tokens {config.max_prompt_tokens}"
     fitted = fit_prompts(prompts, chat, config.max_prompt_tokens)
-    if len(fitted.dropped) / len(prompts) > config.max_dropped or not fitted.kept:
-        raise ValueError(
-            f"{len(fitted.dropped)} of {len(prompts)} prompts are over {limit}"
-            f"{name_rows(fitted.dropped)}; raise it, or max_dropped {config.max_dropped} to go on "
-            "without them"
-        )
+    fitted.check_dropped(limit, config.max_dropped)
     told = fitted.describe(limit)
     if told is not None:
         print(f"collect: {told}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf.generation.settings import GenerationSettings
-from rlhf.inputs.ranges import NotNegativeInt, Positive, PositiveInt, TwoOrMore
+from rlhf.inputs.ranges import NotNegativeInt, Positive, PositiveInt, Share, TwoOrMore
 from rlhf.models.settings import Attention
 from rlhf.runs.settings import StageSettings
 
@@ -44,6 +44,8 @@ class Config(StageSettings):
     max_prompt_tokens: PositiveInt = 256
     """Most tokens of a prompt. Longer prompts lose their oldest turns. A prompt whose last turn
     alone is longer is dropped; the number dropped is printed."""
+    max_dropped: Share = 0.05
+    """Largest share of the prompts that may be dropped for their length. The run stops above it."""
     max_new_tokens: PositiveInt = 128
     """Most tokens of a response; one that has not ended by then is cut."""
     temperature: Positive = 1.0

@@ -262,6 +262,7 @@ def _draw_prompts(config: Config) -> list[Prompt]:
 def _check_prompts(config: Config, prompts: FittedPrompts[Prompt]) -> None:
     """Print how many prompts did not fit; raise a ValueError if too few did."""
     limit = f"max_prompt_tokens {config.max_prompt_tokens}"
+    prompts.check_dropped(limit, config.max_dropped)
     told = prompts.describe(limit)
     if told is not None:
         print(f"evaluate: {told}")

@@ -31,6 +31,8 @@ class RolloutSettings(Ranged):
     max_prompt_tokens: PositiveInt = 1024
     """Most tokens of a prompt. Longer prompts lose their oldest turns. A prompt whose last turn
     alone is longer is dropped before training; the number dropped is printed."""
+    max_dropped: Share = 0.05
+    """Largest share of the prompts that may be dropped for their length. The run stops above it."""
     max_new_tokens: PositiveInt = 256
     """Most tokens of a response; one that has not ended by then is cut."""
     temperature: Positive = 1.0

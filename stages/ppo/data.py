@@ -33,15 +33,11 @@ def load_prompts(
     """Load the prompts that fit; print how many lost early turns and how many were dropped.
 
     Raises:
-        ValueError: no prompt fits.
+        ValueError: no prompt fits, or a larger share than rollout.max_dropped does not.
     """
     limit = f"rollout.max_prompt_tokens {config.rollout.max_prompt_tokens}"
     fitted = fit_prompts(read_records(path, Prompt), chat, config.rollout.max_prompt_tokens)
-    if not fitted.kept:
-        raise ValueError(
-            f"{path}: none of {fitted.num_read} prompts fits in {limit}; raise it, or give shorter "
-            "prompts"
-        )
+    fitted.check_dropped(limit, config.rollout.max_dropped, "rollout.max_dropped")
     told = fitted.describe(limit)
     if told is not None:
         accelerator.print(f"ppo: {path}: {told}")

@@ -354,6 +354,7 @@ def test_prompts_that_do_not_fit_are_counted(
         policies={"sft": inputs.policies["sft"]},
         prompts=write_rows(tmp_path / "prompts.jsonl", rows),
         max_prompt_tokens=40,
+        max_dropped=0.5,
         max_new_tokens=4,
         output_dir=str(tmp_path / "run"),
     )
@@ -361,7 +362,7 @@ def test_prompts_that_do_not_fit_are_counted(
     prompts = read_results(config)["prompts"]
     assert (prompts["used"], prompts["cut"], prompts["dropped"]) == (2, 1, 1)
     assert "1 lost early turns and 1 were dropped" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="0 of 3 prompts fit max_prompt_tokens 5"):
+    with pytest.raises(ValueError, match="3 of 3 prompts are over max_prompt_tokens 5"):
         evaluate(replace(config, max_prompt_tokens=5, overwrite=True))
 
 
