@@ -2,9 +2,9 @@
 # model, the other half the judge (configs/rm/harmless_judge.yaml).
 SHARED := runs/smollm2
 include configs/presets/smollm2.mk
-POLICIES := ppo-ptx judge
-PLAN = "SmolLM2-135M on Anthropic's harmless pairs: SFT, a reward model, PPO-ptx, and a judge from other pairs." \
-	"About five hours on two cores after the set-up; results in $(RUN)."
+POLICIES := ppo ppo-ptx judge
+PLAN = "SmolLM2-135M on Anthropic's harmless pairs: SFT, a reward model, PPO, PPO-ptx, and a judge from other pairs." \
+	"About six hours on two cores after the set-up; results in $(RUN)."
 
 .PHONY: judge smollm2-data
 data: smollm2-data
