@@ -17,7 +17,10 @@ from typing import Annotated, Any
 
 @dataclass(frozen=True, repr=False)
 class Range:
-    """The numbers from `low` or above `above` up to `high` or below `below`; never NaN."""
+    """A range that starts at `low` or above `above`, and ends at `high` or below `below`.
+
+    It never contains NaN.
+    """
 
     low: float = -math.inf
     above: float = -math.inf
