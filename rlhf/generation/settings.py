@@ -1,4 +1,4 @@
-"""Settings of sampling, shared by every stage that samples."""
+"""Defines settings of sampling, shared by every stage that samples."""
 
 from dataclasses import dataclass
 from typing import Literal
