@@ -71,7 +71,7 @@ def _hashed_files(folder: Path) -> set[Path]:
 
 
 def commit() -> str | None:
-    """Return the commit of this source tree, marked if files differ; None outside a git tree."""
+    """Return this source tree's commit, with a note if files differ; None outside a git tree."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         commit = subprocess.check_output([*git, "rev-parse", "HEAD"], stderr=subprocess.DEVNULL)

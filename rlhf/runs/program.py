@@ -47,9 +47,9 @@ def run_stage(
 
 
 def escape_what_the_terminal_lacks() -> None:
-    """Print the code of a character instead of failing where the terminal's encoding lacks it.
+    """Print the code of a character that the terminal's encoding lacks, instead of failing.
 
-    Users' rows hold any character, and a terminal of cp1252 or ASCII is not their fault.
+    Users' rows may hold any character, and some terminals only show cp1252 or ASCII.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
