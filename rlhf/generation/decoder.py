@@ -17,7 +17,7 @@ from rlhf.training.out_of_memory import is_of_the_device
 
 @dataclass(frozen=True)
 class Way:
-    """How several prompts are decoded at once."""
+    """A way to decode several prompts at once."""
 
     pads: bool
     """Whether prompts of different lengths share a batch, the shorter ones padded on the left."""
@@ -26,7 +26,7 @@ class Way:
 
 
 WAYS = (Way(pads=True, caches=True), Way(pads=False, caches=True), Way(pads=False, caches=False))
-"""Fastest first. The last one is right for every model, because models are trained that way."""
+"""All ways, fastest first. The last is right for every model: models are trained that way."""
 
 LARGEST_SHARE = 0.01
 LARGEST_SHARE_IN_HALF_PRECISION = 0.1

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How tokens are drawn, and when a response ends."""
+    """Settings of decoding: how tokens are drawn, and when a response ends."""
 
     end_id: int
     """The end-of-response token."""

@@ -8,7 +8,7 @@ from rlhf.inputs.ranges import PositiveInt, Ranged, ShareBetween
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings(Ranged):
-    """How responses are sampled. The choice changes only speed, rounding and the order of draws."""
+    """Settings of sampling. They change only speed, rounding and the order of draws."""
 
     engine: Literal["hf", "vllm"] = "hf"
     """hf: our own loop over the model's cache. vllm: vLLM on the GPU that trains, which gets the

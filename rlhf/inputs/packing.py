@@ -56,7 +56,7 @@ def text_tree(ids: Sequence[int]) -> PromptTree:
 
 
 class Layout(IntEnum):
-    """How trees become rows, from the most computation to the least."""
+    """Ways to lay trees into rows, from the most computation to the least."""
 
     ALONE = 0
     """Every response has a row of its own, after its own prompt. Every model can take that."""

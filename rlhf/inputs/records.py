@@ -283,7 +283,7 @@ Record = Demonstration | Ranking | Prompt | Text
 
 
 class _AnyRecord(Protocol):
-    """What functions that take every kind of record need from it."""
+    """Interface of all records, for functions that take every kind."""
 
     kind: ClassVar[str]
 

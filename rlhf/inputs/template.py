@@ -48,7 +48,7 @@ _ODD = "\u2603\U0001f600\u4e2d\x07"
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a template writes around an answer, found from a question and its answer."""
+    """The text and tokens that a template writes around an answer."""
 
     end_id: int
     """The token that ends an assistant's turn."""

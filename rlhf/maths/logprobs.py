@@ -30,7 +30,7 @@ class TokenMoments(NamedTuple):
 
 
 class TokenLikelihoods(NamedTuple):
-    """How likely each target is, in the shape of the targets."""
+    """The likelihood of each target, in the shape of the targets."""
 
     logprobs: Tensor
     """log pi(target), nats"""

@@ -71,7 +71,7 @@ class DryRun:
     def __init__(self, autocast: torch.dtype | None = None) -> None:
         """Make a dry run. `autocast` is the type of mixed precision; None turns it off."""
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        # An operation that fails on fake tensors raises an error. torch would log it too.
+        # An operation that fails on fake tensors raises an error, so torch need not log it too.
         logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)
         self._autocast = autocast
 

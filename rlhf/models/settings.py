@@ -30,7 +30,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings(Ranged):
-    """Train a low-rank adapter over frozen weights instead of all weights (Hu et al. 2021).
+    """Settings of a low-rank adapter, trained over frozen weights (Hu et al. 2021).
 
     There is no dropout, because with it the first ratio of PPO would not be 1.
     """

@@ -37,7 +37,7 @@ _PROCESSES = "processes"
 _PRECISION = "mixed_precision"
 _SPLIT = "split_by"
 _WHOLE = "nothing"
-"""Stands for `split_by` if every process holds the whole model."""
+"""Value of `split_by` if every process holds the whole model."""
 
 
 class Checkpoints:
@@ -114,7 +114,7 @@ class Checkpoints:
         interrupts.are_deferred = self.are_written
 
     def end_step(self, step: int) -> bool:
-        """End a step that is logged. Save if a checkpoint is due, or if a signal came.
+        """Record that a step is done and logged. Save if it is time, or if a signal came.
 
         Returns:
             Whether it was saved.
@@ -138,7 +138,7 @@ class Checkpoints:
         return is_time
 
     def close(self) -> None:
-        """End the last step. From now on an interrupt ends the program at once.
+        """Record that the last step is done. From now on an interrupt ends the program at once.
 
         An interrupt that was deferred ends it here. The parts are released, since a model among
         them would stay in memory.

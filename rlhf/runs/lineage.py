@@ -37,6 +37,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check_input(stage: str, name: str, path: str) -> None:
+    """Raise FileNotFoundError unless an input exists or can be a hub id."""
     if Path(path).exists() or path.startswith("hub:"):
         return
     if _HUB_ID.fullmatch(path) is None or Path(path).suffix in _FILE_SUFFIXES:

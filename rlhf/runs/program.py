@@ -33,7 +33,7 @@ def run_stage(
         with interrupts.caught():
             function(load_config(config_class, args))
         return
-    except (ValueError, OSError, SafetensorError) as error:  # safetensors raises its own: disk full
+    except (ValueError, OSError, SafetensorError) as error:  # the last one if the disk is full
         message, code = f"error: {error}", USER_ERROR
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

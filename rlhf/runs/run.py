@@ -62,7 +62,7 @@ _WRITTEN = (CONFIG, LINEAGE, *_ROWS, PAGE, RESULTS, *_CHECKPOINT_FILES, *_TRACKE
 
 
 class RunSettings(Protocol):
-    """What open_run needs from a stage's settings."""
+    """The settings of a stage that open_run needs."""
 
     @property
     def output_dir(self) -> str: ...

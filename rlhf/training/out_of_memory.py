@@ -27,7 +27,7 @@ _CPU_MESSAGES = ("can't allocate memory", "not enough memory", "Cannot allocate 
 
 
 class OutOfMemoryError(ValueError):
-    """Memory ran out in a known phase. The message names the setting to lower."""
+    """Says that memory ran out: in which phase, and which setting to lower."""
 
 
 def is_of_the_device(error: BaseException) -> bool:

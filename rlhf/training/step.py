@@ -43,7 +43,7 @@ class TrainState(Generic[Model]):
     """Holds what a step changes: the weights, the optimizer, the learning rates, the average."""
 
     model: nn.Module
-    """the trained model in the launcher's wrapper, which passes with a gradient call"""
+    """the trained model in the launcher's wrapper; passes with a gradient must call this one"""
     modules: Sequence[nn.Module]
     """the parts of the model, each clipped by its own norm, in the order of `make_optimizer`"""
     optimizer: torch.optim.Optimizer
