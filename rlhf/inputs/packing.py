@@ -406,7 +406,7 @@ def _lay_row(laid: list[_Laid]) -> PackedRow:
 
 
 def _segments(row: PackedRow) -> Tensor:
-    """Return (1, 1, 4, segments): first place and last + 1 of each segment, then of its prompt.
+    """Return (1, 1, 4, segments): start and end of each segment, then those of its prompt.
 
     A prompt and its only response are one segment.
     """

@@ -58,7 +58,7 @@ class RecordError(ValueError):
 
 
 def _place_field() -> Any:
-    """Make the field for a record's file and row, which messages name. None means neither."""
+    """Make the field for a record's file and row, which messages name; None if made in memory."""
     return field(default=None, kw_only=True, compare=False, repr=False)
 
 
@@ -380,7 +380,7 @@ def show(value: object) -> str:
 
 
 def _check_row(row: object, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
-    """Check fields as `_check_fields`. For a row of a public layout, name its converter."""
+    """Check as `_check_fields`. The error for a row of a public layout names its converter."""
     try:
         _check_fields(row, required=required, optional=optional)
     except RecordError as error:

@@ -284,7 +284,7 @@ def _held(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _unused_token(tokenizer: PreTrainedTokenizerBase, taken: set[int]) -> str | None:
-    """Return a special token that can pad: best one named so, and BOS last, as it joins texts."""
+    """Return a special token that can pad: one named pad first, and BOS last, as it joins texts."""
     names = [name for name in _added_names(tokenizer) if not _is_word(name)]
     made_for_it = [name for name in names if "pad" in name.lower()]
     special = _special_tokens(tokenizer)
