@@ -16,10 +16,9 @@ def half_weights(model: nn.Module) -> Iterator[None]:
     Autocast leaves the residual stream in fp32, and so the keys of the cache. Then the cache takes
     up to twice the memory, and every layer casts its inputs. Copies in bf16 replace the trained
     parameters in the block. The parameters themselves do not change, because a change of type would
-    cut the hooks by which DistributedDataParallel collects gradients.
-
-    Nothing happens without autocast, under fp16, which may overflow in the residual stream, or if
-    the launcher already holds the weights in bf16.
+    cut the hooks by which DistributedDataParallel collects gradients. Nothing happens without
+    autocast, under fp16, which may overflow in the residual stream, or if the launcher already
+    holds the weights in bf16.
     """
     device = next(model.parameters()).device.type
     if not _is_bf16(device):

@@ -406,10 +406,7 @@ def _lay_row(laid: list[_Laid]) -> PackedRow:
 
 
 def _segments(row: PackedRow) -> Tensor:
-    """Return (1, 1, 4, segments): start and end of each segment, then those of its prompt.
-
-    A prompt and its only response are one segment.
-    """
+    """Return (1, 1, 4, segments) for packed_attention.py; an only response joins its prompt."""
     columns: list[tuple[int, int, int, int]] = []
     lengths = row.tree.bincount().tolist()
     for start, length, branch in zip(

@@ -17,10 +17,7 @@ from typing import Annotated, Any
 
 @dataclass(frozen=True, repr=False)
 class Range:
-    """A range that starts at `low` or above `above`, and ends at `high` or below `below`.
-
-    It never contains NaN.
-    """
+    """A range from `low` or above `above`, to `high` or below `below`; NaN is never in it."""
 
     low: float = -math.inf
     above: float = -math.inf

@@ -221,10 +221,7 @@ def _named_section(kind: Any) -> type | None:
 
 
 def _check_sections(config_class: type, values: Namespace) -> None:
-    """Refuse null for a type without None, and a section that is not a mapping.
-
-    jsonargparse accepts both.
-    """
+    """Refuse what jsonargparse accepts: null for any type, and a section that is not a mapping."""
     for name, kind in _field_types(config_class).items():
         value = values.get(name)
         if value is None and kind is not Any and type(None) not in typing.get_args(kind):

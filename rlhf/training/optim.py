@@ -207,5 +207,5 @@ class MovingAverage:
         copy_into(self.average, state)
 
     def put_in_place(self) -> None:
-        """Give the module the average as its weights, after the last step."""
+        """Set the module's weights to the average, after the last step."""
         set_local_weights(trained_parameters(self.module).values(), self.average.values())
