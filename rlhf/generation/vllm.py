@@ -154,7 +154,7 @@ class VllmEngine:
 def _seeded(seed: int) -> Iterator[None]:
     """Seed the global generators, from which vLLM draws in this process; restore them afterwards.
 
-    A seed per request would leave them alone, but vLLM's fast samplers do not take one.
+    A seed per request would leave them alone, but turn off vLLM's fast samplers.
     """
     before = np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []

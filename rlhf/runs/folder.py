@@ -200,7 +200,7 @@ class OutputFolder:
             self.outdated = "; ".join(shown) or self._why_remade(found)
 
     def _why_remade(self, found: Mark) -> str:
-        """Return why a finished run of the same settings and inputs is not current, or ""."""
+        """Return why a finished run of equal settings and inputs is not current; empty if it is."""
         if found.code != self._code:
             return "the code has changed since"
         lost = [name for name in found.files if not (self.path / name).exists()]

@@ -264,8 +264,8 @@ def _own_dot(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor | float
 def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """Gather all weights once and hold them in every process until the end of the block.
 
-    Inside, no module gathers or drops weights, so each process may run the model any number of
-    times. Nothing happens if weights are whole anyway.
+    Inside, no module gathers or drops weights, so processes may run the model independently of each
+    other. Nothing happens if weights are whole anyway.
     """
     if not shards_weights(accelerator):
         yield
