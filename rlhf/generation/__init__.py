@@ -1,4 +1,4 @@
-"""Samples responses, by `generate` or by an engine that is kept from one rollout to the next.
+"""Samples responses, once (`generate`) or with an engine that a run keeps.
 
 All engines sample from the whole softmax at one temperature. There is no top-k, top-p or
 repetition penalty: with one, the log-probabilities that PPO computes would not be those of the

@@ -1,4 +1,4 @@
-"""Samples answers: one record each, which rewards, figures and files take."""
+"""Samples answers, each in one record that rewards, figures and files take."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Answer:
         chat: Chat,
         logprobs: Sequence[float] = (),
     ) -> "Answer":
-        """Read a response in the rendering of the policy that wrote it."""
+        """Make the record of a response; `chat` is that of the policy that wrote it."""
         return cls(
             record=prompt.record,
             prompt_ids=prompt.ids,
@@ -53,10 +53,10 @@ class Answer:
         return PromptTree(self.prompt_ids, (self.response_ids,))
 
     def ids_ending_with(self, end_id: int) -> tuple[int, ...]:
-        """Return the response with this end token in place of its own; a cut one has none.
+        """Return the response with this end token in place of its own, if it has one.
 
-        A policy's files may declare several end tokens. A reward model was trained to read
-        responses that end with the one of its chat template.
+        A policy's files may declare several end tokens. A reward model learned from responses that
+        end with the one of its chat template.
         """
         return (*self.response_ids[:-1], end_id) if self.is_finished else self.response_ids
 

@@ -1,4 +1,4 @@
-"""Speeds up linear layers on the few rows of a decoding step, on the CPU."""
+"""Speeds up linear layers on the CPU for the few rows of a decoding step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ as fast for 8 to 32 rows, and slower beyond 64 (docs/experiments). One thread ga
 
 @contextmanager
 def thin_products(model: nn.Module) -> Iterator[None]:
-    """Transpose products of fp32 linear layers on the CPU in the block, where that is faster.
+    """Compute fp32 linear layers on the CPU as (W x^T)^T in the block, where that is faster.
 
-    For x of few rows, the library that computes x W^T divides the work so badly that two threads
-    are slower than one. It divides the equal product (W x^T)^T well. Results differ by rounding.
+    If x has few rows, torch's library divides x W^T so badly that two threads are slower than one.
+    It divides (W x^T)^T well. The results differ by rounding.
     """
     turned: list[nn.Linear] = []
     if torch.get_num_threads() > 1:
@@ -35,7 +35,7 @@ def thin_products(model: nn.Module) -> Iterator[None]:
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return (
         type(module) is nn.Linear
-        and "forward" not in vars(module)  # someone else's wrapper
+        and "forward" not in vars(module)  # another library may have wrapped it
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
     )

@@ -1,4 +1,4 @@
-"""Reads several prompts at once, in the fastest way that is right for a policy."""
+"""Decodes several prompts at once, in the fastest way that gives a policy's right logits."""
 
 import math
 import warnings
@@ -17,36 +17,37 @@ from rlhf.training.out_of_memory import is_of_the_device
 
 @dataclass(frozen=True)
 class Way:
-    """How several prompts are read at once."""
+    """A way to decode several prompts at once."""
 
     pads: bool
     """Whether prompts of different lengths share a batch, the shorter ones padded on the left."""
     caches: bool
-    """Whether a cache keeps what was read. Otherwise every token reads the whole text again."""
+    """Whether a cache is used. Otherwise every step computes the whole text again."""
 
 
 WAYS = (Way(pads=True, caches=True), Way(pads=False, caches=True), Way(pads=False, caches=False))
-"""Fastest first. The last one is right for every model, because models are trained that way."""
+"""All ways, fastest first. The last is right for every model: models are trained that way."""
 
 LARGEST_SHARE = 0.01
 LARGEST_SHARE_IN_HALF_PRECISION = 0.1
-"""How much a way may differ from plain passes. The unit is what leaving out the history changes
-(root mean squares of log-probabilities). Rounding is far below it, one lost token far above."""
+"""Largest difference between a way and plain passes, as a share of the change when all earlier
+tokens are left out (root mean squares of log-probabilities). Rounding is far below this share, one
+lost token far above it."""
 
 LARGEST_DIFFERENCE = 1e-3
-"""The most that any log-probability may differ in fp32."""
+"""Largest difference of any log-probability in fp32."""
 
 PROBE_STEPS = 5
-"""Tokens that the test of a way decodes."""
+"""Number of tokens that the test of a way decodes."""
 
 KEYS_AND_VALUES = "past_key_values"
 
 _ways: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
-"""The ways that `way_for` has found."""
+"""Results of `way_for`, kept for each policy."""
 
 
 class Decoder:
-    """Rows of tokens that each grow by one token per step, and may leave."""
+    """Holds a batch whose rows grow by one token per step, and may be removed."""
 
     def __init__(self, policy: PreTrainedModel, prompts: Sequence[Sequence[int]], way: Way) -> None:
         assert way.pads or len({len(prompt) for prompt in prompts}) == 1
@@ -78,10 +79,10 @@ class Decoder:
         return self._policy(**inputs, **options).logits[:, -1]
 
     def _attention_mask(self) -> Tensor | None:
-        """Return the mask, or None if nothing is padded.
+        """Return the mask; None if nothing is padded.
 
-        Also return None once a recurrent state stands for what was read: it has no positions that a
-        mask could hide."""
+        It is also None after a recurrent state has read the prompt, since the state has no
+        positions to mask."""
         has_read = self._mask.shape[1] > self._ids.shape[1]
         is_state = _cache_name(self._policy) != KEYS_AND_VALUES
         return None if not self._way.pads or (has_read and is_state) else self._mask
@@ -106,9 +107,9 @@ class Decoder:
 def way_for(policy: PreTrainedModel) -> Way:
     """Return the first way that gives the log-probabilities of plain passes.
 
-    Plain passes read one row alone without a cache. The test lets rows grow and leave, once per
-    model. State space models and hybrids often fail it: padding gets into their state, or the cache
-    does not return their state.
+    Plain passes read one row alone without a cache. The test adds tokens and removes a row, once
+    per model. State space models and hybrids often fail it: padding gets into their state, or the
+    cache does not return their state.
     """
     if policy not in _ways:
         device = next(policy.parameters()).device
@@ -122,7 +123,7 @@ def way_for(policy: PreTrainedModel) -> Way:
 
 
 def _is_right(policy: PreTrainedModel, way: Way) -> bool:
-    """Return whether three prompts, continued by given tokens, get what plain passes give."""
+    """Return whether three prompts, continued by given tokens, give the logits of plain passes."""
     # Different lengths make the first way pad. The ids vary between rows, and none is 0.
     lengths = (2, 9, 5) if way.pads else (6, 6, 6)
     top = num_embeddings(policy) - 1
@@ -132,7 +133,7 @@ def _is_right(policy: PreTrainedModel, way: Way) -> bool:
     ]
     try:
         found = _step_through(policy, texts, lengths, way)
-    except Exception as error:  # an architecture may raise anything for a cache it does not know
+    except Exception as error:  # an architecture may raise anything if it does not know the cache
         if is_of_the_device(error):
             raise
         return False
@@ -159,7 +160,7 @@ def _is_right(policy: PreTrainedModel, way: Way) -> bool:
 def _step_through(
     policy: PreTrainedModel, texts: Sequence[Sequence[int]], lengths: Sequence[int], way: Way
 ) -> list[Tensor]:
-    """Return log-probabilities (steps, vocab) of each row; the second row leaves halfway."""
+    """Return log-probabilities (steps, vocab) of each row; the second row is removed halfway."""
     decoder = Decoder(policy, [text[:n] for text, n in zip(texts, lengths, strict=True)], way)
     active = list(range(len(texts)))
     found: list[list[Tensor]] = [[] for _ in texts]
@@ -187,7 +188,7 @@ def _root_mean_square(values: Tensor) -> float:
 
 
 def _cache_name(policy: PreTrainedModel) -> str:
-    """Return what the forward pass calls its cache; state space models have their own name."""
+    """Return the name of the cache in the forward pass; state space models have their own."""
     return "cache_params" if accepts(policy, "cache_params") else KEYS_AND_VALUES
 
 

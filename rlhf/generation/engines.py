@@ -1,4 +1,4 @@
-"""Makes the engine that the settings name, and samples with one for a single call."""
+"""Makes the engine that the settings name, to keep or for a single call."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -25,11 +25,10 @@ def make_engine(settings: GenerationSettings) -> Engine:
 def check_alone(settings: GenerationSettings, num_processes: int) -> None:
     """Refuse vLLM in a stage in which only the first of several processes samples.
 
-    vLLM makes groups of all processes when it starts. The first one would wait for the others
-    without end.
+    vLLM joins all processes when it starts, so the first one would wait for ever.
 
     Raises:
-        ValueError: It is vLLM, and there are several processes.
+        ValueError: The engine is vLLM, and there are several processes.
     """
     if settings.engine == "vllm" and num_processes > 1:
         raise ValueError(
@@ -53,13 +52,13 @@ def generate(
     generator: torch.Generator | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Samples:
-    """Sample one response per prompt, by a new engine. For the arguments see `Engine.generate`."""
+    """Sample one response per prompt with a new engine. `Engine.generate` has the arguments."""
     return engine_of(policy, settings).generate(prompts, decoding, generator, progress)
 
 
 @functools.cache
 def _only_vllm(settings: GenerationSettings) -> Engine:
-    """Make vLLM's engine once per process, since it does not free its GPU memory before the end."""
+    """Make vLLM's engine once per process, since its GPU memory is freed only at the end."""
     from rlhf.generation.vllm import VllmEngine
 
     return VllmEngine(settings)

@@ -13,12 +13,12 @@ from rlhf.models.compat import stays_in_float32
 def half_weights(model: nn.Module) -> Iterator[None]:
     """Under bf16 autocast, hold the weights in bf16 and turn autocast off, until the block ends.
 
-    Autocast leaves the residual stream in fp32, and with it the keys of the cache. So the cache
-    takes up to twice the memory, and every layer casts what it reads. Other parameters stand in for
-    the trained ones, which stay in memory untouched: a change of their data's type would cut the
-    hooks by which DistributedDataParallel collects gradients. Nothing happens without autocast,
-    under fp16, which may overflow in the residual stream, and where a launcher holds the weights in
-    bf16 anyway.
+    Autocast leaves the residual stream in fp32, and so the keys of the cache. Then the cache takes
+    up to twice the memory, and every layer casts its inputs. Copies in bf16 replace the trained
+    parameters in the block. The parameters themselves do not change, because a change of type would
+    cut the hooks by which DistributedDataParallel collects gradients. Nothing happens without
+    autocast, under fp16, which may overflow in the residual stream, or if the launcher already
+    holds the weights in bf16.
     """
     device = next(model.parameters()).device.type
     if not _is_bf16(device):

@@ -16,8 +16,8 @@ from rlhf.generation.settings import GenerationSettings
 from rlhf.training.nonfinite import NonFiniteError
 
 COPY_COST = 1.0
-"""Cost of copying a row of the cache, in decoded tokens of a row. For values from 0.5 to 2, the sum
-of both costs changes by at most 3 % for responses of 16 to 256 tokens."""
+"""Cost of copying a row of the cache, in decoded tokens. From 0.5 to 2, the value changes the total
+cost by at most 3 % for responses of 16 to 256 tokens."""
 
 
 class LoopEngine:
@@ -35,7 +35,7 @@ class LoopEngine:
         self.policy = policy
 
     def release(self) -> None:
-        """Do nothing: what `generate` takes, it gives back."""
+        """Do nothing, because `generate` frees its own memory."""
 
     @torch.no_grad()
     def generate(
@@ -88,7 +88,7 @@ def _generate_batch(
     for step in range(decoding.max_new_tokens):
         tokens, logprobs = _sample(decoder.logits(), decoding.temperature, generator)
         num_before = len(unfinished)
-        # The only wait of the loop for the device. float32 holds every token id (below 2**24).
+        # The loop waits for the device only here. float32 holds every token id (below 2**24).
         read_tokens, read_logprobs = torch.stack([tokens.to(logprobs.dtype), logprobs]).tolist()
         # One NaN among the logits makes all probabilities of their row NaN.
         if any(map(math.isnan, read_logprobs)):
@@ -107,8 +107,8 @@ def _generate_batch(
             break
         progress(num_before - len(unfinished))
         decoder.append(tokens)
-        # Remove rows once they have wasted as much as removing costs, as one rents until the rent
-        # equals the price. The cost is at most twice the best, whatever the lengths.
+        # Remove rows once they have wasted as much as their removal costs (the ski rental rule).
+        # The total is at most twice the best possible cost, whatever the lengths.
         num_wasted += len(active) - len(unfinished)
         if num_wasted >= COPY_COST * len(unfinished):
             kept = [row for row, prompt in enumerate(active) if prompt in unfinished]
@@ -127,10 +127,10 @@ def _sample(
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw one token per row (rows,) from probabilities (rows, vocab), by one uniform number each.
+    """Draw one token per row (rows,) from probabilities (rows, vocab), by one uniform number.
 
-    torch.multinomial draws a number for every token of the vocabulary. That takes a quarter of the
-    time of a step of SmolLM2-135M on a CPU.
+    torch.multinomial draws a number for every token of the vocabulary, which takes a quarter of a
+    decoding step of SmolLM2-135M on a CPU.
     """
     up_to = probabilities.double().cumsum(-1)
     shape, device = (len(probabilities), 1), probabilities.device
@@ -142,7 +142,7 @@ def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
 def _on_device(generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
     """Return a generator on the device, so that probabilities need not be copied to the CPU.
 
-    The given generator seeds it, and so still decides all draws."""
+    The given generator seeds it."""
     if device.type == "cpu":
         return generator
     seed = int(torch.randint(2**63 - 1, (), generator=generator))

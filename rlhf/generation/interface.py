@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How tokens are drawn, and when a response ends."""
+    """Settings of decoding: how tokens are drawn, and when a response ends."""
 
     end_id: int
     """The end-of-response token."""
@@ -21,8 +21,8 @@ class Decoding:
     other_ends: tuple[int, ...] = ()
     """Other tokens that end a response, as a model's files may declare."""
     is_over: Callable[[Sequence[int]], bool] | None = None
-    """Tells from the tokens of a response so far whether it ends there, as after a stop text. An
-    engine that cannot ask samples on, so the caller cuts the text too. None means no such rule."""
+    """Returns whether a response ends after these tokens, as after a stop text. vLLM does not call
+    it, so the caller cuts the text too. None means no such rule."""
 
     @property
     def ends(self) -> list[int]:
@@ -41,13 +41,13 @@ class Samples(NamedTuple):
 
 
 class Engine(Protocol):
-    """A way to sample. Engines differ only in speed, in rounding and in the draws."""
+    """Samples responses. Engines differ only in speed, in rounding and in the draws."""
 
     def refresh(self, policy: PreTrainedModel) -> None:
         """Sample from these weights from now on. Call it after every change of the weights."""
 
     def release(self) -> None:
-        """Give back the memory of the weights and of the cache. The next `refresh` takes it."""
+        """Free the memory of the weights and of the cache until the next `refresh`."""
 
     def generate(
         self,
@@ -61,8 +61,8 @@ class Engine(Protocol):
         Args:
             prompts: Token ids. Repeat a prompt to get several samples of it.
             generator: CPU generator of the draws. None means torch's global one.
-            progress: Called now and then with the number of responses that ended since the last
-                call. 0 says that sampling goes on.
+            progress: Called with the number of responses that ended since the last call, which may
+                be 0.
 
         Raises:
             NonFiniteError: The policy's logits are not finite.

@@ -1,4 +1,4 @@
-"""Settings of sampling, shared by every stage that samples."""
+"""Defines settings of sampling, shared by every stage that samples."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ from rlhf.inputs.ranges import PositiveInt, Ranged, ShareBetween
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings(Ranged):
-    """How responses are sampled. The choice changes only speed, rounding and the order of draws."""
+    """Settings of sampling. They change only speed, rounding and the order of draws."""
 
     engine: Literal["hf", "vllm"] = "hf"
     """hf: our own loop over the model's cache. vllm: vLLM on the GPU that trains, which gets the

@@ -1,4 +1,4 @@
-"""Provides the engine `vllm`: vLLM in the process and on the GPU that train."""
+"""Provides the engine `vllm`: vLLM in the training process, on its GPU."""
 
 import copy
 import math
@@ -31,12 +31,12 @@ ALONE = {
 class VllmEngine:
     """Runs one vLLM per process, with a copy of the weights in the type of the forward pass.
 
-    Not tested on a GPU. Its tests use a stand-in for the module that refuses whatever vLLM 0.30's
-    own signatures do not take. The given generator seeds every call of `generate`. Two runs can
-    still differ, because the results of some kernels depend on the batch. Log-probabilities differ
-    more from the trainer's than those of the other engine.
+    It was not tested on a GPU. Its tests use a fake module that accepts only the signatures of vLLM
+    0.30. The given generator seeds every call of `generate`. Two runs can still differ, because
+    some kernels' results depend on the batch. Log-probabilities differ more from the trainer's than
+    those of the other engine.
 
-    All processes that train must start it and sample together: vLLM makes groups of all of them.
+    All training processes must start it and sample together, because vLLM joins all of them.
     """
 
     def __init__(self, settings: GenerationSettings) -> None:
@@ -85,7 +85,7 @@ class VllmEngine:
     def release(self) -> None:
         """Put vLLM to sleep: its weights and its cache leave the GPU."""
         if self.llm is not None and not self.is_asleep:
-            self.llm.sleep(level=2)  # forgets the weights, which `refresh` gives anew
+            self.llm.sleep(level=2)  # drops the weights, which `refresh` copies again
             self.is_asleep = True
 
     def generate(
@@ -124,8 +124,8 @@ class VllmEngine:
 
     def _start(self, policy: PreTrainedModel) -> Any:
         """Start a vLLM for this architecture, without real weights."""
-        # vLLM runs in this process, so that weights are copied from tensor to tensor. With several
-        # processes, the launcher has set the other variables.
+        # vLLM runs in this process, so that weights are copied from tensor to tensor. If there are
+        # several processes, their launcher has set the variables in ALONE.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         for name, value in ALONE.items():
             os.environ.setdefault(name, value)
@@ -154,7 +154,7 @@ class VllmEngine:
 def _seeded(seed: int) -> Iterator[None]:
     """Seed the global generators, from which vLLM draws in this process; restore them afterwards.
 
-    A seed for each request would not touch them, but keeps vLLM from its fast samplers.
+    A seed per request would leave them alone, but turn off vLLM's fast samplers.
     """
     before = np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
@@ -185,7 +185,7 @@ def full_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain_parameters(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters below the LoRA layers, by their names in a model without adapter."""
+    """Yield the weights without the adapters', by their names in a model without adapters."""
     for name, parameter in policy.named_parameters():
         if ".lora_" not in name:
             yield name.replace(".base_layer.", "."), parameter

@@ -5,9 +5,9 @@ response becomes its own ids followed by the end-of-response token. The two list
 and never tokenized together, so SFT, the reward model, PPO and evaluation see the same ids.
 
 The ids are those that the template renders for the whole conversation, and decode to the original
-text. Two traps are avoided. The name of a control token that a person wrote stays a word. Rules
-about spaces at the start of a text do not apply to the response. Where this fails, there is a
-warning.
+text. Two traps are avoided. If a person writes the name of a control token, it stays plain text.
+The tokenizer's rules about spaces at the start of a text do not apply to the response. A warning
+says where this fails.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ class Chat:
         end_id: The token that ends a response. It is what the template puts after an assistant's
             words if that is a single token, otherwise the tokenizer's end-of-sequence token.
         other_ends: Other tokens at which sampling stops.
-        pad_id: The padding token; None if the tokenizer has no free one. Masks never depend on it,
-            they come from lengths.
+        pad_id: The padding token; None if the tokenizer has no free one. Masks do not depend on
+            it, because they come from lengths.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, other_ends: Iterable[int] = ()) -> None:
@@ -56,7 +56,7 @@ class Chat:
     def prompt_ids(self, prompt: PromptLike) -> list[int]:
         """Return the ids of a prompt, including the template's generation prompt.
 
-        Only the template writes control tokens. Their names in a turn's content stay words.
+        Only the template writes control tokens. Their names in a turn's content stay plain text.
         """
         messages = to_messages(prompt)
         text = render(self.tokenizer, messages, add_generation_prompt=True)
@@ -73,8 +73,9 @@ class Chat:
     def response_ids(self, response: str) -> list[int]:
         """Return the ids of a response, which always end with the end-of-response token.
 
-        Words like "</s>" in the response stay words, so no end token comes before the end. Only
-        the marks of thoughts become tokens. A response with such marks gets no empty thoughts.
+        A name such as "</s>" in the response stays plain text, so the only end token is the last.
+        Only thought markers become tokens. If the response has them, the template's own empty
+        thoughts are left out.
         """
         opening = self._layout.opening
         wanted = response
@@ -92,7 +93,7 @@ class Chat:
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of plain text without a template, with the tokenizer's special tokens.
 
-        Names of control tokens in the text stay words."""
+        Names of control tokens in the text stay plain text."""
         before, after = self._frame
         return [*before, *self.bare_text_ids(text), *after]
 
@@ -134,8 +135,8 @@ class Chat:
 
         Joined without the end token's, the pieces equal `decode` of the ids. If several tokens
         spell a character, the last one gets it and the others add nothing. Special tokens inside
-        the response also add nothing. What a token reads as may depend on its neighbours, so new
-        tokens are decoded together with those before them.
+        the response also add nothing. A token's text may depend on its neighbours, so new tokens
+        are decoded together with those before them.
         """
         ids = list(ids)
         end = len(self._without_end(ids))
@@ -161,9 +162,9 @@ class Chat:
     def fit_prompt(self, prompt: PromptLike, max_tokens: int) -> list[int] | None:
         """Return the prompt's ids, without its oldest turns if they do not fit; or None.
 
-        Whole turns are dropped from the front. A system message stays, and the first kept turn is a
-        user's, because a prompt cut inside a sentence would be another task. None means that even
-        the last turn is too long; the caller counts and reports these.
+        Whole turns are dropped from the front, because a prompt cut inside a sentence would be
+        another task. A system message stays, and the first kept turn is a user's. None means that
+        even the last turn is too long; the caller counts and reports these.
         """
         messages = to_messages(prompt)
         system = messages[:1] if messages[0]["role"] == "system" else []
@@ -182,11 +183,11 @@ class Chat:
         return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
 
     def _told_apart(self, messages: Messages, text: str) -> list[Piece]:
-        """Split a rendered prompt into names that occur in the turns' contents, and all else.
+        """Split a rendered prompt into names from the turns' contents, and the rest.
 
-        Each name in a content is replaced by a sign, and the template renders again. A template may
-        look for a name, such as the end of thoughts in an earlier answer. Then hiding the name
-        changes the text, so that name is left to the template.
+        Each name in a content is replaced by a placeholder, and the template renders again. A
+        template may look for a name, such as the end of thoughts in an earlier answer. Then hiding
+        the name changes the text, so that name is left to the template.
         """
         sign = free_character(text + "".join(message["content"] for message in messages))
         names = self._control.found_in("\n".join(message["content"] for message in messages))
@@ -216,7 +217,7 @@ class Chat:
     ) -> tuple[Messages, str] | None:
         """Hide names in the i-th message; return messages and rendering if the text is unchanged.
 
-        White space at the ends stays outside if needed, because a template may strip it.
+        A second try leaves out white space at both ends, because a template may strip it.
         """
         content = messages[i]["content"]
         start = len(content) - len(content.lstrip())
@@ -241,9 +242,11 @@ class Chat:
     def _spellings(self, opening: str, response: str) -> Iterator[list[int]]:
         """Yield possible ids of a response, the most likely first.
 
-        First as it follows the prompt. Then with one more space, in case the tokenizer takes the
-        first space for one that it adds. Then as a text by itself. Last after some word, for a
-        prompt and response that would grow together."""
+        1. The ids of the response after the prompt.
+        2. The same with one more space, in case the tokenizer removes the first one.
+        3. The ids of the response by itself.
+        4. The ids after some word, in case prompt and response would share a token.
+        """
         closing = self._layout.closing
         for text in (response, " " + response):
             words = [(opening, True), *self._words(text), (closing, True)]
@@ -258,7 +261,7 @@ class Chat:
             yield ids[len(word) :]
 
     def _words(self, text: str) -> list[Piece]:
-        """Split a response into words and marks of thoughts, which alone count as tokens."""
+        """Split a response into plain text and thought markers, which become tokens."""
         names = self._thoughts.found_in(text)
         if not names:
             return [(text, False)]
@@ -293,7 +296,7 @@ class Chat:
 
     @cached_property
     def _shown_opening(self) -> str:
-        """What `_read` shows before the answer: the template's opening, and a space that some
+        """What `_read` returns before the answer: the template's opening, and a space that some
         tokenizers add."""
         found = self._read(next(self._spellings(self._layout.opening, PROBE)))
         return found[: found.index(PROBE)] if PROBE in found else ""
@@ -332,7 +335,7 @@ def _same(text: str, other: str) -> bool:
 
 
 def _cut(pieces: list[str], length: int) -> list[str]:
-    """Cut the first `length` characters off the text that the pieces make."""
+    """Remove the first `length` characters of the joined pieces."""
     shorter = []
     for piece in pieces:
         shorter.append(piece[length:])

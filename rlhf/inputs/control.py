@@ -1,7 +1,7 @@
 """Turns text into ids so that only names written by a template become control tokens.
 
 A tokenizer takes the text "<|im_end|>" for its control token, no matter who wrote it. Here the
-caller says for each piece of a text whether such names count. If not, they are words.
+caller says for each piece of a text whether such names are tokens. If not, they are plain text.
 """
 
 import json
@@ -16,13 +16,13 @@ Piece = tuple[str, bool]
 """A piece of a text, and whether names of control tokens in it are control tokens."""
 
 _PRIVATE = range(0xF0000, 0xFFFFE)
-"""Characters without a meaning. One of them marks the names that count."""
+"""Unicode characters for private use. One of them marks the names that are tokens."""
 
 
 class ControlTokens:
-    """Encodes texts in which names of these control tokens may also be words.
+    """Encodes texts in which names of these control tokens may also be plain text.
 
-    A text without such words gets the ids that the tokenizer gives. Any other text goes through a
+    A text without such names gets the ids that the tokenizer gives. Any other text goes through a
     copy of the tokenizer in which the control tokens have other names. The normaliser, the rules
     about spaces and all other tokens are the same.
     """
@@ -61,7 +61,7 @@ class ControlTokens:
         return [self._id(str(copy.id_to_token(number)).strip(marker)) for number in ids]
 
     def _encode_by_pieces(self, pieces: Sequence[Piece]) -> list[int]:
-        """Encode each run of words on its own. A tokenizer in Python cannot be copied."""
+        """Encode each run of plain text on its own, for a tokenizer that cannot be copied."""
         parts: list[Piece] = [("", False)]
         for text, counts in pieces:
             words = self._pattern.split(text) if counts else [text]

@@ -32,7 +32,7 @@ def read_records(
         source: A .jsonl or .jsonl.gz file, a folder of those, `hub:owner/name[:split[:subset]]`
             (default split `train`) or `hub:owner/name:path/in/repository.jsonl.gz`.
         record_class: Demonstration, Ranking, Prompt or Text.
-        limit: The most rows to read; None means all.
+        limit: Maximum number of rows to read; None means all.
 
     Raises:
         ValueError: There are bad rows, or no rows. The message names the first five bad rows by
@@ -116,7 +116,7 @@ def decode(data: bytes) -> str:
 def write_records(path: str | Path, records: Iterable[RecordT]) -> None:
     """Write records as JSON Lines, gzipped if the name ends in .gz.
 
-    They go into another file, which is renamed once all records are written. So an interrupted run
+    They go into a temporary file, which is renamed once all are written. So an interrupted run
     leaves the old file. Raises NoRecordsError if there are no records.
     """
     path = Path(path)
@@ -140,8 +140,8 @@ def split_by_prompt(
 
     A prompt is held out if the hash of (salt, seed, prompt) is below `held_out` (a share, 0 to 1).
     So it is on the same side in every file, even after records are added. The share is only met on
-    average. If a stage will split the written files again, give a salt. With the stage's own hash,
-    the part that the stage would hold out is already gone.
+    average. Give a salt if a stage will split the written files again. Without it, the prompts that
+    the stage would hold out are already gone.
     Raises ValueError if a side would be empty.
     """
     if not 0.0 < held_out < 1.0:

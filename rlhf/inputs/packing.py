@@ -56,18 +56,18 @@ def text_tree(ids: Sequence[int]) -> PromptTree:
 
 
 class Layout(IntEnum):
-    """How trees become rows, from the layout that computes most to the one that computes least."""
+    """Ways to lay trees into rows, from the most computation to the least."""
 
     ALONE = 0
     """Every response has a row of its own, after its own prompt. Every model can take that."""
     SEQUENCES = 1
-    """Responses share rows, each after its own prompt. Positions that start again at 0 part them,
-    as variable lengths in flash attention do."""
+    """Responses share rows, each after its own prompt. Positions restart at 0, which tells flash
+    attention where a sequence begins."""
     MASK = 2
-    """Trees share rows, and responses their prompt. A mask parts them, with an entry for every pair
-    of a row's tokens."""
+    """Trees share rows, and responses share their prompt. A mask with an entry for every pair of
+    tokens separates them."""
     SEGMENTS = 3
-    """The same with segments on a CPU (rlhf.models.packed_attention), and a mask elsewhere."""
+    """As MASK, but with segments instead on a CPU (rlhf.models.packed_attention)."""
 
 
 @dataclass(frozen=True)
@@ -96,24 +96,25 @@ class PackedRow:
     response_mask: Tensor
     """(responses, time) True where a response has a token"""
     token_places: Tensor
-    """(tokens,) place of each response token in a flattened (responses, time). With the mask alone
-    a device would have to tell the host how many there are, and the host would wait for it."""
+    """(tokens,) index of each response token in a flattened (responses, time). To index with the
+    mask instead, the host would wait until the device has counted them."""
     ends: Tensor | None
     """(responses,) position in the row of each response's last token. None if a response has no
     token, or if the row leaves last tokens out (predicting_rows)."""
     plain: bool
     """True if the row holds one tree with one response, so that it needs no mask of its own"""
     layout: Layout = Layout.MASK
-    """what tells the model which tokens belong together"""
+    """how the model knows which tokens belong together"""
     mask_dtype: torch.dtype | None = None
     """Type of a mask that is added to the attention scores. None means a boolean mask."""
     segments: Tensor | None = None
-    """(1, 1, 4, segments) what packed_attention.py takes as a mask on a CPU. None means a mask."""
+    """(1, 1, 4, segments), which packed_attention.py takes as a mask on a CPU. None means a
+    mask."""
 
     @cached_property
     def attention_mask(self) -> Tensor | None:
         """(1, 1, length, length), the third axis attends to the fourth. None means plain causal,
-        or that positions part the row's sequences.
+        or that positions separate the row's sequences.
 
         The mask is boolean, True where a token may attend. With `mask_dtype` it is 0 there and the
         type's lowest number elsewhere. On a CPU it may be the segments instead.
@@ -188,14 +189,15 @@ class Packer:
     """Decides how trees become rows for one model; `packer_for` finds what a model can take."""
 
     micro_batch_tokens: int
-    """The most tokens in a row, and so in a pass. A tree is never cut: if it exceeds the budget, it
-    gets a row of its own."""
+    """Maximum number of tokens in a row, and so in a pass. A tree is never cut: if it exceeds the
+    budget, it gets a row of its own."""
     layout: Layout = Layout.MASK
-    """What shares a row, and what parts it."""
+    """What shares a row, and what separates it."""
     max_depth: int | None = None
-    """Trees with longer paths than this (a sliding attention window) are not shared either."""
+    """Length of a sliding attention window. Responses of a deeper tree get rows of their own. None
+    means no window."""
     mask_dtype: torch.dtype | None = None
-    """Type of the mask that eager attention adds to its scores. None: boolean masks (sdpa)."""
+    """Type of the mask that eager attention adds to its scores. None means boolean masks (sdpa)."""
 
     @property
     def shares_prompts(self) -> bool:
@@ -279,7 +281,7 @@ def assemble(rows: Sequence[PackedRow], parts: Sequence[Tensor]) -> Tensor:
 
 
 def predicting_rows(packer: Packer, trees: Sequence[PromptTree]) -> list[PackedRow]:
-    """Pack trees into rows in which the last token of each response is predicted, but not read.
+    """Pack trees into rows in which each response's last token is a target, but not an input.
 
     Nothing follows that token, so no result depends on its hidden state. A response of one token
     then costs no token at all: the end of its prompt predicts it. Such rows serve to compute
@@ -300,7 +302,7 @@ def _predict_whole(row: PackedRow, responses: Sequence[tuple[int, ...]]) -> Pack
             prompt_ends[tree] = place
         else:
             places.setdefault(segment, []).append(place)
-    # A sequence is a tree of its own within its row, though its response shares a tree elsewhere.
+    # In that layout a row counts every sequence as a tree of its own.
     is_tree = row.layout == Layout.SEQUENCES
     numbers = range(len(row.tree_index)) if is_tree else row.tree_index.tolist()
     branches = _branches(numbers)
@@ -404,7 +406,7 @@ def _lay_row(laid: list[_Laid]) -> PackedRow:
 
 
 def _segments(row: PackedRow) -> Tensor:
-    """Return prompts and responses in the row's order; an only response joins its prompt."""
+    """Return (1, 1, 4, segments) for packed_attention.py; an only response joins its prompt."""
     columns: list[tuple[int, int, int, int]] = []
     lengths = row.tree.bincount().tolist()
     for start, length, branch in zip(

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 @dataclass(frozen=True, repr=False)
 class Range:
-    """The numbers from `low` or above `above` up to `high` or below `below`; never NaN."""
+    """A range from `low` or above `above`, to `high` or below `below`; NaN is never in it."""
 
     low: float = -math.inf
     above: float = -math.inf

@@ -58,7 +58,7 @@ class RecordError(ValueError):
 
 
 def _place_field() -> Any:
-    """Make the field for the file and row of a record, for messages; None if made in memory."""
+    """Make the field for a record's file and row, which messages name; None if made in memory."""
     return field(default=None, kw_only=True, compare=False, repr=False)
 
 
@@ -283,7 +283,7 @@ Record = Demonstration | Ranking | Prompt | Text
 
 
 class _AnyRecord(Protocol):
-    """What functions that take every kind of record need from it."""
+    """Interface of all records, for functions that take every kind."""
 
     kind: ClassVar[str]
 
@@ -315,7 +315,7 @@ def to_messages(prompt: PromptLike) -> Messages:
 
 
 def prompt_key(prompt: PromptLike) -> str:
-    """Return one text for all forms of a prompt: string or user turn, any white space."""
+    """Return one key for all forms of a prompt: string or user turn, any white space."""
     turns = [[turn["role"], " ".join(turn["content"].split())] for turn in to_messages(prompt)]
     return json.dumps(turns, ensure_ascii=False)
 
@@ -380,7 +380,7 @@ def show(value: object) -> str:
 
 
 def _check_row(row: object, *, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
-    """Check as _check_fields does; for a row of a public layout, the remedy is its converter."""
+    """Check as `_check_fields`. The error for a row of a public layout names its converter."""
     try:
         _check_fields(row, required=required, optional=optional)
     except RecordError as error:

@@ -1,4 +1,4 @@
-"""Decides the order in which items are taken, and keeps how far in it a run is."""
+"""Decides the order in which items are taken, and keeps the place in it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar

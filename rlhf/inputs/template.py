@@ -22,15 +22,15 @@ DEFAULT_CHAT_TEMPLATE = (
 not grow. The line break before a response keeps its first token free of a space."""
 
 DATE = datetime(2024, 7, 26)
-"""The date that `strftime_now` prints in a template on every day. Llama 3.1's template prints this
-day if it finds no clock. With today's date, prompts would differ after midnight, in a resumed run,
-or for a reward model trained yesterday."""
+"""The date that `strftime_now` prints in every template, which is the default of Llama 3.1's. With
+today's date, prompts would differ after midnight, in a resumed run, or for a reward model trained
+yesterday."""
 
 PROBE = "probe"
 
 
 def _clock(date: datetime) -> str:
-    """Make the start of a template after which `strftime_now` gives this date; prints nothing."""
+    """Return code that makes `strftime_now` in a template give this date; it prints nothing."""
     long = {"D": "%m/%d/%y", "F": "%Y-%m-%d", "R": "%H:%M", "T": "%H:%M:%S", "e": "%d", "h": "%b"}
     directives = {letter: f"%{letter}" for letter in "aAbBcdHIjmMpSUwWxXyYzZ"} | long
     values = {f"%{letter}": date.strftime(form) for letter, form in directives.items()}
@@ -43,12 +43,12 @@ def _clock(date: datetime) -> str:
 _CLOCK = _clock(DATE)
 
 _ODD = "\u2603\U0001f600\u4e2d\x07"
-"""Characters for which a vocabulary of words has only the unknown token."""
+"""Characters that a vocabulary of words maps to its unknown token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a template writes around an answer, found from a question and its answer."""
+    """The text and tokens that a template writes around an answer."""
 
     end_id: int
     """The token that ends an assistant's turn."""
@@ -62,7 +62,7 @@ class Layout:
     """Names of the control tokens that mark or end turns. No response holds one."""
     control_names: frozenset[str]
     """The turn names, all special tokens, and other added tokens that the template uses, such as
-    the marks of thoughts."""
+    thought markers."""
     departures: tuple[str, ...]
     """Descriptions of where the ids differ from what the template renders for a conversation."""
 
@@ -278,13 +278,13 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _held(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the special tokens that occur in prompts, texts and unknown characters."""
+    """Return the ids in a prompt, a text and characters that the vocabulary lacks."""
     prompt = _conversation(tokenizer, add_generation_prompt=True)
     return {*_ids(tokenizer, prompt), *tokenizer(PROBE).input_ids, *_ids(tokenizer, _ODD)}
 
 
 def _unused_token(tokenizer: PreTrainedTokenizerBase, taken: set[int]) -> str | None:
-    """Return a special token that can pad: one made to pad first, BOS last, as it joins texts."""
+    """Return a special token that can pad: one named pad first, and BOS last, as it joins texts."""
     names = [name for name in _added_names(tokenizer) if not _is_word(name)]
     made_for_it = [name for name in names if "pad" in name.lower()]
     special = _special_tokens(tokenizer)

@@ -19,7 +19,7 @@ def k1(
 ) -> Float[Tensor, "batch time"]:
     """Return log pi - log pi_ref per token, in nats; 0 where there is no token.
 
-    The sum of a row estimates its KL."""
+    The sum over a row estimates the KL of the whole response."""
     return (logprobs - ref_logprobs).where(response_mask, 0.0)
 
 

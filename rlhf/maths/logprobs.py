@@ -1,4 +1,4 @@
-"""Computes log-probabilities of sampled tokens, and what to expect of them under the policy."""
+"""Computes log-probabilities of sampled tokens, and entropy and variance of their distributions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ Head = Callable[[Tensor], Tensor]
 """Maps features (tokens, model) to logits (tokens, vocab)."""
 
 CHUNK_TOKENS = 512
-"""The most tokens whose whole distribution is in memory at once."""
+"""Maximum number of tokens whose logits are in memory at once."""
 
 _IMPOSSIBLE = -1e4
 """A log-probability whose exponential is 0 in fp32 and whose square is finite."""
@@ -30,7 +30,7 @@ class TokenMoments(NamedTuple):
 
 
 class TokenLikelihoods(NamedTuple):
-    """What a distribution says of each target, in the shape of the targets."""
+    """The likelihood of each target, in the shape of the targets."""
 
     logprobs: Tensor
     """log pi(target), nats"""
@@ -96,9 +96,9 @@ def chunked_moments(
     head: Head,
     temperature: float = 1.0,
 ) -> TokenMoments:
-    """Return `chunked_logprobs` with their mean and variance for a token drawn from pi.
+    """Return `chunked_logprobs`, and the entropy and variance of each token's distribution.
 
-    A token to which the policy gives no probability (logit -inf) adds nothing to either.
+    A token without probability (logit -inf) adds nothing to either.
     """
     parts = [
         _moments(head(some_features), some_targets, temperature)

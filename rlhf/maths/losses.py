@@ -44,13 +44,13 @@ def ranking_loss(
         num_prompts: Number of prompts with at least one pair in the whole batch, or the sum of
             their weights.
         weights: Weight of each response's prompt, positive. None gives every prompt weight 1.
-        margins: m_ij by which s_i must exceed s_j for the loss that equal scores have without a
-            margin (Touvron et al. 2023, eq. 2). None means 0.
+        margins: m_ij, which is subtracted from s_i - s_j (Touvron et al. 2023, eq. 2). None means
+            0.
 
     Returns:
-        The loss, and sums over the pairs that lean to one side (P is not 1/2): `pairs`, `correct`
-        (the likelier one scores higher; equal scores count half), `margin` (score of the likelier
-        one minus the other's).
+        The loss, and sums over the pairs in which one response is preferred (P is not 1/2):
+        `pairs`, `correct` (the preferred one scores higher; equal scores count half), and `margin`
+        (its score minus the other's).
     """
     preferences = preferences.to(scores.dtype)
     compared = preferences > 0
@@ -103,7 +103,7 @@ def policy_loss(
 
     Returns:
         The loss, and sums over tokens: `ratio`, `clipped` (tokens where the clipped term is the
-        larger), and `approx_kl` (k3 of the step's policy from the rollout's).
+        larger), and `approx_kl` (the k3 estimate of KL(pi_old || pi)).
     """
     log_ratio = (logprobs - old_logprobs).where(response_mask, 0.0)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -127,12 +127,12 @@ def value_loss(
     value_clip_range: float | None,
     num_tokens: int,
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """Compute half the squared error of the values, clipped around the rollout's: sum / num_tokens.
+    """Compute the clipped value loss: half the squared error, summed / num_tokens.
 
         loss = 1/2 max((V - return)^2, (clip(V, V_old - c, V_old + c) - return)^2)
 
-    as in openai/lm-human-preferences. `value_clip_range` is in units of the reward. Far below the
-    spread of the returns, it stops the value model from learning. None means no clipping.
+    where c is `value_clip_range`, in units of the reward (openai/lm-human-preferences). If it is
+    far below the spread of the returns, the value model cannot learn. None means no clipping.
 
     Returns:
         The loss, and one sum over tokens: `value_clipped`.

@@ -5,8 +5,8 @@ the stages run on them unchanged, forward and backward. At every operation, the 
 added up. So the numbers hold for every architecture, for packing, for logits in chunks and for
 checkpointed activations, and they follow the code. A formula would hold for one architecture only.
 
-Three things are not seen: buffers inside a kernel, memory that the allocator keeps beyond the
-tensors, and libraries. The operations are those of a CPU; a GPU's attention saves about the same.
+Three things are not counted: buffers inside a kernel, memory that the allocator keeps beyond the
+tensors, and libraries. The operations are those of a CPU; a GPU's attention keeps about the same.
 """
 
 import logging
@@ -31,7 +31,7 @@ from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts bytes of storages that operations in the block have made and that are still alive."""
+    """Counts bytes of live storages that operations in the block have made."""
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         """Start at 0 bytes. `existing` tensors, and views of them, do not count."""
@@ -62,16 +62,16 @@ class LiveBytes(TorchDispatchMode):
 
 
 class DryRun:
-    """Makes models without data, and measures their passes.
+    """Makes models without weights, and measures their passes.
 
-    Every measure is the peak of what a pass allocates, in bytes. Weights and gradients that were
-    there before do not count.
+    Every measure is the peak of what a pass allocates, in bytes. Weights and gradients that existed
+    before do not count.
     """
 
     def __init__(self, autocast: torch.dtype | None = None) -> None:
-        """Make a dry run. `autocast` is the type of mixed precision; None means none."""
+        """Make a dry run. `autocast` is the type of mixed precision; None turns it off."""
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        # An operation that cannot be run so is told by its error; torch logs a traceback beside.
+        # An operation that fails on fake tensors raises an error, so torch need not log it too.
         logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)
         self._autocast = autocast
 
@@ -92,9 +92,9 @@ class DryRun:
     def sampling(
         self, policy: PreTrainedModel, batch: int, prompt_tokens: int, new_tokens: int
     ) -> tuple[int, int]:
-        """Measure sampling: the peak of reading prompts and of the last step; and the cache.
+        """Return the peak of sampling, and the size of its cache at the end, in bytes.
 
-        The second number is the size of the cache at the end, in bytes."""
+        The peak is that of reading the prompts or that of the last step."""
         cache: Any = DynamicCache(config=policy.config)
 
         def step(num_new: int, num_all: int) -> None:
@@ -111,7 +111,7 @@ class DryRun:
 
         def sample() -> None:
             step(prompt_tokens, prompt_tokens)
-            for layer in cache.layers:  # grow the cache to what it is before the last step
+            for layer in cache.layers:  # grow the cache to its size before the last step
                 shape = (*layer.keys.shape[:2], new_tokens - 2, layer.keys.shape[-1])
                 layer.update(layer.keys.new_zeros(shape), layer.values.new_zeros(shape))
             step(1, prompt_tokens + new_tokens - 1)
@@ -144,8 +144,8 @@ class DryRun:
         """Measure a forward and backward pass of one row through one or both models.
 
         Args:
-            accumulates: Models that already have gradients, from another row. The gradients of the
-                others are part of the result.
+            accumulates: Models that already have gradients, from another row. The result includes
+                the gradients of the others.
         """
 
         def forward() -> Tensor:

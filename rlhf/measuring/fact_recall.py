@@ -1,4 +1,4 @@
-"""Measures whether a model still continues plain text with what it learned in pretraining.
+"""Measures whether a model still continues plain text with facts from pretraining.
 
 Fact recall is the alignment tax in one number. Each probe is a prompt record whose `meta` holds two
 texts. The model gets `text` as it is, without a chat template; the continuation must start with

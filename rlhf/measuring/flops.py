@@ -31,10 +31,10 @@ from rlhf.models.architectures import layer_configs
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the FLOPs of a decoder depend on."""
+    """The sizes of a decoder that decide its FLOPs."""
 
     weights: int
-    """N: in matrices of the body, without embeddings of tokens and positions."""
+    """N: weights in matrices of the body, without embeddings of tokens and positions."""
     unembedding: int
     """U: vocab * model; 0 for a model with a scalar head."""
     attention: int
@@ -77,7 +77,7 @@ def _attention_of_layer(config: Any) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass over some trees has to do."""
+    """Counts what a pass over some trees computes."""
 
     tokens: int = 0
     """Tokens that go through the body."""
@@ -157,7 +157,7 @@ def _work_of_tree(tree: PromptTree) -> Work:
 
 
 def _shape(parameter: Tensor) -> torch.Size:
-    """Return the shape of the whole parameter, of which ZeRO-3 may hold only a part, or nothing."""
+    """Return the shape of a whole parameter, even if ZeRO-3 splits it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 

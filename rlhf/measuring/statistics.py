@@ -18,10 +18,10 @@ Z_975 = stats.norm.ppf(0.975)
 """Quantile 0.975 of the normal distribution."""
 
 NUM_RESAMPLES = 2000
-"""Sets of clusters that a bootstrap draws."""
+"""Number of sets of clusters that a bootstrap draws."""
 
 NUMBERS_AT_ONCE = 1_000_000
-"""Values that a bootstrap holds in memory at once."""
+"""Maximum number of values that a bootstrap holds in memory at once."""
 
 ONE_ANSWER_ODDS = 3.0
 """Factor by which the odds of one answer must grow to be suspicious."""
@@ -49,7 +49,7 @@ def bootstrap_interval(
     Args:
         values_by_cluster: Values of each cluster, such as a prompt. Empty clusters are left out.
         seed: Seed of the draws; equal seeds give equal intervals.
-        num_resamples: How many sets of clusters are drawn.
+        num_resamples: Number of sets of clusters that are drawn.
 
     Returns:
         (low, high); (nan, nan) for fewer than two clusters, which say nothing about their spread.
@@ -80,8 +80,8 @@ def share_interval(values_by_cluster: Sequence[Sequence[float]], seed: int) -> t
     """Return the 95 % interval of a share: `bootstrap_interval`, wider if there are few clusters.
 
     A bootstrap cannot draw what no cluster showed, so two prompts that agree would give an interval
-    of width 0. For fewer than FEW_CLUSTERS, it therefore also covers Wilson's interval (1927) for
-    that many trials.
+    of width 0. With fewer than FEW_CLUSTERS clusters, the interval therefore also covers Wilson's
+    (1927) for that many trials.
     """
     low, high = bootstrap_interval(values_by_cluster, seed)
     clusters = [cluster for cluster in values_by_cluster if len(cluster) > 0]
@@ -104,7 +104,7 @@ def wilson_interval(share: float, num_trials: int) -> tuple[float, float]:
 def win_rate(
     scores_a: Sequence[Sequence[float]], scores_b: Sequence[Sequence[float]], seed: int = 0
 ) -> Estimate:
-    """Return how often a response of a beats one of b to the same prompt; a tie counts half.
+    """Return how often a's response beats b's to the same prompt; a tie counts half.
 
     Args:
         scores_a: Scores of a's responses by prompt.
@@ -132,13 +132,13 @@ def win_rate(
 def paired_difference(
     values_a: Sequence[Sequence[float]], values_b: Sequence[Sequence[float]], seed: int = 0
 ) -> Estimate:
-    """Return the mean over prompts of a's mean minus b's; the interval comes from drawing prompts.
+    """Return the mean over prompts of a's mean minus b's.
 
     Args:
         values_a: Values of a's responses by prompt.
         values_b: Values of b's, for the same prompts. Prompts for which either has none are left
             out.
-        seed: Seed of the bootstrap.
+        seed: Seed of the bootstrap over prompts, which gives the interval.
 
     Returns:
         (nan, (nan, nan)) if no prompt is left.
@@ -157,19 +157,19 @@ def difference_at_equal_length(
     lengths_b: Sequence[Sequence[float]],
     seed: int = 0,
 ) -> Estimate:
-    """Return what is left of `paired_difference` where a's responses are as long as b's.
+    """Return the `paired_difference` to expect if a's responses were as long as b's.
 
-    It is the height at 0 of a line through the prompts by least squares: the difference of their
-    values over the difference of their lengths. Dubois et al. 2024 take the length out of win rates
-    in this way, with a logistic model.
+    It is the intercept of a least-squares regression over prompts, of the difference of values on
+    the difference of lengths. Dubois et al. 2024 correct win rates for length in this way, with a
+    logistic model.
 
     Args:
         values_a, values_b, seed: As in `paired_difference`.
         lengths_a, lengths_b: Lengths of the same responses.
 
     Returns:
-        (nan, (nan, nan)) if fewer than two prompts are left, or if the difference of the lengths is
-        the same for all prompts, and is not 0. The interval comes from drawing prompts.
+        (nan, (nan, nan)) if fewer than two prompts are left, or if the difference of lengths is the
+        same for all prompts and is not 0.
     """
     values = np.array(_differences(values_a, values_b))
     lengths = np.array(_differences(lengths_a, lengths_b))
@@ -200,8 +200,8 @@ def _differences(
 
 
 def _height_at_zero(values: Numbers, lengths: Numbers, axis: int) -> Numbers:
-    """Return the height at length 0 of a line by least squares along the axis. Where all lengths
-    are equal, the line is level."""
+    """Return the intercept of a least-squares line along the axis. If all lengths are equal, its
+    slope is 0."""
     mean_value, mean_length = values.mean(axis, keepdims=True), lengths.mean(axis, keepdims=True)
     spread = np.square(lengths - mean_length).sum(axis)
     together = ((values - mean_value) * (lengths - mean_length)).sum(axis)
@@ -222,7 +222,7 @@ def aggregate_estimate(
         values_by_cluster: Values of each cluster, such as a question, which is drawn as a whole.
         aggregate: Makes one number of a list of values. For a mean, `bootstrap_interval` is faster.
         seed: Seed of the draws; equal seeds give equal intervals.
-        num_resamples: How many sets of clusters are drawn.
+        num_resamples: Number of sets of clusters that are drawn.
 
     Returns:
         The interval is (nan, nan) for a single cluster.
@@ -313,7 +313,7 @@ def t_interval(values: Sequence[float]) -> Estimate:
 
 
 def best_of_n(proxy: Sequence[float], values: Sequence[float], n: int) -> float:
-    """Return the expected value of the response that the proxy likes best among n of these N.
+    """Return the expected value of the response with the best proxy score among n of these N.
 
         R_n = sum_{i=n..N} C(i-1, n-1) / C(N, n) * value(y_i),   y sorted by proxy, worst first
 
@@ -322,8 +322,8 @@ def best_of_n(proxy: Sequence[float], values: Sequence[float], n: int) -> float:
     proxy scores the choice is random, so each counts with the mean of its group.
 
     Args:
-        proxy: (N,) scores that choose.
-        values: (N,) what to measure of the chosen response: its gold score, its length, its proxy.
+        proxy: (N,) scores by which a response is chosen.
+        values: (N,) values of the responses, such as gold scores, lengths or proxy scores.
 
     Raises:
         ValueError: n is not 1 to N.
@@ -340,7 +340,7 @@ def best_of_n(proxy: Sequence[float], values: Sequence[float], n: int) -> float:
 
 
 def best_of_n_kl(n: int) -> float:
-    """Return the nats from a policy to its best-of-n, ln n - (n-1)/n (Stiennon et al. 2020, G.3).
+    """Return the KL of best-of-n from its policy, ln n - (n-1)/n nats (Stiennon et al. 2020, G.3).
 
     It is exact if no two responses have the same score. For a policy with few different responses
     it is an upper bound (Beirami et al. 2024).
@@ -349,7 +349,7 @@ def best_of_n_kl(n: int) -> float:
 
 
 def majority_of_k(answers: Sequence[str | None], right: Sequence[float], k: int) -> float:
-    """Return the chance that the majority of k of these N answers is right (maj@k).
+    """Return the probability that the majority of k of these N answers is right (maj@k).
 
     It is the mean over all C(N, k) subsets, so it is unbiased for every k up to N. The answer that
     most of a subset give wins (Wang et al. 2022, self-consistency); tied ones share the win. The
@@ -424,10 +424,10 @@ def most_frequent_answer(answers_by_prompt: Sequence[Sequence[Answer]]) -> tuple
 
 
 def is_one_answer(share: float, share_before: float, max_share: float) -> bool:
-    """Return whether one answer goes to too many prompts.
+    """Return whether too many prompts get one answer.
 
     Two conditions must hold. The share is above max_share. The odds, share / (1 - share), are more
-    than ONE_ANSWER_ODDS times those of the earlier policy. The second one spares a task with few
+    than ONE_ANSWER_ODDS times those of the earlier policy. The second one excludes a task with few
     right answers, such as yes and no. It uses odds, since a share of 0.4 cannot triple.
     """
     odds, odds_before = share * (1 - share_before), share_before * (1 - share)
@@ -435,10 +435,10 @@ def is_one_answer(share: float, share_before: float, max_share: float) -> bool:
 
 
 def distinct_bigrams(responses: Sequence[Sequence[int]]) -> float:
-    """Return the share of different pairs of neighbouring tokens (distinct-2, Li et al. 2016).
+    """Return the number of different bigrams over that of all bigrams (distinct-2, Li et al. 2016).
 
     It falls with the number of tokens, so compare it only on batches of the same size and kind. It
-    is 0 if there are no pairs.
+    is 0 if there are no bigrams.
     """
     bigrams = [pair for response in responses for pair in pairwise(response)]
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0

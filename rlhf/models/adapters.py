@@ -1,8 +1,8 @@
 """Loads, trains and saves LoRA adapters (Hu et al. 2021), in PEFT's file format.
 
 A layer with an adapter computes y = W x + alpha / rank * B A x with W frozen. A folder holds one
-adapter over a full model, its base. A stage that starts from an adapter continues to train a copy
-of it over the same base. So adapters are never stacked, nor merged between stages.
+adapter over a full model, its base. A stage that starts from an adapter trains a copy of it further
+over the same base. So adapters are never stacked, nor merged between stages.
 
     adapter_config.json          rank, alpha, layers, and the path of the base
     adapter_model.safetensors    A and B of every layer, and the head of a reward model
@@ -45,7 +45,7 @@ _NAME = "default"
 """PEFT's name for the only adapter of a model."""
 _LAYER = re.compile(rf"\.lora_[AB]\.{_NAME}\.weight$")
 _PREFIX = "base_model.model."
-"""PEFT puts this in front of every name in a file."""
+"""Prefix that PEFT gives every name in a file."""
 _READ = {
     "base_model_name_or_path",
     "peft_type",
@@ -71,7 +71,7 @@ _HARMLESS_STARTS = (True, False, "gaussian")
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """What a folder records about its adapter."""
+    """An adapter as its folder describes it."""
 
     base: str
     """Folder or hub id of the full model."""
@@ -88,7 +88,7 @@ def find_adapter(path: str) -> Adapter | None:
     """Return a folder's adapter after checking its base's hash; None if it holds a full model.
 
     Raises:
-        ValueError: It is no plain LoRA adapter, or its base has other weights than in training.
+        ValueError: It is not a plain LoRA adapter, or its base has other weights than in training.
         OSError: The base does not exist.
     """
     if not (Path(path) / CONFIG_FILE).is_file():
@@ -115,10 +115,10 @@ def find_adapter(path: str) -> Adapter | None:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read what the folder records, without comparing the base.
+    """Read a folder's adapter without checking its base.
 
     Raises:
-        ValueError: It is no LoRA adapter, or one with more than A and B.
+        ValueError: It is not a LoRA adapter, or has more than A and B.
     """
     path = Path(folder) / CONFIG_FILE
     try:
@@ -133,8 +133,7 @@ def read_adapter(folder: str | Path) -> Adapter:
 def weights_sha256(path: str) -> str:
     """Return the SHA-256 of a full model's weights; for a hub id, its commit.
 
-    It covers all *.safetensors files in the order of their names, as
-    `cat *.safetensors | sha256sum` does.
+    It is that of `cat *.safetensors | sha256sum` in the model's folder.
 
     Raises:
         ValueError: The folder holds no safetensors file, or is an adapter itself.
@@ -179,8 +178,8 @@ def empty_adapter(
 ) -> None:
     """Add an adapter to a model without data, reading no weights.
 
-    With `adapter`, from a folder, it stands for load_adapter; otherwise for new_adapter."""
-    # On the meta device, because PEFT moves what it makes, and fake tensors cannot be moved.
+    It replaces load_adapter if `adapter` is given, otherwise new_adapter."""
+    # PEFT moves its new tensors, and fake tensors cannot be moved, but meta tensors can.
     with torch.device("meta"):
         _inject(model, adapter or _adapter_over(model, base, None, settings))
     for module in model.modules():
@@ -196,7 +195,7 @@ def load_adapter(
     """Freeze a base and add the adapter of a folder to it, to be trained further or only used.
 
     Args:
-        new_head: Whether to leave out the head: it is not in the folder, or not wanted.
+        new_head: Whether to leave out the folder's head, if it has one.
 
     Raises:
         ValueError: Weights are missing, unknown, or have another shape.

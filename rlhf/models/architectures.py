@@ -1,8 +1,8 @@
 """Finds out what differs between architectures.
 
-Differences are: the arguments of the forward pass, where body and head are, which attention there
-is, and whether a token's probability depends on later tokens. The code here names no architecture:
-it inspects the model, or tries it.
+They differ in the arguments of the forward pass, the places of body and head, the kinds of
+attention, and whether a token's probability depends on later tokens. The code here names no
+architecture: it inspects the model, or tries it.
 """
 
 import copy
@@ -34,7 +34,7 @@ NO_POLICY = (
     "TokenClassification",
     "QuestionAnswering",
 )
-"""Endings of class names whose weights hold another head than a language model's."""
+"""Endings of the names of classes that have another head than a language model's."""
 
 
 @functools.cache
@@ -50,13 +50,13 @@ def accepts(model: nn.Module, name: str) -> bool:
 def accepted(model: nn.Module, **arguments: Any) -> dict[str, Any]:
     """Return those arguments that the model's forward pass has by name.
 
-    A forward pass with **kwargs would drop the others without an error; the rest would refuse them.
+    A forward pass with **kwargs would ignore the others without an error; any other would fail.
     """
     return {name: value for name, value in arguments.items() if accepts(model, name)}
 
 
 def find_body(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Return the model without its head; None where no part of it is the body."""
+    """Return the model without its head; None if no part of it is known to be the body."""
     if isinstance(model.base_model, PreTrainedModel) and model.base_model is not model:
         return model.base_model
     # base_model is the model itself if its class names a body that it lacks, such as Llama 4's.
@@ -82,8 +82,8 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel:
 def layer_configs(config: Any) -> list[Any]:
     """Return the config of each layer.
 
-    Layers may differ in settings such as head_dim (Gemma 4's do). transformers then refuses to read
-    these settings from the model's config.
+    Layers may differ in settings such as head_dim (as in Gemma 4). transformers then refuses to
+    read these settings from the model's config.
     """
     number = getattr(config, "num_hidden_layers", 0)
     if getattr(config, "is_heterogeneous", False):
@@ -119,7 +119,7 @@ def check_is_policy(config: PretrainedConfig, path: str) -> None:
 def check_is_known(config: PretrainedConfig, path: str) -> None:
     """Refuse a folder from which no causal LM can be loaded and saved.
 
-    Of a model that reads more than text, transformers loads and saves the causal LM alone.
+    If a model reads more than text, transformers loads and saves only its causal LM.
 
     Raises:
         ValueError: Neither transformers nor the folder's code has a causal LM for this model type,
@@ -145,9 +145,9 @@ def check_is_known(config: PretrainedConfig, path: str) -> None:
 def check_causal(model: PreTrainedModel, path: str) -> None:
     """Refuse a model in which later tokens change the prediction after an earlier one.
 
-    It reads eight tokens three times: alone, and with two different texts after them. A model whose
-    predictions differ sees the token that it is to predict, so its losses and log-probabilities
-    would mean nothing.
+    The model reads eight tokens three times: alone, and with two different texts after them. If its
+    predictions differ, it sees the token that it should predict, so its losses and
+    log-probabilities mean nothing.
 
     Raises:
         ValueError: The passes differ.
@@ -174,7 +174,7 @@ def check_causal(model: PreTrainedModel, path: str) -> None:
     # Shares of the largest value, above rounding: bfloat16 keeps 8 bits (0.4 %).
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.02
     difference = max((alone - one).abs().max().item() for one in continued)
-    # 1e-6 allows for features that are all 0. A NaN passes here; whoever uses it reports it.
+    # 1e-6 allows for features that are all 0. A NaN passes here; the code that uses it reports it.
     if difference > tolerance * max(scale, 1e-6):
         raise ValueError(
             f"the model at {path} ({type(model).__name__}) is bidirectional: what it says of a "
@@ -187,7 +187,7 @@ def _predictions(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return the logits of a language model, or the features of a classifier."""
     if model.get_output_embeddings() is None:
         return features_of(model, input_ids=ids)
-    # Some models hand use_cache on to their bodies without naming it.
+    # Some models pass use_cache to their bodies through **kwargs.
     body = find_body(model)
     cache = accepted(model, use_cache=False) or (accepted(body, use_cache=False) if body else {})
     return model(input_ids=ids, **cache).logits
@@ -211,7 +211,7 @@ def hidden_states(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
 
 
 def features_of(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
-    """Return what passes are compared by: hidden states, or logits if the body is unknown."""
+    """Return the hidden states, or the logits if the body is unknown, to compare two passes."""
     if find_body(model) is not None:
         return hidden_states(model, **inputs)
     return model(**inputs, **accepted(model, use_cache=False)).logits
@@ -289,7 +289,7 @@ def _scalar_over(causal_class: Any) -> Any:
             self.score = nn.Linear(head.in_features, 1, bias=False)
 
         def _init_weights(self, module: nn.Module) -> None:
-            # What some causal LMs initialize for themselves is the head that was taken away.
+            # Some causal LMs initialize their head here, which this class has removed.
             if module is not self:
                 super()._init_weights(module)
 

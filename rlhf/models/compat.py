@@ -1,7 +1,7 @@
-"""Holds what the wing must know of transformers' and torch's insides.
+"""Holds all uses of transformers' and torch's private names in this wing.
 
-They offer no public way to these. Tried with transformers 5.23.0 and torch 2.13.0; a new version
-is tried here first.
+There is no public way to do this. It was tried with transformers 5.23.0 and torch 2.13.0; try a new
+version here first.
 """
 
 import functools
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 ASKS_FOR_SDPA = re.compile(r"""_attn_implementation\b.*["']sdpa["']""")
-"""A line of a model's code that does something for attention of this name only."""
+"""A line of a model's code that depends on the name "sdpa" of the attention."""
 
 
 def attention_of(model: PreTrainedModel) -> str:
@@ -24,7 +24,7 @@ def attention_of(model: PreTrainedModel) -> str:
 
 
 def depends_on_the_name(model: PreTrainedModel) -> bool:
-    """Return whether a model computes something else under another name of the same attention.
+    """Return whether a model computes something else if the same attention has another name.
 
     Some add their sparse mask only if the name is "eager" or "sdpa" (DeepSeek-V3.2). Under a name
     of ours they would leave it out, and nothing would show in a short test.
@@ -54,7 +54,7 @@ def model_from_config(auto_class: Any, config: PretrainedConfig, **arguments: An
 
 
 def forget_adapter(model: PreTrainedModel) -> None:
-    """Have transformers take a model for one without an adapter, so that it saves all weights."""
+    """Make transformers treat a model as one without an adapter, so that it saves all weights."""
     model._hf_peft_config_loaded = False
 
 

@@ -22,9 +22,7 @@ from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
 def empty_policy(
     settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, *, is_shared: bool = False
 ) -> PreTrainedModel:
-    """Make the causal LM that load_policy returns, from its config alone, reading no weights.
-
-    Under torch's FakeTensorMode it takes no memory.
+    """Make the causal LM that load_policy would return, from its config alone.
 
     Args:
         is_shared: Whether load_policy would get `bases`.
@@ -40,7 +38,7 @@ def empty_policy(
 def empty_scalar(
     settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, *, is_shared: bool = False
 ) -> ScalarModel:
-    """Make the scalar model that load_scalar returns; see `empty_policy`."""
+    """Make the scalar model that load_scalar would return; see `empty_policy`."""
     auto_class = AutoModelForSequenceClassification
     return ScalarModel(_empty(auto_class, settings, lora, is_shared, num_labels=1))
 

@@ -1,4 +1,4 @@
-"""Loads a full model with every weight from its folder; refuses by name what is not one."""
+"""Loads a full model with every weight from its folder; refuses any other folder."""
 
 import importlib.util
 import warnings
@@ -37,8 +37,8 @@ def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Make each layer recompute its activations in the backward pass, in training mode.
 
-    It takes memory for one layer instead of all and about a third more time. The gradients are the
-    same."""
+    Activations of one layer are in memory instead of all. A step takes about a third more time. The
+    gradients are the same."""
     with warnings.catch_warnings():
         # The new name of this method in transformers 5.23 does not exist in 5.19.
         warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
@@ -126,7 +126,7 @@ def _four_bits(settings: ModelSettings) -> Any:
 
 @contextmanager
 def naming_model(path: str) -> Iterator[None]:
-    """Name the model in any error that transformers raises because of its files."""
+    """Name the model in an error that transformers raises in the block."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):

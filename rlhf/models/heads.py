@@ -20,7 +20,7 @@ from rlhf.models.architectures import accepted, accepts, body_of, find_body, hid
 from rlhf.models.compat import share_storage
 
 _plain_heads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""Answers that `has_plain_head` has found."""
+"""Results of `has_plain_head`, kept for each policy."""
 
 
 def response_logprobs(policy: nn.Module, row: PackedRow, temperature: float = 1.0) -> Tensor:
@@ -67,15 +67,15 @@ def has_plain_head(policy: nn.Module) -> bool:
 
 
 def find_plain_head(policy: PreTrainedModel) -> None:
-    """Note the answer of `has_plain_head` for a model without data; it has no logits to compare."""
+    """Store the result of `has_plain_head` for a model without weights, which has no logits."""
     _plain_heads[policy] = _passes_logits_on(policy)
 
 
 @torch.no_grad()
 def _passes_logits_on(policy: PreTrainedModel) -> bool:
-    """Answer `has_plain_head` for a model without data, by which tensor goes where.
+    """Return whether the body's output is the head's input, and the head's output the model's.
 
-    The head's output must be the model's output, and the body's output the head's input."""
+    This needs no weights."""
     seen: list[Tensor] = []
     head = policy.get_output_embeddings()
     hooks = [
@@ -91,7 +91,7 @@ def _passes_logits_on(policy: PreTrainedModel) -> bool:
 
 
 def _features_and_head(policy: nn.Module, row: PackedRow) -> tuple[Tensor, Head]:
-    """Return what predicts each response token (tokens, ...), and the head that gives logits."""
+    """Return features (tokens, ...) that predict the response tokens, and the head for them."""
     if has_plain_head(policy):
         assert isinstance(policy, PreTrainedModel)
         hidden = hidden_states(policy, **row.model_inputs)

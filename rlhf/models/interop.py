@@ -3,8 +3,8 @@
 Version 5 moved the settings of rotary positions into `rope_parameters`, and gives tokenizers a
 class that version 4 does not know. Version 4, and any program that reads config.json the same way,
 would use its own default base of the angles without a warning. It also could not load the
-tokenizer. Version 5 reads both names, which here always have the same value. Where they would not,
-because version 4 does not have the architecture, only the new names stay.
+tokenizer. Version 5 reads both names. If the old ones would change what it reads, only the new ones
+stay.
 """
 
 import copy
@@ -18,7 +18,7 @@ _NOT_SCALING = ("rope_theta", "partial_rotary_factor")
 """Settings that version 4 has next to `rope_scaling`, not inside it."""
 
 _LONGROPE_FACTORS = ("short_factor", "long_factor")
-"""All that version 4 allows in Phi-3's `rope_scaling`, besides its type."""
+"""The only settings besides the type that version 4 allows in Phi-3's `rope_scaling`."""
 
 _OWN_NAMES = {
     "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
@@ -41,11 +41,11 @@ def name_as_before(folder: str | Path) -> None:
 
 
 def _name_rope_settings(path: Path) -> None:
-    """Adds the names to a config.json, unless version 5 then reads something else in it."""
+    """Add the names to a config.json, unless version 5 would then read something else from it."""
     values = _read(path)
     named = copy.deepcopy(values)
     _add_rope_settings(named)
-    if values.get("model_type") not in CONFIG_MAPPING:  # of others, whose code says how it is read
+    if values.get("model_type") not in CONFIG_MAPPING:  # only the model's own code can read it
         _write(path, named)
         return
     config_class = CONFIG_MAPPING[values["model_type"]]
@@ -53,14 +53,14 @@ def _name_rope_settings(path: Path) -> None:
     _write(path, named)
     try:
         is_read_alike = _holds(config_class.from_pretrained(path.parent).to_dict(), before)
-    except Exception:  # what an architecture makes of names that it does not know is its own
+    except Exception:  # a config class may fail in any way on names that it does not know
         is_read_alike = False
     if not is_read_alike:
         _write(path, values)
 
 
 def _holds(whole: Any, part: Any) -> bool:
-    """Whether all that is in the part is in the whole, and equal."""
+    """Return whether the whole has everything that is in the part, with equal values."""
     if isinstance(whole, dict) and isinstance(part, dict):
         return all(key in whole and _holds(whole[key], part[key]) for key in part)
     return bool(whole == part)

@@ -1,7 +1,7 @@
 """Finds by a test pass how prompt trees become rows for one model.
 
-The model must be where the run will use it, inside the run's autocast: another device takes another
-path (a mask instead of segments), and another type rounds in another way.
+The test must run on the run's device and inside its autocast: another device takes another path (a
+mask instead of segments), and another type rounds differently.
 """
 
 import warnings
@@ -23,16 +23,15 @@ HALF_TOLERANCE = 0.25
 """The same in bfloat16. It keeps 8 bits, so rounding alone moves values of a few units by some
 hundredths."""
 
-
 LAYOUTS = {
     PACKED_SDPA: (Layout.SEGMENTS, Layout.MASK),
     "flash_attention_2": (Layout.SEQUENCES,),
 }
-"""Layouts to try for an attention, best first; for any other it is the mask."""
+"""Layouts to try for each attention, best first. All others try the mask."""
 
 
 def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
-    """Return how trees are laid out for this model: the first layout that passes the test.
+    """Return a packer with the first layout that passes the test for this model.
 
     A layout passes if its results agree with separate passes. If none does, every response gets
     its own row. That happens to models without an attention mask over positions (state space,
@@ -43,7 +42,7 @@ def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
     eager = model.dtype if attention == "eager" else None
     layouts = LAYOUTS.get(attention, (Layout.MASK,))
     if _device_of(model).type != "cpu":
-        # Only a CPU reads segments; elsewhere laying them would be for nothing.
+        # Only a CPU uses segments.
         layouts = tuple(layout for layout in layouts if layout != Layout.SEGMENTS)
     ways = [Packer(micro_batch_tokens, layout, mask_dtype=eager) for layout in layouts]
     packer = next((packer for packer in ways if _agrees(model, packer)), None)
@@ -66,11 +65,11 @@ def packer_for(model: PreTrainedModel, micro_batch_tokens: int) -> Packer:
 def _agrees(model: PreTrainedModel, packer: Packer) -> bool:
     """Return whether packed and separate passes agree on two trees of 26 tokens in all.
 
-    Only errors of the packed pass count as a refusal of the mask. Errors of memory or device, and
-    those that stop the separate passes too, are raised.
+    An error of the packed pass alone means that the model refuses the mask. Errors of memory or
+    device, and those of the separate passes, are raised.
     """
     if "local" in getattr(model.config, "attention_layers", ()):
-        return False  # GPT-Neo counts its window by places in the row; the test is too short for it
+        return False  # GPT-Neo's window counts places in the row, and is longer than these trees
     # Varied ids without 0, which is often the padding token.
     top = num_embeddings(model) - 1
     ids = tuple(1 + (7 * i) % top for i in range(26))

@@ -30,7 +30,7 @@ def check_vocabulary(model: PreTrainedModel, chat: Chat, path: str) -> None:
 
 
 def check_context(model: PreTrainedModel, path: str, limits: Mapping[str, int]) -> None:
-    """Refuse limits (setting -> tokens) whose sum is more than the model's positions."""
+    """Refuse limits (setting -> tokens) whose sum is greater than the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and sum(limits.values()) > context:
         names = " + ".join(f"{name} {tokens}" for name, tokens in limits.items())

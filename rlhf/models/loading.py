@@ -36,10 +36,10 @@ def load_policy(
 
     Args:
         lora: With a rank, the model has a trainable adapter over frozen weights: the folder's own,
-            or a new one if the folder holds a full model. Without a rank, all weights can be
-            trained, and an adapter is merged into its base.
-        bases: Holds frozen weights for several models. With it and no rank in `lora`, the model is
-            frozen and its adapter is not merged.
+            or a new one if the folder holds a full model. With rank 0, all weights can be trained,
+            and an adapter is merged into its base.
+        bases: Holds frozen weights for several models. With it and rank 0, the model is frozen and
+            its adapter is not merged.
 
     Raises:
         ValueError: Weights are missing or do not fit the architecture, an adapter's base has other
@@ -88,16 +88,14 @@ def load_scalar(
     """Load a scalar model in evaluation mode with dropout off.
 
     Args:
-        new_head: True puts a new head from torch's generator on the body of any causal LM. It is
-            N(0, 1/(d+1)), whose variance keeps first scores of order 1 (Stiennon et al. 2020,
-            B.1). False needs the head in the folder, because a random one would score at random
-            without an error.
+        new_head: True puts a new head from torch's generator on the body of any causal LM. Its
+            weights are N(0, 1/(d+1)), so that first scores are of order 1 (Stiennon et al. 2020,
+            B.1). False needs the head in the folder.
         lora: As in load_policy. With a rank, the head is trained together with the adapter.
         bases: As in load_policy.
 
     Raises:
-        ValueError: Weights are missing, which includes the head unless it is to be new; or as in
-            load_policy.
+        ValueError: The head is missing and `new_head` is False; or as in load_policy.
     """
     path = settings.path
     adapter = find_adapter(path)
@@ -146,7 +144,7 @@ def _adapt(
     is_shared: bool,
     new_head: bool = False,
 ) -> None:
-    """Add to its base the adapter that `load_policy` describes."""
+    """Add the adapter to its base, as `load_policy` describes."""
     if adapter is None and lora.rank:
         new_adapter(model, path, lora)
     elif adapter is not None:

@@ -1,18 +1,18 @@
 """Computes attention over packed rows only where the mask allows it.
 
 A row's mask says for every pair of tokens whether it is allowed. sdpa computes all pairs: for a row
-of n trees about n times too many. On a CPU that takes up to a quarter of a pass. There, a row
-instead names its *segments*, which are its prompts and responses. Each segment is a small attention
-over its prompt and itself:
+of n trees about n times too many. On a CPU that takes up to a quarter of a pass. There, a row names
+its *segments* instead, which are its prompts and responses. Each segment attends to its prompt and
+itself:
 
     tokens     p0 p1 p2 | a0 a1 | b0 b1 b2 || q0 q1 | c0 c1
     queries    p0 p1 p2 | a0 a1 | b0 b1 b2 || q0 q1   c0 c1
     keys       p0 p1 p2 | p a   | p b      || q0 q1   c0 c1     (an only response joins its prompt)
 
-The segments are passed where transformers takes a four-dimensional mask, which it hands to the
-layers unchanged. They are integers, which no mask is, so PACKED_SDPA recognises them. Everything
-else it passes on to transformers' "sdpa". Every model that rlhf.models loads went
-through `take_segments`; rlhf.models.layout tests whether it works (packer_for).
+The segments take the place of a four-dimensional mask, which transformers passes to the layers
+unchanged. PACKED_SDPA recognises them because they are integers, which no mask is. It leaves
+everything else to transformers' "sdpa". rlhf.models calls `take_segments` on every model that it
+loads; rlhf.models.layout tests whether it works (packer_for).
 """
 
 from typing import Any
@@ -26,11 +26,11 @@ from transformers.masking_utils import sdpa_mask
 from rlhf.models.compat import attention_of, can_rename_attention, depends_on_the_name
 
 PACKED_SDPA = "packed_sdpa"
-"""Name of this attention among transformers' own."""
+"""Name under which transformers knows this attention."""
 
 
 def take_segments(model: PreTrainedModel) -> None:
-    """Have a model with sdpa take segments as well as masks, by the name of its attention.
+    """Let a model with sdpa take segments as well as masks, by changing its attention.
 
     Without segments its results stay the same to the bit. A model stays as it is if it has another
     attention, if it fixed its attention when it was made, or if it computes something else under
@@ -53,13 +53,13 @@ def segmented_sdpa(
     attention_mask: Tensor | None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Compute transformers' sdpa, which here also takes the segments of a packed row.
+    """Compute transformers' sdpa for a mask or for the segments of a packed row.
 
     Args:
         query: (1, heads, length, size); key and value likewise, with their own number of heads.
-        attention_mask: A mask, or segments (1, 1, 4, segments) int64. Their four numbers are the
-            first and last place + 1 of a segment, then of its prompt (an empty range if there is
-            none). Segments follow each other and cover the row.
+        attention_mask: A mask, or segments (1, 1, 4, segments) int64. Their four numbers are start
+            and end of a segment, then of its prompt (an empty range if there is none). An end is
+            the last place + 1. Segments follow each other and cover the row.
 
     Returns:
         (1, length, heads, size), and None, which transformers expects.

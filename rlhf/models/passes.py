@@ -68,8 +68,7 @@ def _over_rows(
 
 
 def _to_cpu(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Copy all rows' results at once: a copy for each row would wait for its pass, and the device
-    would then wait for the next row."""
+    """Copy the results of all rows at once, because the device would be idle after each copy."""
     sizes = [part.numel() for part in parts]
     flat = torch.cat([part.flatten() for part in parts]).cpu()
     return [one.view(part.shape) for one, part in zip(flat.split(sizes), parts, strict=True)]

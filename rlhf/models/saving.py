@@ -46,6 +46,7 @@ def save_model(
     folder: str | Path,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
+    """Write a model (as `save_weights`) and its tokenizer."""
     with quiet():
         save_weights(model, folder, weights)
         save_tokenizer(tokenizer, folder)

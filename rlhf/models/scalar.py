@@ -1,4 +1,4 @@
-"""Defines the model for rewards and for values, which gives one number per token."""
+"""Defines the reward and value model, which gives one number per token."""
 
 from pathlib import Path
 

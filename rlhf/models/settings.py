@@ -1,4 +1,4 @@
-"""Settings of a model: which one, how its weights are held, and its adapter."""
+"""Defines settings of a model: which one, the type of its weights, and its adapter."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Which model to load and how to hold it."""
+    """A model to load, and the type of its weights."""
 
     path: str
     """Model: a local folder or a hub id."""
@@ -30,7 +30,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings(Ranged):
-    """Train a low-rank adapter over frozen weights instead of all weights (Hu et al. 2021).
+    """Settings of a low-rank adapter, trained over frozen weights (Hu et al. 2021).
 
     There is no dropout, because with it the first ratio of PPO would not be 1.
     """
@@ -44,8 +44,8 @@ class LoraSettings(Ranged):
     """Names of the linear layers that get an adapter, such as [q_proj, v_proj]. all-linear means
     every one except the output layer, or those of the adapter that is trained further."""
     quantize: Literal["none", "4bit"] = "none"
-    """How the frozen weights are held: as model.dtype says, or in 4 bits (QLoRA, Dettmers et al.
-    2023). 4bit needs the package bitsandbytes."""
+    """Type of the frozen weights: none means model.dtype; 4bit is QLoRA's (Dettmers et al. 2023)
+    and needs the package bitsandbytes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,8 @@
 """Builds several models over one copy of their frozen weights, such as PPO's four roles.
 
-Every role is a module tree of its own with its own adapter and head. The frozen weights in it are
-the same Parameter objects as in the other trees. So no role ever has to be switched: gradients,
-activation checkpointing, generation and data parallelism see plain models.
+Every role is a module tree with its own adapter and head. The frozen weights in it are the same
+Parameter objects as in the other trees. So no adapter is switched on or off: gradients, activation
+checkpointing, generation and data parallelism see plain models.
 """
 
 import copy
@@ -23,11 +23,11 @@ from rlhf.models.settings import ModelSettings
 class SharedBases:
     """Loads each full model once, frozen, for `load_policy` and `load_scalar`.
 
-    Two settings mean the same weights if the SHA-256, the type and the attention are equal.
+    Two settings share a model if its SHA-256, type and attention are equal.
     """
 
     def __init__(self, device: torch.device | str = "cpu", quantize: str = "none") -> None:
-        """Hold the bases of adapters as `quantize` says (see LoraSettings.quantize)."""
+        """Start empty. `quantize` is the type of bases that get adapters (see LoraSettings)."""
         self._device = device
         self._quantize = quantize
         self._full: dict[tuple[Any, ...], PreTrainedModel] = {}
@@ -62,7 +62,7 @@ def weight_bytes(*models: nn.Module) -> int:
 
 
 def has_four_bits(model: nn.Module) -> bool:
-    """Return whether any weights, shared or its own, are in bitsandbytes' 4 bits.
+    """Return whether a model has weights in bitsandbytes' 4 bits, shared or its own.
 
     A classifier on the body of a quantised policy lacks the usual flag (`is_loaded_in_4bit`).
     """

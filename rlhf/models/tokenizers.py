@@ -32,7 +32,7 @@ def _load_as_it_is(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizer
 
 
 def load_chat(settings: ModelSettings) -> Chat:
-    """Load the rendering of a model folder or hub id, with all declared end tokens."""
+    """Load the Chat of a model folder or hub id, with all declared end tokens."""
     tokenizer = load_tokenizer(settings.path, trust_remote_code=settings.trust_remote_code)
     return Chat(tokenizer, _declared_ends(settings.path, tokenizer))
 

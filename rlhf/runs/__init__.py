@@ -1,4 +1,4 @@
-"""A program from its settings to its results.
+"""Takes a program from its settings to its results.
 
 program.py             how every program starts; turns a user's errors into one line on stderr
 settings.py            one loader of settings for all programs

@@ -11,8 +11,8 @@ Where ZeRO or FSDP2 splits the model, every process writes its own state, with i
 
 A part's state is a mapping of names to tensors, plain JSON values, and mappings of these. A
 checkpoint that is not whole, or was altered, is refused by name. It is written under another name,
-synced to the disk and renamed: a machine that dies at any moment leaves no half checkpoint under a
-checkpoint's name. Loading runs no code from the folder: there is no pickle.
+synced to the disk and renamed, so a machine that fails leaves no incomplete checkpoint under a
+checkpoint's name. Loading runs no code from the folder, because nothing in it is a pickle.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What the manifest says about a checkpoint."""
+    """The manifest of a checkpoint."""
 
     step: int
     """The last step in the checkpoint, as metrics.jsonl counts steps."""
@@ -51,13 +51,13 @@ class Manifest:
     """Wall time that the run has taken so far."""
     num_processes: int
     run: dict[str, Any]
-    """What the run is (see rlhf.runs.run.Run.identity)."""
+    """The run's identity (see rlhf.runs.run.Run.identity)."""
     files: dict[str, str]
     """Maps each file to its SHA-256."""
 
 
 def start_checkpoint(folder: Path) -> None:
-    """Make room for the files of a checkpoint, which `finish_checkpoint` gives its name.
+    """Make the folder of a checkpoint under another name, which `finish_checkpoint` renames.
 
     Raises:
         OSError: The folder cannot be made.
@@ -90,10 +90,10 @@ def finish_checkpoint(
     run: dict[str, Any],
     shards: Mapping[str, str],
 ) -> None:
-    """Write the parts that all processes share; everything then appears under the name `folder`.
+    """Write the parts that all processes share, and rename the checkpoint to `folder`.
 
     Args:
-        shards: What `write_shard` returned in all processes. They are on the disk.
+        shards: The hashes that `write_shard` returned in all processes.
 
     Raises:
         OSError: The disk is full, or cannot be written. No part of the checkpoint is left then.
@@ -135,7 +135,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Check that every file that all processes share is there and unaltered.
+    """Check that every file except the shards is there and unaltered.
 
     Raises:
         ValueError: A file is missing or altered; the message names the first one.

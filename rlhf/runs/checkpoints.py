@@ -36,7 +36,7 @@ _PROCESSES = "processes"
 _PRECISION = "mixed_precision"
 _SPLIT = "split_by"
 _WHOLE = "nothing"
-"""What splits the model where every process holds all of it."""
+"""Value of `split_by` if every process holds the whole model."""
 
 
 class Checkpoints:
@@ -49,7 +49,7 @@ class Checkpoints:
             checkpoints.end_step(step)
         checkpoints.close()
 
-    Make it before the run writes anything. All processes must see the folder. Where ZeRO or FSDP2
+    Make it before the run writes anything. All processes must see the folder. If ZeRO or FSDP2
     splits the model, every process writes and reads its own shards, and none gathers the model.
 
     Args:
@@ -113,13 +113,13 @@ class Checkpoints:
         interrupts.are_deferred = self.are_written
 
     def end_step(self, step: int) -> bool:
-        """Note that a step is done and logged. Save if it is time, or if the run is to end.
+        """Record that a step is done and logged. Save if it is time, or if a signal came.
 
         Returns:
             Whether it was saved.
 
         Raises:
-            Interrupted: A signal asked for the end.
+            Interrupted: A signal asked the run to end.
             OSError: The checkpoint could not be written; the previous one is still there.
         """
         if self._every is None:
@@ -137,10 +137,10 @@ class Checkpoints:
         return is_time
 
     def close(self) -> None:
-        """Note that the last step is done. From now on an interrupt ends the program at once.
+        """Record that the last step is done. From now on an interrupt ends the program at once.
 
-        An interrupt that waited ends it here. The parts are released, since a model among them
-        would stay in memory.
+        An interrupt that was deferred ends it here. The parts are released, since a model among
+        them would stay in memory.
         """
         self._parts, self._own = Together(), Together()
         interrupts.are_deferred = False
@@ -169,7 +169,7 @@ class Checkpoints:
         return manifest.step, states
 
     def _read(self, folder: Path) -> None:
-        """Read the states that `_find` has not read: among them this process's own."""
+        """Read the states that `_find` did not read, which include this process's own."""
         rank = self._accelerator.process_index
         if not self._accelerator.is_main_process:
             self._states = read_states(folder)
@@ -224,7 +224,7 @@ class Checkpoints:
         self._num_since = 0
 
     def _write_whole(self, folder: Path, step: int) -> None:
-        """Write a model that every process holds; the first one writes for all."""
+        """Write a model that every process holds whole; only the first process writes."""
         own = gather_object([self._own.state_dict()])
         if self._accelerator.is_main_process:
             start_checkpoint(folder)
@@ -232,7 +232,7 @@ class Checkpoints:
             self._finish(folder, step, {_PROCESSES: of_processes}, {})
 
     def _write_shards(self, folder: Path, step: int) -> None:
-        """Write a model in shards: every process its own, and then the first one the rest."""
+        """Write a model in shards: every process writes its own, then the first one the rest."""
         rank, is_main = self._accelerator.process_index, self._accelerator.is_main_process
         from_all_processes(lambda: start_checkpoint(folder) if is_main else None, OSError)
         written = from_all_processes(
@@ -266,7 +266,7 @@ class Checkpoints:
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield in words what differs between a checkpoint's run and this one."""
+    """Yield a description of each difference between a checkpoint's run and this one."""
     contents = [{**run, "inputs": contents_of(run["inputs"])} for run in (then, now)]
     yield from differing(*contents)
     if then.get(_PRECISION) != now[_PRECISION]:

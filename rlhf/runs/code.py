@@ -22,7 +22,7 @@ def code_of(config: Any, settings: dict[str, Any]) -> dict[str, str]:
     """Return a hash of the program, and one of the module of each function that settings name.
 
     The program is the library and the folder of the module that defines its settings. Comments,
-    docstrings and layout do not count. What a user's module imports does not count either.
+    docstrings and layout do not count, nor does what a user's module imports.
 
     Args:
         config: The settings object of the program.
@@ -40,7 +40,7 @@ def code_of(config: Any, settings: dict[str, Any]) -> dict[str, str]:
 
 
 def hash_of_library() -> str:
-    """Return the hash of rlhf. It takes about half a second, and then is remembered."""
+    """Return the hash of rlhf. The first call takes about half a second, later ones none."""
     return _hash_of_program(_LIBRARY)
 
 
@@ -50,9 +50,9 @@ def _hash_of_program(folder: Path) -> str:
 
 
 def _hash_of_module(name: str) -> str | None:
-    """Return the hash of a module, of all files if it is a package; None if there is no such one.
+    """Return the hash of a module, or of all files of a package; None if it is not found.
 
-    The loader of the function reports what is wrong with it.
+    The loader of the function reports the error.
     """
     with suppress(Exception):
         spec = importlib.util.find_spec(name)

@@ -12,7 +12,7 @@ from typing import Any
 from rlhf.inputs.whole_files import write_text
 
 _COARSEST_TICK_NS = 2_000_000_000
-"""FAT keeps times to two seconds; other file systems keep them more finely."""
+"""Resolution of FAT's file times, two seconds. Other file systems have a finer one."""
 
 
 def sha256_of(path: Path) -> str:
@@ -22,10 +22,10 @@ def sha256_of(path: Path) -> str:
 
 
 class FileHashes:
-    """Hashes files, but does not read one again whose size and time of change are as recorded.
+    """Hashes files. A file whose size and time of change are as recorded is not read again.
 
     Args:
-        known: What an earlier object recorded.
+        known: The attribute `recorded` of an earlier object.
     """
 
     def __init__(self, known: Mapping[str, Sequence[Any]] | None = None) -> None:
@@ -46,7 +46,7 @@ class FileHashes:
         return digest
 
     def of_all(self, place: Path) -> dict[str, str]:
-        """Return the SHA-256 of a file, or of all files below a folder, by their names in it."""
+        """Return the SHA-256 of a file, or of all files below a folder by their relative paths."""
         files = sorted(one for one in place.rglob("*") if one.is_file()) or [place]
         return {file.relative_to(place).as_posix(): self.of(file) for file in files}
 

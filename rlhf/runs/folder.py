@@ -2,7 +2,7 @@
 
 .rlhf_run.json   the mark: the program that took the folder, its settings and inputs, and the names
                  of the files that it writes; only this module writes it
-.rlhf_run.lock   the process and machine of a program that is at work in the folder
+.rlhf_run.lock   the process and machine of a program that is writing to the folder
 
 A folder that is not empty and has no mark belongs to somebody else and is refused. In a folder with
 a mark, only the files that the mark names are removed or replaced.
@@ -82,7 +82,7 @@ UNIMPORTANT = (
 )
 """Settings that do not change what a run computes."""
 MAX_SHOWN = 5
-"""The most differences, or files, that an error message lists."""
+"""Maximum number of differences or files in an error message."""
 
 _NOT_LOCKED = (errno.EACCES, errno.EAGAIN)
 """Error numbers that mean another process holds the lock. Any other error means that this file
@@ -96,8 +96,8 @@ class Mark:
     program: str
     """Name of the program that took the folder."""
     files: tuple[str, ...]
-    """What the program wrote, relative to the folder. While it is at work: patterns of all that it
-    may write."""
+    """Files that the program wrote, relative to the folder. Until it has finished: patterns of all
+    files that it may write."""
     settings: dict[str, Any] | None = None
     """The program's settings. None means that it has not begun to write."""
     inputs: dict[str, Any] = field(default_factory=dict)
@@ -105,13 +105,14 @@ class Mark:
     code: dict[str, str] = field(default_factory=dict)
     """Hashes of the code (see `rlhf.runs.code.code_of`). Marks of earlier versions have none."""
     hashed: dict[str, list[Any]] = field(default_factory=dict)
-    """The input files (see `rlhf.runs.files.FileHashes`)."""
+    """Hashes of the input files (see `rlhf.runs.files.FileHashes`)."""
 
 
 class UpToDate(Exception):
-    """The output folder holds what the program would make. Its text says so to the user.
+    """Says that the output folder already holds what the program would make.
 
-    `folders_given_back` prints it and ends the program. It is empty in all processes but the first.
+    `folders_given_back` prints its text and ends the program. The text is empty in all processes
+    but the first.
     """
 
 
@@ -128,8 +129,7 @@ class OutputFolder:
     is_other: bool = False
     """Whether the folder holds a run of other settings, other inputs or another program."""
     outdated: str = ""
-    """Why the finished run in the folder is not what the program would make. Empty if there is none
-    or it is."""
+    """Why the finished run in the folder is not current. Empty if it is, or if there is none."""
     _settings: dict[str, Any] = field(default_factory=dict)
     _inputs: dict[str, Any] = field(default_factory=dict)
     _code: dict[str, str] = field(default_factory=dict)
@@ -138,18 +138,18 @@ class OutputFolder:
 
     @property
     def code(self) -> dict[str, str]:
-        """Hashes of the code that `compare` was told about."""
+        """Hashes of the code, as `compare` got them."""
         return self._code
 
     @property
     def known_hashes(self) -> dict[str, list[Any]]:
-        """The input files of the finished run in the folder, for `FileHashes`. They serve to find
-        out whether that run is current; a new run hashes its inputs in full."""
+        """Hashes of the input files of the finished run in the folder, for `FileHashes`. They only
+        help to decide whether that run is current; a new run hashes its inputs in full."""
         return self._found.hashed if self._found is not None and self._is_finished else {}
 
     @property
     def is_current(self) -> bool:
-        """Whether the folder holds the finished run that `compare` was told about."""
+        """Whether the folder holds the finished run that `compare` described."""
         is_known = self._found is not None and self._found.settings is not None
         return is_known and self._is_finished and not self.outdated
 
@@ -167,7 +167,7 @@ class OutputFolder:
         overwrite: bool,
         has_checkpoint: bool = False,
     ) -> None:
-        """Note what the program is about to do, and compare it with the folder's mark.
+        """Store what the program is about to do, and compare it with the folder's mark.
 
         Args:
             inputs: Maps the name of each input to its content (see `content_of`).
@@ -203,12 +203,12 @@ class OutputFolder:
                 "run wrote"
             )
         if has_checkpoint and not shown:
-            self._code = found.code  # a run that goes on is not all of another code's making
+            self._code = found.code  # the first part of a resumed run was made by that code
         if self._is_finished:
             self.outdated = "; ".join(shown) or self._why_remade(found)
 
     def _why_remade(self, found: Mark) -> str:
-        """Say why a finished run of the same settings and inputs is not current; empty if it is."""
+        """Return why a finished run of equal settings and inputs is not current; empty if it is."""
         if found.code != self._code:
             return "the code has changed since"
         lost = [name for name in found.files if not (self.path / name).exists()]
@@ -218,8 +218,8 @@ class OutputFolder:
         """Start writing to the folder: remove what is to be replaced and write the mark.
 
         Args:
-            replaced: Names and patterns of what is removed now. If the folder holds a run of other
-                settings, everything that run wrote is removed too.
+            replaced: Names and patterns of the files to remove now. If the folder holds a run of
+                other settings, everything that run wrote is removed too.
         """
         self._begun = True
         self.path.mkdir(parents=True, exist_ok=True)
@@ -238,12 +238,12 @@ class OutputFolder:
                     (self.path / pattern).parent.rmdir()
 
     def finish(self) -> None:
-        """Name in the mark the files that were written, and give the folder back."""
+        """List the written files in the mark, and give the folder back."""
         self._write_mark(_present(self.path, self.files))
         self.give_back()
 
     def give_back(self) -> None:
-        """Let other processes take the folder. If nothing was begun, leave it as it was before."""
+        """Let other processes take the folder. Without `begin`, leave it as it was before."""
         if _taken.pop(self.path.resolve(), None) is None:
             return
         with suppress(FileNotFoundError):
@@ -278,8 +278,8 @@ _taken: dict[Path, OutputFolder] = {}
 def folders_given_back() -> Iterator[None]:
     """Give back, at the end of the block or decorated function, all folders taken in it.
 
-    An error gives them back too. If the run in the folder is up to date, that is printed, and the
-    block ends there without an error.
+    An error gives them back too. If UpToDate is raised, its text is printed, and the block ends
+    there without an error.
     """
     try:
         with _given_back():
@@ -311,14 +311,14 @@ def take_folder(
 
     Args:
         program: Name of the program, such as sft.
-        files: Names and patterns of all that it may write, relative to the folder.
+        files: Names and patterns of all files that it may write, relative to the folder.
         overwrite: Whether a run of another program may be replaced.
         is_shared: Whether the folder may also hold other things, such as the folders of other
             runs. These are left alone.
 
     Raises:
         ValueError: The folder is a file, holds files of others or the run of another program, or
-            another process is at work in it.
+            another process has taken it.
         OSError: The folder cannot be written.
     """
     path = Path(output_dir)
@@ -374,7 +374,7 @@ def writing(
     refuse_inputs_inside(output_dir, places, files=files)
     with _given_back():
         folder = take_folder(output_dir, program=program, files=files, overwrite=overwrite)
-        for known in (folder.known_hashes, {}):  # in full, unless the short way finds it up to date
+        for known in (folder.known_hashes, {}):  # first with the recorded hashes, then in full
             hashes = FileHashes(known)
             contents = {
                 name: hashes.of_all(place) for name, place in places.items() if place.exists()
@@ -390,7 +390,7 @@ def writing(
 
 
 def up_to_date(program: str, folder: Path) -> str:
-    """Say that the finished run in a folder is what the program would make."""
+    """Return the message that the finished run in a folder is current."""
     made = time.localtime((folder / RESULTS).stat().st_mtime)
     return (
         f"{program}: up to date: {folder} (made {time.strftime('%Y-%m-%d %H:%M', made)}); --force "
@@ -399,10 +399,7 @@ def up_to_date(program: str, folder: Path) -> str:
 
 
 def add_to_mark(folder: Path, name: str) -> None:
-    """Note in a folder's mark, if it has one, that the file belongs to the program that took it.
-
-    That program may then replace the file when it runs anew.
-    """
+    """Add a file to a folder's mark, if it has one, so that its program may replace the file."""
     mark = _read_mark(folder)
     if mark is not None and not any(fnmatchcase(name, pattern) for pattern in mark.files):
         text = json.dumps(
@@ -415,12 +412,13 @@ def add_to_mark(folder: Path, name: str) -> None:
 
 @contextmanager
 def file_held(output: str | Path) -> Iterator[None]:
-    """Within, this process alone writes the file, whose folder is made; for programs that write one
-    file into a folder of others.
+    """Make the file's folder, and keep other processes from writing the file in the block.
+
+    This serves programs that write one file into a folder of others.
 
     Raises:
-        ValueError: another process holds it.
-        OSError: its folder cannot be written.
+        ValueError: Another process writes the file.
+        OSError: The folder cannot be written.
     """
     path = Path(output)
     new_folders = [one for one in reversed(path.parents) if not one.exists()]
@@ -444,11 +442,11 @@ def refuse_inputs_inside(
     files: Sequence[str] = (),
     is_shared: bool = False,
 ) -> None:
-    """Refuse to read what is to be overwritten.
+    """Refuse inputs that the program could overwrite.
 
     Args:
-        inputs: What is read, by name. What does not exist, such as a hub id, is passed over.
-        files: Names and patterns of what is written.
+        inputs: Paths by name. Those that do not exist, such as a hub id, are ignored.
+        files: Names and patterns of the files that are written.
         is_shared: Whether inputs in other folders below the output folder may be read. Those
             folders are left alone.
 
@@ -488,7 +486,7 @@ def contents_of(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Yield in words what differs between two runs. Their `inputs` are as `contents_of` gives."""
+    """Yield a description of each difference of two runs; `contents_of` makes their `inputs`."""
     settings = [dict(flat_settings(run["settings"])) for run in (then, now)]
     for name in dict.fromkeys([*settings[0], *settings[1]]):
         before, after = (of_run.get(name, "no setting") for of_run in settings)
@@ -500,7 +498,7 @@ def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of every setting; the names of sections come before a dot."""
+    """Yield (name, value) of every setting; one in a section is named section.name."""
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             yield from flat_settings(value, f"{prefix}{key}.")
@@ -520,7 +518,7 @@ def _as_read(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _places(path: Path) -> Iterator[Path]:
-    """Yield where an input lies: itself, what it links to, and what links in a folder lead to."""
+    """Yield the places of an input: its own, and the targets of the links that it is or holds."""
     if not path.exists():
         return
     yield path.parent.resolve() / path.name if path.name != ".." else path.resolve()
@@ -532,7 +530,7 @@ def _places(path: Path) -> Iterator[Path]:
 def _refuse_files_of_others(
     path: Path, program: str, files: Sequence[str], overwrite: bool, is_shared: bool
 ) -> Mark | None:
-    """Return the folder's mark; None where the folder is new.
+    """Return the folder's mark; None if the folder is new.
 
     Raises:
         ValueError: The program may not replace something that is in the folder.
@@ -589,8 +587,8 @@ def _read_mark(folder: Path) -> Mark | None:
 def _read_old_mark(folder: Path, program: str, files: Sequence[str]) -> Mark | None:
     """Make a mark for a folder of an early version, which wrote no marks.
 
-    Settings and lineage of the same program stand for it, since nothing else writes both. Returns
-    None where they are missing."""
+    Settings and lineage of the same program prove the same, since nothing else writes both. Return
+    None if they are missing."""
     try:
         lineage = json.loads((folder / LINEAGE).read_bytes())
         settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
@@ -605,7 +603,7 @@ def _read_old_mark(folder: Path, program: str, files: Sequence[str]) -> Mark | N
 
 
 def _present(folder: Path, files: Iterable[str]) -> list[str]:
-    """Return the names of the files that are there and match these names and patterns."""
+    """Return the files in the folder that match these names and patterns."""
     found = {path.relative_to(folder).as_posix() for one in files for path in folder.glob(one)}
     return sorted(found)
 
@@ -626,7 +624,7 @@ def _acquire(place: Path, what: str) -> int:
     """Return the descriptor of a lock file, held until it closes or the process dies.
 
     Args:
-        what: setting and value that the lock guards, for the message.
+        what: Setting and value that the lock guards, for the message.
 
     Raises:
         ValueError: Another process holds it.
@@ -664,7 +662,7 @@ def _hold(lock: int, place: Path, what: str) -> None:
     except OSError as error:
         if error.errno in _NOT_LOCKED:
             raise ValueError(_in_use(what, _holder(lock))) from None
-    # Where the file system has no locks, we know only what the file says.
+    # If the file system has no locks, only the file's content tells who holds it.
     holder = _holder(lock)
     is_here = holder.get("host") == socket.gethostname()
     if holder and not (is_here and _is_over(holder["pid"])):
@@ -692,7 +690,7 @@ def _in_use(what: str, holder: Mapping[str, Any]) -> str:
 
 
 def _is_over(pid: int) -> bool:
-    """Return whether no other process of this machine has this number."""
+    """Return whether no other process on this machine has this id."""
     import psutil  # imported here, since only file systems without locks need it
 
     return pid == os.getpid() or not psutil.pid_exists(pid)

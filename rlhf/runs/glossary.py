@@ -1,4 +1,4 @@
-"""Say what a logged number and an alarm mean.
+"""Defines records that say what a logged number and an alarm mean.
 
 Each stage that logs has a table of these records in its glossary.py. docs/metrics.md is made from
 the tables (`python -m tools.metrics_page`), and the report takes titles, units and healthy ranges
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 ANY_NAME = "NAME"
-"""Stands in the name of a metric for what a run fills in, as in `ppo/part/NAME`."""
+"""Stands for a name that a run fills in, as in `ppo/part/NAME`."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Metric:
     """Unit, such as "nats a token". Empty for a number without one."""
     meaning: str
     healthy: str = ""
-    """How the number goes in a healthy run, in words."""
+    """How the number behaves in a healthy run, in words."""
     healthy_range: tuple[float, float] | None = None
     """Lowest and highest value of healthy runs. None means that it depends on the task."""
     otherwise: str = ""
     """What to do if the number is not healthy."""
     title: str = ""
-    """Heading of the metric's curve in the report. Empty if no curve is headed by it."""
+    """Heading of the metric's curve in the report. Empty if it heads no curve."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def by_name(metrics: Iterable[Metric]) -> dict[str, Metric]:
     """Return the metrics by their names.
 
     Raises:
-        ValueError: two metrics have one name.
+        ValueError: Two metrics have one name.
     """
     found: dict[str, Metric] = {}
     for metric in metrics:

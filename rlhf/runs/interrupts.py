@@ -1,4 +1,4 @@
-"""Handles Ctrl-C and SIGTERM: end at once, or at the end of a step that can be resumed."""
+"""Handles Ctrl-C and SIGTERM: the program ends at once, or after a step whose state is saved."""
 
 import os
 import signal
@@ -11,17 +11,17 @@ _NOTE = b"\nfinishing this step and saving a checkpoint first; once more ends at
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ends a run that was asked to end. Its text says how to resume."""
+    """Ends a run after a signal. Its text says how to resume."""
 
 
 class Interrupts:
-    """The requests to end that this process received."""
+    """Records the signals to end that this process received."""
 
     def __init__(self) -> None:
         self.are_deferred = False
-        """Whether a loop looks for requests at the end of its steps."""
+        """Whether a loop looks for signals at the end of its steps."""
         self.is_pending = False
-        """Whether a request came while they are deferred."""
+        """Whether a signal came while they are deferred."""
 
     @contextmanager
     def caught(self) -> Iterator[None]:

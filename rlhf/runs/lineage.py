@@ -37,6 +37,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check_input(stage: str, name: str, path: str) -> None:
+    """Raise FileNotFoundError unless an input exists or can be a hub id."""
     if Path(path).exists() or path.startswith("hub:"):
         return
     if _HUB_ID.fullmatch(path) is None or Path(path).suffix in _FILE_SUFFIXES:
@@ -71,7 +72,7 @@ def _hashed_files(folder: Path) -> set[Path]:
 
 
 def commit() -> str | None:
-    """Return the commit of this source tree, marked if files differ; None outside a git tree."""
+    """Return this source tree's commit, with a note if files differ; None outside a git tree."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
         commit = subprocess.check_output([*git, "rev-parse", "HEAD"], stderr=subprocess.DEVNULL)

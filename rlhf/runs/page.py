@@ -1,7 +1,7 @@
 """Keeps a page about a run in its folder, for people to look at while the run goes on.
 
-`tools.report` makes the page, in a process of its own. So whatever goes wrong with a page, or with
-the memory that it needs, the run goes on, and this library imports no program that stands on it.
+`tools.report` makes the page in a process of its own. So the run goes on if a page fails or needs
+too much memory, and the library imports no program that is built on it.
 """
 
 import subprocess
@@ -15,7 +15,7 @@ PROGRAM = "tools.report"
 MAX_SHARE = 0.05
 """Largest share of a run's time that its pages may take."""
 MAX_SECONDS = 120.0
-"""Seconds after which a page is given up."""
+"""Time limit of a page, in seconds."""
 
 
 class Page:
@@ -34,7 +34,7 @@ class Page:
         """Write the page, unless pages would then take more than MAX_SHARE of the time.
 
         Args:
-            is_last: Whether the run ends now. Then a page that is there is always written anew.
+            is_last: Whether the run ends now. Then an existing page is always replaced.
         """
         if (
             is_last and self.is_there

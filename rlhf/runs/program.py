@@ -33,7 +33,7 @@ def run_stage(
         with interrupts.caught():
             function(load_config(config_class, args))
         return
-    except (ValueError, OSError, SafetensorError) as error:  # safetensors raises its own: disk full
+    except (ValueError, OSError, SafetensorError) as error:  # the last one if the disk is full
         message, code = f"error: {error}", USER_ERROR
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -47,9 +47,9 @@ def run_stage(
 
 
 def escape_what_the_terminal_lacks() -> None:
-    """Print the code of a character instead of failing where the terminal's encoding lacks it.
+    """Print the code of a character that the terminal's encoding lacks, instead of failing.
 
-    Users' rows hold any character, and a terminal of cp1252 or ASCII is not their fault.
+    Users' rows may hold any character, and some terminals only show cp1252 or ASCII.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

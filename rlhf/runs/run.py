@@ -4,12 +4,12 @@ config.yaml     the settings in use; --config of the same program reads them aga
 lineage.json    hashes of the inputs, results of the runs that made them, commit, versions
 metrics.jsonl   one object per logged step: {"step": 10, "sft/loss": 2.1}
 samples.jsonl   texts that the model wrote, one object per row
-alarms.jsonl    what PPO warned of: {"step": 7, "code": "PPO_KL", "message": "..."}
+alarms.jsonl    warnings of PPO: {"step": 7, "code": "PPO_KL", "message": "..."}
 report.html     a page about all this, for people to look at (rlhf.runs.page)
-trackers/       the same for TensorBoard, W&B and trackio, where the settings ask for them
+trackers/       the same for TensorBoard, W&B and trackio, if the settings ask for them
 base.json       only for an adapter: path and hash of its base, a full model
 results.json    final results; written last, so its presence says that the run is complete
-checkpoints/    only until the run is complete: what it resumes from
+checkpoints/    what the run resumes from, until it is complete
 
 Only a folder with the program's mark is overwritten (rlhf.runs.folder).
 """
@@ -62,7 +62,7 @@ _WRITTEN = (CONFIG, LINEAGE, *_ROWS, PAGE, RESULTS, *_CHECKPOINT_FILES, *_TRACKE
 
 
 class RunSettings(Protocol):
-    """What open_run needs from a stage's settings."""
+    """The settings of a stage that open_run needs."""
 
     @property
     def output_dir(self) -> str: ...
@@ -100,7 +100,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the folder holds the results of an earlier run, which will be done anew."""
+        """Whether the folder holds the results of an earlier run, which this run will replace."""
         return not self._begun and (self._dir / RESULTS).is_file()
 
     @property
@@ -120,13 +120,13 @@ class Run:
         return time.monotonic() - self._started
 
     def identity(self) -> dict[str, Any]:
-        """Return what the run does, as plain values. A checkpoint of this run has the same.
+        """Return the run's stage, settings and lineage as plain values, for its checkpoints.
 
-        Only the first process knows the inputs."""
+        Only the first process knows the lineage."""
         return {"stage": self.stage, "settings": settings_in_force(self._config), **self._lineage}
 
     def resume(self, step: int, seconds: float) -> None:
-        """Go on after a step: drop the rows of later steps, and count the seconds as taken."""
+        """Resume after a step: drop the rows of later steps, and add the seconds to the run's."""
         assert not self._begun
         self._resume_step = step
         self._started -= seconds
@@ -158,7 +158,7 @@ class Run:
         self._append(ALARMS, [dict(row) for row in rows])
 
     def refresh_page(self, *, is_last: bool = False) -> None:
-        """Write the run's page anew, unless the last one is so recent that it would cost too much.
+        """Write the run's page anew, unless pages would take too much of the run's time.
 
         Args:
             is_last: Whether the run ends now, without results.
@@ -231,7 +231,7 @@ def open_run(
     is_shared: bool = False,
     always_runs: bool = False,
 ) -> Run:
-    """Print the settings in use and what is read and written; note where the inputs come from.
+    """Print the settings, inputs and output of a run, and record where the inputs come from.
 
     This process holds the folder until the run is finished or `folders_given_back` ends. Several
     processes must have joined (`start_accelerator`) before they call this.
@@ -240,11 +240,11 @@ def open_run(
         config: The stage's settings, a dataclass with `output_dir`. Its `trackers`, `overwrite` and
             `force` are used if it has them.
         stage: Name of the stage.
-        inputs: What is read, by name: files, folders, or hub ids.
-        files: Names and patterns of what the stage writes besides what every run writes.
+        inputs: Files, folders or hub ids that are read, by name.
+        files: Names and patterns of files that the stage writes besides those of every run.
         is_shared: Whether the folder may hold other things, such as the folders of other runs.
         always_runs: Whether to run even if the folder is up to date, for a stage whose results
-            follow from more than its inputs.
+            depend on more than its inputs.
 
     Raises:
         UpToDate: The folder holds the finished run of these settings, inputs and code.
@@ -275,7 +275,7 @@ def open_run(
     if from_first_process(is_current and not (_is_forced(config) or always_runs)):
         raise UpToDate(up_to_date(stage, output) if _is_first_process() else "")
     if run._folder is not None:
-        if run._folder.known_hashes:  # the record of a new run must not rest on sizes and times
+        if run._folder.known_hashes:  # a new run must not trust sizes and times of files
             described = _compare(run._folder, config, sources, {})
         _announce(stage, config, sources, output)
         if run._folder.outdated:
@@ -320,14 +320,14 @@ def _is_forced(config: RunSettings) -> bool:
 
 
 def _lasting_settings(config: RunSettings) -> dict[str, Any]:
-    """Leave out `overwrite` and `force`: who reads config.yaml for another run did not ask for
-    them."""
+    """Return the settings without `overwrite` and `force`, which must not pass to another run
+    through config.yaml."""
     settings = settings_in_force(config)
     return {name: one for name, one in settings.items() if name not in ("overwrite", "force")}
 
 
 def _with_bases(sources: Mapping[str, str]) -> dict[str, str]:
-    """Return what is read, together with the bases of the adapters among it."""
+    """Return the inputs, together with the bases of the adapters among them."""
     bases = {}
     for name, path in sources.items():
         with suppress(OSError, ValueError, KeyError, TypeError):  # the loader reports what is wrong
@@ -375,7 +375,7 @@ def _keep_until(path: Path, step: int | None) -> None:
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a row. A row without one, or a line cut off, is dropped: inf.
+    """Return the step of a row; infinity if it has none or its line is cut off.
 
     Rows without a step are written at the end of a run."""
     try:

@@ -31,15 +31,15 @@ _KEY = re.compile(r'Parser key "([\w.]+)": (.*)')
 _NOT_ACCEPTED = re.compile(r"Option '(.*?)' is not accepted")
 
 OWN_NAME = "NAME"
-"""Stands in `keys_of` for a name that the user gives to a section."""
+"""Placeholder in `keys_of` for a name that the user gives to a section."""
 
 
 class ConfigError(ValueError):
-    """Settings that cannot be used. The message names the key, the value and the remedy."""
+    """Says that settings cannot be used: the key, the value and the remedy."""
 
 
 RUN_DIR = "${run_dir}"
-"""What stands for the setting run_dir at the beginning of a path."""
+"""Placeholder for the setting run_dir at the beginning of a path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ class StageSettings(FolderSettings):
     """Settings that every stage has."""
 
     run_dir: str | None = None
-    """Folder of the stages' folders. Other settings name it as ${run_dir}: ${run_dir}/sft is the
-    folder sft in it."""
+    """Folder that holds the stages' folders. Other settings may begin with ${run_dir}:
+    ${run_dir}/sft is the folder sft in it."""
 
 
 def load_config(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
@@ -101,8 +101,8 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
 
 
 class _Parser(ArgumentParser):
-    """Reads settings files as UTF-8 (the library: in the locale's encoding), and puts the range of
-    a number into plain words in --help."""
+    """Reads settings files as UTF-8 instead of the locale's encoding, and shows ranges of numbers
+    in plain words in --help."""
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         text: str = super().format_help(*args, **kwargs)
@@ -221,7 +221,7 @@ def _named_section(kind: Any) -> type | None:
 
 
 def _check_sections(config_class: type, values: Namespace) -> None:
-    """Refuse what jsonargparse lets through: null for any type, a section that is no mapping."""
+    """Refuse what jsonargparse accepts: null for any type, and a section that is not a mapping."""
     for name, kind in _field_types(config_class).items():
         value = values.get(name)
         if value is None and kind is not Any and type(None) not in typing.get_args(kind):
@@ -234,7 +234,7 @@ def _check_sections(config_class: type, values: Namespace) -> None:
 
 
 def _check_section(name: str, section: type, value: object) -> None:
-    """Refuse a value that is no section, or that its own checks refuse; name its full key."""
+    """Refuse a value that is not a section or fails the section's checks; name its full key."""
     if not isinstance(value, Namespace):
         keys = ", ".join(keys_of(section))
         raise ConfigError(f"{name} is {value!r}; give a section with the keys {keys}")
@@ -268,7 +268,7 @@ def _check_file(path: Path, config_class: type) -> None:
         raise ConfigError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {_one_line(str(error))}") from error
-    if has_alias:  # ten lines of aliases can stand for more values than fit in memory
+    if has_alias:  # ten lines of aliases can expand to more values than fit in memory
         raise ConfigError(f"{path} holds a YAML alias (*name); write the value out in its place")
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds {show(settings)}; write settings as `key: value` lines")
@@ -281,7 +281,7 @@ def _check_file(path: Path, config_class: type) -> None:
 
 
 def _refuse_section_files(pairs: Iterable[tuple[str, Any]], config_class: type) -> None:
-    """Refuse a file in the place of a section: the library would read it, in the locale's encoding
+    """Refuse a file in the place of a section. jsonargparse would read it in the locale's encoding
     and without the checks of `_check_file`."""
     known = keys_of(config_class)
     for key, value in pairs:
@@ -294,7 +294,7 @@ def _refuse_section_files(pairs: Iterable[tuple[str, Any]], config_class: type) 
 
 
 def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(key, value) of the settings on a command line."""
+    """Yield (key, value) of the settings on a command line."""
     for word, after in pairwise([*words, ""]):
         if word.startswith("--"):
             key, is_joined, value = word.removeprefix("--").partition("=")
@@ -304,7 +304,7 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _dotted_pairs(
     settings: dict[Any, Any], known: Sequence[str], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """(key, value) of the settings in a file, those of sections too."""
+    """Yield (key, value) of the settings in a file, also those in sections."""
     for name, value in settings.items():
         key = f"{prefix}{name}"
         yield key, value
@@ -325,7 +325,7 @@ def _with_own_names(known: Sequence[str], key: str) -> list[str]:
 
 
 def _explain(message: str, config_class: type) -> str:
-    """Put the library's message into one line; name the nearest key to an unknown one."""
+    """Return jsonargparse's message in one line; for an unknown key, name the nearest one."""
     message = _one_line(message)
     if option := _UNKNOWN_OPTION.search(message):
         key = option[1].removeprefix("--")
@@ -342,7 +342,7 @@ def _explain(message: str, config_class: type) -> str:
 
 
 def _explain_named(key: str, message: str, known: Sequence[str]) -> str:
-    """Explain an error in a section that the user named; the library does not say which one."""
+    """Explain an error in a section that the user named; jsonargparse does not say which one."""
     own = f"{key}.{OWN_NAME}"
     if option := _NOT_ACCEPTED.search(message):
         wrong = f"{own}.{option[1]}"

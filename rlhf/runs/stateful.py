@@ -1,7 +1,7 @@
-"""Gives what a run carries from step to step as states that a checkpoint can hold.
+"""Turns what a run carries from step to step into states that a checkpoint can hold.
 
-A state holds tensors and plain values by name. Loading is strict: it wants all names and the same
-shapes."""
+A state holds tensors and plain values by name. Loading is strict: all names and shapes must be the
+same."""
 
 import random
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ State = dict[str, Any]
 
 
 class Stateful(Protocol):
-    """A part of what a run carries. Its methods have torch's names for saving and loading."""
+    """A part of a run's state. Its methods have torch's names for saving and loading."""
 
     def state_dict(self) -> State: ...
 
@@ -31,10 +31,10 @@ class Stateful(Protocol):
 
 
 class Weights:
-    """The weights that learn, or this process's shards of them under FSDP2.
+    """The trained weights, or this process's shards of them under FSDP2.
 
-    Frozen ones, such as an adapter's base, come from their source. Loading copies into the existing
-    tensors, because an optimizer holds them.
+    Frozen weights, such as an adapter's base, are read from their own folder. Loading copies into
+    the existing tensors, because an optimizer holds them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -99,7 +99,7 @@ def _own_parts(moments: Mapping[str, Any]) -> State:
 
 
 def _as_parts_of(parameter: nn.Parameter, moments: State) -> State:
-    """Split the moments as the parameter is, but for its step count, a tensor without axes."""
+    """Split the moments as the parameter is, except for its step count, a tensor without axes."""
     return {
         name: sharding.as_part_of(parameter, value)
         if isinstance(value, Tensor) and value.ndim > 0
@@ -124,7 +124,7 @@ class ZeroState:
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What a checkpoint must hold of a trained model, by name."""
+    """The parts of a trained model that a checkpoint must hold, by name."""
 
     shared: dict[str, Stateful]
     """the parts that are the same in all processes"""
@@ -133,7 +133,7 @@ class TrainedParts:
 
 
 def parts_of(state: TrainState) -> TrainedParts:
-    """Return what a checkpoint must hold of the trained model."""
+    """Return the parts of the trained model that a checkpoint must hold."""
     averages: dict[str, Stateful] = {} if state.average is None else {"average": state.average}
     return trained_parts(state.accelerator, state.module, state.optimizer, state.schedule, averages)
 
@@ -145,7 +145,7 @@ def trained_parts(
     schedule: Stateful,
     averages: Mapping[str, Stateful],
 ) -> TrainedParts:
-    """Return what a checkpoint must hold of a model that the launcher may have split.
+    """Return the parts that a checkpoint must hold of a model that the launcher may have split.
 
     Args:
         module: The model without the launcher's wrapper.

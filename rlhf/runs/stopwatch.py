@@ -1,4 +1,4 @@
-"""Measures where the time of a run goes."""
+"""Measures how long each phase of a run takes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +17,9 @@ class Stopwatch:
     """Counts seconds by phase. A phase inside another one counts for the outer, so they add up."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """The device whose queued work is waited for at both ends of a phase."""
+    """Device whose queued work must end before a phase starts or ends."""
     last_phase: str = "start"
-    """The phase that is running, or else the one before."""
+    """The phase that is running, otherwise the last one."""
     _seconds: dict[str, float] = field(default_factory=dict)
     _is_running: bool = False
 
@@ -55,7 +55,7 @@ class Stopwatch:
 
 
 class Heartbeat:
-    """Reports every 30 seconds how far a long piece of work is; says nothing of a short one.
+    """Reports the progress of long work every 30 seconds; shorter work is not reported.
 
     Example:
         engine.generate(prompts, decoding, progress=Heartbeat("sampled", len(prompts), print))
@@ -69,7 +69,7 @@ class Heartbeat:
         self._started = self._told = time.perf_counter()
 
     def __call__(self, num_done: int) -> None:
-        """Note that `num_done` more are done."""
+        """Add `num_done`, and report if 30 seconds have passed since the last report."""
         self.num_done += num_done
         now = time.perf_counter()
         if now - self._told >= HEARTBEAT_SECONDS:
@@ -81,8 +81,8 @@ class Heartbeat:
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the FLOPs per second of a square matrix product: the best of five.
 
-    It estimates the most that this machine can do. It takes tens of milliseconds on a CPU; other
-    work there lowers it."""
+    It estimates the machine's peak. On a CPU it takes tens of milliseconds, and other work lowers
+    it."""
     # Large enough to reach the full rate, small enough to take milliseconds.
     length = 512 if device.type == "cpu" else 8192
     matrix = torch.ones(length, length, device=device, dtype=dtype)

@@ -1,8 +1,8 @@
 """Sends what a run writes to metrics.jsonl and samples.jsonl to TensorBoard, W&B and trackio.
 
-Trackers only show: nothing is read back from them. They write to trackers/ in the run's folder.
-Without a login, W&B runs offline; `wandb sync FOLDER` sends the data later. Trackio always stays on
-this disk; `TRACKIO_DIR=FOLDER trackio show` shows it.
+Nothing is read back from trackers. They write to trackers/ in the run's folder. Without a login,
+W&B runs offline; `wandb sync FOLDER` sends the data later. Trackio always stays on this disk;
+`TRACKIO_DIR=FOLDER trackio show` shows it.
 """
 
 import importlib.util
@@ -43,8 +43,8 @@ class Trackers:
             first_step: The first step of a resumed run; None for a new one. TensorBoard then hides
                 the interrupted run's rows from this step on, and the others start a new run.
         """
-        # Imported here: settings files import this module for the names alone, and accelerate
-        # takes seconds.
+        # Imported here, because settings files import this module only for its names, and
+        # accelerate takes seconds.
         from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
         self._trackers: list[GeneralTracker] = []
@@ -94,7 +94,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def is_logged_in_to_wandb() -> bool:
-    """Return whether a key is set, or stored by `wandb login`. Asks no server."""
+    """Return whether a key is set or was stored by `wandb login`, without asking a server."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
@@ -120,8 +120,8 @@ def _wandb_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _trackio_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    # Trackio reads these when it is imported. Elsewhere than on this disk is another person's
-    # machine, which metrics and samples of a run must not reach unasked.
+    # Trackio reads these when it is imported. The last two would send metrics and samples to
+    # another machine.
     os.environ["TRACKIO_DIR"] = str((folder / "trackio").resolve())
     for variable in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
         os.environ.pop(variable, None)
@@ -136,7 +136,7 @@ def _trackio_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a table for TensorBoard. It replaces line breaks and bars, which would end a cell."""
+    """Format a table for TensorBoard. Replace line breaks and bars, which would end a cell."""
     lines = [columns, ["---"] * len(columns), *rows]
     safe = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in safe)

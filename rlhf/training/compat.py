@@ -1,7 +1,7 @@
-"""Holds what the wing must know of the insides of accelerate, DeepSpeed, torch and transformers.
+"""Holds all uses of private names of accelerate, DeepSpeed, torch and transformers in this wing.
 
-They offer no public way to these. Each function names the version that it was tried with; a new
-version is tried here first. Functions import DeepSpeed only when they run under it.
+There is no public way to do this. Each section names the version that it was tried with; try a new
+version here first. Functions import DeepSpeed only when they run under it.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from rlhf.training.parameters import check_shapes
 
 
 def forget_launch() -> None:
-    """Have accelerate set up DeepSpeed again, after an earlier stage of this process did."""
+    """Make accelerate set up DeepSpeed again, after an earlier stage in this process."""
     AcceleratorState._reset_state()
 
 
@@ -48,12 +48,12 @@ def use_one_device(arguments: Any) -> None:
 
 
 def make_root(model: FSDPModule) -> None:
-    """Make a module the root of its FSDP2 modules. Otherwise the first one that runs becomes it."""
+    """Make a module the root of its FSDP2 modules. By default the first that runs is the root."""
     model._get_fsdp_state()._lazy_init()
 
 
 def drops_after_forward(module: FSDPModule) -> bool:
-    """Return whether an FSDP2 module that `make_root` reached drops its weights after a pass."""
+    """Return whether an FSDP2 module drops its weights after a pass. Call `make_root` before."""
     groups = module._get_fsdp_state()._fsdp_param_groups
     return any(group.post_forward_mesh_info is not None for group in groups)
 
@@ -64,8 +64,8 @@ def drops_after_forward(module: FSDPModule) -> bool:
 def reduce_by_gloo() -> None:
     """Make DeepSpeed use gloo on CPUs instead of its own shared memory operation.
 
-    It compiles that C++ operation at the first start, which takes minutes. A start that is cut
-    short leaves a lock for which all later starts wait.
+    It compiles that C++ operation at the first start, which takes minutes. An interrupted start
+    leaves a lock for which all later starts wait.
     """
     import deepspeed
 
@@ -146,8 +146,8 @@ def gathered_by_deepspeed(engine: Any) -> Iterator[None]:
             offload._register_deepspeed_module(offload.module)
 
 
-# DeepSpeed writes its own checkpoints as pickles. Its ZeRO optimizers also give and take their
-# state as dictionaries, which are turned here into names, tensors and plain values.
+# DeepSpeed writes its own checkpoints as pickles. Its ZeRO optimizers also have state_dict and
+# load_state_dict, whose dictionaries are turned here into names, tensors and plain values.
 
 _KEYS = {
     2: ("single_partition_of_fp32_groups", "base_optimizer_state"),
@@ -158,7 +158,7 @@ optimizer that steps them. deepspeed.checkpoint.constants has the same names."""
 
 
 def zero_state(optimizer: Any) -> dict[str, Any]:
-    """Return what a ZeRO optimizer keeps in this process; nothing is copied.
+    """Return a ZeRO optimizer's state in this process, without copying it.
 
     Returns:
         "weights": fp32 tensors (numbers of one flat group,) by the number of the group; "moments":
@@ -170,7 +170,7 @@ def zero_state(optimizer: Any) -> dict[str, Any]:
 
 
 def load_zero_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """Put back what `zero_state` returned, and derive from it the weights of the model's passes.
+    """Load what `zero_state` returned, and set the model's weights from it.
 
     All processes must call this.
 

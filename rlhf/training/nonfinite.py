@@ -58,7 +58,7 @@ def found_by_any(own: NonFiniteError | None) -> NonFiniteError | None:
 
 @contextmanager
 def with_remedy(settings: OptimSettings) -> Iterator[None]:
-    """Say what to change if a value in the block is not finite.
+    """Add the settings to change to an error about a value that is not finite.
 
     Raises:
         ValueError: Replaces the NonFiniteError.
@@ -73,13 +73,13 @@ def with_remedy(settings: OptimSettings) -> Iterator[None]:
 
 @contextmanager
 def told_by_all() -> Iterator[None]:
-    """Stop all processes after the block if one of them found a value that is not finite.
+    """Raise in all processes, after the block, the error of one that found a non-finite value.
 
     Otherwise the others would wait for that process for ever. Inside the block, processes must not
     need each other.
 
     Raises:
-        NonFiniteError: One of the processes found such a value.
+        NonFiniteError: A process found a value that is not finite.
     """
     own = None
     try:

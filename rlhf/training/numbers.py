@@ -1,4 +1,4 @@
-"""Reads numbers that a device computed."""
+"""Copies numbers from a device to the host."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ def to_floats(values: Sequence[Tensor | float]) -> list[float]:
     """Return numbers as floats; the host waits once for all those on the device.
 
     Args:
-        values: Numbers of Python, and tensors with one element. Those that are not on the CPU must
+        values: Python numbers, and tensors with one element. Tensors that are not on the CPU must
             be on one device.
     """
     on_device = [

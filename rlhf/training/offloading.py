@@ -11,8 +11,8 @@ from torch import nn
 def free_unused() -> None:
     """Free the memory of objects that nothing uses any more.
 
-    A model, its optimizer and its schedule refer to each other. They therefore outlive the function
-    that made them until Python looks for such cycles.
+    A model, its optimizer and its schedule refer to each other. So they stay in memory until
+    Python's garbage collector looks for cycles.
     """
     gc.collect()
     if torch.accelerator.is_available():

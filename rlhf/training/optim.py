@@ -40,15 +40,14 @@ def make_optimizer(
                 group = {"params": chosen, "lr": rate, "weight_decay": group_decay}
                 parameters.append({**group, "module": number, "muon": is_muon})
     maker = torch.optim.AdamW if settings.matrix_learning_rate is None else MuonAndAdamW
-    # Fused: one pass over memory. The default on a CPU takes several, one per operation.
+    # A fused step passes over memory once. The default on a CPU does so once per operation.
     return maker(parameters, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def _inner_matrices(module: nn.Module) -> list[nn.Parameter]:
     """Return the weights of the linear layers between the embedding and the head.
 
-    A policy's head is as wide as the vocabulary; a scalar model's has one row. A head that is tied
-    to the embedding is the same parameter."""
+    A head that is tied to the embedding is the same parameter."""
     outer = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     heads = {name for name, _ in module.named_modules() if name.split(".")[-1] in HEADS}
     inner = []
@@ -62,7 +61,7 @@ def _inner_matrices(module: nn.Module) -> list[nn.Parameter]:
 
 
 HEADS = ("lm_head", "embed_out", "score", "head")
-"""Names that the last linear layer of a policy or a scalar model can have."""
+"""Names that the head of a policy or a scalar model can have."""
 
 
 class MuonAndAdamW(torch.optim.AdamW):
@@ -119,9 +118,9 @@ class MuonAndAdamW(torch.optim.AdamW):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Return matrices (batch, rows, columns) with the same singular vectors, all values near 1.
+    """Return matrices (batch, rows, columns) with the same singular vectors and values near 1.
 
-    Takes five Newton-Schulz steps with the coefficients of Jordan et al. 2024. They leave the
+    Take five Newton-Schulz steps with the coefficients of Jordan et al. 2024. They leave the
     singular values between about 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -197,7 +196,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the module's weights, after a step."""
+        """Move the average towards the module's weights, after a step."""
         weights = local_weights(trained_parameters(self.module).values())
         for average, weight in zip(self.average.values(), weights, strict=True):
             average.lerp_(weight, 1 - self.decay)
@@ -209,7 +208,7 @@ class MovingAverage:
         copy_into(self.average, state)
 
     def put_in_place(self) -> None:
-        """Give the module the average as its weights, after the last step."""
+        """Set the module's weights to the average, after the last step."""
         set_local_weights(trained_parameters(self.module).values(), self.average.values())
 
     @contextmanager

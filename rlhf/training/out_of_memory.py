@@ -27,7 +27,7 @@ _CPU_MESSAGES = ("can't allocate memory", "not enough memory", "Cannot allocate 
 
 
 class OutOfMemoryError(ValueError):
-    """Memory ran out in a known phase. The message names the setting to lower."""
+    """Says that memory ran out: in which phase, and which setting to lower."""
 
 
 def is_of_the_device(error: BaseException) -> bool:
@@ -46,7 +46,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, phase: str | None = None) -> str:
-    """Say in one line where memory ran out, what was asked for, and what to lower."""
+    """Return one line: where memory ran out, what was asked for, and what to lower."""
     asked = " ".join(str(error).split())[:200] or type(error).__name__
     where = "" if phase is None else f" in phase {phase}"
     remedy = REMEDIES.get(phase or "", "micro_batch_tokens or generation.batch_size")

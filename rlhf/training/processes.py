@@ -1,6 +1,6 @@
 """Joins the processes that the launcher started, sums over them, and divides rows among them.
 
-sharding.py handles models that are split between them."""
+sharding.py handles models that are split between processes."""
 
 import os
 import warnings
@@ -34,19 +34,18 @@ Result = TypeVar("Result")
 Number = TypeVar("Number", int, float)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for another one before it gives up. The longest rollout is shorter."""
+"""Time that a process waits for another before it fails. It must exceed the longest rollout."""
 
 _LOST = ("timed out", "timeout", "connection closed", "connection reset", "connection refused")
-"""Words in the errors of torch's backends that mean another process is late or gone."""
+"""Parts of torch's error messages that mean another process is late or gone."""
 
 
 def start_accelerator() -> Accelerator:
     """Return accelerate's object for the device and the other processes.
 
-    Without a GPU, accelerate 1.15 lets several launched processes train alone, without a warning,
-    unless it is told to use the CPU and gloo. If it is told to use the CPU, it leaves DeepSpeed
-    out, again without a warning. This function prevents both, and refuses to go on if either one
-    happens anyway.
+    accelerate 1.15 has two traps without a GPU, and gives no warning of either. Unless it is told
+    to use the CPU and gloo, each process trains alone. If it is told to use the CPU, it leaves
+    DeepSpeed out. This function prevents both, and raises an error if one happens anyway.
 
     Raises:
         ValueError: The processes did not join, or the requested plugin is not in use.
@@ -98,7 +97,7 @@ def warn_of_float32(accelerator: Accelerator, dtype: str = "float32") -> None:
     """Warn if a model is about to be trained in float32 on an accelerator, where that is slow.
 
     Args:
-        dtype: The type of its weights.
+        dtype: Type of the model's weights.
     """
     device = accelerator.device.type
     if device == "cpu" or accelerator.mixed_precision != "no" or dtype != "float32":
@@ -114,7 +113,7 @@ def warn_of_float32(accelerator: Accelerator, dtype: str = "float32") -> None:
 
 
 def use_share_of_cores() -> None:
-    """Give torch this process's share of the cores as threads, unless OMP_NUM_THREADS was given."""
+    """Give torch one thread per core of this process's share, unless OMP_NUM_THREADS was given."""
     if not _are_threads_given():
         num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, _num_cores() // num_processes))
@@ -130,8 +129,8 @@ def _num_cores() -> int:
 def _are_threads_given() -> bool:
     """Return whether the user set OMP_NUM_THREADS.
 
-    The launchers of accelerate and torch set it to 1 where the user did not. What the user set is
-    in the environment that the launcher itself was started with.
+    The launchers of accelerate and torch set it to 1 if the user did not. The user's own value is
+    in the environment of the launcher's process.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         return False
@@ -187,27 +186,27 @@ def check_plugin(distributed_type: DistributedType) -> None:
 
 
 TRAINER_STATE = {"use_configured_state": True}
-"""The accelerator_config for TrainingArguments. Without it they undo `start_accelerator` and join
-the processes again in their own way."""
+"""The accelerator_config for TrainingArguments. Without it they replace what `start_accelerator`
+made."""
 
 
 def use_accelerator_at_work(arguments: Any) -> None:
     """Make a transformers Trainer use what `start_accelerator` made.
 
-    TrainingArguments make a DeepSpeed plugin of their own, which accelerate refuses as a second
-    one. In one process that sees several GPUs, they would also spread each batch over all of them.
+    TrainingArguments make a second DeepSpeed plugin, which accelerate refuses. In one process that
+    sees several GPUs, they would also spread each batch over all of them.
     """
     arguments.deepspeed_plugin = None
     compat.use_one_device(arguments)
 
 
 def is_bf16() -> bool:
-    """Return whether the launcher asked for bfloat16. A Trainer must get what DeepSpeed got."""
+    """Return whether the launcher asked for bfloat16. A Trainer must get the same as DeepSpeed."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
 
 
 def is_on_cpu() -> bool:
-    """Return whether the work runs on the CPU, by the launcher's settings or for lack of a GPU."""
+    """Return whether models run on the CPU, by the launcher's settings or for lack of a GPU."""
     return PartialState().device.type == "cpu"
 
 
@@ -223,9 +222,9 @@ def load_models_whole() -> None:
 
 @contextmanager
 def naming(accelerator: Accelerator, place: Callable[[], str]) -> Iterator[None]:
-    """Say where this process stood if the others did not answer.
+    """Say at which place this process waited, if another one is late or gone.
 
-    On GPUs, NCCL ends the process by itself, so only its own message appears.
+    On GPUs, NCCL ends the process by itself, so only NCCL's message appears.
 
     Raises:
         TimeoutError: Another process is late or gone.
@@ -278,12 +277,12 @@ def from_first_process(value: bool) -> bool:
 
 
 def from_all_processes(work: Callable[[], Result], kind: type[Exception]) -> list[Result]:
-    """Do some work in every process and return all results, in the order of the processes.
+    """Call `work` in every process and return all results, in the order of the processes.
 
     Args:
         work: Returns something small, since every process gets the results of all.
-        kind: The errors that work may raise. What fails in one process is raised in all; otherwise
-            the others would wait for it.
+        kind: The errors that `work` may raise. The error of one process is raised in all, since the
+            others would wait for it.
     """
     result, problem = None, None
     try:
@@ -298,7 +297,7 @@ def from_all_processes(work: Callable[[], Result], kind: type[Exception]) -> lis
 
 
 def own_share(accelerator: Accelerator, rows: Sequence[Row]) -> list[Row]:
-    """Return this process's rows of a global batch: every num_processes-th, equally many each."""
+    """Return this process's rows of a global batch: every num_processes-th row."""
     return list(rows[accelerator.process_index :: accelerator.num_processes])
 
 

@@ -1,4 +1,4 @@
-"""Settings of the optimizer, shared by every stage that trains."""
+"""Defines settings of the optimizer, shared by every stage that trains."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

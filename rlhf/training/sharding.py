@@ -52,7 +52,7 @@ def split_by(accelerator: Accelerator) -> str | None:
     if is_deepspeed(accelerator):
         stage = accelerator.state.deepspeed_plugin.zero_stage
         device = _offload_settings(accelerator, "offload_optimizer").get("device", "none")
-        # Offload takes another Adam, which rounds in its own way.
+        # Offload uses another Adam, which rounds differently.
         return f"ZeRO-{stage}" if device == "none" else f"ZeRO-{stage} with offload_optimizer"
     return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else None
 
@@ -98,8 +98,8 @@ def prepare(
 def name_layers(model: nn.Module) -> None:
     """Tell accelerate which modules FSDP2 gathers one at a time: the layers of every model inside.
 
-    accelerate asks only the outermost module, which may be ours and know no layers. It would then
-    gather the whole model for each pass, and keep it.
+    accelerate asks only the outermost module, which may be ours and name no layers. FSDP2 would
+    then gather the whole model for each pass, and keep it.
     """
     present = {type(module).__name__ for module in model.modules()}
     named = {name for module in model.modules() for name in compat.layer_names(module)}
@@ -122,7 +122,7 @@ def one_pass(accelerator: Accelerator, model: nn.Module, *, is_last: bool) -> It
     """Run the forward and backward pass of one row inside; `is_last` marks the step's last row.
 
     Whole gradients are exchanged in the last pass only, shards in every pass. In both cases all
-    processes must make the same number of passes.
+    processes must run the same number of passes.
     """
     if is_deepspeed(accelerator):
         model.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
@@ -135,7 +135,7 @@ def one_pass(accelerator: Accelerator, model: nn.Module, *, is_last: bool) -> It
 
 
 def backward(accelerator: Accelerator, model: nn.Module, loss: Tensor) -> None:
-    """Add the gradient of the loss. It is averaged over processes, not summed."""
+    """Add the gradient of the loss, averaged over processes and not summed."""
     # accelerate's own backward would also take DeepSpeed's step.
     if is_deepspeed(accelerator):
         model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
@@ -164,7 +164,7 @@ def clip_gradients(
 
 
 def drop_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
-    """Drop the gradients of a module that must not learn, after the last pass."""
+    """Drop the gradients of parameters that must not change, after the last pass."""
     if is_deepspeed(accelerator):
         scale_gradients(parameters, 0.0)
     else:
@@ -199,14 +199,14 @@ def take_step(
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Return each gradient flat in fp32: this process's shard, or all of it if it is whole.
 
-    A parameter without a gradient gives zeros. Under DeepSpeed this works only after the last pass
+    A parameter without a gradient has zeros. Under DeepSpeed, call this only after the last pass
     and before the step.
     """
     return [_local_gradient(parameter) for parameter in parameters]
 
 
 def set_local_gradients(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
-    """Write back what `local_gradients` returned. A parameter without a gradient stays so."""
+    """Write back gradients from `local_gradients`, except where a parameter has none."""
     for parameter, value in zip(parameters, values, strict=True):
         if not parameter.requires_grad:
             continue
@@ -231,7 +231,7 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
 def zero_gradients(
     accelerator: Accelerator, model: nn.Module, parameters: Iterable[nn.Parameter]
 ) -> None:
-    """Discard the gradients so far, between two passes of one step.
+    """Set the gradients to zero between two passes of one step.
 
     Args:
         parameters: All trained parameters.
@@ -264,8 +264,8 @@ def _own_dot(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor | float
 def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """Gather all weights once and hold them in every process until the end of the block.
 
-    Inside, no module gathers or drops weights. Processes may run the model as often as they like,
-    without each other. Nothing happens if weights are whole anyway.
+    Inside, no module gathers or drops weights, so processes may run the model independently of each
+    other. Nothing happens if weights are whole anyway.
     """
     if not shards_weights(accelerator):
         yield
@@ -282,7 +282,7 @@ def whole_state(
 ) -> dict[str, Tensor] | None:
     """Return names and whole weights of a part of the model, such as "policy", for saving.
 
-    All processes must call this, and only the first one gets the weights. Returns None if each
+    All processes must call this, and only the first one gets the weights. Return None if each
     process has all weights, since the model can then save itself.
     """
     if not shards_weights(accelerator):
@@ -309,7 +309,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def as_part_of(parameter: nn.Parameter, part: Tensor) -> Tensor:
-    """Return what `own_part` gave as a tensor that is split as the parameter is."""
+    """Return the result of `own_part` as a tensor that is split as the parameter is."""
     if not isinstance(parameter, DTensor):
         return part
     return DTensor.from_local(
@@ -323,7 +323,7 @@ def as_part_of(parameter: nn.Parameter, part: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_local_weights(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
-    """Write back what `local_weights` yielded. Only at the end of a run.
+    """Write back weights from `local_weights`. Call it only at the end of a run.
 
     The optimizer's states are not updated with the new weights."""
     for parameter, value in zip(parameters, values, strict=True):
@@ -360,9 +360,9 @@ def _place_of_gradient(parameter: Any) -> Tensor | None:
 @contextmanager
 def _gathered_by_torch(model: nn.Module) -> Iterator[None]:
     assert isinstance(model, FSDPModule)
-    compat.make_root(model)  # otherwise the first layer that runs becomes it
+    compat.make_root(model)  # otherwise the first layer that runs is the root
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    # The root and the head keep theirs between forward and backward pass, if nothing is changed.
+    # By default the root and the head keep their weights between forward and backward pass.
     drops = [compat.drops_after_forward(module) for module in modules]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)

@@ -8,11 +8,11 @@
 
 The loop reads the same in one process, and under DDP, ZeRO and FSDP2. A step owns what they need:
 
-- Every process makes equally many passes, since the others wait for it in each. A process that
-  has fewer rows gets idle ones.
+- Every process runs the same number of passes, because all wait for each other in each pass. A
+  process that has fewer rows gets idle ones.
 - Whole gradients are exchanged in the last pass only.
-- Launchers average gradients over processes, and a loss needs their sum: it is divided by a count
-  over the batch of all processes, so the parts of all passes and processes add up.
+- Launchers average gradients over processes, but a step needs their sum: each loss is divided by a
+  count over the batch of all processes. So losses are multiplied by the number of processes.
 - Every module is clipped by a norm of its own. No step is taken with a gradient that is not finite.
 """
 
@@ -43,9 +43,9 @@ class TrainState(Generic[Model]):
     """Holds what a step changes: the weights, the optimizer, the learning rates, the average."""
 
     model: nn.Module
-    """the trained model as the launcher wrapped it; passes with a gradient call this one"""
+    """the trained model in the launcher's wrapper; passes with a gradient must call this one"""
     modules: Sequence[nn.Module]
-    """the parts of the model that are clipped one by one, in the order of `make_optimizer`"""
+    """the parts of the model, each clipped by its own norm, in the order of `make_optimizer`"""
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     accelerator: Accelerator
@@ -64,7 +64,7 @@ class TrainState(Generic[Model]):
 
     @property
     def is_exchanged(self) -> bool:
-        """Whether processes exchange gradients, so that each pass must go backward only once."""
+        """Whether processes exchange gradients, which allows only one backward pass per row."""
         return self.accelerator.num_processes > 1 or sharding.shards_gradients(self.accelerator)
 
 
@@ -80,7 +80,7 @@ def make_train_state(
 
     Args:
         groups: Parts of the model, each with its peak learning rate (see make_optimizer).
-        num_steps: Steps of the whole run, over which the learning rate falls.
+        num_steps: Number of steps in the whole run, over which the learning rate falls.
         first_steps: Maps the number of a part to the step at which its schedule begins.
     """
     optimizer = make_optimizer(groups, settings)
@@ -91,16 +91,16 @@ def make_train_state(
 
 
 class Step:
-    """One optimizer step: it starts without gradients, and ends with `take`.
+    """One optimizer step, which starts without gradients and ends with `take`.
 
     Args:
-        frozen: Numbers of the modules that this step must not change.
+        frozen: Indices in `state.modules` of those that this step must not change.
     """
 
     def __init__(self, state: TrainState, *, frozen: Collection[int] = ()) -> None:
         self.state = state
         self.learning_rate = state.learning_rate
-        """The learning rate that this step takes."""
+        """The learning rate of this step."""
         self._frozen = frozen
         self._held: list[Tensor] = []
         self._sums: dict[str, Tensor | float] = {}
@@ -122,30 +122,30 @@ class Step:
     def passes(self, inputs: Sequence[Inputs], *, more_follow: bool = False) -> Iterator[Inputs]:
         """Yield inputs on the device, each in a pass of its own: run the model and call `add`.
 
-        All processes must give equally many; `rows` sees to that.
+        All processes must give the same number of inputs; `rows` makes them equal.
         """
         state = self.state
-        # Shards are exchanged in each of several loops, so that they can be read between them.
+        # Shards are exchanged at the end of each loop, so that they can be read between loops.
         is_synced = not more_follow or sharding.shards_gradients(state.accelerator)
         for number, one in enumerate(inputs, start=1):
             is_last = is_synced and number == len(inputs)
             with sharding.one_pass(state.accelerator, state.model, is_last=is_last):
-                # Without waiting: the device may still be busy with the pass before.
+                # The copy does not wait, because the device may be busy with the pass before.
                 yield one.to(state.accelerator.device, non_blocking=True)
                 self._backward()
 
     def add(self, loss: Tensor, stats: Mapping[str, Tensor | float] | None = None) -> None:
-        """Add the gradient of a loss, and sums for the metrics.
+        """Add the gradient of a loss, and values to the sums for the metrics.
 
-        One process goes backward at once. Then a pass with two models holds the activations of one
-        at a time. Processes that exchange gradients do so once a pass, so the losses of a pass wait
-        for its end.
+        A single process runs the backward pass at once, so a pass with two models holds the
+        activations of one at a time. Processes that exchange gradients do so once a pass, so its
+        losses are summed and their backward pass runs at its end.
 
         Args:
-            loss: This pass's part of the loss over the batch of all processes. One that no weight
-                learns from is left out.
-            stats: Values that are summed over the passes, on their own device, so that the next
-                pass need not wait for a GPU.
+            loss: This pass's part of the loss over the batch of all processes. It is ignored if it
+                requires no gradient.
+            stats: Values to sum over the passes. They stay on their device, so that the next pass
+                need not wait for a GPU.
         """
         if loss.requires_grad:
             self._held.append(loss)
@@ -154,18 +154,18 @@ class Step:
         self.note(stats or {})
 
     def note(self, stats: Mapping[str, Tensor | float]) -> None:
-        """Add sums for the metrics, without a loss."""
+        """Add values to the sums for the metrics, without a loss."""
         for name, value in stats.items():
             value = value.detach() if isinstance(value, Tensor) else value
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def take(self) -> list[float]:
-        """Clip, take the step, and move the schedule and the average on.
+        """Clip the gradients, take the step, and advance the schedule and the average.
 
         The gradients remain until the next step, except under DeepSpeed.
 
         Returns:
-            The norm of each module's gradient before the clip, over all processes.
+            The norm of each module's gradient over all processes, before the clip.
 
         Raises:
             NonFiniteError: A norm is NaN or infinite. The step is not taken.
@@ -190,7 +190,7 @@ class Step:
         return norms
 
     def _backward(self) -> None:
-        """Go backward from the losses that wait."""
+        """Run the backward pass of the losses that `add` has kept."""
         if self._held:
             loss = sum(self._held[1:], start=self._held[0]) * self.state.accelerator.num_processes
             sharding.backward(self.state.accelerator, self.state.model, loss)
@@ -198,6 +198,6 @@ class Step:
 
 
 def equal_rows(accelerator: Accelerator, rows: Sequence[PackedRow]) -> list[PackedRow]:
-    """Return this process's rows, and idle ones until it has as many as the process with most."""
+    """Return this process's rows, and idle ones up to the largest number of any process."""
     num_passes = max_over_processes(accelerator, len(rows))
     return [*rows, *[idle_row()] * (num_passes - len(rows))]

@@ -1,9 +1,9 @@
-"""Tells two gradients of one step apart, though they are summed in one place.
+"""Compares two gradients that one step sums in the same buffers.
 
 gradients = TwoGradients(state, parameters)
-...                          # the passes of the first
+...                          # the passes of the first loss
 gradients.end_first()
-...                          # the passes of the second
+...                          # the passes of the second loss
 found = gradients.weigh()    # both norms and their cosine
 """
 
@@ -18,12 +18,12 @@ from rlhf.training.parameters import trained_parameters
 from rlhf.training.step import TrainState
 
 _NO_NORM = 1e-30
-"""Stands in for a norm of 0, which cannot divide."""
+"""Smallest divisor, in place of a norm of 0."""
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """Compares two gradients, over all processes."""
+    """Norms and cosine of two gradients, over all processes."""
 
     first_norm: float
     """after the factor"""
@@ -34,10 +34,10 @@ class Weighed:
 
 
 class TwoGradients:
-    """Keeps a copy of the first gradient of a step beside the sum of both.
+    """Keeps a copy of the first of two gradients that a step sums.
 
     Args:
-        parameters: Those whose gradients are compared.
+        parameters: The parameters whose gradients are compared.
     """
 
     def __init__(self, state: TrainState, parameters: Sequence[nn.Parameter]) -> None:
@@ -46,8 +46,10 @@ class TwoGradients:
         self._first: list[Tensor] = []
 
     def end_first(self) -> None:
-        """Copy the gradient so far. Where gradients are in shards, also set them to zero, since
-        DeepSpeed may or may not add later gradients to those that are there."""
+        """Copy the gradient so far.
+
+        Sharded gradients are also set to zero, since DeepSpeed may add later ones to them or not.
+        """
         state = self._state
         self._first = [one.clone() for one in sharding.local_gradients(self._parameters)]
         if sharding.shards_gradients(state.accelerator):
@@ -58,7 +60,7 @@ class TwoGradients:
         """Compare both gradients after the last pass, and leave their sum for the step.
 
         Args:
-            ratio: The norm of the first is brought to this multiple of the second's. None leaves
+            ratio: The first gradient is scaled to this multiple of the second's norm. None leaves
                 it as it is.
         """
         accelerator = self._state.accelerator

@@ -18,7 +18,7 @@ class ResumeCallback(TrainerCallback):
     not used because they are pickles.
 
     Args:
-        parts: What the run carries besides the model, its optimizer and its schedule.
+        parts: The run's state besides the model, its optimizer and its schedule.
         after_save: Called after each checkpoint.
     """
 
