@@ -192,7 +192,7 @@ class Config(StageSettings):
     command is given again. A checkpoint holds both models, the optimizer and the average: four to
     five times the weights. None means no checkpoints."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: takes less memory and about a third more time."""
     offload: bool = False
     """Keep the reference and the reward models in CPU memory while they are not used. This frees
     the device's memory for the price of moving their weights. On a CPU it changes nothing."""

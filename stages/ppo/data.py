@@ -60,7 +60,7 @@ def load_held_out(
 def shuffled_text(
     config: Config, chat: Chat, accelerator: Accelerator
 ) -> ShuffledBatches[PromptTree]:
-    """Give the text blocks of one optimizer step at a time, for all processes; [] without ptx.
+    """Return batches with the text blocks of an optimizer step, for all processes; [] without ptx.
 
     Documents are joined and cut to blocks of `ptx.block_tokens` tokens without a template.
     """

@@ -1,4 +1,4 @@
-"""Stop a run well: name the fault and the place, and save the weights before it."""
+"""Stop a run cleanly: name the fault and the place, and save the weights before it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

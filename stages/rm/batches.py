@@ -61,7 +61,7 @@ class Comparisons:
     """(responses, responses)"""
 
     def of(self, row: PackedRow) -> "Comparisons":
-        """Return the comparisons of a row's responses, of which an idle row has none."""
+        """Return the comparisons of a row's responses; an idle row has none."""
         chosen = row.response_index
         square = (chosen[:, None], chosen[None, :])
         margins = None if self.margins is None else self.margins[square]

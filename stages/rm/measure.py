@@ -46,7 +46,7 @@ class HeldOut:
 def measure(
     state: TrainState[ScalarModel], packer: Packer, held_out: HeldOut, config: Config
 ) -> dict[str, float]:
-    """Measure the model that is trained, between two steps."""
+    """Measure the model in training, between two steps."""
     state.optimizer.zero_grad()  # gradients take memory that the scores need
     with sharding.whole_weights(state.accelerator, state.model):
         state.module.eval()
