@@ -1,4 +1,4 @@
-"""Turns values by question into figures with intervals, and into differences between policies."""
+"""Turn values by question into figures with intervals, and into differences between policies."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from rlhf.measuring.statistics import (
 )
 
 Values = Sequence[Sequence[Any]]
-"""For each question, one value a draw or sample."""
+"""For each question, one value for each draw or sample."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How the values of a metric are put together, and which way is up."""
+    """Says how to aggregate the values of a metric, and whether higher is better."""
 
     higher_is_better: bool
     aggregate: Callable[[list[Any]], float] | None = None

@@ -1,4 +1,4 @@
-"""Reads task files and the local data files that they name; needs no harness for that."""
+"""Read task files and the local data files that they name, without the harness."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

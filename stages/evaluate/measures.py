@@ -120,7 +120,7 @@ def response_logprobs(
 
 
 def describe(answers: Answers) -> dict[str, float]:
-    """Compute means over responses of what the responses alone show."""
+    """Compute the mean length, the share that ends, and the share of distinct bigrams."""
     flat = answers.flat
     responses = [answer.response_ids for answer in flat]
     return {
