@@ -14,8 +14,8 @@ from tools.report.figures import is_number
 from tools.report.folders import RunFolder, Stage
 
 SMOOTHED_FROM = 30
-"""Number of points from which a curve gets a running mean, over a tenth of them, in front of the
-raw points."""
+"""Number of points from which a curve gets a running mean, which is over a tenth of them and drawn
+in front of the raw points."""
 
 
 MAX_POINTS = 1_000
