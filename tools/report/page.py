@@ -90,7 +90,7 @@ def write_page(runs: Sequence[RunFolder], output: Path | None) -> Path:
 
 
 def render(runs: Sequence[RunFolder]) -> str:
-    """Return the page as HTML. Equal runs give equal bytes: it holds no time and no random value."""
+    """Return the page as HTML. Equal runs give equal bytes: it holds no time and nothing random."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
