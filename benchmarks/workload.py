@@ -35,7 +35,7 @@ class Workload:
     """PPO: most tokens of a response. An update on all prompts is a sample."""
     end_positions: list[int] | None = None
     """PPO: a response has its end token at the first of these positions after its prompt, whose
-    first token is at position 0. None: no response ends before `new_tokens`."""
+    first token is at position 0. None means that no response ends before `new_tokens`."""
     text_blocks: int = 0
     """PPO, ours only: blocks of text of the ptx term in an update."""
     dtype: DType = "float32"

@@ -23,7 +23,7 @@ from stages.ppo.update import OldOutputs, mini_batches
 
 
 def noise(setting: Setting, tell: Tell) -> None:
-    """Tell both differences for each precision and number of tokens."""
+    """Report both differences for each precision and number of tokens."""
     for precision in PRECISIONS:
         loop = ppo_loop(setting, precision)
         rollout = loop.roll_out()
