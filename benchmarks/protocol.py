@@ -2,7 +2,7 @@
 
     benchmark                               worker
     the workload                     ->     loads its models
-                                     <-     {"ready": {what it says of itself}}
+                                     <-     {"ready": {facts about itself}}
     {"run": n}                       ->     runs one sample
                                      <-     {"done": {seconds, peak_bytes, figures}}
     closes the stream                ->     ends

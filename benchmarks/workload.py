@@ -109,6 +109,7 @@ def every(distance: int, longest_prompt: int) -> list[int]:
 
 
 def response_length(work: Workload, prompt_tokens: int) -> int:
+    """Return the tokens of the response to a prompt of this length, its end token included."""
     if work.end_positions is None:
         return work.new_tokens
     end = min(position for position in work.end_positions if position >= prompt_tokens)

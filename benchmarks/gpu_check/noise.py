@@ -1,8 +1,8 @@
-"""Measure how far rounding drives apart what PPO takes to be equal.
+"""Measure how far rounding sets log-probabilities apart that PPO takes to be equal.
 
-Sampler and packed pass give log-probabilities of the same tokens under the same weights, and so do
-the passes of rollout and training. PPO's alarms PPO_SAMPLER and PPO_RATIO compare mean and high
-quantile of the difference with fixed limits. The table shows them for several numbers of tokens,
+Sampler and packed pass compute them for the same tokens under the same weights, and so do the
+passes of rollout and training. PPO's alarms PPO_SAMPLER and PPO_RATIO compare mean and high
+quantile of the difference with fixed limits. The table shows both for several numbers of tokens,
 and the largest difference too, which grows with that number.
 """
 

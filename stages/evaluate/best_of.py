@@ -79,9 +79,9 @@ def best_of_figures(
 
 
 def best_of_curve(pool: Pool, n: int, chooser: str) -> dict[str, dict[str, float]]:
-    """Map each of 1, 2, 4, ... up to n to the KL and the judges' mean scores of best-of that many.
+    """Return KL and mean score by each judge of best-of-k, by k = 1, 2, 4, ... up to n.
 
-    It shows over-optimisation where the chooser's score goes on rising and another judge's falls
+    It shows over-optimisation where the chooser's score keeps rising and another judge's falls
     (Gao et al. 2022).
     """
     curve = {}

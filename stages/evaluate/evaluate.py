@@ -311,7 +311,7 @@ def _load_judges(
 
 
 def _is_function(judge: str) -> bool:
-    """Tell whether an entry of `judges` is package.module:name, and not a folder or hub id."""
+    """Return whether an entry of `judges` is package.module:name, and not a folder or hub id."""
     return _FUNCTION.fullmatch(judge) is not None and not Path(judge).exists()
 
 
@@ -381,7 +381,7 @@ def _grade(
 
 
 def _makes_pairs(config: Config, exam: Exam) -> bool:
-    """Tell whether to test the reward model on pairs that differ in one part of gold."""
+    """Return whether to test the reward model on pairs that differ in one part of gold."""
     is_judged = exam.grader is not None and REWARD_MODEL in exam.judges
     return is_judged and config.pair_samples_per_prompt > 0
 

@@ -16,6 +16,7 @@ from stages.ppo.config import Config
 
 
 def inputs_of(config: Config) -> dict[str, str]:
+    """Map the name of each input of the run to its path."""
     inputs = {
         "policy": config.policy.path,
         "prompts": config.prompts,
@@ -51,6 +52,7 @@ def load_prompts(
 def load_held_out(
     chat: Chat, config: Config, accelerator: Accelerator
 ) -> list[FittedPrompt[Prompt]]:
+    """Load the first num_eval_prompts held-out prompts that fit; [] if none are given."""
     if config.prompts_held_out is None:
         return []
     prompts = load_prompts(config.prompts_held_out, chat, config, accelerator)

@@ -18,7 +18,7 @@ Sums = dict[str, float]
 """Sums over this process's tokens and steps."""
 
 HIGH = 0.999
-"""The quantile that `differences` gives."""
+"""The quantile that `differences` reports."""
 
 PART = "part "
 """Prefix that marks the sums of the score's parts among the sums of a rollout."""

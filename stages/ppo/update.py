@@ -145,7 +145,7 @@ def mini_batches(
 
 
 def moved_too_far(sums: Sums, max_step_kl: float | None, accelerator: Accelerator) -> bool:
-    """Tell whether this step's policy was further than max_step_kl from the one that sampled."""
+    """Return whether this step's policy was further than max_step_kl from the one that sampled."""
     if max_step_kl is None:
         return False
     nats, tokens = (sum_over_processes(accelerator, sums[k]) for k in ("approx_kl", "tokens"))

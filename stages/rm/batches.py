@@ -1,4 +1,4 @@
-"""Say which rankings a step takes, and which of their responses are compared."""
+"""Choose the rankings of each step, and the pairs of their responses to compare."""
 
 import math
 from collections.abc import Iterator, Sequence

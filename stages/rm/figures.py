@@ -101,7 +101,7 @@ def length_accuracy(pairs: Sequence[Pair], *, longer_wins: bool) -> float:
 
 
 def does_longer_win(pairs: Sequence[Pair]) -> bool:
-    """Tell whether preferring the longer response orders these pairs better than the shorter."""
+    """Return whether preferring the longer response orders these pairs better than the shorter."""
     return length_accuracy(pairs, longer_wins=True) >= 0.5
 
 

@@ -153,7 +153,7 @@ def make_trainer(
 
 @torch.no_grad()
 def _is_fused_right(policy: PreTrainedModel) -> bool:
-    """Tell whether TRL's fused head gives the loss of the model's own logits, tried on 16 tokens.
+    """Return whether TRL's fused head gives the loss of the model's own logits, tried on 16 tokens.
 
     The fused head knows only some ways of scaling logits, by the names of fields in the config.
     """

@@ -301,6 +301,7 @@ def _triangle(x: float, y: float) -> str:
 
 def _free_place(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return the place of a label, moved down while another label is in its way."""
+    # A short name is about 60 wide, and a line of text is 12 high.
     while any(abs(x - other) < 60 and abs(y - beside) < 12 for other, beside in taken):
         y += 12
     return x, y
@@ -309,6 +310,7 @@ def _free_place(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tup
 def _round_step(least: float) -> float:
     """Return the smallest of 1, 2, 2.5 and 5 times a power of ten that is not below this."""
     power = 10.0 ** math.floor(math.log10(least))
+    # 0.999 lets a step through that rounding put just below.
     return next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= least * 0.999)
 
 
