@@ -179,7 +179,7 @@ def attention() -> Iterator[Finding]:
 
 
 def deepspeed() -> Iterator[Finding]:
-    """Check that DeepSpeed imports, and what compiles its Adam for offloading, if installed."""
+    """Check that DeepSpeed, if installed, imports and finds what compiles its Adam."""
     if _version("deepspeed") is None:
         return
     try:
@@ -197,7 +197,7 @@ def deepspeed() -> Iterator[Finding]:
 
 
 def processes() -> Iterator[Finding]:
-    """Check that two processes can add up a number over gloo."""
+    """Check that two processes can sum a number over gloo."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", _ALL_REDUCE, str(Path(folder) / "store")]
         both = [

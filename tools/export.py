@@ -62,7 +62,7 @@ def export(config: Config) -> None:
 
     Raises:
         ValueError: The folder holds no adapter and is no checkpoint of PPO, its base has changed,
-            the output folder holds files of others, or the merged weights do not compute what the
+            the output folder holds other files, or the merged weights do not compute what the
             adapter does.
     """
     files = (*MODEL_FILES, REWARD_FILE)

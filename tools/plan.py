@@ -166,7 +166,7 @@ class Plan:
             self.held[f"{name}: adapter and head"] = own
 
     def hold_optimizer(self, name: str, model: nn.Module) -> None:
-        """Add what a model needs besides its weights to learn."""
+        """Add a model's optimizer states, and the buffers in which processes exchange gradients."""
         launch, trained = self.launch, _trained_bytes(self.launch, model)
         self.held[f"{name}: optimizer"] = launch.share((2 + launch.is_halved) * trained, 1)
         if launch.num_processes > 1 and not launch.zero_stage:
@@ -430,7 +430,7 @@ def _with_config(path: str, other: str) -> str:
 
 
 def _dry(settings: ModelSettings, launch: Launch) -> ModelSettings:
-    """Return the settings of a model as its passes run.
+    """Return a model's settings as its passes use them.
 
     Flash attention has no kernel here; sdpa without a mask saves the same tensors."""
     if launch.is_halved:

@@ -35,8 +35,8 @@ def words(text: str) -> list[str]:
 def sentences(text: str) -> list[str]:
     """Split a text after . ! ? and any closing quotes and brackets; leave out parts without a word.
 
-    A point does not end a sentence after an abbreviation or initials (Dr., e.g., J. K.), after the
-    number of a list item, or before anything but white space (3.5). A line break does not end one.
+    A full stop ends no sentence after an abbreviation or initials (Dr., e.g., J. K.), after the
+    number of a list item, or before anything but white space (3.5). A line break ends none.
     """
     found = []
     start = 0

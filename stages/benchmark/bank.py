@@ -43,7 +43,7 @@ class LoadedTask:
 
 
 def load_tasks(config: Config) -> list[LoadedTask]:
-    """Load every task of the settings, and check that its examples do not tell its answers.
+    """Load every task of the settings, and check that its examples do not give its answers away.
 
     Raises:
         ValueError: A task or its data cannot be used; the message names the file and the remedy.

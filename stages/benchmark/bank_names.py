@@ -17,8 +17,8 @@ from stages.benchmark.task_files import PAGE, find_task_file
 HARNESS = "lm_eval"
 """The package of lm-evaluation-harness. It takes seconds to import, and is an extra."""
 NO_TASK_FILES = {".py", ".pyc", ".md"}
-"""Endings in the harness's folder of tasks whose files name no task. Files that task files include
-have any other ending, or none."""
+"""Endings of files in the harness's folder of tasks that name no task. Files that task files
+include may have any other ending, or none."""
 NUM_MEANT = 3
 """Most names in the message to choose from."""
 

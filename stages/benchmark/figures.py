@@ -50,7 +50,7 @@ def figure(values: Values, metric: Metric, seed: int) -> dict[str, Any]:
 def difference(values: Values, baseline: Values, metric: Metric, seed: int) -> dict[str, Any]:
     """Return a policy's figure minus the baseline's on the same questions, and a verdict.
 
-    The interval comes from drawing questions, and both policies keep the values of a drawn question
+    The interval comes from a bootstrap over questions, which draws the values of both policies
     together. The verdict is "better" or "worse" if the interval excludes 0, and otherwise "".
     """
     if metric.aggregate is None:

@@ -139,8 +139,8 @@ class PackedLM(TemplateLM):
     ) -> list[float]:
         """Return the log-likelihood of each whole text in nats.
 
-        A text that is longer than the model's context is read in windows, of which each predicts
-        new tokens only.
+        A text that is longer than the model's context is read in windows, each of which predicts
+        only new tokens.
         """
         windows: list[TokenRequest] = []
         owners: list[int] = []

@@ -48,7 +48,7 @@ def best_of_figures(
 
     Args:
         chooser: Name of the judge that chooses among the n responses.
-        baseline: Name of the policy that the pool is of, and that win rates compare with.
+        baseline: Name of the policy that gave the pool, and that win rates compare with.
         answers: maps judge to the scores of the baseline's own answers, which are not in the pool.
         right: The part of gold that says whether a response is right, and its values for the
             baseline's own answers. None means that gold has no such part.

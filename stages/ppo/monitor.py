@@ -1,4 +1,4 @@
-"""Alarms for what can go wrong in PPO, each with a code, what was found, and a remedy.
+"""Raise alarms for what can go wrong in PPO, each with a code, what was found, and a remedy.
 
 After each rollout and after each update the monitor looks at the metrics so far. A rule that finds
 a fault prints a warning of two sentences. If its code is in `monitor.stop_on`, the run stops. The
@@ -45,7 +45,7 @@ class Noise:
 TOKEN_NOISE = {"float32": Noise(1e-4, 1e-3), "bfloat16": Noise(0.1, 0.5)}
 """Noise between two passes of one model, by its dtype."""
 SAMPLER_NOISE = 2.0
-"""Multiple of TOKEN_NOISE allowed between the sampler, which goes token by token over its cache,
+"""Multiple of TOKEN_NOISE allowed between the sampler, which decodes token by token with a cache,
 and one packed pass. SmolLM2-135M in bfloat16 reaches 0.03 nats in the mean over 3,000 tokens, and
 0.28 nats on one of them."""
 ENGINE_NOISE = {"hf": Noise(0.0, 0.0), "vllm": Noise(0.1, 0.5)}
@@ -338,7 +338,7 @@ class Monitor:
         return len(self.history)
 
     def inspect(self, metrics: Metrics) -> None:
-        """Add metrics of this update, and try each rule that has all of its own, once an update.
+        """Add metrics of this update; try each rule once, as soon as all its metrics are there.
 
         Raises:
             TrainingStopped: an alarm has a code of `monitor.stop_on`.

@@ -13,7 +13,7 @@ from stages.ppo.learner import Learner
 
 
 class PretrainingMix:
-    """Adds ptx.coef times the text's mean nats a token to a step (Ouyang et al. 2022, eq. 2).
+    """Adds to a step the gradient of ptx.coef * (mean nats a text token) (Ouyang et al., eq. 2).
 
     Call `add_text` first, then add the losses of the episodes, then call `balance`.
 

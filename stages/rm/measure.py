@@ -20,7 +20,7 @@ from stages.rm.data import Example
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Holds rankings to measure on, and who says which response of a pair is better."""
+    """Holds rankings to measure on, and which response of a pair each judge finds better."""
 
     examples: list[Example]
     judges: list[list[list[figures.Preference]]]

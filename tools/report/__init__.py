@@ -5,7 +5,7 @@ and may be finished, at work or dead. Several runs are shown side by side.
 
 folders.py    reads what runs left in their folders
 figures.py    numbers that remember where they were read
-verdict.py    says in words what came out
+verdict.py    says in words how a run ended
 tables.py     policies side by side
 panels.py     which curves share a panel, and which alarms it shows
 samples.py    which samples are shown, and in which words they differ

@@ -55,7 +55,7 @@ GROUPS = ("PPO", "Reward model", "SFT", "Pretraining")
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with its title and a word on how to read it."""
+    """A drawing with its title and a note on how to read it."""
 
     title: str
     svg: Markup

@@ -259,7 +259,7 @@ def running_mean(values: Sequence[float], reach: int) -> list[float]:
 def thin_out(values: Sequence[float], most: int = MAX_POINTS) -> list[int]:
     """Return the places of the values to draw: all of them, or at most `most` of a longer curve.
 
-    Of each of `most` / 4 equal stretches the first, the last, the lowest and the highest are kept.
+    It keeps the first, the last, the lowest and the highest of each of `most` / 4 equal stretches.
     If a stretch is a pixel wide, a line through them looks like a line through all (Jugel et al.
     2014, "M4: A Visualization-Oriented Time Series Data Aggregation").
     """

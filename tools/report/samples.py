@@ -56,7 +56,7 @@ class Sample:
     prompt: str
     responses: list[Response]
     changes: dict[str, float]
-    """Maps a judge to the score of the last response less that of the one it is compared with."""
+    """Maps a judge to the score of the last response minus that of the one it is compared with."""
     is_parted: bool = False
     """Whether it is shown because the judges disagree on it, not by its place in the file."""
 

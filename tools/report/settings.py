@@ -45,7 +45,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class StageSettings:
-    """All settings of a stage, compared with the preset that it is nearest to."""
+    """All settings of a stage, compared with the nearest preset."""
 
     stage: Stage
     preset: str | None
@@ -68,7 +68,7 @@ class Difference:
 
 
 def compare_with_presets(run: RunFolder) -> list[StageSettings]:
-    """Compare all settings of each stage with those of the preset that the run is nearest to.
+    """Compare all settings of each stage with those of the run's nearest preset.
 
     A run does not record which files its settings came from. So the nearest preset is the one whose
     files name the fewest other values, over all stages.
