@@ -62,8 +62,8 @@ def export(config: Config) -> None:
 
     Raises:
         ValueError: The folder holds no adapter and is no checkpoint of PPO, its base has changed,
-            the output folder holds other files, or the merged weights do not compute what the
-            adapter does.
+            the output folder holds another program's files, or the merged weights do not compute
+            what the adapter does.
     """
     files = (*MODEL_FILES, REWARD_FILE)
     checkpoint = _read_checkpoint(Path(config.folder))

@@ -131,7 +131,7 @@ def describe(answers: Answers) -> dict[str, float]:
 
 
 def most_frequent_response(answers: Answers) -> tuple[str, float]:
-    """Return the response that most prompts share, and the share of different prompts with it."""
+    """Return the most frequent response, and the share of different prompts that get it."""
     by_prompt: dict[str, list[str]] = defaultdict(list)
     for answer in answers.flat:
         by_prompt[answer.record.key].append(answer.text)

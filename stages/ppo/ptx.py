@@ -13,9 +13,10 @@ from stages.ppo.learner import Learner
 
 
 class PretrainingMix:
-    """Adds to a step the gradient of ptx.coef * (mean nats a text token) (Ouyang et al., eq. 2).
+    """Adds the gradient of ptx.coef * (mean nats a text token) to a step.
 
-    Call `add_text` first, then add the losses of the episodes, then call `balance`.
+    This is the last term of Ouyang et al. 2022, eq. 2. Call `add_text` first, then add the losses
+    of the episodes, then call `balance`.
 
     Args:
         text: This process's blocks. Empty on all processes without ptx.
