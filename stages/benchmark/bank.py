@@ -203,7 +203,7 @@ def _give(rows: datasets.DatasetDict, **_: object) -> datasets.DatasetDict:
 
 
 def _build(path: Path, settings: dict[str, Any]) -> ConfigurableTask:
-    """Let the harness build a task; raise an error that names the file if it refuses it."""
+    """Let the harness build a task; if it refuses, raise an error that names the file."""
     try:
         task = ConfigurableTask(config=dict(settings))
         task.set_config("custom_dataset", None)  # the harness would copy it into its report

@@ -62,7 +62,7 @@ def load_held_out(
 def shuffled_text(
     config: Config, chat: Chat, accelerator: Accelerator
 ) -> ShuffledBatches[PromptTree]:
-    """Return batches with the text blocks of an optimizer step, for all processes; [] without ptx.
+    """Return the text blocks of each optimizer step in turn, for all processes; [] without ptx.
 
     Documents are joined and cut to blocks of `ptx.block_tokens` tokens without a template.
     """

@@ -93,7 +93,7 @@ def _common_packer(models: PolicyAndValue, micro_batch_tokens: int) -> Packer:
 
 
 def _shared_bases(config: Config, accelerator: Accelerator) -> SharedBases | None:
-    """Return the frozen weights that models share, or None where each has weights of its own.
+    """Return the store of frozen weights that models share, or None where each has its own.
 
     Without adapters all weights are trained. ZeRO-3 and FSDP split the trained models' weights,
     which frozen models need whole.

@@ -33,7 +33,7 @@ LAST_GOOD = "last_good"
 
 @dataclass(frozen=True)
 class Noise:
-    """Limits the difference that rounding alone can make between log-probabilities of a token."""
+    """Holds limits on how far rounding alone sets two log-probabilities of a token apart."""
 
     mean: float
     """Mean over tokens, in nats."""

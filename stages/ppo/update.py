@@ -154,7 +154,7 @@ def moved_too_far(sums: Sums, max_step_kl: float | None, accelerator: Accelerato
 
 @dataclass(frozen=True)
 class OldOutputs:
-    """Holds the rollout's side of the losses for a mini-batch or a row, each (responses, time)."""
+    """Holds what the losses take from the rollout, for a mini-batch or a row, (responses, time)."""
 
     logprobs: Tensor
     values: Tensor
