@@ -5,6 +5,6 @@
     python -m benchmarks.roofline   how close each phase comes to what the machine can do
 
 Each side of a comparison is a program (`benchmarks.ours`, `benchmarks.trl_reward`,
-`benchmarks.trl_ppo`) in its own environment. It is told over its standard input when to run one
-sample. The modules that TRL's programs import from this package need only torch.
+`benchmarks.trl_ppo`) in its own environment. A line on its standard input starts each sample. The
+modules that TRL's programs import from this package need only torch.
 """

@@ -21,7 +21,7 @@ rollout."""
 
 
 class UnequalWork(ValueError):
-    """Says that the two sides computed different things, so that their times cannot be compared."""
+    """Raised when the two sides computed different things, so their times cannot be compared."""
 
 
 def compare(

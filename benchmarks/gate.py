@@ -1,4 +1,4 @@
-"""Run each epoch of a Trainer of TRL's as one sample."""
+"""Run each epoch of a TRL Trainer as one sample."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ class EpochGate(TrainerCallback):
     """Starts an epoch when the benchmark asks for a sample, and answers at its end.
 
     Args:
-        figures: called at the end of the first epoch for the figures to answer besides the seconds.
+        figures: called at the end of the first epoch; returns what to answer besides the seconds.
         settings: this side's settings in words, for the table.
     """
 

@@ -2,7 +2,7 @@
 
     benchmark                               worker
     the workload                     ->     loads its models
-                                     <-     {"ready": {what it says of itself}}
+                                     <-     {"ready": {facts about itself}}
     {"run": n}                       ->     runs one sample
                                      <-     {"done": {seconds, peak_bytes, figures}}
     closes the stream                ->     ends
@@ -30,7 +30,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate")
 
 
 class WorkerError(ValueError):
-    """Says that a worker ended, or gave an unexpected answer."""
+    """Raised when a worker ended, or gave an unexpected answer."""
 
 
 class Link:
@@ -98,7 +98,8 @@ class Worker:
     def facts(self) -> dict[str, Any]:
         """Facts that the worker reports about itself.
 
-        Reading them waits until its models are loaded, so several workers can load at once before.
+        Reading them waits until its models are loaded. So start all workers first: they load at
+        the same time.
         """
         return self._receive("ready")
 

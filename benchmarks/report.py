@@ -39,7 +39,7 @@ def write(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 
 def check_row(row: Mapping[str, Any]) -> None:
-    """Raise an AssertionError for a row without what this module promises."""
+    """Raise an AssertionError unless a row has all that this module promises."""
     missing = [key for key in REQUIRED if key not in row]
     assert not missing, f"{row.get('name')} lacks {missing}"
     for side in ("ours", "theirs"):

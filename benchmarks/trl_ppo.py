@@ -2,8 +2,8 @@
 
     .venv-peers/bin/python -m benchmarks.trl_ppo    (started by the benchmark; see protocol.py)
 
-It has its best settings here: no gradient checkpointing, all responses sampled in one batch, passes
-of `micro_batch` sequences, and no sample tables.
+PPOTrainer has its best settings here: no gradient checkpointing, all responses sampled in one
+batch, passes of `micro_batch` sequences, and no sample tables.
 """
 
 import time
@@ -79,8 +79,8 @@ class UpdateGate(TrainerCallback):
 class SamePrompts(torch.utils.data.Dataset[dict[str, list[int]]]):
     """Gives the prompts in turn, whichever rows are asked for, so every batch has each prompt once.
 
-    A dataset of a single batch would always be at its end. There accelerate takes an optimizer step
-    in every pass.
+    In a dataset of a single batch, every batch would be the last. In the last one, accelerate takes
+    an optimizer step in every pass.
     """
 
     def __init__(self, prompts: list[list[int]]) -> None:

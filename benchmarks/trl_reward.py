@@ -2,8 +2,8 @@
 
     python -m benchmarks.trl_reward    (started by the benchmark; see protocol.py)
 
-It has its best settings here: no gradient checkpointing, ids given so that nothing is tokenised,
-and passes of `micro_batch` pairs that together make up the step.
+RewardTrainer has its best settings here: no gradient checkpointing, ids given so that nothing is
+tokenised, and passes of `micro_batch` pairs that together make up the step.
 """
 
 from tempfile import TemporaryDirectory

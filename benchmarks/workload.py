@@ -35,7 +35,7 @@ class Workload:
     """PPO: most tokens of a response. An update on all prompts is a sample."""
     end_positions: list[int] | None = None
     """PPO: a response has its end token at the first of these positions after its prompt, whose
-    first token is at position 0. None: no response ends before `new_tokens`."""
+    first token is at position 0. None means that no response ends before `new_tokens`."""
     text_blocks: int = 0
     """PPO, ours only: blocks of text of the ptx term in an update."""
     dtype: DType = "float32"
@@ -109,6 +109,7 @@ def every(distance: int, longest_prompt: int) -> list[int]:
 
 
 def response_length(work: Workload, prompt_tokens: int) -> int:
+    """Return the tokens of the response to a prompt of this length, its end token included."""
     if work.end_positions is None:
         return work.new_tokens
     end = min(position for position in work.end_positions if position >= prompt_tokens)

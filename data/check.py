@@ -129,7 +129,7 @@ def statistics(records: Sequence[Record], chat: "Chat | None") -> Iterator[str]:
 
 
 def warnings(records: Sequence[Record], chat: "Chat | None" = None) -> Iterator[str]:
-    """Yield warnings about what is valid but rarely meant.
+    """Yield warnings about rows that are valid but rarely meant.
 
     Responses are equal if their token ids are; without a tokenizer, if their texts are.
     """

@@ -1,4 +1,4 @@
-"""Reads a GGUF file (llama.cpp's format, often quantised) as a model with plain weights."""
+"""Read a GGUF file (llama.cpp's format, often quantised) as a model with plain weights."""
 
 import importlib.util
 from pathlib import Path

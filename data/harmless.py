@@ -4,7 +4,7 @@
     python -m data.harmless --output_dir runs/harmless/data
 
 One half of the pairs trains the reward model, the other half trains the judge. No stage of the
-policy sees the judge's half or the held-out pairs. Many dialogues of the public file go on from one
+policy sees the judge's half or the held-out pairs. Many dialogues of the public file share their
 first turn, so the split is by the first turn.
 """
 
@@ -106,8 +106,7 @@ def make_files(config: HarmlessConfig) -> dict[str, Sequence[Record]]:
 def split_by_first_turn(
     pairs: Sequence[Ranking], share: float, seed: int, *, salt: str
 ) -> tuple[list[Ranking], list[Ranking]]:
-    """Split pairs into (train, held out) so that no two sides have a dialogue's first turn in
-    common."""
+    """Split pairs into (train, held out) so that no first turn of a dialogue is on both sides."""
     openings = {first_turn(pair): Prompt(first_turn(pair)) for pair in pairs}
     _, held_out = split_by_prompt(list(openings.values()), share, seed, salt=salt)
     apart = {opening.prompt for opening in held_out}
@@ -118,7 +117,7 @@ def split_by_first_turn(
 
 
 def first_turn(pair: Ranking) -> str:
-    """Return what the user said first."""
+    """Return the user's first message."""
     return pair.prompt if isinstance(pair.prompt, str) else pair.prompt[0]["content"]
 
 

@@ -39,8 +39,8 @@ def write_record_files(
         make_files: returns the records of each file by its name.
         program: name of the program, for the folder's mark.
         names: names of the files that `make_files` makes.
-        sources: setting -> the folder that it names, which must not lie in `folder`.
-        inputs: name -> file that is read.
+        sources: maps a setting to the folder that it names, which must not lie in `folder`.
+        inputs: maps a name to the file that is read.
         describe: says in a few words what a file holds, for the line that is printed.
 
     Raises:

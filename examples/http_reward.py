@@ -1,11 +1,11 @@
-"""A reward that another machine computes: batches over HTTP, tried again when the server is busy.
+"""Get a reward from another machine: send batches over HTTP, and try again if it is busy.
 
     REWARD_URL=http://localhost:8000/score python -m stages.ppo --config configs/ppo/tiny.yaml \\
         --reward.model null --reward.function examples.http_reward:score
 
 The server gets {"prompts": [...], "responses": [...], "metas": [...]} by POST and answers
-{"scores": [...]} with a number for each response. Copy the file and change what yours does
-differently. Only the standard library is used.
+{"scores": [...]} with a number for each response. Copy the file and change it to fit your server.
+Only the standard library is used.
 """
 
 import json
@@ -16,7 +16,7 @@ import urllib.request
 from typing import Any
 
 BUSY = (408, 429, 500, 502, 503, 504)
-"""HTTP statuses that another try may clear; others, such as 401 or 404, will not go away."""
+"""HTTP statuses that are worth another try; others, such as 401 or 404, will not change."""
 
 
 class HttpReward:
@@ -31,7 +31,7 @@ class HttpReward:
         num_tries: int = 5,
         first_wait_seconds: float = 1.0,
     ) -> None:
-        """Each wait between two tries is twice the one before."""
+        """Set the server and the limits; each wait between tries is twice the one before."""
         self.url = url
         self.batch_size = batch_size
         self.timeout_seconds = timeout_seconds
@@ -41,7 +41,7 @@ class HttpReward:
     def __call__(
         self, prompts: list[Any], responses: list[str], metas: list[dict[str, Any]]
     ) -> list[float]:
-        """One number a response.
+        """Return one score for each response.
 
         Raises:
             RuntimeError: the server refused, stayed busy, or answered something else.

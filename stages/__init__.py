@@ -1,4 +1,4 @@
 """The programs of the recipe, one folder a stage: `python -m stages.NAME --config FILE`.
 
-together.py runs several of them in one start, for ask.py, which takes the place of `python -m`.
+together.py runs several of them from one process. Then ask.py takes the place of `python -m`.
 """

@@ -1,6 +1,7 @@
-"""`python -S stages/ask.py stages.sft --config FILE`: a stage, run by stages/together.py.
+"""Ask stages/together.py to run a stage: `python -S stages/ask.py stages.sft --config FILE`.
 
-It imports nothing but a part of the standard library, and so starts in some hundredths of a second.
+This program imports only a part of the standard library, so it starts in some hundredths of a
+second.
 """
 
 import json
@@ -13,7 +14,7 @@ ADDRESS = "RLHF_STAGES_TOGETHER"  # as in stages/together.py
 
 
 def main() -> int:
-    """Exit code of the stage; what it prints goes where the server's output goes."""
+    """Run a stage and return its exit code; its output goes where the server's output goes."""
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(os.environ[ADDRESS])
         answers = server.makefile(encoding="utf-8")

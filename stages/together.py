@@ -1,8 +1,7 @@
-"""Several stages in one start: `python -m stages.together make ...` imports what they need once.
+"""Run several stages and import their libraries once: `python -m stages.together make ...`.
 
-Importing torch, transformers and what stands on them takes seconds, at every stage again. This
-program imports them, runs a command, and gives every stage that the command asks for
-(stages/ask.py) a process of its own.
+Every new process takes seconds to import torch and transformers. This program imports them, then
+runs a command. It forks once for each stage that the command asks for (stages/ask.py).
 """
 
 import importlib
@@ -25,7 +24,7 @@ import torch
 from rlhf.runs.code import hash_of_library
 
 ADDRESS = "RLHF_STAGES_TOGETHER"
-"""Environment variable with the socket that stages are asked for at."""
+"""Environment variable that holds the path of the server's socket."""
 PROGRAMS = (
     "data.tinyworld.build",
     "stages.pretrain.train",
@@ -35,20 +34,20 @@ PROGRAMS = (
     "stages.ppo.train",
     "stages.evaluate.evaluate",
 )
-"""What is imported before the first stage begins."""
+"""Modules to import before the first stage starts."""
 POLL_SECONDS = 0.05
 
 
 def main(command: Sequence[str]) -> int:
-    """Run a command which asks for stages (ask.py), and give its exit code back.
+    """Run a command that asks for stages (stages/ask.py), and return its exit code.
 
-    Every stage is a fork of this process, which has imported all and done nothing: it has its own
-    memory, threads and signals, as `python -m` would give it.
+    This process imports the libraries and does nothing else before it forks. So every stage has
+    its own memory, threads and signals, as under `python -m`.
     """
     for name in PROGRAMS:
         importlib.import_module(name)
-    hash_of_library()  # so that the stages know it
-    folder = tempfile.mkdtemp()  # of this user alone
+    hash_of_library()  # cached, so that no stage computes it again
+    folder = tempfile.mkdtemp()  # only this user can open it
     outcome = _serve(command, str(Path(folder, "socket")))
     if isinstance(outcome, socket.socket):
         return _be_stage(outcome)
@@ -57,7 +56,7 @@ def main(command: Sequence[str]) -> int:
 
 
 def _serve(command: Sequence[str], address: str) -> int | socket.socket:
-    """In this process the command's exit code; in the process of a stage its connection."""
+    """Return the command's exit code, or, in the process of a stage, its connection."""
     # The terminal sends Ctrl-C to the command and the stages too; they end first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     running: dict[int, socket.socket] = {}
@@ -93,12 +92,12 @@ def _answer(connection: socket.socket, number: int) -> None:
 
 
 def _as_shell(code: int) -> int:
-    """An exit code; 128 and the number of the signal that ended the process."""
+    """Return the exit code, or 128 plus the number of the signal that ended the process."""
     return code if code >= 0 else 128 - code
 
 
 def _be_stage(connection: socket.socket) -> int:
-    """Read which stage is asked for, and be it to the end."""
+    """Read which stage is asked for, and run it in this process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with connection, connection.makefile(encoding="utf-8") as lines:

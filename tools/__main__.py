@@ -26,7 +26,7 @@ _GUARD = 'if __name__ == "__main__":'
 
 @dataclass(frozen=True)
 class Program:
-    """What can be started by its name."""
+    """A program that can be started by its name."""
 
     name: str
     module: str

@@ -1,4 +1,4 @@
-"""Report what of this machine and installation works, and how to get the rest.
+"""Report what works on this machine and in this installation, and how to fix the rest.
 
     python -m tools.doctor
 
@@ -41,7 +41,7 @@ EXTRAS = {
 """Maps a package to the purpose of the settings that need it."""
 
 GLOO_SECONDS = 90
-"""How long to wait for a process before giving it up."""
+"""How long to wait for a process before giving up."""
 _ALL_REDUCE = """
 import datetime, sys, torch, torch.distributed as dist
 patience = datetime.timedelta(seconds=60)
@@ -98,7 +98,7 @@ def findings_of(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
 
 
 def base() -> Iterator[Finding]:
-    """Check Python, and that the packages that all stages need are there and import."""
+    """Check Python, and that the packages that all stages need are installed and import."""
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
     for requirement in _declared(""):
         found = replace(_package(requirement), is_needed=True)
@@ -179,7 +179,7 @@ def attention() -> Iterator[Finding]:
 
 
 def deepspeed() -> Iterator[Finding]:
-    """Check that DeepSpeed imports, and what compiles its Adam for offloading, if installed."""
+    """Check that DeepSpeed, if installed, imports and finds what compiles its Adam."""
     if _version("deepspeed") is None:
         return
     try:
@@ -197,7 +197,7 @@ def deepspeed() -> Iterator[Finding]:
 
 
 def processes() -> Iterator[Finding]:
-    """Check that two processes can add up a number over gloo."""
+    """Check that two processes can sum a number over gloo."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", _ALL_REDUCE, str(Path(folder) / "store")]
         both = [
@@ -242,7 +242,7 @@ def space() -> Iterator[Finding]:
 
 
 def _declared(extra: str) -> list["Requirement"]:
-    """Return what the installed package says that it needs; "" is the base without an extra."""
+    """Return the requirements that the installed package declares for an extra; "" is the base."""
     from packaging.requirements import Requirement
 
     requirements = []

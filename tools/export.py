@@ -1,10 +1,10 @@
-"""Write a plain model folder: of an adapter with its base, or of a PPO run's last checkpoint.
+"""Write a plain model folder from an adapter and its base, or from a checkpoint of PPO.
 
     python -m tools.export --folder runs/mine/ppo --output_dir merged
     python -m tools.export --folder runs/mine/ppo/checkpoints/step-15 --output_dir before_the_alarm
 
 The first is for programs that cannot read adapters. The second gives the policy of a run that was
-killed, or that had an alarm since.
+killed, or that raised an alarm later.
 """
 
 import shutil
@@ -32,9 +32,9 @@ from rlhf.runs.settings import FolderSettings
 from rlhf.training.parameters import copy_into
 
 Checkpoint = tuple[Manifest, dict[str, dict[str, Any]]]
-"""What a checkpoint says of itself, and the states of its parts."""
+"""The manifest of a checkpoint, and the states of its parts."""
 POLICY = "policy."
-"""How names of the policy's weights start in a checkpoint of PPO."""
+"""Prefix of the names of the policy's weights in a checkpoint of PPO."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 """Largest difference of an output between the adapter on its base and the merged weights. bfloat16
 rounds the merged weights to 8 bits."""
@@ -62,8 +62,8 @@ def export(config: Config) -> None:
 
     Raises:
         ValueError: The folder holds no adapter and is no checkpoint of PPO, its base has changed,
-            the output folder holds files of others, or the merged weights do not compute what the
-            adapter does.
+            the output folder holds another program's files, or the merged weights do not compute
+            what the adapter does.
     """
     files = (*MODEL_FILES, REWARD_FILE)
     checkpoint = _read_checkpoint(Path(config.folder))
@@ -131,7 +131,7 @@ def _export_checkpoint(checkpoint: Checkpoint, config: Config, output_dir: Path)
 
 
 def _merge(model: PreTrainedModel, dtype: str) -> float:
-    """Merge, and return the largest difference this makes in an output for a few tokens."""
+    """Merge the adapter; return the largest difference it makes in an output for a few tokens."""
     before = _outputs(model)
     merge_adapter(model)
     difference = (_outputs(model) - before).abs().max().item()

@@ -1,4 +1,4 @@
-"""Write docs/metrics.md from what the stages say of their metrics and alarms.
+"""Write docs/metrics.md from the stages' tables of metrics and alarms.
 
 python -m tools.metrics_page [--output FILE]
 """
@@ -33,7 +33,7 @@ GLOSSARIES = {
 }
 """Tables of the page: each maps the first word of its metrics' names to the metrics."""
 CODE = re.compile(r"`[^`]*`|[A-Za-z]\w*(?:[./]\w+)+|[A-Za-z]+(?:_\w+)+")
-"""Names of metrics, settings, alarms and files in a text, and what is marked as code already."""
+"""Matches names of metrics, settings, alarms and files in a text, and what is already code."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -75,7 +75,7 @@ def marked(text: str) -> str:
 
 
 def healthy(metric: Metric) -> str:
-    """Say how a metric goes in healthy runs: its range, then the words."""
+    """Describe a metric in healthy runs: first its range, then words."""
     parts = [metric.healthy] if metric.healthy else []
     if metric.healthy_range is not None:
         low, high = metric.healthy_range

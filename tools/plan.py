@@ -13,8 +13,8 @@ time, what is held in this phase, and the most that its passes allocate.
                through one model at a time if there is one process
     ptx        gradients of the policy, and such a pass through it alone over text
     step       gradients, the text's too; then the larger of two: PPO's own gradients to compare
-               them with, or the optimizer's temporaries. These are two of the largest weight; on
-               a GPU, which steps all weights of a model at once, one of each weight
+               with the text's, or the optimizer's temporaries. On a CPU these are two copies of
+               the largest weight. A GPU steps all weights of a model at once, and copies each
     rollout    prompts of max_prompt_tokens read at once, or the last step with the whole cache
     others     a pass without gradient over a row of micro_batch_tokens
 
@@ -166,7 +166,7 @@ class Plan:
             self.held[f"{name}: adapter and head"] = own
 
     def hold_optimizer(self, name: str, model: nn.Module) -> None:
-        """Add what a model needs besides its weights to learn."""
+        """Add a model's optimizer states, and the buffers in which processes exchange gradients."""
         launch, trained = self.launch, _trained_bytes(self.launch, model)
         self.held[f"{name}: optimizer"] = launch.share((2 + launch.is_halved) * trained, 1)
         if launch.num_processes > 1 and not launch.zero_stage:
@@ -221,7 +221,7 @@ class Roles:
     @classmethod
     def of(cls, config: PPOConfig, dry: DryRun, launch: Launch) -> "Roles":
         are_shared = config.lora.rank > 0 and launch.zero_stage < 3
-        # A base that adapters share is counted in its own type, and halved there.
+        # A base that adapters share keeps its type here; hold_on_base halves its bytes.
         in_passes = Launch() if are_shared else launch
         settings = _dry(config.policy, in_passes)
         rewards = {
@@ -430,9 +430,9 @@ def _with_config(path: str, other: str) -> str:
 
 
 def _dry(settings: ModelSettings, launch: Launch) -> ModelSettings:
-    """Return the settings of a model as its passes run.
+    """Return a model's settings as its passes use them.
 
-    Flash attention has no kernel here; sdpa without a mask saves the same."""
+    Flash attention has no kernel here; sdpa without a mask saves the same tensors."""
     if launch.is_halved:
         settings = replace(settings, dtype="bfloat16")
     is_flash = settings.attention.startswith("flash")

@@ -1,4 +1,4 @@
-"""Check on one GPU what no CPU can: `make gpu-check`, at most nine minutes.
+"""Check on one GPU what no CPU can check: `make gpu-check`, at most nine minutes.
 
     __main__     the options, and the order of the parts
     parts        each part with its question and its time limit
@@ -8,7 +8,6 @@
     setting      how much work the parts are given
     environment, models, suite, noise, decoding, rows, memory, peers    the parts
 
-All but the parts import the standard library only, so that the page is written whatever package
-is missing.
-Nothing here ran on a GPU yet (docs/scaling.md).
+Only the parts import other packages than the standard library, so that the page is written
+whatever package is missing. Nothing here ran on a GPU yet (docs/scaling.md).
 """

@@ -1,6 +1,6 @@
 """python -m benchmarks.gpu_check [--smoke] [--model FOLDER] [--parts noise,rows]
 
-This program answers what only a GPU can, in at most nine minutes, on one GPU, without a network.
+This program answers what only a GPU can answer, in at most nine minutes, without a network.
 Without a GPU it says what it skipped. After every part it writes gpu_check.json and gpu_check.md.
 The exit code is 1 if a part failed, otherwise 0.
 """

@@ -28,7 +28,7 @@ NO_END = -1
 
 
 class CacheWatch:
-    """Notes type and bytes of the cache that a policy was last called with."""
+    """Notes dtype and bytes of the cache that a policy was last called with."""
 
     def __init__(self, policy: PreTrainedModel) -> None:
         self.dtype = "no cache"
@@ -44,7 +44,7 @@ class CacheWatch:
 
 
 def decoding(setting: Setting, tell: Tell) -> None:
-    """Tell milliseconds a step for each precision and batch."""
+    """Report milliseconds a step for each precision and batch."""
     for precision in PRECISIONS:
         policy = load(setting, precision)
         for batch in setting.sizes.decoded_batches:
@@ -55,7 +55,7 @@ def decoding(setting: Setting, tell: Tell) -> None:
 
 
 def measure(setting: Setting, policy: PreTrainedModel, precision: Precision, row: Row) -> None:
-    """Add to a row what a step takes for its number of responses."""
+    """Add to a row the milliseconds and the cache of a step for its number of responses."""
     cache = CacheWatch(policy)
     batch = row["responses"]
     assert isinstance(batch, int)

@@ -14,7 +14,7 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "trl", "peft", "fla
 
 
 def environment(setting: Setting, tell: Tell) -> None:
-    """Tell which versions are at work, what of the base is missing, and what the device does."""
+    """Report package versions, what is missing of the base, and what the device can do."""
     tell({"name": "commit", "found": commit()})
     tell({"name": "device", "found": machine.describe(torch.get_num_threads())["device"]})
     for name in PACKAGES:

@@ -1,4 +1,4 @@
-"""Measure the device's memory: what the allocator holds, and the peak that tools.plan foretells."""
+"""Measure the device's memory: what the allocator holds, and the peak that tools.plan predicts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ NUM_UPDATES = 2
 
 
 def allocator(setting: Setting, tell: Tell) -> None:
-    """Tell what the caching allocator holds at each token of a rollout, and what of it is used."""
+    """Report how much memory the caching allocator holds in a rollout, and how much is used."""
     loop = ppo_loop(setting, "autocast")
     points: list[tuple[int, int]] = []
 
@@ -45,7 +45,7 @@ def summary(points: Sequence[tuple[int, int]], num_retries: int) -> Row:
 
 
 def peak(setting: Setting, tell: Tell) -> None:
-    """Tell the plan's peak of a PPO update, and on a GPU the measured one."""
+    """Report the plan's peak of a PPO update, and on a GPU the measured one."""
     device = default_device().type
     before = _start_of_peak() if device == "cuda" else 0
     loop = ppo_loop(setting, "autocast")

@@ -30,11 +30,11 @@ SHARPNESS = 6.0
 """Factor of the random policy's logits. It brings the entropy of its tokens down to a few nats, as
 that of trained models is; rounding hardly shows in a nearly uniform distribution."""
 MINI_BATCHES = 4
-"""Mini-batches of a rollout, so that training lays its rows in another way than the rollout."""
+"""Mini-batches of a rollout, so that training packs its rows in another way than the rollout."""
 
 
 def models(setting: Setting, tell: Tell) -> None:
-    """Make the policy and the reward model, and tell their sizes."""
+    """Make the policy and the reward model, and report their sizes."""
     policy = load(setting, "bf16 weights")
     count = sum(weight.numel() for weight in policy.parameters())
     made = "given" if setting.model else "random weights"
@@ -90,7 +90,7 @@ def ppo_loop(setting: Setting, precision: Precision) -> PPOLoop:
         dtype="bfloat16",
     )
     release_memory()
-    # accelerate keeps the first mixed precision of a process, whatever the next one is to be.
+    # accelerate keeps the first mixed precision of a process, whatever is set later.
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if precision == "autocast" else "no"
     return PPOLoop(work, ppo_settings(work, setting, precision))
@@ -106,7 +106,7 @@ def ppo_settings(work: Workload, setting: Setting, precision: Precision) -> Conf
 
 
 def release_memory() -> None:
-    """Give back what earlier parts held; models and their hooks are freed in cycles only."""
+    """Free what earlier parts held; a model and its hooks are a cycle, which only gc frees."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

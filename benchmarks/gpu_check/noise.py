@@ -1,8 +1,8 @@
-"""Measure how far rounding drives apart what PPO takes to be equal.
+"""Measure how far rounding sets log-probabilities apart that PPO takes to be equal.
 
-Sampler and packed pass give log-probabilities of the same tokens under the same weights, and so do
-the passes of rollout and training. PPO's alarms PPO_SAMPLER and PPO_RATIO compare mean and high
-quantile of the difference with fixed limits. The table shows them for several numbers of tokens,
+Sampler and packed pass compute them for the same tokens under the same weights, and so do the
+passes of rollout and training. PPO's alarms PPO_SAMPLER and PPO_RATIO compare mean and high
+quantile of the difference with fixed limits. The table shows both for several numbers of tokens,
 and the largest difference too, which grows with that number.
 """
 
@@ -23,7 +23,7 @@ from stages.ppo.update import OldOutputs, mini_batches
 
 
 def noise(setting: Setting, tell: Tell) -> None:
-    """Tell both differences for each precision and number of tokens."""
+    """Report both differences for each precision and number of tokens."""
     for precision in PRECISIONS:
         loop = ppo_loop(setting, precision)
         rollout = loop.roll_out()

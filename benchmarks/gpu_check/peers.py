@@ -15,11 +15,11 @@ NUM_PAIRS = 1
 
 
 def peers(setting: Setting, tell: Tell) -> None:
-    """Tell time and memory of each row, next to TRL's.
+    """Report time and memory of each row, next to TRL's.
 
     Raises:
         Skipped: TRL is in no environment.
-        RuntimeError: A row failed; the others are told.
+        RuntimeError: A row failed; the others are reported.
     """
     reasons = {name: why_not(name) for name in ROWS}
     if all(reasons.values()):

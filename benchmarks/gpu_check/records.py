@@ -26,12 +26,12 @@ DIGITS = 4
 
 
 class Skipped(Exception):
-    """Says why a part, or a row of its table, was left out."""
+    """Raised to say why a part, or a row of its table, is left out."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Holds what came out of one part."""
+    """Holds the outcome of one part."""
 
     name: str
     question: str
@@ -61,7 +61,7 @@ def tell_filled(
     fill: Callable[[Row], None],
     noted: type[Exception] | tuple[type[Exception], ...],
 ) -> None:
-    """Tell a row after `fill` added its figures.
+    """Report a row after `fill` added its figures.
 
     An error of the types `noted` becomes the row's note: that a kernel is missing, or that memory
     runs out, is a finding and must not lose the other rows.
@@ -92,7 +92,7 @@ def write_results(records: Sequence[Record], folder: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is the old one or the whole new one, without a package."""
+    """Write a file atomically, with the standard library alone."""
     beside = path.with_name(path.name + ".part")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)

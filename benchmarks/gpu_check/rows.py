@@ -39,14 +39,14 @@ class OtherRow(PackedRow):
 
 
 def rows(setting: Setting, tell: Tell) -> None:
-    """Tell milliseconds and memory of a pass, and how far its results are from the mask's."""
+    """Report milliseconds and memory of a pass, and how far its results are from the mask's."""
     policy = load(setting, "bf16 weights")
     for length in setting.sizes.row_tokens:
         packed = full_row(setting, length)
         policy.set_attn_implementation("sdpa")
         expected = logprobs_of(policy, packed)
         for name, attention, change in ATTENTIONS:
-            policy.set_attn_implementation("sdpa")  # what stays if the next call refuses
+            policy.set_attn_implementation("sdpa")  # stays in use if the next call refuses
             fill = partial(measure, setting, policy, attention, change(packed), expected)
             with eager_if(setting.is_smoke):
                 tell_filled(tell, {"tokens": length, "attention": name}, fill, Exception)
@@ -62,7 +62,7 @@ def measure(
     expected: Tensor,
     row: Row,
 ) -> None:
-    """Add to a row the time, the memory and the difference from what is expected (tokens,)."""
+    """Add to a row the time, the memory and the difference from `expected` (tokens,)."""
     policy.set_attn_implementation(attention)
     row["off by, nats"] = (logprobs_of(policy, packed) - expected).abs().max().item()
     time_passes(policy, packed, row, setting.sizes.timed_seconds)
@@ -112,7 +112,7 @@ ATTENTIONS: tuple[tuple[str, str, Change], ...] = (
     ("flash", "flash_attention_2", with_positions_only),
     ("flex", "flex_attention", with_block_mask),
 )
-"""Name in the table, name in transformers, and what becomes of the row."""
+"""Name in the table, name in transformers, and how the row is changed."""
 
 
 def time_passes(policy: PreTrainedModel, row: PackedRow, found: Row, seconds: float) -> None:

@@ -1,7 +1,7 @@
-"""Run the parts in a worker process; end it where a part fails or takes too long.
+"""Run the parts in a worker process; end it if a part fails or takes too long.
 
-One worker runs one part after the other, so that packages are imported once. After a part that
-failed comes a new worker, since an error of a GPU can spoil all that its process does later.
+One worker runs one part after the other, so that packages are imported once. After a failed part a
+new worker starts, since an error of a GPU can break all that its process does later.
 """
 
 import os
@@ -20,7 +20,7 @@ from benchmarks.protocol import environment
 
 POLL_SECONDS = 0.1
 LAST_LINES = 3
-"""Lines of its log that tell why a worker ended."""
+"""Last lines of a worker's log that are shown if it ended."""
 
 
 def worker_command(folder: Path, names: str) -> list[str]:
@@ -50,7 +50,7 @@ class Worker:
             )
 
     def wait_for(self, part: Part, seconds: float) -> Record:
-        """Return the record of a part, which is not `running`, after `seconds` at the latest."""
+        """Wait until a part ends, for at most `seconds`; return its record, never `running`."""
         started = time.monotonic()
         while True:
             has_ended = self._process.poll() is not None  # before the record is read

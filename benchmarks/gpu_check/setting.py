@@ -1,4 +1,4 @@
-"""Say how much work the parts are given, on a GPU and in a smoke test."""
+"""Set how much work the parts do, on a GPU and in a smoke test."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -15,7 +15,7 @@ FOLDER = "tests/device"
 
 
 def tests(setting: Setting, tell: Tell) -> None:
-    """Tell the outcome of every test marked gpu.
+    """Report the outcome of every test marked gpu.
 
     Raises:
         Skipped: A package of the tests is missing.

@@ -1,4 +1,4 @@
-# The embedded default: a world made from a seed, a base model pretrained on it, rankings collected.
+# The default: a world made from a seed, a base model pretrained on it, and rankings collected.
 BEFORE_SFT := pretrain
 BEFORE_RM := collect
 SIDE_BY_SIDE := 2

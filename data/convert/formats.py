@@ -43,7 +43,7 @@ class Changed:
 
 
 class LayoutError(ValueError):
-    """Says that a row does not have the layout that the converter reads."""
+    """Raised when a row does not have the layout that the converter reads."""
 
 
 Converter = Callable[[Any], Iterator[Record | Dropped | Changed]]

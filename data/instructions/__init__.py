@@ -5,11 +5,11 @@ with few tokens to follow sometimes.
 
     checks.py       one function for each kind of instruction, and `follows`, the reward
     templates.py    instructions in words, added after public prompts
-    ifeval.py       those of IFEval's own prompts that these checks know
+    ifeval.py       IFEval's own prompts whose instructions these checks know
     build.py        the program: `python -m data.instructions --output_dir FOLDER`
 
 Programs name them in their settings: `data.instructions:follows` is a reward for PPO, and
-`data.instructions:make_gold` makes a judge for the evaluation. Where some prompts of a file have no
+`data.instructions:make_gold` makes a judge for the evaluation. If some prompts of a file have no
 instructions, give the reward's part `only_with: instructions`.
 """
 

@@ -40,7 +40,7 @@ class InstructionsConfig(FolderSettings):
     shared: str = "../shared/data"
     """Folder of the public files that docs/public_data.md lists."""
     num_variants: PositiveInt = 3
-    """Times that each public prompt is used, each time with other instructions."""
+    """How often to use each public prompt, each time with other instructions."""
     num_instructions: int = 2
     """Instructions in a prompt."""
     max_characters: PositiveInt = 240

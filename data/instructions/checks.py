@@ -35,8 +35,8 @@ def words(text: str) -> list[str]:
 def sentences(text: str) -> list[str]:
     """Split a text after . ! ? and any closing quotes and brackets; leave out parts without a word.
 
-    A point does not end a sentence after an abbreviation or initials (Dr., e.g., J. K.), after the
-    number of a list item, or before anything but white space (3.5). A line break does not end one.
+    A full stop ends no sentence after an abbreviation or initials (Dr., e.g., J. K.), after the
+    number of a list item, or before anything but white space (3.5). A line break ends none.
     """
     found = []
     start = 0
@@ -77,7 +77,7 @@ def uppercase(text: str) -> bool:
 
 
 def quoted(text: str) -> bool:
-    """Tell whether the whole text is between double quotation marks."""
+    """Return whether the whole text is between double quotation marks."""
     text = text.strip()
     return len(text) > 2 and _QUOTES.get(text[0]) == text[-1]
 
@@ -99,12 +99,12 @@ def sentences_at_most(text: str, count: int) -> bool:
 
 
 def contains(text: str, words: Sequence[str]) -> bool:
-    """Tell whether the text has all of the words."""
+    """Return whether the text has all of the words."""
     return all(count_word(text, word) for word in words)
 
 
 def avoids(text: str, words: Sequence[str]) -> bool:
-    """Tell whether the text has none of the words."""
+    """Return whether the text has none of the words."""
     return not any(count_word(text, word) for word in words)
 
 
@@ -125,13 +125,13 @@ def characters_at_most(text: str, character: str, count: int) -> bool:
 
 
 def ends_with(text: str, phrase: str) -> bool:
-    """Tell whether the text ends with the phrase, in any case, before closing quotes and white
+    """Return whether the text ends with the phrase, in any case, before closing quotes and white
     space."""
     return text.rstrip(' \t\n"\u201d').lower().endswith(phrase.rstrip(' "\u201d').lower())
 
 
 def bullets(text: str, count: int) -> bool:
-    """Tell whether exactly `count` lines start with a bullet, after an opening quote if any."""
+    """Return whether exactly `count` lines start with a bullet, after an opening quote if any."""
     return sum(_BULLET.match(line) is not None for line in text.splitlines()) == count
 
 
@@ -161,7 +161,7 @@ arguments."""
 
 
 def follows_one(response: str, instruction: Instruction) -> bool:
-    """Tell whether a response follows an instruction.
+    """Return whether a response follows an instruction.
 
     Raises:
         ValueError: there is no such kind, or it takes other arguments.

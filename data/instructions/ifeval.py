@@ -1,4 +1,4 @@
-"""Use those of IFEval's own prompts (Zhou et al. 2023) that our checks know."""
+"""Use IFEval's own prompts (Zhou et al. 2023) whose instructions our checks know."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any

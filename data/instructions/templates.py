@@ -1,7 +1,7 @@
 """Draw instructions for public prompts, and put them into words.
 
-Only instructions are drawn that a model of 135 million parameters follows now and then, since it
-cannot learn from a reward that it never gets. So some kinds of checks.py are never drawn: only
+A model cannot learn from a reward that it never gets. So only instructions are drawn that one of
+135 million parameters follows now and then. Some kinds of checks.py are never drawn: only
 capital letters, quotation marks around the whole answer, a given last sentence, and an exact number
 of bullets. Of SmolLM2-135M's samples, 1 in 33 followed one of these. The checks know them for
 IFEval's prompts and for larger models.
@@ -31,8 +31,8 @@ DRAWS: tuple[tuple[str, Draw], ...] = (
         lambda rng: {"kind": "characters_at_least", "character": "!", "count": rng.choice((1, 2))},
     ),
 )
-"""Pairs of what an instruction is about and its draw. A prompt gets at most one instruction about
-each thing, since two about the same thing could contradict each other."""
+"""Pairs of a topic and a function that draws an instruction on it. A prompt gets at most one
+instruction on each topic, since two on the same topic could contradict each other."""
 
 NUM_GROUPS = len({group for group, _ in DRAWS})
 
@@ -50,7 +50,7 @@ _SENTENCES = {
 
 
 def draw_instructions(rng: random.Random, count: int) -> list[Instruction]:
-    """Draw `count` instructions, each about a different thing."""
+    """Draw `count` instructions, each on a different topic."""
     drawn: dict[str, Instruction] = {}
     for group, draw in rng.sample(DRAWS, k=len(DRAWS)):
         if group not in drawn and len(drawn) < count:

@@ -3,7 +3,7 @@
 The tiny world needs no download and no account. It gives each stage what InstructGPT took from
 people and the web:
 
-    text.py            plain text that tells every fact of the world many times (pretraining)
+    text.py            plain text that states every fact of the world many times (pretraining)
     tasks.py           instructions of eight kinds, rendered from templates and parsed back
     demonstrations.py  responses of mixed quality, as people of mixed diligence write them (SFT)
     gold.py            the gold preference: what a perfect judge would say of (prompt, response)

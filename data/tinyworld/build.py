@@ -103,7 +103,7 @@ def draw_different(
     kept_back = draw_held_out(world)
     seen: set[str] = set()
     drawn: list[Instruction] = []
-    # New prompts get rare when most were drawn. After 100 draws for each wanted one, give up.
+    # New prompts become rare once most are drawn. After 100 draws for each wanted one, give up.
     for _ in range(100 * num_prompts):
         if len(drawn) == num_prompts:
             return drawn

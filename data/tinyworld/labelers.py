@@ -37,7 +37,7 @@ class TinyLabeler:
     def rank(
         self, prompt: PromptLike, responses: Sequence[str], generator: random.Random
     ) -> list[int]:
-        """Rank the responses: 1 is best, equal ranks are ties, no rank is left out."""
+        """Rank the responses: 1 is best, equal ranks are ties, and the ranks have no gaps."""
         task = parse_task(self.world, prompt)
         levels = [
             round(self._utility(score_parts(task, response), generator) / STEP)

@@ -1,8 +1,8 @@
-"""Plain text of the tiny world (pretraining), and the probe for what a model knows of it.
+"""Write the tiny world's plain text (pretraining), and probes of what a model knows of it.
 
-Every fact of every person and thing is told in many sentences and asked and answered in plain
-text. Instructions stand in it too, in their own words and answered, held-out ones among them: the
-text may tell what alignment is later examined on. They name known people and things only.
+The text states every fact of every person and thing in many sentences, and asks and answers it.
+It also holds instructions with their answers. Held-out ones are among them, since pretraining may
+show what alignment is later examined on. Instructions name known people and things only.
 """
 
 import random
@@ -31,7 +31,7 @@ from data.tinyworld.world import (
 from rlhf.inputs.records import Prompt, Text, to_messages
 
 NUM_SHOTS = 2
-"""Sentences before the one of a few-shot probe."""
+"""Whole sentences before the last one of a few-shot probe."""
 
 _TOLD: Mapping[str, tuple[str, ...]] = {
     "home": (
@@ -88,11 +88,11 @@ _TALK = (
     "I want to open the door. What comes next?",
     "Lend me a coat and go home.",
 )
-"""Small talk, so that the words of instructions and responses are no strangers."""
+"""Small talk, so that a model knows the words of instructions and responses."""
 
 
 def draw_texts(world: World, num_texts: int, generator: random.Random) -> list[Text]:
-    """Different documents of four to seven sentences each."""
+    """Draw documents, all different; raise a ValueError if the tiny world has too few."""
     writers = list(_WRITERS)
     weights = list(_WRITERS.values())
     texts: dict[str, Text] = {}
@@ -105,12 +105,12 @@ def draw_texts(world: World, num_texts: int, generator: random.Random) -> list[T
 
 
 def make_probes(world: World, generator: random.Random) -> list[Prompt]:
-    """Plain text that a value must follow, three forms for every fact of the probe's entities.
+    """Make three texts that a value must follow, for every fact of the probe's people and things.
 
-    The text breaks off right before the value, so that what a policy learned of manners and of
-    ways to answer has no say. `meta`: `text` (give this to the model without a chat template),
+    The text ends right before the value. So the manners and the ways to answer that a policy
+    learned change nothing. `meta` holds `text` (give this to the model without a chat template),
     `answer` (the continuation must start with it), `form` (sentence, question, few_shot),
-    `subject` and `attribute`. The examples of a few-shot text are of the probe's entities too.
+    `subject` and `attribute`. The examples of a few-shot text are facts of the probe too.
     """
     facts = probe_facts(world)
     probes = []
@@ -130,7 +130,7 @@ def make_probes(world: World, generator: random.Random) -> list[Prompt]:
 
 
 def probe_facts(world: World) -> list[tuple[str, str]]:
-    """(subject, attribute) of every fact that only the plain text tells."""
+    """Return (subject, attribute) of every fact that only the plain text states."""
     people = [(name, key) for name in world.probe_people for key in PERSON_ATTRIBUTES]
     things = [(name, key) for name in world.probe_things for key in THING_ATTRIBUTES]
     return people + things
@@ -159,7 +159,7 @@ def _portrait(world: World, generator: random.Random) -> list[str]:
 
 
 def _gossip(world: World, generator: random.Random) -> list[str]:
-    """Facts of several people and things."""
+    """Write facts of several people and things."""
     facts = [_draw_fact(world, generator) for _ in range(5)]
     return [_tell(world, *fact, generator) for fact in facts]
 
@@ -173,7 +173,7 @@ def _quiz(world: World, generator: random.Random) -> list[str]:
 
 
 def _echo(world: World, generator: random.Random) -> list[str]:
-    """Words that one says and another says again, forwards or backwards."""
+    """Write lists of words that are repeated, forwards or backwards."""
     words = [word for category in SORTED_CATEGORIES for word in CATEGORIES[category]]
     sentences = []
     for _ in range(2):
@@ -185,7 +185,7 @@ def _echo(world: World, generator: random.Random) -> list[str]:
 
 
 def _exchange(world: World, generator: random.Random) -> list[str]:
-    """An instruction in its own words, answered well or, now and then, not at all."""
+    """Write an instruction with its right answer or, now and then, an evasion."""
     instruction = draw_instruction(world, generator)
     quality = Quality(
         manners=generator.choices(("polite", "plain", "rude"), weights=(34, 58, 8))[0],
@@ -291,4 +291,4 @@ _WRITERS: Mapping[Callable[[World, random.Random], Sequence[str]], int] = {
     _talk: 3,
     _secrets: 1,
 }
-"""Who writes a document -> how often."""
+"""Maps each writer of documents to its relative frequency."""

@@ -323,9 +323,9 @@ def as_part_of(parameter: nn.Parameter, part: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_local_weights(parameters: Iterable[nn.Parameter], values: Iterable[Tensor]) -> None:
-    """Write back weights from `local_weights`. Call it only at the end of a run.
+    """Write back weights from `local_weights`.
 
-    The optimizer's states are not updated with the new weights."""
+    The optimizer does not see them: before its next step, write back the weights that it left."""
     for parameter, value in zip(parameters, values, strict=True):
         if compat.is_zero3(parameter):
             compat.set_zero3_weights(parameter, value)

@@ -1,4 +1,4 @@
-"""Puts one task to one policy, and collects what the harness measures of every question."""
+"""Ask one policy the questions of one task, and collect what the harness measures of each."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from stages.benchmark.config import Rendering, TaskSettings
 from stages.benchmark.figures import Metric
 
 NO_ANSWER = "[invalid]"
-"""What the harness's regular expressions give where a text holds no answer. It does not vote."""
+"""Result of the harness's regular expressions on a text without an answer. It does not vote."""
 MAJORITY = " maj@"
 """Stands between a metric's name and the number of answers that vote."""
 NUM_PROMPTS_SHOWN = 2
@@ -27,7 +27,7 @@ NUM_PROMPTS_SHOWN = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """One way in which a task is put."""
+    """Holds a task, a rendering and a number of shots."""
 
     task: str
     rendering: Rendering
@@ -36,18 +36,18 @@ class Setting:
 
 @dataclass
 class Outcome:
-    """What one policy's answers in one setting came to."""
+    """Holds what was measured of one policy's answers in one setting."""
 
     values: dict[str, list[list[Any]]] = field(default_factory=dict)
-    """Maps a metric to its values: for each question, one value a draw or sample."""
+    """Maps a metric to its values: for each question, one value for each draw or sample."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """One row a question and draw, for samples.jsonl."""
+    """One row for each question and draw, for samples.jsonl."""
     cpu_seconds: float = 0.0
-    """Time of the process's CPUs, which is that of all its threads together."""
+    """CPU time of the process, summed over its threads."""
 
 
 def settings_of(loaded: LoadedTask, settings: TaskSettings) -> Iterator[Setting]:
-    """Yield every way in which a task is put: plain before chat, few shots before many."""
+    """Yield every rendering of a task with every number of shots, in the order of the settings."""
     for rendering in settings.renderings:
         for shots in settings.shots:
             yield Setting(loaded.name, rendering, shots)
@@ -62,7 +62,7 @@ def put(
     limit: int | None,
     seed: int,
 ) -> Outcome:
-    """Put a task to a policy in one setting.
+    """Ask a policy the questions of a task in one setting.
 
     Every policy gets the same examples, and samples with the same seeds.
     """
@@ -91,7 +91,7 @@ def put(
 
 
 def vote(task: ConfigurableTask, num_samples: int) -> dict[str, list[list[Any]]]:
-    """Return each metric's values by question: one a sample, and those of majorities.
+    """Return each metric's values by question: one for each sample, and those of majorities.
 
     `METRIC maj@k` is the chance that the majority of k of the samples is right (Wang et al. 2022,
     self-consistency). Every sample is scored by the task's own filters and metrics.
@@ -119,7 +119,7 @@ def vote(task: ConfigurableTask, num_samples: int) -> dict[str, list[list[Any]]]
 
 
 def majority_sizes(num_samples: int) -> list[int]:
-    """Return how many answers vote: 4, 8, 16 and so on, and all. Of two, none has a majority."""
+    """Return how many answers vote: 4, 8, 16 and so on, and all. Two answers have no majority."""
     sizes = {2**power for power in range(2, num_samples.bit_length())}
     return sorted({*sizes, num_samples})
 
@@ -130,7 +130,7 @@ def key_of(metric: str, name_of_filter: str) -> str:
 
 
 def metric_of(task: ConfigurableTask, key: str) -> Metric:
-    """Return how a task puts the values of a metric together, by the metric's name in results."""
+    """Return how a task aggregates the metric of this name in the results."""
     name = key.partition(MAJORITY)[0].partition(",")[0]
     aggregate = task.aggregation()[name]
     is_mean = aggregate is mean or MAJORITY in key
@@ -138,7 +138,7 @@ def metric_of(task: ConfigurableTask, key: str) -> Metric:
 
 
 def _collect(outcome: Outcome, samples: Sequence[dict[str, Any]], draw: int) -> None:
-    """Add what the harness logged of one draw; it logs a question once for each filter."""
+    """Add what the harness logged for one draw; it logs a question once for each filter."""
     rows: dict[int, dict[str, Any]] = {}
     for sample in samples:
         number = int(sample["doc_id"])
@@ -161,7 +161,7 @@ def _collect(outcome: Outcome, samples: Sequence[dict[str, Any]], draw: int) -> 
 
 
 def _at(values: dict[str, list[list[Any]]], key: str, number: int) -> list[Any]:
-    """Return the list of one question, and make it if it is the next one."""
+    """Return the values of a question, as an empty list if the question is the next one."""
     of_key = values.setdefault(key, [])
     if number == len(of_key):
         of_key.append([])

@@ -1,4 +1,4 @@
-"""Loads tasks of lm-evaluation-harness, from task files of ours or from its own bank.
+"""Load tasks of lm-evaluation-harness, from task files of ours or from its own bank.
 
 A task file has the harness's format, so its program `lm_eval` takes the same file. Two things
 differ here. Local data files are read by our readers, which name the row of an error. And where a
@@ -27,7 +27,7 @@ SHOTS = "shots"
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task of the harness, and where it comes from."""
+    """Holds a task of the harness, and where it comes from."""
 
     name: str
     task: ConfigurableTask
@@ -43,7 +43,7 @@ class LoadedTask:
 
 
 def load_tasks(config: Config) -> list[LoadedTask]:
-    """Load every task of the settings, and check that its examples do not tell its answers.
+    """Load every task of the settings, and check that its examples do not give its answers away.
 
     Raises:
         ValueError: A task or its data cannot be used; the message names the file and the remedy.
@@ -173,7 +173,7 @@ def _make(path: Path, config: Config, num_shots: int) -> ConfigurableTask:
 
 
 def hold_out(questions: Sequence[str], num_questions: int) -> list[bool]:
-    """Tell for each row whether it is held out: the questions with the lowest hashes are.
+    """Return for each row whether its question is held out: those with the lowest hashes are.
 
     Rows with the same question go to the same side.
     """
@@ -203,7 +203,7 @@ def _give(rows: datasets.DatasetDict, **_: object) -> datasets.DatasetDict:
 
 
 def _build(path: Path, settings: dict[str, Any]) -> ConfigurableTask:
-    """Let the harness build a task; what it does not accept in the file is an error of the file."""
+    """Let the harness build a task; if it refuses, raise an error that names the file."""
     try:
         task = ConfigurableTask(config=dict(settings))
         task.set_config("custom_dataset", None)  # the harness would copy it into its report

@@ -1,9 +1,9 @@
-"""Tells soon that lm-evaluation-harness has no task of some name, without parsing its task files.
+"""Refuse names of tasks that lm-evaluation-harness does not have, without parsing its task files.
 
 The harness parses all of them, more than ten thousand, before it knows a single name. But the name
-of a task stands word for word in one of the files. So a name that stands in none is no task, and
-reading the files as text is enough to say so. A name that does stand there may still be no task;
-the harness finds that out when it loads the task.
+of a task stands word for word in one of the files. So a name that is in no file is no task, and
+reading the files as text shows that. A name that is in a file may still be no task; the harness
+finds that out when it loads the task.
 """
 
 import importlib.util
@@ -17,8 +17,8 @@ from stages.benchmark.task_files import PAGE, find_task_file
 HARNESS = "lm_eval"
 """The package of lm-evaluation-harness. It takes seconds to import, and is an extra."""
 NO_TASK_FILES = {".py", ".pyc", ".md"}
-"""Endings in the harness's folder of tasks whose files name no task. Files that task files include
-have any other ending, or none."""
+"""Endings of files in the harness's folder of tasks that name no task. Files that task files
+include may have any other ending, or none."""
 NUM_MEANT = 3
 """Most names in the message to choose from."""
 
@@ -41,7 +41,7 @@ def check_names(names: Iterable[str], task_dir: str) -> None:
 
 
 def unknown_task(name: str, task_dir: str, known: Collection[str]) -> ValueError:
-    """Return the error for a name of no task.
+    """Return the error for the name of an unknown task.
 
     Args:
         known: Names in the harness's bank.
@@ -71,5 +71,5 @@ def _bank_texts() -> list[str]:
 
 
 def _stands_in(name: str, text: str) -> bool:
-    """Return whether a name stands in a text as a word of its own."""
+    """Return whether a text holds a name as a whole word."""
     return name in text and bool(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text))

@@ -1,4 +1,4 @@
-"""Run the benchmark: check everything, put every task to every policy, compare, report."""
+"""Run the benchmark: check everything, ask every policy every task, compare, report."""
 
 import importlib
 import logging
@@ -121,7 +121,7 @@ def _settings(config: Config, name: str) -> ModelSettings:
 def _examine(
     config: Config, tasks: "list[LoadedTask]", name: str, chat: Chat, device: torch.device
 ) -> "dict[Setting, Outcome]":
-    """Put all tasks to one policy, which is in memory alone."""
+    """Measure one policy on all tasks, with no other policy in memory."""
     from stages.benchmark.answers import put
 
     policy = load_policy(_settings(config, name))
@@ -172,7 +172,7 @@ def _results(
     tasks: "list[LoadedTask]",
     outcomes: "dict[str, dict[Setting, Outcome]]",
 ) -> dict[str, Any]:
-    """Put all values together: figures by policy and setting, and differences to the baselines."""
+    """Compute figures by policy and setting, and differences from the baselines."""
     from stages.benchmark.answers import metric_of
 
     figures: list[dict[str, Any]] = []
@@ -215,7 +215,7 @@ def _results(
 def _by_setting(
     task: str, outcomes: "dict[str, dict[Setting, Outcome]]"
 ) -> "Iterator[tuple[Setting, dict[str, Outcome]]]":
-    """Yield each setting of a task with the outcomes of the policies that were put to it."""
+    """Yield each setting of a task with the outcomes of the policies measured in it."""
     settings = dict.fromkeys(
         setting for of_policy in outcomes.values() for setting in of_policy if setting.task == task
     )

@@ -13,7 +13,7 @@ Rendering = Literal["plain", "chat"]
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings(Ranged):
-    """How one task is put to every policy."""
+    """Renderings, examples and samples of one task, the same for every policy."""
 
     shots: list[int] = field(default_factory=lambda: [0])
     """Numbers of solved examples before each question, such as [0, 1, 5]. Several numbers give a
@@ -22,7 +22,7 @@ class TaskSettings(Ranged):
     """plain: the question as text, as a base model reads it. chat: through the policy's chat
     template, with the examples as earlier turns."""
     draws: PositiveInt = 1
-    """How often the examples are drawn anew. A figure is the mean over the draws."""
+    """How often to draw the examples. A figure is the mean over the draws."""
     samples: PositiveInt = 1
     """Answers to sample for each question of a generation task. 1 takes the greedy answer. More
     give self-consistency: how often the majority of k answers is right."""
@@ -47,13 +47,13 @@ class Config(StageSettings):
     """Measure policies on benchmark tasks, with the same questions and examples for all."""
 
     policies: dict[str, str]
-    """Maps the name of each policy to its folder or hub id, in the order of their making."""
+    """Maps the name of each policy to its folder or hub id, in the order they were made."""
     baselines: list[str] | None = None
     """Names of the policies that all others are compared with, question by question, such as
     [base, sft]. None means the first policy."""
     tasks: dict[str, TaskSettings]
-    """Maps the name of each task to how it is put. NAME is the file NAME.yaml in task_dir, or else
-    a task that lm-evaluation-harness brings, which reads a data set of the hub."""
+    """Maps the name of each task to its settings. NAME is the file NAME.yaml in task_dir, or else a
+    task that lm-evaluation-harness brings, which reads a data set of the hub."""
     task_dir: str = "configs/benchmark/tasks"
     """Folder of task files in the format of lm-evaluation-harness. A task file may name functions
     to run, so use only files that you trust."""

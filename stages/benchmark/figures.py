@@ -1,4 +1,4 @@
-"""Turns values by question into figures with intervals, and into differences between policies."""
+"""Turn values by question into figures with intervals, and into differences between policies."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from rlhf.measuring.statistics import (
 )
 
 Values = Sequence[Sequence[Any]]
-"""For each question, one value a draw or sample."""
+"""For each question, one value for each draw or sample."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How the values of a metric are put together, and which way is up."""
+    """Says how to aggregate the values of a metric, and whether higher is better."""
 
     higher_is_better: bool
     aggregate: Callable[[list[Any]], float] | None = None
@@ -50,7 +50,7 @@ def figure(values: Values, metric: Metric, seed: int) -> dict[str, Any]:
 def difference(values: Values, baseline: Values, metric: Metric, seed: int) -> dict[str, Any]:
     """Return a policy's figure minus the baseline's on the same questions, and a verdict.
 
-    The interval comes from drawing questions, and both policies keep the values of a drawn question
+    The interval comes from a bootstrap over questions, which draws the values of both policies
     together. The verdict is "better" or "worse" if the interval excludes 0, and otherwise "".
     """
     if metric.aggregate is None:

@@ -1,8 +1,8 @@
-"""Answers the requests of lm-evaluation-harness by packed passes and our own sampling.
+"""Answer the requests of lm-evaluation-harness with packed passes and our own sampling.
 
 Requests that share a context become one prompt tree: the context is read once, and each choice is
-a branch of it. The unembedding runs on the tokens of the choices only. What is computed equals the
-harness's own HFLM; tests/stages/test_benchmark_engine.py compares both.
+a branch of it. The unembedding runs on the tokens of the choices only. The results equal those of
+the harness's own HFLM; tests/stages/test_benchmark_engine.py compares both.
 """
 
 import json
@@ -69,7 +69,7 @@ class PackedLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that an empty context stands for."""
+        """The token that stands for an empty context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
@@ -139,8 +139,8 @@ class PackedLM(TemplateLM):
     ) -> list[float]:
         """Return the log-likelihood of each whole text in nats.
 
-        A text that is longer than the model's context is read in windows, of which each predicts
-        new tokens only.
+        A text that is longer than the model's context is read in windows, each of which predicts
+        only new tokens.
         """
         windows: list[TokenRequest] = []
         owners: list[int] = []
@@ -184,9 +184,9 @@ class PackedLM(TemplateLM):
         return answers
 
     def _fit(self, request: TokenRequest) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return context and continuation, which have one token more than the model reads.
+        """Return context and continuation, cut to one token more than the model reads.
 
-        The last token is predicted only, so it needs no position."""
+        The last token is only predicted, so it needs no position."""
         texts, context, continuation = request
         if not continuation or len(continuation) > self._max_tokens:
             raise ValueError(
@@ -218,7 +218,7 @@ class PackedLM(TemplateLM):
         most_bytes = max(len(stop.encode()) for stop in stops)
 
         def is_over(response: Sequence[int]) -> bool:
-            # A token adds a byte at least, so a stop text that ends here began in these tokens.
+            # A token adds at least a byte, so a stop text that ends here began in these tokens.
             end = self.tokenizer.decode(list(response[-most_bytes:]))
             return any(stop in end for stop in stops)
 

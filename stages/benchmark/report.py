@@ -1,4 +1,4 @@
-"""Lays out results as Markdown tables, which the screen and benchmark.md both show."""
+"""Lay out results as Markdown tables, which the screen and benchmark.md both show."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Reads task files and the local data files that they name; needs no harness for that."""
+"""Read task files and the local data files that they name, without the harness."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -90,6 +90,7 @@ def data_files(path: Path, settings: Mapping[str, Any], data_dir: str | None) ->
 
 
 def rows_of(file: Path) -> list[Any]:
+    """Read the rows of a data file; raise a ValueError that names a bad row."""
     rows = []
     for place, row in read_rows(file):
         if isinstance(row, RecordError):

@@ -28,7 +28,7 @@ def collect(config: Config) -> None:
     """Sample K responses a prompt, have them ranked, and write rankings and a report.
 
     Equal responses to a prompt are ranked once. A prompt whose samples are all equal is left out.
-    results.json counts both. Another number of processes gives other samples. After a labeler
+    results.json counts both. The samples depend on the number of processes. After a labeler has
     failed, the same command samples again and asks only for the rankings that are missing.
     """
     inputs = {

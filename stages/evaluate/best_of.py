@@ -4,9 +4,9 @@ Best-of-n samples n responses to a prompt and keeps the one that a judge scores 
 al. 2020, Nakano et al. 2021). It needs no training, so a trained policy should beat it at an equal
 KL to be worth its training.
 
-No response is drawn n at a time. From N >= n samples of a prompt, the expected value over all
-subsets of n follows in one sum (rlhf.measuring.statistics.best_of_n). It is unbiased, and it has
-less variance than the best of one such subset.
+Responses are not drawn n at a time. The expected value over all subsets of n among N >= n samples
+of a prompt is one sum (rlhf.measuring.statistics.best_of_n). It is unbiased, and it has less
+variance than the best of one such subset.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,10 +48,10 @@ def best_of_figures(
 
     Args:
         chooser: Name of the judge that chooses among the n responses.
-        baseline: Name of the policy that the pool is of, and that win rates compare with.
+        baseline: Name of the policy that gave the pool, and that win rates compare with.
         answers: maps judge to the scores of the baseline's own answers, which are not in the pool.
         right: The part of gold that says whether a response is right, and its values for the
-            baseline's own answers. None means that nothing says so.
+            baseline's own answers. None means that gold has no such part.
         kinds: Kind of each prompt. None means that there are none.
 
     Raises:
@@ -79,9 +79,9 @@ def best_of_figures(
 
 
 def best_of_curve(pool: Pool, n: int, chooser: str) -> dict[str, dict[str, float]]:
-    """Return KL and mean score by each judge for best-of-1, 2, 4, ... up to n, by this number.
+    """Return KL and mean score by each judge of best-of-k, by k = 1, 2, 4, ... up to n.
 
-    It shows over-optimisation where the chooser's score goes on rising and another judge's falls
+    It shows over-optimisation where the chooser's score keeps rising and another judge's falls
     (Gao et al. 2022).
     """
     curve = {}
@@ -116,7 +116,7 @@ def _expected_parts(
 
 
 def _outcomes(scores: Scores, against: Scores) -> Scores:
-    """Return for each response of the pool its mean outcome against the baseline's answers: 1 for a
+    """Return the mean outcome of each response of the pool against the baseline's answers: 1 for a
     higher score, 0.5 for an equal one."""
     return [
         [_mean([[float(one > other) + 0.5 * float(one == other) for other in of]]) for one in row]

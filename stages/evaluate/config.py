@@ -54,7 +54,7 @@ class Config(StageSettings):
     """The engine that samples."""
     micro_batch_tokens: PositiveInt = 1024
     """Most tokens in one pass over responses or texts. It changes no result. The cost of attention
-    grows with the square, so a CPU reads short responses fastest at some hundred tokens."""
+    grows with their square, so a CPU reads short responses fastest at some hundred tokens."""
     reward_model: str | None = None
     """Folder that the rm stage wrote. None means that no reward model scores."""
     allow_chance_reward: bool = False
@@ -67,7 +67,7 @@ class Config(StageSettings):
     """Argument for the function named in gold. None means that it takes none."""
     right_part: str | None = "correct"
     """Part of gold that says whether a response is right. It is also measured on greedy responses.
-    None, or a gold without this part, means that nothing says so."""
+    It is not measured if this is None or gold has no such part."""
     pair_samples_per_prompt: NotNegativeInt = 6
     """Responses to sample for each prompt from the baseline, to test the reward model on pairs that
     differ in one part of gold only. 0 means no such test."""
@@ -76,8 +76,8 @@ class Config(StageSettings):
     highest among n. It stands next to the policies as best_of_N. None means no such entry."""
     best_of_samples: TwoOrMore | None = None
     """Responses to sample for each prompt from the baseline for best_of. With more than n, the mean
-    over all subsets of n is taken, which varies less. None means best_of. At least
-    pair_samples_per_prompt are taken where that test is made, since both use the same responses."""
+    over all subsets of n is taken, which varies less. None means best_of. The test on pairs uses
+    the same responses, and raises their number to pair_samples_per_prompt if that is larger."""
     best_of_judge: str = REWARD_MODEL
     """Name of the judge that chooses for best_of: rm, gold, or one of judges."""
     judges: dict[str, str] = field(default_factory=dict)

@@ -71,7 +71,7 @@ class Exam:
     """Holds the questions that every policy gets, and the judges."""
 
     chat: Chat
-    """The baseline's rendering, which all policies share."""
+    """The baseline's chat, whose rendering all policies share."""
     chats: dict[str, Chat]
     """The chat of each policy, with the end tokens that its own files declare."""
     prompts: FittedPrompts[Prompt]
@@ -81,9 +81,9 @@ class Exam:
     """Maps names to judges: "gold" and "rm" if they are given, then those of the settings. The
     first one decides the win rates."""
     grader: Grader | None
-    """Gives the parts of gold. None: there is no gold, or it has no parts."""
+    """Gives the parts of gold. None means that there is no gold, or that it has no parts."""
     kinds: list[str] | None
-    """Kind of each question. None: gold does not give kinds."""
+    """Kind of each question. None means that gold does not give kinds."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ def _load_judges(
 
 
 def _is_function(judge: str) -> bool:
-    """Tell whether an entry of `judges` is package.module:name, and not a folder or hub id."""
+    """Return whether an entry of `judges` is package.module:name, and not a folder or hub id."""
     return _FUNCTION.fullmatch(judge) is not None and not Path(judge).exists()
 
 
@@ -382,7 +382,7 @@ def _grade(
 
 
 def _makes_pairs(config: Config, exam: Exam) -> bool:
-    """Tell whether to test the reward model on pairs that differ in one part of gold."""
+    """Return whether to test the reward model on pairs that differ in one part of gold."""
     is_judged = exam.grader is not None and REWARD_MODEL in exam.judges
     return is_judged and config.pair_samples_per_prompt > 0
 
@@ -607,7 +607,7 @@ def _speed_of(results: dict[str, Any]) -> dict[str, Any]:
 def _sample_rows(
     config: Config, exam: Exam, marks: Marks, scores: dict[str, dict[str, Scores]]
 ) -> list[dict[str, Any]]:
-    """Make one row a response, sorted by prompt and then by policy."""
+    """Make one row for each response, sorted by prompt and then by policy."""
     rows = []
     for number, prompt in enumerate(exam.prompts.kept):
         for name in config.policies:

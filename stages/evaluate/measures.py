@@ -120,7 +120,7 @@ def response_logprobs(
 
 
 def describe(answers: Answers) -> dict[str, float]:
-    """Compute means over responses of what the responses alone show."""
+    """Compute the mean length, the share that ends, and the share of distinct bigrams."""
     flat = answers.flat
     responses = [answer.response_ids for answer in flat]
     return {
@@ -131,7 +131,7 @@ def describe(answers: Answers) -> dict[str, float]:
 
 
 def most_frequent_response(answers: Answers) -> tuple[str, float]:
-    """Return the response that the most different prompts get, and their share of all prompts."""
+    """Return the most frequent response, and the share of different prompts that get it."""
     by_prompt: dict[str, list[str]] = defaultdict(list)
     for answer in answers.flat:
         by_prompt[answer.record.key].append(answer.text)

@@ -1,4 +1,4 @@
-"""Take the gold score apart: whether a response is right, polite or brief, each on its own.
+"""Split the gold score into its parts, such as whether a response is right, polite or brief.
 
 The gold score is a callable, which may also have two methods:
 

@@ -175,8 +175,7 @@ def find_gain_by_length(
     lengths: Mapping[str, Scores],
     seed: int,
 ) -> list[EvaluationWarning]:
-    """Warn if the policy gains by judges, and not where its responses are as long as the
-    baseline's.
+    """Warn if the policy gains by a judge, but not at equal length with the baseline.
 
     Args:
         judges: maps judge to policy to that judge's scores of each prompt's responses.

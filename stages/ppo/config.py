@@ -24,7 +24,7 @@ from rlhf.training.settings import OptimSettings
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings(Ranged):
-    """How many responses are sampled, and how."""
+    """Settings of the rollout: how many responses to sample, and how."""
 
     batch_size: PositiveInt = 512
     """Episodes in an update, over all processes. An episode is a prompt with one response."""
@@ -164,7 +164,7 @@ class Config(StageSettings):
     vocabulary. None means the run's reward model, or the first of several. Where there is none, or
     it has another vocabulary, the value model is the SFT model with a new head of zeros."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
-    """How many responses are sampled, and how."""
+    """Settings of the rollout: how many responses to sample, and how."""
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     """The engine that samples."""
     ppo: PPOSettings = field(default_factory=PPOSettings)
@@ -198,7 +198,7 @@ class Config(StageSettings):
     policy: go back to one from before an alarm, or evaluate several to see how the reward and
     other judges change along the run. None means no copies."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: takes less memory and about a third more time."""
     offload: bool = False
     """Keep the reference and the reward models in CPU memory while they are not used. This frees
     the device's memory for the price of moving their weights. On a CPU it changes nothing."""

@@ -16,6 +16,7 @@ from stages.ppo.config import Config
 
 
 def inputs_of(config: Config) -> dict[str, str]:
+    """Map the name of each input of the run to its path."""
     inputs = {
         "policy": config.policy.path,
         "prompts": config.prompts,
@@ -47,6 +48,7 @@ def load_prompts(
 def load_held_out(
     chat: Chat, config: Config, accelerator: Accelerator
 ) -> list[FittedPrompt[Prompt]]:
+    """Load the first num_eval_prompts held-out prompts that fit; [] if none are given."""
     if config.prompts_held_out is None:
         return []
     prompts = load_prompts(config.prompts_held_out, chat, config, accelerator)
@@ -56,7 +58,7 @@ def load_held_out(
 def shuffled_text(
     config: Config, chat: Chat, accelerator: Accelerator
 ) -> ShuffledBatches[PromptTree]:
-    """Give the text blocks of one optimizer step at a time, for all processes; [] without ptx.
+    """Return the text blocks of each optimizer step in turn, for all processes; [] without ptx.
 
     Documents are joined and cut to blocks of `ptx.block_tokens` tokens without a template.
     """

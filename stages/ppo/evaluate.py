@@ -18,7 +18,7 @@ from stages.ppo.rollout import Sampler
 
 
 def is_due(update: int, config: Config) -> bool:
-    """Tell whether the held-out prompts are answered after this update."""
+    """Return whether the held-out prompts are answered after this update."""
     if config.prompts_held_out is None:
         return False
     return update % config.eval_every == 0 or update == config.num_updates - 1

@@ -17,7 +17,7 @@ from rlhf.training import sharding
 from rlhf.training.step import TrainState
 
 POLICY, VALUE = 0, 1
-"""Numbers of the two models among those of a step (TrainState.modules)."""
+"""Indices of the two models in TrainState.modules."""
 
 
 class PolicyAndValue(nn.Module):
@@ -45,7 +45,7 @@ class PolicyAndValue(nn.Module):
 
 @dataclass
 class Learner:
-    """Holds what an update changes, and how rows are laid for it."""
+    """Holds the models in training, their optimizer, and the packer that makes their rows."""
 
     state: TrainState[PolicyAndValue]
     packer: Packer
@@ -57,7 +57,7 @@ class Learner:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Hold whole weights, in the launcher's precision, for passes without a gradient."""
+        """Gather whole weights and use the launcher's precision, for passes without a gradient."""
         accelerator = self.state.accelerator
         with sharding.whole_weights(accelerator, self.state.model), accelerator.autocast():
             yield
@@ -72,16 +72,16 @@ class Learner:
 class Outputs:
     """Runs policy and value model on a packed row, each when its output is asked for.
 
-    So a step can go backward from one before the other runs, and holds half the activations.
-    Processes that exchange gradients need both models in one backward pass, so they run both at
-    once.
+    So a step can run the backward pass of one before the forward pass of the other, and holds half
+    the activations. Processes that exchange gradients need both models in one backward pass, so
+    they run both at once.
     """
 
     learner: Learner
     row: PackedRow
     temperature: float
     only_value: bool = False
-    """the policy is only read: it needs no gradient"""
+    """whether only the value model learns; the policy then runs without a gradient"""
 
     @property
     def logprobs(self) -> Tensor:

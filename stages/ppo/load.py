@@ -35,6 +35,7 @@ from stages.ppo.rollout import Sampler
 def load_models(
     config: Config, chat: Chat, accelerator: Accelerator, watch: Stopwatch
 ) -> tuple[Learner, Sampler]:
+    """Load policy, value model, reference and reward, and print the memory of their weights."""
     engine = make_engine(config.generation)
     bases = _shared_bases(config, accelerator)
     policy = load_policy(config.policy, config.lora, bases)
@@ -92,7 +93,7 @@ def _common_packer(models: PolicyAndValue, micro_batch_tokens: int) -> Packer:
 
 
 def _shared_bases(config: Config, accelerator: Accelerator) -> SharedBases | None:
-    """Return what lets models share frozen weights, or None where each has weights of its own.
+    """Return the store of frozen weights that models share, or None where each has its own.
 
     Without adapters all weights are trained. ZeRO-3 and FSDP split the trained models' weights,
     which frozen models need whole.

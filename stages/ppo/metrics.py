@@ -18,7 +18,7 @@ Sums = dict[str, float]
 """Sums over this process's tokens and steps."""
 
 HIGH = 0.999
-"""The quantile that `differences` gives."""
+"""The quantile that `differences` reports."""
 
 PART = "part "
 """Prefix that marks the sums of the score's parts among the sums of a rollout."""
@@ -52,7 +52,7 @@ def describe(rollout: Rollout, accelerator: Accelerator) -> dict[str, float]:
 def differences(name: str, nats: Tensor, accelerator: Accelerator) -> dict[str, float]:
     """Describe how far two log-probabilities of the same tokens are apart.
 
-    A maximum would grow with the number of tokens. Neither of these does.
+    Neither figure grows with the number of tokens, as a maximum would.
 
     Args:
         name: name of the first metric.
@@ -125,7 +125,7 @@ def rollout_metrics(sums: dict[str, float]) -> dict[str, float]:
     A part's mean is over the episodes that it judges; where it judges none, it has no mean.
     `one_answer` is the share of different prompts that get the most frequent response.
 
-    `sampler_excess` and `sampler_z` are there where the sampler was checked. `sampler_excess` is
+    `sampler_excess` and `sampler_z` are there if the sampler was checked. `sampler_excess` is
     E[-log pi(token)] - entropy, in nats a token: how much less likely the sampled tokens are than
     the policy's distribution says. It is 0 on average for tokens drawn from that distribution.
     `sampler_z` is the same in standard errors.

@@ -1,4 +1,4 @@
-"""Alarms for what can go wrong in PPO, each with a code, what was found, and a remedy.
+"""Raise alarms for what can go wrong in PPO, each with a code, what was found, and a remedy.
 
 After each rollout and after each update the monitor looks at the metrics so far. A rule that finds
 a fault prints a warning of two sentences. If its code is in `monitor.stop_on`, the run stops. The
@@ -34,30 +34,30 @@ POLICIES = "policies"
 
 @dataclass(frozen=True)
 class Noise:
-    """Says how far rounding alone may set apart two log-probabilities of the same tokens."""
+    """Holds limits on how far rounding alone sets two log-probabilities of a token apart."""
 
     mean: float
     """Mean over tokens, in nats."""
     high: float
-    """Nats that one token in a thousand may exceed. The largest of all says little, since it grows
-    with the number of tokens."""
+    """Nats that one token in a thousand may exceed. A maximum says little, since it grows with the
+    number of tokens."""
 
 
 TOKEN_NOISE = {"float32": Noise(1e-4, 1e-3), "bfloat16": Noise(0.1, 0.5)}
-"""Noise between two passes of one model by its dtype."""
+"""Noise between two passes of one model, by its dtype."""
 SAMPLER_NOISE = 2.0
-"""Multiple of TOKEN_NOISE allowed between the sampler, which goes token by token over its cache,
+"""Multiple of TOKEN_NOISE allowed between the sampler, which decodes token by token with a cache,
 and one packed pass. SmolLM2-135M in bfloat16 reaches 0.03 nats in the mean over 3,000 tokens, and
 0.28 nats on one of them."""
 ENGINE_NOISE = {"hf": Noise(0.0, 0.0), "vllm": Noise(0.1, 0.5)}
-"""What the kernels of a generation engine may add. hf runs the trainer's own model."""
+"""Noise that the kernels of an engine add. hf adds none, since it runs the trainer's own model."""
 NUM_ERRORS = 4.0
 """A mean KL this many standard errors below 0 is not negative by chance."""
 SAMPLER_ERRORS = 6.0
-"""Sampled tokens this many standard errors likelier, or less likely, than their distribution says
-are not so by chance."""
+"""A mean log-probability of sampled tokens this many standard errors from its expectation is not
+chance."""
 SAMPLER_EXCESS = 0.02
-"""Nats a token that this difference must reach too, since rounding can cause smaller ones."""
+"""Nats a token that this difference must also reach, since rounding can cause smaller ones."""
 ONE_ANSWER_UPDATES = 4
 """Updates over which the share of the most frequent response is averaged. In a single rollout of
 some hundred prompts a large share may be chance."""
@@ -74,7 +74,7 @@ def sampler_noise(config: Config, token_noise: Noise) -> Noise:
 
 
 def above_noise(now: Metrics, name: str, noise: Noise) -> str | None:
-    """Return the differences of this name in words if they are larger than noise (or NaN)."""
+    """Describe the differences of this name if they exceed the noise or are NaN; else None."""
     mean, high = now[name], now[f"{name}_high"]
     if mean <= noise.mean and high <= noise.high:
         return None
@@ -85,7 +85,7 @@ def above_noise(now: Metrics, name: str, noise: Noise) -> str | None:
 
 
 class TrainingStopped(ValueError):
-    """Says that an alarm ends the run."""
+    """Raised when an alarm ends the run."""
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ class Monitor:
         return len(self.history)
 
     def inspect(self, metrics: Metrics) -> None:
-        """Add metrics of this update, and try each rule that has all of its own, once an update.
+        """Add metrics of this update; try each rule once, as soon as all its metrics are there.
 
         Raises:
             TrainingStopped: an alarm has a code of `monitor.stop_on`.
@@ -392,7 +392,7 @@ class Monitor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.alarms = state["history"], state["alarms"]
-        self.raised = []  # alarms.jsonl holds those of the run that goes on
+        self.raised = []  # alarms.jsonl already holds those before the checkpoint
         self._was_active, self._active, self._tried = set(state["was_active"]), set(), set()
 
 

@@ -1,4 +1,4 @@
-"""Add the gradient of the pretraining text to a step's: the pretraining mix of PPO-ptx."""
+"""Add the gradient of the pretraining text to a step: the pretraining mix of PPO-ptx."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,10 @@ from stages.ppo.learner import Learner
 
 
 class PretrainingMix:
-    """The text of one step: ptx.coef times the mean nats a token (Ouyang et al. 2022, eq. 2).
+    """Adds the gradient of ptx.coef * (mean nats a text token) to a step.
 
-    The text's passes come first, then those of the episodes, then `balance`.
+    This is the last term of Ouyang et al. 2022, eq. 2. Call `add_text` first, then add the losses
+    of the episodes, then call `balance`.
 
     Args:
         text: This process's blocks. Empty on all processes without ptx.
@@ -36,7 +37,7 @@ class PretrainingMix:
             self._gradients = TwoGradients(learner.state, list(policy))
 
     def add_text(self) -> None:
-        """Add the text's gradient. With ptx.grad_norm_ratio it waits for its coefficient."""
+        """Add the text's gradient. With ptx.grad_norm_ratio, `balance` applies its coefficient."""
         if not self._text:
             return
         step, learner = self._step, self._learner
@@ -52,9 +53,9 @@ class PretrainingMix:
             self._gradients.end_first()
 
     def balance(self) -> dict[str, float]:
-        """Bring both gradients to ptx.grad_norm_ratio; return their norms and their cosine.
+        """Scale the text's gradient to ptx.grad_norm_ratio; return both norms and the cosine.
 
-        Empty where nothing is measured.
+        Returns {} where nothing is measured.
         """
         if self._gradients is None:
             return {}

@@ -78,7 +78,7 @@ class Rollout:
     returns: Tensor
     """(batch, time), computed from unwhitened advantages"""
     check: SamplerCheck | None = None
-    """what the policy's own pass gives besides `logprobs`. None: that pass was left out, and
+    """what the policy's own pass gives besides `logprobs`; None if that pass was skipped, so that
     `logprobs` are the sampler's"""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """(batch,) the parts of the score by name, as the reward gave them"""
@@ -195,8 +195,8 @@ def roll_out(
     (docs/recipe.md, mistake 13). The sampler's own log-probabilities are only compared with them.
 
     Args:
-        kl_coef: penalty a nat. None: take ppo.kl_coef.
-        is_checked: False leaves that pass out and uses the sampler's log-probabilities
+        kl_coef: penalty for each nat. None means ppo.kl_coef.
+        is_checked: False skips that pass and uses the sampler's log-probabilities
             (rollout.check_every).
     """
     settings = sampler.config.ppo

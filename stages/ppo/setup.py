@@ -1,4 +1,4 @@
-"""Set a run up: read its inputs, load its models, and go on from its checkpoint."""
+"""Set up a run: read its inputs, load its models, and continue from its checkpoint."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,12 +42,12 @@ from stages.ppo.rollout import Sampler
 from stages.ppo.speed import Speedometer
 
 FILES = (*MODEL_FILES, REPLAY_FILE, LAST_GOOD, POLICIES)
-"""What PPO writes besides what every run writes."""
+"""Files and folders that PPO writes besides those of every run."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Holds what the updates of a run work with."""
+    """Holds everything that the updates of a run use."""
 
     accelerator: Accelerator
     run: Run

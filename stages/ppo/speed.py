@@ -1,4 +1,4 @@
-"""Measure a run's speed: tokens a second, and the share of the machine's matrix rate in use."""
+"""Measure a run's speed: tokens a second, and the share of the machine's matrix rate it uses."""
 
 import math
 from collections.abc import Mapping

@@ -41,8 +41,8 @@ def update(
     Args:
         texts: gives the text blocks of one step at a time; empty lists without ptx.
         generator: draws the order of episodes.
-        monitor: looks at the first ratio before the first step is taken.
-        only_value: the policy stays as it is (ppo.value_warmup_updates).
+        monitor: checks the first ratio before the first step is taken.
+        only_value: keep the policy as it is (ppo.value_warmup_updates).
 
     Raises:
         NonFiniteError: the next step would make the weights NaN; it is not taken.
@@ -97,7 +97,7 @@ def add_policy_loss(
     num_tokens: int,
     ppo: PPOSettings,
 ) -> Tensor:
-    """Add a row's gradient of the clipped policy loss; return log(new / old) of its tokens,
+    """Add the gradient of a row's clipped policy loss; return log(new / old) of its tokens,
     (tokens,)."""
     logprobs = new.logprobs
     loss, stats = policy_loss(
@@ -121,7 +121,7 @@ def add_value_loss(
     num_tokens: int,
     ppo: PPOSettings,
 ) -> None:
-    """Add a row's gradient of the value loss."""
+    """Add the gradient of a row's value loss."""
     loss, stats = value_loss(
         new.values,
         old.values,
@@ -145,7 +145,7 @@ def mini_batches(
 
 
 def moved_too_far(sums: Sums, max_step_kl: float | None, accelerator: Accelerator) -> bool:
-    """Tell whether the policy was further from the rollout's at this step than an update may go."""
+    """Return whether this step's policy was further than max_step_kl from the one that sampled."""
     if max_step_kl is None:
         return False
     nats, tokens = (sum_over_processes(accelerator, sums[k]) for k in ("approx_kl", "tokens"))
@@ -154,7 +154,7 @@ def moved_too_far(sums: Sums, max_step_kl: float | None, accelerator: Accelerato
 
 @dataclass(frozen=True)
 class OldOutputs:
-    """Holds what the losses compare with, each (responses, time): of a mini-batch, or of a row."""
+    """Holds what the losses take from the rollout, for a mini-batch or a row, (responses, time)."""
 
     logprobs: Tensor
     values: Tensor
@@ -163,10 +163,10 @@ class OldOutputs:
 
     @classmethod
     def of(cls, batch: Rollout, device: torch.device) -> "OldOutputs":
-        """Copy a mini-batch's to the device, once for all of its rows and without waiting."""
+        """Copy a mini-batch's tensors to the device, once for all its rows and without waiting."""
         names = cls.__dataclass_fields__
         return cls(**{name: getattr(batch, name).to(device, non_blocking=True) for name in names})
 
     def select(self, row: PackedRow) -> "OldOutputs":
-        """Return those of a packed row."""
+        """Return the tensors of a packed row's responses."""
         return replace(self, **{name: row.select(value) for name, value in vars(self).items()})

@@ -62,7 +62,7 @@ class Config(StageSettings):
     output_dir: str
     """Folder of the run. The model is saved in it."""
     vocab_size: int = 1152
-    """Most token ids of the tokenizer."""
+    """Most tokens in the tokenizer's vocabulary."""
     block_length: int = 128
     """Tokens in one training row. Documents are joined and cut into such rows."""
     batch_size: PositiveInt = 16

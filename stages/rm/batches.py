@@ -1,4 +1,4 @@
-"""Say which rankings a step takes, and which of their responses are compared."""
+"""Choose the rankings of each step, and the pairs of their responses to compare."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -61,7 +61,7 @@ class Comparisons:
     """(responses, responses)"""
 
     def of(self, row: PackedRow) -> "Comparisons":
-        """Return the comparisons of a row's responses, of which an idle row has none."""
+        """Return the comparisons of a row's responses; an idle row has none."""
         chosen = row.response_index
         square = (chosen[:, None], chosen[None, :])
         margins = None if self.margins is None else self.margins[square]

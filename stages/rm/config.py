@@ -39,7 +39,7 @@ class Config(StageSettings):
     """Most tokens in one pass on one process. It changes no result. A longer ranking is not cut; it
     gets a pass of its own."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: takes less memory and about a third more time."""
     num_epochs: PositiveInt = 1
     """Passes over the rankings. More than one overfits quickly, so the held-out figures are logged
     after each."""

@@ -1,4 +1,4 @@
-"""Turn rankings into what the trainer takes, and count all that is left out."""
+"""Turn rankings into token ids, and count all that is left out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

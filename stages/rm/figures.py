@@ -101,14 +101,14 @@ def length_accuracy(pairs: Sequence[Pair], *, longer_wins: bool) -> float:
 
 
 def does_longer_win(pairs: Sequence[Pair]) -> bool:
-    """Tell whether preferring the longer response orders these pairs better than the shorter."""
+    """Return whether preferring the longer response orders these pairs better than the shorter."""
     return length_accuracy(pairs, longer_wins=True) >= 0.5
 
 
 def log_loss(pairs: Sequence[Pair]) -> float:
     """Return the mean cross-entropy of sigmoid(margin) to the judge's probability, in nats a pair.
 
-    A coin has ln 2. With soft labels, the lowest possible loss is their own entropy.
+    Equal scores give ln 2. With soft labels, the lowest possible loss is their own entropy.
     """
     return _mean(
         [
@@ -124,8 +124,8 @@ def calibration(pairs: Sequence[Pair]) -> tuple[float, list[dict[str, float]]]:
 
     The model's confidence in the response that it prefers is sigmoid(|margin|), from 0.5 to 1. Each
     of ten bins of confidence has a mean confidence and an accuracy. The accuracy is the judge's
-    mean probability for the responses that the model prefers. The error is the distance of the
-    two, averaged over pairs.
+    mean probability for the responses that the model prefers. The error is the mean distance
+    between the two over pairs.
     """
     bins: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for pair in pairs:

@@ -20,7 +20,7 @@ from stages.rm.data import Example
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Holds rankings to measure on, and who says which response of a pair is better."""
+    """Holds rankings to measure on, and which response of a pair each judge finds better."""
 
     examples: list[Example]
     judges: list[list[list[figures.Preference]]]
@@ -46,7 +46,7 @@ class HeldOut:
 def measure(
     state: TrainState[ScalarModel], packer: Packer, held_out: HeldOut, config: Config
 ) -> dict[str, float]:
-    """Measure the model that is trained, between two steps."""
+    """Measure the model in training, between two steps."""
     state.optimizer.zero_grad()  # gradients take memory that the scores need
     with sharding.whole_weights(state.accelerator, state.model):
         state.module.eval()

@@ -36,7 +36,7 @@ def finish(
     later stage loads it.
 
     Args:
-        training: what the training says of itself for results.json.
+        training: figures of the training itself, for results.json.
     """
     model, packer = _load_saved(config, accelerator)
     demonstration_scores = score_all(model, data.demonstrations, packer, accelerator)

@@ -76,6 +76,7 @@ def make_state(
 
 
 def inputs_of(config: Config) -> dict[str, str]:
+    """Map the name of each input of the run to its path."""
     inputs = {"model": config.model.path, "demonstrations": config.demonstrations}
     for name, sources in (
         ("rankings", config.rankings),

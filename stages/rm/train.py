@@ -50,7 +50,7 @@ def train(config: Config) -> None:
         {**trained.shared, "progress": Fields(progress, "first_loss")},
         {**trained.own, "generators": Generators()},
     )
-    del trained  # it holds the model, which is let go before the saved one is loaded
+    del trained  # it holds the model, which must be freed before the saved one is loaded
     # Other stages take a folder with a card for a finished reward model.
     (run.dir / REWARD_FILE).unlink(missing_ok=True)
     shares = chain.from_iterable(repeat(batches))

@@ -73,7 +73,7 @@ def score_slopes(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return d loss / d score (responses,) and sums, for rankings that lie in several rows.
 
-    With these slopes every row can go backward alone, at the cost of one more forward pass
+    With these slopes every row has its own backward pass, at the cost of one more forward pass
     (gradient caching, Gao et al. 2021). Rankings lie in several rows if the model cannot take the
     packing mask, or if they are longer than a sliding window.
     """

@@ -58,7 +58,7 @@ class Config(StageSettings):
     micro_batch_tokens: PositiveInt = 2048
     """Most tokens in one packed pass when held-out rows and samples are measured."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: takes less memory and about a third more time."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """Train an adapter instead of all weights."""
     optim: OptimSettings = field(default_factory=OptimSettings)

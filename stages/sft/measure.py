@@ -38,7 +38,7 @@ def draw_samples(
 
 
 def different_prompts(examples: Sequence[Example], most: int) -> list[Example]:
-    """Choose one example of each prompt, the last one of the file, and `most` of them at most."""
+    """Return at most `most` examples with different prompts, each the last one of its prompt."""
     return list({one.record.key: one for one in examples}.values())[:most]
 
 

@@ -170,8 +170,8 @@ def lay_out(
     and changes no batch.
 
     Args:
-        laid_size: rows that a batch takes up. Rows without anything to train fill it up where a
-            batch of all rows there are cannot be shared evenly. None means batch_size.
+        laid_size: rows of a batch, idle ones included. Idle rows train nothing; they let the
+            processes share a batch of all rows evenly. None means batch_size, without idle rows.
     """
     generator = python_stream(seed, "sft/order")
     num_rows = math.ceil(num_epochs * len(trees) / batch_size) * batch_size

@@ -96,7 +96,7 @@ class _Judge:
     accelerator: Accelerator
     base: Metrics | None = None
     packer: Packer | None = None
-    """found at the first measurement, when the policy is where the launcher put it"""
+    """made at the first measurement, when the policy is already on its device"""
 
     def measure(self, policy: PreTrainedModel, step: int) -> Metrics:
         """Measure held-out losses, and the mean score of samples if choose_by needs it."""
@@ -185,7 +185,7 @@ def _describe(rows: Rows) -> dict[str, Any]:
 
 
 def _print_steps(config: Config, num_rows: int, num_steps: int) -> None:
-    """Print how many passes the steps make, where it is not num_epochs."""
+    """Print how many passes the steps make, if that is not num_epochs."""
     if config.batch_size > num_rows:
         print(
             f"sft: batch_size is {config.batch_size}, and there are {num_rows} rows to train on: "

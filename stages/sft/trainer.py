@@ -154,7 +154,7 @@ def make_trainer(
 
 @torch.no_grad()
 def _is_fused_right(policy: PreTrainedModel) -> bool:
-    """Tell whether TRL's fused head gives the loss of the model's own logits, tried on 16 tokens.
+    """Return whether TRL's fused head gives the loss of the model's own logits, tried on 16 tokens.
 
     The fused head knows only some ways of scaling logits, by the names of fields in the config.
     """
@@ -184,7 +184,7 @@ def to_row(tree: PromptTree) -> dict[str, list[int]]:
 class _PlainTrainer(SFTTrainer):
     """Uses the project's optimizer and schedule.
 
-    They are made when the Trainer asks, since under FSDP it takes none that were made before.
+    They are made when the Trainer asks, since under FSDP it accepts none that were made before.
     """
 
     is_fused: bool = True
@@ -330,7 +330,7 @@ class _Keeper(TrainerCallback):
             self._bar.close()
 
     def _measure_and_log(self, model: PreTrainedModel, step: int) -> Metrics:
-        """Measure, and give every process the first one's figures, so that all choose alike."""
+        """Measure; give every process the first process's figures, so that all choose alike."""
         model.eval()
         accelerator = self._trainer.accelerator
         whole = sharding.whole_weights(accelerator, self._trainer.model_wrapped)

@@ -21,8 +21,8 @@ USER_ERROR = 2
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["cpu2_zero2", "cpu2_zero3", "fsdp2"])
 def test_a_killed_run_goes_on_to_the_same_bits(launcher: str, tmp_path: Path) -> None:
-    """In bfloat16 under FSDP2, whose file says so. The whole run also keeps copies of the policy, for
-    which the average takes the place of the weights for a moment; that changes nothing."""
+    """In bfloat16 under FSDP2, whose file says so. The whole run also keeps copies of the policy.
+    For each the average takes the place of the weights for a moment, which changes nothing."""
     config = config_for(launcher, tmp_path)
     whole = replace(config, output_dir=str(tmp_path / "whole"), policy_every=1)
     code, printed = run(launcher, whole)

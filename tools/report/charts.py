@@ -1,8 +1,8 @@
-"""Draws the charts of a page as SVG.
+"""Draw the charts of a page as SVG.
 
 The elements carry classes and no colours: the style sheet of the page colours them for light and
-dark, and for print. That, the size of a page and the second that its import takes at every
-checkpoint speak against matplotlib here.
+dark, and for print. Matplotlib would fix the colours, make larger pages, and take a second to
+import at every checkpoint.
 """
 
 import math
@@ -18,7 +18,7 @@ from tools.report.panels import Curve, DrawnPanel, thin_out
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 10, 24
 NUM_COLOURS = 6
-"""Colours that the style sheet has; more lines than that begin anew."""
+"""Colours that the style sheet has; further lines start again from the first."""
 MAX_LABEL = 22
 """Most characters of a label in a drawing."""
 NUMBER_WIDTH = 58
@@ -42,8 +42,9 @@ class Scale:
         return round(self.start + share * (self.end - self.start), 2)
 
     def ticks(self, most: int) -> list[float]:
-        """Return round values between the ends, at most this many."""
+        """Return round values between the ends, with at most `most` steps between them."""
         step = _round_step((self.high - self.low) / most)
+        # 1e-9 keeps a value at an end in spite of rounding.
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [number * step for number in range(first, last + 1)]
@@ -125,7 +126,7 @@ def draw_intervals(
     """Draw values with their intervals, one below the other, with the numbers at the right.
 
     Args:
-        title: What is shown, for readers who do not see it.
+        title: What is shown, for screen readers.
         reference: A value to compare with, such as that of chance.
         has_bars: Whether a bar leads from the reference to each value, as for counts.
     """
@@ -257,7 +258,7 @@ def _axes(svg: ElementTree.Element, x: Scale, y: Scale, bottom: float = HEIGHT) 
 def new_svg(
     width: float, height: float, title: str, name: str | None = None
 ) -> ElementTree.Element:
-    """Return an empty drawing; a reader who does not see it hears the title."""
+    """Return an empty drawing; screen readers read its title out."""
     svg = ElementTree.Element("svg", {"viewBox": f"0 0 {width} {height}", "role": "img"})
     svg.set("aria-label", title)
     if name is not None:
@@ -285,7 +286,7 @@ def write(
 
 
 def shortened(label: str) -> str:
-    """Return a label that leaves room for what it stands beside; its end tells most."""
+    """Cut the start off a label that is longer than MAX_LABEL, since its end says most."""
     return label if len(label) <= MAX_LABEL else f"…{label[1 - MAX_LABEL :]}"
 
 
@@ -300,6 +301,7 @@ def _triangle(x: float, y: float) -> str:
 
 def _free_place(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return the place of a label, moved down while another label is in its way."""
+    # A short name is about 60 wide, and a line of text is 12 high.
     while any(abs(x - other) < 60 and abs(y - beside) < 12 for other, beside in taken):
         y += 12
     return x, y
@@ -308,6 +310,7 @@ def _free_place(x: float, y: float, taken: Sequence[tuple[float, float]]) -> tup
 def _round_step(least: float) -> float:
     """Return the smallest of 1, 2, 2.5 and 5 times a power of ten that is not below this."""
     power = 10.0 ** math.floor(math.log10(least))
+    # 0.999 lets a step through that rounding put just below.
     return next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= least * 0.999)
 
 

@@ -60,7 +60,7 @@ class Source:
     """Number of the run and file: `0:results.json`."""
 
     def get(self, *place: str | int) -> Any:
-        """Return what stands at a place, or None if there is nothing."""
+        """Return the value at a place, or None if there is none."""
         found: Any = self.content
         for key in place:
             if isinstance(found, dict):
@@ -72,7 +72,7 @@ class Source:
         return found
 
     def figure(self, *place: str | int, digits: int = 3, is_percent: bool = False) -> Figure | None:
-        """Return the number at a place, or None if no finite number stands there."""
+        """Return the number at a place, or None if no finite number is there."""
         value = self.get(*place)
         if not is_number(value):
             return None
@@ -82,14 +82,14 @@ class Source:
     def interval(
         self, *place: str | int, digits: int = 3, is_percent: bool = False
     ) -> Interval | None:
-        """Return the interval at a place, or None if two finite numbers do not stand there."""
+        """Return the interval at a place, or None if two finite numbers are not there."""
         ends = [self.figure(*place, end, digits=digits, is_percent=is_percent) for end in (0, 1)]
         low, high = ends
         return None if low is None or high is None else Interval(low, high)
 
 
 Part = str | Figure | Interval
-"""What a sentence is made of."""
+"""A part of a sentence."""
 Sentence = Sequence[Part]
 
 

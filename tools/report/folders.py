@@ -1,4 +1,4 @@
-"""Reads what runs left in their folders, whether they are finished, at work or dead."""
+"""Read what runs left in their folders, whether they are finished, at work or dead."""
 
 import json
 import os
@@ -21,8 +21,8 @@ EVALUATE = "evaluate"
 ORDER = ("data", "pretrain", "sft", "collect", "rm", "ppo", "evaluate", "benchmark")
 """Stages in the order of the recipe; programs below data/ count as data."""
 MAX_ROWS = 20_000
-"""Most rows of samples.jsonl to read, half of them from its end, so that a page of a long run takes
-no longer than a look at it."""
+"""Most rows of samples.jsonl to read, half of them from its end, so that the page of a long run is
+quick to make."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder that was asked for: one stage, or a pipeline of stages below it."""
+    """The folder of a run: one stage, or a pipeline of stages below it."""
 
     name: str
     """What the page calls the run."""

@@ -1,4 +1,4 @@
-"""Draws where each stage's inputs came from, and checks that they are still the same."""
+"""Draw where each stage's inputs came from, and check that they are still the same."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Input:
     digest: str
     """First digits of the hash of its weights or rows."""
     is_changed: bool
-    """Whether the folder that it came from was written anew since."""
+    """Whether the folder that it came from was written again since."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _lay_out(run: RunFolder, inputs: Sequence[Input]) -> Iterator[Node]:
     sources = {one.source for one in inputs if one.source not in stages}
     names = [*sorted(sources), *stages]
     columns = dict.fromkeys(names, 0)
-    for _ in names:  # as often as a chain can be long
+    for _ in names:  # no chain of inputs is longer than this
         for one in inputs:
             if one.source != one.stage:
                 columns[one.stage] = max(columns[one.stage], columns[one.source] + 1)

@@ -1,7 +1,7 @@
-"""Puts a page together and writes it: one HTML file that fetches nothing and runs one script.
+"""Make a page and write it: one HTML file that fetches nothing and runs one script.
 
 What runs wrote is shown as text only. Jinja escapes it, the drawings are built as elements, and the
-page's own policy allows no script and no style but those whose hashes it names.
+Content-Security-Policy allows only the script and the style whose hashes it names.
 """
 
 import base64
@@ -55,7 +55,7 @@ GROUPS = ("PPO", "Reward model", "SFT", "Pretraining")
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with its title and a word on how to read it."""
+    """A drawing with its title and a note on how to read it."""
 
     title: str
     svg: Markup
@@ -90,7 +90,7 @@ def write_page(runs: Sequence[RunFolder], output: Path | None) -> Path:
 
 
 def render(runs: Sequence[RunFolder]) -> str:
-    """Return the page as HTML. Equal runs give equal bytes: no clock and no chance is in it."""
+    """Return the page as HTML. Equal runs give equal bytes: it holds no time and nothing random."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -239,7 +239,7 @@ def _outcomes(columns: Sequence[Column]) -> list[Chart]:
 
 
 def _overoptimisation(columns: Sequence[Column]) -> list[Chart]:
-    """Draw each judge's score against KL; with over-optimisation the judges part."""
+    """Draw each judge's score against KL; over-optimisation makes the judges diverge."""
     charts = []
     for judge in columns[0].results.get("judges") or [] if columns else []:
         dots, path = dots_against_kl(columns, judge), best_of_path(columns, judge)

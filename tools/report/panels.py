@@ -14,8 +14,8 @@ from tools.report.figures import is_number
 from tools.report.folders import RunFolder, Stage
 
 SMOOTHED_FROM = 30
-"""Number of points from which a curve gets a running mean, over a tenth of them, in front of the
-raw points."""
+"""Number of points from which a curve gets a running mean, which is over a tenth of them and drawn
+in front of the raw points."""
 
 
 MAX_POINTS = 1_000
@@ -259,7 +259,7 @@ def running_mean(values: Sequence[float], reach: int) -> list[float]:
 def thin_out(values: Sequence[float], most: int = MAX_POINTS) -> list[int]:
     """Return the places of the values to draw: all of them, or at most `most` of a longer curve.
 
-    Of each of `most` / 4 equal stretches the first, the last, the lowest and the highest are kept.
+    It keeps the first, the last, the lowest and the highest of each of `most` / 4 equal stretches.
     If a stretch is a pixel wide, a line through them looks like a line through all (Jugel et al.
     2014, "M4: A Visualization-Oriented Time Series Data Aggregation").
     """

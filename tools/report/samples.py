@@ -1,4 +1,4 @@
-"""Chooses samples of a run for a page, and marks the words in which they differ."""
+"""Choose samples of a run for a page, and mark the words in which they differ."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from tools.report.folders import RunFolder, Stage
 NUM_PROMPTS = 16
 """Prompts that are shown in the order of the file, so that nobody chose them."""
 NUM_PARTED = 6
-"""Prompts that are shown because reward model and gold parted most on them."""
+"""Prompts that are shown because reward model and gold disagree most on them."""
 MAX_CHARACTERS = 2_000
 """Most characters of a text to show; the file has the rest."""
 
@@ -25,7 +25,7 @@ _MARKS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n
     **{code: f"[U+{code:04X}]" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))},
     **{code: f"[U+{code:04X}]" for code in (0x200E, 0x200F, 0x061C)},
 }
-"""Shows control characters, and those that would turn the direction of the text around them."""
+"""Maps control characters, and those that change the direction of text, to what shows them."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Response:
     figures: list[tuple[str, Figure]]
     """Scores and parts, by name."""
     notes: list[str] = field(default_factory=list)
-    """What else is to be said of it, such as that it was cut."""
+    """Further remarks, such as that it was cut."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Sample:
     prompt: str
     responses: list[Response]
     changes: dict[str, float]
-    """Maps a judge to the score of the last response less that of the one it is compared with."""
+    """Maps a judge to the score of the last response minus that of the one it is compared with."""
     is_parted: bool = False
-    """Whether it is shown because the judges part on it, not by its place in the file."""
+    """Whether it is shown because the judges disagree on it, not by its place in the file."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Samples:
 
     shown: list[Sample]
     num_prompts: int
-    """Prompts that were to choose from."""
+    """Prompts to choose from."""
     stages: Sequence[Stage]
     """The stages that sampled them."""
 
@@ -116,7 +116,7 @@ class _Question:
 
     @property
     def parting(self) -> float:
-        """By how much the reward model's score rises where gold falls; 0 where it does not."""
+        """How much the reward model's score rises if gold falls; 0 unless both happen."""
         changes = _changes(self.last, self.before)
         reward, gold = changes.get("rm"), changes.get("gold")
         return 0.0 if reward is None or gold is None or gold >= 0 else max(0.0, reward)

@@ -1,4 +1,4 @@
-"""Finds which settings of a run differ from its preset, and from those of another run."""
+"""Find which settings of a run differ from its preset, and from those of another run."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -40,12 +40,12 @@ class Setting:
     name: str
     value: str
     preset: str | None
-    """What the preset says where that differs; None if it says the same."""
+    """The preset's value if it is another one; otherwise None."""
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """All settings of a stage, compared with the preset that it is nearest to."""
+    """All settings of a stage, compared with the nearest preset."""
 
     stage: Stage
     preset: str | None
@@ -68,7 +68,7 @@ class Difference:
 
 
 def compare_with_presets(run: RunFolder) -> list[StageSettings]:
-    """Compare all settings of each stage with those of the preset that the run is nearest to.
+    """Compare all settings of each stage with those of the run's nearest preset.
 
     A run does not record which files its settings came from. So the nearest preset is the one whose
     files name the fewest other values, over all stages.
@@ -113,7 +113,7 @@ def compare_runs(runs: Sequence[RunFolder]) -> list[Difference]:
 
 
 def _partner(stage: Stage, run: RunFolder) -> Stage | None:
-    """Return the stage of another run that does the same: of that name, or the only one."""
+    """Return the same stage of another run: the one of that name, or else the only one."""
     alike = run.of(stage.stage)
     named = [one for one in alike if one.name == stage.name]
     return named[0] if named else alike[0] if len(alike) == 1 else None

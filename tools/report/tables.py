@@ -1,4 +1,4 @@
-"""Puts the figures of policies side by side, from the evaluation and from benchmark tasks."""
+"""Put the figures of policies side by side, from the evaluation and from benchmark tasks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ def find_columns(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Column
 
 
 def policy_table(columns: Sequence[Column]) -> Table:
-    """Return all figures that policies have, what counts most first."""
+    """Return all figures that policies have, the most important first."""
     lines = []
     for label, key, digits in _keys(columns):
         cells = [_cell(column, key, digits) for column in columns]

@@ -1,7 +1,7 @@
-"""Says in words what came out: what changed for the people who ask, before what the judges like.
+"""Say in words how a run ended: first whether responses are right, then what the judges prefer.
 
-A policy is judged by outcome. If gold says which responses are right, their share decides. Without
-that an independent judge decides. The reward model never does: the policy was trained to please it.
+A policy is judged by outcome. If gold says which responses are right, their share decides. If not,
+an independent judge decides. The reward model never does: the policy was trained to please it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,13 +18,13 @@ REWARD_MODEL = "rm"
 NAMES = {"gold": "gold", REWARD_MODEL: "the reward model"}
 """Maps the names of judges in results.json to what a sentence calls them."""
 LONGER = 1.25
-"""Factor between mean lengths from which a page tells them."""
+"""Factor between mean lengths from which the page mentions them."""
 HUMAN_AGREEMENT = "InstructGPT's labelers agreed on 72.6 % of pairs (Ouyang et al. 2022, 3.4)"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run came to."""
+    """The outcome of a run, in sentences."""
 
     headline: Sentence
     tone: Tone
@@ -79,7 +79,7 @@ def _of_evaluation(results: Source, warnings: list[tuple[str, Sentence]]) -> Ver
 
 
 def _substance(results: Source, policy: str, baseline: str) -> tuple[Sentence, int | None]:
-    """Say what changed in substance; also -1, 0 or 1, or None if nobody independent was asked."""
+    """Say what changed in substance; also -1, 0 or 1, or None if no independent judge was asked."""
     right, before = (results.figure(name, "right", is_percent=True) for name in (policy, baseline))
     if right is not None and before is not None:
         change = _sign(results.get(policy, f"right_gain_vs_{baseline}_interval"))
@@ -150,7 +150,7 @@ def _gain_at_equal_length(
 
 
 def _costs(results: Source, policy: str, baseline: str) -> Iterator[Sentence]:
-    """Say what it cost: greedy answers, plain text, facts, length, distance."""
+    """Say what the training cost: greedy answers, plain text, facts, length, KL."""
     pairs = (
         ("right_greedy", True, "Greedy responses that are right: "),
         ("text_loss", False, "Loss on held-out text, nats a token: "),
