@@ -125,16 +125,16 @@ def test_module_command_exists(command: str, capsys: pytest.CaptureFixture[str])
         load_config(importlib.import_module(f"{module}.config").Config, rest)
 
 
-def block_of(language: str) -> str:
-    """The one block in a language of the page on rewards."""
+def blocks_of(language: str) -> list[str]:
+    """The blocks in a language of the page on rewards."""
     page = PAGES["docs/rewards.md"]
-    [block] = re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    return block
+    return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_own_rewards_do_what_is_said_of_them() -> None:
     own: dict[str, Any] = {}
-    exec(block_of("python"), own)
+    [block] = blocks_of("python")
+    exec(block, own)
     batch: tuple[Any, ...] = (["p", "p"], ["one two three", ""], [{}, {}])
     assert own["brevity"](*batch) == [-0.3, 0.0]
     tokens = [["so", " so", " so", "</s>"], ["</s>"]]
@@ -142,15 +142,17 @@ def test_own_rewards_do_what_is_said_of_them() -> None:
 
 
 def test_own_reward_settings_load(tmp_path: Path) -> None:
-    path = tmp_path / "reward.yaml"
-    path.write_text(block_of("yaml"), encoding="utf-8")
-    defaults = ["--config", str(ROOT / "configs/ppo/tiny.yaml"), "--reward.model", "null"]
-    reward = load_config(Config, [*defaults, "--config", str(path)]).reward
-    assert {name: part.weight for name, part in reward.parts.items()} == {
-        "helpful": 1.0,
-        "brief": 0.5,
-        "repeats": 0.1,
-    }
+    weights = []
+    for number, block in enumerate(blocks_of("yaml")):
+        path = tmp_path / f"reward{number}.yaml"
+        path.write_text(block, encoding="utf-8")
+        defaults = ["--config", str(ROOT / "configs/ppo/tiny.yaml"), "--reward.model", "null"]
+        reward = load_config(Config, [*defaults, "--config", str(path)]).reward
+        weights.append({name: part.weight for name, part in reward.parts.items()})
+    assert weights == [
+        {"helpful": 1.0, "brief": 0.5, "repeats": 0.1},
+        {"harmless": 1.0, "follows": 2.0},
+    ]
 
 
 def test_the_table_of_speed_holds_what_was_measured() -> None:
