@@ -8,7 +8,7 @@ from rlhf.inputs.files import write_records
 from rlhf.inputs.records import Record
 from rlhf.runs.code import code_of
 from rlhf.runs.files import write_json
-from rlhf.runs.folder import folders_given_back, refuse_inputs_inside, writing
+from rlhf.runs.folder import folders_released, refuse_inputs_inside, writing
 from rlhf.runs.settings import FolderSettings
 
 RESULTS_FILE = "results.json"
@@ -19,7 +19,7 @@ def _num_rows(records: Sequence[Record]) -> str:
     return f"{len(records)} rows"
 
 
-@folders_given_back()
+@folders_released()
 def write_record_files(
     config: FolderSettings,
     folder: Path,

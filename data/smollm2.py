@@ -34,7 +34,7 @@ from rlhf.models.saving import save_policy
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_chat
 from rlhf.runs.code import code_of
-from rlhf.runs.folder import MODEL_FILES, folders_given_back, refuse_inputs_inside, writing
+from rlhf.runs.folder import MODEL_FILES, folders_released, refuse_inputs_inside, writing
 from rlhf.runs.program import run_stage
 from rlhf.runs.settings import FolderSettings
 
@@ -123,7 +123,7 @@ def prepare(config: Smollm2Config) -> None:
         write_base(config, gguf, Path(config.base_dir))
 
 
-@folders_given_back()
+@folders_released()
 def write_data(config: Smollm2Config, folder: Path) -> None:
     """Convert the public files; each appears only when it is whole, and results.json comes last."""
     names = (*WHOLE, *SPLIT, *(f"{name}_held_out" for name in SPLIT))
@@ -178,7 +178,7 @@ def find_gguf(path: str | None) -> Path:
     return files[0]
 
 
-@folders_given_back()
+@folders_released()
 def write_base(config: Smollm2Config, gguf: Path, folder: Path) -> None:
     """Write a plain model folder from a GGUF file, and check its answer before and after saving.
 

@@ -41,7 +41,7 @@ from rlhf.inputs.files import read_records, write_records
 from rlhf.inputs.ranges import PositiveInt
 from rlhf.inputs.records import Ranking
 from rlhf.inputs.streams import python_stream
-from rlhf.runs.folder import METRICS, folders_given_back
+from rlhf.runs.folder import METRICS, folders_released
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
 from rlhf.runs.settings import FolderSettings
@@ -87,7 +87,7 @@ class Config(FolderSettings):
             raise ValueError(f"runs is {self.runs}; give two or more folders of different names")
 
 
-@folders_given_back()
+@folders_released()
 def compare_groupings(config: Config) -> None:
     """Train the missing arms of every run; write table, figures and plot.
 

@@ -49,7 +49,7 @@ from rlhf.models.loading import load_policy
 from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.functions import load_function
 from rlhf.rewards.load import load_reward
-from rlhf.runs.folder import RESULTS, SAMPLES, folders_given_back
+from rlhf.runs.folder import RESULTS, SAMPLES, folders_released
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
 from rlhf.runs.settings import FolderSettings
@@ -183,7 +183,7 @@ class Standard:
         return (scores - self.mean) / self.deviation
 
 
-@folders_given_back()
+@folders_released()
 def study(config: Config) -> None:
     """Make the missing runs, mark their responses, fit the forms, write tables and plot."""
     record = open_run(
@@ -275,7 +275,7 @@ def long_ppo(config: Config, run: str, name: str, reward_model: str, kl_coef: fl
     )
 
 
-@folders_given_back()
+@folders_released()
 def sample(config: SampleConfig) -> None:
     """Sample N responses of SFT to each held-out prompt, and score them as PPO does."""
     ppo = settings_of(PPOConfig, f"{config.run}/ppo")

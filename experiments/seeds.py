@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments.shared import TABLE, mean_cell, over_seeds, read_json
 from experiments.tables import markdown_table
-from rlhf.runs.folder import RESULTS, folders_given_back
+from rlhf.runs.folder import RESULTS, folders_released
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
 from rlhf.runs.settings import FolderSettings
@@ -90,7 +90,7 @@ class Config(FolderSettings):
             raise ValueError("runs is empty; give at least one")
 
 
-@folders_given_back()
+@folders_released()
 def compare_seeds(config: Config) -> None:
     """Write the table, and the faults of each seed."""
     record = open_run(

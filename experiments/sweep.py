@@ -34,7 +34,7 @@ from experiments.shared import (
     values_cell,
 )
 from experiments.tables import markdown_table
-from rlhf.runs.folder import METRICS, RESULTS, folders_given_back
+from rlhf.runs.folder import METRICS, RESULTS, folders_released
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
 from rlhf.runs.settings import FolderSettings
@@ -118,7 +118,7 @@ class Row:
         return sum(values) / len(values)
 
 
-@folders_given_back()
+@folders_released()
 def sweep(config: Config) -> None:
     """Make the missing policies, evaluate all, write tables and plot."""
     study = open_run(

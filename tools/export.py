@@ -25,7 +25,7 @@ from rlhf.models.shared_bases import SharedBases
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.models import REWARD_FILE
 from rlhf.runs.checkpoint_files import MANIFEST, Manifest, check_files, read_manifest, read_states
-from rlhf.runs.folder import MODEL_FILES, folders_given_back
+from rlhf.runs.folder import MODEL_FILES, folders_released
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
 from rlhf.runs.settings import FolderSettings
@@ -56,7 +56,7 @@ class Config(FolderSettings):
     """Run Python code that comes with the base. Set it only for sources that you trust."""
 
 
-@folders_given_back()
+@folders_released()
 def export(config: Config) -> None:
     """Write the full model with its tokenizer, template, reward card and lineage.
 

@@ -14,7 +14,7 @@ from rlhf.inputs.records import Demonstration, Prompt, Record, prompt_key
 from rlhf.inputs.streams import python_stream
 from rlhf.runs.code import code_of
 from rlhf.runs.files import write_json
-from rlhf.runs.folder import folders_given_back, writing
+from rlhf.runs.folder import folders_released, writing
 
 RESULTS_FILE = "results.json"
 """File that is written last, so that a folder without it is unfinished."""
@@ -30,7 +30,7 @@ FILES = (
 """Files of records."""
 
 
-@folders_given_back()
+@folders_released()
 def build(config: TinyWorldConfig) -> None:
     """Write all files of a tiny world. Two runs with equal settings write equal bytes.
 

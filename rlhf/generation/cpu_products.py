@@ -14,7 +14,7 @@ as fast for 8 to 32 rows, and slower beyond 64 (docs/experiments). One thread ga
 
 
 @contextmanager
-def thin_products(model: nn.Module) -> Iterator[None]:
+def transposed_linear_layers(model: nn.Module) -> Iterator[None]:
     """Compute fp32 linear layers on the CPU as (W x^T)^T in the block, where that is faster.
 
     If x has few rows, torch's library divides x W^T so badly that two threads are slower than one.

@@ -16,7 +16,7 @@ from rlhf.training.out_of_memory import is_of_the_device
 
 
 @dataclass(frozen=True)
-class Way:
+class DecodingMode:
     """A way to decode several prompts at once."""
 
     pads: bool
@@ -25,7 +25,11 @@ class Way:
     """Whether a cache is used. Otherwise every step computes the whole text again."""
 
 
-WAYS = (Way(pads=True, caches=True), Way(pads=False, caches=True), Way(pads=False, caches=False))
+DECODING_MODES = (
+    DecodingMode(pads=True, caches=True),
+    DecodingMode(pads=False, caches=True),
+    DecodingMode(pads=False, caches=False),
+)
 """All ways, fastest first. The last is right for every model: models are trained that way."""
 
 LARGEST_SHARE = 0.01
@@ -42,14 +46,16 @@ PROBE_STEPS = 5
 
 KEYS_AND_VALUES = "past_key_values"
 
-_ways: WeakKeyDictionary[nn.Module, Way] = WeakKeyDictionary()
-"""Results of `way_for`, kept for each policy."""
+_ways: WeakKeyDictionary[nn.Module, DecodingMode] = WeakKeyDictionary()
+"""Results of `decoding_mode_for`, kept for each policy."""
 
 
 class Decoder:
     """Holds a batch whose rows grow by one token per step, and may be removed."""
 
-    def __init__(self, policy: PreTrainedModel, prompts: Sequence[Sequence[int]], way: Way) -> None:
+    def __init__(
+        self, policy: PreTrainedModel, prompts: Sequence[Sequence[int]], way: DecodingMode
+    ) -> None:
         assert way.pads or len({len(prompt) for prompt in prompts}) == 1
         self._policy = policy
         self._way = way
@@ -104,7 +110,7 @@ class Decoder:
 
 
 @torch.no_grad()
-def way_for(policy: PreTrainedModel) -> Way:
+def decoding_mode_for(policy: PreTrainedModel) -> DecodingMode:
     """Return the first way that gives the log-probabilities of plain passes.
 
     Plain passes read one row alone without a cache. The test adds tokens and removes a row, once
@@ -114,15 +120,15 @@ def way_for(policy: PreTrainedModel) -> Way:
     if policy not in _ways:
         device = next(policy.parameters()).device
         with torch.autocast(device.type, enabled=False):
-            way = next(way for way in WAYS if not way.caches or _is_right(policy, way))
-        if way is not WAYS[0]:
+            way = next(way for way in DECODING_MODES if not way.caches or _is_right(policy, way))
+        if way is not DECODING_MODES[0]:
             how = "prompts of one length at a time" if way.caches else "without a cache, slowly"
             warnings.warn(f"{type(policy).__name__} samples {how}", stacklevel=3)
         _ways[policy] = way
     return _ways[policy]
 
 
-def _is_right(policy: PreTrainedModel, way: Way) -> bool:
+def _is_right(policy: PreTrainedModel, way: DecodingMode) -> bool:
     """Return whether three prompts, continued by given tokens, give the logits of plain passes."""
     # Different lengths make the first way pad. The ids vary between rows, and none is 0.
     lengths = (2, 9, 5) if way.pads else (6, 6, 6)
@@ -158,7 +164,10 @@ def _is_right(policy: PreTrainedModel, way: Way) -> bool:
 
 
 def _step_through(
-    policy: PreTrainedModel, texts: Sequence[Sequence[int]], lengths: Sequence[int], way: Way
+    policy: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    way: DecodingMode,
 ) -> list[Tensor]:
     """Return log-probabilities (steps, vocab) of each row; the second row is removed halfway."""
     decoder = Decoder(policy, [text[:n] for text, n in zip(texts, lengths, strict=True)], way)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.generation.cpu_products import thin_products
-from rlhf.generation.decoder import Decoder, Way, way_for
+from rlhf.generation.cpu_products import transposed_linear_layers
+from rlhf.generation.decoder import Decoder, DecodingMode, decoding_mode_for
 from rlhf.generation.half_weights import half_weights
 from rlhf.generation.interface import Decoding, Samples
 from rlhf.generation.settings import GenerationSettings
@@ -48,11 +48,11 @@ class LoopEngine:
         """See `Engine.generate`."""
         device = next(self.policy.parameters()).device
         draws = _on_device(generator, device)
-        way = way_for(self.policy)
+        way = decoding_mode_for(self.policy)
         samples = Samples([[] for _ in prompts], [[] for _ in prompts])
         for chosen in _batches(prompts, self.batch_size, way):
             some_prompts = [prompts[i] for i in chosen]
-            with half_weights(self.policy), thin_products(self.policy):
+            with half_weights(self.policy), transposed_linear_layers(self.policy):
                 decoder = Decoder(self.policy, some_prompts, way)
                 batch = _generate_batch(
                     decoder, len(some_prompts), decoding, draws, progress or (lambda _: None)
@@ -62,7 +62,9 @@ class LoopEngine:
         return samples
 
 
-def _batches(prompts: Sequence[Sequence[int]], batch_size: int, way: Way) -> Iterator[list[int]]:
+def _batches(
+    prompts: Sequence[Sequence[int]], batch_size: int, way: DecodingMode
+) -> Iterator[list[int]]:
     """Yield numbers of prompts of similar length, or of one length if the way cannot pad."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = [order]

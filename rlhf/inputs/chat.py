@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.inputs.control import ControlTokens, Piece, free_character
 from rlhf.inputs.records import Messages, PromptLike, to_messages
-from rlhf.inputs.template import PROBE, add_missing_parts, read_layout, render
+from rlhf.inputs.template import PROBE, add_missing_parts, find_answer_frame, render
 
 
 class Chat:
@@ -39,7 +39,7 @@ class Chat:
         """Read the template. `other_ends` are end tokens that the model's files declare."""
         other_ends = tuple(other_ends)
         self.tokenizer = add_missing_parts(tokenizer, other_ends)
-        self._layout = read_layout(tokenizer)
+        self._layout = find_answer_frame(tokenizer)
         self.end_id: int = self._layout.end_id
         ends = {*other_ends, tokenizer.eos_token_id} - {self.end_id}
         self.other_ends: tuple[int, ...] = tuple(sorted(ends))
@@ -49,7 +49,7 @@ class Chat:
         self._thoughts = ControlTokens(
             tokenizer, self._layout.control_names - self._layout.turn_names
         )
-        self._unspelt: set[str] = set()
+        self._warned_kinds: set[str] = set()
         for departure in self._layout.departures:
             warnings.warn(departure, stacklevel=2)
 
@@ -62,7 +62,7 @@ class Chat:
         text = render(self.tokenizer, messages, add_generation_prompt=True)
         pieces = [(text, True)]
         if any(self._control.are_in(message["content"]) for message in messages):
-            pieces = self._told_apart(messages, text)
+            pieces = self._split_names(messages, text)
         ids = self._control.encode(pieces)
         found = self.show(ids)
         # Compare without white space, because decoding may put spaces between tokens.
@@ -182,7 +182,7 @@ class Chat:
         """SHA-256 of the chat template, for lineage.json."""
         return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
 
-    def _told_apart(self, messages: Messages, text: str) -> list[Piece]:
+    def _split_names(self, messages: Messages, text: str) -> list[Piece]:
         """Split a rendered prompt into names from the turns' contents, and the rest.
 
         Each name in a content is replaced by a placeholder, and the template renders again. A
@@ -313,9 +313,9 @@ class Chat:
 
     def _warn_unspelt(self, kind: str, text: str, found: str) -> None:
         """Warn, once for each kind of text, that its ids do not decode to it."""
-        if kind in self._unspelt:
+        if kind in self._warned_kinds:
             return
-        self._unspelt.add(kind)
+        self._warned_kinds.add(kind)
         pairs = zip(text, found, strict=False)
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(found)))
         place = slice(max(0, same - 10), same + 20)

@@ -47,7 +47,7 @@ _ODD = "\u2603\U0001f600\u4e2d\x07"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class AnswerFrame:
     """The text and tokens that a template writes around an answer."""
 
     end_id: int
@@ -139,8 +139,8 @@ def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "strftime_now" in str(tokenizer.chat_template)
 
 
-def read_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
-    """Find the template's Layout. Warn if the template prints the date."""
+def find_answer_frame(tokenizer: PreTrainedTokenizerBase) -> AnswerFrame:
+    """Find the template's AnswerFrame. Warn if the template prints the date."""
     prompt = render(tokenizer, [_turn("user")], add_generation_prompt=True)
     whole = render(tokenizer, [_turn("user"), _turn("assistant")], add_generation_prompt=False)
     answer = whole.rindex(PROBE)
@@ -173,7 +173,7 @@ def read_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
     history = _conversation(tokenizer, add_generation_prompt=False)
     in_prompts = _conversation(tokenizer, add_generation_prompt=True)
     template = str(tokenizer.chat_template)
-    return Layout(
+    return AnswerFrame(
         end_id=end_id,
         before=prompt[prompt.rindex(PROBE) + len(PROBE) :] if PROBE in prompt else "",
         opening=opening,

@@ -13,7 +13,7 @@ from transformers import (
 from rlhf.models.adapters import CONFIG_FILE, check_same, empty_adapter, read_adapter
 from rlhf.models.architectures import from_config, with_attention
 from rlhf.models.full import check_folder, class_for, disable_dropout, dtype_of, naming_model
-from rlhf.models.heads import find_plain_head
+from rlhf.models.heads import record_plain_head
 from rlhf.models.packed_attention import take_segments
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
@@ -31,7 +31,7 @@ def empty_policy(
         ValueError, OSError: The config cannot be read, or `lora` asks for another adapter.
     """
     model = _empty(AutoModelForCausalLM, settings, lora, is_shared)
-    find_plain_head(model)
+    record_plain_head(model)
     return model
 
 

@@ -66,7 +66,7 @@ def has_plain_head(policy: nn.Module) -> bool:
     return _plain_heads[policy]
 
 
-def find_plain_head(policy: PreTrainedModel) -> None:
+def record_plain_head(policy: PreTrainedModel) -> None:
     """Store the result of `has_plain_head` for a model without weights, which has no logits."""
     _plain_heads[policy] = _passes_logits_on(policy)
 

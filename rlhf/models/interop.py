@@ -29,7 +29,7 @@ _OWN_NAMES = {
 the base of the angles in layers with a window."""
 
 
-def name_as_before(folder: str | Path) -> None:
+def add_version_4_names(folder: str | Path) -> None:
     """Add these names to the config and tokenizer files of a folder, if the files exist."""
     config, tokenizer = (Path(folder) / f"{name}.json" for name in ("config", "tokenizer_config"))
     if config.is_file():

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.inputs.chat import Chat
 from rlhf.models.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_of, save_adapter
 from rlhf.models.full import quiet
-from rlhf.models.interop import name_as_before
+from rlhf.models.interop import add_version_4_names
 from rlhf.models.tokenizers import ends_of
 from rlhf.runs.folder import SAVED_WEIGHTS
 from rlhf.runs.lineage import BASE_FILE
@@ -72,10 +72,10 @@ def save_weights(
         old = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, BASE_FILE)]
     for path in old:  # files of an earlier run of the other kind would be taken for this one's
         path.unlink(missing_ok=True)
-    name_as_before(folder)
+    add_version_4_names(folder)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write the tokenizer with its chat template, also under names that transformers 4 knows."""
     tokenizer.save_pretrained(folder)
-    name_as_before(folder)
+    add_version_4_names(folder)

@@ -29,7 +29,7 @@ from rlhf.runs.interrupts import Interrupted, interrupts
 from rlhf.runs.run import Run
 from rlhf.runs.stateful import State, Stateful, Together
 from rlhf.training import sharding
-from rlhf.training.processes import from_all_processes, max_over_processes
+from rlhf.training.processes import gather_from_all, max_over_processes
 
 _PROCESSES = "processes"
 """Name of the part that holds the state of each process by its number, such as its generators."""
@@ -176,7 +176,7 @@ class Checkpoints:
         if self._split_by is None:
             self._own_state = self._states.pop(_PROCESSES)[str(rank)]
         else:
-            from_all_processes(lambda: check_shard(folder, rank), ValueError)
+            gather_from_all(lambda: check_shard(folder, rank), ValueError)
             self._own_state = read_shard(folder, rank)
 
     def _other_run(self, manifest: Manifest) -> str:
@@ -234,12 +234,12 @@ class Checkpoints:
     def _write_shards(self, folder: Path, step: int) -> None:
         """Write a model in shards: every process writes its own, then the first one the rest."""
         rank, is_main = self._accelerator.process_index, self._accelerator.is_main_process
-        from_all_processes(lambda: start_checkpoint(folder) if is_main else None, OSError)
-        written = from_all_processes(
+        gather_from_all(lambda: start_checkpoint(folder) if is_main else None, OSError)
+        written = gather_from_all(
             lambda: write_shard(folder, rank, self._own.state_dict()), OSError
         )
         shards = {name: sha for files in written for name, sha in files.items()}
-        from_all_processes(
+        gather_from_all(
             lambda: self._finish(folder, step, {}, shards) if is_main else None, OSError
         )
 

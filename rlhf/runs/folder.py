@@ -111,14 +111,14 @@ class Mark:
 class UpToDate(Exception):
     """Says that the output folder already holds what the program would make.
 
-    `folders_given_back` prints its text and ends the program. The text is empty in all processes
+    `folders_released` prints its text and ends the program. The text is empty in all processes
     but the first.
     """
 
 
 @dataclass
 class OutputFolder:
-    """A folder that this process may write to, from `take_folder` until `give_back`."""
+    """A folder that this process may write to, from `acquire_folder` until `release`."""
 
     path: Path
     program: str
@@ -240,9 +240,9 @@ class OutputFolder:
     def finish(self) -> None:
         """List the written files in the mark, and give the folder back."""
         self._write_mark(_present(self.path, self.files))
-        self.give_back()
+        self.release()
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Let other processes take the folder. Without `begin`, leave it as it was before."""
         if _taken.pop(self.path.resolve(), None) is None:
             return
@@ -275,7 +275,7 @@ _taken: dict[Path, OutputFolder] = {}
 
 
 @contextmanager
-def folders_given_back() -> Iterator[None]:
+def folders_released() -> Iterator[None]:
     """Give back, at the end of the block or decorated function, all folders taken in it.
 
     An error gives them back too. If UpToDate is raised, its text is printed, and the block ends
@@ -296,10 +296,10 @@ def _given_back() -> Iterator[None]:
         yield
     finally:
         for path in set(_taken) - before:
-            _taken[path].give_back()
+            _taken[path].release()
 
 
-def take_folder(
+def acquire_folder(
     output_dir: str | Path,
     *,
     program: str,
@@ -323,7 +323,7 @@ def take_folder(
     """
     path = Path(output_dir)
     if earlier := _taken.get(path.resolve()):
-        earlier.give_back()
+        earlier.release()
     _refuse_files_of_others(path, program, files, overwrite, is_shared)
     new_folders = [one for one in [*reversed(path.parents), path] if not one.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -341,7 +341,7 @@ def take_folder(
         if folder._found is None:
             folder._write_mark(())
     except BaseException:
-        folder.give_back()
+        folder.release()
         raise
     return folder
 
@@ -361,19 +361,20 @@ def writing(
     """Take a folder for a program that is not a run of a stage.
 
     Inside the block the program calls `begin` before it writes and `finish` at the end. The
-    arguments are those of `take_folder` and `OutputFolder.compare`. All files below an input count.
+    arguments are those of `acquire_folder` and `OutputFolder.compare`. All files below an input
+    count.
 
     Args:
         force: Whether to run even if the folder is up to date.
 
     Raises:
-        ValueError: As refuse_inputs_inside, take_folder and OutputFolder.compare.
+        ValueError: As refuse_inputs_inside, acquire_folder and OutputFolder.compare.
         UpToDate: The folder holds what the program would make.
     """
     places = {name: Path(place) for name, place in (inputs or {}).items()}
     refuse_inputs_inside(output_dir, places, files=files)
     with _given_back():
-        folder = take_folder(output_dir, program=program, files=files, overwrite=overwrite)
+        folder = acquire_folder(output_dir, program=program, files=files, overwrite=overwrite)
         for known in (folder.known_hashes, {}):  # first with the recorded hashes, then in full
             hashes = FileHashes(known)
             contents = {

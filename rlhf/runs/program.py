@@ -28,7 +28,7 @@ def run_stage(
     of memory. They end the program with `error: ...` on stderr and exit code 2. An interrupt
     (Ctrl-C, SIGTERM) ends it with 130. Any other error is our mistake and keeps its traceback.
     """
-    escape_what_the_terminal_lacks()
+    escape_unprintable()
     try:
         with interrupts.caught():
             function(load_config(config_class, args))
@@ -46,7 +46,7 @@ def run_stage(
     _stop(message, code)
 
 
-def escape_what_the_terminal_lacks() -> None:
+def escape_unprintable() -> None:
     """Print the code of a character that the terminal's encoding lacks, instead of failing.
 
     Users' rows may hold any character, and some terminals only show cp1252 or ASCII.

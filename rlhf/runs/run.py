@@ -39,17 +39,17 @@ from rlhf.runs.folder import (
     SAMPLES,
     OutputFolder,
     UpToDate,
+    acquire_folder,
     contents_of,
     flat_settings,
     refuse_inputs_inside,
-    take_folder,
     up_to_date,
 )
 from rlhf.runs.lineage import BASE_FILE, check_input, commit, describe_input, versions
 from rlhf.runs.page import Page
-from rlhf.runs.settings import settings_in_force
+from rlhf.runs.settings import settings_in_use
 from rlhf.runs.trackers import TRACKERS, Tracker, Trackers, check_trackers
-from rlhf.training.processes import from_first_process
+from rlhf.training.processes import broadcast_from_first
 
 CHECKPOINTS = "checkpoints"
 
@@ -123,7 +123,7 @@ class Run:
         """Return the run's stage, settings and lineage as plain values, for its checkpoints.
 
         Only the first process knows the lineage."""
-        return {"stage": self.stage, "settings": settings_in_force(self._config), **self._lineage}
+        return {"stage": self.stage, "settings": settings_in_use(self._config), **self._lineage}
 
     def resume(self, step: int, seconds: float) -> None:
         """Resume after a step: drop the rows of later steps, and add the seconds to the run's."""
@@ -207,7 +207,7 @@ class Run:
             [RESULTS, PAGE, *(_CHECKPOINT_FILES + _TRACKER_FILES if is_anew else ())]
         )
         for name in _ROWS:
-            _keep_until(self._dir / name, self._resume_step)
+            _drop_rows_after(self._dir / name, self._resume_step)
         settings = _lasting_settings(self._config)
         text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         write_text(self._dir / CONFIG, text)
@@ -218,7 +218,7 @@ class Run:
         names = _trackers_of(self._config)
         folder = self._dir / TRACKERS
         first_step = None if self._resume_step is None else self._resume_step + 1
-        settings = settings_in_force(self._config)
+        settings = settings_in_use(self._config)
         return Trackers(names, folder, self.stage, settings, first_step) if names else None
 
 
@@ -233,7 +233,7 @@ def open_run(
 ) -> Run:
     """Print the settings, inputs and output of a run, and record where the inputs come from.
 
-    This process holds the folder until the run is finished or `folders_given_back` ends. Several
+    This process holds the folder until the run is finished or `folders_released` ends. Several
     processes must have joined (`start_accelerator`) before they call this.
 
     Args:
@@ -262,7 +262,7 @@ def open_run(
     refuse_inputs_inside(output, _with_bases(sources), files=written, is_shared=is_shared)
     run = Run(stage, output, config, {}, started)
     if _is_first_process():
-        folder = take_folder(
+        folder = acquire_folder(
             output,
             program=stage,
             files=written,
@@ -272,7 +272,7 @@ def open_run(
         run._folder = folder
         described = _compare(folder, config, sources, folder.known_hashes)
     is_current = run._folder is not None and run._folder.is_current
-    if from_first_process(is_current and not (_is_forced(config) or always_runs)):
+    if broadcast_from_first(is_current and not (_is_forced(config) or always_runs)):
         raise UpToDate(up_to_date(stage, output) if _is_first_process() else "")
     if run._folder is not None:
         if run._folder.known_hashes:  # a new run must not trust sizes and times of files
@@ -322,7 +322,7 @@ def _is_forced(config: RunSettings) -> bool:
 def _lasting_settings(config: RunSettings) -> dict[str, Any]:
     """Return the settings without `overwrite` and `force`, which must not pass to another run
     through config.yaml."""
-    settings = settings_in_force(config)
+    settings = settings_in_use(config)
     return {name: one for name, one in settings.items() if name not in ("overwrite", "force")}
 
 
@@ -357,15 +357,15 @@ def _is_first_process() -> bool:
 
 
 def _announce(stage: str, config: RunSettings, sources: dict[str, str], output: Path) -> None:
-    print(f"{stage}: settings in force")
-    for key, value in flat_settings(settings_in_force(config)):
+    print(f"{stage}: settings in use")
+    for key, value in flat_settings(settings_in_use(config)):
         print(f"  {key}: {value}")
     for name, path in sources.items():
         print(f"{stage}: reads {name} from {path}")
     print(f"{stage}: writes {output}", flush=True)
 
 
-def _keep_until(path: Path, step: int | None) -> None:
+def _drop_rows_after(path: Path, step: int | None) -> None:
     if step is None:
         path.unlink(missing_ok=True)
     elif path.is_file():

@@ -362,6 +362,6 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def settings_in_force(config: Any) -> dict[str, Any]:
+def settings_in_use(config: Any) -> dict[str, Any]:
     """Turn a settings dataclass into plain YAML values, sections into mappings."""
     return plain_values(dataclasses.asdict(config))

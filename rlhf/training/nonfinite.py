@@ -72,7 +72,7 @@ def with_remedy(settings: OptimSettings) -> Iterator[None]:
 
 
 @contextmanager
-def told_by_all() -> Iterator[None]:
+def raised_in_all_processes() -> Iterator[None]:
     """Raise in all processes, after the block, the error of one that found a non-finite value.
 
     Otherwise the others would wait for that process for ever. Inside the block, processes must not

@@ -190,7 +190,7 @@ TRAINER_STATE = {"use_configured_state": True}
 made."""
 
 
-def use_accelerator_at_work(arguments: Any) -> None:
+def share_accelerator(arguments: Any) -> None:
     """Make a transformers Trainer use what `start_accelerator` made.
 
     TrainingArguments make a second DeepSpeed plugin, which accelerate refuses. In one process that
@@ -266,7 +266,7 @@ def max_over_processes(accelerator: Accelerator, value: Number) -> Number:
     return gathered.max().item()
 
 
-def from_first_process(value: bool) -> bool:
+def broadcast_from_first(value: bool) -> bool:
     """Return the first process's value in all processes. They must have joined."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return value
@@ -276,7 +276,7 @@ def from_first_process(value: bool) -> bool:
     return values[0]
 
 
-def from_all_processes(work: Callable[[], Result], kind: type[Exception]) -> list[Result]:
+def gather_from_all(work: Callable[[], Result], kind: type[Exception]) -> list[Result]:
     """Call `work` in every process and return all results, in the order of the processes.
 
     Args:

@@ -155,7 +155,7 @@ def clip_gradients(
     if not shards_gradients(accelerator):
         return accelerator.clip_grad_norm_(parameters, max_norm)
     gradients = local_gradients(parameters)
-    (square,) = dots(accelerator, [(gradients, gradients)])
+    (square,) = inner_products(accelerator, [(gradients, gradients)])
     before = math.sqrt(square)
     if before > max_norm:
         # The 1e-6 makes this equal to torch's clip_grad_norm_.
@@ -242,7 +242,7 @@ def zero_gradients(
             buffer.zero_()
 
 
-def dots(
+def inner_products(
     accelerator: Accelerator, pairs: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]
 ) -> list[float]:
     """Return the inner product over all processes of each pair of gradients.

@@ -4,7 +4,7 @@ gradients = TwoGradients(state, parameters)
 ...                          # the passes of the first loss
 gradients.end_first()
 ...                          # the passes of the second loss
-found = gradients.weigh()    # both norms and their cosine
+found = gradients.compare()    # both norms and their cosine
 """
 
 import math
@@ -22,7 +22,7 @@ _NO_NORM = 1e-30
 
 
 @dataclass(frozen=True)
-class Weighed:
+class GradientComparison:
     """Norms and cosine of two gradients, over all processes."""
 
     first_norm: float
@@ -56,7 +56,7 @@ class TwoGradients:
             trained = trained_parameters(state.module).values()
             sharding.zero_gradients(state.accelerator, state.model, trained)
 
-    def weigh(self, ratio: float | None = None) -> Weighed:
+    def compare(self, ratio: float | None = None) -> GradientComparison:
         """Compare both gradients after the last pass, and leave their sum for the step.
 
         Args:
@@ -71,13 +71,13 @@ class TwoGradients:
                 first = [accelerator.reduce(gradient, reduction="mean") for gradient in first]
             second = [total - part for total, part in zip(second, first, strict=True)]
         pairs = [(first, first), (second, second), (first, second)]
-        first_square, second_square, product = sharding.dots(accelerator, pairs)
+        first_square, second_square, product = sharding.inner_products(accelerator, pairs)
         first_norm, second_norm = math.sqrt(first_square), math.sqrt(second_square)
         factor = 1.0 if ratio is None else ratio * second_norm / max(first_norm, _NO_NORM)
         if factor != 1.0 or is_sharded:
             total = [own.add_(part, alpha=factor) for own, part in zip(second, first, strict=True)]
             sharding.set_local_gradients(self._parameters, total)
-        return Weighed(
+        return GradientComparison(
             first_norm=first_norm * factor,
             second_norm=second_norm,
             cosine=product / max(first_norm * second_norm, _NO_NORM),

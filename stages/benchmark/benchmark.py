@@ -16,7 +16,7 @@ from rlhf.models.limits import check_vocabulary
 from rlhf.models.loading import load_policy
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import has_chat_template, load_chat
-from rlhf.runs.folder import folders_given_back
+from rlhf.runs.folder import folders_released
 from rlhf.runs.run import open_run
 from rlhf.training.processes import start_accelerator
 from stages.benchmark.bank_names import HARNESS, check_names
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 TABLES = "benchmark.md"
 
 
-@folders_given_back()
+@folders_released()
 def benchmark(config: Config) -> None:
     """Measure every policy on every task, write results.json and tables, and print the tables."""
     accelerator = start_accelerator()

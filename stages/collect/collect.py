@@ -10,7 +10,7 @@ from rlhf.inputs.records import Prompt, Ranking
 from rlhf.models.limits import check_context, check_vocabulary
 from rlhf.models.loading import load_policy
 from rlhf.models.tokenizers import load_chat
-from rlhf.runs.folder import folders_given_back
+from rlhf.runs.folder import folders_released
 from rlhf.runs.run import Run, open_run
 from rlhf.training.processes import start_accelerator
 from stages.collect.config import Config
@@ -23,7 +23,7 @@ OVERLAP_FILE = "overlap.jsonl"
 FILES = (RANKINGS_FILE, OVERLAP_FILE, SO_FAR_FILE)
 
 
-@folders_given_back()
+@folders_released()
 def collect(config: Config) -> None:
     """Sample K responses a prompt, have them ranked, and write rankings and a report.
 

@@ -30,7 +30,7 @@ from rlhf.rewards.load import load_judge
 from rlhf.rewards.models import measured_dtype
 from rlhf.rewards.rendering import same_rendering
 from rlhf.rewards.scores import Reward
-from rlhf.runs.folder import RESULTS, folders_given_back
+from rlhf.runs.folder import RESULTS, folders_released
 from rlhf.runs.run import open_run
 from rlhf.training.processes import start_accelerator
 from stages.evaluate.best_of import Pool, best_of_curve, best_of_figures
@@ -99,7 +99,7 @@ class Marks:
     is wanted."""
 
 
-@folders_given_back()
+@folders_released()
 def evaluate(config: Config) -> None:
     """Measure every policy, write results.json, samples and the page, and print the table."""
     accelerator = start_accelerator()

@@ -10,7 +10,7 @@ from rlhf.inputs.records import Prompt
 from rlhf.inputs.streams import torch_stream
 from rlhf.maths.kl import k1
 from rlhf.runs.run import Run
-from rlhf.training.nonfinite import told_by_all
+from rlhf.training.nonfinite import raised_in_all_processes
 from rlhf.training.processes import own_share, sum_over_processes
 from stages.ppo.config import Config
 from stages.ppo.learner import Learner
@@ -36,7 +36,7 @@ def evaluate(
     time."""
     prompts = own_share(learner.state.accelerator, held_out)
     sums = torch.zeros(4)
-    with told_by_all():
+    with raised_in_all_processes():
         if prompts:  # with fewer prompts than processes, some processes have none
             sums = _answer(learner, sampler, prompts, run, number, config)
     score, nats, tokens, ended = sum_over_processes(learner.state.accelerator, sums).tolist()

@@ -16,7 +16,7 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.rewards.combined import NormalizedReward, WeightedReward
 from rlhf.rewards.scores import Reward, ScoreScale
 from rlhf.rewards.settings import RewardSettings
-from rlhf.training.nonfinite import told_by_all
+from rlhf.training.nonfinite import raised_in_all_processes
 from rlhf.training.processes import own_share, sum_over_processes
 from stages.ppo.rollout import Sampler
 
@@ -173,7 +173,7 @@ def _draw(
     generator = torch_stream(
         sampler.config.seed, "ppo/normalize/samples", accelerator.process_index
     )
-    with accelerator.autocast(), told_by_all():
+    with accelerator.autocast(), raised_in_all_processes():
         with sampler.reference_at_hand():
             answers = sampler.sample(sampler.ref_policy, prompts, generator)
         scored = sampler.raw_scores(answers)

@@ -60,7 +60,7 @@ class PretrainingMix:
         if self._gradients is None:
             return {}
         ratio = self._settings.grad_norm_ratio
-        found = self._gradients.weigh(ratio)
+        found = self._gradients.compare(ratio)
         return {
             "ptx_norm": found.first_norm,
             "ppo_norm": found.second_norm,

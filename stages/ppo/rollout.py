@@ -27,7 +27,7 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.rewards.load import reward_models_of
 from rlhf.rewards.scores import Reward, Scored, adjust_missing_end, clip_scores, penalize_length
 from rlhf.runs.stopwatch import Heartbeat, Stopwatch
-from rlhf.training.nonfinite import told_by_all
+from rlhf.training.nonfinite import raised_in_all_processes
 from rlhf.training.offloading import on_device
 from rlhf.training.processes import sum_over_processes
 from stages.ppo.config import Config
@@ -201,7 +201,7 @@ def roll_out(
     """
     settings = sampler.config.ppo
     kl_coef = settings.kl_coef if kl_coef is None else kl_coef
-    with told_by_all():
+    with raised_in_all_processes():
         answers = sampler.sample(policy, prompts, generator)
     scored = sampler.score(answers)
     trees = [answer.tree for answer in answers]

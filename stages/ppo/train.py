@@ -4,7 +4,7 @@ import time
 
 from tqdm import tqdm
 
-from rlhf.runs.folder import folders_given_back
+from rlhf.runs.folder import folders_released
 from rlhf.training.processes import own_share
 from stages.ppo.config import Config
 from stages.ppo.evaluate import evaluate, is_due
@@ -16,7 +16,7 @@ from stages.ppo.stopping import save_copy, save_learned, stopping_well
 from stages.ppo.update import update
 
 
-@folders_given_back()
+@folders_released()
 def train(config: Config) -> None:
     """Run PPO from its settings to the saved policy and results.json."""
     setup = set_up(config)

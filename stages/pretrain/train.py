@@ -16,9 +16,9 @@ from rlhf.measuring.fact_recall import fact_recall
 from rlhf.models.loading import new_policy
 from rlhf.models.saving import save_policy
 from rlhf.runs.checkpoints import Checkpoints
-from rlhf.runs.folder import MODEL_FILES, folders_given_back
+from rlhf.runs.folder import MODEL_FILES, folders_released
 from rlhf.runs.run import Run, open_run
-from rlhf.runs.settings import settings_in_force
+from rlhf.runs.settings import settings_in_use
 from rlhf.runs.stateful import Generators, parts_of
 from rlhf.training import sharding
 from rlhf.training.nonfinite import with_remedy
@@ -33,7 +33,7 @@ from stages.pretrain.config import Config
 from stages.pretrain.tokenizer import train_tokenizer
 
 
-@folders_given_back()
+@folders_released()
 def pretrain(config: Config) -> None:
     """Train a tokenizer and a model from scratch and save both as one plain model folder."""
     inputs = {"text": config.text_path, "text_held_out": config.text_held_out_path}
@@ -50,7 +50,7 @@ def pretrain(config: Config) -> None:
     held_out = to_blocks(tokenizer, _read_texts(config.text_held_out_path), config.block_length)
 
     set_seed(config.seed)
-    shape = {**settings_in_force(config.architecture), "head_dim": config.architecture.head_dim}
+    shape = {**settings_in_use(config.architecture), "head_dim": config.architecture.head_dim}
     model = new_policy(shape, tokenizer)
 
     def evaluate() -> dict[str, float]:

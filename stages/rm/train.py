@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from rlhf.rewards.models import REWARD_FILE
 from rlhf.runs.checkpoints import Checkpoints
-from rlhf.runs.folder import MODEL_FILES, folders_given_back
+from rlhf.runs.folder import MODEL_FILES, folders_released
 from rlhf.runs.run import open_run
 from rlhf.runs.stateful import Fields, Generators, parts_of
 from rlhf.training.nonfinite import with_remedy
@@ -25,7 +25,7 @@ from stages.rm.setup import inputs_of, load_data, make_state
 from stages.rm.update import update
 
 
-@folders_given_back()
+@folders_released()
 def train(config: Config) -> None:
     """Train a reward model and write its folder, with the held-out figures in results.json.
 

@@ -19,7 +19,7 @@ from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.models import RewardModel, load_reward_model, measured_dtype
 from rlhf.runs.checkpoints import Checkpoints
-from rlhf.runs.folder import MODEL_FILES, folders_given_back
+from rlhf.runs.folder import MODEL_FILES, folders_released
 from rlhf.runs.run import Run, open_run
 from rlhf.runs.stateful import Fields
 from rlhf.training import sharding
@@ -32,7 +32,7 @@ from stages.sft.rows import Rows, fit_batches, lay_out, load_rows
 from stages.sft.trainer import Metrics, figures_line, fit
 
 
-@folders_given_back()
+@folders_released()
 def train(config: Config) -> None:
     """Fine-tune a policy on demonstrations and write its folder."""
     accelerator = start_accelerator()

@@ -47,7 +47,7 @@ from rlhf.training.processes import (
     is_on_cpu,
     load_models_whole,
     naming,
-    use_accelerator_at_work,
+    share_accelerator,
 )
 from rlhf.training.settings import OptimSettings
 from stages.sft.config import Config
@@ -384,5 +384,5 @@ def _arguments(config: Config, checkpoint_dir: str, num_steps: int) -> SFTConfig
         dataloader_pin_memory=torch.cuda.is_available(),
         accelerator_config=TRAINER_STATE,
     )
-    use_accelerator_at_work(arguments)
+    share_accelerator(arguments)
     return arguments

@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from rlhf.generation.decoder import way_for
+from rlhf.generation.decoder import decoding_mode_for
 from rlhf.generation.hf import LoopEngine
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
@@ -396,7 +396,7 @@ def test_the_packing_probe_takes_no_wrong_device_for_a_refusal(
 @pytest.mark.parametrize(
     ("try_out", "argument"),
     [
-        (way_for, "past_key_values"),
+        (decoding_mode_for, "past_key_values"),
         (_is_fused_right, "fused_lm_head"),
         (lambda policy: check_causal(policy, "folder"), "input_ids"),
     ],

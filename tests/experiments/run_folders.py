@@ -11,7 +11,7 @@ from rlhf.models.settings import ModelSettings
 from rlhf.rewards.settings import RewardSettings
 from rlhf.runs.folder import CONFIG, METRICS, RESULTS
 from rlhf.runs.run import RunSettings
-from rlhf.runs.settings import settings_in_force
+from rlhf.runs.settings import settings_in_use
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.config import PPOSettings, PtxSettings
@@ -25,7 +25,7 @@ def write_run(
     """A run's settings, what it logged and, if it is to look finished, its results."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(yaml.safe_dump(settings_in_force(config)), encoding="utf-8")
+    (folder / CONFIG).write_text(yaml.safe_dump(settings_in_use(config)), encoding="utf-8")
     lines = "".join(json.dumps(row) + "\n" for row in metrics)
     (folder / METRICS).write_text(lines, encoding="utf-8")
     if results is not None:

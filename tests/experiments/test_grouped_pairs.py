@@ -23,7 +23,7 @@ from rlhf.inputs.records import Ranking
 from rlhf.maths.losses import ranking_loss
 from rlhf.models.loading import new_policy
 from rlhf.models.saving import save_policy
-from rlhf.runs.settings import settings_in_force
+from rlhf.runs.settings import settings_in_use
 from stages.rm.batches import make_comparisons
 from tests.rlhf.tiny_models import byte_tokenizer
 from tests.stages.test_rm import ARCHITECTURES, make_config, make_rankings
@@ -116,7 +116,7 @@ def runs(tmp_path: Path) -> list[str]:
         save_policy(new_policy(architecture, tokenizer), tokenizer, sft)
         made = make_config(sft, make_rankings(30, seed), seed=seed)
         Path(made.output_dir).mkdir()
-        settings = yaml.safe_dump(settings_in_force(made))
+        settings = yaml.safe_dump(settings_in_use(made))
         (Path(made.output_dir) / "config.yaml").write_text(settings)
         folders.append(str(sft.parent))
     return folders

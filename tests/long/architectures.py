@@ -27,7 +27,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from rlhf.generation.decoder import WAYS, way_for
+from rlhf.generation.decoder import DECODING_MODES, decoding_mode_for
 from rlhf.generation.engines import generate
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
@@ -145,7 +145,7 @@ def run_all(model_type: str, folder: Path) -> Outcome:
     own = scalar_class(policy.config) is not transformers.AutoModelForSequenceClassification
     return {
         "result": "works" if is_shared else "works unshared",
-        "sampling": dict(zip(WAYS, names, strict=True))[way_for(policy)],
+        "sampling": dict(zip(DECODING_MODES, names, strict=True))[decoding_mode_for(policy)],
         "head": "ours" if own else "transformers'",
         # Our own name for it says nothing to a reader of the table.
         "attention": attention_of(policy).removeprefix("packed_"),

@@ -28,7 +28,7 @@ from rlhf.inputs.files import write_records
 from rlhf.inputs.records import Demonstration, Ranking, Text
 from rlhf.models.settings import ModelSettings
 from rlhf.runs.program import run_stage
-from rlhf.runs.settings import settings_in_force
+from rlhf.runs.settings import settings_in_use
 from rlhf.training.settings import OptimSettings
 from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
 from stages.pretrain.config import ArchitectureSettings
@@ -123,7 +123,7 @@ def start_command(
     folder = Path(config.output_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
     settings = folder.with_suffix(".yaml")
-    settings.write_text(yaml.safe_dump(settings_in_force(config)))
+    settings.write_text(yaml.safe_dump(settings_in_use(config)))
     logs = [folder.with_suffix(f".{rank}.log") for rank in range(num_processes)]
     launched = [{} for _ in logs] if num_processes == 1 else _launcher_variables(num_processes)
     cut_rank = num_processes - 1 if cut is None or cut.rank is None else cut.rank

@@ -16,7 +16,7 @@ from data.tinyworld.build import build as build_tinyworld
 from data.tinyworld.config import TinyWorldConfig
 from rlhf.runs.folder import LOCK, MARK
 from rlhf.runs.program import USER_ERROR, run_stage
-from rlhf.runs.settings import settings_in_force
+from rlhf.runs.settings import settings_in_use
 from stages.collect.collect import collect
 from stages.collect.config import Config as CollectConfig
 from stages.evaluate.config import Config as EvaluateConfig
@@ -197,7 +197,7 @@ def test_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr("rlhf.runs.run.commit", lambda: "abc")
     config = make_configs(home / "inputs", tmp_path)["pretrain"]
-    settings = settings_in_force(config) | {"output_dir": "~/runs/base/"}
+    settings = settings_in_use(config) | {"output_dir": "~/runs/base/"}
     settings |= dict.fromkeys(("text_path", "text_held_out_path"), "~/inputs/text.jsonl")
     (home / "settings.yaml").write_text(json.dumps(settings))
     run_stage(*STAGES["pretrain"], ["--config=~/settings.yaml"])

@@ -19,7 +19,7 @@ from rlhf.models.saving import save_policy
 from rlhf.models.settings import Attention, LoraSettings, ModelSettings
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.settings import RewardSettings
-from rlhf.runs.settings import settings_in_force
+from rlhf.runs.settings import settings_in_use
 from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config, MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
 from stages.sft.config import Config as SFTConfig
@@ -86,7 +86,7 @@ def measured_peak(folder: Path, config: Config) -> int:
         ema_decay=config.ema_decay,
     )
     for name, one in (("warm_up", warm_up), ("run", config)):
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings_in_force(one)))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings_in_use(one)))
     output = subprocess.check_output(
         [sys.executable, "-m", "tests.tools.measured_run", "warm_up.yaml", "run.yaml"],
         cwd=folder,

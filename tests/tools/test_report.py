@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import tools.report.folders
-from rlhf.runs.settings import load_config, settings_in_force
+from rlhf.runs.settings import load_config, settings_in_use
 from stages.ppo.monitor import CODES
 from stages.rm.config import Config as RMConfig
 from tests.tools.report_runs import (
@@ -445,7 +445,7 @@ def test_settings_are_compared_with_the_nearest_preset(tmp_path: Path) -> None:
         RMConfig, ["--config", preset, "--num_epochs", "3", "--output_dir", "x/rm"]
     )
     write_rm(tmp_path)
-    settings = settings_in_force(config)
+    settings = settings_in_use(config)
     (tmp_path / "rm/config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     text = " ".join(Reader(page_of(tmp_path / "rm")).text.split())
     assert "against the preset tiny" in text

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rlhf.runs.folder import flat_settings
-from rlhf.runs.settings import RUN_DIR, load_config, settings_in_force
+from rlhf.runs.settings import RUN_DIR, load_config, settings_in_use
 from stages.collect.config import Config as CollectConfig
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.ppo.config import Config as PPOConfig
@@ -83,7 +83,7 @@ def _compare(stage: Stage, preset: str | None) -> StageSettings:
     path = PRESETS / stage.stage / f"{preset}.yaml"
     if stage.stage not in CONFIGS or not path.is_file():
         return StageSettings(stage, None, [Setting(k, _shown(v), None) for k, v in own.items()])
-    whole = settings_in_force(load_config(CONFIGS[stage.stage], ["--config", str(path)]))
+    whole = settings_in_use(load_config(CONFIGS[stage.stage], ["--config", str(path)]))
     theirs = _comparable(whole, stage.stage)
     settings = [
         Setting(key, _shown(value), _shown(theirs.get(key)) if theirs.get(key) != value else None)

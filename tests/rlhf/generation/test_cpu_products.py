@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.generation import cpu_products
-from rlhf.generation.cpu_products import ROWS, thin_products
+from rlhf.generation.cpu_products import ROWS, transposed_linear_layers
 from rlhf.generation.engines import make_engine
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
@@ -24,7 +24,7 @@ def test_same_products(two_threads: None, shape: tuple[int, ...], bias: bool) ->
     layer = nn.Linear(24, 40, bias=bias)
     x = torch.randn(*shape, 24)
     expected = layer(x)
-    with thin_products(layer):
+    with transposed_linear_layers(layer):
         found = layer(x)
     assert found.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -39,7 +39,7 @@ def test_only_the_rows_that_gain_are_turned(two_threads: None) -> None:
         return x
 
     with (
-        thin_products(layer),
+        transposed_linear_layers(layer),
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(nn.functional, "linear", noted)
@@ -51,7 +51,7 @@ def test_only_the_rows_that_gain_are_turned(two_threads: None) -> None:
 def test_layers_are_as_before_whatever_happens(two_threads: None) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).bfloat16(), nn.ReLU(), nn.Linear(8, 8))
     wrapped = model[3].forward = lambda x: x  # an accelerator's wrapper, say
-    with pytest.raises(KeyError), thin_products(model):
+    with pytest.raises(KeyError), transposed_linear_layers(model):
         assert ["forward" in vars(layer) for layer in model] == [True, False, False, True]
         raise KeyError
     assert ["forward" in vars(layer) for layer in model] == [False, False, False, True]
@@ -61,7 +61,7 @@ def test_layers_are_as_before_whatever_happens(two_threads: None) -> None:
 def test_one_thread_turns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     layer = nn.Linear(8, 8)
-    with thin_products(layer):
+    with transposed_linear_layers(layer):
         assert "forward" not in vars(layer)
 
 

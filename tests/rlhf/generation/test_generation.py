@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf.generation.decoder import way_for
+from rlhf.generation.decoder import decoding_mode_for
 from rlhf.generation.engines import generate
 from rlhf.generation.hf import draw
 from rlhf.generation.interface import Decoding, Samples
@@ -119,7 +119,7 @@ def test_finished_responses_stop_costing(monkeypatch: pytest.MonkeyPatch) -> Non
     """Rows decoded and rows copied stay within 1.5 times the tokens of the responses, which no loop
     can do without, and decoding ends with the longest response."""
     policy = tiny_policy_of("llama")
-    way_for(policy)  # its probe decodes too
+    decoding_mode_for(policy)  # its probe decodes too
     decoded: list[int] = []
     copied: list[int] = []
     policy.register_forward_pre_hook(

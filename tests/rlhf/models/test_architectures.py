@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.generation.decoder import WAYS, way_for
+from rlhf.generation.decoder import DECODING_MODES, decoding_mode_for
 from rlhf.generation.engines import generate
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
@@ -34,7 +34,7 @@ from rlhf.models.tokenizers import load_chat
 from tests.rlhf.every_architecture import save_tiny, tiny_config
 from tests.rlhf.tiny_models import byte_tokenizer
 
-SIDE_BY_SIDE, BY_LENGTH, WITHOUT_CACHE = WAYS
+SIDE_BY_SIDE, BY_LENGTH, WITHOUT_CACHE = DECODING_MODES
 REPRESENTATIVES = {
     "mixtral": SIDE_BY_SIDE,
     "qwen3_5_text": SIDE_BY_SIDE,
@@ -87,7 +87,7 @@ def test_text_is_sampled_with_its_history(models: PathOf, model_type: str) -> No
     """Greedy tokens are those of passes without a cache, also after rows left, and the sampler's
     log-probabilities those of the trainer."""
     policy = load_policy(ModelSettings(path=models(model_type)))
-    assert way_for(policy) == REPRESENTATIVES[model_type]
+    assert decoding_mode_for(policy) == REPRESENTATIVES[model_type]
     expected = [greedy_without_cache(policy, prompt, 8) for prompt in PROMPTS]
     end_id = expected[0][1]  # so that one row leaves early
     decoding = Decoding(end_id=end_id, max_new_tokens=8, temperature=0)
@@ -118,7 +118,7 @@ def test_no_way_is_taken_that_forgets(monkeypatch: pytest.MonkeyPatch, models: P
 
     monkeypatch.setattr(type(policy), "forward", forgetful)
     with pytest.warns(UserWarning, match="samples without a cache"):
-        assert way_for(policy) == WITHOUT_CACHE
+        assert decoding_mode_for(policy) == WITHOUT_CACHE
 
     def sees_padding(
         self: PreTrainedModel, input_ids: Tensor, past_key_values: Any = None, **inputs: Any
@@ -129,7 +129,7 @@ def test_no_way_is_taken_that_forgets(monkeypatch: pytest.MonkeyPatch, models: P
     other = load_policy(ModelSettings(path=models("granite")))
     monkeypatch.setattr(type(policy), "forward", sees_padding)
     with pytest.warns(UserWarning, match="one length at a time"):
-        assert way_for(other) == BY_LENGTH
+        assert decoding_mode_for(other) == BY_LENGTH
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot take the packing mask")

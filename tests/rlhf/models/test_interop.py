@@ -9,7 +9,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.models.interop import name_as_before
+from rlhf.models.interop import add_version_4_names
 from rlhf.models.saving import save_policy
 from tests.rlhf.every_architecture import MODEL_TYPES, tiny_config
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
@@ -78,7 +78,7 @@ def test_every_architectures_config_is_read_as_it_was(model_type: str, tmp_path:
         before = type(config).from_pretrained(tmp_path).to_dict()
     except Exception as error:
         pytest.skip(f"no tiny config: {error}")
-    name_as_before(tmp_path)
+    add_version_4_names(tmp_path)
     after = type(config).from_pretrained(tmp_path).to_dict()
     assert {name: after[name] for name in before if name in ROPE} == {
         name: before[name] for name in before if name in ROPE
@@ -89,7 +89,7 @@ def test_configs_inside_a_config_have_both_names_too(tmp_path: Path) -> None:
     inner = {"model_type": "llama", "rope_parameters": PLAIN}
     outer = {"model_type": "llava", "text_config": inner, "vision_config": {"model_type": "clip"}}
     (tmp_path / "config.json").write_text(json.dumps(outer))
-    name_as_before(tmp_path)
+    add_version_4_names(tmp_path)
     found = json.loads((tmp_path / "config.json").read_text())
     assert found["text_config"] == {**inner, "rope_theta": 5e4, "rope_scaling": None}
     assert found["vision_config"] == outer["vision_config"] and "rope_theta" not in found
@@ -103,7 +103,7 @@ def test_the_tokenizer_has_a_class_and_tokens_that_both_know(tmp_path: Path) -> 
     )
     tokenizer.save_pretrained(tmp_path)
     plain = AutoTokenizer.from_pretrained(tmp_path)
-    name_as_before(tmp_path)
+    add_version_4_names(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["additional_special_tokens"] == ["<tool>"]
@@ -122,7 +122,7 @@ def test_the_space_before_a_text_is_told_twice(is_spaced: bool, tmp_path: Path) 
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=is_spaced)
     tokenizer.backend_tokenizer.pre_tokenizer = splitter
     tokenizer.save_pretrained(tmp_path)
-    name_as_before(tmp_path)
+    add_version_4_names(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["add_prefix_space"] is is_spaced
     again = AutoTokenizer.from_pretrained(tmp_path)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.runs.folder import LOCK, MARK, file_held, folders_given_back, take_folder, writing
+from rlhf.runs.folder import LOCK, MARK, acquire_folder, file_held, folders_released, writing
 from rlhf.runs.run import Run, open_run
 from rlhf.runs.settings import FolderSettings
 
@@ -37,7 +37,7 @@ def given_back(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(
         "rlhf.runs.run.commit", lambda: "abc"
     )  # git takes longer than all else here
-    with folders_given_back():
+    with folders_released():
         yield
 
 
@@ -67,7 +67,7 @@ def refused(
 ) -> None:
     """A run is refused with these words, and what there was is there, byte for byte."""
     before = without_locks(folder.parent)
-    with pytest.raises(ValueError, match=words), folders_given_back():
+    with pytest.raises(ValueError, match=words), folders_released():
         start(folder, stage, inputs, **settings)
     assert without_locks(folder.parent) == before
 
@@ -101,11 +101,11 @@ def test_the_mark_comes_first_and_names_what_was_written(tmp_path: Path) -> None
 
 
 def test_a_run_that_does_not_begin_leaves_nothing(tmp_path: Path) -> None:
-    with folders_given_back():
+    with folders_released():
         start(tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(KeyError), folders_given_back():
+    with pytest.raises(KeyError), folders_released():
         start(tmp_path / "empty")
         raise KeyError
     assert list((tmp_path / "empty").iterdir()) == []
@@ -261,8 +261,8 @@ def test_files_in_the_way_of_a_shared_folder_are_refused(tmp_path: Path, name: s
 
 PROGRAM = """
     import sys, time
-    from rlhf.runs.folder import take_folder
-    folder = take_folder(sys.argv[1], program="sft", files=["x.txt"], overwrite=False)
+    from rlhf.runs.folder import acquire_folder
+    folder = acquire_folder(sys.argv[1], program="sft", files=["x.txt"], overwrite=False)
     print("taken", flush=True)
     time.sleep(60)
 """
@@ -361,4 +361,4 @@ def test_programs_that_are_no_runs_have_the_same_rules(tmp_path: Path) -> None:
     write(1, overwrite=True)
     assert (tmp_path / "data" / "x.txt").read_text() == "1" and (tmp_path / "data/mine").exists()
     with pytest.raises(ValueError, match="holds a run of data"):
-        take_folder(tmp_path / "data", program="y", files=[], overwrite=False)
+        acquire_folder(tmp_path / "data", program="y", files=[], overwrite=False)

@@ -17,7 +17,7 @@ from rlhf.runs.settings import (
     StageSettings,
     keys_of,
     load_config,
-    settings_in_force,
+    settings_in_use,
 )
 from rlhf.training.settings import OptimSettings
 
@@ -119,7 +119,7 @@ def test_numbers_with_an_exponent_are_numbers() -> None:
 def test_settings_in_force_load_again(tmp_path: Path) -> None:
     words = ["--optim.betas", "[0.8,0.99]", "--text", "a.jsonl", "--parts.x.weight", "2"]
     config = load_config(Stage, [*NEEDED, *words])
-    path = write(tmp_path, "config.yaml", yaml.safe_dump(settings_in_force(config)))
+    path = write(tmp_path, "config.yaml", yaml.safe_dump(settings_in_use(config)))
     assert load_config(Stage, ["--config", path]) == config
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf.runs import code, files
-from rlhf.runs.folder import MARK, RESULTS, folders_given_back, writing
+from rlhf.runs.folder import MARK, RESULTS, folders_released, writing
 from rlhf.runs.run import open_run
 from rlhf.runs.settings import FolderSettings
 
@@ -53,7 +53,7 @@ def stage(tmp_path: Path, data: Path) -> Callable[..., bool]:
     def run(is_cut_off: bool = False, **settings: Any) -> bool:
         ran = []
 
-        @folders_given_back()
+        @folders_released()
         def train() -> None:
             config = Settings(output_dir=str(tmp_path / "run"), **settings)
             opened = open_run(config, stage="sft", inputs={"data": data}, files=("model.bin",))
@@ -212,7 +212,7 @@ def test_programs_that_are_no_runs_are_made_once_too(
 ) -> None:
     made = []
 
-    @folders_given_back()
+    @folders_released()
     def make(version: str = "1", force: bool = False) -> None:
         with writing(
             tmp_path / "out",

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 import rlhf.training.processes
 from rlhf.training.processes import (
     is_on_cpu,
-    use_accelerator_at_work,
+    share_accelerator,
     use_share_of_cores,
     warn_of_float32,
 )
@@ -23,7 +23,7 @@ def test_one_process_that_sees_several_gpus_takes_one(tmp_path: Path) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     for num_gpus, taken in ((4, 1), (1, 1), (0, 0)):
         arguments._n_gpu = num_gpus
-        use_accelerator_at_work(arguments)
+        share_accelerator(arguments)
         assert arguments.n_gpu == taken
         assert arguments.train_batch_size == arguments.per_device_train_batch_size
 

@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from rlhf.training.step import Step, TrainState
-from rlhf.training.two_gradients import TwoGradients, Weighed
+from rlhf.training.two_gradients import GradientComparison, TwoGradients
 
 
-def weigh(ratio: float | None, first: list[float]) -> tuple[Weighed, list[float]]:
+def weigh(ratio: float | None, first: list[float]) -> tuple[GradientComparison, list[float]]:
     """What is found of the gradients `first` and (0, 4), and the gradient that is left."""
     model = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -24,14 +24,14 @@ def weigh(ratio: float | None, first: list[float]) -> tuple[Weighed, list[float]
     step.add((model.weight * torch.tensor([first])).sum())
     gradients.end_first()
     step.add((model.weight * torch.tensor([[0.0, 4.0]])).sum())
-    found = gradients.weigh(ratio)
+    found = gradients.compare(ratio)
     assert model.weight.grad is not None
     return found, model.weight.grad.flatten().tolist()
 
 
 def test_norms_and_cosine_are_those_of_each_alone_and_the_sum_stays() -> None:
     found, left = weigh(None, [3.0, 0.0])
-    assert found == Weighed(first_norm=3.0, second_norm=4.0, cosine=0.0, factor=1.0)
+    assert found == GradientComparison(first_norm=3.0, second_norm=4.0, cosine=0.0, factor=1.0)
     assert left == [3.0, 4.0]
     found, _ = weigh(None, [3.0, 3.0])
     assert found.cosine == pytest.approx(math.sqrt(0.5), abs=1e-6)
