@@ -72,7 +72,7 @@ class Layout(IntEnum):
     """Trees share rows, and responses share their prompt. A mask with an entry for every pair of
     tokens separates them."""
     BLOCKS = 3
-    """As MASK, but with a block mask, which leaves out blocks of pairs (rlhf.inputs.block_masks)."""
+    """As MASK, but with a block mask, which leaves out blocks (rlhf.inputs.block_masks)."""
     SEGMENTS = 4
     """As MASK, but with segments instead on a CPU (rlhf.models.packed_attention)."""
 
