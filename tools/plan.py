@@ -432,11 +432,12 @@ def _with_config(path: str, other: str) -> str:
 def _dry(settings: ModelSettings, launch: Launch) -> ModelSettings:
     """Return a model's settings as its passes use them.
 
-    Flash attention has no kernel here; sdpa without a mask saves the same tensors."""
+    Flash attention and FlexAttention have no kernel here; sdpa without a mask saves the same
+    tensors."""
     if launch.is_halved:
         settings = replace(settings, dtype="bfloat16")
-    is_flash = settings.attention.startswith("flash")
-    return replace(settings, attention="sdpa") if is_flash else settings
+    has_kernel = settings.attention in ("sdpa", "eager")
+    return settings if has_kernel else replace(settings, attention="sdpa")
 
 
 def _tree(prompt: int, response: int) -> PromptTree:
@@ -478,9 +479,11 @@ class Rows:
         is_flash = self.settings.attention == "flash_attention_2"
         layout = Layout.SEQUENCES if is_flash else Layout.MASK
         row, *_ = Packer(self.budget, layout).rows(trees)
-        # With segments, as without a mask, attention saves only queries, keys and values.
+        # With segments, as without a mask, attention saves only queries, keys and values. A block
+        # mask holds a few numbers for each 128 tokens.
         has_segments = self.device == "cpu" and self.settings.attention == "sdpa"
-        return replace(row, plain=row.plain or is_flash or has_segments)
+        has_blocks = self.settings.attention == "flex_attention"
+        return replace(row, plain=row.plain or is_flash or has_segments or has_blocks)
 
 
 def _bytes(weights: Iterable[nn.Parameter], as_type: torch.dtype | None = None) -> int:

@@ -23,6 +23,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from rlhf.inputs.block_masks import block_kinds, make_block_mask
+
+ModelInput = Tensor | BlockMask | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,9 @@ class Layout(IntEnum):
     MASK = 2
     """Trees share rows, and responses share their prompt. A mask with an entry for every pair of
     tokens separates them."""
-    SEGMENTS = 3
+    BLOCKS = 3
+    """As MASK, but with a block mask, which leaves out blocks (rlhf.inputs.block_masks)."""
+    SEGMENTS = 4
     """As MASK, but with segments instead on a CPU (rlhf.models.packed_attention)."""
 
 
@@ -110,6 +117,8 @@ class PackedRow:
     segments: Tensor | None = None
     """(1, 1, 4, segments), which packed_attention.py takes as a mask on a CPU. None means a
     mask."""
+    blocks: Tensor | None = None
+    """(blocks, blocks) which blocks of pairs a block mask allows. None means no block mask."""
 
     @cached_property
     def attention_mask(self) -> Tensor | None:
@@ -133,6 +142,13 @@ class PackedRow:
         lowest = torch.finfo(self.mask_dtype).min
         return torch.zeros_like(allowed, dtype=self.mask_dtype).masked_fill(~allowed, lowest)
 
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """(1, 1, length, length), what a boolean mask says, for FlexAttention. It is made once and
+        shared by all layers and models that read the row."""
+        assert self.blocks is not None, "only rows laid out by BLOCKS have a block mask"
+        return make_block_mask(self.tree, self.branch, self.blocks)
+
     @property
     def last_tokens(self) -> Tensor:
         """(responses,) position in the row of each response's last token, where a score is read.
@@ -149,7 +165,7 @@ class PackedRow:
         return self.input_ids.device
 
     @property
-    def model_inputs(self) -> dict[str, Tensor | None]:
+    def model_inputs(self) -> dict[str, ModelInput]:
         """The model's inputs. A plain row leaves positions and mask to the model.
 
         Some architectures have neither, and others count positions in their own way."""
@@ -158,7 +174,7 @@ class PackedRow:
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
-            "attention_mask": self.attention_mask,
+            "attention_mask": self.attention_mask if self.blocks is None else self.block_mask,
         }
 
     def unpack(self, flat: Tensor) -> Tensor:
@@ -226,13 +242,14 @@ class Packer:
             _lay_row([laid[item] for item in items])
             for items in _first_fit(sizes, self.micro_batch_tokens)
         ]
-        has_segments = self.layout == Layout.SEGMENTS
+        has_segments, has_blocks = self.layout == Layout.SEGMENTS, self.layout == Layout.BLOCKS
         return [
             replace(
                 row,
                 layout=self.layout,
                 mask_dtype=self.mask_dtype,
                 segments=_segments(row) if has_segments else None,
+                blocks=block_kinds(row.tree, row.branch) if has_blocks else None,
             )
             for row in rows
         ]

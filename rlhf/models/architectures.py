@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from rlhf.inputs.packing import ModelInput
 from rlhf.models.compat import model_from_config
 from rlhf.training.out_of_memory import is_of_the_device
 
@@ -92,12 +93,24 @@ def layer_configs(config: Any) -> list[Any]:
 
 
 def with_attention(load: Callable[[str], Any], attention: str) -> Any:
-    """Return load(attention), or load("eager") if the architecture has no sdpa."""
+    """Return load(attention), or load("eager") if the architecture has no sdpa.
+
+    flex_attention is loaded as sdpa; rlhf.models.packed_attention then gives it its own name.
+
+    Raises:
+        ValueError: The attention is flex_attention, and the architecture has no sdpa.
+    """
+    is_flex = attention == "flex_attention"
     try:
-        return load(attention)
+        return load("sdpa" if is_flex else attention)
     except ValueError as error:
-        if attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
+        if "scaled_dot_product_attention" not in str(error) or not (is_flex or attention == "sdpa"):
             raise
+        if is_flex:
+            raise ValueError(
+                "attention is flex_attention, which needs what sdpa needs, and this architecture "
+                "has no sdpa; set attention to sdpa, which then takes eager"
+            ) from error
         return load("eager")
 
 
@@ -200,7 +213,7 @@ def _read_as_in_training(model: PreTrainedModel, ids: Tensor) -> None:
     model.eval()
 
 
-def hidden_states(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
+def hidden_states(model: PreTrainedModel, **inputs: ModelInput) -> Tensor:
     """Return the last hidden states (batch, sequence, model) of a model's body.
 
     Raises:
@@ -210,7 +223,7 @@ def hidden_states(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
     return body(**inputs, **accepted(body, use_cache=False))[0]
 
 
-def features_of(model: PreTrainedModel, **inputs: Tensor | None) -> Tensor:
+def features_of(model: PreTrainedModel, **inputs: ModelInput) -> Tensor:
     """Return the hidden states, or the logits if the body is unknown, to compare two passes."""
     if find_body(model) is not None:
         return hidden_states(model, **inputs)

@@ -8,9 +8,13 @@ import functools
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import PretrainedConfig, PreTrainedModel
 
 ASKS_FOR_SDPA = re.compile(r"""_attn_implementation\b.*["']sdpa["']""")
@@ -21,6 +25,38 @@ def attention_of(model: PreTrainedModel) -> str:
     """Return the name of a model's attention, such as "sdpa"."""
     name: str = model.config._attn_implementation
     return name
+
+
+MOST_FLEX_KERNELS = 64
+"""Most kernels of FlexAttention in a process: by sizes of the heads, type, and with or without
+gradient. torch's own limit of 8 is few for PPO's four models."""
+
+
+def compiled_flex_attention(*tensors: Tensor, **settings: Any) -> Tensor:
+    """Compute torch's flex_attention by its kernels, which are compiled when they are first needed.
+
+    Uncompiled, torch holds a score for every pair of tokens. After too many kernels it would turn
+    to that without a word; here it is an error.
+
+    Raises:
+        ValueError: torch cannot compile the kernel, or has compiled too many.
+    """
+    try:
+        # A kernel holds its scale as a constant, which a dynamic number is not.
+        with torch._dynamo.config.patch(recompile_limit=MOST_FLEX_KERNELS, specialize_float=True):
+            output: Tensor = _compiled_flex()(*tensors, **settings)
+    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        raise ValueError(
+            "torch cannot compile a kernel for attention flex_attention "
+            f"({' '.join(str(error).split())[:200]}); sdpa needs none"
+        ) from error
+    return output
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    # Dynamic, because rows differ in length. It is a full graph so that too many kernels raise.
+    return torch.compile(flex_attention, fullgraph=True, dynamic=True)
 
 
 def depends_on_the_name(model: PreTrainedModel) -> bool:

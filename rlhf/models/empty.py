@@ -14,7 +14,7 @@ from rlhf.models.adapters import CONFIG_FILE, check_same, empty_adapter, read_ad
 from rlhf.models.architectures import from_config, with_attention
 from rlhf.models.full import check_folder, class_for, disable_dropout, dtype_of, naming_model
 from rlhf.models.heads import record_plain_head
-from rlhf.models.packed_attention import take_segments
+from rlhf.models.packed_attention import take_packed_rows
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
 
@@ -67,7 +67,7 @@ def _empty(
             ),
             settings.attention,
         )
-    take_segments(model)
+        take_packed_rows(model, settings.attention)
     if adapter is not None and lora.rank:
         check_same(settings.path, adapter, lora)
     if lora.rank or (adapter is not None and is_shared):

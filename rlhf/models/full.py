@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from rlhf.models.adapters import CONFIG_FILE, HEAD
 from rlhf.models.architectures import check_is_known, check_is_policy, scalar_class, with_attention
-from rlhf.models.packed_attention import take_segments
+from rlhf.models.packed_attention import take_packed_rows
 from rlhf.models.settings import ModelSettings
 
 
@@ -92,8 +92,8 @@ def load_full(
 
     with quiet(), naming_model(settings.path):
         model, report = with_attention(load, settings.attention)
+        take_packed_rows(model, settings.attention)
     _refuse_missing(settings.path, report, allowed=new_weights)
-    take_segments(model)
     return disable_dropout(model)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.inputs.packing import ModelInput
 from rlhf.models.architectures import hidden_states
 from rlhf.models.saving import save_model
 
@@ -30,7 +31,7 @@ class ScalarModel(nn.Module):
         assert isinstance(head, nn.Linear)
         return head
 
-    def forward(self, positions: Tensor, **model_inputs: Tensor | None) -> Tensor:
+    def forward(self, positions: Tensor, **model_inputs: ModelInput) -> Tensor:
         """Return numbers (n,) at `positions` (n,) of the row in `model_inputs` (see PackedRow)."""
         hidden = hidden_states(self.classifier, **model_inputs)
         # A sum of products, because autocast would cast a linear layer's operands to bf16.

@@ -5,7 +5,7 @@ from typing import Literal
 
 from rlhf.inputs.ranges import NotNegativeInt, Positive, Ranged
 
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,8 @@ class ModelSettings:
     bfloat16 weights hardly move."""
     attention: Attention = "sdpa"
     """Attention implementation. With sdpa the responses to a prompt share one pass over it. With
-    flash_attention_2 each has a copy of it, and no mask is needed."""
+    flash_attention_2 each has a copy of it, and no mask is needed. With flex_attention they share
+    it, and a GPU compiles kernels that leave out what the mask forbids."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Set it only for sources that you trust."""
 

@@ -68,22 +68,22 @@ class Seen:
 def watched(precision: str) -> Iterator[Seen]:
     """Run what is inside on the device, under a launcher that says this mixed_precision."""
     seen = Seen(pretend.Waits(), [], [], [])
-    equal_rows, agrees = step_module.equal_rows, layout._agrees
+    equal_rows, refusal = step_module.equal_rows, layout._refusal
 
     def note_rows(accelerator: Any, rows: list[PackedRow]) -> list[PackedRow]:
         seen.rows += rows
         return equal_rows(accelerator, rows)
 
-    def note_probe(model: Any, packer: Packer) -> bool:
+    def note_probe(model: Any, packer: Packer) -> str:
         device = next(model.parameters()).device.type
         seen.probes.append((device, torch.is_autocast_enabled(device)))
-        return agrees(model, packer)
+        return refusal(model, packer)
 
     AcceleratorState._reset_state(reset_partial_state=True)
     with (
         mock.patch.dict(os.environ, {"ACCELERATE_MIXED_PRECISION": precision}),
         mock.patch.object(step_module, "equal_rows", note_rows),
-        mock.patch.object(layout, "_agrees", note_probe),
+        mock.patch.object(layout, "_refusal", note_probe),
         # It multiplies matrices of 8192 x 8192 where it believes in an accelerator.
         mock.patch.object(speed, "matrix_rate", lambda *_: 1e12),
         warnings.catch_warnings(record=True) as warned,

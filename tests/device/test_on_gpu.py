@@ -1,18 +1,20 @@
 """The GPU computes what the CPU computes, up to rounding, and no memory stays behind on it."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf.generation.hf import LoopEngine
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
-from rlhf.inputs.packing import Packer, PromptTree
+from rlhf.inputs.packing import Layout, Packer, PromptTree
 from rlhf.models.heads import response_logprobs
 from rlhf.models.layout import packer_for
 from rlhf.models.passes import compute_logprobs, compute_scores, compute_values
+from rlhf.models.settings import Attention
 from rlhf.training.offloading import on_device
 from tests.rlhf.tiny_models import VOCAB, tiny_policy_of, tiny_scalar_of
 
@@ -79,6 +81,73 @@ def test_packing_probe_accepts_masks_on_the_gpu(architecture: str, dtype: torch.
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a probe that refuses warns
         assert packer_for(policy, 64).shares_prompts
+
+
+def long_trees(longest: int) -> list[PromptTree]:
+    """A row of 353 + longest tokens, whose block mask has blocks of all kinds if it is over 256."""
+    ids = tuple(1 + (7 * i) % (VOCAB - 1) for i in range(longest))
+    return [
+        PromptTree(ids, (ids[40:80], ids[:90])),
+        PromptTree(ids[:20], (ids[:30],)),
+        PromptTree(ids[:100], (ids[:3], ids[:70])),
+    ]
+
+
+def wide_policy(attention: Attention, num_heads: int) -> Any:
+    """A llama whose heads are as wide as FlexAttention's kernels need; two heads of keys."""
+    sizes = {"head_dim": 32, "num_attention_heads": num_heads, "num_key_value_heads": 2}
+    return tiny_policy_of("llama", attention=attention, **sizes).to(CUDA)
+
+
+def logprobs_and_gradients(
+    policy: Any, layout: Layout, dtype: torch.dtype, longest: int = 280
+) -> list[Tensor]:
+    """The log-probabilities of a long row, and all gradients of their mean as one vector."""
+    (row,) = Packer(2000, layout).rows(long_trees(longest))
+    policy.zero_grad()
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        logprobs = response_logprobs(policy, row.to(CUDA))
+    logprobs.mean().backward()
+    return [logprobs.detach(), torch.cat([one.grad.flatten() for one in policy.parameters()])]
+
+
+@pytest.mark.parametrize("num_heads", [2, 4, 6])
+def test_flex_attention_equals_sdpa(num_heads: int) -> None:
+    policy, dense = wide_policy("flex_attention", num_heads), wide_policy("sdpa", num_heads)
+    assert packer_for(policy, 64).layout == Layout.BLOCKS
+    # One kernel serves all lengths, also those of whole blocks (287, 671).
+    for longest in (280, 287, 671, 1001, 281):
+        found = logprobs_and_gradients(policy, Layout.BLOCKS, torch.float32, longest)
+        expected = logprobs_and_gradients(dense, Layout.MASK, torch.float32, longest)
+        torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_heads", [2, 4, 6])
+def test_flex_attention_in_bfloat16_rounds_no_more_than_sdpa(num_heads: int) -> None:
+    def run(attention: Attention, layout: Layout, dtype: torch.dtype) -> list[Tensor]:
+        return logprobs_and_gradients(wide_policy(attention, num_heads), layout, dtype)
+
+    exact = run("sdpa", Layout.MASK, torch.float32)
+    dense = run("sdpa", Layout.MASK, torch.bfloat16)
+    blocks = run("flex_attention", Layout.BLOCKS, torch.bfloat16)
+    for true, by_sdpa, by_flex in zip(exact, dense, blocks, strict=True):
+        error, usual = ((one - true).norm() / true.norm() for one in (by_flex, by_sdpa))
+        assert 0 < error < 2 * usual
+
+
+@torch.no_grad()
+def test_flex_attention_holds_nothing_for_every_pair_of_tokens() -> None:
+    policy = wide_policy("flex_attention", 2)
+    length = 16384
+    part = tuple(1 + i % (VOCAB - 1) for i in range(length // 32))
+    trees = [PromptTree(part, (part, part, part))] * 8  # 4 x 512 tokens each
+    (row,) = Packer(length, Layout.BLOCKS).rows(trees)
+    row = row.to(CUDA)
+    response_logprobs(policy, row)  # compiles
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    response_logprobs(policy, row)
+    assert torch.cuda.max_memory_allocated() - before < length**2  # a byte a pair, as bool takes
 
 
 def test_autocast_stays_near_float32() -> None:

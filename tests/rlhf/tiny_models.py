@@ -13,9 +13,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf.models.architectures import with_attention
 from rlhf.models.full import disable_dropout
-from rlhf.models.packed_attention import take_segments
+from rlhf.models.packed_attention import take_packed_rows
 from rlhf.models.scalar import ScalarModel
+from rlhf.models.settings import Attention
 
 VOCAB = 61
 
@@ -55,13 +57,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 _WITHOUT_SDPA = ("bloom", "mamba", "gpt_neo", "gemma2")
 
 
-def tiny_policy_of(architecture: str, *, attention: str | None = None, **changes: Any) -> Any:
+def tiny_policy_of(architecture: str, *, attention: Attention | None = None, **changes: Any) -> Any:
     """A causal LM of this architecture in evaluation mode, the same weights at every call."""
     return _tiny(AutoModelForCausalLM, architecture, attention, changes)
 
 
 def tiny_scalar_of(
-    architecture: str, *, attention: str | None = None, **changes: Any
+    architecture: str, *, attention: Attention | None = None, **changes: Any
 ) -> ScalarModel:
     """A scalar model of this architecture with a bias and a scale that are not trivial."""
     changes = {"num_labels": 1, **changes}
@@ -70,7 +72,7 @@ def tiny_scalar_of(
 
 
 def _tiny(
-    auto_class: Any, architecture: str, attention: str | None, changes: dict[str, Any]
+    auto_class: Any, architecture: str, attention: Attention | None, changes: dict[str, Any]
 ) -> PreTrainedModel:
     if attention is None:
         attention = "eager" if architecture in _WITHOUT_SDPA else "sdpa"
@@ -83,8 +85,10 @@ def _tiny(
         **changes,
     }
     config = AutoConfig.for_model(architecture, **settings)
-    model = auto_class.from_config(config, attn_implementation=attention)
-    take_segments(model)
+    model = with_attention(
+        lambda name: auto_class.from_config(config, attn_implementation=name), attention
+    )
+    take_packed_rows(model, attention)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

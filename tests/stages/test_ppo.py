@@ -374,7 +374,11 @@ def test_gradient_norms_and_cosine_are_those_of_the_two_parts() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("num_episodes", [8, 12])
 @pytest.mark.parametrize(
-    "packer", [Packer(1), Packer(12), Packer(30), Packer(1000), Packer(1000, layout=Layout.ALONE)]
+    "packer",
+    [
+        *(Packer(budget) for budget in (1, 12, 30, 1000)),
+        *(Packer(1000, layout=layout) for layout in (Layout.ALONE, Layout.BLOCKS)),
+    ],
 )
 def test_first_ratio_is_one_for_every_cut_of_the_batch(
     architecture: str, num_episodes: int, packer: Packer

@@ -177,6 +177,18 @@ def test_gradient_checkpointing_changes_no_result(sft: Path, tmp_path: Path) -> 
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_flex_attention_changes_no_result(sft: Path, tmp_path: Path) -> None:
+    losses = []
+    for attention in ("sdpa", "flex_attention"):
+        run = tmp_path / attention
+        model = ModelSettings(path=str(sft), attention=attention)
+        train(make_config(sft, make_rankings(24), output_dir=str(run), model=model, num_epochs=1))
+        rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        losses.append([row["rm/loss"] for row in rows if "rm/loss" in row])
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
 def test_any_tool_reads_the_same_scores(trained: tuple[Config, dict[str, Any]]) -> None:
     config, results = trained
     plain, report = load_with_report(AutoModelForSequenceClassification, config.output_dir)
@@ -241,6 +253,7 @@ def test_gradient_is_that_of_the_plain_sum_however_it_is_packed(sft: Path, tmp_p
     examples, _ = make_examples(rankings, chat, config, for_training=True)
     plain_loss, plain = plain_gradient(sft, chat, rankings, margin_per_rank=0.4)
     layouts = [Packer(512), Packer(64), Packer(1), Packer(512, layout=Layout.ALONE)]
+    layouts += [Packer(512, layout=Layout.BLOCKS)]
     for packer in [*layouts, Packer(512, max_depth=max(e.tree.depth for e in examples) - 1)]:
         loss, found = gradient(sft, config, examples, packer)
         assert loss == pytest.approx(plain_loss, abs=1e-5)

@@ -291,7 +291,12 @@ def test_quantized_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("device", "attention", "has_mask"),
-    [("cpu", "sdpa", False), ("cuda", "sdpa", True), ("cpu", "eager", True)],
+    [
+        ("cpu", "sdpa", False),
+        ("cuda", "sdpa", True),
+        ("cuda", "flex_attention", False),
+        ("cpu", "eager", True),
+    ],
 )
 def test_rows_have_a_mask_where_a_run_has_one(
     device: str, attention: Attention, has_mask: bool

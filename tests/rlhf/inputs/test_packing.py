@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import rlhf.inputs.block_masks
 import rlhf.models.layout
 from rlhf.inputs.packing import (
     Layout,
@@ -31,15 +33,24 @@ from rlhf.models.layout import PACKING_TOLERANCE, packer_for
 from rlhf.models.packed_attention import PACKED_SDPA
 from rlhf.models.passes import compute_logprobs, compute_scores, compute_values
 from rlhf.models.scalar import ScalarModel
+from rlhf.models.settings import Attention
 from tests.rlhf.tiny_models import VOCAB, tiny_policy_of, tiny_scalar_of
 
 PACKABLE = ["llama", "gpt2", "gpt_neox", "qwen3", "opt", "mistral", "gemma3_text"]
 LAYOUTS = [Layout.SEGMENTS, Layout.MASK, Layout.SEQUENCES]
-LAYOUTS = [Layout.SEGMENTS, Layout.MASK, Layout.SEQUENCES]
+PACKED: list[tuple[str, Attention, Layout]]
 PACKED = [(name, "sdpa", layout) for name in PACKABLE for layout in LAYOUTS]
+PACKED += [(name, "flex_attention", Layout.BLOCKS) for name in [*PACKABLE, "qwen2"]]
 PACKED += [(name, "eager", layout) for name in ("llama", "gpt2") for layout in LAYOUTS[1:]]
 PACKED.remove(("opt", "sdpa", Layout.SEQUENCES))  # transformers makes its mask without positions
 """Architecture, attention, and what parts the sequences of a row."""
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of some tens of tokens have several blocks."""
+    monkeypatch.setattr(rlhf.inputs.block_masks, "BLOCK_TOKENS", 8)
+
 
 EXAMPLE = PromptTree(prompt=(10, 11, 12), responses=((20, 21), (30, 31, 32)))
 
@@ -175,7 +186,7 @@ def test_first_fit_takes_the_longest_tree_first() -> None:
 
 @pytest.mark.parametrize(("architecture", "attention", "layout"), PACKED)
 def test_packed_logprobs_and_gradients_equal_separate(
-    architecture: str, attention: str, layout: Layout
+    architecture: str, attention: Attention, layout: Layout
 ) -> None:
     policy = tiny_policy_of(architecture, attention=attention)
     trees = random_trees()
@@ -223,9 +234,12 @@ def test_logits_that_are_the_heads() -> None:
     assert all(has_plain_head(tiny_policy_of(name)) for name in ("llama", "gpt2", "gpt_neox"))
 
 
+@pytest.mark.parametrize("layout", [Layout.MASK, Layout.BLOCKS])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_checkpointed_activations_change_no_gradient_and_are_not_kept(architecture: str) -> None:
-    (row,) = Packer(1000).rows(random_trees())
+def test_checkpointed_activations_change_no_gradient_and_are_not_kept(
+    architecture: str, layout: Layout
+) -> None:
+    (row,) = Packer(1000, layout=layout).rows(random_trees())
 
     def gradients_and_bytes(policy: PreTrainedModel) -> tuple[dict[str, Tensor], int]:
         num_bytes = 0
@@ -250,7 +264,7 @@ def test_checkpointed_activations_change_no_gradient_and_are_not_kept(architectu
 
 @pytest.mark.parametrize(("architecture", "attention", "layout"), PACKED)
 def test_packed_values_scores_and_gradients_equal_separate(
-    architecture: str, attention: str, layout: Layout
+    architecture: str, attention: Attention, layout: Layout
 ) -> None:
     model = tiny_scalar_of(architecture, attention=attention)
     trees = random_trees(seed=1)
@@ -284,12 +298,15 @@ def test_packed_values_scores_and_gradients_equal_separate(
     torch.testing.assert_close(compute_scores(model, trees, packer), scores.detach())
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("attention", "layout"),
+    [("sdpa", Layout.SEGMENTS), ("eager", Layout.MASK), ("flex_attention", Layout.BLOCKS)],
+)
 @pytest.mark.parametrize("architecture", PACKABLE)
-def test_probe_accepts(architecture: str, attention: str) -> None:
+def test_probe_accepts(architecture: str, attention: Attention, layout: Layout) -> None:
     packer = packer_for(tiny_policy_of(architecture, attention=attention), 100)
     assert packer.shares_prompts
-    assert packer.layout == (Layout.SEGMENTS if attention == "sdpa" else Layout.MASK)
+    assert packer.layout == layout
 
 
 def test_probe_under_autocast_allows_for_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,6 +495,43 @@ def test_segments_allow_what_the_mask_allows(trees: list[PromptTree], packer: Pa
         assert torch.equal(allowed, masked.attention_mask[0, 0])
 
 
+@settings(max_examples=50, deadline=None)
+@given(trees=TREES, budget=st.integers(20, 80))
+def test_block_masks_allow_what_the_mask_allows_and_list_what_torch_lists(
+    trees: list[PromptTree], budget: int
+) -> None:
+    for row in Packer(budget, layout=Layout.BLOCKS).rows(trees):
+        if row.plain:
+            assert row.model_inputs.keys() == {"input_ids"}
+            continue
+        mask, dense = row.model_inputs["attention_mask"], row.attention_mask
+        assert isinstance(mask, BlockMask) and dense is not None
+        shape = 1, 1, len(row.tree), len(row.tree)
+        assert mask.shape == shape
+        assert torch.equal(create_mask(mask.mask_mod, *shape, device="cpu"), dense)
+        by_torch = create_block_mask(mask.mask_mod, *shape, device="cpu", BLOCK_SIZE=8)
+        for ours, theirs in zip(mask.as_tuple(), by_torch.as_tuple(), strict=True):
+            if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+                assert torch.equal(ours, theirs)
+            else:
+                assert ours == theirs
+
+
+def test_blocks_of_a_row_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rlhf.inputs.block_masks, "BLOCK_TOKENS", 2)
+    trees = [PromptTree((10, 11, 12), ((20,), (30, 31))), PromptTree((40,), ((50,),))]
+    (row,) = Packer(8, layout=Layout.BLOCKS).rows(trees)
+    assert row.input_ids.tolist() == [[10, 11, 12, 20, 30, 31, 40, 50]]
+    assert row.blocks is not None
+    assert row.blocks.tolist() == [
+        # 10 11, 12 20, 30 31, 40 50
+        [1, 0, 0, 0],
+        [2, 1, 0, 0],  # both tokens see 10 and 11
+        [2, 1, 1, 0],  # 30 and 31 see 12, but not 20
+        [0, 0, 0, 1],  # another tree
+    ]
+
+
 @settings(max_examples=200, deadline=None)
 @given(trees=TREES, packer=PACKERS)
 def test_every_token_comes_back_in_its_place(trees: list[PromptTree], packer: Packer) -> None:
@@ -552,7 +606,7 @@ def test_a_predicting_row_by_hand() -> None:
     ("architecture", "attention", "layout"), [*PACKED, ("llama", "sdpa", Layout.ALONE)]
 )
 def test_predicting_rows_equal_separate_passes(
-    architecture: str, attention: str, layout: Layout
+    architecture: str, attention: Attention, layout: Layout
 ) -> None:
     policy = tiny_policy_of(architecture, attention=attention)
     trees = [*random_trees(), PromptTree((5, 6), ((7,), (8,), (9, 10)))]
