@@ -8,6 +8,7 @@ control.py        text to ids, where only names that a template wrote are contro
 chat.py           the one rendering of prompts and responses to token ids
 fitting.py        prompts that fit a limit: from records to ids, oldest turns left out
 packing.py        prompt trees packed into rows without padding, and results unpacked
+block_masks.py    which tokens of a packed row belong together, for FlexAttention
 whole_files.py    files that are always the old one or the whole new one
 streams.py        a named stream of random numbers for every use of them
 shuffling.py      the order of items, and how far in it a run is
