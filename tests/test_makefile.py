@@ -184,7 +184,7 @@ def test_the_judge_of_a_preset_is_a_second_reward_model(checkout: Checkout) -> N
     (checkout.folder / ".venv" / ".installed-smollm2").touch()
     commands = checkout.make("pipeline", "PRESET=harmless")
     data = ["data.smollm2", "data.instructions", "data.harmless"]
-    assert stages_of(commands) == [*data, "sft", "rm", "ppo", "rm", "evaluate"]
+    assert stages_of(commands) == [*data, "sft", "rm", "ppo", "ppo", "rm", "evaluate"]
     assert "--config configs/rm/harmless_judge.yaml --run_dir runs/harmless " in commands[-2]
 
 

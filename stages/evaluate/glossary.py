@@ -30,6 +30,6 @@ ALARMS = (
         "straight line through the gains of all prompts shows it: its height where a response is "
         "as long as the baseline's.",
         "Judges often like long or short answers as such, and the policy learned that.",
-        "Set debias_length in PPO's reward, and read samples.md.",
+        "Set reward.debias_length, and read samples.md.",
     ),
 )

@@ -9,6 +9,8 @@ import gc
 import sys
 from pathlib import Path
 
+import peft  # noqa: F401  # a run imports it where it needs it, which is not the first of the two
+
 from rlhf.runs.settings import load_config
 from stages.ppo.config import Config
 from stages.ppo.train import train
