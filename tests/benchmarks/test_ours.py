@@ -36,6 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_rm_worker_trains_epochs(folders: Folders, tmp_path: Path) -> None:
     prompts, responses = rm_data(
         num_prompts=2, k=3, prompt_tokens=6, response_tokens=4, vocab_size=200
@@ -49,6 +50,7 @@ def test_rm_worker_trains_epochs(folders: Folders, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ppo_worker_makes_updates_with_the_lengths_that_were_asked_for(
     folders: Folders, tmp_path: Path
 ) -> None:

@@ -106,7 +106,7 @@ def measured_peak(folder: Path, config: Config) -> int:
     ("size", "changes"),
     [
         (SMALL, {}),
-        (LARGE, {}),
+        pytest.param(LARGE, {}, marks=pytest.mark.long),
         (SMALL, {"ptx": TEXT, "ema_decay": 0.9, "micro_batch_tokens": 512}),
         (LARGE, {"lora": LoraSettings(rank=8)}),
     ],

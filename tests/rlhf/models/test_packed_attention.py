@@ -245,6 +245,7 @@ def test_rows_of_all_lengths_share_one_kernel_and_too_many_are_an_error(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
 @torch.no_grad()
 def test_compiled_attention_equals_a_dense_mask(by_torch: None) -> None:
