@@ -16,7 +16,7 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.rewards.combined import NormalizedReward, WeightedReward
 from rlhf.rewards.scores import Reward, ScoreScale
 from rlhf.rewards.settings import RewardSettings
-from rlhf.training.nonfinite import raised_in_all_processes
+from rlhf.training.nonfinite import first_nonfinite, raised_in_all_processes
 from rlhf.training.processes import own_share, sum_over_processes
 from stages.ppo.rollout import Sampler
 
@@ -78,7 +78,8 @@ def normalize_scores(
         }
     start = scales.get(_value_part(settings))
     if start is not None and value_model.head.weight.any():
-        value_model.bias += _value_weight(settings) * start.mean / value_model.scale
+        weight = 1.0 if settings.value_start is None else settings.value_start[1]
+        value_model.bias += weight * start.mean / value_model.scale
         value_model.scale /= start.std
     measured = {
         _key(name, field): getattr(scales[name], field)
@@ -99,11 +100,6 @@ def _value_part(settings: RewardSettings) -> str:
     """Return the reward that the value model starts from: the first part that is a model."""
     models = (name for name, part in settings.parts.items() if part.model is not None)
     return next(models, WHOLE)
-
-
-def _value_weight(settings: RewardSettings) -> float:
-    name = _value_part(settings)
-    return settings.parts[name].weight if name in settings.parts else 1.0
 
 
 def _key(name: str, field: str) -> str:
@@ -177,6 +173,12 @@ def _draw(
         with sampler.reference_at_hand():
             answers = sampler.sample(sampler.ref_policy, prompts, generator)
         scored = sampler.raw_scores(answers)
+        # In a part, nan would look like an answer that the part does not judge.
+        found = first_nonfinite(
+            {"score": scored.scores}, [one.tree for one in answers], "normalize"
+        )
+        if found is not None:
+            raise found
     parts = scored.parts if sampler.config.reward.parts else {WHOLE: scored.scores}
     return _Samples(
         {name: scores.double() for name, scores in parts.items()},

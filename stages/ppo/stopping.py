@@ -50,8 +50,17 @@ def stopping_well(learner: Learner, monitor: Monitor, chat: Chat, run: Run) -> I
         raise TrainingStopped(f"{stop} The weights before it are in {folder}.") from stop
 
 
-def save_copy(learner: Learner, chat: Chat, run: Run, number: int) -> None:
-    """Write the policy as a run that ends after this update would; all processes must call this."""
+def keep_copy(learner: Learner, chat: Chat, run: Run, number: int, every: int | None) -> None:
+    """Write the policy as a run that ends after this update would, if a copy is due.
+
+    All processes must call this.
+
+    Args:
+        number: The update, counted from 0.
+        every: Updates between copies. None means no copies.
+    """
+    if every is None or (number + 1) % every:
+        return
     average = learner.state.average
     with nullcontext() if average is None else average.in_place():
         save_learned(learner, chat, run.dir / POLICIES / f"update-{number}")

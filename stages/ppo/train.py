@@ -12,7 +12,7 @@ from stages.ppo.metrics import describe
 from stages.ppo.progress import next_kl_coef
 from stages.ppo.rollout import roll_out
 from stages.ppo.setup import set_up
-from stages.ppo.stopping import save_copy, save_learned, stopping_well
+from stages.ppo.stopping import keep_copy, save_learned, stopping_well
 from stages.ppo.update import update
 
 
@@ -73,8 +73,7 @@ def train(config: Config) -> None:
         bar.set_postfix_str(f"score {metrics['ppo/score']:.2f}, kl {metrics['ppo/kl']:.2f}")
         progress.note(metrics, seconds)
         with watch.phase("save"):
-            if config.policy_every is not None and (number + 1) % config.policy_every == 0:
-                save_copy(learner, setup.chat, run, number)
+            keep_copy(learner, setup.chat, run, number, config.policy_every)
             setup.checkpoints.end_step(number)
     setup.checkpoints.close()
 

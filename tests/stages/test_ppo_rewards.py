@@ -356,6 +356,27 @@ def test_a_part_without_a_scale_is_named(only_with: str | None, message: str) ->
         normalize_scores(sampler, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True))
 
 
+class Broken:
+    """Scores nan, as a model whose weights went bad."""
+
+    def score(self, answers: Sequence[Answer]) -> Scored:
+        return Scored(torch.full((len(answers),), torch.nan))
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_broken_reward_is_no_part_that_does_not_judge(in_parts: bool) -> None:
+    source: dict[str, Any] = {"model": "rm"}
+    reward: Any = Broken()
+    if in_parts:
+        source = {"parts": {"bad": PartSettings(model="rm"), "good": PartSettings(function="a:b")}}
+        good = Part(FunctionReward(prompt_length, "good"))
+        reward = WeightedReward({"bad": Part(reward), "good": good})
+    config = make_config(reward=RewardSettings(normalize_on=8, **source))
+    sampler = make_sampler(reward, config)
+    with pytest.raises(ValueError, match="score is not finite in phase normalize"):
+        normalize_scores(sampler, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True))
+
+
 def test_answers_of_one_length_do_not_show_what_a_token_is_worth() -> None:
     settings = RewardSettings(function="a:b", normalize_on=8, debias_length=True)
     config = make_config(reward=settings, rollout=RolloutSettings(batch_size=8, max_new_tokens=1))
