@@ -119,12 +119,12 @@ FITTED = [
 ]
 
 
-def rollout_of(sampler: Sampler) -> Any:
+def rollout_of(sampler: Sampler, prompts: Sequence[FittedPrompt[Prompt]] = FITTED) -> Any:
     return roll_out(
         tiny_policy_of("llama"),
         tiny_scalar_of("llama"),
         sampler,
-        FITTED,
+        prompts,
         torch.Generator().manual_seed(0),
         Accelerator(cpu=True),
     )
@@ -166,9 +166,14 @@ def test_parts_are_logged_as_means_and_follow_their_episodes() -> None:
             "prompt": Part(FunctionReward(prompt_length, "prompt"), -0.5),
             "length": Part(FunctionReward(length, "length")),
             "none": Part(FunctionReward(length, "length"), only_with="rules"),
+            "odd": Part(FunctionReward(prompt_length, "odd"), 0.0, only_with="odd"),
         }
     )
-    rollout = rollout_of(make_sampler(reward))
+    fitted = [
+        FittedPrompt(replace(one.record, meta={"odd": i % 2 == 1}), one.ids)
+        for i, one in enumerate(FITTED)
+    ]
+    rollout = rollout_of(make_sampler(reward), fitted)
     lengths = [float(len(one.record.prompt)) for one in FITTED]
     assert rollout.parts["prompt"].tolist() == lengths
     metrics = rollout_metrics({k: float(v) for k, v in rollout_sums(rollout).items()})
@@ -176,6 +181,7 @@ def test_parts_are_logged_as_means_and_follow_their_episodes() -> None:
     parts = -0.5 * metrics["ppo/part/prompt"] + metrics["ppo/part/length"]
     assert metrics["ppo/score"] == pytest.approx(parts, abs=1e-5)
     assert "ppo/part/none" not in metrics
+    assert metrics["ppo/part/odd"] == pytest.approx(sum(lengths[1::2]) / 4)
     some = rollout.select(torch.tensor([5, 2]))
     assert some.parts["prompt"].tolist() == [lengths[5], lengths[2]]
 

@@ -488,3 +488,17 @@ def test_panels_show_described_metrics_and_known_alarms() -> None:
     assert (ends.title, ends.unit, ends.healthy) == described
     shown = {panel.title for panel in PANELS}
     assert {metric.title for metric in METRICS.values() if metric.title} <= shown
+
+
+def test_the_verdict_is_that_of_the_evaluation_in_the_runs_own_folder(tmp_path: Path) -> None:
+    """One below it, such as of other prompts, does not take its place, whatever its name."""
+    run = write_pipeline(tmp_path / "run")
+    for name in ("another", "unlike"):
+        (run / name).mkdir()
+        for path in run.iterdir():
+            if path.is_file():
+                shutil.copy(path, run / name)
+    evaluations = read_run(run).of("evaluate")
+    assert len(evaluations) == 3
+    found = read_run(run).evaluation
+    assert found is not None and found.folder == run

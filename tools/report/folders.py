@@ -88,9 +88,10 @@ class RunFolder:
 
     @property
     def evaluation(self) -> Stage | None:
-        """The evaluation, if it is finished."""
+        """The finished evaluation. Of several it is the one in the run's own folder, since those
+        below it answer other questions and have pages of their own."""
         found = [one for one in self.stages if one.stage == EVALUATE and one.results is not None]
-        return found[-1] if found else None
+        return max(reversed(found), key=lambda one: one.folder == self.folder, default=None)
 
     def of(self, stage: str) -> list[Stage]:
         return [one for one in self.stages if one.stage == stage]
