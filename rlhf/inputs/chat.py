@@ -111,6 +111,29 @@ class Chat:
             self._warn_unspelt("text", text, found)
         return ids
 
+    def document_start(self, name: str | None = None) -> int:
+        """Return the id of the token that plain documents begin with.
+
+        Args:
+            name: a special token, such as <|endoftext|>. None means the tokenizer's BOS, or else
+                its EOS token.
+
+        Raises:
+            ValueError: `name` is no special token of the tokenizer.
+        """
+        tokenizer = self.tokenizer
+        if name is None:
+            bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+            return int(eos if bos is None else bos)
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        special |= tokenizer.get_added_vocab()
+        if name not in special:
+            raise ValueError(
+                f"{name!r} is no special token of the tokenizer, such as "
+                f"{', '.join(sorted(special, key=special.__getitem__)[:8])}"
+            )
+        return special[name]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of response ids, without the end token and special tokens."""
         ids = list(ids)

@@ -102,8 +102,11 @@ class PtxSettings(Ranged):
     blocks_per_episode: Positive = 8.0
     """Blocks of text in a step for each episode of the mini-batch."""
     block_tokens: TwoOrMore = 128
-    """Tokens in a block. Documents are joined, each after the tokenizer's BOS (or EOS) token, and
-    cut into full blocks."""
+    """Tokens in a block. Documents are joined and cut into full blocks."""
+    document_start: str | None = None
+    """Special token before each document. None means the tokenizer's BOS (or EOS) token. Give the
+    one that pretraining used if that differs, as with many chat models: <|endoftext|> for Qwen2.5
+    and SmolLM2, whose BOS or EOS tokens mark turns of a dialogue."""
     gradient_norms: bool = True
     """Log the norms of the PPO and the ptx gradient, and their cosine. This takes memory for two
     copies of the policy's gradient, the second only while no pass runs."""

@@ -78,16 +78,19 @@ def shuffled_text(
 
 
 def text_blocks(texts: Sequence[str], chat: Chat, config: Config) -> list[PromptTree]:
-    """Join documents, each after the tokenizer's BOS (or EOS) token, and cut them to full blocks.
+    """Join documents, each after `ptx.document_start`, and cut them to full blocks.
 
     Raises:
-        ValueError: the text is shorter than one block.
+        ValueError: the text is shorter than one block, or ptx.document_start is no special token.
     """
-    tokenizer, length = chat.tokenizer, config.ptx.block_tokens
-    between = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    length = config.ptx.block_tokens
+    try:
+        start = chat.document_start(config.ptx.document_start)
+    except ValueError as error:
+        raise ValueError(f"ptx.document_start: {error}") from error
     ids = []
     for text in texts:
-        ids += [between, *chat.bare_text_ids(text)]
+        ids += [start, *chat.bare_text_ids(text)]
     blocks = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     if not blocks:
         raise ValueError(

@@ -504,6 +504,18 @@ def test_text_is_joined_behind_its_separator_and_cut_to_full_blocks() -> None:
         text_blocks(["a"], chat, config)
 
 
+def test_a_document_begins_with_the_special_token_that_is_named() -> None:
+    tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", bos_token="<s>")
+    chat = Chat(tokenizer)
+    ptx = PtxSettings(coef=1.0, text="t.jsonl", block_tokens=3, document_start="</s>")
+    (tree,) = text_blocks(["ab"], chat, make_config(ptx=ptx))
+    a, b = (tokenizer(letter).input_ids[0] for letter in "ab")
+    assert tree.prompt + tree.responses[0] == (1, a, b)
+    wrong = make_config(ptx=replace(ptx, document_start="<|end|>"))
+    with pytest.raises(ValueError, match=r"ptx\.document_start: '<\|end\|>' is no special token"):
+        text_blocks(["ab"], chat, wrong)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
