@@ -4,11 +4,12 @@ PYTHON ?= python3
 
 .PHONY: check quick test test-all test-resume test-interop test-lowest test-newest bench bench-scaling bench-roofline gpu-check
 
+# --no-compile: Python compiles the files that it imports, which are few of 20,000.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or later is needed; make PYTHON=python3.12 names one")'
-	@echo "making .venv, which takes 1.9 GB and some minutes"
+	@echo "making .venv, which takes about 2 GB and some minutes"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 .venv-%/.installed: pyproject.toml .ci/ranges.py | .venv/.installed
@@ -33,16 +34,18 @@ check: $(SETUP) ## Format, lint, types and import rules; no network, no accelera
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Tests of one xdist_group share what they set up, which takes a minute and more.
+pytest := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores) --dist loadgroup
 UNIT_TESTS := tests/test_*.py $(addprefix tests/,rlhf data tools benchmarks experiments examples)
 
 quick: $(SETUP) ## Unit tests.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores) -m "not slow" $(UNIT_TESTS)
+	$(pytest) -m "not slow" $(UNIT_TESTS)
 
 test: check ## Checks, then all tests that CI runs.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores) -m "not long"
+	$(pytest) -m "not long"
 
 test-all: check ## Checks, then all tests, also the long ones.
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores)
+	$(pytest)
 
 test-resume: $(SETUP) ## Kill runs at KILLS random moments (30) and compare; about five minutes.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.kill_points --kill-points $(or $(KILLS),30)

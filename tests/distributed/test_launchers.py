@@ -45,8 +45,17 @@ from tests.rlhf.plain_loading import load_with_report
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
-FOR_GPUS = [(cpu, name) for cpu, names in FILES_FOR_GPUS.items() for name in names]
-ON_CPU = list(FILES_FOR_GPUS)
+LONG = "cpu2_zero2"
+"""Splits less than ZeRO-3 does, and takes as long."""
+ON_CPU = [
+    pytest.param(name, marks=[pytest.mark.long] if name == LONG else []) for name in FILES_FOR_GPUS
+]
+FOR_GPUS = [
+    pytest.param(cpu, name, marks=[pytest.mark.long] if cpu == LONG else [])
+    for cpu, names in FILES_FOR_GPUS.items()
+    for name in names
+]
+pytestmark = pytest.mark.xdist_group("launchers")
 TIME_LIMIT = 400
 """Seconds for all that one launch does, on a busy machine; a hang is found by it."""
 
@@ -59,17 +68,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def launched(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Launcher file -> folder with what its processes made; each is started once."""
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed, an extra, is not installed")
-    results = {}
-    for name in ON_CPU:
-        results[name] = tmp_path_factory.mktemp(name)
+class Launched(dict[str, Path]):
+    """Maps a launcher file to the folder with what its processes made. Each is started once, when
+    a test first asks for it."""
+
+    def __init__(self, inputs: Path, factory: pytest.TempPathFactory) -> None:
+        super().__init__()
+        self._inputs = inputs
+        self._factory = factory
+
+    def __missing__(self, name: str) -> Path:
+        folder = self._factory.mktemp(name)
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
         driver = str(ROOT / "tests/distributed/driver.py")
-        program = [driver, str(inputs), str(results[name]), *FILES_FOR_GPUS[name]]
+        program = [driver, str(self._inputs), str(folder), *FILES_FOR_GPUS[name]]
         done = subprocess.run(
             [*launch, str(ROOT / f"configs/accelerate/{name}.yaml"), *program],
             capture_output=True,
@@ -78,8 +90,16 @@ def launched(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         assert done.returncode == 0, done.stderr
-        (results[name] / "printed.txt").write_text(done.stdout, encoding="utf-8")
-    return results
+        (folder / "printed.txt").write_text(done.stdout, encoding="utf-8")
+        self[name] = folder
+        return folder
+
+
+@pytest.fixture(scope="module")
+def launched(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed, an extra, is not installed")
+    return Launched(inputs, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +109,7 @@ def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Step:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_CPU)
-def test_gradients_of_a_global_batch(
-    name: str, launched: dict[str, Path], of_one_process: Step
-) -> None:
+def test_gradients_of_a_global_batch(name: str, launched: Launched, of_one_process: Step) -> None:
     found = load_file(launched[name] / "gradients.safetensors")
     seen = read(launched[name] / "seen.json")
     assert seen["processes"] == 2
@@ -108,50 +126,46 @@ def test_gradients_of_a_global_batch(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ON_CPU)
 def test_weights_are_those_of_one_process(
-    inputs: Path, launched: dict[str, Path], tmp_path: Path
+    name: str, inputs: Path, launched: Launched, tmp_path: Path
 ) -> None:
     """Of SFT and the reward model; PPO samples by other generators on two processes, so ZeRO's
     policy is compared with that of plain data parallelism."""
     fine_tune(sft_settings(inputs, tmp_path / "sft"))
     base = load_file(inputs / "base" / "model.safetensors")
-    for name in ON_CPU:
-        sft = launched[name] / "sft"
-        assert largest_difference(weights(sft), weights(tmp_path / "sft")) < 1e-5, name
-        assert largest_difference(weights(sft), base) > 1e-3
-        train_reward_model(rm_settings(inputs, sft, tmp_path / name))
-        assert largest_difference(weights(launched[name] / "rm"), weights(tmp_path / name)) < 1e-4
-    policies = {name: weights(launched[name] / "ppo") for name in ON_CPU}
-    for name in ("cpu2_zero2", "cpu2_zero3"):
-        assert largest_difference(policies[name], policies["cpu2"]) < 1e-4, name
-    assert largest_difference(policies["cpu2"], weights(launched["cpu2"] / "sft")) > 1e-3
+    sft, rm, ppo = (launched[name] / stage for stage in ("sft", "rm", "ppo"))
+    assert largest_difference(weights(sft), weights(tmp_path / "sft")) < 1e-5
+    assert largest_difference(weights(sft), base) > 1e-3
+    train_reward_model(rm_settings(inputs, sft, tmp_path / "rm"))
+    assert largest_difference(weights(rm), weights(tmp_path / "rm")) < 1e-4
+    assert largest_difference(weights(ppo), weights(launched["cpu2"] / "ppo")) < 1e-4
+    assert largest_difference(weights(ppo), weights(sft)) > 1e-3
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ON_CPU)
 def test_adapters_are_those_of_one_process(
-    inputs: Path, launched: dict[str, Path], tmp_path: Path
+    name: str, inputs: Path, launched: Launched, tmp_path: Path
 ) -> None:
     """All four roles of PPO share a base, but under ZeRO-3."""
     fine_tune(sft_settings(inputs, tmp_path / "sft", lora=LORA))
-    for name in ON_CPU:
-        sft, rm, ppo = (launched[name] / "adapters" / stage for stage in ("sft", "rm", "ppo"))
-        assert largest_difference(adapter(sft), adapter(tmp_path / "sft")) < 1e-5, name
-        assert largest_of_b(sft) > 1e-3  # B starts as zeros
-        train_reward_model(rm_settings(inputs, sft, tmp_path / name, lora=LORA))
-        assert largest_difference(adapter(rm), adapter(tmp_path / name)) < 1e-4, name
-        load_reward_model(
-            ModelSettings(path=str(rm)), micro_batch_tokens=100, allow_chance_reward=True
-        )
-        first = adapter(launched["cpu2"] / "adapters" / "ppo")
-        assert largest_difference(adapter(ppo), first) < 1e-4, name
-        assert largest_difference(adapter(ppo), adapter(sft)) > 1e-3
-        assert json.loads((ppo / "base.json").read_text())["path"] == str(inputs / "base")
+    sft, rm, ppo = (launched[name] / "adapters" / stage for stage in ("sft", "rm", "ppo"))
+    assert largest_difference(adapter(sft), adapter(tmp_path / "sft")) < 1e-5
+    assert largest_of_b(sft) > 1e-3  # B starts as zeros
+    train_reward_model(rm_settings(inputs, sft, tmp_path / "rm", lora=LORA))
+    assert largest_difference(adapter(rm), adapter(tmp_path / "rm")) < 1e-4
+    load_reward_model(ModelSettings(path=str(rm)), micro_batch_tokens=100, allow_chance_reward=True)
+    first = adapter(launched["cpu2"] / "adapters" / "ppo")
+    assert largest_difference(adapter(ppo), first) < 1e-4
+    assert largest_difference(adapter(ppo), adapter(sft)) > 1e-3
+    assert json.loads((ppo / "base.json").read_text())["path"] == str(inputs / "base")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launched_by", "name"), FOR_GPUS)
 def test_files_for_gpus_give_the_same_gradients(
-    launched_by: str, name: str, launched: dict[str, Path], of_one_process: Step
+    launched_by: str, name: str, launched: Launched, of_one_process: Step
 ) -> None:
     """As far as bfloat16 goes: PPO's is the sum of the episodes' and the text's, each once."""
     found = load_file(launched[launched_by] / f"{name}.safetensors")
@@ -174,9 +188,7 @@ def test_files_for_gpus_give_the_same_gradients(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launched_by", "name"), FOR_GPUS)
-def test_stages_under_files_for_gpus(
-    launched_by: str, name: str, launched: dict[str, Path]
-) -> None:
+def test_stages_under_files_for_gpus(launched_by: str, name: str, launched: Launched) -> None:
     """SFT, reward model and PPO-ptx run one after another, as near to float32 as bfloat16 is."""
     own, in_float32 = launched[launched_by] / name, launched[launched_by]
     for stage, key, tolerance in (
@@ -200,9 +212,7 @@ def test_stages_under_files_for_gpus(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launched_by", "name"), FOR_GPUS)
-def test_precision_under_files_for_gpus(
-    launched_by: str, name: str, launched: dict[str, Path]
-) -> None:
+def test_precision_under_files_for_gpus(launched_by: str, name: str, launched: Launched) -> None:
     """Frozen models compute in bfloat16; log-probabilities, values and scores are float32."""
     seen = read(launched[launched_by] / "seen.json")["files"][name]
     assert set(seen["scored in"]) == {"torch.bfloat16"}
@@ -214,7 +224,7 @@ def test_precision_under_files_for_gpus(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_CPU)
-def test_nan_on_one_process_stops_all(name: str, launched: dict[str, Path]) -> None:
+def test_nan_on_one_process_stops_all(name: str, launched: Launched) -> None:
     """Each says where it was, and the replay has the row, though the first process writes it and
     the last one has it."""
     first, last = read(launched[name] / "seen.json")["stopped"]
@@ -231,7 +241,7 @@ def test_nan_on_one_process_stops_all(name: str, launched: dict[str, Path]) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_CPU)
-def test_nan_in_one_sampler_stops_all(name: str, launched: dict[str, Path]) -> None:
+def test_nan_in_one_sampler_stops_all(name: str, launched: Launched) -> None:
     first, last = read(launched[name] / "seen.json")["stopped_sampling"]
     assert first == last
     assert first.startswith("PPO_NONFINITE at update 0: logits is not finite in phase rollout")
@@ -240,7 +250,7 @@ def test_nan_in_one_sampler_stops_all(name: str, launched: dict[str, Path]) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_CPU)
-def test_folders_are_plain_ones(name: str, launched: dict[str, Path]) -> None:
+def test_folders_are_plain_ones(name: str, launched: Launched) -> None:
     for stage, auto_class in (
         ("sft", AutoModelForCausalLM),
         ("rm", AutoModelForSequenceClassification),
@@ -259,7 +269,7 @@ def test_folders_are_plain_ones(name: str, launched: dict[str, Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_CPU)
-def test_weights_are_gathered_once_a_rollout(name: str, launched: dict[str, Path]) -> None:
+def test_weights_are_gathered_once_a_rollout(name: str, launched: Launched) -> None:
     seen = read(launched[name] / "seen.json")
     expected = greedy_rollouts(1, 12)
     assert [one["responses"] for one in seen["greedy"]] == [one["responses"] for one in expected]
@@ -275,9 +285,7 @@ def test_weights_are_gathered_once_a_rollout(name: str, launched: dict[str, Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
-def test_any_number_of_rows(
-    count: int, inputs: Path, launched: dict[str, Path], tmp_path: Path
-) -> None:
+def test_any_number_of_rows(count: int, inputs: Path, launched: Launched, tmp_path: Path) -> None:
     """As many to train on and held out: nothing hangs, and every held-out row counts once."""
     if count % 2:
         fine_tune(sft_of(inputs, count, tmp_path / "sft"))
@@ -299,7 +307,7 @@ def test_any_number_of_rows(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu2", "cpu2_zero3"])
 def test_pretrain_collect_and_evaluate(
-    name: str, inputs: Path, launched: dict[str, Path], tmp_path: Path
+    name: str, inputs: Path, launched: Launched, tmp_path: Path
 ) -> None:
     pretrain(pretrain_settings(inputs, tmp_path / "pretrain"))
     own = launched[name]

@@ -229,11 +229,12 @@ def test_a_sampler_that_is_not_the_policy(
 
 
 @pytest.mark.slow
-def test_healthy_runs_in_bfloat16_raise_no_alarm(config: Config) -> None:
+@pytest.mark.parametrize("num_runs", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_healthy_runs_in_bfloat16_raise_no_alarm(num_runs: int, config: Config) -> None:
     """On most processors their rounding is far above float32's, and the stop rules must not take it
     for a fault."""
     policy = replace(config.policy, dtype="bfloat16")
-    for seed in range(20):
+    for seed in range(num_runs):
         folder = Path(config.output_dir) / str(seed)
         one = replace(config, policy=policy, seed=seed, output_dir=str(folder), num_updates=2)
         assert alarms_of(one) == {}

@@ -527,12 +527,13 @@ def test_a_run_with_an_ensemble(folders: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_measure_the_same_scale_as_one(folders: Path, tmp_path: Path) -> None:
     """Both take out the 3 that each token is worth, so that only the prompt's length is left."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file"]
+    settings = str(ROOT / "configs/accelerate/cpu2.yaml")
+    launch = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", settings]
     both = {"function": f"{HERE}:prompt_and_each", "per_token": True, "debias_length": True}
     parts = {"both": both, "prompt": {"function": f"{HERE}:prompt_length"}}
-    found = []
-    for name in ("cpu", "cpu2"):
-        output = tmp_path / name
+    found: list[tuple[float, float]] = []
+    for start in ([], launch):
+        output = tmp_path / str(len(found))
         words = {
             "output_dir": output,
             "policy.path": folders / "sft",
@@ -547,8 +548,8 @@ def test_two_processes_measure_the_same_scale_as_one(folders: Path, tmp_path: Pa
             "num_updates": 1,
         }
         options = [word for key, value in words.items() for word in (f"--{key}", str(value))]
-        settings = str(ROOT / "configs/accelerate" / f"{name}.yaml")
-        subprocess.run([*launch, settings, "-m", "stages.ppo", *options], cwd=ROOT, check=True)
+        command = [sys.executable, *start, "-m", "stages.ppo", *options]
+        subprocess.run(command, cwd=ROOT, check=True)
         results = json.loads((output / "results.json").read_text())
         raw = {k.removeprefix("raw_score_"): v for k, v in results.items() if "raw_score" in k}
         in_tokens = 3 * raw["both_mean_tokens"]

@@ -84,7 +84,9 @@ def test_pretraining_killed_again_and_again_is_the_run_that_was_not(
 
 
 @pytest.mark.parametrize(
-    ("stage", "cuts"), [("ppo", PPO_CUTS[1:3]), ("rm", RM_CUTS[1:3])], ids=["ppo", "rm"]
+    ("stage", "cuts"),
+    [pytest.param("ppo", PPO_CUTS[1:3], marks=pytest.mark.long), ("rm", RM_CUTS[1:3])],
+    ids=["ppo", "rm"],
 )
 def test_adapters_killed_again_and_again_are_the_ones_that_were_not(
     configs: dict[str, Any], stage: str, cuts: list[Cut]

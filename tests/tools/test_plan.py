@@ -105,10 +105,10 @@ def measured_peak(folder: Path, config: Config) -> int:
 @pytest.mark.parametrize(
     ("size", "changes"),
     [
-        (SMALL, {}),
+        pytest.param(SMALL, {}, marks=pytest.mark.long),
         pytest.param(LARGE, {}, marks=pytest.mark.long),
         (SMALL, {"ptx": TEXT, "ema_decay": 0.9, "micro_batch_tokens": 512}),
-        (LARGE, {"lora": LoraSettings(rank=8)}),
+        pytest.param(LARGE, {"lora": LoraSettings(rank=8)}, marks=pytest.mark.long),
     ],
     ids=["6.6M", "22M", "6.6M with text", "22M with adapters"],
 )
