@@ -4,8 +4,12 @@ Every new process takes seconds to import torch and transformers. This program i
 runs a command. It forks once for each stage that the command asks for (stages/ask.py).
 """
 
+import atexit
+import gc
 import importlib
+import importlib.util
 import json
+import logging
 import os
 import runpy
 import selectors
@@ -18,6 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -35,6 +40,8 @@ PROGRAMS = (
     "stages.evaluate.evaluate",
 )
 """Modules to import before the first stage starts."""
+LATER_PROGRAMS = ("deepspeed",)
+"""Modules that accelerate imports within each stage that trains, if they are installed."""
 POLL_SECONDS = 0.05
 
 
@@ -46,11 +53,17 @@ def main(command: Sequence[str]) -> int:
     """
     for name in PROGRAMS:
         importlib.import_module(name)
+    logging.disable()  # DeepSpeed warns of a machine without a GPU
+    for name in LATER_PROGRAMS:
+        if importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
+    logging.disable(logging.NOTSET)
+    gc.freeze()  # the stages' garbage collection leaves the pages of what is imported shared
     hash_of_library()  # cached, so that no stage computes it again
     folder = tempfile.mkdtemp()  # only this user can open it
     outcome = _serve(command, str(Path(folder, "socket")))
     if isinstance(outcome, socket.socket):
-        return _be_stage(outcome)
+        _be_stage(outcome)
     shutil.rmtree(folder)
     return outcome
 
@@ -96,8 +109,8 @@ def _as_shell(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _be_stage(connection: socket.socket) -> int:
-    """Read which stage is asked for, and run it in this process."""
+def _be_stage(connection: socket.socket) -> NoReturn:
+    """Read which stage is asked for, run it in this process, and end the process."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with connection, connection.makefile(encoding="utf-8") as lines:
@@ -109,7 +122,11 @@ def _be_stage(connection: socket.socket) -> int:
     program, *words = request["argv"]
     sys.argv = [program, *words]
     runpy.run_module(program, run_name="__main__", alter_sys=True)
-    return 0
+    # The interpreter would tear down all that was imported, which takes as long as a short stage.
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Starts every program: reads settings, and turns errors a user can fix into one line on stderr."""
 
+import gc
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ def run_stage(
     try:
         with interrupts.caught():
             function(load_config(config_class, args))
+        gc.freeze()  # spares the interpreter's last collection, a second for all that is imported
         return
     except (ValueError, OSError, SafetensorError) as error:  # the last one if the disk is full
         message, code = f"error: {error}", USER_ERROR

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 ASK = f"{sys.executable} -S {ROOT / 'stages/ask.py'}"
 
 PROGRAM = """
-import os, signal, sys, time
+import atexit, os, signal, sys, time
 import torch
 
 def end(*_):
@@ -24,6 +24,8 @@ if what == "fail":
     sys.exit("error: no")
 if what == "crash":
     raise KeyError("ours")
+if what == "promise":
+    atexit.register(print, "kept")
 if what == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 if what == "wait":
@@ -65,6 +67,10 @@ def test_a_stage_has_its_words_its_environment_and_its_threads(serve: Serve) -> 
         "__main__ ['d'] None 1",
     ]
     assert ran.returncode == 0
+
+
+def test_what_is_registered_for_the_end_of_a_stage_is_called(serve: Serve) -> None:
+    assert serve(f"{ASK} program promise").stdout.splitlines()[-1] == "kept"
 
 
 def test_exit_codes_are_those_of_the_stage(serve: Serve) -> None:
