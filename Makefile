@@ -74,7 +74,7 @@ pipeline: ## All stages from the data to the table of results.
 	    $(if $(jobs),--jobs $(jobs) )ALL=1 evaluate
 	@echo "report: $(RUN)/report.html, results: $(RUN)/results.json, answers side by side: $(RUN)/samples.md"
 
-quick-look: ## The same chain in a good minute at a smaller size; nobody quotes its figures.
+quick-look: ## The same chain in under a minute at a smaller size; nobody quotes its figures.
 	@$(MAKE) --no-print-directory pipeline PRESET=quick
 
 clean: ## Remove the preset's runs.
