@@ -31,7 +31,7 @@ PYTHON ?= python3
 check: $(SETUP) ## Format, lint, types and import rules; no network, no accelerator.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(cores)
 	$(BIN)/lint-imports
 
 # Tests of one xdist_group share what they set up, which takes a minute and more.
