@@ -1,4 +1,4 @@
-"""Linear layers turned round for a few rows compute what they did."""
+"""Linear layers that are transposed for a few rows compute the same as before."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_only_the_rows_that_gain_are_turned(two_threads: None) -> None:
 
 def test_layers_are_as_before_whatever_happens(two_threads: None) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).bfloat16(), nn.ReLU(), nn.Linear(8, 8))
-    wrapped = model[3].forward = lambda x: x  # an accelerator's wrapper, say
+    wrapped = model[3].forward = lambda x: x  # as an accelerator's wrapper does
     with pytest.raises(KeyError), transposed_linear_layers(model):
         assert ["forward" in vars(layer) for layer in model] == [True, False, False, True]
         raise KeyError

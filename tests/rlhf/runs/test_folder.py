@@ -1,5 +1,7 @@
-"""Whose an output folder is: what is refused, that a refusal changes nothing, and what overwriting
-leaves alone."""
+"""Tests who owns an output folder: what is refused, and what overwriting leaves alone.
+
+A refusal changes nothing.
+"""
 
 import json
 import os
@@ -55,7 +57,7 @@ def finish(folder: Path, stage: str = "sft", **settings: Any) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Every file and folder with its bytes."""
+    """Return every file and folder with its bytes."""
     return {
         path.relative_to(folder).as_posix(): None if path.is_dir() else path.read_bytes()
         for path in folder.rglob("*")
@@ -65,7 +67,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 def refused(
     folder: Path, words: str, stage: str = "sft", inputs: Any = (), **settings: Any
 ) -> None:
-    """A run is refused with these words, and what there was is there, byte for byte."""
+    """Check that a run is refused with these words, and that every byte in the folder stays."""
     before = without_locks(folder.parent)
     with pytest.raises(ValueError, match=words), folders_released():
         start(folder, stage, inputs, **settings)
@@ -73,7 +75,7 @@ def refused(
 
 
 def without_locks(folder: Path) -> dict[str, bytes | None]:
-    """Every file but the locks, which name the second in which they were taken."""
+    """Leave out the locks, which name the second in which they were taken."""
     return {name: data for name, data in snapshot(folder).items() if Path(name).name != LOCK}
 
 
@@ -140,7 +142,7 @@ def test_inputs_in_the_folder_are_refused(tmp_path: Path, read: str, stage: str)
     if path.suffix:
         path.write_text("{}")
     if stage == "evaluate" and "deep" in read:
-        start(folder, stage, {"prompts": path})  # only what it writes itself is in its way
+        start(folder, stage, {"prompts": path})  # it writes no file there
         return
     (tmp_path / "link").symlink_to(path)
     for source in (path, tmp_path / "link"):
