@@ -1,4 +1,4 @@
-"""The benchmark stage's settings, figures and tables; what needs the harness is in another file."""
+"""Tests the benchmark stage's settings, figures and tables, as far as they need no harness."""
 
 import importlib
 import math

@@ -1,4 +1,4 @@
-"""Names of benchmark tasks: one that nobody knows is refused before the harness is asked."""
+"""An unknown name of a benchmark task is refused before the harness is imported."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from stages.benchmark.bank_names import check_names
 
 @pytest.fixture
 def bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bank in which names stand in all the ways in which the harness's files have them."""
+    """Write a bank with names in all the forms that the harness's files have."""
     folder = tmp_path / "bank"
     (folder / "arc").mkdir(parents=True)
     (folder / "arc/easy.yaml").write_text("tag:\n  - ai2_arc\ntask: arc_easy\n", encoding="utf-8")
@@ -28,8 +28,8 @@ def test_names_of_the_bank_are_known(bank: Path, tmp_path: Path) -> None:
     ("name", "meant"),
     [
         ("arc_eazy", "did you mean arc_easy"),
-        ("arc_eas", "did you mean arc_easy or arc_easier"),  # a part of a name is no name
-        ("hellaswag", "no such task; docs"),  # the code of a task is no task
+        ("arc_eas", "did you mean arc_easy or arc_easier"),  # a part of a name is not a name
+        ("hellaswag", "no such task; docs"),  # the code of a task is not a task
     ],
 )
 def test_another_name_is_refused_with_the_nearest(

@@ -1,4 +1,4 @@
-"""The sft stage: which tokens are learnt, what is left out, which checkpoint is kept."""
+"""Tests the sft stage: which tokens are learnt, what is left out, which checkpoint is kept."""
 
 import json
 import random
@@ -52,7 +52,7 @@ LLAMA = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model whose tokenizer pads with its end token, as many on the hub do."""
+    """Save a random model whose tokenizer pads with its end token, as many on the hub do."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("sft") / "base"
     tokenizer = byte_tokenizer("<end>", "<pad>", eos_token="<end>", pad_token="<end>")
@@ -93,7 +93,7 @@ def make_config(base: Path, demonstrations: Path | str, tmp_path: Path, **change
 
 
 def losses_of_batches(trees: list[PromptTree], config: Config, chat: Chat, tmp_path: Path) -> Any:
-    """The batches that reach the loss, collated by the trainer."""
+    """Return the batches that reach the loss, collated by the trainer."""
     policy = load_policy(config.model)
     trainer = make_trainer(policy, chat.tokenizer, trees, config, str(tmp_path / "checkpoints"))
     return list(trainer.get_train_dataloader())
@@ -130,7 +130,7 @@ def test_text_is_learnt_whole_but_for_the_token_that_is_given(
 def fit_alone(
     policy: PreTrainedModel, chat: Chat, trees: Any, config: Config, run: Run, measure: Measure
 ) -> tuple[Path, int]:
-    """fit in a run that writes no checkpoints."""
+    """Call `fit` in a run that writes no checkpoints."""
     checkpoints = Checkpoints(run, start_accelerator(), None)
     return fit(policy, chat.tokenizer, trees, config, run, checkpoints, {}, measure)
 
@@ -138,7 +138,7 @@ def fit_alone(
 def test_first_step_logs_the_mean_loss_of_its_batchs_trained_tokens(
     base: Path, chat: Chat, demonstrations: Path, tmp_path: Path
 ) -> None:
-    """Micro-batches of unlike lengths: a mean of their means would be another number."""
+    """Micro-batches differ in length, so a mean of their means would be another number."""
     config = make_config(base, demonstrations, tmp_path)
     examples, _ = render(
         [Demonstration(a, a * n) for a, n in (("a", 1), ("b", 6), ("c", 3))], chat, 40, 8
@@ -270,7 +270,7 @@ def test_reward_model_chooses(base: Path, chat: Chat, demonstrations: Path, tmp_
     assert names == {metric.name for metric in METRICS}
     scores = {row["step"]: row["sft/reward_score"] for row in logged if "sft/reward_score" in row}
     results = json.loads((folder / "results.json").read_text())
-    del scores[0]  # the base model is measured, and is no candidate
+    del scores[0]  # the base model is measured, but not a candidate
     assert len(set(scores.values())) > 1
     assert results["chosen_step"] == max(scores, key=lambda step: scores[step])
     assert results["reward_score"] == pytest.approx(max(scores.values()), abs=1e-5)

@@ -1,4 +1,4 @@
-"""Stages that one process starts behave as `python -m` would start them."""
+"""Stages that one process starts behave as if `python -m` had started them."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ Serve = Callable[[str], subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Serve:
-    """Runs a shell script under a server which imports the test's program only."""
+    """Run a shell script under a server that imports only the test's program."""
     (tmp_path / "program.py").write_text(PROGRAM)
 
     def run(script: str) -> subprocess.CompletedProcess[str]:

@@ -88,7 +88,7 @@ def byte_pairs(template: str = CHATML) -> PreTrainedTokenizerBase:
 def byte_pairs_with_a_space(
     template: str = WORDS, *, strips: bool = True
 ) -> PreTrainedTokenizerBase:
-    """Make one that puts a space before every text; some of its kind remove it in decoding."""
+    """Make one that puts a space before every text; decoding removes it if `strips` is set."""
     made = byte_pairs(template)
     inner = made.backend_tokenizer
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

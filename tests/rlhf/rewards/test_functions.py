@@ -28,7 +28,7 @@ def function_reward(function: Callable[..., Any]) -> Scored:
 
 
 def token_reward(function: Callable[..., Any]) -> Scored:
-    """Make the reward of a function for the responses `hi<end>` and `h`, which has no end."""
+    """Score the responses `hi<end>` and `h`, which has no end, by a function."""
     chat = Chat(base_tokenizer())
     responses = [chat.response_ids("hi"), chat.response_ids("h")[:-1]]
     answers = [
