@@ -21,7 +21,7 @@ TokenRewardFunction = Callable[
 
 
 class FunctionReward:
-    """A function of prompts, responses and metas that returns one number per response."""
+    """Scores by a user's function of prompts, responses and metas: one number per response."""
 
     def __init__(self, function: RewardFunction, name: str) -> None:
         self.function = function
@@ -47,10 +47,10 @@ class FunctionReward:
 
 
 class TokenFunctionReward:
-    """A function that returns one number per token. A response's score is the sum of its numbers.
+    """Scores by a user's function that returns one number per token; a score is the sum of them.
 
-    It is called with prompts, responses, metas and tokens. The tokens are the texts of each
-    response's tokens (see Chat.pieces), including the end token.
+    The function is called with prompts, responses, metas and tokens. The tokens are the texts of
+    each response's tokens (see Chat.pieces), including the end token.
     """
 
     def __init__(self, function: TokenRewardFunction, name: str, chat: Chat) -> None:
@@ -97,12 +97,12 @@ class TokenFunctionReward:
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """Import what package.module:name names.
+    """Import the function that package.module:name names.
 
-    It may be a reward function, a labeler, or a function that makes gold scores.
+    It may be a reward function, or a function that makes labelers or gold scores.
 
     Raises:
-        ValueError: The spelling, the module, or the name in it is wrong.
+        ValueError: The name is misspelt, the module cannot be imported, or it has no such function.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
@@ -133,12 +133,12 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def row_name(i: int, prompts: Sequence[Prompt]) -> str:
-    """A row of a batch in a message: which it is, and the file and row of its prompt."""
+    """Name a row of a batch in a message: its number, and the file and row of its prompt."""
     return f"row {i}{name_rows(prompts[i : i + 1])}"
 
 
 Columns = Sequence[Sequence[Any]]
-"""Prompt records, responses, and whatever else a function gets; each (batch,)."""
+"""Prompt records, responses, and what else a function gets; each (batch,)."""
 
 
 def columns_of(answers: Sequence[Answer]) -> tuple[list[Prompt], list[str]]:
@@ -149,7 +149,9 @@ def columns_of(answers: Sequence[Answer]) -> tuple[list[Prompt], list[str]]:
 def call_by_rows(
     function: Callable[..., Any], name: str, columns: Columns, expected: str
 ) -> list[Any]:
-    """Call the function and return one entry per response. `expected` says it in words.
+    """Call the function and return one entry per response.
+
+    `expected` says in words what the function must return.
 
     Raises:
         ValueError: The function failed, or returned a wrong number of entries.
@@ -176,7 +178,7 @@ def call_by_rows(
 
 
 def _call_plainly(function: Callable[..., Any], columns: Columns) -> Any:
-    """Call the function with new lists, which it may change."""
+    """Call the function with copies of the lists, because it may change them."""
     prompts, responses, *others = columns
     return function(
         [prompt.prompt for prompt in prompts],

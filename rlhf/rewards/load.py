@@ -1,4 +1,4 @@
-"""Loads the reward that the settings describe, checked and ready to score."""
+"""Loads and checks the reward that the settings describe."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -37,7 +37,7 @@ def load_reward(
         device, offload, autocast: As in load_reward_model.
 
     Raises:
-        ValueError: As load_judge and load_function.
+        ValueError: As in load_judge and load_function.
     """
 
     def load(model: str | None, function: str | None, per_token: bool) -> Reward:
@@ -100,7 +100,7 @@ def load_judge(
     It reads the policy's ids if it renders text as the policy does, otherwise their text.
 
     Raises:
-        ValueError: As load_reward_model.
+        ValueError: As in load_reward_model.
     """
     reward_model = load_reward_model(
         settings,
