@@ -28,13 +28,13 @@ from rlhf.inputs.files import split_by_prompt, write_records
 from rlhf.inputs.ranges import PositiveInt, ShareBetween
 from rlhf.inputs.records import Record
 from rlhf.inputs.whole_files import write_text
-from rlhf.models.full import quiet
+from rlhf.models.full import quiet_transformers
 from rlhf.models.loading import load_policy
 from rlhf.models.saving import save_policy
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_chat
 from rlhf.runs.code import code_of
-from rlhf.runs.folder import MODEL_FILES, folders_released, refuse_inputs_inside, writing
+from rlhf.runs.folder import MODEL_FILES, folders_released, refuse_inputs_inside, folder_of_program
 from rlhf.runs.program import run_stage
 from rlhf.runs.settings import FolderSettings
 
@@ -130,7 +130,7 @@ def write_data(config: Smollm2Config, folder: Path) -> None:
     settings = {name: getattr(config, name) for name in ("held_out", "max_characters", "seed")}
     refuse_inputs_inside(folder, {"shared": config.shared})
     sources = [source for of_file in (WHOLE | SPLIT).values() for source in of_file]
-    with writing(
+    with folder_of_program(
         folder,
         program="data.smollm2",
         files=(*(f"{name}.jsonl" for name in names), RESULTS_FILE),
@@ -187,7 +187,7 @@ def write_base(config: Smollm2Config, gguf: Path, folder: Path) -> None:
             differently, or the folder was not written by this program.
     """
     settings = {"gguf": gguf.name}
-    with writing(
+    with folder_of_program(
         folder,
         program="data.smollm2 base",
         files=(*MODEL_FILES, RESULTS_FILE),
@@ -210,7 +210,7 @@ def write_base(config: Smollm2Config, gguf: Path, folder: Path) -> None:
 
 def _save_checked(gguf: Path, folder: Path) -> tuple[dict[str, object], int]:
     """Save the model; return its question and answer, and its number of parameters."""
-    with quiet():
+    with quiet_transformers():
         model, tokenizer = load_gguf(gguf)
     answer = greedy_answer(model, Chat(tokenizer), QUESTION)
     if ANSWER not in answer:
@@ -218,7 +218,7 @@ def _save_checked(gguf: Path, folder: Path) -> tuple[dict[str, object], int]:
             f"{gguf} answers {QUESTION!r} with {answer!r}, so it is not a working model; give "
             "another --gguf file"
         )
-    with quiet():
+    with quiet_transformers():
         save_policy(model, tokenizer, folder)
     saved = ModelSettings(path=str(folder))
     again = greedy_answer(load_policy(saved), load_chat(saved), QUESTION)

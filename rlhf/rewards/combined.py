@@ -20,7 +20,7 @@ from rlhf.rewards.settings import Combination
 
 
 @dataclass(frozen=True)
-class Part:
+class RewardPart:
     """Holds one reward of a weighted sum, and which answers it judges."""
 
     reward: Reward
@@ -68,7 +68,7 @@ class Part:
 class WeightedReward:
     """Returns score = sum of weight * part, over the parts that judge an answer."""
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, RewardPart]
     """Maps a name to a part."""
 
     def score(self, answers: Sequence[Answer]) -> Scored:

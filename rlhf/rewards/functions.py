@@ -35,7 +35,7 @@ class FunctionReward:
                 not finite.
         """
         columns = columns_of(answers)
-        values = call_by_rows(
+        values = call_on_batch(
             self.function, self.name, columns, "a list with one number a response"
         )
         rows = (row_name(i, columns[0]) for i in range(len(values)))
@@ -67,7 +67,7 @@ class TokenFunctionReward:
         """
         tokens = [self.chat.pieces(one.ids_ending_with(self.chat.end_id)) for one in answers]
         columns = (*columns_of(answers), tokens)
-        rows = call_by_rows(
+        rows = call_on_batch(
             self.function, self.name, columns, "a list of lists, one number a token"
         )
         rewards = torch.zeros(len(tokens), max(map(len, tokens)))
@@ -146,7 +146,7 @@ def columns_of(answers: Sequence[Answer]) -> tuple[list[Prompt], list[str]]:
     return [one.record for one in answers], [one.text for one in answers]
 
 
-def call_by_rows(
+def call_on_batch(
     function: Callable[..., Any], name: str, columns: Columns, expected: str
 ) -> list[Any]:
     """Call the function and return one entry per response.
@@ -157,7 +157,7 @@ def call_by_rows(
         ValueError: The function failed, or returned a wrong number of entries.
     """
     try:
-        values = _call_plainly(function, columns)
+        values = _call_with_copies(function, columns)
     except Exception as error:
         place = _failing_row(function, columns)
         raise ValueError(f"reward function {name} failed on {place}: {_describe(error)}") from error
@@ -177,7 +177,7 @@ def call_by_rows(
     return values
 
 
-def _call_plainly(function: Callable[..., Any], columns: Columns) -> Any:
+def _call_with_copies(function: Callable[..., Any], columns: Columns) -> Any:
     """Call the function with copies of the lists, because it may change them."""
     prompts, responses, *others = columns
     return function(
@@ -192,7 +192,7 @@ def _failing_row(function: Callable[..., Any], columns: Columns) -> str:
     responses = columns[1]
     for i, response in enumerate(responses):
         try:
-            _call_plainly(function, [[column[i]] for column in columns])
+            _call_with_copies(function, [[column[i]] for column in columns])
         except Exception:
             return f"{row_name(i, columns[0])}, response {response[:60]!r}"
     return f"a batch of {len(responses)} rows, on none of them alone"

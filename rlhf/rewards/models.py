@@ -24,7 +24,7 @@ from rlhf.models.layout import packer_for
 from rlhf.models.loading import load_scalar
 from rlhf.models.passes import compute_scores
 from rlhf.models.scalar import ScalarModel
-from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
+from rlhf.models.settings import NO_LORA, LoraSettings, ModelSettings
 from rlhf.models.shared_bases import SharedBases, has_four_bits
 from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.rendering import check_rendering
@@ -151,7 +151,7 @@ class RewardModel:
             self.model.classifier.config.get_text_config(), "max_position_embeddings", None
         )
 
-    def recheck(self) -> None:
+    def check_golden_rows(self) -> None:
         """Score the golden rows again.
 
         Raises:
@@ -172,10 +172,10 @@ class RewardModel:
                     f"the reward model scores golden row {i} at {score:.4f}, and {row.score:.4f} "
                     f"when it was saved ({dtype}, tolerance {tolerance}): its weights, "
                     f"tokenizer or chat template changed since; copy the whole folder again or "
-                    f"train it again{self._other_type(dtype)}"
+                    f"train it again{self._dtype_hint(dtype)}"
                 )
 
-    def _other_type(self, dtype: str) -> str:
+    def _dtype_hint(self, dtype: str) -> str:
         """Say what to try if the type of the weights may be the cause."""
         if self.card.dtype is None:
             return (
@@ -281,12 +281,12 @@ def load_reward_model(
         with autocast():
             packer = packer_for(model.classifier, micro_batch_tokens)
         reward = RewardModel(model, card, chat, packer)
-        reward.recheck()
+        reward.check_golden_rows()
     return reward
 
 
 def load_value_model(
-    settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, bases: SharedBases | None = None
+    settings: ModelSettings, lora: LoraSettings = NO_LORA, bases: SharedBases | None = None
 ) -> ScalarModel:
     """Load the value model that PPO starts from: the reward model, with its bias and scale.
 
@@ -316,7 +316,7 @@ def trees_of(
 
 
 def _load_with_card(
-    settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, bases: SharedBases | None = None
+    settings: ModelSettings, lora: LoraSettings = NO_LORA, bases: SharedBases | None = None
 ) -> tuple[ScalarModel, RewardCard]:
     model = load_scalar(settings, new_head=False, lora=lora, bases=bases)
     card = RewardCard.load(settings.path)

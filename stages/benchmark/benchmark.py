@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf.generation.engines import check_alone
+from rlhf.generation.engines import check_can_sample_alone
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.whole_files import write_text
 from rlhf.models.limits import check_vocabulary
@@ -38,7 +38,7 @@ TABLES = "benchmark.md"
 def benchmark(config: Config) -> None:
     """Measure every policy on every task, write results.json and tables, and print the tables."""
     accelerator = start_accelerator()
-    check_alone(config.generation, accelerator.num_processes)
+    check_can_sample_alone(config.generation, accelerator.num_processes)
     run = open_run(config, stage="benchmark", inputs=_inputs(config), files=(TABLES,))
     if not accelerator.is_main_process:
         return

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.generation.answers import Answer
-from rlhf.generation.engines import check_alone
+from rlhf.generation.engines import check_can_sample_alone
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import read_records
 from rlhf.inputs.fitting import FittedPrompts, fit_prompts
@@ -26,7 +26,7 @@ from rlhf.models.loading import load_policy
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.functions import FunctionReward, load_function
-from rlhf.rewards.load import load_judge
+from rlhf.rewards.load import load_reward_model_for_policy
 from rlhf.rewards.models import measured_dtype
 from rlhf.rewards.rendering import same_rendering
 from rlhf.rewards.scores import Reward
@@ -103,7 +103,7 @@ class Marks:
 def evaluate(config: Config) -> None:
     """Measure every policy, write results.json, samples and the page, and print the table."""
     accelerator = start_accelerator()
-    check_alone(config.generation, accelerator.num_processes)
+    check_can_sample_alone(config.generation, accelerator.num_processes)
     run = open_run(
         config,
         stage="evaluate",
@@ -284,7 +284,7 @@ def _load_judges(
     config: Config, gold: Callable[..., Any] | None, chat: Chat, device: torch.device
 ) -> dict[str, Reward]:
     def load_model(path: str) -> Reward:
-        return load_judge(
+        return load_reward_model_for_policy(
             ModelSettings(
                 path=path,
                 dtype=measured_dtype(path),

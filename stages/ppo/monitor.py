@@ -304,7 +304,7 @@ class Monitor:
     all of them."""
 
     config: Config
-    tell: Callable[[str], object]
+    log: Callable[[str], object]
     """Prints a line on one process."""
     token_noise: Noise
     """Value of TOKEN_NOISE for the run's dtype."""
@@ -368,7 +368,7 @@ class Monitor:
         if code == NONFINITE or code in self.config.monitor.stop_on:
             raise TrainingStopped(text)
         if code not in self._was_active:
-            self.tell(f"ppo: warning {text}")
+            self.log(f"ppo: warning {text}")
 
     def take_raised(self) -> list[dict[str, Any]]:
         """Return the alarms since the last call."""

@@ -39,7 +39,7 @@ from rlhf.runs.run import Run
 from rlhf.runs.stateful import Fields, Stateful
 from rlhf.training import sharding
 from rlhf.training.optim import make_optimizer, make_schedule
-from rlhf.training.out_of_memory import is_of_the_device, memory_of
+from rlhf.training.out_of_memory import is_device_error, memory_of
 from rlhf.training.processes import (
     TRAINER_STATE,
     check_launch,
@@ -162,7 +162,7 @@ def _is_fused_right(policy: PreTrainedModel) -> bool:
     try:
         fused = policy(input_ids=ids, labels=ids, fused_lm_head=True).loss.item()
     except Exception as error:  # an architecture may fail in any way on the fused head
-        if is_of_the_device(error):
+        if is_device_error(error):
             raise
         return False
     logits = policy(input_ids=ids, **accepted(policy, use_cache=False)).logits[0, :-1]

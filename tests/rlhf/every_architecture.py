@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rlhf.models.full import quiet
+from rlhf.models.full import quiet_transformers
 
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -165,7 +165,7 @@ NOT_BUILT = {
 
 def save_tiny(model_type: str, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write a model folder of this architecture with weights that make differences show."""
-    with quiet():
+    with quiet_transformers():
         torch.manual_seed(0)
         config = tiny_config(model_type, tokenizer)
         tokenizer.save_pretrained(folder)

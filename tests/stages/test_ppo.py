@@ -711,7 +711,7 @@ def test_mixed_precision_holds_in_every_pass_of_a_run(
     load_models = stages.ppo.setup.load_models
     monkeypatch.setattr(stages.ppo.setup, "load_models", load)
     # The probe for sampling compares in full precision.
-    monkeypatch.setattr("rlhf.generation.decoder._is_right", lambda policy, way: True)
+    monkeypatch.setattr("rlhf.generation.decoder._equals_plain_passes", lambda policy, way: True)
     monkeypatch.setattr(LlamaMLP, "forward", note)
     train(replace(ppo_config, prompts_held_out=ppo_config.prompts, eval_every=1))
     assert types == {torch.bfloat16}

@@ -19,7 +19,7 @@ from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Prompt, PromptLike
 from rlhf.maths.advantages import generalized_advantages
 from rlhf.models.settings import ModelSettings
-from rlhf.rewards.combined import Part, WeightedReward
+from rlhf.rewards.combined import RewardPart, WeightedReward
 from rlhf.rewards.functions import FunctionReward, TokenFunctionReward
 from rlhf.rewards.scores import Scored
 from rlhf.rewards.settings import EnsembleSettings, PartSettings, RewardSettings
@@ -136,8 +136,8 @@ def test_rewards_of_tokens_stand_at_them_before_advantages_are_estimated() -> No
     chat = make_sampler(None).chat
     reward = WeightedReward(
         {
-            "steps": Part(TokenFunctionReward(early, "early", chat), 0.5),
-            "length": Part(FunctionReward(length, "length"), 2.0),
+            "steps": RewardPart(TokenFunctionReward(early, "early", chat), 0.5),
+            "length": RewardPart(FunctionReward(length, "length"), 2.0),
         }
     )
     rollout = rollout_of(make_sampler(reward, config))
@@ -163,10 +163,10 @@ def test_rewards_of_tokens_stand_at_them_before_advantages_are_estimated() -> No
 def test_parts_are_logged_as_means_and_follow_their_episodes() -> None:
     reward = WeightedReward(
         {
-            "prompt": Part(FunctionReward(prompt_length, "prompt"), -0.5),
-            "length": Part(FunctionReward(length, "length")),
-            "none": Part(FunctionReward(length, "length"), only_with="rules"),
-            "odd": Part(FunctionReward(prompt_length, "odd"), 0.0, only_with="odd"),
+            "prompt": RewardPart(FunctionReward(prompt_length, "prompt"), -0.5),
+            "length": RewardPart(FunctionReward(length, "length")),
+            "none": RewardPart(FunctionReward(length, "length"), only_with="rules"),
+            "odd": RewardPart(FunctionReward(prompt_length, "odd"), 0.0, only_with="odd"),
         }
     )
     fitted = [
@@ -318,8 +318,8 @@ def test_each_part_has_a_scale_of_the_prompts_that_it_judges() -> None:
     )
     worth = FunctionReward(lambda prompts, responses, metas: [of["worth"] for of in metas], "worth")
     parts = {
-        "rule": Part(worth, 2.0, only_with="rules"),
-        "model": Part(LongerAndPrompt(), -3.0, only_without="rules"),
+        "rule": RewardPart(worth, 2.0, only_with="rules"),
+        "model": RewardPart(LongerAndPrompt(), -3.0, only_without="rules"),
     }
     sampler = make_sampler(WeightedReward(parts), make_config(reward=settings))
     value_model = tiny_scalar_of("llama")
@@ -358,7 +358,7 @@ def test_each_part_has_a_scale_of_the_prompts_that_it_judges() -> None:
 def test_a_part_without_a_scale_is_named(only_with: str | None, message: str) -> None:
     settings = PartSettings(function="a:b", only_with=only_with)
     config = make_config(reward=RewardSettings(parts={"brief": settings}, normalize_on=8))
-    part = Part(FunctionReward(constant, "constant"), only_with=only_with)
+    part = RewardPart(FunctionReward(constant, "constant"), only_with=only_with)
     sampler = make_sampler(WeightedReward({"brief": part}), config)
     with pytest.raises(ValueError, match=message):
         normalize_scores(sampler, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True))
@@ -377,8 +377,8 @@ def test_a_broken_reward_is_no_part_that_does_not_judge(in_parts: bool) -> None:
     reward: Any = Broken()
     if in_parts:
         source = {"parts": {"bad": PartSettings(model="rm"), "good": PartSettings(function="a:b")}}
-        good = Part(FunctionReward(prompt_length, "good"))
-        reward = WeightedReward({"bad": Part(reward), "good": good})
+        good = RewardPart(FunctionReward(prompt_length, "good"))
+        reward = WeightedReward({"bad": RewardPart(reward), "good": good})
     config = make_config(reward=RewardSettings(normalize_on=8, **source))
     sampler = make_sampler(reward, config)
     with pytest.raises(ValueError, match="score is not finite in phase normalize"):

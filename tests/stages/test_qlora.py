@@ -81,4 +81,4 @@ def test_golden_rows_are_held_to_the_tolerance_of_four_bits(work: Path) -> None:
     assert max(errors) > 1e-3
     model.card = replace(model.card, golden=(replace(golden[0], score=9.0),))
     with pytest.raises(ValueError, match="4bit, tolerance"):
-        model.recheck()
+        model.check_golden_rows()

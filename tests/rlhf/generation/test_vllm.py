@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rlhf.generation
-from rlhf.generation.engines import check_alone, generate, make_engine
+from rlhf.generation.engines import check_can_sample_alone, generate, make_engine
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
 from rlhf.generation.vllm import full_weights
@@ -138,9 +138,9 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("MASTER_PORT", "0")
     FakeLLM.started = []
-    rlhf.generation.engines._only_vllm.cache_clear()
+    rlhf.generation.engines._vllm_of_process.cache_clear()
     yield
-    rlhf.generation.engines._only_vllm.cache_clear()
+    rlhf.generation.engines._vllm_of_process.cache_clear()
 
 
 @contextmanager
@@ -210,7 +210,7 @@ def test_settings_that_vllm_starts_with() -> None:
     assert arguments["dtype"] == torch.float32
     assert arguments["generation_config"] == "vllm"  # no top-k from the model's folder
     assert arguments["logprobs_mode"] == "processed_logprobs"
-    rlhf.generation.engines._only_vllm.cache_clear()
+    rlhf.generation.engines._vllm_of_process.cache_clear()
     with cuda_autocast(torch.bfloat16):
         generate(tiny_policy_of("llama"), PROMPTS, SETTINGS, DECODING)
     assert FakeLLM.started[1].arguments["dtype"] == torch.bfloat16
@@ -288,9 +288,9 @@ def test_without_vllm_the_message_holds_the_command(monkeypatch: pytest.MonkeyPa
 
 def test_it_is_refused_where_only_the_first_process_samples() -> None:
     with pytest.raises(ValueError, match=r"all 2 processes must start together, .*choose hf"):
-        check_alone(SETTINGS, 2)
-    check_alone(SETTINGS, 1)
-    check_alone(GenerationSettings(), 2)
+        check_can_sample_alone(SETTINGS, 2)
+    check_can_sample_alone(SETTINGS, 1)
+    check_can_sample_alone(GenerationSettings(), 2)
 
 
 def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,7 +235,7 @@ def test_rows_of_all_lengths_share_one_kernel_and_too_many_are_an_error(
 ) -> None:
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    monkeypatch.setattr(compat, "MOST_FLEX_KERNELS", 1)
+    monkeypatch.setattr(compat, "MAX_FLEX_KERNELS", 1)
     for longest in (280, 281, 300):
         row = long_row(longest)
         layer = Layer(len(row.tree))

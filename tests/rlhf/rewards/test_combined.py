@@ -12,7 +12,7 @@ from rlhf.generation.answers import Answer
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.records import Prompt
 from rlhf.models.settings import ModelSettings
-from rlhf.rewards.combined import EnsembleReward, NormalizedReward, Part, WeightedReward
+from rlhf.rewards.combined import EnsembleReward, NormalizedReward, RewardPart, WeightedReward
 from rlhf.rewards.load import load_reward, reward_models_of
 from rlhf.rewards.models import load_reward_model
 from rlhf.rewards.scores import Scored, ScoreScale
@@ -57,10 +57,10 @@ def test_parts_are_summed_by_their_weights_and_kept_without_them() -> None:
     tokens = [[1.0, 0.0], [0.0, 3.0]]
     reward = WeightedReward(
         {
-            "good": Part(Fixed(1.0, 2.0), 2.0),
-            "bad": Part(Fixed(4.0, 0.5), -1.0),
-            "steps": Part(Fixed(1.0, 3.0, tokens=tokens), 0.5),
-            "flipped": Part(Fixed(1.0, 3.0, tokens=tokens), -1.0),
+            "good": RewardPart(Fixed(1.0, 2.0), 2.0),
+            "bad": RewardPart(Fixed(4.0, 0.5), -1.0),
+            "steps": RewardPart(Fixed(1.0, 3.0, tokens=tokens), 0.5),
+            "flipped": RewardPart(Fixed(1.0, 3.0, tokens=tokens), -1.0),
         }
     )
     scored = reward.score([of_ids([1], [7]), of_ids([1], [7, 7])])
@@ -81,8 +81,8 @@ def test_a_part_judges_the_prompts_that_it_is_for() -> None:
     The rule's scaled scores are (2 - 1) / 2 and (3 - 1) / 2, and its weight is 4.
     """
     scale = ScoreScale(mean=1.0, std=2.0)
-    rules = Part(Fixed(2.0, 3.0), 4.0, only_with="instructions", scale=scale)
-    model = Part(Fixed(10.0, 20.0, 30.0), only_without="instructions")
+    rules = RewardPart(Fixed(2.0, 3.0), 4.0, only_with="instructions", scale=scale)
+    model = RewardPart(Fixed(10.0, 20.0, 30.0), only_without="instructions")
     records = [FREE, RULED, Prompt("Bye"), RULED, FREE]
     scored = WeightedReward({"rules": rules, "model": model}).score(
         [of_text(record, "Yes") for record in records]
@@ -98,7 +98,7 @@ def test_a_part_that_judges_nothing_of_a_batch_adds_nothing() -> None:
         def score(self, answers: Sequence[Answer]) -> Scored:
             raise AssertionError("no answer is for this part")
 
-    parts = {"rules": Part(Unasked(), only_with="instructions"), "model": Part(Fixed(1.0, 2.0))}
+    parts = {"rules": RewardPart(Unasked(), only_with="instructions"), "model": RewardPart(Fixed(1.0, 2.0))}
     scored = WeightedReward(parts).score([of_text(FREE, "Yes")] * 2)
     assert scored.scores.tolist() == [1, 2]
     assert scored.parts["rules"].isnan().all()
@@ -107,7 +107,7 @@ def test_a_part_that_judges_nothing_of_a_batch_adds_nothing() -> None:
 def test_token_rewards_of_a_part_stand_at_the_answers_that_it_judges() -> None:
     """The part does not judge the longest answer, so its own rewards have fewer columns."""
     scale = ScoreScale(mean=1.0, std=2.0, per_token=3.0, mean_tokens=1.0)
-    steps = Part(Fixed(7.0, tokens=[[4.0, 3.0]]), 10.0, only_with="instructions", scale=scale)
+    steps = RewardPart(Fixed(7.0, tokens=[[4.0, 3.0]]), 10.0, only_with="instructions", scale=scale)
     answers = [of_ids([1], [7, 7, 7], record=FREE), of_ids([1], [7, 7], record=RULED)]
     scored = WeightedReward({"steps": steps}).score(answers)
     assert close(scored.token_rewards, [[0.0, 0.0, 0.0], [20.0, 15.0, 0.0]])

@@ -17,7 +17,7 @@ from rlhf.inputs.packing import PromptTree
 from rlhf.inputs.records import Prompt
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.rewards.load import load_judge, load_reward, reward_models_of
+from rlhf.rewards.load import load_reward_model_for_policy, load_reward, reward_models_of
 from rlhf.rewards.models import (
     REWARD_FILE,
     RewardCard,
@@ -113,14 +113,14 @@ def test_golden_rows_allow_what_four_bits_change(copy: Path) -> None:
     with torch.no_grad():
         reward.model.head.weight *= 1.02
     with pytest.raises(ValueError, match="golden row"):
-        reward.recheck()
+        reward.check_golden_rows()
     body = reward.model.classifier.model.layers[0].mlp.up_proj
     body.weight = Params4bit(body.weight.data)
-    reward.recheck()
+    reward.check_golden_rows()
     with torch.no_grad():
         reward.model.head.weight *= -1
     with pytest.raises(ValueError, match="4bit, tolerance"):
-        reward.recheck()
+        reward.check_golden_rows()
 
 
 def test_a_folder_without_a_card_is_refused(copy: Path) -> None:
@@ -192,7 +192,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def judge_of(folder: Path, policy_chat: Chat) -> tuple[TextRewardModel, list[str]]:
     told: list[str] = []
     settings = ModelSettings(path=str(folder))
-    reward = load_judge(settings, policy_chat, micro_batch_tokens=512, tell=told.append)
+    reward = load_reward_model_for_policy(settings, policy_chat, micro_batch_tokens=512, log=told.append)
     assert isinstance(reward, TextRewardModel)
     return reward, told
 
@@ -267,7 +267,7 @@ def test_a_reward_model_of_the_policys_rendering_reads_its_ids(saved: Path) -> N
     told: list[str] = []
     settings = ModelSettings(path=str(saved))
     policy_chat = Chat(base_tokenizer())
-    reward = load_judge(settings, policy_chat, micro_batch_tokens=512, tell=told.append)
+    reward = load_reward_model_for_policy(settings, policy_chat, micro_batch_tokens=512, log=told.append)
     assert isinstance(reward, RewardModel)
     assert told == []
     prompt_ids, response_ids = ids_of(policy_chat)

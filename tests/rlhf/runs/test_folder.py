@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.runs.folder import LOCK, MARK, acquire_folder, file_held, folders_released, writing
+from rlhf.runs.folder import LOCK, MARK, acquire_folder, locked_file, folders_released, folder_of_program
 from rlhf.runs.run import Run, open_run
 from rlhf.runs.settings import FolderSettings
 
@@ -285,8 +285,8 @@ def test_a_folder_is_in_use_until_its_process_is_gone(tmp_path: Path) -> None:
 
 HOLDER = """
     import sys, time
-    from rlhf.runs.folder import file_held
-    with file_held(sys.argv[1]):
+    from rlhf.runs.folder import locked_file
+    with locked_file(sys.argv[1]):
         print("held", flush=True)
         time.sleep(60)
 """
@@ -299,18 +299,18 @@ def test_a_file_is_in_use_until_its_process_is_gone(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         who = rf"output .*out\.jsonl is in use: process {process.pid} on .*give another output$"
-        with pytest.raises(ValueError, match=who), file_held(output):
+        with pytest.raises(ValueError, match=who), locked_file(output):
             raise AssertionError("was held twice")
-        with file_held(output.with_name("other.jsonl")):
+        with locked_file(output.with_name("other.jsonl")):
             pass  # other files of the folder are free
         process.send_signal(signal.SIGKILL)
-    with file_held(output):
+    with locked_file(output):
         assert [one.name for one in output.parent.iterdir()] == [".out.jsonl.lock"]
     assert not list(output.parent.iterdir())
 
 
 def test_a_file_that_is_held_but_not_written_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), file_held(tmp_path / "a" / "b" / "out.jsonl"):
+    with pytest.raises(KeyError), locked_file(tmp_path / "a" / "b" / "out.jsonl"):
         raise KeyError
     assert not list(tmp_path.iterdir())
 
@@ -343,7 +343,7 @@ def test_only_the_first_process_takes_the_folder(
 
 def test_programs_that_are_no_runs_have_the_same_rules(tmp_path: Path) -> None:
     def write(seed: int, overwrite: bool = False) -> None:
-        with writing(
+        with folder_of_program(
             tmp_path / "data",
             program="data.x",
             files=["x.txt"],

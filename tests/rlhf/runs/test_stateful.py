@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.runs.stateful import Fields, Generators, OptimizerState, Together, Weights
+from rlhf.runs.stateful import Fields, Generators, OptimizerState, StatefulDict, Weights
 
 
 def model() -> nn.Sequential:
@@ -128,13 +128,13 @@ def test_generators_go_on_with_the_same_numbers() -> None:
 
 def test_parts_together_are_all_there_or_refused() -> None:
     weights = {name: Weights(model()) for name in ("first", "second")}
-    state = copy(Together(weights).state_dict())
+    state = copy(StatefulDict(weights).state_dict())
     state["second"]["1.weight"].fill_(7.0)
-    Together(weights).load_state_dict(state)
+    StatefulDict(weights).load_state_dict(state)
     assert bool((weights["second"].state_dict()["1.weight"] == 7).all())
     assert not bool((weights["first"].state_dict()["1.weight"] == 7).any())
     with pytest.raises(ValueError, match="parts: second only in the checkpoint"):
-        Together(first=weights["first"]).load_state_dict(state)
+        StatefulDict(first=weights["first"]).load_state_dict(state)
 
 
 def test_fields_are_all_there_or_refused() -> None:
