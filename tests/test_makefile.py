@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FAKE = """#!/bin/sh
-if [ "$2" = stages.together ]; then shift 2; exec "$@"; fi
+if [ "$2" = stages.stage_server ]; then shift 2; exec "$@"; fi
 for word in "$@"; do
     case $before in
         --config) output=${output:-$(sed -n 's/^output_dir: //p' "$word")} ;;

@@ -151,9 +151,9 @@ class Step:
             self._held.append(loss)
         if not self.state.is_exchanged:
             self._backward()
-        self.note(stats or {})
+        self.add_stats(stats or {})
 
-    def note(self, stats: Mapping[str, Tensor | float]) -> None:
+    def add_stats(self, stats: Mapping[str, Tensor | float]) -> None:
         """Add values to the sums for the metrics, without a loss."""
         for name, value in stats.items():
             value = value.detach() if isinstance(value, Tensor) else value

@@ -56,7 +56,7 @@ class Learner:
         return self.state.module
 
     @contextmanager
-    def ready(self) -> Iterator[None]:
+    def inference(self) -> Iterator[None]:
         """Gather whole weights and use the launcher's precision, for passes without a gradient."""
         accelerator = self.state.accelerator
         with sharding.whole_weights(accelerator, self.state.model), accelerator.autocast():
@@ -69,7 +69,7 @@ class Learner:
 
 
 @dataclass
-class Outputs:
+class RowOutputs:
     """Runs policy and value model on a packed row, each when its output is asked for.
 
     So a step can run the backward pass of one before the forward pass of the other, and holds half

@@ -326,7 +326,7 @@ def whitened_with_mean(
     return (whiten(rewards, response_mask) + mean).where(response_mask, 0.0)
 
 
-def score_behind_the_end(
+def score_after_the_end(
     scores: Tensor,
     logprobs: Tensor,
     ref_logprobs: Tensor,
@@ -339,9 +339,9 @@ def score_behind_the_end(
     tests/rlhf/maths/test_kl.py tests the score's place, and tests/stages/test_ppo.py in a rollout.
     """
     penalty = -kl_coef * k1(logprobs, ref_logprobs, response_mask)
-    behind = torch.roll(last_token_mask(response_mask), 1, dims=1)
-    behind[:, 0] = False
-    return penalty + scores[:, None] * behind
+    after_last = torch.roll(last_token_mask(response_mask), 1, dims=1)
+    after_last[:, 0] = False
+    return penalty + scores[:, None] * after_last
 
 
 def flipped(
@@ -385,7 +385,7 @@ def in_reward(
     "mistake",
     [
         pytest.param(whitened_with_mean, id="whitened with the mean kept"),
-        pytest.param(score_behind_the_end, id="score behind the end"),
+        pytest.param(score_after_the_end, id="score after the end"),
         pytest.param(flipped, id="sign flipped"),
         pytest.param(without_penalty, id="beta dropped"),
         pytest.param(partial(in_reward, k2), id="k2 in the reward"),

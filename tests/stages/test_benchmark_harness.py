@@ -27,10 +27,10 @@ from tests.rlhf.tiny_models import byte_tokenizer, change_trained, tiny_policy_o
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 from lm_eval.tasks import TaskManager
 
-import stages.benchmark.bank
-import stages.benchmark.bank_names
-from stages.benchmark.bank import hold_out
-from stages.benchmark.bank_names import check_names
+import stages.benchmark.tasks
+import stages.benchmark.task_names
+from stages.benchmark.tasks import hold_out
+from stages.benchmark.task_names import check_names
 from stages.benchmark.task_files import read_task_file
 
 CONTEXT = 64
@@ -310,9 +310,9 @@ def test_bad_input_is_one_message_and_nothing_half_written(
     changes: dict[str, Any],
     message: str,
 ) -> None:
-    own_bank = functools.partial(TaskManager, include_defaults=False, include_path=str(tmp_path))
-    monkeypatch.setattr(stages.benchmark.bank, "TaskManager", own_bank)  # all takes seconds
-    monkeypatch.setattr(stages.benchmark.bank_names, "bank_folder", lambda: tmp_path)
+    own_tasks = functools.partial(TaskManager, include_defaults=False, include_path=str(tmp_path))
+    monkeypatch.setattr(stages.benchmark.tasks, "TaskManager", own_tasks)  # all takes seconds
+    monkeypatch.setattr(stages.benchmark.task_names, "harness_task_folder", lambda: tmp_path)
     write_rows(tmp_path / "rows.jsonl", ROWS)
     write_rows(tmp_path / "one.jsonl", [{**ROWS[0], "query": "what else"}])
     write_rows(tmp_path / "leak.jsonl", [{**ROWS[0], "query": "what else"}, ROWS[3]])
@@ -358,18 +358,18 @@ def test_sampling_that_our_engine_lacks_is_refused(folder: Path, tmp_path: Path)
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_a_task_of_the_harness_bank_keeps_its_own_way_of_drawing_examples(
+def test_a_task_of_the_harness_keeps_its_own_way_of_drawing_examples(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bank").mkdir()
     where = {"data_dir": str(folder), "data_files": {"test": "rows.jsonl"}}
     write_task(tmp_path / "bank", "banked", CHOICES, dataset_kwargs=where)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    own_bank = functools.partial(
+    own_tasks = functools.partial(
         TaskManager, include_defaults=False, include_path=str(tmp_path / "bank")
     )
-    monkeypatch.setattr(stages.benchmark.bank, "TaskManager", own_bank)
-    monkeypatch.setattr(stages.benchmark.bank_names, "bank_folder", lambda: tmp_path / "bank")
+    monkeypatch.setattr(stages.benchmark.tasks, "TaskManager", own_tasks)
+    monkeypatch.setattr(stages.benchmark.task_names, "harness_task_folder", lambda: tmp_path / "bank")
     tasks = {"banked": TaskSettings(shots=[2], renderings=PLAIN)}
     policies = {"first": str(folder / "first")}
     results, rows = run(make_config(folder, tmp_path / "out", tasks=tasks, policies=policies))
@@ -378,7 +378,7 @@ def test_a_task_of_the_harness_bank_keeps_its_own_way_of_drawing_examples(
 
 
 @pytest.mark.long
-def test_every_name_of_the_harness_bank_is_found_in_its_files(tmp_path: Path) -> None:
+def test_every_task_name_of_the_harness_is_found_in_its_files(tmp_path: Path) -> None:
     check_names(TaskManager().all_tasks, str(tmp_path))
 
 

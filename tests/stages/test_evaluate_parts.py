@@ -14,7 +14,7 @@ from rlhf.inputs.records import Prompt
 from stages.evaluate.config import Config
 from stages.evaluate.evaluate import evaluate
 from stages.evaluate.measures import Answers, most_frequent_response
-from stages.evaluate.pairs import Judged, outcomes_by_part, pair_figures
+from stages.evaluate.pairs import ScoredResponse, outcomes_by_part, pair_figures
 from stages.evaluate.parts import describe_parts, find_grader
 from stages.evaluate.report import format_results, format_samples
 from stages.evaluate.warnings import (
@@ -22,7 +22,7 @@ from stages.evaluate.warnings import (
     find_gain_by_length,
     find_one_answer,
     find_parts_traded,
-    find_reward_parted,
+    find_reward_disagreement,
     find_warnings,
 )
 from tests.rlhf.answers import of_text
@@ -75,21 +75,21 @@ def test_figures_of_parts_worked_by_hand() -> None:
     assert describe_parts(parts, None, ["a", "b", "c"], seed=0).keys() == {"parts"}
 
 
-def judged(response: str, correct: float, polite: float, score: float) -> Judged:
-    return Judged(response, {"correct": correct, "polite": polite}, score)
+def scored(response: str, correct: float, polite: float, score: float) -> ScoredResponse:
+    return ScoredResponse(response, {"correct": correct, "polite": polite}, score)
 
 
 def test_pairs_that_differ_in_one_part_worked_by_hand() -> None:
     of_prompts = [
         [
-            judged("It is two.", 1, 0, 0.5),
-            judged("It is six.", 0, 0, 0.1),  # differs in correct only: the reward model is right
-            judged("It is six.", 0, 0, 0.1),  # an equal response makes no more pairs
-            judged("Gladly, six.", 0, 1, 0.1),  # differs from "It is six." in polite only: a tie
-            judged("Gladly, ten.", 0, 1, 0.9),  # in polite only: right; in both parts: no pair
+            scored("It is two.", 1, 0, 0.5),
+            scored("It is six.", 0, 0, 0.1),  # differs in correct only: the reward model is right
+            scored("It is six.", 0, 0, 0.1),  # an equal response makes no more pairs
+            scored("Gladly, six.", 0, 1, 0.1),  # differs from "It is six." in polite only: a tie
+            scored("Gladly, ten.", 0, 1, 0.9),  # in polite only: right; in both parts: no pair
         ],
-        [judged("Rex.", 1, 0, 0.2), judged("Tom.", 0, 0, 0.3)],  # wrong
-        [judged("Yes.", 1, 0, 0.2), Judged("No.", {"correct": 0.0}, 0.3)],  # other parts: no pair
+        [scored("Rex.", 1, 0, 0.2), scored("Tom.", 0, 0, 0.3)],  # wrong
+        [scored("Yes.", 1, 0, 0.2), ScoredResponse("No.", {"correct": 0.0}, 0.3)],  # other parts: no pair
         [],
     ]
     outcomes = outcomes_by_part(of_prompts)
@@ -185,11 +185,11 @@ def test_a_reward_that_leaves_an_independent_judge_is_told(
         "critic": {"sft": repeated(1, 1, 0), "ppo": judge},
         "friend": {"sft": repeated(0, 0, 0), "ppo": repeated(1, 0, 1)},
     }
-    (found,) = find_reward_parted("ppo", "sft", reward, judges, seed=0)
+    (found,) = find_reward_disagreement("ppo", "sft", reward, judges, seed=0)
     assert (found.code, found.policy) == ("EVAL_REWARD", "ppo")
     assert f"and critic {says}" in found.message
     level = {"sft": reward["sft"], "ppo": reward["sft"]}
-    assert find_reward_parted("ppo", "sft", level, judges, seed=0) == []
+    assert find_reward_disagreement("ppo", "sft", level, judges, seed=0) == []
 
 
 def test_a_gain_that_shorter_responses_explain_is_told() -> None:

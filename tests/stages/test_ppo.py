@@ -289,7 +289,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(architecture: str) -> None:
     assert len(num_rows) > 3 and min(num_rows) == 1
 
 
-def test_what_stands_behind_the_end_changes_no_bit_of_a_step() -> None:
+def test_what_comes_after_the_end_changes_no_bit_of_a_step() -> None:
     """The rollout's numbers have padding; its tokens have none, since they are packed."""
     config = make_config()
     learner = make_learner(config)

@@ -53,10 +53,10 @@ def test_a_reward_model_killed_again_and_again_is_the_one_that_was_not(
 
 
 SFT_CUTS = [
-    Cut("stages.sft.trainer", "_Keeper.on_log", 2),
+    Cut("stages.sft.trainer", "_TrainingCallback.on_log", 2),
     Cut("rlhf.runs.checkpoint_files", "save_file", 1),
     Cut("stages.sft.trainer", "save_weights", 3),  # while the best is saved
-    Cut("stages.sft.trainer", "_Keeper.on_step_end", 3),
+    Cut("stages.sft.trainer", "_TrainingCallback.on_step_end", 3),
     Cut("rlhf.runs.checkpoints", "remove_others", 1),
     Cut("stages.sft.train", "save_policy", 1),
 ]

@@ -93,7 +93,7 @@ def bits(tensor: Tensor) -> list[int]:
     ),
     seed=st.integers(0, 99),
 )
-def test_what_stands_behind_the_end_changes_no_bit(
+def test_what_comes_after_the_end_changes_no_bit(
     name: str, lengths: list[int], rubbish: list[float], seed: int
 ) -> None:
     tensors, scores, mask = batch_of(lengths, seed)
