@@ -8,7 +8,7 @@ from rlhf.inputs.files import write_records
 from rlhf.inputs.records import Record
 from rlhf.runs.code import code_of
 from rlhf.runs.files import write_json
-from rlhf.runs.folder import folders_released, refuse_inputs_inside, folder_of_program
+from rlhf.runs.folder import folders_released, refuse_inputs_inside, writing
 from rlhf.runs.settings import FolderSettings
 
 RESULTS_FILE = "results.json"
@@ -49,7 +49,7 @@ def write_record_files(
     """
     settings = asdict(config)
     refuse_inputs_inside(folder, {name: str(path) for name, path in sources.items()})
-    with folder_of_program(
+    with writing(
         folder,
         program=program,
         files=(*names, RESULTS_FILE),

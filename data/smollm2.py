@@ -34,7 +34,7 @@ from rlhf.models.saving import save_policy
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_chat
 from rlhf.runs.code import code_of
-from rlhf.runs.folder import MODEL_FILES, folders_released, refuse_inputs_inside, folder_of_program
+from rlhf.runs.folder import MODEL_FILES, folders_released, refuse_inputs_inside, writing
 from rlhf.runs.program import run_stage
 from rlhf.runs.settings import FolderSettings
 
@@ -130,7 +130,7 @@ def write_data(config: Smollm2Config, folder: Path) -> None:
     settings = {name: getattr(config, name) for name in ("held_out", "max_characters", "seed")}
     refuse_inputs_inside(folder, {"shared": config.shared})
     sources = [source for of_file in (WHOLE | SPLIT).values() for source in of_file]
-    with folder_of_program(
+    with writing(
         folder,
         program="data.smollm2",
         files=(*(f"{name}.jsonl" for name in names), RESULTS_FILE),
@@ -187,7 +187,7 @@ def write_base(config: Smollm2Config, gguf: Path, folder: Path) -> None:
             differently, or the folder was not written by this program.
     """
     settings = {"gguf": gguf.name}
-    with folder_of_program(
+    with writing(
         folder,
         program="data.smollm2 base",
         files=(*MODEL_FILES, RESULTS_FILE),

@@ -80,7 +80,7 @@ class Chat:
         opening = self._answer_frame.opening
         wanted = response
         if any(name in opening for name in self._thoughts.found_in(response)):
-            opening, wanted = "", response.removeprefix(self._shown_opening)
+            opening, wanted = "", response.removeprefix(self._text_of_opening)
         tried = []
         for spelling in self._spellings(opening, response):
             ids = [*spelling, self.end_id]
@@ -138,7 +138,7 @@ class Chat:
         """Return the text of response ids, without the end token and special tokens."""
         ids = list(ids)
         words = self._without_end(ids)
-        text = self._read(words).removeprefix(self._shown_opening)
+        text = self._response_text(words).removeprefix(self._text_of_opening)
         return text.removesuffix(self._answer_frame.closing) if len(words) < len(ids) else text
 
     def show(self, ids: Sequence[int]) -> str:
@@ -166,7 +166,7 @@ class Chat:
         pieces = []
         first, whole = 0, 0  # ids[first:whole] are context; `pieces` has all text before `whole`
         for stop in range(1, end + 1):
-            known, text = self._read(ids[first:whole]), self._read(ids[first:stop])
+            known, text = self._response_text(ids[first:whole]), self._response_text(ids[first:stop])
             if text.endswith("\ufffd") and stop < end:
                 pieces.append("")
                 continue
@@ -174,8 +174,8 @@ class Chat:
             if pieces[-1]:
                 first = whole  # context must have text, or decoding would treat it as a start
             whole = stop
-        if "".join(pieces).startswith(self._shown_opening):
-            pieces = _drop_characters(pieces, len(self._shown_opening))
+        if "".join(pieces).startswith(self._text_of_opening):
+            pieces = _drop_characters(pieces, len(self._text_of_opening))
         closing = self._answer_frame.closing
         if end < len(ids) and "".join(pieces).endswith(closing):
             backwards = _drop_characters([piece[::-1] for piece in reversed(pieces)], len(closing))
@@ -272,18 +272,18 @@ class Chat:
         """
         closing = self._answer_frame.closing
         for text in (response, " " + response):
-            words = [(opening, True), *self._words(text), (closing, True)]
+            words = [(opening, True), *self._split_markers(text), (closing, True)]
             ids = self._turns.encode([(self._answer_frame.before, True), *words])
-            if ids[: len(self._before)] == self._before:
-                yield ids[len(self._before) :]
-        words = [(opening, True), *self._words(response), (closing, True)]
+            if ids[: len(self._ids_before)] == self._ids_before:
+                yield ids[len(self._ids_before) :]
+        words = [(opening, True), *self._split_markers(response), (closing, True)]
         yield self._turns.encode(words)
         word = self._turns.encode([(PROBE, True)])
         ids = self._turns.encode([(PROBE, True), *words])
         if ids[: len(word)] == word:
             yield ids[len(word) :]
 
-    def _words(self, text: str) -> list[Piece]:
+    def _split_markers(self, text: str) -> list[Piece]:
         """Split a response into plain text and thought markers, which become tokens."""
         names = self._thoughts.found_in(text)
         if not names:
@@ -296,9 +296,9 @@ class Chat:
             return ids[: ids.index(self.end_id)]
         return ids[:-1] if self.has_end(ids) else ids
 
-    def _read(self, ids: list[int]) -> str:
+    def _response_text(self, ids: list[int]) -> str:
         """Return the text of a response's tokens after the prompt, without special tokens."""
-        text, before = self._decoded([*self._before, *ids]), self._shown_before
+        text, before = self._decoded([*self._ids_before, *ids]), self._text_before
         return text[len(before) :] if text.startswith(before) else self._decoded(ids)
 
     def _decoded(self, ids: list[int]) -> str:
@@ -309,19 +309,19 @@ class Chat:
         return text
 
     @cached_property
-    def _before(self) -> list[int]:
+    def _ids_before(self) -> list[int]:
         """Ids of the text between the question and the response."""
         return self._control.encode([(self._answer_frame.before, True)])
 
     @cached_property
-    def _shown_before(self) -> str:
-        return self._decoded(self._before)
+    def _text_before(self) -> str:
+        return self._decoded(self._ids_before)
 
     @cached_property
-    def _shown_opening(self) -> str:
-        """What `_read` returns before the answer: the template's opening, and a space that some
+    def _text_of_opening(self) -> str:
+        """Text that `_response_text` returns before the answer: the opening, and a space that some
         tokenizers add."""
-        found = self._read(next(self._spellings(self._answer_frame.opening, PROBE)))
+        found = self._response_text(next(self._spellings(self._answer_frame.opening, PROBE)))
         return found[: found.index(PROBE)] if PROBE in found else ""
 
     @cached_property

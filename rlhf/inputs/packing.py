@@ -281,19 +281,19 @@ def idle_row() -> PackedRow:
     )
 
 
-def assemble(rows: Sequence[PackedRow], parts: Sequence[Tensor]) -> Tensor:
+def assemble(rows: Sequence[PackedRow], results: Sequence[Tensor]) -> Tensor:
     """Put the rows' results, each (responses, ...), into the order of the packed trees.
 
-    Parts of (responses, time) are padded with zeros to the longest.
+    Results of (responses, time) are padded with zeros to the longest.
     """
     num_responses = sum(len(row.response_index) for row in rows)
-    widths = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
-    batch = parts[0].new_zeros([num_responses, *widths])
-    for row, part in zip(rows, parts, strict=True):
-        if part.ndim == 1:
-            batch[row.response_index] = part
+    widths = [max(sizes) for sizes in zip(*(one.shape[1:] for one in results), strict=True)]
+    batch = results[0].new_zeros([num_responses, *widths])
+    for row, result in zip(rows, results, strict=True):
+        if result.ndim == 1:
+            batch[row.response_index] = result
         else:
-            batch[row.response_index, : part.shape[1]] = part
+            batch[row.response_index, : result.shape[1]] = result
     return batch
 
 

@@ -347,7 +347,7 @@ def acquire_folder(
 
 
 @contextmanager
-def folder_of_program(
+def writing(
     output_dir: str | Path,
     *,
     program: str,

@@ -40,7 +40,7 @@ from stages.evaluate.measures import (
     Scores,
     compare,
     describe,
-    divergence,
+    estimate_kl,
     gain,
     most_frequent_response,
     response_logprobs,
@@ -352,7 +352,7 @@ def _measure_policies(config: Config, setup: Setup, device: torch.device) -> Mea
             for other in others:
                 trees, label = answers[other].trees, f"{name} reads {other}"
                 ref_logprobs = response_logprobs(policy, trees, packer, config.temperature, label)
-                measured.figures[other] |= divergence(answers[other], ref_logprobs)
+                measured.figures[other] |= estimate_kl(answers[other], ref_logprobs)
             if _makes_pairs(config, setup) or config.best_of is not None:
                 measured.pool.extend(_sample_pool(config, setup, policy, name))
         del policy

@@ -14,7 +14,7 @@ from rlhf.training.processes import sum_over_processes, sums_over_processes
 from rlhf.training.step import Step
 from stages.ppo.config import Config, PPOSettings
 from stages.ppo.learner import POLICY, Learner, RowOutputs
-from stages.ppo.metrics import Sums, differences, update_metrics
+from stages.ppo.metrics import Sums, describe_differences, update_metrics
 from stages.ppo.monitor import Monitor
 from stages.ppo.nonfinite import find_nonfinite
 from stages.ppo.ptx import PretrainingMix
@@ -68,7 +68,7 @@ def update(
                 add_value_loss(step, row, new, old, num_tokens, ppo)
         if not total:  # no step was taken yet
             nats = torch.cat(log_ratios)
-            first_ratio = differences("ppo/first_log_ratio", nats, state.accelerator)
+            first_ratio = describe_differences("ppo/first_log_ratio", nats, state.accelerator)
             if monitor is not None:
                 monitor.inspect(first_ratio)
         with phase("step"):

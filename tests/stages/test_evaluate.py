@@ -25,7 +25,7 @@ from rlhf.rewards.models import GoldenRow, RewardCard, load_reward_model
 from rlhf.rewards.rendering import rendering_hash
 from stages.evaluate.config import Config
 from stages.evaluate.evaluate import evaluate
-from stages.evaluate.measures import Answers, describe, divergence, score
+from stages.evaluate.measures import Answers, describe, estimate_kl, score
 from stages.evaluate.report import format_results, format_samples
 from tests.rlhf.answers import finished as finished_answer
 from tests.rlhf.answers import of_ids
@@ -371,7 +371,7 @@ def test_divergence_worked_by_hand() -> None:
     answers = [[of_ids([1], [2, 3]), of_ids([1], [4])], [of_ids([1], [5])]]
     logprobs = [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5]), torch.tensor([-3.0])]
     references = [torch.tensor([-2.0, -1.5]), torch.tensor([-1.0]), torch.tensor([-2.0])]
-    found = divergence(Answers(answers, logprobs), references)
+    found = estimate_kl(Answers(answers, logprobs), references)
     assert found["kl"] == pytest.approx((0.5 + -1.0) / 2, abs=1e-6)
     assert found["kl_error"] == pytest.approx(1.5 / 2, abs=1e-6)
     tokens = [math.exp(-1) - 1 + 1, math.exp(0.5) - 1 - 0.5, math.exp(-0.5) - 0.5, math.e - 2]

@@ -41,7 +41,7 @@ from rlhf.rewards.scores import Scored
 from rlhf.rewards.settings import RewardSettings
 from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config, MonitorSettings, PPOSettings
-from stages.ppo.metrics import differences
+from stages.ppo.metrics import describe_differences
 from stages.ppo.monitor import (
     CODES,
     NONFINITE,
@@ -259,7 +259,7 @@ def test_one_token_far_off_among_many_is_no_alarm(dtype: str, config: Config) ->
     one_far[7] = -40 * noise.high
     many_far[:200] = -2 * noise.high  # two in a thousand
     for apart, is_alarm in ((one_far, False), (many_far, True), (3 * small, True)):
-        found = differences("ppo/first_log_ratio", apart, accelerator)
+        found = describe_differences("ppo/first_log_ratio", apart, accelerator)
         now = found | {"ppo/sampler_difference": 0.0}
         monitor = Monitor(config, print, noise)
         assert (ratio_is_not_one(now, monitor) is not None) == is_alarm

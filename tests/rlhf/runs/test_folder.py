@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.runs.folder import LOCK, MARK, acquire_folder, locked_file, folders_released, folder_of_program
+from rlhf.runs.folder import LOCK, MARK, acquire_folder, locked_file, folders_released, writing
 from rlhf.runs.run import Run, open_run
 from rlhf.runs.settings import FolderSettings
 
@@ -343,7 +343,7 @@ def test_only_the_first_process_takes_the_folder(
 
 def test_programs_that_are_no_runs_have_the_same_rules(tmp_path: Path) -> None:
     def write(seed: int, overwrite: bool = False) -> None:
-        with folder_of_program(
+        with writing(
             tmp_path / "data",
             program="data.x",
             files=["x.txt"],

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf.runs import code, files
-from rlhf.runs.folder import MARK, RESULTS, folders_released, folder_of_program
+from rlhf.runs.folder import MARK, RESULTS, folders_released, writing
 from rlhf.runs.run import open_run
 from rlhf.runs.settings import FolderSettings
 
@@ -214,7 +214,7 @@ def test_programs_that_are_no_runs_are_made_once_too(
 
     @folders_released()
     def make(version: str = "1", force: bool = False) -> None:
-        with folder_of_program(
+        with writing(
             tmp_path / "out",
             program="data.x",
             files=["x.txt", RESULTS],
