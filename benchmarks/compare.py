@@ -31,7 +31,7 @@ def compare(
     num_pairs: int,
     num_threads: int,
     log_dir: Path,
-    log: Callable[[str], object] = print,
+    tell: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Measure one row: a checked warm-up of both sides, then `num_pairs` samples of each in turn.
 
@@ -55,7 +55,7 @@ def compare(
             for side in SIDES:
                 samples[side].append(workers[side].run())
             ours, theirs = (samples[side][-1]["seconds"] for side in SIDES)
-            log(
+            tell(
                 f"{work.name}: pair {number} of {num_pairs}: ours {ours:.2f} s, theirs "
                 f"{theirs:.2f} s, {theirs / ours:.2f} times"
             )

@@ -107,7 +107,9 @@ def base() -> Iterator[Finding]:
                 importlib.import_module(MODULES.get(requirement.name, requirement.name))
             except Exception as error:
                 remedy = f'pip install --force-reinstall "{requirement}"'
-                found = replace(found, detail=f"{found.detail}, {_error_line(error)}", remedy=remedy)
+                found = replace(
+                    found, detail=f"{found.detail}, {_error_line(error)}", remedy=remedy
+                )
         yield found
 
 

@@ -121,7 +121,11 @@ def decoding_mode_for(policy: PreTrainedModel) -> DecodingMode:
     if policy not in _modes:
         device = next(policy.parameters()).device
         with torch.autocast(device.type, enabled=False):
-            mode = next(mode for mode in DECODING_MODES if not mode.caches or _equals_plain_passes(policy, mode))
+            mode = next(
+                mode
+                for mode in DECODING_MODES
+                if not mode.caches or _equals_plain_passes(policy, mode)
+            )
         if mode is not DECODING_MODES[0]:
             how = "prompts of one length at a time" if mode.caches else "without a cache, slowly"
             warnings.warn(f"{type(policy).__name__} samples {how}", stacklevel=3)

@@ -17,7 +17,7 @@ SOME, ALL = 1, 2
 
 
 class _RowMask(BlockMask):
-    """A block mask with a number of axes, since GPT-2 asks for it and leaves four axes unchanged."""
+    """A block mask with `ndim`, which GPT-2 reads: it leaves masks of four axes as they are."""
 
     ndim = 4
 

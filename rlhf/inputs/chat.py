@@ -166,7 +166,10 @@ class Chat:
         pieces = []
         first, whole = 0, 0  # ids[first:whole] are context; `pieces` has all text before `whole`
         for stop in range(1, end + 1):
-            known, text = self._response_text(ids[first:whole]), self._response_text(ids[first:stop])
+            known, text = (
+                self._response_text(ids[first:whole]),
+                self._response_text(ids[first:stop]),
+            )
             if text.endswith("\ufffd") and stop < end:
                 pieces.append("")
                 continue

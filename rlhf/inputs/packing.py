@@ -230,7 +230,9 @@ class Packer:
         if self.layout == Layout.SEQUENCES:
             return self._share_rows(_split_responses(numbered))
         shared = [item for item, tree in zip(numbered, trees, strict=True) if self._may_share(tree)]
-        alone = [item for item, tree in zip(numbered, trees, strict=True) if not self._may_share(tree)]
+        alone = [
+            item for item, tree in zip(numbered, trees, strict=True) if not self._may_share(tree)
+        ]
         return self._share_rows(shared) + [_make_row([item]) for item in _split_responses(alone)]
 
     def _share_rows(self, numbered: "Sequence[_NumberedTree]") -> list[PackedRow]:
@@ -373,7 +375,9 @@ _NumberedTree = tuple[int, tuple[int, ...], list[tuple[int, tuple[int, ...]]]]
 def _split_responses(numbered: Sequence[_NumberedTree]) -> list[_NumberedTree]:
     """Give every response a prompt of its own."""
     return [
-        (number, prompt, [response]) for number, prompt, responses in numbered for response in responses
+        (number, prompt, [response])
+        for number, prompt, responses in numbered
+        for response in responses
     ]
 
 

@@ -280,7 +280,11 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _used_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the ids in a prompt, a text and characters that the vocabulary lacks."""
     prompt = _conversation(tokenizer, add_generation_prompt=True)
-    return {*_ids(tokenizer, prompt), *tokenizer(PROBE).input_ids, *_ids(tokenizer, _RARE_CHARACTERS)}
+    return {
+        *_ids(tokenizer, prompt),
+        *tokenizer(PROBE).input_ids,
+        *_ids(tokenizer, _RARE_CHARACTERS),
+    }
 
 
 def _unused_token(tokenizer: PreTrainedTokenizerBase, taken: set[int]) -> str | None:

@@ -278,7 +278,9 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is altered ({error}); {_or_start_anew(folder)}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is altered (it does not hold an object); {_or_start_anew(folder)}")
+        raise ValueError(
+            f"{path} is altered (it does not hold an object); {_or_start_anew(folder)}"
+        )
     return value
 
 

@@ -192,7 +192,10 @@ class Step:
     def _backward(self) -> None:
         """Run the backward pass of the losses that `add` has kept."""
         if self._kept_losses:
-            loss = sum(self._kept_losses[1:], start=self._kept_losses[0]) * self.state.accelerator.num_processes
+            loss = (
+                sum(self._kept_losses[1:], start=self._kept_losses[0])
+                * self.state.accelerator.num_processes
+            )
             sharding.backward(self.state.accelerator, self.state.model, loss)
             self._kept_losses.clear()
 

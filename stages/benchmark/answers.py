@@ -13,9 +13,9 @@ from lm_eval.evaluator import evaluate
 
 from rlhf.inputs.streams import python_stream
 from rlhf.measuring.statistics import majority_of_k
-from stages.benchmark.tasks import LoadedTask
 from stages.benchmark.config import Rendering, TaskSettings
 from stages.benchmark.figures import Metric
+from stages.benchmark.tasks import LoadedTask
 
 NO_ANSWER = "[invalid]"
 """Result of the harness's regular expressions on a text without an answer. It does not vote."""

@@ -19,11 +19,11 @@ from rlhf.models.tokenizers import has_chat_template, load_chat
 from rlhf.runs.folder import folders_released
 from rlhf.runs.run import open_run
 from rlhf.training.processes import start_accelerator
-from stages.benchmark.task_names import HARNESS, check_names
 from stages.benchmark.config import Config
 from stages.benchmark.figures import alignment_tax, figure
 from stages.benchmark.report import format_results
 from stages.benchmark.task_files import data_files, find_task_file, read_task_file
+from stages.benchmark.task_names import HARNESS, check_names
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

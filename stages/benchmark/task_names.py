@@ -22,7 +22,9 @@ include may have any other ending, or none."""
 NUM_SUGGESTIONS = 3
 """Most names that a message suggests."""
 
-_NAME_LINE = re.compile(r"""^["']?(?:task|group|tag)["']?[ \t]*:[ \t]*["']?([^\s"'#\[\]{},]+)""", re.M)
+_NAME_LINE = re.compile(
+    r"""^["']?(?:task|group|tag)["']?[ \t]*:[ \t]*["']?([^\s"'#\[\]{},]+)""", re.M
+)
 """Matches the line of a file that gives a task, a group or a tag its name."""
 
 

@@ -17,9 +17,9 @@ import datasets
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from stages.benchmark.task_names import unknown_task
 from stages.benchmark.config import Config, TaskSettings
 from stages.benchmark.task_files import PAGE, data_files, find_task_file, read_task_file, rows_of
+from stages.benchmark.task_names import unknown_task
 
 SHOTS = "shots"
 """Name of the split that is held out to draw examples from."""
@@ -65,8 +65,8 @@ def load_tasks(config: Config) -> list[LoadedTask]:
 def _sample_several(loaded: LoadedTask, settings: TaskSettings) -> None:
     if not loaded.is_sampled:
         raise ValueError(
-            f"tasks.{loaded.settings_name}.samples is {settings.samples}, but {loaded.name} rates given "
-            "texts and samples nothing; give samples: 1"
+            f"tasks.{loaded.settings_name}.samples is {settings.samples}, but {loaded.name} rates "
+            "given texts and samples nothing; give samples: 1"
         )
     sampling = {"do_sample": True, "temperature": settings.temperature}
     loaded.task.set_config("repeats", settings.samples)
@@ -116,8 +116,8 @@ def _draws_from_test(task: ConfigurableTask) -> bool:
 def _check_number(loaded: LoadedTask, num_shots: int, available: int) -> None:
     if num_shots > available:
         raise ValueError(
-            f"tasks.{loaded.settings_name}.shots asks for {num_shots} examples, and {loaded.source} has "
-            f"{available}; give fewer shots, or more rows in num_shot_questions or the file"
+            f"tasks.{loaded.settings_name}.shots asks for {num_shots} examples, and "
+            f"{loaded.source} has {available}; give fewer shots, or more rows in num_shot_questions or the file"
         )
 
 
@@ -195,7 +195,11 @@ def _with_data(settings: Mapping[str, Any], splits: Mapping[str, list[Any]]) -> 
     rows = datasets.DatasetDict(
         {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
     )
-    return {**settings, "dataset_kwargs": None, "custom_dataset": functools.partial(_rows_for_harness, rows)}
+    return {
+        **settings,
+        "dataset_kwargs": None,
+        "custom_dataset": functools.partial(_rows_for_harness, rows),
+    }
 
 
 def _rows_for_harness(rows: datasets.DatasetDict, **_: object) -> datasets.DatasetDict:

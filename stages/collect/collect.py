@@ -96,7 +96,9 @@ def _rank(
             ranked.append(one)
     except BaseException:
         if ranked:
-            write_records(run.dir / PARTIAL_RANKINGS_FILE, [one for of_prompt in ranked for one in of_prompt])
+            write_records(
+                run.dir / PARTIAL_RANKINGS_FILE, [one for of_prompt in ranked for one in of_prompt]
+            )
             print(
                 f"collect: {len(ranked)} prompts were ranked, see {so_far}; the same command asks "
                 "for the others"

@@ -84,9 +84,9 @@ def rank_each(
     ]
     if [(one.prompt, one.responses, one.labeler) for one in before] != wanted[: len(before)]:
         raise ValueError(
-            f"{PARTIAL_RANKINGS_FILE} of {config.output_dir} holds rankings of other responses or by other "
-            "labelers than these settings give; give the settings it was made with, or another "
-            "output_dir"
+            f"{PARTIAL_RANKINGS_FILE} of {config.output_dir} holds rankings of other responses "
+            "or by other labelers than these settings give; give the settings it was made with, or "
+            "another output_dir"
         )
     for question, texts, by, generator in tasks:
         known, before = before[: len(by)], before[len(by) :]

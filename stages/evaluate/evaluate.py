@@ -342,7 +342,9 @@ def _measure_policies(config: Config, setup: Setup, device: torch.device) -> Mea
         }
         if setup.grader is not None:
             measured.parts[name] = setup.grader.grade(answers[name].by_prompt)
-            figures |= _measure_parts(config, setup, setup.grader, policy, name, measured.parts[name])
+            figures |= _measure_parts(
+                config, setup, setup.grader, policy, name, measured.parts[name]
+            )
         if setup.texts:
             label = f"{name} reads held-out text"
             figures["text_loss"] = text_loss(policy, setup.texts, packer, label)

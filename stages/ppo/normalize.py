@@ -144,9 +144,9 @@ def _find_scales(
         scale, judged = _measure(samples, name, debias, accelerator)
         scales[name] = scale
         accelerator.print(
-            f"ppo: {judged} samples of the reference policy score {scale.mean:.4g}{_by_part(name)} on "
-            f"average, with a standard deviation of {scale.std:.4g}{_length_effect(scale, debias)}; "
-            "scores are shifted and scaled to 0 and 1"
+            f"ppo: {judged} samples of the reference policy score {scale.mean:.4g}"
+            f"{_by_part(name)} on average, with a standard deviation of {scale.std:.4g}"
+            f"{_length_effect(scale, debias)}; scores are shifted and scaled to 0 and 1"
         )
     return scales
 
@@ -225,8 +225,8 @@ def _measure(
     if std <= SMALLEST_STD * max(1.0, abs(mean)):
         raise ValueError(
             f"all {judged} samples for reward.normalize_on score {mean:.6g}{_by_part(name)}"
-            f"{_length_effect(scale, debias)}, and a standard deviation of 0 cannot be scaled to 1; "
-            "give a reward that tells responses apart, or reward.normalize_on null"
+            f"{_length_effect(scale, debias)}, and a standard deviation of 0 cannot be scaled to "
+            "1; give a reward that tells responses apart, or reward.normalize_on null"
         )
     return replace(scale, std=std), judged
 

@@ -50,7 +50,9 @@ def saving_when_stopped(learner: Learner, monitor: Monitor, chat: Chat, run: Run
         raise TrainingStopped(f"{stop} The weights before it are in {folder}.") from stop
 
 
-def save_policy_copy(learner: Learner, chat: Chat, run: Run, number: int, every: int | None) -> None:
+def save_policy_copy(
+    learner: Learner, chat: Chat, run: Run, number: int, every: int | None
+) -> None:
     """Write the policy as a run that ends after this update would, if a copy is due.
 
     All processes must call this.

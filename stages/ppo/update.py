@@ -63,7 +63,10 @@ def update(
             log_ratios = []
             old_outputs = OldOutputs.of(batch, state.accelerator.device)
             for row in step.rows(learner.packer.rows(batch.trees)):
-                new, old = RowOutputs(learner, row, temperature, only_value), old_outputs.select(row)
+                new, old = (
+                    RowOutputs(learner, row, temperature, only_value),
+                    old_outputs.select(row),
+                )
                 log_ratios.append(add_policy_loss(step, row, new, old, num_tokens, ppo))
                 add_value_loss(step, row, new, old, num_tokens, ppo)
         if not total:  # no step was taken yet

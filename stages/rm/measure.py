@@ -70,7 +70,9 @@ def score_all(
 
 
 def held_out_metrics(
-    config: Config, pairs: Sequence[pair_metrics.Pair], gold_pairs: Sequence[pair_metrics.Pair] | None = None
+    config: Config,
+    pairs: Sequence[pair_metrics.Pair],
+    gold_pairs: Sequence[pair_metrics.Pair] | None = None,
 ) -> dict[str, float]:
     metrics = {
         "rm/held_out_accuracy": pair_metrics.accuracy(pairs, config.seed).value,
@@ -89,7 +91,9 @@ def final_metrics(
 ) -> dict[str, Any]:
     """Compute held-out figures against the labels and, where there is one, the gold score."""
     no_scores = [[0.0] * len(example.tree.responses) for example in train_set]
-    train_pairs = pair_metrics.compare(train_set, no_scores, pair_metrics.label_preferences(train_set))
+    train_pairs = pair_metrics.compare(
+        train_set, no_scores, pair_metrics.label_preferences(train_set)
+    )
     longer_wins = pair_metrics.does_longer_win(train_pairs)
     error, table = pair_metrics.calibration(pairs)
     baseline = pair_metrics.length_accuracy(pairs, longer_wins=longer_wins)

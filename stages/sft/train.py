@@ -28,7 +28,7 @@ from rlhf.training.out_of_memory import memory_of
 from rlhf.training.processes import start_accelerator, warn_of_float32
 from stages.sft.config import Config
 from stages.sft.measure import different_prompts, draw_samples, mean_loss, sample_rows
-from stages.sft.rows import Rows, fit_batches, order_epochs, load_rows
+from stages.sft.rows import Rows, fit_batches, load_rows, order_epochs
 from stages.sft.trainer import Metrics, figures_line, fit
 
 

@@ -71,7 +71,7 @@ def test_sides_run_in_turn_behind_a_warm_up(tmp_path: Path) -> None:
         num_pairs=2,
         num_threads=1,
         log_dir=tmp_path,
-        log=lines.append,
+        tell=lines.append,
     )
     assert len(lines) == len(row["ours"]["seconds"]) == len(row["theirs"]["seconds"]) == 2
     assert row["checked"] == {"loss": [0.5, 0.5]}

@@ -27,11 +27,11 @@ from tests.rlhf.tiny_models import byte_tokenizer, change_trained, tiny_policy_o
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 from lm_eval.tasks import TaskManager
 
-import stages.benchmark.tasks
 import stages.benchmark.task_names
-from stages.benchmark.tasks import hold_out
-from stages.benchmark.task_names import check_names
+import stages.benchmark.tasks
 from stages.benchmark.task_files import read_task_file
+from stages.benchmark.task_names import check_names
+from stages.benchmark.tasks import hold_out
 
 CONTEXT = 64
 """Positions of the tiny models. Some prompts with examples are longer, and lose their start."""
@@ -369,7 +369,9 @@ def test_a_task_of_the_harness_keeps_its_own_way_of_drawing_examples(
         TaskManager, include_defaults=False, include_path=str(tmp_path / "bank")
     )
     monkeypatch.setattr(stages.benchmark.tasks, "TaskManager", own_tasks)
-    monkeypatch.setattr(stages.benchmark.task_names, "harness_task_folder", lambda: tmp_path / "bank")
+    monkeypatch.setattr(
+        stages.benchmark.task_names, "harness_task_folder", lambda: tmp_path / "bank"
+    )
     tasks = {"banked": TaskSettings(shots=[2], renderings=PLAIN)}
     policies = {"first": str(folder / "first")}
     results, rows = run(make_config(folder, tmp_path / "out", tasks=tasks, policies=policies))

@@ -89,7 +89,10 @@ def test_pairs_that_differ_in_one_part_worked_by_hand() -> None:
             scored("Gladly, ten.", 0, 1, 0.9),  # in polite only: right; in both parts: no pair
         ],
         [scored("Rex.", 1, 0, 0.2), scored("Tom.", 0, 0, 0.3)],  # wrong
-        [scored("Yes.", 1, 0, 0.2), ScoredResponse("No.", {"correct": 0.0}, 0.3)],  # other parts: no pair
+        [
+            scored("Yes.", 1, 0, 0.2),
+            ScoredResponse("No.", {"correct": 0.0}, 0.3),
+        ],  # other parts: no pair
         [],
     ]
     outcomes = outcomes_by_part(of_prompts)

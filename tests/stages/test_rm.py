@@ -495,7 +495,9 @@ def test_gold_ties_make_no_pairs() -> None:
     tree = PromptTree((1,), ((2,), (3,), (4, 4)))
     example = Example(tree, Ranking("q", ("a", "b", "c"), (None,) * 3), is_cut=False)
     gold = {"a": 0.5, "b": 2.0, "c": 0.5}
-    preferences = pair_metrics.gold_preferences([example], lambda _, texts: [gold[t] for t in texts])
+    preferences = pair_metrics.gold_preferences(
+        [example], lambda _, texts: [gold[t] for t in texts]
+    )
     pairs = pair_metrics.compare([example], [[0.0, 1.0, 3.0]], preferences)
     assert [(pair.margin, pair.length_margin) for pair in pairs] == [(1.0, 0), (-2.0, -1)]
     assert pair_metrics.label_preferences([example]) == [[]]

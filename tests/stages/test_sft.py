@@ -33,7 +33,7 @@ from stages.sft import train as train_module
 from stages.sft.config import Config
 from stages.sft.glossary import METRICS
 from stages.sft.measure import different_prompts, draw_samples, mean_loss, sample_rows
-from stages.sft.rows import cut_text, fit_batches, order_epochs, load_rows, render
+from stages.sft.rows import cut_text, fit_batches, load_rows, order_epochs, render
 from stages.sft.train import train
 from stages.sft.trainer import Measure, fit, make_trainer, to_row
 from tests.rlhf.plain_loading import load_with_report

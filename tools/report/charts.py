@@ -121,7 +121,11 @@ def draw_panel(drawn: DrawnPanel, name: str) -> Markup:
 
 
 def draw_intervals(
-    rows: Sequence[IntervalRow], title: str, reference: float | None = None, *, has_bars: bool = False
+    rows: Sequence[IntervalRow],
+    title: str,
+    reference: float | None = None,
+    *,
+    has_bars: bool = False,
 ) -> Markup:
     """Draw values with their intervals, one below the other, with the numbers at the right.
 
@@ -170,7 +174,9 @@ def draw_scatter(dots: Sequence[Dot], path: Sequence[Dot], title: str, x_label: 
     ends = [end for dot in points for end in (dot.error or ())]
     x = scale_for([dot.x for dot in points], LEFT, WIDTH - RIGHT - 30, margin=0.1)
     y = scale_for([*(dot.y for dot in points), *ends], HEIGHT + 30 - BOTTOM - 12, TOP, margin=0.12)
-    svg = new_svg(WIDTH, HEIGHT + 30, _describe_values(title, ((dot.label, dot.y) for dot in points)))
+    svg = new_svg(
+        WIDTH, HEIGHT + 30, _describe_values(title, ((dot.label, dot.y) for dot in points))
+    )
     _axes(svg, x, y, HEIGHT + 30 - 12)
     write(svg, (LEFT + WIDTH - RIGHT) / 2, HEIGHT + 26, x_label, "middle")
     if len(path) > 1:
@@ -200,7 +206,9 @@ def draw_calibration(bins: Sequence[tuple[float, float, int]]) -> Markup:
     x = Scale(0.5, 1.0, LEFT, WIDTH - RIGHT)
     y = Scale(min(0.45, *(accuracy for _, accuracy, _ in bins)), 1.0, HEIGHT + 12 - BOTTOM, TOP)
     values = ((f"sure by {sure:.2f}", right) for sure, right, _ in bins)
-    svg = new_svg(WIDTH, HEIGHT + 30, _describe_values("How often the reward model is right", values))
+    svg = new_svg(
+        WIDTH, HEIGHT + 30, _describe_values("How often the reward model is right", values)
+    )
     _axes(svg, x, y, HEIGHT + 12)
     write(
         svg,

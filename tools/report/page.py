@@ -27,7 +27,7 @@ from tools.report.charts import (
 from tools.report.figures import Figure, Source, is_number, to_html
 from tools.report.folders import RunFolder, Stage
 from tools.report.lineage import draw_lineage, find_inputs
-from tools.report.panels import MAX_POINTS, RaisedAlarm, DrawnPanel, find_alarms, find_panels
+from tools.report.panels import MAX_POINTS, DrawnPanel, RaisedAlarm, find_alarms, find_panels
 from tools.report.samples import find_samples
 from tools.report.settings import compare_runs, compare_with_presets
 from tools.report.tables import (
@@ -310,7 +310,9 @@ def _about_labels(results: Source) -> list[Chart]:
     return charts
 
 
-def _interval_row(results: Source, label: str, place: Sequence[str], rank: int) -> IntervalRow | None:
+def _interval_row(
+    results: Source, label: str, place: Sequence[str], rank: int
+) -> IntervalRow | None:
     """Return the figure at a place with the interval beside it; None if it is not there."""
     figure = results.figure(*place)
     ends = results.interval(*place[:-1], f"{place[-1]}_interval")

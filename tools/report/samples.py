@@ -138,14 +138,25 @@ def _of_evaluations(evaluations: Sequence[Stage], names: Sequence[str]) -> Sampl
         if len({number for number, _ in question.rows}) == len(evaluations)
     ]
     as_they_come, rest = shared[:NUM_PROMPTS], shared[NUM_PROMPTS:]
-    disagreeing = sorted((one for one in rest if one.disagreement > 0), key=lambda one: -one.disagreement)
-    shown = [_side_by_side(one, evaluations, names, do_judges_disagree=False) for one in as_they_come]
-    shown += [_side_by_side(one, evaluations, names, do_judges_disagree=True) for one in disagreeing[:NUM_DISAGREEMENTS]]
+    disagreeing = sorted(
+        (one for one in rest if one.disagreement > 0), key=lambda one: -one.disagreement
+    )
+    shown = [
+        _side_by_side(one, evaluations, names, do_judges_disagree=False) for one in as_they_come
+    ]
+    shown += [
+        _side_by_side(one, evaluations, names, do_judges_disagree=True)
+        for one in disagreeing[:NUM_DISAGREEMENTS]
+    ]
     return Samples(shown, len(shared), evaluations)
 
 
 def _side_by_side(
-    question: _Question, evaluations: Sequence[Stage], names: Sequence[str], *, do_judges_disagree: bool
+    question: _Question,
+    evaluations: Sequence[Stage],
+    names: Sequence[str],
+    *,
+    do_judges_disagree: bool,
 ) -> Sample:
     before = question.before
     responses = []

@@ -82,11 +82,15 @@ def _compare(stage: Stage, preset: str | None) -> ComparedStage:
     own = _comparable(stage.settings, stage.stage)
     path = PRESETS / stage.stage / f"{preset}.yaml"
     if stage.stage not in CONFIGS or not path.is_file():
-        return ComparedStage(stage, None, [ComparedSetting(k, _shown(v), None) for k, v in own.items()])
+        return ComparedStage(
+            stage, None, [ComparedSetting(k, _shown(v), None) for k, v in own.items()]
+        )
     whole = settings_in_use(load_config(CONFIGS[stage.stage], ["--config", str(path)]))
     theirs = _comparable(whole, stage.stage)
     settings = [
-        ComparedSetting(key, _shown(value), _shown(theirs.get(key)) if theirs.get(key) != value else None)
+        ComparedSetting(
+            key, _shown(value), _shown(theirs.get(key)) if theirs.get(key) != value else None
+        )
         for key, value in own.items()
     ]
     return ComparedStage(stage, preset, settings)

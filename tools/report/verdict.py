@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tools.report.figures import SentencePart, Sentence, Source
+from tools.report.figures import Sentence, SentencePart, Source
 from tools.report.folders import RunFolder, Stage
 from tools.report.panels import RaisedAlarm
 
@@ -193,7 +193,10 @@ def _best_of(results: Source, baseline: str) -> Iterator[Sentence]:
 
 
 def _of_unfinished(
-    run: RunFolder, broken: list[Stage], alarms: list[RaisedAlarm], warnings: list[tuple[str, Sentence]]
+    run: RunFolder,
+    broken: list[Stage],
+    alarms: list[RaisedAlarm],
+    warnings: list[tuple[str, Sentence]],
 ) -> Verdict:
     stage = broken[0]
     stops = [alarm for alarm in alarms if alarm.has_stopped and alarm.stage is stage]

@@ -43,7 +43,14 @@ def test_only_the_rows_that_gain_are_turned(two_threads: None) -> None:
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(nn.functional, "linear", noted)
-        for rows in (1, TRANSPOSED_ROWS[0] - 1, TRANSPOSED_ROWS[0], TRANSPOSED_ROWS[-1], TRANSPOSED_ROWS[-1] + 1, 512):
+        for rows in (
+            1,
+            TRANSPOSED_ROWS[0] - 1,
+            TRANSPOSED_ROWS[0],
+            TRANSPOSED_ROWS[-1],
+            TRANSPOSED_ROWS[-1] + 1,
+            512,
+        ):
             layer(torch.zeros(rows, 8))
     assert seen == [1, TRANSPOSED_ROWS[0] - 1, TRANSPOSED_ROWS[-1] + 1, 512]
 

@@ -98,7 +98,10 @@ def test_a_part_that_judges_nothing_of_a_batch_adds_nothing() -> None:
         def score(self, answers: Sequence[Answer]) -> Scored:
             raise AssertionError("no answer is for this part")
 
-    parts = {"rules": RewardPart(Unasked(), only_with="instructions"), "model": RewardPart(Fixed(1.0, 2.0))}
+    parts = {
+        "rules": RewardPart(Unasked(), only_with="instructions"),
+        "model": RewardPart(Fixed(1.0, 2.0)),
+    }
     scored = WeightedReward(parts).score([of_text(FREE, "Yes")] * 2)
     assert scored.scores.tolist() == [1, 2]
     assert scored.parts["rules"].isnan().all()

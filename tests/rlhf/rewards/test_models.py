@@ -17,7 +17,7 @@ from rlhf.inputs.packing import PromptTree
 from rlhf.inputs.records import Prompt
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.rewards.load import load_reward_model_for_policy, load_reward, reward_models_of
+from rlhf.rewards.load import load_reward, load_reward_model_for_policy, reward_models_of
 from rlhf.rewards.models import (
     REWARD_FILE,
     RewardCard,
@@ -192,7 +192,9 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def judge_of(folder: Path, policy_chat: Chat) -> tuple[TextRewardModel, list[str]]:
     told: list[str] = []
     settings = ModelSettings(path=str(folder))
-    reward = load_reward_model_for_policy(settings, policy_chat, micro_batch_tokens=512, log=told.append)
+    reward = load_reward_model_for_policy(
+        settings, policy_chat, micro_batch_tokens=512, log=told.append
+    )
     assert isinstance(reward, TextRewardModel)
     return reward, told
 
@@ -267,7 +269,9 @@ def test_a_reward_model_of_the_policys_rendering_reads_its_ids(saved: Path) -> N
     told: list[str] = []
     settings = ModelSettings(path=str(saved))
     policy_chat = Chat(base_tokenizer())
-    reward = load_reward_model_for_policy(settings, policy_chat, micro_batch_tokens=512, log=told.append)
+    reward = load_reward_model_for_policy(
+        settings, policy_chat, micro_batch_tokens=512, log=told.append
+    )
     assert isinstance(reward, RewardModel)
     assert told == []
     prompt_ids, response_ids = ids_of(policy_chat)

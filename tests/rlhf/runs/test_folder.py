@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.runs.folder import LOCK, MARK, acquire_folder, locked_file, folders_released, writing
+from rlhf.runs.folder import LOCK, MARK, acquire_folder, folders_released, locked_file, writing
 from rlhf.runs.run import Run, open_run
 from rlhf.runs.settings import FolderSettings
 
