@@ -117,7 +117,8 @@ def _check_number(loaded: LoadedTask, num_shots: int, available: int) -> None:
     if num_shots > available:
         raise ValueError(
             f"tasks.{loaded.settings_name}.shots asks for {num_shots} examples, and "
-            f"{loaded.source} has {available}; give fewer shots, or more rows in num_shot_questions or the file"
+            f"{loaded.source} has {available}; give fewer shots, or more rows in "
+            "num_shot_questions or the file"
         )
 
 
