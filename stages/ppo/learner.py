@@ -56,7 +56,7 @@ class Learner:
         return self.state.module
 
     @contextmanager
-    def inference(self) -> Iterator[None]:
+    def ready(self) -> Iterator[None]:
         """Gather whole weights and use the launcher's precision, for passes without a gradient."""
         accelerator = self.state.accelerator
         with sharding.whole_weights(accelerator, self.state.model), accelerator.autocast():

@@ -33,7 +33,7 @@ def train(config: Config) -> None:
     for number in bar:
         only_value = number < config.ppo.value_warmup_updates
         with saving_when_stopped(learner, monitor, setup.chat, run):
-            with learner.inference():
+            with learner.ready():
                 rollout = roll_out(
                     learner.models.policy,
                     learner.models.value_model,
@@ -63,7 +63,7 @@ def train(config: Config) -> None:
         if not only_value:
             progress.kl_coef = next_kl_coef(progress.kl_coef, metrics["ppo/kl"], config)
         if is_due(number, config):
-            with watch.phase("evaluate"), learner.inference():
+            with watch.phase("evaluate"), learner.ready():
                 metrics |= evaluate(learner, sampler, setup.held_out, run, number, config)
         seconds = watch.take() | {"update": time.perf_counter() - started}
         started = time.perf_counter()  # the time to save counts for the next update
