@@ -70,7 +70,7 @@ def test_a_stage_has_its_words_its_environment_and_its_threads(serve: Serve) -> 
 
 
 def test_what_is_registered_for_the_end_of_a_stage_is_called(serve: Serve) -> None:
-    assert serve(f"{ASK} program promise").stdout.splitlines()[-1] == "kept"
+    assert serve(f"{CLIENT} program promise").stdout.splitlines()[-1] == "kept"
 
 
 def test_exit_codes_are_those_of_the_stage(serve: Serve) -> None:
