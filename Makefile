@@ -38,9 +38,9 @@ results = $(wildcard $(RUN)/$(or $(patsubst $(1)/%,%,$(filter $(1)/%,$(folders))
 after = $(if $(ALL),$(1),$(foreach stage,$(1),$(if $(call results,$(stage)),,$(stage))))
 
 # One process needs no launcher, which takes seconds to start. In a pipeline it imports what all stages
-# need only once (stages/together.py).
+# need only once (stages/stage_server.py).
 one_process = $(filter $(DEFAULT),$(ACCELERATE))
-python = $(BIN)/python $(if $(RLHF_STAGES_TOGETHER),-S stages/ask.py,-m)
+python = $(BIN)/python $(if $(RLHF_STAGE_SERVER),-S stages/stage_client.py,-m)
 launch = $(if $(one_process),$(python),$(BIN)/accelerate launch --quiet --config_file $(ACCELERATE) -m)
 options = --overwrite$(if $(SEED), --seed $(SEED))$(if $(filter $@,$(MAKECMDGOALS)), $(ARGS))
 run = $(launch) stages.$(1) --config configs/$(1)/$(PRESET).yaml --run_dir $(RUN) $(strip $(2) $(options))
@@ -70,7 +70,7 @@ benchmark: $(call after,$(POLICIES)) | $(SETUP) ## Zero-, one- and few-shot task
 pipeline: ## All stages from the data to the table of results.
 	$(if $(PLAN),@printf '%s\n' $(PLAN))
 	@$(MAKE) --silent $(SETUP)
-	@$(if $(one_process),$(BIN)/python -m stages.together )$(MAKE) --no-print-directory \
+	@$(if $(one_process),$(BIN)/python -m stages.stage_server )$(MAKE) --no-print-directory \
 	    $(if $(jobs),--jobs $(jobs) )ALL=1 evaluate
 	@echo "report: $(RUN)/report.html, results: $(RUN)/results.json, answers side by side: $(RUN)/samples.md"
 

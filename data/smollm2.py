@@ -28,7 +28,7 @@ from rlhf.inputs.files import split_by_prompt, write_records
 from rlhf.inputs.ranges import PositiveInt, ShareBetween
 from rlhf.inputs.records import Record
 from rlhf.inputs.whole_files import write_text
-from rlhf.models.full import quiet
+from rlhf.models.full import quiet_transformers
 from rlhf.models.loading import load_policy
 from rlhf.models.saving import save_policy
 from rlhf.models.settings import ModelSettings
@@ -210,7 +210,7 @@ def write_base(config: Smollm2Config, gguf: Path, folder: Path) -> None:
 
 def _save_checked(gguf: Path, folder: Path) -> tuple[dict[str, object], int]:
     """Save the model; return its question and answer, and its number of parameters."""
-    with quiet():
+    with quiet_transformers():
         model, tokenizer = load_gguf(gguf)
     answer = greedy_answer(model, Chat(tokenizer), QUESTION)
     if ANSWER not in answer:
@@ -218,7 +218,7 @@ def _save_checked(gguf: Path, folder: Path) -> tuple[dict[str, object], int]:
             f"{gguf} answers {QUESTION!r} with {answer!r}, so it is not a working model; give "
             "another --gguf file"
         )
-    with quiet():
+    with quiet_transformers():
         save_policy(model, tokenizer, folder)
     saved = ModelSettings(path=str(folder))
     again = greedy_answer(load_policy(saved), load_chat(saved), QUESTION)

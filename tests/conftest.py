@@ -9,7 +9,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# What a launcher or a run around the tests may have left behind.
+# A launcher or an earlier run may have set these.
 for name in (
     "RANK",
     "LOCAL_RANK",
@@ -21,6 +21,8 @@ for name in (
 
 
 def pytest_collection_finish() -> None:
-    """Has garbage collection pass over all that was imported: each Trainer and each stage that
-    trains collects at its end, which takes a quarter of a second otherwise."""
+    """Exclude all imported objects from garbage collection.
+
+    Every stage that trains collects garbage at its end, which would take a quarter of a second.
+    """
     gc.freeze()

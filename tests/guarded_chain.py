@@ -1,7 +1,7 @@
-"""sft, collect, rm, ppo, evaluate on a model made here, in a process that only has the base.
+"""Runs sft, collect, rm, ppo and evaluate in a process that has only the required packages.
 
 `python -m tests.guarded_chain FOLDER` prints as JSON what was tried: calls to other machines (which
-fail), files written outside the runs' own folders, and imports of what is hidden.
+fail), files written outside the runs' own folders, and imports of hidden packages.
 """
 
 import importlib.metadata
@@ -22,7 +22,7 @@ NUM_PROMPTS = 12
 
 
 class WithoutHidden:
-    """A finder of modules that does not find the hidden packages, as if they were not installed."""
+    """Finds modules except the hidden packages, as if they were not installed."""
 
     def __init__(self, finder: Any, asked: set[str]) -> None:
         self.finder = finder
@@ -43,15 +43,17 @@ class WithoutHidden:
 
 
 def hide_packages() -> set[str]:
-    """From here on the hidden packages are not there; returns those that were asked for."""
+    """Hide the packages from here on; return the list of hidden ones that get imported."""
     asked: set[str] = set()
     sys.meta_path[:] = [WithoutHidden(finder, asked) for finder in sys.meta_path]
     return asked
 
 
 def watch(allowed: Sequence[Path]) -> tuple[list[str], list[str]]:
-    """Calls to other machines fail from here on and are noted, as are files opened for writing,
-    folders made and names changed outside the allowed folders."""
+    """Make calls to other machines fail from here on, and record them.
+
+    Outside the allowed folders, also record files opened for writing, new folders and new names.
+    """
     calls: list[str] = []
     writes: list[str] = []
 
@@ -82,7 +84,7 @@ def watch(allowed: Sequence[Path]) -> tuple[list[str], list[str]]:
 
 
 class LengthLabeler:
-    """Likes short responses, or long ones."""
+    """Prefers short responses, or long ones."""
 
     def __init__(self, name: str, sign: int) -> None:
         self.name = name
@@ -98,7 +100,7 @@ def make_labelers(path: str) -> list[LengthLabeler]:
 
 
 def write_inputs(folder: Path) -> None:
-    """A random policy, prompts and demonstrations."""
+    """Write a random policy, prompts and demonstrations."""
     from rlhf.inputs.chat import Chat
     from rlhf.models.saving import save_policy
     from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
@@ -115,7 +117,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def run_chain(folder: Path, runs: Path) -> None:
-    """All stages, each from the folders of those before it."""
+    """Run all stages, each from the folders of those before it."""
     from rlhf.models.settings import ModelSettings
     from rlhf.rewards.settings import RewardSettings
     from rlhf.training.settings import OptimSettings
@@ -206,7 +208,7 @@ def main(folder: Path) -> None:
     calls, writes = watch([runs, folder / "home", Path("/dev"), Path("/proc")])
     calls.clear()
     write_inputs(folder)
-    writes.clear()  # the inputs
+    writes.clear()  # forget the inputs
     run_chain(folder, runs)
     imported = sorted(name for name in HIDDEN if name in sys.modules)
     found = [name for name in HIDDEN if list(importlib.metadata.distributions(name=name))]

@@ -1,4 +1,4 @@
-"""What a new user gets wrong, stage by stage: one clear line, exit code 2, nothing half-written."""
+"""Mistakes of new users give one clear line and exit code 2, and leave no files, in every stage."""
 
 import json
 import re
@@ -36,7 +36,7 @@ FRUITS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder, a reward model folder without reward.json, and good records of each kind."""
+    """Write a model, a reward model without reward.json, and good records of each kind."""
     folder = tmp_path_factory.mktemp("inputs")
     tokenizer = make_tokenizer()
     save_policy(tiny_policy_of("llama", vocab_size=len(tokenizer)), tokenizer, folder / "model")
@@ -104,9 +104,9 @@ def refusal(
     *,
     behind_a_bar: bool = False,
 ) -> str:
-    """The one line on stderr of a program that must refuse its input and write nothing.
+    """Return the line on stderr of a program that must refuse its input and write nothing.
 
-    What shows only in the first update stands in one line of its own below the progress bar.
+    An error in the first update has one line of its own below the progress bar.
     """
     words = [word for key, value in args.items() for word in (f"--{key}", str(value))]
     output = Path(str(args["output_dir"]))
@@ -283,7 +283,7 @@ class Rewarded(Protocol):
 
 @pytest.fixture
 def rewarded(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Rewarded:
-    """The refusal of a PPO run whose reward comes from these settings, in a YAML file."""
+    """Return the refusal of a PPO run whose reward has these settings, in a YAML file."""
 
     def run(reward: str, *, behind_a_bar: bool = False, **changes: object) -> str:
         path = tmp_path / "reward.yaml"

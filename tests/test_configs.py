@@ -44,7 +44,7 @@ def test_launcher_settings_load(path: Path) -> None:
 
 
 def test_every_setting_has_a_description() -> None:
-    """The text under a field is its --help, and the only place that says what it means."""
+    """The text under a field is its --help, and its only description."""
     files = [*ROOT.glob("stages/*/config.py"), *ROOT.glob("data/**/config.py")]
     files += ROOT.glob("experiments/*.py")
     files += ROOT.glob("rlhf/*/settings.py")

@@ -1,4 +1,4 @@
-"""The sets of versions: what is tested, and what vLLM needs beside it."""
+"""Checks the sets of versions: what is tested, and what vLLM needs besides."""
 
 import tomllib
 from pathlib import Path
@@ -10,7 +10,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 OTHER_VERSIONS = {"numpy"}
-"""Packages of which vLLM takes no version that the tested set has."""
+"""Packages whose version in the tested set vLLM does not accept."""
 
 
 def versions_of(name: str) -> dict[str, Version]:

@@ -1,4 +1,4 @@
-"""Text is UTF-8 whatever the locale says: in every call of the project, and in a program's run."""
+"""Text is UTF-8 in any locale: in every call of the project, and in a program's run."""
 
 import ast
 import json
@@ -16,7 +16,7 @@ FILES = ("open", "read_text", "write_text", "NamedTemporaryFile", "TemporaryFile
 OPENERS = (*FILES, "fdopen", "makefile")
 STARTERS = ("run", "Popen", "check_output")
 NARROW = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-"""A locale of ASCII; Python would take UTF-8 for it unless told not to."""
+"""A locale of ASCII. Python would use UTF-8 in it unless forbidden."""
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -38,15 +38,15 @@ def is_python(path: Path) -> bool:
 
 
 def lines_in_locale(source: str) -> Iterator[int]:
-    """Lines of the calls that read or write text in the locale's encoding."""
+    """Return the lines of calls that read or write text in the locale's encoding."""
     for call in ast.walk(ast.parse(source)):
         if not isinstance(call, ast.Call):
             continue
         name = getattr(call.func, "attr", getattr(call.func, "id", ""))
         if isinstance(call.func, ast.Name) and name == "write_text":
-            continue  # our own function, which writes UTF-8
+            continue  # our own function writes UTF-8
         keywords = {keyword.arg for keyword in call.keywords}
-        is_os = ast.unparse(call.func) == "os.open"  # gives a descriptor
+        is_os = ast.unparse(call.func) == "os.open"  # returns a descriptor
         mode = [one.value for one in call.args if isinstance(one, ast.Constant)]
         is_binary = any(isinstance(one, str) and "b" in one and len(one) < 4 for one in mode)
         opens = name in OPENERS and not is_binary and not is_os
@@ -64,7 +64,7 @@ def test_calls_in_the_locales_encoding_are_found() -> None:
 
 
 def test_settings_are_utf8_in_any_locale(tmp_path: Path) -> None:
-    """In a locale of ASCII the settings' own characters reach the program."""
+    """In a locale of ASCII the settings' characters reach the program unchanged."""
     row = {"question é": "Où ?", "answer": "Là."}
     (tmp_path / "in.jsonl").write_text(json.dumps(row), encoding="utf-8")
     settings = f"prompt_column: question é\nresponse_column: answer\ninput: {tmp_path}/in.jsonl\n"

@@ -1,6 +1,6 @@
-"""Malformed records, settings and folders: a clear error that names the place, or a valid load.
+"""Malformed records, settings and folders give an error that names the place, or a valid load.
 
-1,290 examples in the suite, always the same. FUZZ_FACTOR=10 makes ten times as many, drawn anew.
+The suite has 1,290 examples, always the same. FUZZ_FACTOR=10 draws ten times as many new ones.
 """
 
 import gzip
@@ -67,12 +67,12 @@ VALUES = st.recursive(
 )
 SMALL = st.none() | st.booleans() | st.integers(-3, 99) | st.text(max_size=8)
 SMALL_VALUES = SMALL | st.lists(SMALL, max_size=3) | st.dictionaries(st.text(max_size=3), SCALARS)
-"""For shapes of models: a billion layers would be built one by one."""
+"""Values for shapes of models, since a billion layers would be built one by one."""
 
 
 @st.composite
 def changed_bytes(draw: st.DrawFn, data: bytes) -> bytes:
-    """Cut, with a bit flipped, with a part gone, or with bytes put in."""
+    """Draw bytes that are cut, have a flipped bit, lack a part, or have more bytes inserted."""
     spoilt = bytearray(data)
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.integers(0, max(len(spoilt) - 1, 0)))
@@ -90,7 +90,7 @@ def changed_bytes(draw: st.DrawFn, data: bytes) -> bytes:
 
 @st.composite
 def changed_tree(draw: st.DrawFn, tree: Any, values: st.SearchStrategy[Any] = VALUES) -> Any:
-    """A JSON value in which one part is another, gone, renamed, or one more."""
+    """Draw a JSON value in which one part is replaced, removed, renamed or added."""
     if isinstance(tree, dict) and tree and draw(st.integers(0, 4)):
         key = draw(st.sampled_from(sorted(tree)))
         match draw(st.sampled_from(["change", "change", "change", "remove", "rename", "add"])):
@@ -109,7 +109,7 @@ def changed_tree(draw: st.DrawFn, tree: Any, values: st.SearchStrategy[Any] = VA
 
 
 def outcome(load: Callable[[], Any], places: Sequence[str]) -> Any:
-    """What is loaded, or None after an error that says where; any other exception comes through."""
+    """Return what is loaded, or None after an error that says where; raise all other exceptions."""
     try:
         return load()
     except (ValueError, OSError) as error:
@@ -232,16 +232,16 @@ def is_as_written(states: dict[str, dict[str, Any]]) -> bool:
 
 @dataclass(frozen=True)
 class Kind:
-    """A folder that is loaded."""
+    """Describes a kind of folder that is loaded."""
 
     folder: str
     files: Sequence[str]
-    """Those that are spoilt."""
+    """The files that are spoilt."""
     load: Callable[[Path], Any]
     is_valid: Callable[[Any], bool]
-    """Of what was loaded."""
+    """Returns whether what was loaded is valid."""
     values: st.SearchStrategy[Any] = VALUES
-    """Put into its JSON files."""
+    """Values that are put into its JSON files."""
 
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -285,7 +285,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders with nothing amiss, by their names in `KINDS`."""
+    """Write faultless folders by their names in `KINDS`."""
     folder = tmp_path_factory.mktemp("whole")
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     Chat(tokenizer)
@@ -321,7 +321,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_whole_folders_load(name: str, whole: Path) -> None:
-    """Else the next test would hold for a loader that refuses everything."""
+    """Otherwise the next test would pass with a loader that refuses everything."""
     kind = KINDS[name]
     assert kind.is_valid(kind.load(whole / kind.folder))
 

@@ -1,4 +1,4 @@
-"""The stages on local folders: no network, no optional package, nothing written elsewhere."""
+"""On local folders the stages need no network or optional package, and write nothing elsewhere."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from tests.guarded_chain import HIDDEN
 
 ROOT = Path(__file__).parents[1]
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
-"""What the tests set, and a user does not."""
+"""Variables that the tests set, and a user does not."""
 
 pytestmark = pytest.mark.xdist_group("guarded chain")
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the chain tried, run as a user runs it, with a home of its own."""
+    """Run the chain as a user does, with its own home folder; return what it tried."""
     folder = tmp_path_factory.mktemp("chain").resolve()
     home = folder / "home"
     home.mkdir()
@@ -52,7 +52,7 @@ def test_local_folders_need_no_network(report: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_stages_write_into_their_runs_only(report: dict[str, Any]) -> None:
-    """Also where settings name things `../../out`."""
+    """They do even if settings name things `../../out`."""
     assert report["writes"] == []
 
 
@@ -63,7 +63,7 @@ def test_all_stages_run_without_the_optional_packages(report: dict[str, Any]) ->
 
 
 def test_the_guards_see_what_they_forbid(tmp_path: Path) -> None:
-    """Else the tests above could not fail."""
+    """Otherwise the tests above could not fail."""
     program = f"""
 import json, socket
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pages lead somewhere: links to files and headings, places in the code, the map of the rooms."""
+"""Links to files and headings, places in the code and the map of the rooms are right."""
 
 import ast
 import re
@@ -19,14 +19,14 @@ LONGEST_LINE = 140
 
 
 def prose_of(path: Path) -> str:
-    """The page without its blocks of code and its code within lines."""
+    """Return the page without its blocks of code and its code within lines."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
     return re.sub(r"`[^`\n]*`", "", text)
 
 
 @cache
 def anchors_of(path: Path) -> set[str]:
-    """Anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
     headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -76,7 +76,7 @@ def test_every_page_of_docs_can_be_reached_from_the_readme() -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_lines_are_short_but_for_rows_of_tables(path: Path) -> None:
     text, *_ = path.read_text(encoding="utf-8").partition("<!-- The rest of this page is written")
-    # The results in the README are pasted as they are measured.
+    # Results in the README are pasted as they were measured.
     lines = re.sub(r"^## What comes out\n.*?(?=^## )", "", text, flags=re.M | re.S).splitlines()
     long = [line for line in lines if len(line) > LONGEST_LINE and not line.startswith(("|", "!"))]
     assert long == []
@@ -100,7 +100,7 @@ def test_every_experiment_has_the_five_heads() -> None:
 
 
 def test_places_in_the_recipe_exist() -> None:
-    """`file.py:name` is a function or class of that file; a file alone is there."""
+    """`file.py:name` must be a function or class of that file; a file alone must exist."""
     text = (ROOT / "docs/recipe.md").read_text(encoding="utf-8")
     places = re.findall(r"`([\w/]+\.py)(?::(\w+))?`", text)
     assert len(places) > 20
@@ -122,7 +122,7 @@ def test_comments_name_mistakes_that_the_recipe_has() -> None:
 
 
 def test_the_map_has_every_file_once() -> None:
-    """docs/architecture.md against rlhf/, stages/, tools/ and data/."""
+    """docs/architecture.md has each file of rlhf/, stages/, tools/ and data/ once."""
     shown, folder = [], ""
     for line in (ROOT / "docs/architecture.md").read_text(encoding="utf-8").splitlines():
         if heading := re.match(r"#+ ([\w/]+):", line):

@@ -1,7 +1,7 @@
-"""make asks the right stages, in order and with the right words.
+"""make starts the right stages, in order and with the right arguments.
 
-Whether a stage's results are up to date is the stage's own answer. Here python and the launcher are
-replaced by a script that notes its command and writes results.json.
+The stage itself decides whether its results are up to date. Here a script replaces python and the
+launcher; it records its command and writes results.json.
 """
 
 import os
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FAKE = """#!/bin/sh
-if [ "$2" = stages.together ]; then shift 2; exec "$@"; fi
+if [ "$2" = stages.stage_server ]; then shift 2; exec "$@"; fi
 for word in "$@"; do
     case $before in
         --config) output=${output:-$(sed -n 's/^output_dir: //p' "$word")} ;;
@@ -32,7 +32,7 @@ CHAIN = ["data.tinyworld", "pretrain", "sft", "collect", "rm", "ppo", "ppo", "ev
 
 
 class Checkout:
-    """A copy of what make reads, with the fake programs."""
+    """Holds a copy of what make reads, with the fake programs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,7 +77,7 @@ def stages_of(commands: list[str]) -> list[str]:
 
 
 def test_pipeline_says_what_comes_and_asks_every_stage_in_order(checkout: Checkout) -> None:
-    for _ in range(2):  # a stage whose results are there may still be out of date
+    for _ in range(2):  # a stage with results may be out of date
         commands = checkout.make("pipeline")
         assert stages_of(commands) == CHAIN
     assert checkout.printed[0].startswith("The tiny world, seed 0: data, a base model")

@@ -1,6 +1,7 @@
 """The commands of README and of the pages in docs/ exist: targets, modules, options and files.
 
-The pages of docs/experiments are left out: they tell what was run at their time."""
+The pages of docs/experiments are left out, because they say what was run at their time.
+"""
 
 import importlib
 import importlib.util
@@ -53,7 +54,7 @@ def options_of(words: list[str]) -> list[str]:
 def assert_options_exist(
     module: str, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each option stands in the module's --help; one level below a mapping is the user's own."""
+    """Check that the module's --help has each option, except names that the user chooses."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(sys, "argv", [module, "--help"])
         runpy.run_module(module, run_name="__main__")
@@ -126,7 +127,7 @@ def test_module_command_exists(command: str, capsys: pytest.CaptureFixture[str])
 
 
 def blocks_of(language: str) -> list[str]:
-    """The blocks in a language of the page on rewards."""
+    """Return the blocks in a language on the page about rewards."""
     page = PAGES["docs/rewards.md"]
     return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
 
@@ -156,7 +157,7 @@ def test_own_reward_settings_load(tmp_path: Path) -> None:
 
 
 def test_the_table_of_speed_holds_what_was_measured() -> None:
-    """Medians, smallest and largest ratios of time, ratios of memory, to the digits shown."""
+    """It shows median, smallest and largest ratios of time, and ratios of memory, rounded."""
     results = json.loads((ROOT / "benchmarks/results/results.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in results}
     measured = r"^\|.*\| ([\d.]+) \(([\d.]+)-([\d.]+)\) \| ([\d.]+) \|$"

@@ -1,6 +1,6 @@
-"""Nothing that is read may run: the code holds to it; hostile folders, settings, records try.
+"""Nothing that is read may run: checks our code, and tries hostile folders, settings and records.
 
-The payload makes a folder, the canary; each test says that it is not there.
+The payload makes a folder, the canary; each test checks that it is not there.
 """
 
 import ast
@@ -38,9 +38,9 @@ UNSAFE_NAMES = {"eval", "exec", "compile", "__import__"}
 UNSAFE_CALLS = {"torch.save", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "os.system"}
 UNSAFE_CALLS |= {"os.popen"}
 UNSAFE_METHODS = {"register_for_checkpointing", "save_state", "load_state"}
-"""accelerate's, which pickle and load with weights_only=False."""
+"""Methods of accelerate, which pickle and load with weights_only=False."""
 UNSAFE_ARGUMENTS = {"trust_remote_code", "shell", "allow_pickle"}
-"""Never True as a literal or a default; who needs one passes a setting on."""
+"""Arguments that are never True as a literal or a default; only a setting may be passed on."""
 
 BREACHES = [
     "import pickle",
@@ -93,7 +93,7 @@ HARMLESS = [
 
 
 def breaches(text: str) -> list[str]:
-    """The lines of a Python file that could run what they read, as `line: code`."""
+    """Return the lines of a Python file that could run what they read, as `line: code`."""
     tree = ast.parse(text)
     found = {
         node.lineno: ast.unparse(node)
@@ -187,7 +187,7 @@ def canary(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy and a reward model with its card."""
+    """Save a policy, and a reward model with its card."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     Chat(tokenizer)
@@ -198,7 +198,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def policy(models: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """Copy the policy for a test to spoil."""
     return Path(shutil.copytree(models / "policy", tmp_path / "policy"))
 
 
@@ -212,7 +212,7 @@ def module_that_makes(canary: Path) -> str:
 
 
 def test_the_payloads_work(canary: Path) -> None:
-    """Else the tests below could not fail."""
+    """Otherwise the tests below could not fail."""
     pickle.loads(pickle.dumps(Bomb(canary)))
     assert canary.exists()
     canary.rmdir()
@@ -323,7 +323,7 @@ def test_templates_that_fail_are_refused(policy: Path, template: str, message: s
 
 
 def test_only_the_default_of_several_templates_is_kept(policy: Path, tmp_path: Path) -> None:
-    """The others would be written to files by their names, which may lead anywhere."""
+    """Saving would write the others to files of their names, which may lead anywhere."""
     plain = (policy / "chat_template.jinja").read_text()
     (policy / "chat_template.jinja").unlink()
     named = [{"name": "default", "template": plain}, {"name": "../../out", "template": "x"}]
@@ -373,7 +373,7 @@ def test_settings_run_nothing(tmp_path: Path, canary: Path, key: str, value: str
 
 @pytest.mark.parametrize("bomb", ["[*a, *a]", "{x: *a}", "*a"])
 def test_settings_do_not_grow_by_aliases(tmp_path: Path, bomb: str) -> None:
-    """Nine levels of nine are 387 million entries for whoever walks or prints them."""
+    """Nine levels of nine are 387 million entries for code that walks or prints them."""
     path = tmp_path / "settings.yaml"
     path.write_text(f"seed: &a 1\nreward: {bomb}\n")
     with pytest.raises(ConfigError, match=r"settings\.yaml.*alias.*write the value out"):

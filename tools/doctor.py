@@ -94,7 +94,7 @@ def findings_of(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
     try:
         return list(check())
     except Exception as error:
-        return [Finding(check.__name__, _told(error), REINSTALL, check in (base, attention))]
+        return [Finding(check.__name__, _error_line(error), REINSTALL, check in (base, attention))]
 
 
 def base() -> Iterator[Finding]:
@@ -107,7 +107,9 @@ def base() -> Iterator[Finding]:
                 importlib.import_module(MODULES.get(requirement.name, requirement.name))
             except Exception as error:
                 remedy = f'pip install --force-reinstall "{requirement}"'
-                found = replace(found, detail=f"{found.detail}, {_told(error)}", remedy=remedy)
+                found = replace(
+                    found, detail=f"{found.detail}, {_error_line(error)}", remedy=remedy
+                )
         yield found
 
 
@@ -185,7 +187,7 @@ def deepspeed() -> Iterator[Finding]:
     try:
         importlib.import_module("deepspeed")
     except Exception as error:
-        yield Finding("DeepSpeed", _told(error), "pip install --force-reinstall deepspeed")
+        yield Finding("DeepSpeed", _error_line(error), "pip install --force-reinstall deepspeed")
         return
     tools = (os.environ.get("CXX", "c++"), "ninja")
     missing = [tool for tool in tools if shutil.which(tool) is None]
@@ -274,7 +276,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _told(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

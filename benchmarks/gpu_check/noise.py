@@ -15,7 +15,7 @@ from benchmarks.gpu_check.models import PRECISIONS, ppo_loop
 from benchmarks.gpu_check.records import Row, Tell
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.ours import PPOLoop
-from stages.ppo.learner import Outputs
+from stages.ppo.learner import RowOutputs
 from stages.ppo.metrics import HIGH
 from stages.ppo.monitor import TOKEN_NOISE, Noise, sampler_noise
 from stages.ppo.rollout import Rollout
@@ -58,7 +58,7 @@ def first_log_ratios(loop: PPOLoop, rollout: Rollout) -> Tensor:
         old_outputs = OldOutputs.of(batch, loop.accelerator.device)
         for row in learner.packer.rows(batch.trees):
             row = row.to(loop.accelerator.device)
-            outputs = Outputs(learner, row, loop.config.rollout.temperature)
+            outputs = RowOutputs(learner, row, loop.config.rollout.temperature)
             difference = outputs.logprobs.detach() - old_outputs.select(row).logprobs
             found.append(row.pack(difference).abs().cpu())
     learner.state.model.eval()

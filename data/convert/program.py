@@ -21,7 +21,7 @@ from data.convert.readers import read_source, read_texts
 from rlhf.inputs.files import FILE_ENDINGS, NoRecordsError, write_records
 from rlhf.inputs.ranges import PositiveInt, Ranged
 from rlhf.inputs.records import Record, RecordError
-from rlhf.runs.folder import file_held
+from rlhf.runs.folder import locked_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ def convert(config: ConvertConfig) -> Counts:
         ValueError: a row has another layout, no row gives a record, or another process is writing
             the output. Then nothing is written.
     """
-    with file_held(config.output):
+    with locked_file(config.output):
         return _convert(config)
 
 

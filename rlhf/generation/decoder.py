@@ -1,4 +1,4 @@
-"""Decodes several prompts at once, in the fastest way that gives a policy's right logits."""
+"""Decodes several prompts at once, in the fastest mode that gives a policy's right logits."""
 
 import math
 import warnings
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.models.architectures import accepted, accepts, num_embeddings
-from rlhf.training.out_of_memory import is_of_the_device
+from rlhf.training.out_of_memory import is_device_error
 
 
 @dataclass(frozen=True)
 class DecodingMode:
-    """A way to decode several prompts at once."""
+    """Says how several prompts are decoded at once."""
 
     pads: bool
     """Whether prompts of different lengths share a batch, the shorter ones padded on the left."""
@@ -30,23 +30,24 @@ DECODING_MODES = (
     DecodingMode(pads=False, caches=True),
     DecodingMode(pads=False, caches=False),
 )
-"""All ways, fastest first. The last is right for every model: models are trained that way."""
+"""All modes, fastest first. The last is right for every model: models are trained that way."""
 
-LARGEST_SHARE = 0.01
-LARGEST_SHARE_IN_HALF_PRECISION = 0.1
-"""Largest difference between a way and plain passes, as a share of the change when all earlier
+MAX_ERROR_SHARE = 0.01
+MAX_ERROR_SHARE_IN_HALF_PRECISION = 0.1
+"""Largest difference between a mode and plain passes, as a share of the change when all earlier
 tokens are left out (root mean squares of log-probabilities). Rounding is far below this share, one
 lost token far above it."""
 
-LARGEST_DIFFERENCE = 1e-3
+MAX_LOGPROB_DIFFERENCE = 1e-3
 """Largest difference of any log-probability in fp32."""
 
 PROBE_STEPS = 5
-"""Number of tokens that the test of a way decodes."""
+"""Number of tokens that the test of a mode decodes."""
 
-KEYS_AND_VALUES = "past_key_values"
+DEFAULT_CACHE_NAME = "past_key_values"
+"""Argument of the forward pass that most models have for their cache."""
 
-_ways: WeakKeyDictionary[nn.Module, DecodingMode] = WeakKeyDictionary()
+_modes: WeakKeyDictionary[nn.Module, DecodingMode] = WeakKeyDictionary()
 """Results of `decoding_mode_for`, kept for each policy."""
 
 
@@ -54,17 +55,17 @@ class Decoder:
     """Holds a batch whose rows grow by one token per step, and may be removed."""
 
     def __init__(
-        self, policy: PreTrainedModel, prompts: Sequence[Sequence[int]], way: DecodingMode
+        self, policy: PreTrainedModel, prompts: Sequence[Sequence[int]], mode: DecodingMode
     ) -> None:
-        assert way.pads or len({len(prompt) for prompt in prompts}) == 1
+        assert mode.pads or len({len(prompt) for prompt in prompts}) == 1
         self._policy = policy
-        self._way = way
+        self._mode = mode
         device = next(policy.parameters()).device
         self._ids, self._mask = (
             tensor.to(device, non_blocking=True) for tensor in left_pad(prompts)
         )
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
-        self._cache = DynamicCache(config=policy.config) if way.caches else None
+        self._cache = DynamicCache(config=policy.config) if mode.caches else None
 
     def logits(self) -> Tensor:
         """Return the logits of the next token of every row (rows, vocab)."""
@@ -90,8 +91,8 @@ class Decoder:
         It is also None after a recurrent state has read the prompt, since the state has no
         positions to mask."""
         has_read = self._mask.shape[1] > self._ids.shape[1]
-        is_state = _cache_name(self._policy) != KEYS_AND_VALUES
-        return None if not self._way.pads or (has_read and is_state) else self._mask
+        is_state = _cache_name(self._policy) != DEFAULT_CACHE_NAME
+        return None if not self._mode.pads or (has_read and is_state) else self._mask
 
     def append(self, tokens: Tensor) -> None:
         """Add one token to each row (rows,)."""
@@ -111,51 +112,55 @@ class Decoder:
 
 @torch.no_grad()
 def decoding_mode_for(policy: PreTrainedModel) -> DecodingMode:
-    """Return the first way that gives the log-probabilities of plain passes.
+    """Return the first mode that gives the log-probabilities of plain passes.
 
     Plain passes read one row alone without a cache. The test adds tokens and removes a row, once
     per model. State space models and hybrids often fail it: padding gets into their state, or the
     cache does not return their state.
     """
-    if policy not in _ways:
+    if policy not in _modes:
         device = next(policy.parameters()).device
         with torch.autocast(device.type, enabled=False):
-            way = next(way for way in DECODING_MODES if not way.caches or _is_right(policy, way))
-        if way is not DECODING_MODES[0]:
-            how = "prompts of one length at a time" if way.caches else "without a cache, slowly"
+            mode = next(
+                mode
+                for mode in DECODING_MODES
+                if not mode.caches or _equals_plain_passes(policy, mode)
+            )
+        if mode is not DECODING_MODES[0]:
+            how = "prompts of one length at a time" if mode.caches else "without a cache, slowly"
             warnings.warn(f"{type(policy).__name__} samples {how}", stacklevel=3)
-        _ways[policy] = way
-    return _ways[policy]
+        _modes[policy] = mode
+    return _modes[policy]
 
 
-def _is_right(policy: PreTrainedModel, way: DecodingMode) -> bool:
+def _equals_plain_passes(policy: PreTrainedModel, mode: DecodingMode) -> bool:
     """Return whether three prompts, continued by given tokens, give the logits of plain passes."""
-    # Different lengths make the first way pad. The ids vary between rows, and none is 0.
-    lengths = (2, 9, 5) if way.pads else (6, 6, 6)
+    # Different lengths make the first mode pad. The ids vary between rows, and none is 0.
+    lengths = (2, 9, 5) if mode.pads else (6, 6, 6)
     top = num_embeddings(policy) - 1
     texts = [
         [1 + (7 * i + 11 * row) % top for i in range(length + PROBE_STEPS)]
         for row, length in enumerate(lengths)
     ]
     try:
-        found = _step_through(policy, texts, lengths, way)
+        found = _step_through(policy, texts, lengths, mode)
     except Exception as error:  # an architecture may raise anything if it does not know the cache
-        if is_of_the_device(error):
+        if is_device_error(error):
             raise
         return False
     differences, effects = [], []
     for text, length, logprobs in zip(texts, lengths, found, strict=True):
         places = range(length - 1, length - 1 + len(logprobs))
-        expected = _plain(policy, [text])[0, list(places)]
-        forgetful = _plain(policy, [[text[place]] for place in places])[:, 0]
+        expected = _plain_logprobs(policy, [text])[0, list(places)]
+        forgetful = _plain_logprobs(policy, [[text[place]] for place in places])[:, 0]
         differences.append(logprobs - expected)
         effects.append(forgetful - expected)
     difference, effect = torch.cat(differences), torch.cat(effects)
     if not effect.isfinite().all():
         return True  # nothing to compare; sampling reports that the logits are not finite
     is_full = policy.dtype == torch.float32
-    share = LARGEST_SHARE if is_full else LARGEST_SHARE_IN_HALF_PRECISION
-    largest = LARGEST_DIFFERENCE if is_full else math.inf
+    share = MAX_ERROR_SHARE if is_full else MAX_ERROR_SHARE_IN_HALF_PRECISION
+    largest = MAX_LOGPROB_DIFFERENCE if is_full else math.inf
     return bool(
         # 1e-7 allows for rounding in a model on which the history has no effect at all.
         _root_mean_square(difference) <= share * _root_mean_square(effect) + 1e-7
@@ -167,10 +172,10 @@ def _step_through(
     policy: PreTrainedModel,
     texts: Sequence[Sequence[int]],
     lengths: Sequence[int],
-    way: DecodingMode,
+    mode: DecodingMode,
 ) -> list[Tensor]:
     """Return log-probabilities (steps, vocab) of each row; the second row is removed halfway."""
-    decoder = Decoder(policy, [text[:n] for text, n in zip(texts, lengths, strict=True)], way)
+    decoder = Decoder(policy, [text[:n] for text, n in zip(texts, lengths, strict=True)], mode)
     active = list(range(len(texts)))
     found: list[list[Tensor]] = [[] for _ in texts]
     for step in range(PROBE_STEPS):
@@ -185,7 +190,7 @@ def _step_through(
     return [torch.stack(values) for values in found]
 
 
-def _plain(policy: PreTrainedModel, texts: Sequence[Sequence[int]]) -> Tensor:
+def _plain_logprobs(policy: PreTrainedModel, texts: Sequence[Sequence[int]]) -> Tensor:
     """Return log-probabilities (batch, sequence, vocab) after every token of equal-length texts."""
     ids = torch.tensor(texts, device=next(policy.parameters()).device)
     options = accepted(policy, use_cache=False, output_router_logits=False)
@@ -198,7 +203,7 @@ def _root_mean_square(values: Tensor) -> float:
 
 def _cache_name(policy: PreTrainedModel) -> str:
     """Return the name of the cache in the forward pass; state space models have their own."""
-    return "cache_params" if accepts(policy, "cache_params") else KEYS_AND_VALUES
+    return "cache_params" if accepts(policy, "cache_params") else DEFAULT_CACHE_NAME
 
 
 def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,11 @@ def make_engine(settings: GenerationSettings) -> Engine:
         ValueError: The settings name vLLM, but it is not installed or there is no GPU for it.
     """
     if settings.engine == "vllm":
-        return _only_vllm(settings)
+        return _vllm_of_process(settings)
     return LoopEngine(settings)
 
 
-def check_alone(settings: GenerationSettings, num_processes: int) -> None:
+def check_can_sample_alone(settings: GenerationSettings, num_processes: int) -> None:
     """Refuse vLLM in a stage in which only the first of several processes samples.
 
     vLLM joins all processes when it starts, so the first one would wait for ever.
@@ -57,7 +57,7 @@ def generate(
 
 
 @functools.cache
-def _only_vllm(settings: GenerationSettings) -> Engine:
+def _vllm_of_process(settings: GenerationSettings) -> Engine:
     """Make vLLM's engine once per process, since its GPU memory is freed only at the end."""
     from rlhf.generation.vllm import VllmEngine
 

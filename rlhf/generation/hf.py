@@ -48,12 +48,12 @@ class LoopEngine:
         """See `Engine.generate`."""
         device = next(self.policy.parameters()).device
         draws = _on_device(generator, device)
-        way = decoding_mode_for(self.policy)
+        mode = decoding_mode_for(self.policy)
         samples = Samples([[] for _ in prompts], [[] for _ in prompts])
-        for chosen in _batches(prompts, self.batch_size, way):
+        for chosen in _batches(prompts, self.batch_size, mode):
             some_prompts = [prompts[i] for i in chosen]
             with half_weights(self.policy), transposed_linear_layers(self.policy):
-                decoder = Decoder(self.policy, some_prompts, way)
+                decoder = Decoder(self.policy, some_prompts, mode)
                 batch = _generate_batch(
                     decoder, len(some_prompts), decoding, draws, progress or (lambda _: None)
                 )
@@ -63,12 +63,12 @@ class LoopEngine:
 
 
 def _batches(
-    prompts: Sequence[Sequence[int]], batch_size: int, way: DecodingMode
+    prompts: Sequence[Sequence[int]], batch_size: int, mode: DecodingMode
 ) -> Iterator[list[int]]:
-    """Yield numbers of prompts of similar length, or of one length if the way cannot pad."""
+    """Yield numbers of prompts of similar length, or of one length if the mode cannot pad."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     groups = [order]
-    if not way.pads:
+    if not mode.pads:
         groups = [list(group) for _, group in groupby(order, key=lambda i: len(prompts[i]))]
     for group in groups:
         for start in range(0, len(group), batch_size):

@@ -18,7 +18,7 @@ from rlhf.generation.interface import Decoding, Samples
 from rlhf.generation.settings import GenerationSettings
 from rlhf.training.nonfinite import NonFiniteError
 
-ALONE = {
+SINGLE_PROCESS_VARIABLES = {
     "RANK": "0",
     "LOCAL_RANK": "0",
     "WORLD_SIZE": "1",
@@ -125,9 +125,9 @@ class VllmEngine:
     def _start(self, policy: PreTrainedModel) -> Any:
         """Start a vLLM for this architecture, without real weights."""
         # vLLM runs in this process, so that weights are copied from tensor to tensor. If there are
-        # several processes, their launcher has set the variables in ALONE.
+        # several processes, their launcher has set the variables in SINGLE_PROCESS_VARIABLES.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        for name, value in ALONE.items():
+        for name, value in SINGLE_PROCESS_VARIABLES.items():
             os.environ.setdefault(name, value)
         config = copy.deepcopy(policy.config)
         config.architectures = [type(policy).__name__]

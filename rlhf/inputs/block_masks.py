@@ -17,7 +17,7 @@ SOME, ALL = 1, 2
 
 
 class _RowMask(BlockMask):
-    """A block mask that says how many axes it has: GPT-2 asks, and leaves alone what has four."""
+    """A block mask with `ndim`, which GPT-2 reads: it leaves masks of four axes as they are."""
 
     ndim = 4
 
@@ -58,8 +58,8 @@ def make_block_mask(tree: Tensor, branch: Tensor, kinds: Tensor) -> BlockMask:
 
     length = len(tree)
     return _RowMask.from_kv_blocks(
-        *_listed(kinds == SOME),
-        *_listed(kinds == ALL),
+        *_block_lists(kinds == SOME),
+        *_block_lists(kinds == ALL),
         BLOCK_SIZE=BLOCK_TOKENS,
         mask_mod=allows,
         seq_lengths=(length, length),
@@ -79,8 +79,10 @@ def _counts(block: Tensor, group: Tensor, which: Tensor | None = None) -> Tensor
     return counts.view(num_blocks, num_groups).float()
 
 
-def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the number of chosen blocks in each row (1, 1, blocks), and first in each row of
-    (1, 1, blocks, blocks) their numbers."""
+def _block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many blocks each row has chosen (1, 1, blocks), and their numbers.
+
+    The numbers come first in each row of (1, 1, blocks, blocks).
+    """
     numbers = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32)[None, None], numbers.to(torch.int32)[None, None]

@@ -39,19 +39,19 @@ class Chat:
         """Read the template. `other_ends` are end tokens that the model's files declare."""
         other_ends = tuple(other_ends)
         self.tokenizer = add_missing_parts(tokenizer, other_ends)
-        self._layout = find_answer_frame(tokenizer)
-        self.end_id: int = self._layout.end_id
+        self._answer_frame = find_answer_frame(tokenizer)
+        self.end_id: int = self._answer_frame.end_id
         ends = {*other_ends, tokenizer.eos_token_id} - {self.end_id}
         self.other_ends: tuple[int, ...] = tuple(sorted(ends))
         self.pad_id: int | None = tokenizer.pad_token_id
-        self._control = ControlTokens(tokenizer, self._layout.control_names)
-        self._turns = ControlTokens(tokenizer, self._layout.turn_names)
+        self._control = ControlTokens(tokenizer, self._answer_frame.control_names)
+        self._turns = ControlTokens(tokenizer, self._answer_frame.turn_names)
         self._thoughts = ControlTokens(
-            tokenizer, self._layout.control_names - self._layout.turn_names
+            tokenizer, self._answer_frame.control_names - self._answer_frame.turn_names
         )
         self._warned_kinds: set[str] = set()
-        for departure in self._layout.departures:
-            warnings.warn(departure, stacklevel=2)
+        for difference in self._answer_frame.differences:
+            warnings.warn(difference, stacklevel=2)
 
     def prompt_ids(self, prompt: PromptLike) -> list[int]:
         """Return the ids of a prompt, including the template's generation prompt.
@@ -66,7 +66,7 @@ class Chat:
         ids = self._control.encode(pieces)
         found = self.show(ids)
         # Compare without white space, because decoding may put spaces between tokens.
-        if not _same("".join(found.split()), "".join(text.split())):
+        if not _equal_texts("".join(found.split()), "".join(text.split())):
             self._warn_unspelt("prompt", text, found)
         return ids
 
@@ -77,14 +77,14 @@ class Chat:
         Only thought markers become tokens. If the response has them, the template's own empty
         thoughts are left out.
         """
-        opening = self._layout.opening
+        opening = self._answer_frame.opening
         wanted = response
         if any(name in opening for name in self._thoughts.found_in(response)):
-            opening, wanted = "", response.removeprefix(self._shown_opening)
+            opening, wanted = "", response.removeprefix(self._text_of_opening)
         tried = []
         for spelling in self._spellings(opening, response):
             ids = [*spelling, self.end_id]
-            if _same(self.decode(ids), wanted):
+            if _equal_texts(self.decode(ids), wanted):
                 return ids
             tried.append(ids)
         self._warn_unspelt("response", wanted, self.decode(tried[0]))
@@ -94,20 +94,20 @@ class Chat:
         """Return the ids of plain text without a template, with the tokenizer's special tokens.
 
         Names of control tokens in the text stay plain text."""
-        before, after = self._frame
+        before, after = self._surrounding_tokens
         return [*before, *self.bare_text_ids(text), *after]
 
     def bare_text_ids(self, text: str) -> list[int]:
         """Return `text_ids` without special tokens."""
         ids = self._turns.encode([(text, False)])
         found = self._decoded(ids)
-        if _same(found, text):
+        if _equal_texts(found, text):
             return ids
         if text.startswith(" "):  # the tokenizer may take it for the space it puts before a text
             more = self._turns.encode([(" " + text, False)])
-            if _same(self._decoded(more), text):
+            if _equal_texts(self._decoded(more), text):
                 return more
-        if not _same(found, " " + text):
+        if not _equal_texts(found, " " + text):
             self._warn_unspelt("text", text, found)
         return ids
 
@@ -138,8 +138,8 @@ class Chat:
         """Return the text of response ids, without the end token and special tokens."""
         ids = list(ids)
         words = self._without_end(ids)
-        text = self._read(words).removeprefix(self._shown_opening)
-        return text.removesuffix(self._layout.closing) if len(words) < len(ids) else text
+        text = self._response_text(words).removeprefix(self._text_of_opening)
+        return text.removesuffix(self._answer_frame.closing) if len(words) < len(ids) else text
 
     def show(self, ids: Sequence[int]) -> str:
         """Return the text of any ids, with special tokens by their names."""
@@ -166,7 +166,10 @@ class Chat:
         pieces = []
         first, whole = 0, 0  # ids[first:whole] are context; `pieces` has all text before `whole`
         for stop in range(1, end + 1):
-            known, text = self._read(ids[first:whole]), self._read(ids[first:stop])
+            known, text = (
+                self._response_text(ids[first:whole]),
+                self._response_text(ids[first:stop]),
+            )
             if text.endswith("\ufffd") and stop < end:
                 pieces.append("")
                 continue
@@ -174,11 +177,11 @@ class Chat:
             if pieces[-1]:
                 first = whole  # context must have text, or decoding would treat it as a start
             whole = stop
-        if "".join(pieces).startswith(self._shown_opening):
-            pieces = _cut(pieces, len(self._shown_opening))
-        closing = self._layout.closing
+        if "".join(pieces).startswith(self._text_of_opening):
+            pieces = _drop_characters(pieces, len(self._text_of_opening))
+        closing = self._answer_frame.closing
         if end < len(ids) and "".join(pieces).endswith(closing):
-            backwards = _cut([piece[::-1] for piece in reversed(pieces)], len(closing))
+            backwards = _drop_characters([piece[::-1] for piece in reversed(pieces)], len(closing))
             pieces = [piece[::-1] for piece in reversed(backwards)]
         return [*pieces, *self.tokenizer.convert_ids_to_tokens(ids[end:])]
 
@@ -270,20 +273,20 @@ class Chat:
         3. The ids of the response by itself.
         4. The ids after some word, in case prompt and response would share a token.
         """
-        closing = self._layout.closing
+        closing = self._answer_frame.closing
         for text in (response, " " + response):
-            words = [(opening, True), *self._words(text), (closing, True)]
-            ids = self._turns.encode([(self._layout.before, True), *words])
-            if ids[: len(self._before)] == self._before:
-                yield ids[len(self._before) :]
-        words = [(opening, True), *self._words(response), (closing, True)]
+            words = [(opening, True), *self._split_markers(text), (closing, True)]
+            ids = self._turns.encode([(self._answer_frame.before, True), *words])
+            if ids[: len(self._ids_before)] == self._ids_before:
+                yield ids[len(self._ids_before) :]
+        words = [(opening, True), *self._split_markers(response), (closing, True)]
         yield self._turns.encode(words)
         word = self._turns.encode([(PROBE, True)])
         ids = self._turns.encode([(PROBE, True), *words])
         if ids[: len(word)] == word:
             yield ids[len(word) :]
 
-    def _words(self, text: str) -> list[Piece]:
+    def _split_markers(self, text: str) -> list[Piece]:
         """Split a response into plain text and thought markers, which become tokens."""
         names = self._thoughts.found_in(text)
         if not names:
@@ -296,9 +299,9 @@ class Chat:
             return ids[: ids.index(self.end_id)]
         return ids[:-1] if self.has_end(ids) else ids
 
-    def _read(self, ids: list[int]) -> str:
+    def _response_text(self, ids: list[int]) -> str:
         """Return the text of a response's tokens after the prompt, without special tokens."""
-        text, before = self._decoded([*self._before, *ids]), self._shown_before
+        text, before = self._decoded([*self._ids_before, *ids]), self._text_before
         return text[len(before) :] if text.startswith(before) else self._decoded(ids)
 
     def _decoded(self, ids: list[int]) -> str:
@@ -309,23 +312,23 @@ class Chat:
         return text
 
     @cached_property
-    def _before(self) -> list[int]:
+    def _ids_before(self) -> list[int]:
         """Ids of the text between the question and the response."""
-        return self._control.encode([(self._layout.before, True)])
+        return self._control.encode([(self._answer_frame.before, True)])
 
     @cached_property
-    def _shown_before(self) -> str:
-        return self._decoded(self._before)
+    def _text_before(self) -> str:
+        return self._decoded(self._ids_before)
 
     @cached_property
-    def _shown_opening(self) -> str:
-        """What `_read` returns before the answer: the template's opening, and a space that some
+    def _text_of_opening(self) -> str:
+        """Text that `_response_text` returns before the answer: the opening, and a space that some
         tokenizers add."""
-        found = self._read(next(self._spellings(self._layout.opening, PROBE)))
+        found = self._response_text(next(self._spellings(self._answer_frame.opening, PROBE)))
         return found[: found.index(PROBE)] if PROBE in found else ""
 
     @cached_property
-    def _frame(self) -> tuple[list[int], list[int]]:
+    def _surrounding_tokens(self) -> tuple[list[int], list[int]]:
         """The special tokens that the tokenizer puts before and after a text."""
         framed = self.tokenizer(PROBE).input_ids
         bare = self.tokenizer(PROBE, add_special_tokens=False).input_ids
@@ -350,14 +353,14 @@ class Chat:
         )
 
 
-def _same(text: str, other: str) -> bool:
+def _equal_texts(text: str, other: str) -> bool:
     """Return whether two texts are equal, apart from the form of accents (Unicode's NFC)."""
     return text == other or unicodedata.normalize("NFC", text) == unicodedata.normalize(
         "NFC", other
     )
 
 
-def _cut(pieces: list[str], length: int) -> list[str]:
+def _drop_characters(pieces: list[str], length: int) -> list[str]:
     """Remove the first `length` characters of the joined pieces."""
     shorter = []
     for piece in pieces:

@@ -223,23 +223,25 @@ class Packer:
     def rows(self, trees: Sequence[PromptTree]) -> list[PackedRow]:
         """Pack trees into rows by first fit, longest trees first."""
         first_response = _starts(len(tree.responses) for tree in trees)
-        laid: list[_Laid] = [
+        numbered: list[_NumberedTree] = [
             (number, tree.prompt, list(enumerate(tree.responses, start=first_response[number])))
             for number, tree in enumerate(trees)
         ]
         if self.layout == Layout.SEQUENCES:
-            return self._share_rows(_one_by_one(laid))
-        shared = [item for item, tree in zip(laid, trees, strict=True) if self._may_share(tree)]
-        alone = [item for item, tree in zip(laid, trees, strict=True) if not self._may_share(tree)]
-        return self._share_rows(shared) + [_lay_row([item]) for item in _one_by_one(alone)]
+            return self._share_rows(_split_responses(numbered))
+        shared = [item for item, tree in zip(numbered, trees, strict=True) if self._may_share(tree)]
+        alone = [
+            item for item, tree in zip(numbered, trees, strict=True) if not self._may_share(tree)
+        ]
+        return self._share_rows(shared) + [_make_row([item]) for item in _split_responses(alone)]
 
-    def _share_rows(self, laid: "Sequence[_Laid]") -> list[PackedRow]:
+    def _share_rows(self, numbered: "Sequence[_NumberedTree]") -> list[PackedRow]:
         sizes = [
             len(prompt) + sum(len(response) for _, response in responses)
-            for _, prompt, responses in laid
+            for _, prompt, responses in numbered
         ]
         rows = [
-            _lay_row([laid[item] for item in items])
+            _make_row([numbered[item] for item in items])
             for items in _first_fit(sizes, self.micro_batch_tokens)
         ]
         has_segments, has_blocks = self.layout == Layout.SEGMENTS, self.layout == Layout.BLOCKS
@@ -281,19 +283,19 @@ def idle_row() -> PackedRow:
     )
 
 
-def assemble(rows: Sequence[PackedRow], parts: Sequence[Tensor]) -> Tensor:
+def assemble(rows: Sequence[PackedRow], results: Sequence[Tensor]) -> Tensor:
     """Put the rows' results, each (responses, ...), into the order of the packed trees.
 
-    Parts of (responses, time) are padded with zeros to the longest.
+    Results of (responses, time) are padded with zeros to the longest.
     """
     num_responses = sum(len(row.response_index) for row in rows)
-    widths = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
-    batch = parts[0].new_zeros([num_responses, *widths])
-    for row, part in zip(rows, parts, strict=True):
-        if part.ndim == 1:
-            batch[row.response_index] = part
+    widths = [max(sizes) for sizes in zip(*(one.shape[1:] for one in results), strict=True)]
+    batch = results[0].new_zeros([num_responses, *widths])
+    for row, result in zip(rows, results, strict=True):
+        if result.ndim == 1:
+            batch[row.response_index] = result
         else:
-            batch[row.response_index, : part.shape[1]] = part
+            batch[row.response_index, : result.shape[1]] = result
     return batch
 
 
@@ -335,7 +337,7 @@ def _predict_whole(row: PackedRow, responses: Sequence[tuple[int, ...]]) -> Pack
         predictors=torch.tensor(predictors),
         targets=targets[mask],
         response_mask=mask,
-        token_places=_places(mask),
+        token_places=_true_places(mask),
         ends=None,
     )
 
@@ -351,7 +353,7 @@ def _branches(tree_index: Sequence[int]) -> list[tuple[int, int]]:
     return found
 
 
-def _places(response_mask: Tensor) -> Tensor:
+def _true_places(response_mask: Tensor) -> Tensor:
     """Return the places (tokens,) in a flattened mask (responses, time) where it is True."""
     return response_mask.flatten().nonzero().squeeze(1)
 
@@ -366,18 +368,20 @@ def response_batch(responses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-_Laid = tuple[int, tuple[int, ...], list[tuple[int, tuple[int, ...]]]]
+_NumberedTree = tuple[int, tuple[int, ...], list[tuple[int, tuple[int, ...]]]]
 """Number of a tree, its prompt, and its responses with their numbers."""
 
 
-def _one_by_one(laid: Sequence[_Laid]) -> list[_Laid]:
+def _split_responses(numbered: Sequence[_NumberedTree]) -> list[_NumberedTree]:
     """Give every response a prompt of its own."""
     return [
-        (number, prompt, [response]) for number, prompt, responses in laid for response in responses
+        (number, prompt, [response])
+        for number, prompt, responses in numbered
+        for response in responses
     ]
 
 
-def _lay_row(laid: list[_Laid]) -> PackedRow:
+def _make_row(numbered: list[_NumberedTree]) -> PackedRow:
     ids: list[int] = []
     positions: list[int] = []
     tree: list[int] = []
@@ -387,7 +391,7 @@ def _lay_row(laid: list[_Laid]) -> PackedRow:
     ends: list[int] = []
     response_index: list[int] = []
     tree_index: list[int] = []
-    for place, (number, prompt, responses) in enumerate(laid):
+    for place, (number, prompt, responses) in enumerate(numbered):
         prompt_end = len(ids) + len(prompt) - 1
         ids += prompt
         positions += range(len(prompt))
@@ -416,7 +420,7 @@ def _lay_row(laid: list[_Laid]) -> PackedRow:
         response_index=torch.tensor(response_index),
         tree_index=torch.tensor(tree_index),
         response_mask=response_mask,
-        token_places=_places(response_mask),
+        token_places=_true_places(response_mask),
         ends=torch.tensor(ends) if all(lengths) else None,
         plain=len(response_index) == 1,
     )

@@ -29,7 +29,7 @@ yesterday."""
 PROBE = "probe"
 
 
-def _clock(date: datetime) -> str:
+def _date_macro(date: datetime) -> str:
     """Return code that makes `strftime_now` in a template give this date; it prints nothing."""
     long = {"D": "%m/%d/%y", "F": "%Y-%m-%d", "R": "%H:%M", "T": "%H:%M:%S", "e": "%d", "h": "%b"}
     directives = {letter: f"%{letter}" for letter in "aAbBcdHIjmMpSUwWxXyYzZ"} | long
@@ -40,9 +40,9 @@ def _clock(date: datetime) -> str:
     return "{% macro strftime_now(format) %}{{ format" + filters + ' }}{% endmacro %}{{ "" }}'
 
 
-_CLOCK = _clock(DATE)
+_DATE_MACRO = _date_macro(DATE)
 
-_ODD = "\u2603\U0001f600\u4e2d\x07"
+_RARE_CHARACTERS = "\u2603\U0001f600\u4e2d\x07"
 """Characters that a vocabulary of words maps to its unknown token."""
 
 
@@ -63,7 +63,7 @@ class AnswerFrame:
     control_names: frozenset[str]
     """The turn names, all special tokens, and other added tokens that the template uses, such as
     thought markers."""
-    departures: tuple[str, ...]
+    differences: tuple[str, ...]
     """Descriptions of where the ids differ from what the template renders for a conversation."""
 
 
@@ -100,7 +100,7 @@ def add_missing_parts(
         start = "{{ bos_token }}" if _adds_bos(tokenizer) else ""
         tokenizer.chat_template = start + DEFAULT_CHAT_TEMPLATE
     tokenizer.clean_up_tokenization_spaces = False
-    taken = {tokenizer.eos_token_id, _end_of(tokenizer)[0], *_held(tokenizer)}
+    taken = {tokenizer.eos_token_id, _end_of(tokenizer)[0], *_used_ids(tokenizer)}
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in taken:
         tokenizer.pad_token = _unused_token(tokenizer, taken | {*other_ends})
     return tokenizer
@@ -116,7 +116,7 @@ def render(
     """
     template = tokenizer.chat_template
     if prints_date(tokenizer):
-        template = _CLOCK + template
+        template = _DATE_MACRO + template
     try:
         text = tokenizer.apply_chat_template(
             messages,
@@ -145,20 +145,20 @@ def find_answer_frame(tokenizer: PreTrainedTokenizerBase) -> AnswerFrame:
     whole = render(tokenizer, [_turn("user"), _turn("assistant")], add_generation_prompt=False)
     answer = whole.rindex(PROBE)
     end_id, closing = _end_of(tokenizer)
-    departures = []
+    differences = []
     opening = ""
     if whole.startswith(prompt) and len(prompt) <= answer:
         opening = whole[len(prompt) : answer]
     else:
         same = _length_of_common_start(prompt, whole[:answer])
-        departures.append(
+        differences.append(
             f"the chat template ends a prompt with {prompt[same:]!r}, and a whole conversation has "
             f"{whole[same:answer]!r} there; responses are trained and sampled after the prompt, so "
             "begin them with what belongs there, or change the template"
         )
     tail = whole[answer + len(PROBE) :]
     if tail and end_id not in _ids(tokenizer, tail):
-        departures.append(
+        differences.append(
             f"the chat template ends an assistant's turn with {tail!r}, which is not a token "
             f"of its own; a response ends with {tokenizer.eos_token!r} instead"
         )
@@ -184,7 +184,7 @@ def find_answer_frame(tokenizer: PreTrainedTokenizerBase) -> AnswerFrame:
         control_names=special
         | _names_in(tokenizer, in_prompts + whole, names)
         | {name for name in names if name in template and not _is_word(name)},
-        departures=tuple(departures),
+        differences=tuple(differences),
     )
 
 
@@ -277,10 +277,14 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return list(dict.fromkeys([*tokenizer.all_special_tokens, *without_role]))
 
 
-def _held(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _used_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the ids in a prompt, a text and characters that the vocabulary lacks."""
     prompt = _conversation(tokenizer, add_generation_prompt=True)
-    return {*_ids(tokenizer, prompt), *tokenizer(PROBE).input_ids, *_ids(tokenizer, _ODD)}
+    return {
+        *_ids(tokenizer, prompt),
+        *tokenizer(PROBE).input_ids,
+        *_ids(tokenizer, _RARE_CHARACTERS),
+    }
 
 
 def _unused_token(tokenizer: PreTrainedTokenizerBase, taken: set[int]) -> str | None:

@@ -27,7 +27,7 @@ from rlhf.inputs.packing import PackedRow
 from rlhf.models.empty import empty_policy, empty_scalar
 from rlhf.models.heads import response_logprobs, response_moments
 from rlhf.models.scalar import ScalarModel
-from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
+from rlhf.models.settings import NO_LORA, LoraSettings, ModelSettings
 
 
 class LiveBytes(TorchDispatchMode):
@@ -76,14 +76,14 @@ class DryRun:
         self._autocast = autocast
 
     def policy(
-        self, settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, *, is_shared: bool = False
+        self, settings: ModelSettings, lora: LoraSettings = NO_LORA, *, is_shared: bool = False
     ) -> PreTrainedModel:
         """See `empty_policy`."""
         with self._fake:
             return empty_policy(settings, lora, is_shared=is_shared)
 
     def scalar(
-        self, settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, *, is_shared: bool = False
+        self, settings: ModelSettings, lora: LoraSettings = NO_LORA, *, is_shared: bool = False
     ) -> ScalarModel:
         """See `empty_scalar`."""
         with self._fake:

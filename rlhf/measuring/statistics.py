@@ -20,7 +20,7 @@ Z_975 = stats.norm.ppf(0.975)
 NUM_RESAMPLES = 2000
 """Number of sets of clusters that a bootstrap draws."""
 
-NUMBERS_AT_ONCE = 1_000_000
+MAX_VALUES_IN_MEMORY = 1_000_000
 """Maximum number of values that a bootstrap holds in memory at once."""
 
 ONE_ANSWER_ODDS = 3.0
@@ -28,7 +28,7 @@ ONE_ANSWER_ODDS = 3.0
 
 
 Value = TypeVar("Value")
-Numbers = npt.NDArray[np.float64]
+FloatArray = npt.NDArray[np.float64]
 
 
 class Estimate(NamedTuple):
@@ -64,7 +64,7 @@ def bootstrap_interval(
         lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis),
         paired=True,
         n_resamples=num_resamples,
-        batch=max(1, NUMBERS_AT_ONCE // len(clusters)),
+        batch=max(1, MAX_VALUES_IN_MEMORY // len(clusters)),
         method="percentile",
         rng=seed,
     )
@@ -177,15 +177,15 @@ def difference_at_equal_length(
         return Estimate(math.nan, (math.nan, math.nan))
     drawn = stats.bootstrap(
         (values, lengths),
-        _height_at_zero,
+        _intercept,
         paired=True,
         n_resamples=NUM_RESAMPLES,
-        batch=max(1, NUMBERS_AT_ONCE // len(values)),
+        batch=max(1, MAX_VALUES_IN_MEMORY // len(values)),
         method="percentile",
         rng=seed,
     )
     low, high = drawn.confidence_interval
-    return Estimate(float(_height_at_zero(values, lengths, -1)), (float(low), float(high)))
+    return Estimate(float(_intercept(values, lengths, -1)), (float(low), float(high)))
 
 
 def _differences(
@@ -199,7 +199,7 @@ def _differences(
     ]
 
 
-def _height_at_zero(values: Numbers, lengths: Numbers, axis: int) -> Numbers:
+def _intercept(values: FloatArray, lengths: FloatArray, axis: int) -> FloatArray:
     """Return the intercept of a least-squares line along the axis. If all lengths are equal, its
     slope is 0."""
     mean_value, mean_length = values.mean(axis, keepdims=True), lengths.mean(axis, keepdims=True)
@@ -403,10 +403,10 @@ def _with_answer(subsets: _Subsets, count: int, value: float, most_votes: int, k
     return found
 
 
-Answer = TypeVar("Answer", bound=Hashable)
+AnswerT = TypeVar("AnswerT", bound=Hashable)
 
 
-def most_frequent_answer(answers_by_prompt: Sequence[Sequence[Answer]]) -> tuple[Answer, float]:
+def most_frequent_answer(answers_by_prompt: Sequence[Sequence[AnswerT]]) -> tuple[AnswerT, float]:
     """Return the answer that most prompts get, and its share of all prompts.
 
     A prompt that was asked several times counts by the share of its answers that are this one.
@@ -415,7 +415,7 @@ def most_frequent_answer(answers_by_prompt: Sequence[Sequence[Answer]]) -> tuple
     Args:
         answers_by_prompt: Answers to each prompt, at least one. A prompt must not occur twice.
     """
-    shares: dict[Answer, float] = {}
+    shares: dict[AnswerT, float] = {}
     for answers in answers_by_prompt:
         for answer in answers:
             shares[answer] = shares.get(answer, 0.0) + 1 / len(answers)

@@ -26,7 +26,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlhf.inputs.packing import ModelInput
 from rlhf.models.compat import model_from_config
-from rlhf.training.out_of_memory import is_of_the_device
+from rlhf.training.out_of_memory import is_device_error
 
 NO_POLICY = (
     "WithScore",
@@ -175,7 +175,7 @@ def check_causal(model: PreTrainedModel, path: str) -> None:
         )
         _read_as_in_training(model, first)
     except Exception as error:
-        if is_of_the_device(error):
+        if is_device_error(error):
             raise
         mode = " in training" if model.training else ""
         raise ValueError(

@@ -27,7 +27,7 @@ def attention_of(model: PreTrainedModel) -> str:
     return name
 
 
-MOST_FLEX_KERNELS = 64
+MAX_FLEX_KERNELS = 64
 """Most kernels of FlexAttention in a process: by sizes of the heads, type, and with or without
 gradient. torch's own limit of 8 is few for PPO's four models."""
 
@@ -43,7 +43,7 @@ def compiled_flex_attention(*tensors: Tensor, **settings: Any) -> Tensor:
     """
     try:
         # A kernel holds its scale as a constant, which a dynamic number is not.
-        with torch._dynamo.config.patch(recompile_limit=MOST_FLEX_KERNELS, specialize_float=True):
+        with torch._dynamo.config.patch(recompile_limit=MAX_FLEX_KERNELS, specialize_float=True):
             output: Tensor = _compiled_flex()(*tensors, **settings)
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         raise ValueError(

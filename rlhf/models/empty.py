@@ -16,11 +16,11 @@ from rlhf.models.full import check_folder, class_for, disable_dropout, dtype_of,
 from rlhf.models.heads import record_plain_head
 from rlhf.models.packed_attention import take_packed_rows
 from rlhf.models.scalar import ScalarModel
-from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
+from rlhf.models.settings import NO_LORA, LoraSettings, ModelSettings
 
 
 def empty_policy(
-    settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, *, is_shared: bool = False
+    settings: ModelSettings, lora: LoraSettings = NO_LORA, *, is_shared: bool = False
 ) -> PreTrainedModel:
     """Make the causal LM that load_policy would return, from its config alone.
 
@@ -36,7 +36,7 @@ def empty_policy(
 
 
 def empty_scalar(
-    settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, *, is_shared: bool = False
+    settings: ModelSettings, lora: LoraSettings = NO_LORA, *, is_shared: bool = False
 ) -> ScalarModel:
     """Make the scalar model that load_scalar would return; see `empty_policy`."""
     auto_class = AutoModelForSequenceClassification

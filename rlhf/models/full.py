@@ -46,7 +46,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' progress bars and its loading report, which this module checks."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -72,7 +72,7 @@ def load_full(
         arguments["num_labels"] = 1
     if quantize == "4bit":
         arguments["quantization_config"] = _four_bits(settings)
-    with quiet(), naming_model(settings.path):
+    with quiet_transformers(), naming_model(settings.path):
         config = AutoConfig.from_pretrained(
             settings.path, trust_remote_code=settings.trust_remote_code
         )
@@ -90,7 +90,7 @@ def load_full(
             **arguments,
         )
 
-    with quiet(), naming_model(settings.path):
+    with quiet_transformers(), naming_model(settings.path):
         model, report = with_attention(load, settings.attention)
         take_packed_rows(model, settings.attention)
     _refuse_missing(settings.path, report, allowed=new_weights)
@@ -101,7 +101,7 @@ def class_for(auto_class: Any, config: Any, path: str) -> Any:
     """Return the class that loads this model, or refuse a folder that does not fit `auto_class`."""
     if auto_class is AutoModelForSequenceClassification:
         check_is_known(config, path)
-        with quiet(), naming_model(path):
+        with quiet_transformers(), naming_model(path):
             return scalar_class(config)
     check_is_policy(config, path)
     return auto_class

@@ -52,17 +52,17 @@ def _name_rope_settings(path: Path) -> None:
     before = config_class.from_pretrained(path.parent).to_dict()
     _write(path, named)
     try:
-        is_read_alike = _holds(config_class.from_pretrained(path.parent).to_dict(), before)
+        is_read_alike = _contains(config_class.from_pretrained(path.parent).to_dict(), before)
     except Exception:  # a config class may fail in any way on names that it does not know
         is_read_alike = False
     if not is_read_alike:
         _write(path, values)
 
 
-def _holds(whole: Any, part: Any) -> bool:
+def _contains(whole: Any, part: Any) -> bool:
     """Return whether the whole has everything that is in the part, with equal values."""
     if isinstance(whole, dict) and isinstance(part, dict):
-        return all(key in whole and _holds(whole[key], part[key]) for key in part)
+        return all(key in whole and _contains(whole[key], part[key]) for key in part)
     return bool(whole == part)
 
 

@@ -16,7 +16,7 @@ from rlhf.inputs.packing import Layout, PackedRow, Packer, PromptTree
 from rlhf.models.architectures import features_of, layer_configs, num_embeddings
 from rlhf.models.compat import attention_of
 from rlhf.models.packed_attention import PACKED_FLEX, PACKED_SDPA
-from rlhf.training.out_of_memory import is_of_the_device
+from rlhf.training.out_of_memory import is_device_error
 
 PACKING_TOLERANCE = 1e-3
 """Largest difference that the test accepts between packed and separate passes in fp32."""
@@ -114,7 +114,7 @@ def _refusal(model: PreTrainedModel, packer: Packer) -> str:
     try:
         packed = [_features(model, row.to(device)) for row in rows]
     except REFUSALS as error:
-        if is_of_the_device(error):
+        if is_device_error(error):
             raise
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     difference = (torch.cat(packed) - torch.cat(plain)).abs().max().item()

@@ -24,13 +24,13 @@ from rlhf.models.adapters import (
 from rlhf.models.architectures import check_causal
 from rlhf.models.full import disable_dropout, load_full, naming_model, refuse_no_head
 from rlhf.models.scalar import ScalarModel
-from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
+from rlhf.models.settings import NO_LORA, LoraSettings, ModelSettings
 from rlhf.models.shared_bases import SharedBases
 from rlhf.models.tokenizers import load_tokenizer
 
 
 def load_policy(
-    settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, bases: SharedBases | None = None
+    settings: ModelSettings, lora: LoraSettings = NO_LORA, bases: SharedBases | None = None
 ) -> PreTrainedModel:
     """Load a causal LM in evaluation mode with dropout off and every weight from its files.
 
@@ -82,7 +82,7 @@ def load_scalar(
     settings: ModelSettings,
     *,
     new_head: bool = False,
-    lora: LoraSettings = ALL_WEIGHTS,
+    lora: LoraSettings = NO_LORA,
     bases: SharedBases | None = None,
 ) -> ScalarModel:
     """Load a scalar model in evaluation mode with dropout off.

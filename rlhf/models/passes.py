@@ -63,12 +63,12 @@ def _over_rows(
     """Return what `compute` gives for each packed row, in the order of the trees, on the CPU."""
     device = next(model.parameters()).device
     rows = packer.rows(trees)
-    parts = [compute(row.to(device, non_blocking=True)) for row in rows]
-    return [assemble(rows, _to_cpu(column)) for column in zip(*parts, strict=True)]
+    results = [compute(row.to(device, non_blocking=True)) for row in rows]
+    return [assemble(rows, _to_cpu(column)) for column in zip(*results, strict=True)]
 
 
-def _to_cpu(parts: Sequence[Tensor]) -> list[Tensor]:
+def _to_cpu(results: Sequence[Tensor]) -> list[Tensor]:
     """Copy the results of all rows at once, because the device would be idle after each copy."""
-    sizes = [part.numel() for part in parts]
-    flat = torch.cat([part.flatten() for part in parts]).cpu()
-    return [one.view(part.shape) for one, part in zip(flat.split(sizes), parts, strict=True)]
+    sizes = [part.numel() for part in results]
+    flat = torch.cat([part.flatten() for part in results]).cpu()
+    return [one.view(part.shape) for one, part in zip(flat.split(sizes), results, strict=True)]

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.inputs.chat import Chat
 from rlhf.models.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_of, save_adapter
-from rlhf.models.full import quiet
+from rlhf.models.full import quiet_transformers
 from rlhf.models.interop import add_version_4_names
 from rlhf.models.tokenizers import ends_of
 from rlhf.runs.folder import SAVED_WEIGHTS
@@ -47,7 +47,7 @@ def save_model(
     weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a model (as `save_weights`) and its tokenizer."""
-    with quiet():
+    with quiet_transformers():
         save_weights(model, folder, weights)
         save_tokenizer(tokenizer, folder)
 

@@ -59,5 +59,5 @@ class LoraSettings(Ranged):
             )
 
 
-ALL_WEIGHTS = LoraSettings()
+NO_LORA = LoraSettings()
 """No adapter: all weights are trained. An adapter in the folder is merged into its base."""

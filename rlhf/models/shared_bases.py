@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf.models.adapters import HEAD, weights_sha256
 from rlhf.models.architectures import body_of, from_config, scalar_class
 from rlhf.models.compat import attention_of
-from rlhf.models.full import disable_dropout, load_full, quiet
+from rlhf.models.full import disable_dropout, load_full, quiet_transformers
 from rlhf.models.settings import ModelSettings
 
 
@@ -52,7 +52,7 @@ class SharedBases:
         if key not in self._full:
             full = load_full(auto_class, settings, new_weights=new_weights, quantize=quantize)
             self._full[key] = full.requires_grad_(False).to(self._device)
-        return _tree_over(self._full[key])
+        return _copy_sharing_weights(self._full[key])
 
 
 def weight_bytes(*models: nn.Module) -> int:
@@ -69,7 +69,7 @@ def has_four_bits(model: nn.Module) -> bool:
     return any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
 
 
-def _tree_over(model: PreTrainedModel) -> PreTrainedModel:
+def _copy_sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Copy the modules but share their Parameters, except for the head of a classifier."""
     shared = {id(p): p for name, p in model.named_parameters() if name != HEAD}
     return copy.deepcopy(model, shared)
@@ -79,7 +79,7 @@ def _classifier_on(policy: PreTrainedModel, *, trust_remote_code: bool) -> PreTr
     """Build a classifier over a causal LM's body; None if the classifier needs another body."""
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    with quiet(), torch.device("meta"):
+    with quiet_transformers(), torch.device("meta"):
         classifier = from_config(
             scalar_class(config),
             config,
@@ -87,7 +87,7 @@ def _classifier_on(policy: PreTrainedModel, *, trust_remote_code: bool) -> PreTr
             attn_implementation=attention_of(policy),
             trust_remote_code=trust_remote_code,
         )
-    body, own_body = body_of(_tree_over(policy)), body_of(classifier)
+    body, own_body = body_of(_copy_sharing_weights(policy)), body_of(classifier)
     if type(body) is not type(own_body):
         return None
     name = next(name for name, module in classifier.named_modules() if module is own_body)

@@ -20,8 +20,8 @@ from rlhf.rewards.settings import Combination
 
 
 @dataclass(frozen=True)
-class Part:
-    """One reward of a weighted sum, and the answers that it judges."""
+class RewardPart:
+    """Holds one reward of a weighted sum, and which answers it judges."""
 
     reward: Reward
     weight: float = 1.0
@@ -33,7 +33,7 @@ class Part:
     """Common scale to which the scores are brought before they are weighted."""
 
     def judges(self, answer: Answer) -> bool:
-        """Return whether this part has a say on the answer."""
+        """Return whether this part scores the answer."""
         meta = answer.record.meta
         return (self.only_with is None or bool(meta.get(self.only_with))) and (
             self.only_without is None or not meta.get(self.only_without)
@@ -68,14 +68,14 @@ class Part:
 class WeightedReward:
     """Returns score = sum of weight * part, over the parts that judge an answer."""
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, RewardPart]
     """Maps a name to a part."""
 
     def score(self, answers: Sequence[Answer]) -> Scored:
         """Score as Reward.score does.
 
-        `parts` are the rewards' own scores, before scale and weight; nan where a part does not
-        judge an answer.
+        `parts` holds the rewards' own scores, before scale and weight. They are nan for answers
+        that a part does not judge.
         """
         scored = {name: part.score(answers) for name, part in self.parts.items()}
         steps = [one.token_rewards for one, _ in scored.values() if one.token_rewards is not None]
@@ -88,14 +88,14 @@ class WeightedReward:
 
 @dataclass(frozen=True)
 class EnsembleReward:
-    """Combines several rewards into one (Coste et al. 2023); see combine_members."""
+    """Combines several rewards into one by `combine_members` (Coste et al. 2023)."""
 
     members: Sequence[Reward]
     combination: Combination
     spread_coef: float
 
     def score(self, answers: Sequence[Answer]) -> Scored:
-        """Score as Reward.score does. `parts` are the members' scores and their variance."""
+        """Score as Reward.score does. `parts` holds the members' scores and their variance."""
         scores = torch.stack(
             [member.score(answers).scores for member in self.members]
         )  # (members, batch)
@@ -110,13 +110,13 @@ class EnsembleReward:
 
 @dataclass(frozen=True)
 class NormalizedReward:
-    """Returns (score of the reward - what the scale takes off) / std; the parts stay unchanged."""
+    """Returns the scores of a reward on a common scale. The parts stay unchanged."""
 
     reward: Reward
     scale: ScoreScale
 
     def score(self, answers: Sequence[Answer]) -> Scored:
-        """Score as Reward.score does. What is taken off comes off at the last token."""
+        """Score as Reward.score does. What the scale subtracts, it subtracts at the last token."""
         scored = self.reward.score(answers)
         token_rewards = scored.token_rewards
         lengths = torch.tensor([float(len(answer.response_ids)) for answer in answers])

@@ -21,7 +21,7 @@ TokenRewardFunction = Callable[
 
 
 class FunctionReward:
-    """A function of prompts, responses and metas that returns one number per response."""
+    """Scores by a user's function of prompts, responses and metas: one number per response."""
 
     def __init__(self, function: RewardFunction, name: str) -> None:
         self.function = function
@@ -35,7 +35,7 @@ class FunctionReward:
                 not finite.
         """
         columns = columns_of(answers)
-        values = call_by_rows(
+        values = call_on_batch(
             self.function, self.name, columns, "a list with one number a response"
         )
         rows = (row_name(i, columns[0]) for i in range(len(values)))
@@ -47,10 +47,10 @@ class FunctionReward:
 
 
 class TokenFunctionReward:
-    """A function that returns one number per token. A response's score is the sum of its numbers.
+    """Scores by a user's function that returns one number per token; a score is the sum of them.
 
-    It is called with prompts, responses, metas and tokens. The tokens are the texts of each
-    response's tokens (see Chat.pieces), including the end token.
+    The function is called with prompts, responses, metas and tokens. The tokens are the texts of
+    each response's tokens (see Chat.pieces), including the end token.
     """
 
     def __init__(self, function: TokenRewardFunction, name: str, chat: Chat) -> None:
@@ -67,7 +67,7 @@ class TokenFunctionReward:
         """
         tokens = [self.chat.pieces(one.ids_ending_with(self.chat.end_id)) for one in answers]
         columns = (*columns_of(answers), tokens)
-        rows = call_by_rows(
+        rows = call_on_batch(
             self.function, self.name, columns, "a list of lists, one number a token"
         )
         rewards = torch.zeros(len(tokens), max(map(len, tokens)))
@@ -97,12 +97,12 @@ class TokenFunctionReward:
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """Import what package.module:name names.
+    """Import the function that package.module:name names.
 
-    It may be a reward function, a labeler, or a function that makes gold scores.
+    It may be a reward function, or a function that makes labelers or gold scores.
 
     Raises:
-        ValueError: The spelling, the module, or the name in it is wrong.
+        ValueError: The name is misspelt, the module cannot be imported, or it has no such function.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
@@ -133,12 +133,12 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def row_name(i: int, prompts: Sequence[Prompt]) -> str:
-    """A row of a batch in a message: which it is, and the file and row of its prompt."""
+    """Name a row of a batch in a message: its number, and the file and row of its prompt."""
     return f"row {i}{name_rows(prompts[i : i + 1])}"
 
 
 Columns = Sequence[Sequence[Any]]
-"""Prompt records, responses, and whatever else a function gets; each (batch,)."""
+"""Prompt records, responses, and what else a function gets; each (batch,)."""
 
 
 def columns_of(answers: Sequence[Answer]) -> tuple[list[Prompt], list[str]]:
@@ -146,16 +146,18 @@ def columns_of(answers: Sequence[Answer]) -> tuple[list[Prompt], list[str]]:
     return [one.record for one in answers], [one.text for one in answers]
 
 
-def call_by_rows(
+def call_on_batch(
     function: Callable[..., Any], name: str, columns: Columns, expected: str
 ) -> list[Any]:
-    """Call the function and return one entry per response. `expected` says it in words.
+    """Call the function and return one entry per response.
+
+    `expected` says in words what the function must return.
 
     Raises:
         ValueError: The function failed, or returned a wrong number of entries.
     """
     try:
-        values = _call_plainly(function, columns)
+        values = _call_with_copies(function, columns)
     except Exception as error:
         place = _failing_row(function, columns)
         raise ValueError(f"reward function {name} failed on {place}: {_describe(error)}") from error
@@ -175,8 +177,8 @@ def call_by_rows(
     return values
 
 
-def _call_plainly(function: Callable[..., Any], columns: Columns) -> Any:
-    """Call the function with new lists, which it may change."""
+def _call_with_copies(function: Callable[..., Any], columns: Columns) -> Any:
+    """Call the function with copies of the lists, because it may change them."""
     prompts, responses, *others = columns
     return function(
         [prompt.prompt for prompt in prompts],
@@ -190,7 +192,7 @@ def _failing_row(function: Callable[..., Any], columns: Columns) -> str:
     responses = columns[1]
     for i, response in enumerate(responses):
         try:
-            _call_plainly(function, [[column[i]] for column in columns])
+            _call_with_copies(function, [[column[i]] for column in columns])
         except Exception:
             return f"{row_name(i, columns[0])}, response {response[:60]!r}"
     return f"a batch of {len(responses)} rows, on none of them alone"

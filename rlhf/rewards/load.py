@@ -1,4 +1,4 @@
-"""Loads the reward that the settings describe, checked and ready to score."""
+"""Loads and checks the reward that the settings describe."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +9,7 @@ from rlhf.inputs.chat import Chat
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.settings import ModelSettings
 from rlhf.models.shared_bases import SharedBases
-from rlhf.rewards.combined import EnsembleReward, NormalizedReward, Part, WeightedReward
+from rlhf.rewards.combined import EnsembleReward, NormalizedReward, RewardPart, WeightedReward
 from rlhf.rewards.functions import FunctionReward, TokenFunctionReward, load_function
 from rlhf.rewards.models import RewardModel, TextRewardModel, load_reward_model, measured_dtype
 from rlhf.rewards.rendering import same_rendering
@@ -22,7 +22,7 @@ def load_reward(
     chat: Chat,
     device: torch.device | str,
     micro_batch_tokens: int,
-    tell: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
     bases: SharedBases | None = None,
     offload: bool = False,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -32,12 +32,12 @@ def load_reward(
     Args:
         chat: The policy's rendering.
         micro_batch_tokens: The most tokens in one pass of a reward model.
-        tell: Called with a line for each reward model that reads text instead of the policy's ids.
+        log: Called with a line for each reward model that reads text instead of the policy's ids.
         bases: Holds frozen weights for several models. None gives each model its own weights.
         device, offload, autocast: As in load_reward_model.
 
     Raises:
-        ValueError: As load_judge and load_function.
+        ValueError: As in load_reward_model_for_policy and load_function.
     """
 
     def load(model: str | None, function: str | None, per_token: bool) -> Reward:
@@ -47,7 +47,7 @@ def load_reward(
                 return TokenFunctionReward(found, function, chat)
             return FunctionReward(found, function)
         assert model is not None
-        return load_judge(
+        return load_reward_model_for_policy(
             ModelSettings(
                 path=model,
                 dtype=measured_dtype(model) if settings.dtype == "measured" else settings.dtype,
@@ -58,7 +58,7 @@ def load_reward(
             micro_batch_tokens=micro_batch_tokens,
             device=device,
             allow_chance_reward=settings.allow_chance_reward,
-            tell=tell,
+            log=log,
             bases=bases,
             offload=offload,
             autocast=autocast,
@@ -67,7 +67,7 @@ def load_reward(
     if settings.parts:
         return WeightedReward(
             {
-                name: Part(
+                name: RewardPart(
                     load(part.model, part.function, part.per_token),
                     part.weight,
                     only_with=part.only_with,
@@ -83,14 +83,14 @@ def load_reward(
     return load(settings.model, settings.function, settings.per_token)
 
 
-def load_judge(
+def load_reward_model_for_policy(
     settings: ModelSettings,
     chat: Chat,
     *,
     micro_batch_tokens: int,
     device: torch.device | str = "cpu",
     allow_chance_reward: bool = False,
-    tell: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
     bases: SharedBases | None = None,
     offload: bool = False,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -100,7 +100,7 @@ def load_judge(
     It reads the policy's ids if it renders text as the policy does, otherwise their text.
 
     Raises:
-        ValueError: As load_reward_model.
+        ValueError: As in load_reward_model.
     """
     reward_model = load_reward_model(
         settings,
@@ -113,7 +113,7 @@ def load_judge(
     )
     if same_rendering(chat, reward_model.chat):
         return reward_model
-    tell(
+    log(
         f"the reward model reads text: {settings.path} has another tokenizer or chat template than "
         "the policy, so prompts and decoded responses are rendered anew for it"
     )

@@ -24,7 +24,7 @@ from rlhf.models.layout import packer_for
 from rlhf.models.loading import load_scalar
 from rlhf.models.passes import compute_scores
 from rlhf.models.scalar import ScalarModel
-from rlhf.models.settings import ALL_WEIGHTS, LoraSettings, ModelSettings
+from rlhf.models.settings import NO_LORA, LoraSettings, ModelSettings
 from rlhf.models.shared_bases import SharedBases, has_four_bits
 from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.rendering import check_rendering
@@ -48,7 +48,7 @@ is for a base shared under QLoRA, which was tested on tiny models only."""
 
 @dataclass(frozen=True, kw_only=True)
 class GoldenRow:
-    """A prompt, a response and the score that the reward model gave when it was saved."""
+    """Holds a prompt, a response and the score that the reward model gave when it was saved."""
 
     prompt: PromptLike
     response: str
@@ -61,13 +61,13 @@ class GoldenRow:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardCard:
-    """The content of reward.json.
+    """Holds the content of reward.json.
 
-    score = scale * (raw score of the classifier - bias)
+    score = scale * (the classifier's output - bias)
     """
 
     bias: float
-    """Mean raw score of the demonstrations, so that they score 0 (Ouyang et al. 2022, 3.5)."""
+    """Mean output for the demonstrations, so that they score 0 (Ouyang et al. 2022, 3.5)."""
     scale: float
     """1 unless a user sets it. InstructGPT shifts its rewards and does not scale them."""
     pair_accuracy: float
@@ -126,7 +126,7 @@ class RewardModel:
         self.packer = packer
 
     def score(self, answers: Sequence[Answer]) -> Scored:
-        """Score as Reward.score does. Only the ids are used."""
+        """Score as Reward.score does, from the ids alone."""
         return Scored(
             self.scores(
                 [one.prompt_ids for one in answers],
@@ -146,12 +146,12 @@ class RewardModel:
 
     @property
     def context(self) -> int | None:
-        """How many tokens the model can read; None means any number."""
+        """Most tokens that the model can read. None means any number."""
         return getattr(
             self.model.classifier.config.get_text_config(), "max_position_embeddings", None
         )
 
-    def recheck(self) -> None:
+    def check_golden_rows(self) -> None:
         """Score the golden rows again.
 
         Raises:
@@ -172,10 +172,10 @@ class RewardModel:
                     f"the reward model scores golden row {i} at {score:.4f}, and {row.score:.4f} "
                     f"when it was saved ({dtype}, tolerance {tolerance}): its weights, "
                     f"tokenizer or chat template changed since; copy the whole folder again or "
-                    f"train it again{self._other_type(dtype)}"
+                    f"train it again{self._dtype_hint(dtype)}"
                 )
 
-    def _other_type(self, dtype: str) -> str:
+    def _dtype_hint(self, dtype: str) -> str:
         """Say what to try if the type of the weights may be the cause."""
         if self.card.dtype is None:
             return (
@@ -190,17 +190,16 @@ class RewardModel:
 class TextRewardModel:
     """A reward model that reads text, because the policy has another tokenizer or chat template.
 
-    It reads the prompt record and the decoded response in its own rendering. A finished response
-    gets the reward model's own end token; a cut one gets none. If a prompt and its
-    response are longer than the reward model's context, the oldest turns are left out, even if the
-    policy could read them.
+    It renders the prompt record and the decoded response in its own way. A finished response gets
+    the reward model's own end token; a cut one gets none. If prompt and response are longer than
+    the reward model's context, the oldest turns are left out, even if the policy could read them.
     """
 
     def __init__(self, reward_model: RewardModel) -> None:
         self.reward_model = reward_model
 
     def score(self, answers: Sequence[Answer]) -> Scored:
-        """Score as Reward.score does. Only records and texts are used, no ids.
+        """Score as Reward.score does, from records and texts alone.
 
         Raises:
             ValueError: A prompt's last turn and its response are longer than the model's context.
@@ -213,7 +212,7 @@ class TextRewardModel:
         return Scored(self.reward_model.scores(own_prompts, own_responses))
 
     def _response_ids(self, text: str, ended: bool) -> list[int]:
-        """Render a response. A cut one without text keeps its end, since a score needs a token."""
+        """Render a response. If cut and empty, it keeps its end, because a score needs a token."""
         ids = self.reward_model.chat.response_ids(text)
         return ids if ended or len(ids) == 1 else ids[:-1]
 
@@ -259,16 +258,16 @@ def load_reward_model(
 
     Args:
         device: Where the model scores.
-        policy_chat: Rendering of the policy that is to be scored. None does not compare it.
-        allow_chance_reward: Whether to load a model that may be no better than a coin.
+        policy_chat: Rendering of the policy whose responses will be scored. None compares nothing.
+        allow_chance_reward: Whether to load a model that may be no better than chance.
         bases: Holds frozen weights for several models. None gives the model its own weights.
         offload: Whether the model is in CPU memory outside this function.
-        autocast: The precision in which it will score, and so is tried for packing. Golden rows are
-            scored in the type of the weights, as when they were measured.
+        autocast: Makes the context of precision in which the model will score. Packing is tested
+            in it. Golden rows are scored in the type of the weights, as they were measured.
 
     Raises:
-        ValueError: There is no head or no reward.json, the policy's rendering is another one, the
-            accuracy may be chance, or golden scores have changed.
+        ValueError: There is no head or no reward.json, the policy's rendering differs, the accuracy
+            may be chance, or golden scores have changed.
     """
     model, card = _load_with_card(settings, bases=bases)
     chat = load_chat(settings)
@@ -282,14 +281,14 @@ def load_reward_model(
         with autocast():
             packer = packer_for(model.classifier, micro_batch_tokens)
         reward = RewardModel(model, card, chat, packer)
-        reward.recheck()
+        reward.check_golden_rows()
     return reward
 
 
 def load_value_model(
-    settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, bases: SharedBases | None = None
+    settings: ModelSettings, lora: LoraSettings = NO_LORA, bases: SharedBases | None = None
 ) -> ScalarModel:
-    """Load the value model that PPO starts from: the reward model, in units of its scores.
+    """Load the value model that PPO starts from: the reward model, with its bias and scale.
 
     Args:
         lora: As in load_policy, but an adapter in the folder keeps its own settings.
@@ -317,7 +316,7 @@ def trees_of(
 
 
 def _load_with_card(
-    settings: ModelSettings, lora: LoraSettings = ALL_WEIGHTS, bases: SharedBases | None = None
+    settings: ModelSettings, lora: LoraSettings = NO_LORA, bases: SharedBases | None = None
 ) -> tuple[ScalarModel, RewardCard]:
     model = load_scalar(settings, new_head=False, lora=lora, bases=bases)
     card = RewardCard.load(settings.path)

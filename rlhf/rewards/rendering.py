@@ -9,7 +9,7 @@ _RENDERING_PROBE = "A probe: 12,345 times \u00e9\u4e2d\U0001f600\n\n\tend."
 
 
 def rendering_hash(chat: Chat) -> str:
-    """Hash all that turns text into ids: template, vocabulary, end token, and a sample text."""
+    """Hash what turns text into ids: template, vocabulary, end token, and ids of a sample text."""
     parts = [
         chat.template_hash,
         sorted(chat.tokenizer.get_vocab().items()),
@@ -21,7 +21,7 @@ def rendering_hash(chat: Chat) -> str:
 
 
 def same_vocabulary(chat_a: Chat, chat_b: Chat) -> bool:
-    """Return whether ids mean the same to both, so that a model of one can read the other's."""
+    """Return whether every id means the same to both, so that each can read the other's ids."""
     return chat_a.tokenizer.get_vocab() == chat_b.tokenizer.get_vocab()
 
 

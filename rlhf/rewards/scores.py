@@ -13,7 +13,7 @@ from rlhf.rewards.settings import Combination, MissingEnd
 
 @dataclass(frozen=True)
 class Scored:
-    """What a reward returns for a batch of responses, before the KL penalty; fp32, on the CPU.
+    """Holds a reward's scores of a batch of responses, before the KL penalty; fp32, on the CPU.
 
     Example: a response of three tokens has scores [2.0] and token_rewards [[0.5, 0.0, 0.0]]. It is
     worth 2.0 in all: 0.5 at its first token, and the rest (`at_end`) at its last one.
@@ -25,8 +25,8 @@ class Scored:
     """(batch, time) the share of the scores that belongs to single tokens, 0 after the end. None
     means that the whole score belongs to the last token."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
-    """(batch,) what the score is made of, by name, each before its weight; nan where a part does
-    not judge an answer."""
+    """(batch,) each part of the score by name, before its weight. It is nan for answers that the
+    part does not judge."""
 
     @property
     def at_end(self) -> Tensor:

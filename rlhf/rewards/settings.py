@@ -1,4 +1,4 @@
-"""Settings of the reward."""
+"""Defines settings of the reward."""
 
 import math
 import re
@@ -35,7 +35,7 @@ class PartSettings:
     leaves no prompt out."""
     debias_length: bool = False
     """Take out of this part what the length of a response explains, as reward.debias_length does
-    where the reward has no parts. It needs reward.normalize_on."""
+    for a reward without parts. It needs reward.normalize_on."""
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.function is None):
@@ -49,10 +49,10 @@ class PartSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EnsembleSettings(Ranged):
-    """Several reward models as one (Coste et al. 2023)."""
+    """Combines several reward models into one (Coste et al. 2023)."""
 
     models: tuple[str, ...] = ()
-    """Folders that the rm stage wrote, best with different seeds. Empty means no ensemble."""
+    """Folders that the rm stage wrote, preferably with different seeds. Empty means no ensemble."""
     combine: Combination = "mean"
     """How the members' scores become one: their mean, the worst (smallest), or the mean minus
     spread_coef times their variance."""
@@ -88,36 +88,36 @@ class RewardSettings(Ranged):
     """Maps a name to a part, a section with the keys model, function, per_token and weight. The
     score is the sum of weight * part. Empty means that the reward comes from elsewhere."""
     ensemble: EnsembleSettings = field(default_factory=EnsembleSettings)
-    """Several reward models as one."""
+    """Several reward models combined into one."""
     dtype: Literal["measured", "float32", "bfloat16"] = "measured"
-    """Type of the reward models' weights. measured: the type in which each was measured, from its
-    reward.json."""
+    """Type of the reward models' weights. measured is the type in which each one was measured, as
+    its reward.json says."""
     attention: Attention = "sdpa"
-    """Attention implementation of the reward models. One that cannot take a packing mask needs one
-    row per response."""
+    """Attention implementation of the reward models. Without support for a packing mask, each
+    response needs a row of its own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the reward models. Set it only for sources that you trust."""
     allow_chance_reward: bool = False
     """Use a reward model even if the interval of its held-out accuracy reaches down to 0.5."""
     normalize_on: TwoOrMore | None = None
     """Number of samples of the reference policy, drawn before the first update, whose scores get
-    mean 0 and standard deviation 1 (Ziegler et al. 2019). Each part gets them by itself, on the
-    samples that it judges, and then its weight. None leaves scores unchanged."""
+    mean 0 and standard deviation 1 (Ziegler et al. 2019). With parts, each part is normalised by
+    itself, on the samples that it judges, before it is weighted. None leaves scores unchanged."""
     debias_length: bool = False
     """Take out of the scores what the length of a response explains (length bias, Singhal et al.
-    2023): a straight line that is fitted to the samples of normalize_on, of which each prompt then
-    gets two. Only the difference between answers to one prompt counts. With parts, set it on those
-    that like a length for its own sake."""
+    2023). This is a straight line, fitted to the samples of normalize_on, of which each prompt then
+    gets two. Only differences between answers to one prompt count. With parts, set it on each part
+    that prefers a length as such."""
     clip: Positive | None = None
-    """Limit of the scores: they are clipped to -clip..clip. None means no clip."""
+    """Limit of the scores, which are clipped to -clip..clip. None means no clip."""
     length_penalty: NotNegative = 0.0
     """Subtracted from the score for every response token beyond length_allowance. 0 means no
     penalty."""
     length_allowance: NotNegativeInt = 0
     """Response tokens, including the end token, that cost no length_penalty."""
     missing_end: MissingEnd = "subtract"
-    """What happens to the score of a response without its end token: replace puts missing_end_value
-    in its place, subtract subtracts missing_end_value, none leaves it."""
+    """How to change the score of a response without its end token: replace puts missing_end_value
+    in its place, subtract subtracts missing_end_value, none leaves it unchanged."""
     missing_end_value: float = 1.0
     """Replaces the score (such as -1) or is subtracted from it (such as 1)."""
 
@@ -177,7 +177,7 @@ class RewardSettings(Ranged):
 
     @property
     def value_start(self) -> tuple[str, float] | None:
-        """The first reward model, from which a value model may start, and its weight."""
+        """The first reward model and its weight. A value model may start from it."""
         starts = [
             (self.model, 1.0),
             *((part.model, part.weight) for part in self.parts.values()),

@@ -129,7 +129,7 @@ def read_manifest(folder: Path) -> Manifest:
     if body.pop("format", None) != FORMAT:
         raise ValueError(
             f"{folder / MANIFEST} is not of format {FORMAT}, which this version of the program "
-            f"reads; go on with the version that wrote it, {_or_anew(folder)}"
+            f"reads; go on with the version that wrote it, {_or_start_anew(folder)}"
         )
     return Manifest(**body)
 
@@ -227,7 +227,7 @@ def _check(folder: Path, manifest: Manifest, names: Sequence[str]) -> None:
     for name in names:
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{path} is missing; put it back, {_or_anew(folder)}")
+            raise ValueError(f"{path} is missing; put it back, {_or_start_anew(folder)}")
         found = sha256_of(path)
         if found != manifest.files[name]:
             raise ValueError(_altered(path, found, manifest.files[name]))
@@ -254,7 +254,7 @@ def _load_file(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is altered ({error}); {_or_anew(path.parent)}") from error
+        raise ValueError(f"{path} is altered ({error}); {_or_start_anew(path.parent)}") from error
 
 
 def _put(state: State, names: list[str], tensor: Tensor) -> None:
@@ -272,13 +272,15 @@ def _step_in_name(folder: Path) -> int:
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
-        raise ValueError(f"{path} is missing; put it back, {_or_anew(folder)}")
+        raise ValueError(f"{path} is missing; put it back, {_or_start_anew(folder)}")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is altered ({error}); {_or_anew(folder)}") from error
+        raise ValueError(f"{path} is altered ({error}); {_or_start_anew(folder)}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is altered (it does not hold an object); {_or_anew(folder)}")
+        raise ValueError(
+            f"{path} is altered (it does not hold an object); {_or_start_anew(folder)}"
+        )
     return value
 
 
@@ -294,8 +296,8 @@ def _sha256_of_json(value: Mapping[str, Any]) -> str:
 
 def _altered(path: Path, found: str, written: object) -> str:
     was = written[:12] if isinstance(written, str) else "none"
-    return f"{path} is altered (sha256 {found[:12]}, written {was}); {_or_anew(path.parent)}"
+    return f"{path} is altered (sha256 {found[:12]}, written {was}); {_or_start_anew(path.parent)}"
 
 
-def _or_anew(folder: Path) -> str:
+def _or_start_anew(folder: Path) -> str:
     return f"or delete {folder} to start anew"

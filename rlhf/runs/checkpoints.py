@@ -24,10 +24,10 @@ from rlhf.runs.checkpoint_files import (
     start_checkpoint,
     write_shard,
 )
-from rlhf.runs.folder import MAX_SHOWN, contents_of, differing
+from rlhf.runs.folder import MAX_SHOWN, contents_of, find_differences
 from rlhf.runs.interrupts import Interrupted, interrupts
 from rlhf.runs.run import Run
-from rlhf.runs.stateful import State, Stateful, Together
+from rlhf.runs.stateful import State, Stateful, StatefulDict
 from rlhf.training import sharding
 from rlhf.training.processes import gather_from_all, max_over_processes
 
@@ -68,7 +68,7 @@ class Checkpoints:
         self._every = every
         self._unit = unit
         self._num_since = 0
-        self._parts, self._own = Together(), Together()
+        self._parts, self._own = StatefulDict(), StatefulDict()
         self._split_by = sharding.split_by(accelerator)
         if every is not None and (reason := sharding.why_not_saved(accelerator)):
             self._every = None
@@ -105,7 +105,7 @@ class Checkpoints:
             parts: The parts whose state is the same in all processes.
             own: The parts whose state differs between processes, such as generators and shards.
         """
-        self._parts, self._own = Together(parts), Together(own)
+        self._parts, self._own = StatefulDict(parts), StatefulDict(own)
         if self.step is not None:
             self._parts.load_state_dict(self._states)
             self._own.load_state_dict(self._own_state)
@@ -142,7 +142,7 @@ class Checkpoints:
         An interrupt that was deferred ends it here. The parts are released, since a model among
         them would stay in memory.
         """
-        self._parts, self._own = Together(), Together()
+        self._parts, self._own = StatefulDict(), StatefulDict()
         interrupts.are_deferred = False
         if interrupts.is_pending:
             raise KeyboardInterrupt
@@ -268,7 +268,7 @@ class Checkpoints:
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Yield a description of each difference between a checkpoint's run and this one."""
     contents = [{**run, "inputs": contents_of(run["inputs"])} for run in (then, now)]
-    yield from differing(*contents)
+    yield from find_differences(*contents)
     if then.get(_PRECISION) != now[_PRECISION]:
         yield f"the launcher's {_PRECISION} was {then.get(_PRECISION)} and is {now[_PRECISION]}"
     split_by, splits_now = (run.get(_SPLIT, _WHOLE) for run in (then, now))

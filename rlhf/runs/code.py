@@ -58,16 +58,22 @@ def _hash_of_module(name: str) -> str | None:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.origin is not None:
             origin = Path(spec.origin)
-            return _hash_of_folder(origin.parent) if origin.stem == "__init__" else _of_file(origin)
+            return (
+                _hash_of_folder(origin.parent)
+                if origin.stem == "__init__"
+                else _hash_of_file(origin)
+            )
     return None
 
 
 def _hash_of_folder(folder: Path) -> str:
     files = sorted(folder.rglob("*.py"))
-    return _hash_of(f"{file.relative_to(folder).as_posix()} {_of_file(file)}" for file in files)
+    return _hash_of(
+        f"{file.relative_to(folder).as_posix()} {_hash_of_file(file)}" for file in files
+    )
 
 
-def _of_file(file: Path) -> str:
+def _hash_of_file(file: Path) -> str:
     tree = ast.parse(file.read_bytes())
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

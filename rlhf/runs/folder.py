@@ -192,7 +192,7 @@ class OutputFolder:
             self.outdated = f"it is of {found.program}" if self._is_finished else ""
             return
         then = {"settings": found.settings, "inputs": found.inputs}
-        differences = differing(then, {"settings": self._settings, "inputs": self._inputs})
+        differences = find_differences(then, {"settings": self._settings, "inputs": self._inputs})
         shown = list(islice(differences, MAX_SHOWN))
         self.is_other = bool(shown)
         if shown and not overwrite and not has_checkpoint:
@@ -412,7 +412,7 @@ def add_to_mark(folder: Path, name: str) -> None:
 
 
 @contextmanager
-def file_held(output: str | Path) -> Iterator[None]:
+def locked_file(output: str | Path) -> Iterator[None]:
     """Make the file's folder, and keep other processes from writing the file in the block.
 
     This serves programs that write one file into a folder of others.
@@ -486,7 +486,7 @@ def contents_of(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: content_of(described) for name, described in inputs.items()}
 
 
-def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def find_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Yield a description of each difference of two runs; `contents_of` makes their `inputs`."""
     settings = [dict(flat_settings(run["settings"])) for run in (then, now)]
     for name in dict.fromkeys([*settings[0], *settings[1]]):
@@ -666,7 +666,7 @@ def _hold(lock: int, place: Path, what: str) -> None:
     # If the file system has no locks, only the file's content tells who holds it.
     holder = _holder(lock)
     is_here = holder.get("host") == socket.gethostname()
-    if holder and not (is_here and _is_over(holder["pid"])):
+    if holder and not (is_here and _has_ended(holder["pid"])):
         where = f"; if that process is gone, delete {place}"
         raise ValueError(_in_use(what, holder) + ("" if is_here else where))
 
@@ -690,7 +690,7 @@ def _in_use(what: str, holder: Mapping[str, Any]) -> str:
     )
 
 
-def _is_over(pid: int) -> bool:
+def _has_ended(pid: int) -> bool:
     """Return whether no other process on this machine has this id."""
     import psutil  # imported here, since only file systems without locks need it
 

@@ -194,7 +194,7 @@ class Generators:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-class Together(dict[str, Stateful]):
+class StatefulDict(dict[str, Stateful]):
     """Several parts by name, saved and loaded as one."""
 
     def state_dict(self) -> State:

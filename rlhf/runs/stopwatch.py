@@ -61,10 +61,10 @@ class Heartbeat:
         engine.generate(prompts, decoding, progress=Heartbeat("sampled", len(prompts), print))
     """
 
-    def __init__(self, what: str, total: int, tell: Callable[[str], object]) -> None:
+    def __init__(self, what: str, total: int, log: Callable[[str], object]) -> None:
         self.what = what
         self.total = total
-        self.tell = tell
+        self.log = log
         self.num_done = 0
         self._started = self._told = time.perf_counter()
 
@@ -75,7 +75,7 @@ class Heartbeat:
         if now - self._told >= HEARTBEAT_SECONDS:
             self._told = now
             seconds = now - self._started
-            self.tell(f"{self.what} {self.num_done} of {self.total} after {seconds:.0f} s")
+            self.log(f"{self.what} {self.num_done} of {self.total} after {seconds:.0f} s")
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -30,7 +30,7 @@ class OutOfMemoryError(ValueError):
     """Says that memory ran out: in which phase, and which setting to lower."""
 
 
-def is_of_the_device(error: BaseException) -> bool:
+def is_device_error(error: BaseException) -> bool:
     """Return whether torch ran out of memory, or met a device fault or tensors on two devices."""
     if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
         return True

@@ -102,7 +102,7 @@ class Step:
         self.learning_rate = state.learning_rate
         """The learning rate of this step."""
         self._frozen = frozen
-        self._held: list[Tensor] = []
+        self._kept_losses: list[Tensor] = []
         self._sums: dict[str, Tensor | float] = {}
         state.optimizer.zero_grad()
 
@@ -148,12 +148,12 @@ class Step:
                 need not wait for a GPU.
         """
         if loss.requires_grad:
-            self._held.append(loss)
+            self._kept_losses.append(loss)
         if not self.state.is_exchanged:
             self._backward()
-        self.note(stats or {})
+        self.add_stats(stats or {})
 
-    def note(self, stats: Mapping[str, Tensor | float]) -> None:
+    def add_stats(self, stats: Mapping[str, Tensor | float]) -> None:
         """Add values to the sums for the metrics, without a loss."""
         for name, value in stats.items():
             value = value.detach() if isinstance(value, Tensor) else value
@@ -191,10 +191,13 @@ class Step:
 
     def _backward(self) -> None:
         """Run the backward pass of the losses that `add` has kept."""
-        if self._held:
-            loss = sum(self._held[1:], start=self._held[0]) * self.state.accelerator.num_processes
+        if self._kept_losses:
+            loss = (
+                sum(self._kept_losses[1:], start=self._kept_losses[0])
+                * self.state.accelerator.num_processes
+            )
             sharding.backward(self.state.accelerator, self.state.model, loss)
-            self._held.clear()
+            self._kept_losses.clear()
 
 
 def equal_rows(accelerator: Accelerator, rows: Sequence[PackedRow]) -> list[PackedRow]:

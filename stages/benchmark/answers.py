@@ -13,21 +13,21 @@ from lm_eval.evaluator import evaluate
 
 from rlhf.inputs.streams import python_stream
 from rlhf.measuring.statistics import majority_of_k
-from stages.benchmark.bank import LoadedTask
 from stages.benchmark.config import Rendering, TaskSettings
 from stages.benchmark.figures import Metric
+from stages.benchmark.tasks import LoadedTask
 
 NO_ANSWER = "[invalid]"
 """Result of the harness's regular expressions on a text without an answer. It does not vote."""
 MAJORITY = " maj@"
 """Stands between a metric's name and the number of answers that vote."""
 NUM_PROMPTS_SHOWN = 2
-"""Questions of each setting whose whole prompt is kept in samples.jsonl."""
+"""Questions of each task variant whose whole prompt is kept in samples.jsonl."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Holds a task, a rendering and a number of shots."""
+class TaskVariant:
+    """A task with one rendering and one number of shots."""
 
     task: str
     rendering: Rendering
@@ -36,7 +36,7 @@ class Setting:
 
 @dataclass
 class Outcome:
-    """Holds what was measured of one policy's answers in one setting."""
+    """Holds what was measured of one policy's answers to one task variant."""
 
     values: dict[str, list[list[Any]]] = field(default_factory=dict)
     """Maps a metric to its values: for each question, one value for each draw or sample."""
@@ -46,51 +46,51 @@ class Outcome:
     """CPU time of the process, summed over its threads."""
 
 
-def settings_of(loaded: LoadedTask, settings: TaskSettings) -> Iterator[Setting]:
+def variants_of(loaded: LoadedTask, settings: TaskSettings) -> Iterator[TaskVariant]:
     """Yield every rendering of a task with every number of shots, in the order of the settings."""
     for rendering in settings.renderings:
         for shots in settings.shots:
-            yield Setting(loaded.name, rendering, shots)
+            yield TaskVariant(loaded.name, rendering, shots)
 
 
-def put(
+def ask_questions(
     lm: LM,
     loaded: LoadedTask,
-    setting: Setting,
+    variant: TaskVariant,
     settings: TaskSettings,
     *,
     limit: int | None,
     seed: int,
 ) -> Outcome:
-    """Ask a policy the questions of a task in one setting.
+    """Ask a policy the questions of one task variant.
 
     Every policy gets the same examples, and samples with the same seeds.
     """
     outcome = Outcome()
     task = loaded.task
-    task.set_config("num_fewshot", setting.shots)
+    task.set_config("num_fewshot", variant.shots)
     started = time.process_time()
-    for draw in range(settings.draws if setting.shots else 1):
+    for draw in range(settings.draws if variant.shots else 1):
         task.set_fewshot_seed(python_stream(seed, f"benchmark/shots/{draw}").getrandbits(32))
-        name = f"benchmark/{setting.task}/{setting.rendering}/{setting.shots}/{draw}"
+        name = f"benchmark/{variant.task}/{variant.rendering}/{variant.shots}/{draw}"
         torch.manual_seed(python_stream(seed, name).getrandbits(32))
         results = evaluate(
             lm=lm,
             task_dict={"tasks": {loaded.name: task}},
             limit=limit,
             bootstrap_iters=0,
-            apply_chat_template=setting.rendering == "chat",
+            apply_chat_template=variant.rendering == "chat",
             fewshot_as_multiturn=True,
         )
         assert results is not None
         _collect(outcome, results["samples"][loaded.name], draw)
     if settings.samples > 1:
-        outcome.values = vote(task, settings.samples)
+        outcome.values = majority_values(task, settings.samples)
     outcome.cpu_seconds = time.process_time() - started
     return outcome
 
 
-def vote(task: ConfigurableTask, num_samples: int) -> dict[str, list[list[Any]]]:
+def majority_values(task: ConfigurableTask, num_samples: int) -> dict[str, list[list[Any]]]:
     """Return each metric's values by question: one for each sample, and those of majorities.
 
     `METRIC maj@k` is the chance that the majority of k of the samples is right (Wang et al. 2022,

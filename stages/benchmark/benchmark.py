@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf.generation.engines import check_alone
+from rlhf.generation.engines import check_can_sample_alone
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.whole_files import write_text
 from rlhf.models.limits import check_vocabulary
@@ -19,17 +19,17 @@ from rlhf.models.tokenizers import has_chat_template, load_chat
 from rlhf.runs.folder import folders_released
 from rlhf.runs.run import open_run
 from rlhf.training.processes import start_accelerator
-from stages.benchmark.bank_names import HARNESS, check_names
 from stages.benchmark.config import Config
-from stages.benchmark.figures import figure, tax
+from stages.benchmark.figures import alignment_tax, figure
 from stages.benchmark.report import format_results
 from stages.benchmark.task_files import data_files, find_task_file, read_task_file
+from stages.benchmark.task_names import HARNESS, check_names
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-    from stages.benchmark.answers import Outcome, Setting
-    from stages.benchmark.bank import LoadedTask
+    from stages.benchmark.answers import Outcome, TaskVariant
+    from stages.benchmark.tasks import LoadedTask
 
 TABLES = "benchmark.md"
 
@@ -38,26 +38,26 @@ TABLES = "benchmark.md"
 def benchmark(config: Config) -> None:
     """Measure every policy on every task, write results.json and tables, and print the tables."""
     accelerator = start_accelerator()
-    check_alone(config.generation, accelerator.num_processes)
+    check_can_sample_alone(config.generation, accelerator.num_processes)
     run = open_run(config, stage="benchmark", inputs=_inputs(config), files=(TABLES,))
     if not accelerator.is_main_process:
         return
     _require_harness()
     check_names(config.tasks, config.task_dir)
-    from stages.benchmark.bank import load_tasks
+    from stages.benchmark.tasks import load_tasks
 
     chats = {name: load_chat(_settings(config, name)) for name in config.policies}
     _check_chat_templates(config)
     tasks = load_tasks(config)
-    outcomes: dict[str, dict[Setting, Outcome]] = {}
+    outcomes: dict[str, dict[TaskVariant, Outcome]] = {}
     for name in config.policies:
-        outcomes[name] = _examine(config, tasks, name, chats[name], accelerator.device)
+        outcomes[name] = _measure_policy(config, tasks, name, chats[name], accelerator.device)
     results = _results(config, tasks, outcomes)
     run.samples(
-        {"policy": name, "task": setting.task, "rendering": setting.rendering}
-        | {"shots": setting.shots, **row}
-        for name, by_setting in outcomes.items()
-        for setting, outcome in by_setting.items()
+        {"policy": name, "task": variant.task, "rendering": variant.rendering}
+        | {"shots": variant.shots, **row}
+        for name, by_variant in outcomes.items()
+        for variant, outcome in by_variant.items()
         for row in outcome.rows
     )
     shown = format_results(results)
@@ -118,38 +118,40 @@ def _settings(config: Config, name: str) -> ModelSettings:
     )
 
 
-def _examine(
+def _measure_policy(
     config: Config, tasks: "list[LoadedTask]", name: str, chat: Chat, device: torch.device
-) -> "dict[Setting, Outcome]":
+) -> "dict[TaskVariant, Outcome]":
     """Measure one policy on all tasks, with no other policy in memory."""
-    from stages.benchmark.answers import put
+    from stages.benchmark.answers import ask_questions
 
     policy = load_policy(_settings(config, name))
     check_vocabulary(policy, chat, config.policies[name])
     policy.to(device)  # type: ignore[arg-type]  # its wrapper hides the types of Module.to
     lm = _make_lm(config, policy, chat)
     outcomes = {}
-    for loaded, setting in _all_settings(config, tasks, name):
+    for loaded, variant in _all_variants(config, tasks, name):
         started = time.monotonic()
-        settings = config.tasks[loaded.setting]
-        outcomes[setting] = put(lm, loaded, setting, settings, limit=config.limit, seed=config.seed)
+        settings = config.tasks[loaded.settings_name]
+        outcomes[variant] = ask_questions(
+            lm, loaded, variant, settings, limit=config.limit, seed=config.seed
+        )
         print(
-            f"benchmark: {name} answered {setting.task}, {setting.rendering}, {setting.shots} "
+            f"benchmark: {name} answered {variant.task}, {variant.rendering}, {variant.shots} "
             f"shots, in {time.monotonic() - started:.1f} s",
             flush=True,
         )
     return outcomes
 
 
-def _all_settings(
+def _all_variants(
     config: Config, tasks: "list[LoadedTask]", name: str
-) -> "Iterator[tuple[LoadedTask, Setting]]":
-    from stages.benchmark.answers import settings_of
+) -> "Iterator[tuple[LoadedTask, TaskVariant]]":
+    from stages.benchmark.answers import variants_of
 
     for loaded in tasks:
-        for setting in settings_of(loaded, config.tasks[loaded.setting]):
-            if setting.rendering == "plain" or name not in config.plain_only:
-                yield loaded, setting
+        for variant in variants_of(loaded, config.tasks[loaded.settings_name]):
+            if variant.rendering == "plain" or name not in config.plain_only:
+                yield loaded, variant
 
 
 def _make_lm(config: Config, policy: Any, chat: Chat) -> "LM":
@@ -170,9 +172,9 @@ def _make_lm(config: Config, policy: Any, chat: Chat) -> "LM":
 def _results(
     config: Config,
     tasks: "list[LoadedTask]",
-    outcomes: "dict[str, dict[Setting, Outcome]]",
+    outcomes: "dict[str, dict[TaskVariant, Outcome]]",
 ) -> dict[str, Any]:
-    """Compute figures by policy and setting, and differences from the baselines."""
+    """Compute figures by policy and task variant, and differences from the baselines."""
     from stages.benchmark.answers import metric_of
 
     figures: list[dict[str, Any]] = []
@@ -180,16 +182,16 @@ def _results(
     described: dict[str, dict[str, Any]] = {}
     for loaded in tasks:
         metrics: dict[str, Any] = {}
-        for setting, by_policy in _by_setting(loaded.name, outcomes):
+        for variant, by_policy in _by_variant(loaded.name, outcomes):
             for key in next(iter(by_policy.values())).values:
                 metric = metric_of(loaded.task, key)
                 values = {name: outcome.values[key] for name, outcome in by_policy.items()}
-                place = {**asdict(setting), "metric": key}
+                place = {**asdict(variant), "metric": key}
                 figures += [
                     {"policy": name, **place, **figure(of_policy, metric, config.seed)}
                     for name, of_policy in values.items()
                 ]
-                compared = tax(values, config.baseline_names, metric, config.seed)
+                compared = alignment_tax(values, config.baseline_names, metric, config.seed)
                 taxes += [{**place, **row} for row in compared]
                 metrics[key] = {"higher_is_better": metric.higher_is_better}
                 described[loaded.name] = {
@@ -205,22 +207,22 @@ def _results(
         "figures": figures,
         "tax": taxes,
         "cpu_seconds": [
-            {"policy": name, **asdict(setting), "seconds": outcome.cpu_seconds}
-            for name, by_setting in outcomes.items()
-            for setting, outcome in by_setting.items()
+            {"policy": name, **asdict(variant), "seconds": outcome.cpu_seconds}
+            for name, by_variant in outcomes.items()
+            for variant, outcome in by_variant.items()
         ],
     }
 
 
-def _by_setting(
-    task: str, outcomes: "dict[str, dict[Setting, Outcome]]"
-) -> "Iterator[tuple[Setting, dict[str, Outcome]]]":
-    """Yield each setting of a task with the outcomes of the policies measured in it."""
-    settings = dict.fromkeys(
-        setting for of_policy in outcomes.values() for setting in of_policy if setting.task == task
+def _by_variant(
+    task: str, outcomes: "dict[str, dict[TaskVariant, Outcome]]"
+) -> "Iterator[tuple[TaskVariant, dict[str, Outcome]]]":
+    """Yield each variant of a task with the outcomes of the policies measured in it."""
+    variants = dict.fromkeys(
+        variant for of_policy in outcomes.values() for variant in of_policy if variant.task == task
     )
-    for setting in settings:
+    for variant in variants:
         yield (
-            setting,
-            {name: found[setting] for name, found in outcomes.items() if setting in found},
+            variant,
+            {name: found[variant] for name, found in outcomes.items() if variant in found},
         )

@@ -71,10 +71,10 @@ def _verdict(estimate: Estimate, higher_is_better: bool) -> str:
     return "better" if (low > 0) == higher_is_better else "worse"
 
 
-def tax(
+def alignment_tax(
     values: Mapping[str, Values], baselines: Sequence[str], metric: Metric, seed: int
 ) -> list[dict[str, Any]]:
-    """Compare every policy with every baseline that was measured in the same setting."""
+    """Compare every policy with every baseline that was measured on the same task variant."""
     return [
         {"policy": policy, "baseline": baseline}
         | difference(of_policy, values[baseline], metric, seed)

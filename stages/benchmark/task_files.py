@@ -16,7 +16,7 @@ PAGE = "docs/benchmark_tasks.md"
 
 
 def find_task_file(name: str, task_dir: str) -> Path | None:
-    """Return the file of a task; None if the harness's bank must know it."""
+    """Return the file of a task; None if it must be a task of the harness."""
     path = Path(task_dir) / f"{name}.yaml"
     return path if path.is_file() else None
 

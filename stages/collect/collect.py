@@ -14,13 +14,13 @@ from rlhf.runs.folder import folders_released
 from rlhf.runs.run import Run, open_run
 from rlhf.training.processes import start_accelerator
 from stages.collect.config import Config
-from stages.collect.labelers import SO_FAR_FILE, Labeler, load_labelers, rank_each
+from stages.collect.labelers import PARTIAL_RANKINGS_FILE, Labeler, load_labelers, rank_each
 from stages.collect.report import agreement, describe_rankings, describe_samples
 from stages.collect.sample import Question, make_questions, sample_responses
 
 RANKINGS_FILE = "rankings.jsonl"
 OVERLAP_FILE = "overlap.jsonl"
-FILES = (RANKINGS_FILE, OVERLAP_FILE, SO_FAR_FILE)
+FILES = (RANKINGS_FILE, OVERLAP_FILE, PARTIAL_RANKINGS_FILE)
 
 
 @folders_released()
@@ -85,7 +85,7 @@ def _rank(
     If a labeler fails, the rankings so far are written, since a labeler's time is expensive. Ctrl-C
     counts as a failure too, because it may be used to stop a labeler that hangs.
     """
-    so_far = Path(config.output_dir) / SO_FAR_FILE
+    so_far = Path(config.output_dir) / PARTIAL_RANKINGS_FILE
     goes_on = so_far.exists() and not run.replaces_another
     before = read_records(so_far, Ranking) if goes_on else []
     if before:
@@ -96,7 +96,9 @@ def _rank(
             ranked.append(one)
     except BaseException:
         if ranked:
-            write_records(run.dir / SO_FAR_FILE, [one for of_prompt in ranked for one in of_prompt])
+            write_records(
+                run.dir / PARTIAL_RANKINGS_FILE, [one for of_prompt in ranked for one in of_prompt]
+            )
             print(
                 f"collect: {len(ranked)} prompts were ranked, see {so_far}; the same command asks "
                 "for the others"
@@ -112,7 +114,7 @@ def distinct_texts(answers: Sequence[Answer]) -> list[str]:
 
 def _write(run: Run, rankings: Sequence[Ranking], second_rankings: Sequence[Ranking]) -> None:
     folder: Path = run.dir
-    for name in (OVERLAP_FILE, SO_FAR_FILE):
+    for name in (OVERLAP_FILE, PARTIAL_RANKINGS_FILE):
         (folder / name).unlink(missing_ok=True)
     write_records(folder / RANKINGS_FILE, rankings)
     if second_rankings:

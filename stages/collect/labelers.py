@@ -10,7 +10,7 @@ from rlhf.rewards.functions import load_function
 from stages.collect.config import Config
 from stages.collect.sample import Question
 
-SO_FAR_FILE = "rankings_so_far.jsonl"
+PARTIAL_RANKINGS_FILE = "rankings_so_far.jsonl"
 """File with the rankings so far when a labeler failed, in the order of the prompts. The same
 command continues from them."""
 
@@ -84,19 +84,19 @@ def rank_each(
     ]
     if [(one.prompt, one.responses, one.labeler) for one in before] != wanted[: len(before)]:
         raise ValueError(
-            f"{SO_FAR_FILE} of {config.output_dir} holds rankings of other responses or by other "
-            "labelers than these settings give; give the settings it was made with, or another "
-            "output_dir"
+            f"{PARTIAL_RANKINGS_FILE} of {config.output_dir} holds rankings of other responses "
+            "or by other labelers than these settings give; give the settings it was made with, or "
+            "another output_dir"
         )
     for question, texts, by, generator in tasks:
         known, before = before[: len(by)], before[len(by) :]
         if len(known) == len(by):
             yield list(known)
         else:
-            yield [ask(one, question, texts, generator, config.model.path) for one in by]
+            yield [ask_labeler(one, question, texts, generator, config.model.path) for one in by]
 
 
-def ask(
+def ask_labeler(
     labeler: Labeler,
     question: Question,
     responses: Sequence[str],

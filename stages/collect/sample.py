@@ -35,9 +35,9 @@ def make_questions(prompts: Sequence[Prompt], chat: Chat, config: Config) -> lis
     limit = f"max_prompt_tokens {config.max_prompt_tokens}"
     fitted = fit_prompts(prompts, chat, config.max_prompt_tokens)
     fitted.check_dropped(limit, config.max_dropped)
-    told = fitted.describe(limit)
-    if told is not None:
-        print(f"collect: {told}")
+    text = fitted.describe(limit)
+    if text is not None:
+        print(f"collect: {text}")
     draw = python_stream(config.seed, "collect/num_samples").randint
     bounds = config.num_responses_min, config.num_responses_max
     return [Question(prompt, num_samples=draw(*bounds)) for prompt in fitted.kept]

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.generation.answers import Answer
-from rlhf.generation.engines import check_alone
+from rlhf.generation.engines import check_can_sample_alone
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import read_records
 from rlhf.inputs.fitting import FittedPrompts, fit_prompts
@@ -26,7 +26,7 @@ from rlhf.models.loading import load_policy
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.functions import FunctionReward, load_function
-from rlhf.rewards.load import load_judge
+from rlhf.rewards.load import load_reward_model_for_policy
 from rlhf.rewards.models import measured_dtype
 from rlhf.rewards.rendering import same_rendering
 from rlhf.rewards.scores import Reward
@@ -40,7 +40,7 @@ from stages.evaluate.measures import (
     Scores,
     compare,
     describe,
-    divergence,
+    estimate_kl,
     gain,
     most_frequent_response,
     response_logprobs,
@@ -48,7 +48,7 @@ from stages.evaluate.measures import (
     score,
     text_loss,
 )
-from stages.evaluate.pairs import Judged, outcomes_by_part, pair_figures
+from stages.evaluate.pairs import ScoredResponse, outcomes_by_part, pair_figures
 from stages.evaluate.parts import (
     Grader,
     PartsByPrompt,
@@ -67,8 +67,8 @@ _FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
 
 
 @dataclass(frozen=True)
-class Exam:
-    """Holds the questions that every policy gets, and the judges."""
+class Setup:
+    """Holds what is the same for every policy: the questions, and the judges."""
 
     chat: Chat
     """The baseline's chat, whose rendering all policies share."""
@@ -87,7 +87,7 @@ class Exam:
 
 
 @dataclass(frozen=True)
-class Marks:
+class Measurements:
     """Holds the policies' answers, and what was measured while each policy was in memory."""
 
     answers: dict[str, Answers] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class Marks:
 def evaluate(config: Config) -> None:
     """Measure every policy, write results.json, samples and the page, and print the table."""
     accelerator = start_accelerator()
-    check_alone(config.generation, accelerator.num_processes)
+    check_can_sample_alone(config.generation, accelerator.num_processes)
     run = open_run(
         config,
         stage="evaluate",
@@ -120,40 +120,40 @@ def evaluate(config: Config) -> None:
             flush=True,
         )
     reports = {name: _read_report(folder) for name, folder in config.reports.items()}
-    exam = _prepare(config, accelerator.device)
-    marks = _examine(config, exam, accelerator.device)
+    setup = _prepare(config, accelerator.device)
+    measured = _measure_policies(config, setup, accelerator.device)
     scores = {
-        judge: {name: score(reward, of) for name, of in marks.answers.items()}
-        for judge, reward in exam.judges.items()
+        judge: {name: score(reward, of) for name, of in measured.answers.items()}
+        for judge, reward in setup.judges.items()
     }
-    lengths = {name: of.lengths for name, of in marks.answers.items()}
+    lengths = {name: of.lengths for name, of in measured.answers.items()}
     figures = {
         name: of | compare(name, config.baseline_name, scores, lengths, config.seed)
-        for name, of in marks.figures.items()
+        for name, of in measured.figures.items()
     }
     for name in figures:
         if name != config.baseline_name:
-            figures[name] |= _right_gain(config, marks, name)
+            figures[name] |= _right_gain(config, measured, name)
     best_of: dict[str, Any] = {}
-    if marks.pool:
-        pool = _judge_pool(config, exam, marks.pool)
-        if _makes_pairs(config, exam):
+    if measured.pool:
+        pool = _score_pool(config, setup, measured.pool)
+        if _makes_pairs(config, setup):
             of_rm = reports.get(REWARD_MODEL, {})
-            reports[REWARD_MODEL] = of_rm | _try_pairs(config, exam, marks.pool, pool)
+            reports[REWARD_MODEL] = of_rm | _measure_pairs(config, setup, measured.pool, pool)
         if config.best_of is not None:
-            best_of = _best_of(config, exam, marks, scores, pool)
-    warnings = _find_warnings(config, exam, marks, scores)
+            best_of = _best_of(config, setup, measured, scores, pool)
+    warnings = _find_warnings(config, setup, measured, scores)
     stages = {name: folder for name, folder in config.stages.items() if _is_there(name, folder)}
     ended = {name: _results_of(folder) for name, folder in stages.items()}
     results: dict[str, Any] = {
         "policies": list(config.policies),
         "baseline": config.baseline_name,
-        "judge": next(iter(exam.judges), None),
-        "judges": list(exam.judges),
+        "judge": next(iter(setup.judges), None),
+        "judges": list(setup.judges),
         "prompts": {
-            "used": len(exam.prompts.kept),
-            "cut": exam.prompts.num_cut,
-            "dropped": len(exam.prompts.dropped),
+            "used": len(setup.prompts.kept),
+            "cut": setup.prompts.num_cut,
+            "dropped": len(setup.prompts.dropped),
             "samples_per_prompt": config.samples_per_prompt,
             "temperature": config.temperature,
         },
@@ -164,7 +164,7 @@ def evaluate(config: Config) -> None:
         "seconds": {name: one["seconds"] for name, one in ended.items() if "seconds" in one},
         "speed": {name: speed for name, one in ended.items() if (speed := _speed_of(one))},
     }
-    rows = _sample_rows(config, exam, marks, scores)
+    rows = _sample_rows(config, setup, measured, scores)
     run.samples(rows)
     shown = format_samples(rows, results["warnings"], config.num_shown)
     (run.dir / SAMPLES_SHOWN).write_text(shown, encoding="utf-8")
@@ -198,7 +198,7 @@ def _inputs(config: Config) -> dict[str, str]:
     }
 
 
-def _prepare(config: Config, device: torch.device) -> Exam:
+def _prepare(config: Config, device: torch.device) -> Setup:
     """Load prompts, texts and judges, so that faults in them are found before any sampling."""
     chats = _common_chats(config)
     chat = chats[config.baseline_name]
@@ -214,7 +214,7 @@ def _prepare(config: Config, device: torch.device) -> Exam:
         probes = read_records(config.fact_probe, Prompt)
     gold = _load_gold(config)
     grader = find_grader(gold, config.gold or GOLD)
-    return Exam(
+    return Setup(
         chat,
         chats,
         prompts,
@@ -263,9 +263,9 @@ def _check_prompts(config: Config, prompts: FittedPrompts[Prompt]) -> None:
     """Print how many prompts did not fit; raise a ValueError if too few did."""
     limit = f"max_prompt_tokens {config.max_prompt_tokens}"
     prompts.check_dropped(limit, config.max_dropped)
-    told = prompts.describe(limit)
-    if told is not None:
-        print(f"evaluate: {told}")
+    text = prompts.describe(limit)
+    if text is not None:
+        print(f"evaluate: {text}")
     if len(prompts.kept) < 2:
         raise ValueError(
             f"{config.prompts}: {len(prompts.kept)} of {prompts.num_read} prompts fit {limit}, and "
@@ -284,7 +284,7 @@ def _load_judges(
     config: Config, gold: Callable[..., Any] | None, chat: Chat, device: torch.device
 ) -> dict[str, Reward]:
     def load_model(path: str) -> Reward:
-        return load_judge(
+        return load_reward_model_for_policy(
             ModelSettings(
                 path=path,
                 dtype=measured_dtype(path),
@@ -320,7 +320,7 @@ def _gold_reward(gold: Callable[..., list[float]], name: str) -> Reward:
     return FunctionReward(lambda prompts, responses, metas: gold(prompts, responses), name)
 
 
-def _examine(config: Config, exam: Exam, device: torch.device) -> Marks:
+def _measure_policies(config: Config, setup: Setup, device: torch.device) -> Measurements:
     """Collect the answers and figures of each policy, with one policy in memory at a time.
 
     The baseline comes last, so that it can compute the log-probabilities of all other answers.
@@ -328,52 +328,54 @@ def _examine(config: Config, exam: Exam, device: torch.device) -> Marks:
     baseline = config.baseline_name
     others = [name for name in config.policies if name != baseline]
     answers: dict[str, Answers] = {}
-    marks = Marks(answers)
+    measured = Measurements(answers)
     for name in [*others, baseline]:
         started = time.monotonic()
-        policy = _load(config, exam, name)
+        policy = _load(config, setup, name)
         policy.to(device)  # type: ignore[arg-type]  # its wrapper hides the types of Module.to
         packer = packer_for(policy, config.micro_batch_tokens)
-        answers[name] = _answer(config, exam, policy, packer, name)
+        answers[name] = _answer(config, setup, policy, packer, name)
         text, share = most_frequent_response(answers[name])
-        figures = marks.figures[name] = {
+        figures = measured.figures[name] = {
             **describe(answers[name]),
             "most_frequent_response": {"text": text, "share": share},
         }
-        if exam.grader is not None:
-            marks.parts[name] = exam.grader.grade(answers[name].by_prompt)
-            figures |= _grade(config, exam, exam.grader, policy, name, marks.parts[name])
-        if exam.texts:
+        if setup.grader is not None:
+            measured.parts[name] = setup.grader.grade(answers[name].by_prompt)
+            figures |= _measure_parts(
+                config, setup, setup.grader, policy, name, measured.parts[name]
+            )
+        if setup.texts:
             label = f"{name} reads held-out text"
-            figures["text_loss"] = text_loss(policy, exam.texts, packer, label)
-        if exam.probes:
-            figures["fact_recall"] = fact_recall(policy, exam.chat.tokenizer, exam.probes)
+            figures["text_loss"] = text_loss(policy, setup.texts, packer, label)
+        if setup.probes:
+            figures["fact_recall"] = fact_recall(policy, setup.chat.tokenizer, setup.probes)
         if name == baseline:
             for other in others:
                 trees, label = answers[other].trees, f"{name} reads {other}"
                 ref_logprobs = response_logprobs(policy, trees, packer, config.temperature, label)
-                marks.figures[other] |= divergence(answers[other], ref_logprobs)
-            if _makes_pairs(config, exam) or config.best_of is not None:
-                marks.pool.extend(_sample_pool(config, exam, policy, name))
+                measured.figures[other] |= estimate_kl(answers[other], ref_logprobs)
+            if _makes_pairs(config, setup) or config.best_of is not None:
+                measured.pool.extend(_sample_pool(config, setup, policy, name))
         del policy
         print(f"evaluate: measured {name} in {time.monotonic() - started:.1f} s", flush=True)
-    return marks
+    return measured
 
 
-def _grade(
+def _measure_parts(
     config: Config,
-    exam: Exam,
+    setup: Setup,
     grader: Grader,
     policy: PreTrainedModel,
     name: str,
     parts: PartsByPrompt,
 ) -> dict[str, Any]:
     """Describe the parts of the answers; if gold says what is right, also of greedy answers."""
-    figures = describe_parts(parts, config.right_part, exam.kinds, config.seed)
+    figures = describe_parts(parts, config.right_part, setup.kinds, config.seed)
     if "right" in figures:
         label = f"{name} answers greedily"
-        chat = exam.chats[name]
-        answers = _sample(config, exam, policy, chat, label, num_samples=1, temperature=0.0)
+        chat = setup.chats[name]
+        answers = _sample(config, setup, policy, chat, label, num_samples=1, temperature=0.0)
         greedy = grader.grade(answers)
         of_greedy = describe_parts(greedy, config.right_part, None, config.seed)
         figures["right_greedy"] = of_greedy["right"]
@@ -381,23 +383,23 @@ def _grade(
     return figures
 
 
-def _makes_pairs(config: Config, exam: Exam) -> bool:
+def _makes_pairs(config: Config, setup: Setup) -> bool:
     """Return whether to test the reward model on pairs that differ in one part of gold."""
-    is_judged = exam.grader is not None and REWARD_MODEL in exam.judges
+    is_judged = setup.grader is not None and REWARD_MODEL in setup.judges
     return is_judged and config.pair_samples_per_prompt > 0
 
 
 def _sample_pool(
-    config: Config, exam: Exam, policy: PreTrainedModel, name: str
+    config: Config, setup: Setup, policy: PreTrainedModel, name: str
 ) -> list[list[Answer]]:
     """Sample answers other than those that the policies are compared on."""
-    for_pairs = config.pair_samples_per_prompt if _makes_pairs(config, exam) else 0
+    for_pairs = config.pair_samples_per_prompt if _makes_pairs(config, setup) else 0
     for_best = config.best_of_samples or config.best_of or 0
     return _sample(
         config,
-        exam,
+        setup,
         policy,
-        exam.chats[name],
+        setup.chats[name],
         f"{name} answers several times",
         num_samples=max(for_pairs, for_best),
         temperature=config.temperature,
@@ -405,25 +407,25 @@ def _sample_pool(
     )
 
 
-def _judge_pool(config: Config, exam: Exam, pool: list[list[Answer]]) -> Pool:
+def _score_pool(config: Config, setup: Setup, pool: list[list[Answer]]) -> Pool:
     """Let the judges score the pool: all of them for best-of-n, the reward model for pairs."""
-    names = list(exam.judges) if config.best_of is not None else [REWARD_MODEL]
+    names = list(setup.judges) if config.best_of is not None else [REWARD_MODEL]
     answers = Answers(pool, [])
     return Pool(
-        scores={name: score(exam.judges[name], answers) for name in names},
+        scores={name: score(setup.judges[name], answers) for name in names},
         tokens=answers.lengths,
-        parts=None if exam.grader is None else exam.grader.grade(pool),
+        parts=None if setup.grader is None else setup.grader.grade(pool),
     )
 
 
-def _try_pairs(
-    config: Config, exam: Exam, answers: list[list[Answer]], pool: Pool
+def _measure_pairs(
+    config: Config, setup: Setup, answers: list[list[Answer]], pool: Pool
 ) -> dict[str, Any]:
     """Measure the reward model on pairs of the pool that differ in one part only."""
     assert pool.parts is not None
-    judged = [
+    scored = [
         [
-            Judged(answer.text, of_answer, value)
+            ScoredResponse(answer.text, of_answer, value)
             for answer, of_answer, value in zip(group, of_parts, of_scores, strict=True)
         ][: config.pair_samples_per_prompt]
         for group, of_parts, of_scores in zip(
@@ -431,7 +433,7 @@ def _try_pairs(
         )
     ]
     right_part = _right_part(config, pool.parts)
-    return pair_figures(outcomes_by_part(judged), right_part, exam.kinds, config.seed)
+    return pair_figures(outcomes_by_part(scored), right_part, setup.kinds, config.seed)
 
 
 def _right_part(config: Config, parts: PartsByPrompt) -> str | None:
@@ -439,20 +441,20 @@ def _right_part(config: Config, parts: PartsByPrompt) -> str | None:
     return config.right_part if config.right_part in part_names(parts) else None
 
 
-def _right_gain(config: Config, marks: Marks, name: str) -> dict[str, Any]:
+def _right_gain(config: Config, measured: Measurements, name: str) -> dict[str, Any]:
     """Compute how many more of a policy's responses are right than of the baseline's."""
     baseline = config.baseline_name
-    right = _right_part(config, marks.parts[baseline]) if marks.parts else None
+    right = _right_part(config, measured.parts[baseline]) if measured.parts else None
     if right is None:
         return {}
-    own, base = (part_scores(marks.parts[policy], right) for policy in (name, baseline))
+    own, base = (part_scores(measured.parts[policy], right) for policy in (name, baseline))
     return gain("right", own, base, baseline, config.seed)
 
 
 def _best_of(
     config: Config,
-    exam: Exam,
-    marks: Marks,
+    setup: Setup,
+    measured: Measurements,
     scores: dict[str, dict[str, Scores]],
     pool: Pool,
 ) -> dict[str, Any]:
@@ -460,7 +462,7 @@ def _best_of(
     assert config.best_of is not None
     baseline, judge = config.baseline_name, config.best_of_judge
     part = None if pool.parts is None else _right_part(config, pool.parts)
-    right = None if part is None else (part, part_scores(marks.parts[baseline], part))
+    right = None if part is None else (part, part_scores(measured.parts[baseline], part))
     return {
         "best_of": {
             "name": config.best_of_name,
@@ -477,41 +479,41 @@ def _best_of(
             baseline,
             {name: of[baseline] for name, of in scores.items()},
             right=right,
-            kinds=exam.kinds,
+            kinds=setup.kinds,
             seed=config.seed,
         ),
     }
 
 
 def _find_warnings(
-    config: Config, exam: Exam, marks: Marks, scores: dict[str, dict[str, Scores]]
+    config: Config, setup: Setup, measured: Measurements, scores: dict[str, dict[str, Scores]]
 ) -> list[EvaluationWarning]:
     return find_warnings(
         config.policies_after_baseline,
         config.baseline_name,
         scores=scores,
-        lengths={name: of.lengths for name, of in marks.answers.items()},
-        parts=marks.parts,
+        lengths={name: of.lengths for name, of in measured.answers.items()},
+        parts=measured.parts,
         right_part=config.right_part,
         frequent={
             name: Frequent(**figures["most_frequent_response"])
-            for name, figures in marks.figures.items()
+            for name, figures in measured.figures.items()
         },
-        num_prompts=len({prompt.record.key for prompt in exam.prompts.kept}),
+        num_prompts=len({prompt.record.key for prompt in setup.prompts.kept}),
         seed=config.seed,
     )
 
 
 def _answer(
-    config: Config, exam: Exam, policy: PreTrainedModel, packer: Packer, name: str
+    config: Config, setup: Setup, policy: PreTrainedModel, packer: Packer, name: str
 ) -> Answers:
     num_samples, temperature = config.samples_per_prompt, config.temperature
     label = f"{name} answers"
     drawn = _sample(
         config,
-        exam,
+        setup,
         policy,
-        exam.chats[name],
+        setup.chats[name],
         label,
         num_samples=num_samples,
         temperature=temperature,
@@ -524,7 +526,7 @@ def _answer(
 
 def _sample(
     config: Config,
-    exam: Exam,
+    setup: Setup,
     policy: PreTrainedModel,
     chat: Chat,
     label: str,
@@ -536,7 +538,7 @@ def _sample(
     """Sample answers to all prompts, with the draws of one stream."""
     return sample(
         policy,
-        exam.prompts.kept,
+        setup.prompts.kept,
         chat,
         config.generation,
         samples_per_prompt=num_samples,
@@ -556,15 +558,15 @@ def _settings(config: Config, name: str) -> ModelSettings:
     )
 
 
-def _load(config: Config, exam: Exam, name: str) -> PreTrainedModel:
+def _load(config: Config, setup: Setup, name: str) -> PreTrainedModel:
     """Load a policy; raise a ValueError if it cannot read these prompts and responses."""
     path = config.policies[name]
     policy = load_policy(_settings(config, name))
-    check_vocabulary(policy, exam.chat, path)
+    check_vocabulary(policy, setup.chat, path)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     needed = {
         "max_prompt_tokens + max_new_tokens": config.max_prompt_tokens + config.max_new_tokens,
-        "max_text_tokens": config.max_text_tokens if exam.texts else 0,
+        "max_text_tokens": config.max_text_tokens if setup.texts else 0,
     }
     for names, tokens in needed.items():
         if context is not None and tokens > context:
@@ -605,14 +607,14 @@ def _speed_of(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sample_rows(
-    config: Config, exam: Exam, marks: Marks, scores: dict[str, dict[str, Scores]]
+    config: Config, setup: Setup, measured: Measurements, scores: dict[str, dict[str, Scores]]
 ) -> list[dict[str, Any]]:
     """Make one row for each response, sorted by prompt and then by policy."""
     rows = []
-    for number, prompt in enumerate(exam.prompts.kept):
+    for number, prompt in enumerate(setup.prompts.kept):
         for name in config.policies:
-            for i, answer in enumerate(marks.answers[name].by_prompt[number]):
-                parts = marks.parts[name][number][i] if marks.parts else None
+            for i, answer in enumerate(measured.answers[name].by_prompt[number]):
+                parts = measured.parts[name][number][i] if measured.parts else None
                 rows.append(
                     {
                         "prompt_number": number,

@@ -146,7 +146,7 @@ def text_loss(
     return -torch.cat(logprobs).double().mean().item()
 
 
-def divergence(answers: Answers, ref_logprobs: Sequence[Tensor]) -> dict[str, float]:
+def estimate_kl(answers: Answers, ref_logprobs: Sequence[Tensor]) -> dict[str, float]:
     """Estimate KL(policy || reference) in nats a response, on the policy's own responses.
 
     `kl` is the mean of sum_t k1, and `kl_error` its standard error over prompts. `kl_k3` is the

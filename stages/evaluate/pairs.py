@@ -16,7 +16,7 @@ from stages.evaluate.parts import group_by_kind
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredResponse:
     """Holds a response, its parts by gold, and its score by the reward model."""
 
     response: str
@@ -24,7 +24,7 @@ class Judged:
     score: float
 
 
-def outcomes_by_part(judged: Sequence[Sequence[Judged]]) -> dict[str, Scores]:
+def outcomes_by_part(scored: Sequence[Sequence[ScoredResponse]]) -> dict[str, Scores]:
     """Return, for each part and prompt, the outcomes of pairs that differ in this part only.
 
     An outcome is 1 if the reward model scores the response higher that is better by the part, 0 if
@@ -32,12 +32,12 @@ def outcomes_by_part(judged: Sequence[Sequence[Judged]]) -> dict[str, Scores]:
     counts once.
     """
     outcomes: dict[str, Scores] = {}
-    for number, of_prompt in enumerate(judged):
+    for number, of_prompt in enumerate(scored):
         different = {one.response: one for one in of_prompt}.values()
         for one, other in combinations(different, 2):
             part = _only_difference(one, other)
             if part is not None:
-                by_prompt = outcomes.setdefault(part, [[] for _ in judged])
+                by_prompt = outcomes.setdefault(part, [[] for _ in scored])
                 by_prompt[number].append(_outcome(one, other, part))
     return outcomes
 
@@ -69,7 +69,7 @@ def pair_figures(
     }
 
 
-def _only_difference(one: Judged, other: Judged) -> str | None:
+def _only_difference(one: ScoredResponse, other: ScoredResponse) -> str | None:
     """Return the part in which two responses differ, or None unless it is exactly one."""
     if one.parts.keys() != other.parts.keys():
         return None
@@ -77,7 +77,7 @@ def _only_difference(one: Judged, other: Judged) -> str | None:
     return differing[0] if len(differing) == 1 else None
 
 
-def _outcome(one: Judged, other: Judged, part: str) -> float:
+def _outcome(one: ScoredResponse, other: ScoredResponse, part: str) -> float:
     if one.score == other.score:
         return 0.5
     return float((one.score > other.score) == (one.parts[part] > other.parts[part]))

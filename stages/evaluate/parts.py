@@ -19,7 +19,7 @@ from typing import Any
 from rlhf.generation.answers import Answer
 from rlhf.inputs.records import Prompt
 from rlhf.measuring.statistics import bootstrap_interval
-from rlhf.rewards.functions import call_by_rows, columns_of, row_name
+from rlhf.rewards.functions import call_on_batch, columns_of, row_name
 from stages.evaluate.measures import Scores
 
 PartsByPrompt = list[list[dict[str, float]]]
@@ -41,7 +41,7 @@ class Grader:
             ValueError: `parts` failed, or gave something other than numbers by name.
         """
         columns = columns_of([answer for group in answers for answer in group])
-        found = call_by_rows(
+        found = call_on_batch(
             lambda prompts, responses, metas: self.gold.parts(prompts, responses),
             f"{self.name} (parts)",
             columns,
@@ -58,7 +58,7 @@ class Grader:
         """
         if not hasattr(self.gold, "kinds"):
             return None
-        found = call_by_rows(
+        found = call_on_batch(
             lambda prompts, responses, metas: self.gold.kinds(prompts),
             f"{self.name} (kinds)",
             (questions, [""] * len(questions)),

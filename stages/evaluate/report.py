@@ -89,7 +89,7 @@ def format_samples(
         responses = list(of_prompt)
         parts.append(f"## Prompt {number + 1}\n\n{_fenced(_prompt_text(responses[0]['prompt']))}\n")
         for row in responses:
-            parts.append(f"**{row['policy']}**{_marks(row)}\n\n{_fenced(row['response'])}\n")
+            parts.append(f"**{row['policy']}**{_scores(row)}\n\n{_fenced(row['response'])}\n")
     return "\n".join(parts)
 
 
@@ -109,7 +109,7 @@ def _cell(row: Mapping[str, Any]) -> str:
     return _escaped(row["response"]) + ("" if row["finished"] else " (cut)")
 
 
-def _marks(row: Mapping[str, Any]) -> str:
+def _scores(row: Mapping[str, Any]) -> str:
     """Format the judges' scores of a response: all keys of the row that are not SAMPLE_KEYS."""
     marks = [
         f"{JUDGES.get(name, name)} {value:.2f}"

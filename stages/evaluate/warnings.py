@@ -88,10 +88,10 @@ def find_warnings(
         warnings += find_parts_traded(policy, baseline, of_gold, seed)
         warnings += find_parts_traded(
             policy, baseline, of_judges, seed, not_gains=[REWARD_MODEL]
-        )  # find_reward_parted covers gains by the reward model alone
+        )  # find_reward_disagreement covers gains by the reward model alone
         warnings += find_one_answer(policy, baseline, frequent, num_prompts)
         if reward is not None:
-            warnings += find_reward_parted(policy, baseline, reward, independent, seed)
+            warnings += find_reward_disagreement(policy, baseline, reward, independent, seed)
         warnings += find_gain_by_length(policy, baseline, scores, lengths, seed)
     return warnings
 
@@ -137,7 +137,7 @@ def find_one_answer(
     return [EvaluationWarning(ONE_ANSWER, policy, message)]
 
 
-def find_reward_parted(
+def find_reward_disagreement(
     policy: str,
     baseline: str,
     reward: Mapping[str, Scores],

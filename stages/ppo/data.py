@@ -39,9 +39,9 @@ def load_prompts(
     limit = f"rollout.max_prompt_tokens {config.rollout.max_prompt_tokens}"
     fitted = fit_prompts(read_records(path, Prompt), chat, config.rollout.max_prompt_tokens)
     fitted.check_dropped(limit, config.rollout.max_dropped, "rollout.max_dropped")
-    told = fitted.describe(limit)
-    if told is not None:
-        accelerator.print(f"ppo: {path}: {told}")
+    text = fitted.describe(limit)
+    if text is not None:
+        accelerator.print(f"ppo: {path}: {text}")
     return fitted.kept
 
 

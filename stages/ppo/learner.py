@@ -69,7 +69,7 @@ class Learner:
 
 
 @dataclass
-class Outputs:
+class RowOutputs:
     """Runs policy and value model on a packed row, each when its output is asked for.
 
     So a step can run the backward pass of one before the forward pass of the other, and holds half

@@ -18,7 +18,7 @@ Sums = dict[str, float]
 """Sums over this process's tokens and steps."""
 
 HIGH = 0.999
-"""The quantile that `differences` reports."""
+"""The quantile that `describe_differences` reports."""
 
 PART = "part "
 """Prefix that marks the sums of the score's parts among the sums of a rollout."""
@@ -42,14 +42,14 @@ def describe(rollout: Rollout, accelerator: Accelerator) -> dict[str, float]:
     logprobs, mask = rollout.logprobs, rollout.response_mask
     metrics = rollout_metrics(totals)
     apart = (logprobs - rollout.ref_logprobs)[mask]
-    metrics |= differences("ppo/reference_difference", apart, accelerator)
+    metrics |= describe_differences("ppo/reference_difference", apart, accelerator)
     if rollout.check is not None:
         apart = (logprobs - rollout.check.sampler_logprobs)[mask]
-        metrics |= differences("ppo/sampler_difference", apart, accelerator)
+        metrics |= describe_differences("ppo/sampler_difference", apart, accelerator)
     return metrics
 
 
-def differences(name: str, nats: Tensor, accelerator: Accelerator) -> dict[str, float]:
+def describe_differences(name: str, nats: Tensor, accelerator: Accelerator) -> dict[str, float]:
     """Describe how far two log-probabilities of the same tokens are apart.
 
     Neither figure grows with the number of tokens, as a maximum would.

@@ -21,7 +21,7 @@ from stages.ppo.config import Config, MonitorSettings
 from stages.ppo.glossary import ALARMS
 
 Metrics = Mapping[str, float]
-Check = Callable[[Metrics, "Monitor"], str | None]
+FaultFinder = Callable[[Metrics, "Monitor"], str | None]
 """Takes the metrics of this update so far and the monitor, which holds the earlier updates; returns
 what is wrong, or None."""
 
@@ -73,9 +73,9 @@ def sampler_noise(config: Config, token_noise: Noise) -> Noise:
     )
 
 
-def above_noise(now: Metrics, name: str, noise: Noise) -> str | None:
+def above_noise(metrics: Metrics, name: str, noise: Noise) -> str | None:
     """Describe the differences of this name if they exceed the noise or are NaN; else None."""
-    mean, high = now[name], now[f"{name}_high"]
+    mean, high = metrics[name], metrics[f"{name}_high"]
     if mean <= noise.mean and high <= noise.high:
         return None
     return (
@@ -95,27 +95,27 @@ class Rule:
     code: str
     needs: tuple[str, ...]
     """Metrics that the rule reads. It is tried once an update, as soon as all of them are there."""
-    check: Check
+    find: FaultFinder
 
 
-def reference_differs(now: Metrics, monitor: "Monitor") -> str | None:
-    apart = above_noise(now, "ppo/reference_difference", monitor.token_noise)
+def reference_differs(metrics: Metrics, monitor: "Monitor") -> str | None:
+    apart = above_noise(metrics, "ppo/reference_difference", monitor.token_noise)
     if monitor.history or apart is None:
         return None
     return f"Before the first update the policy differs from its reference {apart}"
 
 
-def sampler_differs(now: Metrics, monitor: "Monitor") -> str | None:
+def sampler_differs(metrics: Metrics, monitor: "Monitor") -> str | None:
     """Check the log-probabilities that the sampler reports, then the tokens that it draws.
 
     A sampler may draw from another distribution than the one it reports. Only the mean over many
     tokens shows that.
     """
     noise = sampler_noise(monitor.config, monitor.token_noise)
-    apart = above_noise(now, "ppo/sampler_difference", noise)
+    apart = above_noise(metrics, "ppo/sampler_difference", noise)
     if apart is not None:
         return f"Sampler and trainer differ on the log-probabilities of sampled tokens {apart}"
-    rows = [row for row in [*monitor.history, now] if "ppo/sampler_z" in row]
+    rows = [row for row in [*monitor.history, metrics] if "ppo/sampler_z" in row]
     errors = sum(row["ppo/sampler_z"] for row in rows) / math.sqrt(len(rows))
     excess = sum(row["ppo/sampler_excess"] for row in rows) / len(rows)
     if abs(errors) < SAMPLER_ERRORS or abs(excess) < SAMPLER_EXCESS:
@@ -128,8 +128,8 @@ def sampler_differs(now: Metrics, monitor: "Monitor") -> str | None:
     )
 
 
-def kl_is_negative(now: Metrics, monitor: "Monitor") -> str | None:
-    kl, error = now["ppo/kl"], now["ppo/kl_error"]
+def kl_is_negative(metrics: Metrics, monitor: "Monitor") -> str | None:
+    kl, error = metrics["ppo/kl"], metrics["ppo/kl_error"]
     # While policy and reference are equal the error is near 0 too, and rounding can pass the test
     # below. Such a KL is never as far below 0 as -0.05.
     if kl > -0.05 or not kl < -NUM_ERRORS * error:
@@ -140,15 +140,15 @@ def kl_is_negative(now: Metrics, monitor: "Monitor") -> str | None:
     )
 
 
-def kl_is_large(now: Metrics, monitor: "Monitor") -> str | None:
-    kl, most = now["ppo/kl"], monitor.limits.max_kl
+def kl_is_large(metrics: Metrics, monitor: "Monitor") -> str | None:
+    kl, most = metrics["ppo/kl"], monitor.limits.max_kl
     if kl <= most:
         return None
     return f"The KL to the reference is {kl:.1f} nats a response, over monitor.max_kl {most:g}."
 
 
-def few_ends(now: Metrics, monitor: "Monitor") -> str | None:
-    rate, least = now["ppo/eos_rate"], monitor.limits.min_eos_rate
+def few_ends(metrics: Metrics, monitor: "Monitor") -> str | None:
+    rate, least = metrics["ppo/eos_rate"], monitor.limits.min_eos_rate
     most = monitor.config.rollout.max_new_tokens
     if rate >= least:
         return None
@@ -158,10 +158,10 @@ def few_ends(now: Metrics, monitor: "Monitor") -> str | None:
     )
 
 
-def length_collapses(now: Metrics, monitor: "Monitor") -> str | None:
+def length_collapses(metrics: Metrics, monitor: "Monitor") -> str | None:
     if not monitor.history:
         return None
-    first, tokens = monitor.history[0]["ppo/response_tokens"], now["ppo/response_tokens"]
+    first, tokens = monitor.history[0]["ppo/response_tokens"], metrics["ppo/response_tokens"]
     factor = monitor.limits.max_length_change
     if first / factor <= tokens <= first * factor:
         return None
@@ -171,10 +171,10 @@ def length_collapses(now: Metrics, monitor: "Monitor") -> str | None:
     )
 
 
-def responses_repeat(now: Metrics, monitor: "Monitor") -> str | None:
+def responses_repeat(metrics: Metrics, monitor: "Monitor") -> str | None:
     if not monitor.history:
         return None
-    first, share = monitor.history[0]["ppo/distinct_2"], now["ppo/distinct_2"]
+    first, share = monitor.history[0]["ppo/distinct_2"], metrics["ppo/distinct_2"]
     least = monitor.limits.min_distinct * first
     if share >= least:
         return None
@@ -184,11 +184,11 @@ def responses_repeat(now: Metrics, monitor: "Monitor") -> str | None:
     )
 
 
-def one_answer_to_many(now: Metrics, monitor: "Monitor") -> str | None:
+def one_answer_to_many(metrics: Metrics, monitor: "Monitor") -> str | None:
     if not monitor.history:
         return None
     first = monitor.history[0]["ppo/one_answer"]
-    recent = [*monitor.history[1 - ONE_ANSWER_UPDATES :], now]
+    recent = [*monitor.history[1 - ONE_ANSWER_UPDATES :], metrics]
     share = sum(row["ppo/one_answer"] for row in recent) / len(recent)
     most = monitor.limits.max_one_answer
     if not is_one_answer(share, first, most):
@@ -200,10 +200,10 @@ def one_answer_to_many(now: Metrics, monitor: "Monitor") -> str | None:
     )
 
 
-def advantages_vanish(now: Metrics, monitor: "Monitor") -> str | None:
-    score, spread = now["ppo/score"], now["ppo/score_std"]
+def advantages_vanish(metrics: Metrics, monitor: "Monitor") -> str | None:
+    score, spread = metrics["ppo/score"], metrics["ppo/score_std"]
     # A float32 holds about seven digits, so spreads below 1e-6 are rounding.
-    if now["ppo/advantage_std"] < 1e-6:
+    if metrics["ppo/advantage_std"] < 1e-6:
         return "All advantages of the update are equal, so it teaches the policy nothing."
     if spread > 1e-6 * max(1.0, abs(score)):
         return None
@@ -213,26 +213,26 @@ def advantages_vanish(now: Metrics, monitor: "Monitor") -> str | None:
     )
 
 
-def ratio_is_not_one(now: Metrics, monitor: "Monitor") -> str | None:
+def ratio_is_not_one(metrics: Metrics, monitor: "Monitor") -> str | None:
     noise = monitor.token_noise
-    if "ppo/sampler_difference" not in now:  # the sampler computed the old probabilities
+    if "ppo/sampler_difference" not in metrics:  # the sampler computed the old probabilities
         noise = sampler_noise(monitor.config, noise)
-    apart = above_noise(now, "ppo/first_log_ratio", noise)
+    apart = above_noise(metrics, "ppo/first_log_ratio", noise)
     # For a NaN the step raises PPO_NONFINITE, which names the tensor and the prompt.
-    if apart is None or math.isnan(now["ppo/first_log_ratio"]):
+    if apart is None or math.isnan(metrics["ppo/first_log_ratio"]):
         return None
     return f"In the first step on a rollout the new probabilities differ from the old ones {apart}"
 
 
-def many_clipped(now: Metrics, monitor: "Monitor") -> str | None:
-    share, most = now["ppo/clip_fraction"], monitor.limits.max_clip_fraction
+def many_clipped(metrics: Metrics, monitor: "Monitor") -> str | None:
+    share, most = metrics["ppo/clip_fraction"], monitor.limits.max_clip_fraction
     if share <= most:
         return None
     return f"{share:.0%} of the tokens are clipped, over monitor.max_clip_fraction {most:g}."
 
 
-def steps_are_long(now: Metrics, monitor: "Monitor") -> str | None:
-    kl, most = now["ppo/approx_kl"], monitor.limits.max_update_kl
+def steps_are_long(metrics: Metrics, monitor: "Monitor") -> str | None:
+    kl, most = metrics["ppo/approx_kl"], monitor.limits.max_update_kl
     if kl <= most:
         return None
     return (
@@ -241,20 +241,20 @@ def steps_are_long(now: Metrics, monitor: "Monitor") -> str | None:
     )
 
 
-def value_loss_explodes(now: Metrics, monitor: "Monitor") -> str | None:
+def value_loss_explodes(metrics: Metrics, monitor: "Monitor") -> str | None:
     losses = [row["ppo/value_loss"] for row in monitor.history[-HISTORY:]]
     factor = monitor.limits.max_value_loss_growth
     # The median of fewer than three losses is too uncertain to compare with.
-    if len(losses) < 3 or now["ppo/value_loss"] <= factor * median(losses):
+    if len(losses) < 3 or metrics["ppo/value_loss"] <= factor * median(losses):
         return None
     return (
-        f"The value loss is {now['ppo/value_loss']:.3g}, {factor:g} times and more of the "
+        f"The value loss is {metrics['ppo/value_loss']:.3g}, {factor:g} times and more of the "
         f"{median(losses):.3g} that is the median of the {len(losses)} updates before."
     )
 
 
-def value_clip_is_tight(now: Metrics, monitor: "Monitor") -> str | None:
-    clip_range, error = monitor.config.ppo.value_clip_range, now["ppo/value_error"]
+def value_clip_is_tight(metrics: Metrics, monitor: "Monitor") -> str | None:
+    clip_range, error = monitor.config.ppo.value_clip_range, metrics["ppo/value_error"]
     if clip_range is None or error <= monitor.limits.max_value_error * clip_range:
         return None
     return (
@@ -304,7 +304,7 @@ class Monitor:
     all of them."""
 
     config: Config
-    tell: Callable[[str], object]
+    log: Callable[[str], object]
     """Prints a line on one process."""
     token_noise: Noise
     """Value of TOKEN_NOISE for the run's dtype."""
@@ -348,7 +348,7 @@ class Monitor:
         for rule in RULES:
             if rule.code not in self._tried and all(name in self._metrics for name in rule.needs):
                 self._tried.add(rule.code)
-                found = rule.check(self._metrics, self)
+                found = rule.find(self._metrics, self)
                 if found is not None:
                     self.raise_alarm(rule.code, found)
 
@@ -368,7 +368,7 @@ class Monitor:
         if code == NONFINITE or code in self.config.monitor.stop_on:
             raise TrainingStopped(text)
         if code not in self._was_active:
-            self.tell(f"ppo: warning {text}")
+            self.log(f"ppo: warning {text}")
 
     def take_raised(self) -> list[dict[str, Any]]:
         """Return the alarms since the last call."""

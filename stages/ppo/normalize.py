@@ -144,9 +144,9 @@ def _find_scales(
         scale, judged = _measure(samples, name, debias, accelerator)
         scales[name] = scale
         accelerator.print(
-            f"ppo: {judged} samples of the reference policy score {scale.mean:.4g}{_by(name)} on "
-            f"average, with a standard deviation of {scale.std:.4g}{_taken_out(scale, debias)}; "
-            "scores are shifted and scaled to 0 and 1"
+            f"ppo: {judged} samples of the reference policy score {scale.mean:.4g}"
+            f"{_by_part(name)} on average, with a standard deviation of {scale.std:.4g}"
+            f"{_length_effect(scale, debias)}; scores are shifted and scaled to 0 and 1"
         )
     return scales
 
@@ -213,7 +213,7 @@ def _measure(
         if unlike == 0:
             raise ValueError(
                 f"the two answers to each of {judged // 2} prompts have the same length, so "
-                f"nothing shows what a token is worth{_by(name)}; set debias_length to false, "
+                f"nothing shows what a token is worth{_by_part(name)}; set debias_length to false, "
                 "or raise rollout.max_new_tokens"
             )
         scale = replace(
@@ -224,16 +224,16 @@ def _measure(
     std = math.sqrt(total(scale.apply(scores, lengths).square()) / judged)
     if std <= SMALLEST_STD * max(1.0, abs(mean)):
         raise ValueError(
-            f"all {judged} samples for reward.normalize_on score {mean:.6g}{_by(name)}"
-            f"{_taken_out(scale, debias)}, and a standard deviation of 0 cannot be scaled to 1; "
-            "give a reward that tells responses apart, or reward.normalize_on null"
+            f"all {judged} samples for reward.normalize_on score {mean:.6g}{_by_part(name)}"
+            f"{_length_effect(scale, debias)}, and a standard deviation of 0 cannot be scaled to "
+            "1; give a reward that tells responses apart, or reward.normalize_on null"
         )
     return replace(scale, std=std), judged
 
 
-def _by(name: str) -> str:
+def _by_part(name: str) -> str:
     return f" by {name}" if name else ""
 
 
-def _taken_out(scale: ScoreScale, debias: bool) -> str:
+def _length_effect(scale: ScoreScale, debias: bool) -> str:
     return f" after {scale.per_token:+.3g} a token is taken out" if debias else ""

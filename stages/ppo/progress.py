@@ -19,7 +19,7 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of all updates, by phase."""
 
-    def note(self, metrics: dict[str, float], seconds: dict[str, float]) -> None:
+    def record(self, metrics: dict[str, float], seconds: dict[str, float]) -> None:
         """Record an update that is done."""
         self.metrics = metrics
         for name, value in seconds.items():

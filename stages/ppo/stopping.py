@@ -23,7 +23,7 @@ from stages.ppo.monitor import (
 
 
 @contextmanager
-def stopping_well(learner: Learner, monitor: Monitor, chat: Chat, run: Run) -> Iterator[None]:
+def saving_when_stopped(learner: Learner, monitor: Monitor, chat: Chat, run: Run) -> Iterator[None]:
     """Save the weights when an alarm ends the run, and say in the message where they are.
 
     If another process does not answer, say where this one stood.
@@ -46,11 +46,13 @@ def stopping_well(learner: Learner, monitor: Monitor, chat: Chat, run: Run) -> I
         run.alarms(monitor.take_raised())
         run.refresh_page(is_last=True)
         folder = run.dir / LAST_GOOD
-        save_learned(learner, chat, folder)
+        save_trained_policy(learner, chat, folder)
         raise TrainingStopped(f"{stop} The weights before it are in {folder}.") from stop
 
 
-def keep_copy(learner: Learner, chat: Chat, run: Run, number: int, every: int | None) -> None:
+def save_policy_copy(
+    learner: Learner, chat: Chat, run: Run, number: int, every: int | None
+) -> None:
     """Write the policy as a run that ends after this update would, if a copy is due.
 
     All processes must call this.
@@ -63,10 +65,10 @@ def keep_copy(learner: Learner, chat: Chat, run: Run, number: int, every: int | 
         return
     average = learner.state.average
     with nullcontext() if average is None else average.in_place():
-        save_learned(learner, chat, run.dir / POLICIES / f"update-{number}")
+        save_trained_policy(learner, chat, run.dir / POLICIES / f"update-{number}")
 
 
-def save_learned(learner: Learner, chat: Chat, folder: Path) -> None:
+def save_trained_policy(learner: Learner, chat: Chat, folder: Path) -> None:
     """Write the policy as a plain model folder; all processes must call this."""
     accelerator = learner.state.accelerator
     weights = sharding.whole_state(accelerator, learner.state.model, "policy")

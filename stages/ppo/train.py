@@ -12,7 +12,7 @@ from stages.ppo.metrics import describe
 from stages.ppo.progress import next_kl_coef
 from stages.ppo.rollout import roll_out
 from stages.ppo.setup import set_up
-from stages.ppo.stopping import keep_copy, save_learned, stopping_well
+from stages.ppo.stopping import save_policy_copy, save_trained_policy, saving_when_stopped
 from stages.ppo.update import update
 
 
@@ -32,7 +32,7 @@ def train(config: Config) -> None:
     started = time.perf_counter()
     for number in bar:
         only_value = number < config.ppo.value_warmup_updates
-        with stopping_well(learner, monitor, setup.chat, run):
+        with saving_when_stopped(learner, monitor, setup.chat, run):
             with learner.ready():
                 rollout = roll_out(
                     learner.models.policy,
@@ -71,15 +71,15 @@ def train(config: Config) -> None:
         run.alarms(monitor.take_raised())
         run.log(number, metrics | {f"seconds/{name}": value for name, value in seconds.items()})
         bar.set_postfix_str(f"score {metrics['ppo/score']:.2f}, kl {metrics['ppo/kl']:.2f}")
-        progress.note(metrics, seconds)
+        progress.record(metrics, seconds)
         with watch.phase("save"):
-            keep_copy(learner, setup.chat, run, number, config.policy_every)
+            save_policy_copy(learner, setup.chat, run, number, config.policy_every)
             setup.checkpoints.end_step(number)
     setup.checkpoints.close()
 
     if learner.state.average is not None:
         learner.state.average.put_in_place()
-    save_learned(learner, setup.chat, run.dir)
+    save_trained_policy(learner, setup.chat, run.dir)
     results = progress.metrics | setup.speed.mean()
     results = {name.removeprefix("ppo/"): value for name, value in results.items()}
     phases = {name: round(value, 1) for name, value in progress.seconds.items()}

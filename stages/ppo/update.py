@@ -13,8 +13,8 @@ from rlhf.training.nonfinite import NonFiniteError
 from rlhf.training.processes import sum_over_processes, sums_over_processes
 from rlhf.training.step import Step
 from stages.ppo.config import Config, PPOSettings
-from stages.ppo.learner import POLICY, Learner, Outputs
-from stages.ppo.metrics import Sums, differences, update_metrics
+from stages.ppo.learner import POLICY, Learner, RowOutputs
+from stages.ppo.metrics import Sums, describe_differences, update_metrics
 from stages.ppo.monitor import Monitor
 from stages.ppo.nonfinite import find_nonfinite
 from stages.ppo.ptx import PretrainingMix
@@ -63,12 +63,15 @@ def update(
             log_ratios = []
             old_outputs = OldOutputs.of(batch, state.accelerator.device)
             for row in step.rows(learner.packer.rows(batch.trees)):
-                new, old = Outputs(learner, row, temperature, only_value), old_outputs.select(row)
+                new, old = (
+                    RowOutputs(learner, row, temperature, only_value),
+                    old_outputs.select(row),
+                )
                 log_ratios.append(add_policy_loss(step, row, new, old, num_tokens, ppo))
                 add_value_loss(step, row, new, old, num_tokens, ppo)
         if not total:  # no step was taken yet
             nats = torch.cat(log_ratios)
-            first_ratio = differences("ppo/first_log_ratio", nats, state.accelerator)
+            first_ratio = describe_differences("ppo/first_log_ratio", nats, state.accelerator)
             if monitor is not None:
                 monitor.inspect(first_ratio)
         with phase("step"):
@@ -92,7 +95,7 @@ def update(
 def add_policy_loss(
     step: Step,
     row: PackedRow,
-    new: Outputs,
+    new: RowOutputs,
     old: "OldOutputs",
     num_tokens: int,
     ppo: PPOSettings,
@@ -116,7 +119,7 @@ def add_policy_loss(
 def add_value_loss(
     step: Step,
     row: PackedRow,
-    new: Outputs,
+    new: RowOutputs,
     old: "OldOutputs",
     num_tokens: int,
     ppo: PPOSettings,

@@ -13,7 +13,7 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.training import sharding
 from rlhf.training.processes import own_share
 from rlhf.training.step import TrainState
-from stages.rm import figures
+from stages.rm import pair_metrics
 from stages.rm.config import Config
 from stages.rm.data import Example
 
@@ -23,24 +23,27 @@ class HeldOut:
     """Holds rankings to measure on, and which response of a pair each judge finds better."""
 
     examples: list[Example]
-    judges: list[list[list[figures.Preference]]]
+    preferences_by_judge: list[list[list[pair_metrics.Preference]]]
     """for each judge, the preferences of each example: first the labels, then, where there is one,
     the gold score"""
 
     @classmethod
-    def of(cls, examples: list[Example], gold: figures.ScoreFunction | None) -> "HeldOut":
-        judges = [figures.label_preferences(examples)]
+    def of(cls, examples: list[Example], gold: pair_metrics.ScoreFunction | None) -> "HeldOut":
+        preferences_by_judge = [pair_metrics.label_preferences(examples)]
         if gold is not None:
-            judges.append(figures.gold_preferences(examples, gold))
-        return cls(examples, judges)
+            preferences_by_judge.append(pair_metrics.gold_preferences(examples, gold))
+        return cls(examples, preferences_by_judge)
 
     def pairs(
         self, model: ScalarModel, packer: Packer, accelerator: Accelerator
-    ) -> list[list[figures.Pair]]:
+    ) -> list[list[pair_metrics.Pair]]:
         """Return the pairs of each judge, with the margins of the model's scores."""
         trees = [example.tree for example in self.examples]
         scores = score_all(model, trees, packer, accelerator)
-        return [figures.compare(self.examples, scores, judge) for judge in self.judges]
+        return [
+            pair_metrics.compare(self.examples, scores, preferences)
+            for preferences in self.preferences_by_judge
+        ]
 
 
 def measure(
@@ -67,41 +70,45 @@ def score_all(
 
 
 def held_out_metrics(
-    config: Config, pairs: Sequence[figures.Pair], gold_pairs: Sequence[figures.Pair] | None = None
+    config: Config,
+    pairs: Sequence[pair_metrics.Pair],
+    gold_pairs: Sequence[pair_metrics.Pair] | None = None,
 ) -> dict[str, float]:
     metrics = {
-        "rm/held_out_accuracy": figures.accuracy(pairs, config.seed).value,
-        "rm/held_out_loss": figures.log_loss(pairs),
+        "rm/held_out_accuracy": pair_metrics.accuracy(pairs, config.seed).value,
+        "rm/held_out_loss": pair_metrics.log_loss(pairs),
     }
     if gold_pairs is not None:
-        metrics["rm/held_out_accuracy_gold"] = figures.accuracy(gold_pairs, config.seed).value
+        metrics["rm/held_out_accuracy_gold"] = pair_metrics.accuracy(gold_pairs, config.seed).value
     return metrics
 
 
-def final_figures(
+def final_metrics(
     config: Config,
     train_set: Sequence[Example],
-    pairs: Sequence[figures.Pair],
-    gold_pairs: Sequence[figures.Pair] | None = None,
+    pairs: Sequence[pair_metrics.Pair],
+    gold_pairs: Sequence[pair_metrics.Pair] | None = None,
 ) -> dict[str, Any]:
     """Compute held-out figures against the labels and, where there is one, the gold score."""
     no_scores = [[0.0] * len(example.tree.responses) for example in train_set]
-    train_pairs = figures.compare(train_set, no_scores, figures.label_preferences(train_set))
-    longer_wins = figures.does_longer_win(train_pairs)
-    error, table = figures.calibration(pairs)
-    baseline = figures.length_accuracy(pairs, longer_wins=longer_wins)
+    train_pairs = pair_metrics.compare(
+        train_set, no_scores, pair_metrics.label_preferences(train_set)
+    )
+    longer_wins = pair_metrics.does_longer_win(train_pairs)
+    error, table = pair_metrics.calibration(pairs)
+    baseline = pair_metrics.length_accuracy(pairs, longer_wins=longer_wins)
     results = {
-        **figures.figures_of(pairs, config.seed),
+        **pair_metrics.describe_pairs(pairs, config.seed),
         "length_baseline": baseline,
         "length_baseline_labels": baseline,
         "length_direction": "longer wins" if longer_wins else "shorter wins",
         "calibration_error": error,
         "calibration": table,
-        "by_source": figures.by_source(pairs, config.seed),
+        "by_source": pair_metrics.by_source(pairs, config.seed),
     }
     if gold_pairs is not None:
-        share, interval = figures.accuracy(gold_pairs, config.seed)
-        gold_baseline = figures.length_accuracy(gold_pairs, longer_wins=longer_wins)
+        share, interval = pair_metrics.accuracy(gold_pairs, config.seed)
+        gold_baseline = pair_metrics.length_accuracy(gold_pairs, longer_wins=longer_wins)
         results |= {
             "pair_accuracy_gold": share,
             "pair_accuracy_gold_interval": list(interval),

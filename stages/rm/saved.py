@@ -22,7 +22,7 @@ from rlhf.runs.run import Run
 from rlhf.training import sharding
 from stages.rm.config import Config
 from stages.rm.data import Example
-from stages.rm.measure import final_figures, held_out_metrics, score_all
+from stages.rm.measure import final_metrics, held_out_metrics, score_all
 from stages.rm.setup import Data
 from stages.rm.update import State
 
@@ -43,7 +43,7 @@ def finish(
     model.bias = _mean([score for (score,) in demonstration_scores])
     pairs = data.held_out.pairs(model, packer, accelerator)
     results: dict[str, Any] = {
-        **final_figures(config, data.train_set, *pairs),
+        **final_metrics(config, data.train_set, *pairs),
         **training,
         "train_prompts": len(data.train_set),
         "bias": model.bias,

@@ -43,18 +43,18 @@ def update(
     comparisons = make_comparisons(rankings, config.margin_per_rank).to(accelerator.device)
     own_weight = math.fsum(ranking.weight for ranking in rankings)
     total_weight = sum_over_processes(accelerator, own_weight).item()
-    slopes = None
+    gradients = None
     if max_over_processes(accelerator, int(_splits_a_tree(rows))):
-        slopes, stats = score_slopes(state, rows, comparisons, total_weight)
-        step.note(stats)
+        gradients, stats = score_gradients(state, rows, comparisons, total_weight)
+        step.add_stats(stats)
     for row in step.rows(rows):
         scores = scores_of(state, row)
-        if slopes is None:
+        if gradients is None:
             of_row = comparisons.of(row)
             loss, stats = ranking_loss(scores, **vars(of_row), num_prompts=total_weight)
-            step.note(_in_float64({"loss": loss, **stats}))
+            step.add_stats(_in_float64({"loss": loss, **stats}))
         else:
-            loss = (scores * slopes[row.response_index]).sum()
+            loss = (scores * gradients[row.response_index]).sum()
         step.add(loss)
     metrics = _metrics(sums_over_processes(accelerator, step.sums))
     if not math.isfinite(metrics["rm/loss"]):
@@ -68,12 +68,12 @@ def scores_of(state: State, row: PackedRow) -> Tensor:
     return state.model(row.last_tokens, **row.model_inputs)
 
 
-def score_slopes(
+def score_gradients(
     state: State, rows: Sequence[PackedRow], comparisons: Comparisons, total_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return d loss / d score (responses,) and sums, for rankings that lie in several rows.
 
-    With these slopes every row has its own backward pass, at the cost of one more forward pass
+    With these gradients every row has its own backward pass, at the cost of one more forward pass
     (gradient caching, Gao et al. 2021). Rankings lie in several rows if the model cannot take the
     packing mask, or if they are longer than a sliding window.
     """
@@ -85,8 +85,8 @@ def score_slopes(
             scores[on_device.response_index] = scores_of(state, on_device).float()
     scores.requires_grad_()
     loss, stats = ranking_loss(scores, **vars(comparisons), num_prompts=total_weight)
-    (slopes,) = torch.autograd.grad(loss, scores)
-    return slopes, _in_float64({"loss": loss, **stats})
+    (gradients,) = torch.autograd.grad(loss, scores)
+    return gradients, _in_float64({"loss": loss, **stats})
 
 
 def _metrics(sums: Mapping[str, float]) -> dict[str, float]:

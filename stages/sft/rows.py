@@ -156,12 +156,12 @@ def fit_batches(config: Config, num_rows: int, num_processes: int) -> Config:
     return replace(config, batch_size=min(config.batch_size, own_rows * num_processes))
 
 
-def lay_out(
+def order_epochs(
     trees: Sequence[PromptTree],
     num_epochs: int,
     batch_size: int,
     seed: int,
-    laid_size: int | None = None,
+    full_batch_size: int | None = None,
 ) -> list[PromptTree]:
     """Lay out all epochs one after the other, each in a new order.
 
@@ -170,17 +170,17 @@ def lay_out(
     and changes no batch.
 
     Args:
-        laid_size: rows of a batch, idle ones included. Idle rows train nothing; they let the
+        full_batch_size: rows of a batch, idle ones included. Idle rows train nothing; they let the
             processes share a batch of all rows evenly. None means batch_size, without idle rows.
     """
     generator = python_stream(seed, "sft/order")
     num_rows = math.ceil(num_epochs * len(trees) / batch_size) * batch_size
-    laid: list[PromptTree] = []
-    while len(laid) < num_rows:
-        laid += generator.sample(trees, len(trees))
-    batches = (laid[start : start + batch_size] for start in range(0, num_rows, batch_size))
+    ordered: list[PromptTree] = []
+    while len(ordered) < num_rows:
+        ordered += generator.sample(trees, len(trees))
+    batches = (ordered[start : start + batch_size] for start in range(0, num_rows, batch_size))
     idle = PromptTree(prompt=trees[0].prompt[:1], responses=((),))
-    num_idle = 0 if laid_size is None else laid_size - batch_size
+    num_idle = 0 if full_batch_size is None else full_batch_size - batch_size
     return [
         tree
         for batch in batches

@@ -28,7 +28,7 @@ from rlhf.training.out_of_memory import memory_of
 from rlhf.training.processes import start_accelerator, warn_of_float32
 from stages.sft.config import Config
 from stages.sft.measure import different_prompts, draw_samples, mean_loss, sample_rows
-from stages.sft.rows import Rows, fit_batches, lay_out, load_rows
+from stages.sft.rows import Rows, fit_batches, load_rows, order_epochs
 from stages.sft.trainer import Metrics, figures_line, fit
 
 
@@ -51,7 +51,7 @@ def train(config: Config) -> None:
         check_context(policy, config.model.path, {"max_text_tokens": config.max_text_tokens})
     if accelerator.is_main_process:
         _print_rows(rows)
-    judge = _Judge(
+    evaluator = _Evaluator(
         config=config,
         run=run,
         chat=chat,
@@ -62,14 +62,14 @@ def train(config: Config) -> None:
     trees = [*(one.tree for one in rows.train), *rows.text]
     # A step takes no row twice, so an epoch is one pass even if there are few rows.
     fitted = fit_batches(config, len(trees), accelerator.num_processes)
-    laid = lay_out(
+    ordered = order_epochs(
         trees, config.num_epochs, min(config.batch_size, len(trees)), config.seed, fitted.batch_size
     )
     if accelerator.is_main_process:
-        _print_steps(config, len(trees), len(laid) // fitted.batch_size)
-    parts = {"judge": Fields(judge, "base")}
+        _print_steps(config, len(trees), len(ordered) // fitted.batch_size)
+    parts = {"judge": Fields(evaluator, "base")}
     checkpoint, step = fit(
-        policy, chat.tokenizer, laid, fitted, run, checkpoints, parts, judge.measure
+        policy, chat.tokenizer, ordered, fitted, run, checkpoints, parts, evaluator.measure
     )
     del policy
     free_unused()  # free the trained model and its optimizer before the chosen one is loaded
@@ -77,15 +77,15 @@ def train(config: Config) -> None:
         return
     chosen = load_policy(replace(config.model, path=str(checkpoint)), config.lora)
     chosen.to(accelerator.device)
-    figures = judge.final(chosen)
+    figures = evaluator.final(chosen)
     print(f"sft: chose step {step}: {figures_line(figures)}", flush=True)
     save_policy(chosen, chat.tokenizer, run.dir)
-    num_steps = len(laid) // fitted.batch_size
+    num_steps = len(ordered) // fitted.batch_size
     run.finish({**figures, "chosen_step": step, "num_steps": num_steps, **_describe(rows)})
 
 
 @dataclass(kw_only=True)
-class _Judge:
+class _Evaluator:
     """Measures a policy on the held-out rows, and remembers the base model's figures."""
 
     config: Config

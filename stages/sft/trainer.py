@@ -39,7 +39,7 @@ from rlhf.runs.run import Run
 from rlhf.runs.stateful import Fields, Stateful
 from rlhf.training import sharding
 from rlhf.training.optim import make_optimizer, make_schedule
-from rlhf.training.out_of_memory import is_of_the_device, memory_of
+from rlhf.training.out_of_memory import is_device_error, memory_of
 from rlhf.training.processes import (
     TRAINER_STATE,
     check_launch,
@@ -84,7 +84,7 @@ def fit(
     """Train on the trees in their order; return the chosen checkpoint's folder and step.
 
     Args:
-        trees: rows of all epochs, batch after batch (see lay_out).
+        trees: rows of all epochs, batch after batch (see order_epochs).
         parts: the caller's state that checkpoints must hold.
         measure: called before training, every eval_every steps and after the last one.
 
@@ -94,21 +94,21 @@ def fit(
     config.rows_per_pass(_num_launched())  # may raise, so call it before touching the run's folder
     first_step = checkpoints.step or 0
     trainer = make_trainer(policy, tokenizer, trees, config, str(run.checkpoints), first_step)
-    keeper = _Keeper(config, run, measure, trainer)
-    parts = {**parts, "keeper": Fields(keeper, "best_step", "best")}
+    callback = _TrainingCallback(config, run, measure, trainer)
+    parts = {**parts, "keeper": Fields(callback, "best_step", "best")}
     if checkpoints.are_written:  # a resumed run may need the best model of the last checkpoint
         trainer.args.save_total_limit = None
-    trainer.add_callback(ResumeCallback(checkpoints, trainer, parts, keeper.remove_others))
-    trainer.add_callback(keeper)
+    trainer.add_callback(ResumeCallback(checkpoints, trainer, parts, callback.remove_others))
+    trainer.add_callback(callback)
     place = partial(_place, trainer)
     with memory_of("sft training"), naming(trainer.accelerator, place):
         trainer.train()
-    if keeper.best_step is None:
+    if callback.best_step is None:
         raise ValueError(
             f"{config.choose_by} is not a number at any measured step; lower "
             f"optim.learning_rate {config.optim.learning_rate}"
         )
-    return keeper.best_folder, keeper.best_step
+    return callback.best_folder, callback.best_step
 
 
 def make_trainer(
@@ -162,7 +162,7 @@ def _is_fused_right(policy: PreTrainedModel) -> bool:
     try:
         fused = policy(input_ids=ids, labels=ids, fused_lm_head=True).loss.item()
     except Exception as error:  # an architecture may fail in any way on the fused head
-        if is_of_the_device(error):
+        if is_device_error(error):
             raise
         return False
     logits = policy(input_ids=ids, **accepted(policy, use_cache=False)).logits[0, :-1]
@@ -247,7 +247,7 @@ class _PlainTrainer(SFTTrainer):
         """Send nothing: what users train on their own files is private."""
 
 
-class _Keeper(TrainerCallback):
+class _TrainingCallback(TrainerCallback):
     """Logs, shows progress, measures, and makes the trainer save the best checkpoint so far."""
 
     def __init__(self, config: Config, run: Run, measure: Measure, trainer: SFTTrainer) -> None:

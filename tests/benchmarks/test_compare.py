@@ -89,8 +89,8 @@ def row(name: str = "ppo_fp32") -> dict:
 def test_a_row_has_ratios_and_the_samples_they_are_made_of() -> None:
     made = row()
     check_row(made)
-    assert made["time_ratio"] == 3.5  # of 4 / 1 and 6 / 2
-    assert made["memory_ratio"] == 0.5  # 30 / 60: peaks over all samples
+    assert made["time_ratio"] == 3.5  # the median of 4 / 1 and 6 / 2
+    assert made["memory_ratio"] == 0.5  # 30 / 60, the peaks over all samples
     assert made["ours"]["seconds"] == [1.0, 2.0]
     assert made["ours"]["tokens_per_second"] == pytest.approx(5 / 1.5)
     assert made["ours"]["phases"] == {"train": 1.0}
@@ -108,9 +108,9 @@ def test_rows_of_a_later_run_take_the_place_of_their_namesakes(tmp_path: Path) -
     write([row("ppo_eos"), row("rm_k9")], tmp_path)
     write([row("ppo_eos") | {"time_ratio": 9.87}], tmp_path)
     table = (tmp_path / "results.md").read_text()
-    assert table.index("| rm_k9 |") < table.index("| ppo_eos |")  # in the order of the targets
+    assert table.index("| rm_k9 |") < table.index("| ppo_eos |")  # in the targets' order
     assert "| 9.87 |" in table
-    assert table.count("| ppo_eos | ") == 3  # in the three tables once
+    assert table.count("| ppo_eos | ") == 3  # once in each of the three tables
 
 
 def test_the_table_shows_ratios_phases_and_settings() -> None:

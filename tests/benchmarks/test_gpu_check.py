@@ -1,4 +1,4 @@
-"""The check for a GPU as far as it goes on a CPU: runner, page, and the parts on a tiny model."""
+"""Tests the check for a GPU on a CPU: its runner, its page, and its parts on a tiny model."""
 
 import json
 import subprocess
@@ -74,7 +74,7 @@ def test_a_smoke_run_goes_to_its_end_and_says_what_it_skipped(
         assert row["off by, nats"] == 0 or row["attention"] == "flex"
         assert row["forward, ms"] > 0 and row["with backward, ms"] > 0
     assert "only a GPU" in records["peak"]["rows"][0]["note"]
-    # The page is made of the same records.
+    # The page shows the same records.
     text = (tmp_path / PAGE).read_text(encoding="utf-8")
     found = [Record(**{**row, "rows": tuple(row["rows"])}) for row in records.values()]
     assert text == page(found)
@@ -94,7 +94,7 @@ def test_full_sized_work_is_skipped_without_a_gpu(tmp_path: Path) -> None:
 
 
 def stand_in(bodies: dict[str, str]) -> Callable[..., list[str]]:
-    """A command whose parts do what `bodies` says, in place of the worker's."""
+    """Make a command whose parts do what `bodies` says, instead of the worker's command."""
     lines = [
         "import os, sys, time",
         "from pathlib import Path",
@@ -173,7 +173,7 @@ def test_a_package_that_is_missing_fails_its_part_only(tmp_path: Path) -> None:
 
 
 def test_programs_start_without_any_package() -> None:
-    """Else no page would say what is missing."""
+    """Otherwise no page could say what is missing."""
     forbidden = "torch transformers accelerate numpy matplotlib jsonargparse".split()
     code = (
         "import sys, benchmarks.gpu_check.__main__, benchmarks.gpu_check.worker\n"
@@ -207,7 +207,7 @@ def test_spread_is_the_mean_over_groups() -> None:
     assert found["mean"] == pytest.approx(10 / 6)
     assert found["largest"] == pytest.approx(7 / 3)
     assert found["quantile 0.999"] == pytest.approx((1 + 1 + 1 + 0.999 * 4) / 3)
-    assert spread(tensor[:5], 2)["groups"] == 2  # the fifth token fills no group
+    assert spread(tensor[:5], 2)["groups"] == 2  # the fifth token does not fill a group
 
 
 def test_memory_of_a_rollout_in_figures() -> None:

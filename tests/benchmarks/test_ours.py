@@ -1,4 +1,4 @@
-"""Our sides for real, on a tiny model."""
+"""Runs our sides of the comparison on a tiny model."""
 
 import dataclasses
 import sys
@@ -44,7 +44,7 @@ def test_rm_worker_trains_epochs(folders: Folders, tmp_path: Path) -> None:
     work = Workload(name="rm", kind="rm", prompts=prompts, responses=responses, **folders)
     with Worker(OURS, work, num_threads=1, log=tmp_path / "log") as worker:
         first, second = worker.run(), worker.run()
-    assert first["loss"] == second["loss"]  # both tell that of the first step
+    assert first["loss"] == second["loss"]  # both report the loss of the first step
     assert 0.1 < first["loss"] < 3
     assert {"gradient", "step"} <= first["phases"].keys()
 

@@ -1,4 +1,4 @@
-"""The benchmark and a worker that computes nothing."""
+"""Tests the benchmark with a worker that computes nothing."""
 
 import sys
 from pathlib import Path

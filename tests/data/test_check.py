@@ -41,7 +41,7 @@ def write(path: Path, *rows: Any) -> str:
 
 @pytest.fixture
 def tokenizer_dir(tmp_path: Path) -> Iterator[str]:
-    """A folder with a tokenizer of single bytes, which gets the default chat template."""
+    """Save a tokenizer of single bytes, which gets the default chat template."""
     made = byte_tokenizer("<eos>", "<pad>", eos_token="<eos>", pad_token="<pad>")
     made.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "config.json").write_text('{"model_type": "llama"}')

@@ -1,4 +1,4 @@
-"""Hand-written rows in each public layout; the real files, where they are, only by their counts."""
+"""Converts hand-written rows in each public layout, and counts those of real files, if present."""
 
 import gzip
 import json
@@ -475,7 +475,7 @@ LAYOUTS: list[tuple[str, Any]] = [
 
 
 def spoil(draw: st.DrawFn, value: Any) -> Any:
-    """The value with one part of it, however deep, replaced by anything."""
+    """Replace one part of the value, however deep, by anything."""
     if isinstance(value, dict | list) and value and draw(st.integers(0, 3)):
         keys: Sequence[Any] = list(value) if isinstance(value, dict) else range(len(value))
         key = draw(st.sampled_from(keys))

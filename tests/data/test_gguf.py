@@ -1,4 +1,4 @@
-"""A tiny Llama is written as GGUF by hand and must come back as the model it was."""
+"""A tiny Llama, written as GGUF by hand, must be read back as the same model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ NAMES = {
 
 
 def interleave(weight: Tensor, num_heads: int) -> Tensor:
-    """llama.cpp rotates neighbouring rows of a head, transformers its two halves."""
+    """Reorder rows: llama.cpp rotates neighbouring rows of a head, transformers its two halves."""
     size, width = weight.shape
     halves = weight.view(num_heads, 2, size // num_heads // 2, width)
     return halves.transpose(1, 2).reshape(size, width)

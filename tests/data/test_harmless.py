@@ -1,4 +1,4 @@
-"""The two halves of Anthropic's pairs share no dialogue, and PPO learns from one of them only."""
+"""The two halves of Anthropic's pairs share no dialogue, and PPO learns from only one of them."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def write(path: Path, rows: list[Any], *, as_lines: bool = True) -> None:
 @pytest.fixture
 def config(tmp_path: Path) -> HarmlessConfig:
     shared = tmp_path / "shared"
-    # Two pairs go on from each first turn: one right there, one a turn later.
+    # Two pairs continue each first turn: one directly, one a turn later.
     histories = [dialogue(first, *later) for first in FIRST_TURNS for later in ((), ("Why?",))]
     write(shared / "hh_rlhf" / "harmless-base.test.jsonl.gz", [pair(one) for one in histories])
     task = {"instruction": "Say yes.", "instances": [{"input": "", "output": "Yes."}]}

@@ -1,4 +1,4 @@
-"""Instructions that a program checks: each check by hand, and the prompts made of them."""
+"""Tests instructions that a program checks: each check by hand, and the prompts they make."""
 
 import json
 import random

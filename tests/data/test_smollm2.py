@@ -23,7 +23,7 @@ def write(path: Path, *rows: Any) -> None:
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """Files named and laid out as the public ones; all ask the same questions."""
+    """Write files with the names and layouts of the public ones; all have the same questions."""
     folder = tmp_path / "shared"
     folder.mkdir()
     instances = [{"input": "", "output": "Yes."}]

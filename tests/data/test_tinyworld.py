@@ -1,4 +1,4 @@
-"""The tiny world: the gold preference, the labelers, and what must not leak between its files."""
+"""Tests the tiny world: the gold preference, the labelers, and that no file leaks into another."""
 
 import random
 import re
@@ -49,7 +49,7 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def files(world: World) -> dict[str, list[Record]]:
-    """All files at their full size."""
+    """Build all files at their full size."""
     return make_files(world, TinyWorldConfig(output_dir="unused"))
 
 
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples(world: World) -> list[tuple[Instruction, list[str]]]:
-    """Instructions with 4 to 9 responses each, as good and bad as the demonstrations."""
+    """Make instructions with 4 to 9 responses each, of the quality of demonstrations."""
     generator = random.Random(1)
     return [
         (
@@ -133,7 +133,7 @@ def test_what_a_held_out_prompt_asks_is_asked_nowhere_else(
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_category_is_asked_for_in_training(seed: int) -> None:
-    """Else no ranking would say which words are plants."""
+    """Otherwise no ranking would say which words are plants."""
     held_out = [one for one in draw_held_out(World.from_seed(seed)) if one[0] == "list"]
     categories = {category for _, category, _ in held_out}
     assert len(held_out) == len(categories) == round(HELD_OUT_SHARE * 16)
@@ -357,7 +357,7 @@ def test_each_fault_of_a_response_lowers_the_gold(world: World) -> None:
 def test_labelers_agree_about_as_often_on_demonstrations_as_on_samples_of_a_policy(
     world: World, samples: list[tuple[Instruction, list[str]]]
 ) -> None:
-    """Noise is set for 0.73 on samples of the SFT policy (`labelers.agreement` of a run)."""
+    """The noise is chosen for 0.73 on samples of the SFT policy (`labelers.agreement` of a run)."""
     generator = random.Random(6)
     same = []
     for one, responses in samples:
@@ -422,7 +422,7 @@ def test_a_file_that_holds_no_world_is_refused(tmp_path: Path, text: str) -> Non
 
 def test_more_documents_than_can_be_written_are_refused(world: World) -> None:
     class Repeating(random.Random):
-        """Starts again before every choice of a writer, so every document is the same."""
+        """Restarts before every choice of a writer, so that every document is the same."""
 
         def choices(self, *args: Any, **kwargs: Any) -> list[Any]:
             self.seed(0)
@@ -433,14 +433,14 @@ def test_more_documents_than_can_be_written_are_refused(world: World) -> None:
 
 
 def _all(kind: type[One], records: list[Record]) -> list[One]:
-    """The records of a file that holds one kind."""
+    """Return the records of a file that holds one kind."""
     found = [record for record in records if isinstance(record, kind)]
     assert len(found) == len(records)
     return found
 
 
 def _tasks(records: list[Record]) -> list[Demonstration | Prompt]:
-    """The records of a file that holds demonstrations or prompts."""
+    """Return the records of a file that holds demonstrations or prompts."""
     found = [record for record in records if isinstance(record, Demonstration | Prompt)]
     assert len(found) == len(records)
     return found
@@ -453,6 +453,6 @@ def _words_of(record: Demonstration | Prompt) -> set[str]:
 
 
 def _orders(ranks: list[int]) -> Iterator[int]:
-    """For every pair: -1 if the first is better, 1 if the second is, 0 for a tie."""
+    """Return for every pair -1 if the first is better, 1 if the second is, 0 for a tie."""
     for left, right in combinations(ranks, 2):
         yield (left > right) - (left < right)

@@ -1,4 +1,4 @@
-"""SFT, then a reward model, then PPO with ptx, with PPO's own stop rules.
+"""Runs SFT, a reward model, and PPO with ptx under PPO's own stop rules.
 
 `accelerate launch --config_file FILE -m tests.device.chain FOLDER` prints the device and the
 precision at work.
@@ -16,7 +16,7 @@ from stages.sft.train import train as train_sft
 from tests.distributed.chain import make_inputs, ppo_settings, rm_settings, sft_settings
 
 STOP_RULES = MonitorSettings(min_eos_rate=0.0)
-"""The default rules; a random model seldom ends its responses."""
+"""The default rules, except for ends: a random model seldom ends its responses."""
 
 
 def main(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every stage on the pretend device; test_pretend.py runs this file in a process of its own.
+"""Runs every stage on the pretend device; test_pretend.py runs this file in its own process.
 
 A budget says how often the host may wait for the device. Each wait lets a GPU run dry, since the
 host then queues nothing. A budget may only grow with a reason beside it.
@@ -54,13 +54,13 @@ TOLERANCE = 1e-4
 
 @dataclass
 class Seen:
-    """What was seen of a stage on the device."""
+    """Holds what was seen of a stage on the device."""
 
     waits: pretend.Waits
     rows: list[PackedRow]
-    """the rows of all training passes"""
+    """The rows of all training passes."""
     probes: list[tuple[str, bool]]
-    """for each test pass of packing: the model's device, and whether autocast was on"""
+    """The model's device in each test pass of packing, and whether autocast was on."""
     warned: list[str]
 
 
@@ -84,7 +84,7 @@ def watched(precision: str) -> Iterator[Seen]:
         mock.patch.dict(os.environ, {"ACCELERATE_MIXED_PRECISION": precision}),
         mock.patch.object(step_module, "equal_rows", note_rows),
         mock.patch.object(layout, "_refusal", note_probe),
-        # It multiplies matrices of 8192 x 8192 where it believes in an accelerator.
+        # It would multiply matrices of 8192 x 8192, as on a real accelerator.
         mock.patch.object(speed, "matrix_rate", lambda *_: 1e12),
         warnings.catch_warnings(record=True) as warned,
         pretend.at_work() as seen.waits,
@@ -126,7 +126,7 @@ def ppo(inputs: Path, rm: Seen) -> Seen:
                 inputs / "ppo",
                 num_updates=NUM_UPDATES,
                 num_eval_prompts=2,
-                micro_batch_tokens=64,  # two episodes, or three blocks of text
+                micro_batch_tokens=64,  # room for two episodes, or three blocks of text
                 ppo=PPOSettings(mini_batch_size=4),
             )
         )
@@ -135,7 +135,7 @@ def ppo(inputs: Path, rm: Seen) -> Seen:
 
 NUM_UPDATES = 1
 NUM_STEPS = NUM_UPDATES * 2
-"""PPO: eight episodes an update, four a step."""
+"""PPO takes eight episodes an update, and four a step."""
 
 
 def within(budget: int, waits: list[pretend.Wait]) -> None:
@@ -224,8 +224,10 @@ def test_a_launcher_without_mixed_precision_is_warned_of(sft: Seen, rm: Seen, pp
 
 
 def test_decoding_waits_twice_a_token() -> None:
-    """Once to read tokens and log-probabilities, since Python decides who has ended. Once in
-    transformers, which asks whether the mask hides anything."""
+    """It waits once for tokens and log-probabilities, because Python decides which rows have ended.
+
+    It waits once more in transformers, which asks whether the mask hides anything.
+    """
     policy = tiny_policy_of("llama")
     counts = []
     for num_tokens in (4, 12):
@@ -252,8 +254,10 @@ def test_a_pass_of_scores_waits_once_however_many_rows_it_has() -> None:
 
 
 def test_rm_training_waits_twice_a_step_and_never_for_a_row(rm: Seen) -> None:
-    """Once for the sums of the metrics, which must be finite before the step is taken, and once for
-    the norm of the gradient, which must be too."""
+    """It waits for the sums of the metrics, and for the norm of the gradient.
+
+    Both must be finite before the step is taken.
+    """
     num_steps = 2
     assert len(rm.rows) >= 2 * num_steps and not any(row.plain for row in rm.rows)
     within(2 * num_steps, rm.waits.within("stages/rm/update.py:update"))
@@ -278,7 +282,7 @@ def test_ppo_training_waits_for_a_step_and_never_for_a_row(ppo: Seen) -> None:
 
 
 def test_no_backward_pass_waits(sft: Seen, rm: Seen, ppo: Seen) -> None:
-    """It runs in a thread of torch's, in which no line of ours is at work."""
+    """It runs in a thread of torch, in which none of our lines runs."""
     for seen in (sft, rm, ppo):
         within(0, [one for one in seen.waits.found if not one.path])
 
@@ -286,7 +290,7 @@ def test_no_backward_pass_waits(sft: Seen, rm: Seen, ppo: Seen) -> None:
 def test_a_rollout_waits_for_tokens_and_once_for_each_models_pass(ppo: Seen) -> None:
     waits = ppo.waits.within("stages/ppo/rollout.py:roll_out")
     passes = [one for one in waits if "rlhf/models/passes.py:_to_cpu" in one.path[-1]]
-    # Scores, reference, values; the policy's log-probabilities, entropies and variances.
+    # Scores, reference, values, and the policy's log-probabilities, entropies and variances.
     within(6 * NUM_UPDATES, passes)
 
 
@@ -404,7 +408,7 @@ def test_the_packing_probe_takes_no_wrong_device_for_a_refusal(
 def test_no_other_trial_takes_a_wrong_device_for_a_refusal(
     try_out: Callable[..., Any], argument: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sampling would forgo the cache, and SFT TRL's fused head; a model would be called faulty."""
+    """Otherwise sampling would use no cache, SFT no fused head, and a model would seem faulty."""
     policy = tiny_policy_of("llama")
     forward = policy.forward
 

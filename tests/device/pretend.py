@@ -1,21 +1,23 @@
-"""An accelerator that a machine without one pretends to have.
+"""Pretends that a machine without an accelerator has one.
 
-    register()                 # once a process; nothing takes it back
+    register()                 # once a process; it cannot be undone
     with at_work() as waits:
         train(config)          # torch.device("pretend") is what "cuda" is elsewhere
     waits.within("stages/rm/update.py:update")
 
-A tensor on it says that it is elsewhere. Its data are in the memory of the CPU, and every operation
-is done there, so results are those of a CPU. What CUDA refuses is refused:
+A tensor on this device reports it as its place. Its data are in CPU memory, and the CPU does every
+operation, so results are those of a CPU. The device refuses what CUDA refuses:
 
 - operands on two devices; only a number (a tensor without axes) and indices may be on the CPU;
 - a generator of another device than the tensor that is drawn;
 - numpy().
 
-What makes the host wait for the device is noted, with the lines of rlhf and stages that led to it:
-synchronize, and what torch.cuda.set_sync_debug_mode reports. That is a value that Python reads
-(item, tolist, bool), a result whose size depends on values (nonzero, a mask as an index), every
-copy to the CPU, and every copy to the device that does not ask for non_blocking.
+It records what makes the host wait for the device, with the lines of rlhf and stages that led to
+it. These are synchronize, and what torch.cuda.set_sync_debug_mode reports:
+
+- a value that Python reads (item, tolist, bool);
+- a result whose size depends on values (nonzero, a mask as an index);
+- every copy to the CPU, and every copy to the device without non_blocking.
 
 It knows nothing of kernels, streams, memory or time. Autocast can be on, but casts nothing.
 """
@@ -53,11 +55,11 @@ class DeviceMismatch(RuntimeError):
 
 @dataclass(frozen=True)
 class Wait:
-    """The host waited for the device once."""
+    """Records that the host waited for the device once."""
 
     operation: str
     path: tuple[str, ...]
-    """our own lines that led to it as "folder/file.py:function:line", the innermost last. Empty in
+    """Our own lines that led to it as "folder/file.py:function:line", the innermost last. Empty in
     a backward pass, which torch runs in a thread of its own."""
 
     def is_within(self, place: str) -> bool:
@@ -67,7 +69,7 @@ class Wait:
 
 @dataclass
 class Waits:
-    """Every time the host waited, in order."""
+    """Holds every time the host waited, in order."""
 
     found: list[Wait] = field(default_factory=list)
 
@@ -75,7 +77,7 @@ class Waits:
         self.found.append(Wait(operation, _own_lines()))
 
     def within(self, place: str) -> list[Wait]:
-        """Those that a function of ours led to, given as "folder/file.py:function"."""
+        """Return the waits that a function of ours, "folder/file.py:function", led to."""
         return [one for one in self.found if one.is_within(place)]
 
 
@@ -90,7 +92,7 @@ def lines(waits: Sequence[Wait]) -> str:
 
 
 class _Module:
-    """What stands at torch.cuda for CUDA."""
+    """Has the functions that torch.cuda has for CUDA."""
 
     __name__ = "torch.pretend"
 
@@ -132,7 +134,7 @@ class _Module:
 
 
 _kept: list[library.Library] = []
-"""What was registered with torch, which forgets it together with these objects."""
+"""Objects registered with torch, which would forget them if they were deleted."""
 
 
 def register() -> None:
@@ -144,10 +146,10 @@ def register() -> None:
 
 
 class DeviceTensor(Tensor):
-    """A tensor on the device: `host` has its data."""
+    """A tensor on the device; `host` holds its data."""
 
     host: Tensor
-    # torch turns the function off in the same way; its stubs let no subclass do so.
+    # torch does the same in its own code; its stubs forbid it to subclasses.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -165,7 +167,7 @@ class DeviceTensor(Tensor):
     def __init__(self, host: Tensor) -> None:
         self.host = host
 
-    # torch gives its own one the text of the contents, where another class formats them.
+    # torch passes the text of the contents to its own one; other classes format them.
     def __repr__(self) -> str:  # type: ignore[override]
         return f"DeviceTensor({self.host})"
 
@@ -182,16 +184,16 @@ class DeviceTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        # Outside of at_work nobody asks for waits, but tensors on the device may still be read.
+        # Outside of at_work no waits are recorded, but tensors on the device may still be read.
         return _run(Waits(), func, args, kwargs or {})
 
 
 class DeviceGenerator(torch.Generator):
-    """Draws on the CPU, and counts as one of the device."""
+    """Draws on the CPU, and counts as a generator of the device."""
 
 
 def make_generator(device: torch.device | str = "cpu") -> torch.Generator:
-    """Stands for torch.Generator, which knows no device registered from Python."""
+    """Replaces torch.Generator, which refuses a device registered from Python."""
     return DeviceGenerator() if torch.device(device).type == NAME else _Generator()
 
 
@@ -199,7 +201,7 @@ _Generator = torch.Generator
 
 
 class _Operations(TorchDispatchMode):
-    """Does every operation, also those that make a tensor."""
+    """Runs every operation, also those that make a tensor."""
 
     def __init__(self, waits: Waits) -> None:
         super().__init__()
@@ -210,7 +212,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """Sees what never becomes an operation: generators, and Python's own access to the data."""
+    """Sees what never becomes an operation: generators, and data that Python reads."""
 
     def __init__(self, waits: Waits) -> None:
         super().__init__()
@@ -243,10 +245,10 @@ def _check_generator(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 @contextmanager
 def at_work() -> Iterator[Waits]:
-    """Have torch use the device inside the block; yields what the host waits for."""
+    """Make torch use the device inside the block; yield what the host waits for."""
     waits = Waits()
     lifted = torch._C._only_lift_cpu_tensors()
-    # torch.tensor(values, device=...) then makes a CPU tensor and copies it, which can be seen.
+    # torch.tensor(values, device=...) then makes a CPU tensor and copies it, which is recorded.
     torch._C._set_only_lift_cpu_tensors(True)
     try:
         with (
@@ -306,7 +308,7 @@ def _run(waits: Waits, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten.is_pinned.default:
         return False
     if func is aten._fused_sdp_choice.default and is_there:
-        return 0  # plain products and a softmax, each of which is checked
+        return 0  # that is plain products and a softmax, each of which is checked
     host_args = [_host(x) for x in args]
     host_kwargs = {name: _host(x) for name, x in kwargs.items()}
     if _is_there(target):

@@ -1,4 +1,4 @@
-"""The three stages under a launcher file in bfloat16, as a user starts them."""
+"""Runs the three stages under a launcher file in bfloat16, as a user starts them."""
 
 import json
 import os

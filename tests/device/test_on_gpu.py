@@ -1,4 +1,4 @@
-"""The GPU computes what the CPU computes, up to rounding, and no memory stays behind on it."""
+"""The GPU computes the same as the CPU, up to rounding, and keeps no memory afterwards."""
 
 import warnings
 from typing import Any
@@ -26,13 +26,13 @@ pytestmark = [
 ARCHITECTURES = ("llama", "qwen3", "gpt2", "gemma3_text")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TOLERANCE = 1e-4
-"""Nats, or units of a score, in float32 on both. torch leaves TF32 off in matrix products."""
+"""Tolerance in nats, or units of a score, in float32. torch uses no TF32 in matrix products."""
 HALF_TOLERANCE = 0.1
-"""Nats in bfloat16, which keeps eight bits."""
+"""Tolerance in nats in bfloat16, which keeps eight bits."""
 
 
 def trees() -> list[PromptTree]:
-    """A ranking of three, and three prompts with one response each."""
+    """Return a ranking of three responses, and three prompts with one response each."""
     ids = [1 + (7 * i) % (VOCAB - 1) for i in range(60)]
 
     def part(start: int, end: int) -> tuple[int, ...]:
@@ -79,12 +79,12 @@ def test_gradients_of_a_packed_row_equal_those_of_the_cpu() -> None:
 def test_packing_probe_accepts_masks_on_the_gpu(architecture: str, dtype: torch.dtype) -> None:
     policy = tiny_policy_of(architecture).to(CUDA, dtype)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a probe that refuses warns
+        warnings.simplefilter("error")  # a probe that refuses a layout warns
         assert packer_for(policy, 64).shares_prompts
 
 
 def long_trees(longest: int) -> list[PromptTree]:
-    """A row of 353 + longest tokens, whose block mask has blocks of all kinds if it is over 256."""
+    """Return trees of 353 + longest tokens; above 256, their row has blocks of all kinds."""
     ids = tuple(1 + (7 * i) % (VOCAB - 1) for i in range(longest))
     return [
         PromptTree(ids, (ids[40:80], ids[:90])),
@@ -94,7 +94,7 @@ def long_trees(longest: int) -> list[PromptTree]:
 
 
 def wide_policy(attention: Attention, num_heads: int) -> Any:
-    """A llama whose heads are as wide as FlexAttention's kernels need; two heads of keys."""
+    """Make a Llama with two heads of keys, as wide as FlexAttention's kernels need."""
     sizes = {"head_dim": 32, "num_attention_heads": num_heads, "num_key_value_heads": 2}
     return tiny_policy_of("llama", attention=attention, **sizes).to(CUDA)
 
@@ -102,7 +102,7 @@ def wide_policy(attention: Attention, num_heads: int) -> Any:
 def logprobs_and_gradients(
     policy: Any, layout: Layout, dtype: torch.dtype, longest: int = 280
 ) -> list[Tensor]:
-    """The log-probabilities of a long row, and all gradients of their mean as one vector."""
+    """Return a long row's log-probabilities, and all gradients of their mean as one vector."""
     (row,) = Packer(2000, layout).rows(long_trees(longest))
     policy.zero_grad()
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
@@ -143,11 +143,11 @@ def test_flex_attention_holds_nothing_for_every_pair_of_tokens() -> None:
     trees = [PromptTree(part, (part, part, part))] * 8  # 4 x 512 tokens each
     (row,) = Packer(length, Layout.BLOCKS).rows(trees)
     row = row.to(CUDA)
-    response_logprobs(policy, row)  # compiles
+    response_logprobs(policy, row)  # this compiles the kernels
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     response_logprobs(policy, row)
-    assert torch.cuda.max_memory_allocated() - before < length**2  # a byte a pair, as bool takes
+    assert torch.cuda.max_memory_allocated() - before < length**2  # bool takes a byte a pair
 
 
 def test_autocast_stays_near_float32() -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.skipif(not pretend.IS_SUPPORTED, reason="this torch registers no device from Python")
 def test_every_stage_on_the_pretend_device() -> None:
-    """In a process of its own: a device that was registered stays registered."""
+    """The stages run in another process, because a registered device stays registered."""
     done = subprocess.run(
         [
             sys.executable,

@@ -1,4 +1,4 @@
-"""The HTTP reward against a server in a thread that answers what it is told to."""
+"""Tests the HTTP reward with a server in a thread, which gives chosen answers."""
 
 import json
 import threading
@@ -17,7 +17,7 @@ Answer = tuple[int, bytes]
 
 
 class Server(ThreadingHTTPServer):
-    """Answers with the length of each response, unless there are other answers to give first."""
+    """Answers with the length of each response, after other answers if there are any."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -43,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(answer)
 
     def log_message(self, *_: object) -> None:
-        """Nothing to stderr."""
+        """Write nothing to stderr."""
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that would have been waited."""
+    """Record the seconds of each wait instead of waiting."""
     waited: list[float] = []
     monkeypatch.setattr("examples.http_reward.time.sleep", waited.append)
     return waited

@@ -1,4 +1,4 @@
-"""Run folders as a pipeline leaves them, as far as the studies read them."""
+"""Writes run folders as a pipeline leaves them, as far as the studies read them."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ def write_run(
     results: Mapping[str, Any] | None = None,
     metrics: Iterable[Mapping[str, Any]] = (),
 ) -> None:
-    """A run's settings, what it logged and, if it is to look finished, its results."""
+    """Write a run's settings, what it logged and, for a finished run, its results."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(yaml.safe_dump(settings_in_use(config)), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The study of grouped pairs: what its arms have in common, what it reads and what it writes."""
+"""Tests the study of grouped pairs: what its arms share, what it reads and what it writes."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ RANKINGS = [
 
 
 def loss_of(rankings: list[Ranking]) -> float:
-    """With a score for each response that its text alone decides."""
+    """Return the loss for scores that depend on each response's text alone."""
     comparisons = make_comparisons(rankings, margin_per_rank=0.5)
     texts = [text for ranking in rankings for text in ranking.responses]
     scores = torch.tensor([float(ord(text) * 7 % 5) for text in texts])
@@ -95,7 +95,7 @@ def test_figures_of_two_runs_by_hand(tmp_path: Path) -> None:
     assert figures["loss"]["grouped"] == [[0.5, 0.5], [0.125, 0.125]]
     assert figures["held_out_accuracy"]["grouped"] == [[0.5, 0.75], [1.0, 1.0]]
     row = next(line for line in format_table(figures).splitlines() if "by labels" in line)
-    # t of one degree of freedom is 12.706, the standard error of 0.5 and 0.75 is 0.125
+    # t for one degree of freedom is 12.706, and the standard error of 0.5 and 0.75 is 0.125.
     assert row == (
         "| held-out accuracy by labels, share of pairs | 1 | 0.625 ± 1.588 | 0.375 ± 1.588 "
         "| -0.250 ± 0.000 | -0.250, -0.250 |"
@@ -106,7 +106,7 @@ def test_figures_of_two_runs_by_hand(tmp_path: Path) -> None:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[str]:
-    """Two folders with all that the study takes of a pipeline's."""
+    """Write two folders with all that the study reads from a pipeline's folder."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer("<end>", "<pad>", eos_token="<end>", pad_token="<pad>")
     folders = []

@@ -1,4 +1,4 @@
-"""Over-optimisation: points and fits by hand, and the whole program on random models."""
+"""Tests over-optimisation: points and fits by hand, and the program on random models."""
 
 import json
 import math
@@ -79,7 +79,7 @@ def test_ppo_curve_is_a_mean_for_each_evaluation() -> None:
     assert curve.gold.tolist() == [1.5, -1.0]
     assert curve.proxy.tolist() == [0.5, 2.0]
     assert curve.tokens.tolist() == [4.0, 9.0]
-    assert curve.distance.tolist() == [0.0, 2.0]  # an estimate below 0 is no distance
+    assert curve.distance.tolist() == [0.0, 2.0]  # an estimate below 0 counts as 0
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_form_finds_its_own_coefficients_and_the_far_half(
 ) -> None:
     distances = [3.0, 0.5, 1.0, 2.5, 2.0, 1.5]  # in any order
     kl = [d**2 for d in distances]
-    fits = fit_all(curve_of([*kl, 0.05], [*map(gold, distances), 99.0]))  # the last is too near
+    fits = fit_all(curve_of([*kl, 0.05], [*map(gold, distances), 99.0]))  # the last is too near 0
     assert fits[form].coefficients == pytest.approx((1.5, 0.7), abs=1e-9)
     assert fits[form].error == pytest.approx(0.0, abs=1e-9)
     assert all(fit.error > 0.05 for name, fit in fits.items() if name != form)
@@ -139,7 +139,7 @@ def test_long_ppo_changes_what_the_study_is_about_only(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A run folder with a random policy and a reward model from rankings that count the e's."""
+    """Write a run folder with a random policy, and a reward model that was trained to count e's."""
     folder = tmp_path_factory.mktemp("pipeline")
     run = str(folder)
     tokenizer = byte_tokenizer("<end>", "<pad>", eos_token="<end>", pad_token="<pad>")
@@ -241,7 +241,7 @@ def test_the_program_from_rankings_to_fits(pipeline: str) -> None:
     (best_of_n,) = results["full/best-of-n"]["curves"]
     assert len(best_of_n["kl"]) == 5  # n = 1, 2, 4, 8, 16
     assert best_of_n["proxy"] == sorted(best_of_n["proxy"])
-    assert best_of_n["gold"][0] == pytest.approx(0.0, abs=1e-9)  # centred on SFT itself
+    assert best_of_n["gold"][0] == pytest.approx(0.0, abs=1e-9)  # relative to SFT itself
     marks = np.array([2.0 * row["response"].count("e") for row in rows])
     (curve,) = results["6/PPO, KL coefficient 0"]["curves"]
     kept = [json.loads(line) for line in (folder / "6_kl_0" / "samples.jsonl").open()]

@@ -1,4 +1,4 @@
-"""Seeds side by side: what counts as beaten and as collapsed, and the table."""
+"""Tests the table over seeds, and what counts as beaten and as collapsed."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ RIGHT = {"right_accuracy": 0.8, "right_pairs": 600}
 
 
 def results_of(**changes: Any) -> dict[str, Any]:
-    """An evaluation in which PPO-ptx differs from a healthy policy."""
+    """Return an evaluation in which PPO-ptx differs from a healthy policy."""
     return {
         "base": SFT,
         "sft": SFT,

@@ -1,4 +1,4 @@
-"""Figures over seeds, as tables show them."""
+"""Tests figures over seeds, as tables show them."""
 
 import math
 

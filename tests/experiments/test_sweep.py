@@ -1,4 +1,4 @@
-"""The sweep: which policies it makes, when it evaluates them, and its tables."""
+"""Tests the sweep: which policies it makes, when it evaluates them, and its tables."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ from tests.experiments.run_folders import evaluate_config, ppo_config, write_run
 
 @pytest.fixture
 def run(tmp_path: Path) -> str:
-    """Plain PPO with a KL coefficient of 0.05 and PPO-ptx with a ptx coefficient of 1."""
+    """Write runs of plain PPO with KL coefficient 0.05, and of PPO-ptx with ptx coefficient 1."""
     folder = str(tmp_path / "run")
     write_run(ppo_config(folder), {})
     norms = [(2.0, 4.0), (9.0, 3.0)]  # ratios 0.5 and 3
@@ -44,7 +44,7 @@ def config_of(run: str, tmp_path: Path) -> Config:
 
 
 def write_evaluation(config: EvaluateConfig) -> None:
-    """Figures that tell policies apart: a policy's gold score is its place among them."""
+    """Write figures that differ by policy: a policy's gold score is its place among them."""
     figures = {
         name: {
             "gold_score": float(number),

@@ -1,6 +1,6 @@
-"""An older transformers reads every stage's folder by a plain from_pretrained as the newest does.
+"""An older transformers reads every stage's folder as the newest does, by from_pretrained.
 
-`make test-interop` runs this: it needs .venv-interop, so its name is none that pytest finds itself.
+`make test-interop` runs this. It needs .venv-interop, so pytest must not find it by its name.
 """
 
 import json
@@ -54,7 +54,7 @@ ROTARY = {
     "phi": ("phi", PARTIAL),
     "granite": ("granite", THETA),
 }
-"""Name -> architecture and its rope_parameters, none of them that architecture's own."""
+"""Maps a name to an architecture and rope_parameters that are not its default ones."""
 
 STAGES = {
     "base": "policy",
@@ -74,7 +74,7 @@ Found = dict[str, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One of each stage, of full weights and of adapters, and of each kind of rotary positions."""
+    """Write folders: of each stage, with full weights and adapters, and of each rotary encoding."""
     work = tmp_path_factory.mktemp("interop")
     make_inputs(work)
     tokenizer = byte_tokenizer(
@@ -82,7 +82,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "</s>",
         "<pad>",
         "<tool>",
-        "<|endoftext|>",  # which version 5 gives all tokenizers of Qwen 2
+        "<|endoftext|>",  # version 5 gives it to all tokenizers of Qwen 2
         eos_token="</s>",
         pad_token="<pad>",
         extra_special_tokens=["<tool>", "<|endoftext|>"],
@@ -108,7 +108,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def read(folders: Path) -> tuple[Found, Found]:
-    """Folder -> what this environment reads in it, and what the old one does."""
+    """Map each folder to what this environment reads in it, and what the old one reads."""
     kinds = {**dict.fromkeys(ROTARY, "policy"), **STAGES}
     words = [f"{kind}={folders / name}" for name, kind in kinds.items()]
     return run(Path(sys.executable), words), run(OLD, words)

@@ -1,4 +1,4 @@
-"""What a plain from_pretrained makes of folders, as JSON; runs under any version of transformers.
+"""Prints what a plain from_pretrained reads in folders as JSON, with any version of transformers.
 
     python tests/interop/read_plainly.py policy=FOLDER reward_model=FOLDER ...
 
@@ -30,14 +30,14 @@ def main() -> None:
         kind, folder = argument.split("=", 1)
         try:
             found[folder] = read(kind, folder)
-        except Exception as error:  # told beside the others
+        except Exception as error:  # printed beside the others
             found[folder] = {"error": f"{type(error).__name__}: {error}"}
     json.dump(found, sys.stdout)
 
 
 @torch.no_grad()
 def read(kind: str, folder: str) -> dict[str, Any]:
-    """Ids of a text and of a rendered chat, and what the model makes of both."""
+    """Return the ids of a text and of a rendered chat, and the model's outputs for both."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     options = {"num_labels": 1} if kind == "reward_model" else {}
     model = READERS[kind].from_pretrained(folder, **options).float().eval()

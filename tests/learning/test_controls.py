@@ -1,4 +1,4 @@
-"""Controls: rewards from which PPO has nothing to learn, or only the wrong thing."""
+"""Runs controls: rewards from which PPO can learn nothing, or only something wrong."""
 
 import torch
 
@@ -17,7 +17,7 @@ def expected_reward(task: Task, numbers: torch.Tensor) -> float:
 
 
 def test_with_a_constant_reward_the_policy_stays_with_its_reference() -> None:
-    """Noise alone moves it, and the penalty brings it back; a reward moves it far."""
+    """Only noise moves it, and the penalty brings it back. A reward would move it far."""
     task, rewarded = Task(0), Task(0)
     task.reward = torch.full_like(task.reward, 1.7)
     drift = kl_to_reference(task, run_ppo(task, make_config(NUM_UPDATES), seed=0))

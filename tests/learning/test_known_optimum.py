@@ -40,13 +40,13 @@ from stages.ppo.rollout import Rollout, Sampler
 from stages.ppo.update import OldOutputs, update
 
 VOCAB, END, TIME, BETA = 4, 0, 3, 0.3
-PROMPT = (1,)  # what it is does not matter: states are counted from behind it
+PROMPT = (1,)  # any prompt would do: states begin after it
 NUM_STATES = VOCAB ** (TIME - 1)
-"""A state is its tokens as digits: none is 0, token a is a, tokens a b are a + 4 b."""
+"""A state's number has its tokens as digits: none is 0, token a is a, tokens a b are a + 4 b."""
 
 
 def all_responses() -> list[tuple[int, ...]]:
-    """The 40 responses: the end token comes at most once, last, and is forced nowhere."""
+    """Return the 40 responses. The end token is never forced, and comes last or not at all."""
     open_ended: list[tuple[int, ...]] = [()]
     responses = []
     for _ in range(TIME):
@@ -58,14 +58,14 @@ def all_responses() -> list[tuple[int, ...]]:
 
 RESPONSES = all_responses()
 TOKENS, MASK = response_batch(RESPONSES)
-"""(40, 3) each, zeros and False behind the end"""
+"""(40, 3) each, with zeros and False after the end."""
 PLACES = VOCAB ** torch.arange(TIME)
 STATES = (TOKENS * PLACES).cumsum(1) - TOKENS * PLACES
-"""(40, 3) state before each token"""
+"""(40, 3) the state before each token."""
 
 
 class Table(nn.Module):
-    """Numbers for every state, looked up at positions of a packed row through its mask alone."""
+    """Holds numbers for every state; finds the states of a packed row by its mask alone."""
 
     def __init__(self, numbers: Tensor) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Table(nn.Module):
     def states(self, positions: Tensor, inputs: dict[str, Any]) -> Tensor:
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         length = ids.shape[1]
-        places = inputs.get("position_ids", torch.arange(length)[None])  # a plain row leaves both
+        places = inputs.get("position_ids", torch.arange(length)[None])  # a plain row has neither
         seen = torch.ones(length, length).tril() if mask is None else mask[0, 0]
         digits = torch.where(places[0] > 0, float(VOCAB) ** (places[0] - 1) * ids[0], 0.0)
         return (seen[positions].float() @ digits).long()
@@ -96,7 +96,7 @@ class TableValue(Table):
 
 
 class TableReward:
-    """A number for every response."""
+    """Gives every response a number."""
 
     def __init__(self, numbers: Tensor) -> None:
         self.of = dict(zip(RESPONSES, numbers.tolist(), strict=True))
@@ -106,9 +106,9 @@ class TableReward:
 
 
 class TableSampler(Sampler):
-    """Draws every response as often as its probability says, to the next whole number up or down.
+    """Draws every response as often as its probability says, rounded up or down.
 
-    So the draws are as unbiased as independent ones, and fewer of them tell as much.
+    The draws are unbiased, as independent ones are, but vary less.
     """
 
     def sample(
@@ -130,17 +130,17 @@ class TableSampler(Sampler):
 
 
 def exact_logprobs(numbers: Tensor) -> Tensor:
-    """log pi(y) of all 40 responses, fp64, with gradient."""
+    """Return log pi(y) of all 40 responses, fp64, with gradient."""
     return token_logprobs(numbers).sum(1)
 
 
 def token_logprobs(numbers: Tensor) -> Tensor:
-    """(40, 3) of their tokens, fp64, 0 behind the end."""
+    """Return the log-probabilities of their tokens (40, 3), fp64, 0 after the end."""
     return numbers.double().log_softmax(-1)[STATES, TOKENS] * MASK
 
 
 class Task:
-    """A random reference and a random reward."""
+    """Holds a random reference and a random reward."""
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -162,10 +162,10 @@ class Task:
 
 
 def make_config(num_updates: int, batch_size: int = 512, **ppo: Any) -> Config:
-    """Two passes over each rollout, in steps of 256 episodes; learning rates that fall to 0.
+    """Return settings: two passes over each rollout, steps of 256 episodes, rates that fall to 0.
 
-    A slow second moment and a tight gradient clip keep single draws of rare responses from throwing
-    their logits away, which so few updates could not bring back.
+    A rare response that is drawn once could lose its probability, and so few updates could not
+    restore it. A slow second moment and a tight gradient clip prevent that.
     """
     settings = {"mini_batch_size": 256, "num_epochs": 2, "kl_coef": BETA, "value_clip_range": None}
     return Config(
@@ -192,9 +192,9 @@ def make_config(num_updates: int, batch_size: int = 512, **ppo: Any) -> Config:
 def run_ppo(
     task: Task, config: Config, seed: int, texts: Iterator[list[PromptTree]] | None = None
 ) -> Tensor:
-    """The project's PPO on a task; the policy's table at the end."""
+    """Run the project's PPO on a task; return the policy's table at the end."""
     table = TablePolicy(task.ref)
-    # Each stand-in has all that the code under test asks of the real one.
+    # Each stand-in has all that the code under test uses.
     policy = cast(PreTrainedModel, table)
     value = cast(ScalarModel, TableValue(torch.zeros(NUM_STATES)))
     ref_policy = cast(PreTrainedModel, TablePolicy(task.ref))
@@ -237,10 +237,11 @@ def test_objective_is_beta_log_z_minus_beta_kl_to_the_optimum_for_any_policy() -
 @pytest.mark.slow
 @pytest.mark.long
 def test_ppo_reaches_the_optimum() -> None:
-    """KL(pi, pi*) falls from 2.7 and more to about 2e-4, the mean of three seeds.
+    """KL(pi, pi*) falls from at least 2.7 to about 2e-4, the mean of three seeds.
 
-    Of 1024 draws a response that the optimum gives a thousandth is one; with half as many draws and
-    twice as many updates, one run in seven lost such a response and ended near 10e-4.
+    A response with probability 0.001 under the optimum is drawn about once in 1024 draws. With half
+    as many draws and twice as many updates, one run in seven lost such a response and ended near
+    10e-4.
     """
     distances = []
     for seed in range(3):
@@ -257,13 +258,13 @@ def test_ppo_reaches_the_optimum() -> None:
 def test_ppo_ptx_reaches_the_stationary_point_of_the_summed_objective() -> None:
     task = Task(0)
     coef, document = 0.2, (2, 3)
-    # Whitening would weigh the two terms by the spread of the advantages, which changes.
+    # Whitening would weight the two terms by the spread of the advantages, which changes.
     config = make_config(40, batch_size=1024, whiten_advantages=False, gae_lambda=1.0)
     with_text = Config(**{**vars(config), "ptx": PtxSettings(coef=coef, text="unused")})
     texts = repeat([text_tree((*PROMPT, *document))])
     found = run_ppo(task, with_text, seed=0, texts=texts)
 
-    # PPO's loss is a mean over tokens, so its objective a token is J / E[length] (see below).
+    # PPO's loss is a mean over tokens, so its objective is J / E[length] a token (see below).
     numbers = task.ref.double().clone().requires_grad_()
     mean_length = 1.0
 
@@ -289,12 +290,12 @@ def test_ppo_ptx_reaches_the_stationary_point_of_the_summed_objective() -> None:
 
 
 # Mistakes ----------------------------------------------------------------------------------------
-# Task 9, whose best responses differ in length: a bias a token, as whitening with the mean kept
-# brings, moves no optimum where all are equally long.
+# In task 9 the best responses differ in length. Otherwise a constant bias of each token, as from
+# whitening that keeps the mean, would not move the optimum.
 
 
 NEAR, FAR = 0.02, 0.1
-"""KL(pi, pi*), nats, after the short run: 0.008 without a mistake, 0.2 with the nearest one."""
+"""Limits of KL(pi, pi*), nats, after the short run: 0.008 if right, 0.2 with the least mistake."""
 
 
 def distance_after_a_short_run() -> float:
@@ -325,22 +326,22 @@ def whitened_with_mean(
     return (whiten(rewards, response_mask) + mean).where(response_mask, 0.0)
 
 
-def score_behind_the_end(
+def score_after_the_end(
     scores: Tensor,
     logprobs: Tensor,
     ref_logprobs: Tensor,
     response_mask: Tensor,
     kl_coef: float,
 ) -> Tensor:
-    """Advantages read nothing behind the end, so the score is lost.
+    """Put the score after the end, where advantages do not read it, so that it is lost.
 
-    Where they did, the optimum would be the right one, and this test blind: the score's place is
-    held by tests/rlhf/maths/test_kl.py and, in a rollout, by tests/stages/test_ppo.py.
+    If they read it, the optimum would be right, and this test would see nothing. So
+    tests/rlhf/maths/test_kl.py tests the score's place, and tests/stages/test_ppo.py in a rollout.
     """
     penalty = -kl_coef * k1(logprobs, ref_logprobs, response_mask)
-    behind = torch.roll(last_token_mask(response_mask), 1, dims=1)
-    behind[:, 0] = False
-    return penalty + scores[:, None] * behind
+    after_last = torch.roll(last_token_mask(response_mask), 1, dims=1)
+    after_last[:, 0] = False
+    return penalty + scores[:, None] * after_last
 
 
 def flipped(
@@ -384,7 +385,7 @@ def in_reward(
     "mistake",
     [
         pytest.param(whitened_with_mean, id="whitened with the mean kept"),
-        pytest.param(score_behind_the_end, id="score behind the end"),
+        pytest.param(score_after_the_end, id="score after the end"),
         pytest.param(flipped, id="sign flipped"),
         pytest.param(without_penalty, id="beta dropped"),
         pytest.param(partial(in_reward, k2), id="k2 in the reward"),
@@ -403,7 +404,7 @@ def test_mistakes_in_the_reward_are_caught(
 def test_a_penalty_in_the_loss_instead_of_the_reward_is_caught(
     estimator: Estimator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """k1 has a gradient of 0 on average, k3 that of the other KL, and all miss later tokens."""
+    """k1 has an average gradient of 0, k3 that of the other KL, and both ignore later tokens."""
     ref_logprobs = torch.empty(0)
 
     def of(batch: Rollout, device: torch.device) -> SimpleNamespace:

@@ -1,12 +1,13 @@
-"""Takes a tiny random model of every decoder-only architecture of transformers through SFT, reward
-model, PPO and evaluation, and writes what came of it as the table of docs/architectures.md.
+"""Takes a tiny model of every decoder-only architecture through SFT, RM, PPO and evaluation.
+
+Writes the results as the table of docs/architectures.md.
 
     python -m tests.long.architectures
     python -m tests.long.architectures --only mamba qwen3_5 --no-table
 
-Every stage is the real one, with real files between them, in a process of its own for each
-architecture. Beside that greedy text is compared with passes without a cache. Takes about an hour
-of one core. What ends otherwise than working or refused by a message (exit code 2) fails the run.
+Every architecture runs the real stages, with real files between them, in a process of its own. Its
+greedy text is also compared with passes without a cache. The program takes about an hour of one
+core. It fails unless every architecture works or is refused by a message (exit code 2).
 """
 
 import argparse
@@ -57,7 +58,7 @@ SECONDS = 900
 STAGES = ("sft", "rm", "ppo", "evaluate")
 
 Outcome = dict[str, Any]
-"""model_type, result, and where it works: packing, sampling, head."""
+"""model_type and result; if it works, also packing, sampling and head."""
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     done = {} if options.log is None or not options.log.exists() else read_log(options.log)
     with contextlib.suppress(ImportError):
-        importlib.import_module("deepspeed")  # or the process of each architecture imports it anew
+        importlib.import_module("deepspeed")  # each process would import it anew
     outcomes = []
     for model_type in options.only:
         outcome = done.get(model_type) or in_own_process(model_type)
@@ -108,7 +109,7 @@ def in_own_process(model_type: str) -> Outcome:
 
 
 def try_out(model_type: str) -> Outcome:
-    """Everything in this process."""
+    """Run all stages in this process."""
     outcome: Outcome = {"model_type": model_type}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -147,7 +148,7 @@ def run_all(model_type: str, folder: Path) -> Outcome:
         "result": "works" if is_shared else "works unshared",
         "sampling": dict(zip(DECODING_MODES, names, strict=True))[decoding_mode_for(policy)],
         "head": "ours" if own else "transformers'",
-        # Our own name for it says nothing to a reader of the table.
+        # Readers of the table do not know our own name for it.
         "attention": attention_of(policy).removeprefix("packed_"),
     }
 
@@ -197,7 +198,7 @@ def write_data(folder: Path) -> None:
 
 @torch.no_grad()
 def check_greedy(policy: PreTrainedModel, chat: Chat) -> None:
-    """Raises AssertionError where the loop's text is not what passes without a cache give."""
+    """Raise AssertionError if the loop's text differs from that of passes without a cache."""
     prompts = [chat.prompt_ids(f"Name fruit {'x' * number}.") for number in (1, 4, 9)]
     decoding = Decoding(end_id=chat.end_id, max_new_tokens=8, temperature=0)
     found = generate(policy, prompts, GenerationSettings(), decoding).responses

@@ -1,13 +1,14 @@
-"""Kills runs of all stages at random moments, every third time within the writing of a checkpoint,
-and compares what they leave in the end with what an undisturbed run leaves: all bytes of the
-weights, and all rows of metrics, samples and results but for the times in them.
+"""Kills runs of all stages at random moments, and compares their results with an undisturbed run.
+
+Every third kill comes while a checkpoint is written. Compared are all bytes of the weights, and all
+rows of metrics, samples and results, except times.
 
     python -m tests.long.kill_points --kill-points 30
     python -m tests.long.kill_points --kill-points 12 --stages ppo
     python -m tests.long.kill_points --kill-points 10 --launchers cpu2_zero2 cpu2_zero3 fsdp2
 
-Takes about ten seconds a kill on one core, and under a launcher half a minute. There two processes
-run, and one of them is killed, as likely the first as the second.
+Takes about ten seconds a kill on one core, and under a launcher half a minute. Under a launcher
+there are two processes, and either of them is killed with equal probability.
 """
 
 import argparse
@@ -39,16 +40,16 @@ WRITING = {
     "sha256_of": 6,
     "Path.rename": 1,
 }
-"""Functions that a checkpoint is written with, and how often each is called for one at most."""
+"""Functions that write a checkpoint, and how often each is called for one at most."""
 WRITING_SHARDS = {"save_file": 1, "sync_to_disk": 2, "_write_json": 1, "sha256_of": 2}
-"""The same in a process that writes nothing but its shards."""
+"""The same for a process that writes only its shards."""
 LAUNCHERS = ("cpu2_zero2", "cpu2_zero3", "fsdp2", "deepspeed_zero2", "deepspeed_zero3_offload")
 """Files in configs/accelerate that split models; those for GPUs run on CPU processes."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the runs are started."""
+    """Says how the runs are started."""
 
     launcher: str | None = None
     num_processes: int = 1
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     options = parser.parse_args()
     launches = [Launch(name, num_processes=2) for name in options.launchers or ()] or [Launch()]
-    start_server()  # its imports are no part of a run's time
+    start_server()  # so that its imports do not count as a run's time
     for launch in launches:
         kill_stages(options.stages, launch, options.kill_points, random.Random(options.seed))
     total = options.kill_points * len(launches)
@@ -81,7 +82,7 @@ def main() -> None:
 def kill_stages(
     stages: Sequence[str], launch: Launch, num_kills: int, moments: random.Random
 ) -> None:
-    """Kill runs of the stages so many times together."""
+    """Kill runs of the stages, this many times in all."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "inputs").mkdir()
         configs = make_configs(Path(folder) / "inputs", Path(folder))
@@ -93,7 +94,7 @@ def kill_stages(
 def kill_stage(
     stage: str, config: Any, launch: Launch, num_kills: int, moments: random.Random
 ) -> None:
-    """Kill runs of a stage so many times, each run until it gets to its end."""
+    """Kill runs of a stage this many times; each run goes on until it reaches its end."""
     whole = replace(config, output_dir=config.output_dir + "/whole")
     started = time.monotonic()
     code, printed = launch.run(stage, whole)
@@ -132,7 +133,7 @@ def kill_stage(
 
 
 def kill_in_writing(stage: str, config: Any, launch: Launch, moments: random.Random) -> bool:
-    """Whether it came to the kill before its end."""
+    """Kill a run while it writes a checkpoint; return whether it was killed before its end."""
     rank = moments.randrange(launch.num_processes)
     writing = WRITING if rank == 0 else WRITING_SHARDS
     name = moments.choice(sorted(writing))
@@ -146,7 +147,7 @@ def kill_in_writing(stage: str, config: Any, launch: Launch, moments: random.Ran
 def kill_after(
     stage: str, config: Any, launch: Launch, seconds: float, moments: random.Random
 ) -> bool:
-    """The same, by the clock."""
+    """Kill a run after some seconds; return whether it was killed before its end."""
     processes, log = start_command(
         stage, config, num_processes=launch.num_processes, launcher=launch.launcher
     )

@@ -1,4 +1,4 @@
-"""Curves of all stages that train on a very small tiny world, and the curves that they should have.
+"""Compares the curves of all training stages on a very small tiny world with the golden ones.
 
 python -m tests.pipeline.golden            runs the chain, prints the largest differences
 python -m tests.pipeline.golden --renew    writes golden_curves.json anew
@@ -42,10 +42,10 @@ Curves = dict[str, dict[str, Curve]]
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
 """A value may differ from the golden one by ABSOLUTE + RELATIVE * |value|.
 
-Torch's plain kernels with the SSE4 products of MKL came to 0.05 of that against AVX2 kernels, and
-two threads to less than 0.001 against one. On another processor a sampled token may change, which
-then shows in every later value. Steps are few so that this stays rare: about 2,500 tokens are
-sampled, and their probabilities differed in the sixth digit.
+Torch's plain kernels with the SSE4 products of MKL differed from AVX2 kernels by 0.05 of that, and
+two threads from one by less than 0.001. On another processor a sampled token may change, which then
+changes every later value. Few steps keep this rare: about 2,500 tokens are sampled, and their
+probabilities differed in the sixth digit.
 """
 DIGITS = 7
 """Significant digits in the file."""

@@ -36,7 +36,7 @@ def test_curves_are_the_golden_ones(tmp_path: Path) -> None:
 
 
 def described_by(name: str, table: tuple[Metric, ...]) -> str | None:
-    """The name in the table of a metric that was logged."""
+    """Return the name that a logged metric has in the table."""
     for metric in table:
         stem = metric.name.removesuffix(ANY_NAME)
         if name == metric.name or (stem != metric.name and name.startswith(stem)):
@@ -46,7 +46,7 @@ def described_by(name: str, table: tuple[Metric, ...]) -> str | None:
 
 @pytest.mark.parametrize("stage", TABLES)
 def test_a_stage_logs_what_its_glossary_describes(stage: str) -> None:
-    """The test above holds the names in the file to those of a run."""
+    """The test above compares the names in the file with those of a run."""
     table = TABLES[stage]
     described = {described_by(name, table) for name in load_golden()[stage]}
     assert described | (NEEDS_REWARD_MODEL if stage == "sft" else set()) == {

@@ -1,4 +1,4 @@
-"""Answers for tests, without a policy that samples them."""
+"""Makes answers for tests, without a policy that samples them."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def fitted(chat: Chat, prompt: PromptLike) -> FittedPrompt[Prompt]:
 
 
 def finished(chat: Chat, prompt: PromptLike, response: str) -> Answer:
-    """An answer that ends with the end token of the chat."""
+    """Make an answer that ends with the end token of the chat."""
     return Answer.of(fitted(chat, prompt), chat.response_ids(response), chat)
 
 
@@ -25,7 +25,7 @@ def of_ids(
     text: str = "unread",
     is_finished: bool = False,
 ) -> Answer:
-    """An answer whose ids and text have nothing to do with each other."""
+    """Make an answer whose ids and text have nothing to do with each other."""
     return Answer(
         record=record or Prompt("unread"),
         prompt_ids=tuple(prompt_ids),
@@ -36,5 +36,5 @@ def of_ids(
 
 
 def of_text(record: Prompt, text: str) -> Answer:
-    """An answer for a judge that reads no ids."""
+    """Make an answer for a judge that reads no ids."""
     return of_ids([1], [2], record=record, text=text)

@@ -1,7 +1,7 @@
-"""A tiny model of every decoder-only architecture of transformers, by shrinking its default config.
+"""Makes a tiny model of every decoder-only architecture of transformers from its default config.
 
-Most fields are shrunk by their name, in nested configs too. A few architectures need settings that
-fit each other, which `SETTINGS` has.
+Most fields are made small by their name, in nested configs too. A few architectures need settings
+that fit each other, which `SETTINGS` has.
 """
 
 import re
@@ -20,13 +20,13 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rlhf.models.full import quiet
+from rlhf.models.full import quiet_transformers
 
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 CONTEXT = 256
 VOCABULARY, LAYERS = -1, -2
-"""Sizes that depend: on the tokenizer, and on how many kinds of layers there are."""
+"""Stand for the tokenizer's size, and for the number of layers that shows every kind of them."""
 SHRUNK: list[tuple[str, int]] = [
     (r"vocab_size|vocab_size_per_layer_input|decoder_vocab_size", VOCABULARY),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions", CONTEXT),
@@ -65,7 +65,7 @@ SHRUNK: list[tuple[str, int]] = [
 ]
 _RULES = [(re.compile(name), size) for name, size in SHRUNK]
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types", "indexer_types")
-"""Kinds of layers: a tiny model has one layer of each kind."""
+"""Fields that list kinds of layers. A tiny model has one layer of each kind."""
 
 _NEEDED: dict[str, dict[str, Any]] = {
     "gemma4": {"text_config": {"global_head_dim": 16}},
@@ -80,7 +80,7 @@ _NEEDED: dict[str, dict[str, Any]] = {
         }
     },
 }
-"""Without which there is no default config."""
+"""Arguments without which an architecture has no default config."""
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _HYBRID = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
@@ -152,7 +152,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zamba": _ZAMBA,
     "zamba2": {**_ZAMBA, "n_mamba_heads": 8},
 }
-"""What an architecture needs beside the rules."""
+"""Settings that an architecture needs beside the rules of `_shrink`."""
 
 
 NOT_BUILT = {
@@ -160,12 +160,12 @@ NOT_BUILT = {
     "gemma4_assistant": "transformers 5.23 refuses the config that its own class makes",
     "gemma4_unified_assistant": "transformers 5.23 refuses the config that its own class makes",
 }
-"""Architectures whose class cannot be made, and why. Their folder has a config and no weights."""
+"""Architectures whose class cannot be made, and why. Their folders hold a config and no weights."""
 
 
 def save_tiny(model_type: str, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Writes a model folder of this architecture with weights that make differences show."""
-    with quiet():
+    """Write a model folder of this architecture with weights that make differences show."""
+    with quiet_transformers():
         torch.manual_seed(0)
         config = tiny_config(model_type, tokenizer)
         tokenizer.save_pretrained(folder)
@@ -182,8 +182,11 @@ def save_tiny(model_type: str, tokenizer: PreTrainedTokenizerBase, folder: str |
 
 
 def _class_of(config: PretrainedConfig) -> Any:
-    """The class of the models that people publish with this config. Where the causal LM is a part
-    of a model that reads or writes more than text, it is the whole model's."""
+    """Return the class of the models that people publish with this config.
+
+    If the causal LM is a part of a model that reads or writes more than text, this is the class of
+    the whole model.
+    """
     causal_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if causal_class.config_class is not type(config):
         for mapping in (MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING):
@@ -193,7 +196,7 @@ def _class_of(config: PretrainedConfig) -> Any:
 
 
 def tiny_config(model_type: str, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The default config of an architecture with every size small."""
+    """Return the default config of an architecture with every size small."""
     config_class = type(AutoConfig.for_model(model_type, **_NEEDED.get(model_type, {})))
     default = config_class(**_NEEDED.get(model_type, {})).to_dict()
     changed = _shrink(default, tokenizer)
@@ -206,7 +209,7 @@ def tiny_config(model_type: str, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _shrink(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The fields that are to be given, those of nested configs too; the rest keeps its default."""
+    """Return the fields to set, those of nested configs too; the others keep their default."""
     found = {name: fields[name] for name in KINDS if isinstance(fields.get(name), list)}
     num_layers = max([2, *(len(set(kinds)) for kinds in found.values())])
     changed: dict[str, Any] = {}
@@ -217,7 +220,7 @@ def _shrink(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[
         elif name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             changed[name] = getattr(tokenizer, name)
         elif name == "per_layer_config":
-            continue  # of more layers than the tiny model has; its class makes it anew
+            continue  # It lists more layers than the tiny model has; the class makes it anew.
         elif isinstance(value, dict) and name.endswith(("config", "decoder", "encoder")):
             changed[name] = _shrink(value, tokenizer)
             if "model_type" in value:
@@ -230,5 +233,5 @@ def _shrink(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[
                 )
                 changed[name] = min(value, size)
     if "kv_lora_rank" in fields and "num_key_value_heads" in changed:
-        changed["num_key_value_heads"] = changed["num_attention_heads"]  # as the default has it
+        changed["num_key_value_heads"] = changed["num_attention_heads"]  # as in the default
     return changed

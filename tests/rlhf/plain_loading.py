@@ -1,4 +1,4 @@
-"""Loads a folder as transformers alone does, and tells what it could not place."""
+"""Loads a folder as transformers alone does, and returns its report on the weights."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -8,9 +8,9 @@ from typing import Any
 def load_with_report(
     auto_class: Any, folder: str | Path
 ) -> tuple[Any, dict[str, Collection[object]]]:
-    """A model and transformers' report on its weights, such as its `missing_keys`.
+    """Return a model and transformers' report on its weights, such as its `missing_keys`.
 
-    `auto_class` is an Auto class of transformers. Its from_pretrained declares a model alone, but
-    returns this pair where the report is asked for.
+    `auto_class` is an Auto class of transformers. Its from_pretrained is annotated to return a
+    model alone, but returns this pair if the report is wanted.
     """
     return auto_class.from_pretrained(folder, output_loading_info=True)

@@ -26,7 +26,7 @@ def test_no_file_lies_loose_beside_the_wings() -> None:
 
 @pytest.mark.parametrize("wing", ["models", "training"])
 def test_only_compat_reaches_into_other_libraries(wing: str) -> None:
-    """Private attributes of objects that are not one's own."""
+    """Only compat.py uses private attributes of other libraries' objects."""
     found = [
         f"{path.name}:{node.lineno} {ast.unparse(node)}"
         for path in (ROOT / "rlhf" / wing).glob("*.py")

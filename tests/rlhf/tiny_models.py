@@ -1,4 +1,4 @@
-"""Tiny architectures and tokenizers built in code, with weights that make differences show."""
+"""Builds tiny models and tokenizers in code, with weights that make differences show."""
 
 from typing import Any
 
@@ -58,14 +58,14 @@ _WITHOUT_SDPA = ("bloom", "mamba", "gpt_neo", "gemma2")
 
 
 def tiny_policy_of(architecture: str, *, attention: Attention | None = None, **changes: Any) -> Any:
-    """A causal LM of this architecture in evaluation mode, the same weights at every call."""
+    """Make a causal LM of this architecture in evaluation mode; equal calls give equal weights."""
     return _tiny(AutoModelForCausalLM, architecture, attention, changes)
 
 
 def tiny_scalar_of(
     architecture: str, *, attention: Attention | None = None, **changes: Any
 ) -> ScalarModel:
-    """A scalar model of this architecture with a bias and a scale that are not trivial."""
+    """Make a scalar model of this architecture with a bias and a scale that are not trivial."""
     changes = {"num_labels": 1, **changes}
     classifier = _tiny(AutoModelForSequenceClassification, architecture, attention, changes)
     return ScalarModel(classifier, bias=0.3, scale=0.5)
@@ -101,7 +101,7 @@ def _tiny(
 
 
 def change_trained(model: torch.nn.Module, seed: int = 1) -> None:
-    """Moves every weight that learns by a little noise: a new adapter computes nothing yet."""
+    """Add a little noise to every trained weight, because a new adapter changes nothing yet."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -110,7 +110,7 @@ def change_trained(model: torch.nn.Module, seed: int = 1) -> None:
 
 
 def byte_tokenizer(*special: str, **settings: Any) -> PreTrainedTokenizerBase:
-    """A byte-level tokenizer without merges: the special tokens first, then 256 bytes."""
+    """Make a byte-level tokenizer without merges: the special tokens first, then 256 bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -1,4 +1,4 @@
-"""A short run of the PPO stage on a tiny Llama, in which nothing is wrong."""
+"""Makes settings of a short, faultless run of the PPO stage on a tiny Llama."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ SHARPNESS = 0.3
 
 
 def is_timing(metric: str) -> bool:
-    """Whether two equal runs log different values of this metric."""
+    """Return whether two equal runs log different values of this metric."""
     return metric.startswith("seconds/") or metric in (
         "ppo/tokens_per_second",
         "ppo/model_flops_utilisation",
@@ -37,7 +37,7 @@ def some_length(
 
 @pytest.fixture(scope="module")
 def ppo_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy and prompts."""
+    """Write a policy and prompts."""
     folder = tmp_path_factory.mktemp("ppo")
     write_ppo_inputs(folder)
     return folder
@@ -56,7 +56,7 @@ def write_ppo_inputs(folder: Path) -> None:
 
 @pytest.fixture
 def ppo_config(ppo_inputs: Path, tmp_path: Path) -> Config:
-    """A run in which nothing is wrong."""
+    """Return settings of a run in which nothing is wrong."""
     return make_ppo_config(ppo_inputs, tmp_path / "ppo")
 
 

@@ -1,8 +1,8 @@
-"""Runs that are cut off: a command is given again and again, and the process that runs it kills
-itself at a chosen moment, until one gets to its end.
+"""Cuts runs off: a process kills itself at a chosen moment, and the same command is given again.
 
-The processes are forked from one that has imported the stages, so that each takes the time of its
-run only. Nothing in the program knows of this: what is counted are calls of its own functions.
+This goes on until a process reaches the end. Each is forked from one that has imported the stages,
+so that it takes the time of its run only. The program does not know of this, because the cut
+counts calls of the program's own functions.
 """
 
 import importlib
@@ -41,7 +41,7 @@ from tests.stages.conftest import is_timing, make_ppo_config, write_ppo_inputs
 KILLED = -signal.SIGKILL
 RESULTS_OF_TIME = ("seconds", "phase_seconds", "tokens_per_second", "model_flops_utilisation")
 WHOLE_BELOW = 100
-"""Weights of fewer numbers stay whole under ZeRO-3: the tiny models' vectors, no matrices."""
+"""Weights of fewer numbers stay whole under ZeRO-3: vectors of the tiny models, not matrices."""
 _SERVER = multiprocessing.get_context("forkserver")
 STAGES = ("pretrain", "sft", "rm", "ppo")
 _SERVER.set_forkserver_preload(["tests.stages.cut_runs", *(f"stages.{s}.train" for s in STAGES)])
@@ -49,8 +49,7 @@ _SERVER.set_forkserver_preload(["tests.stages.cut_runs", *(f"stages.{s}.train" f
 
 @dataclass(frozen=True)
 class Cut:
-    """A signal that the process sends itself, just before the n-th call of a function and so many
-    from then on."""
+    """Says when a process sends itself a signal: before the calls of a function from `call` on."""
 
     module: str
     function: str
@@ -58,7 +57,7 @@ class Cut:
     signal: int = signal.SIGKILL
     times: int = 1
     rank: int | None = None
-    """The process that is cut; None means the last one."""
+    """The process that is cut. None means the last one."""
 
 
 def run_command(
@@ -69,7 +68,7 @@ def run_command(
     num_processes: int = 1,
     launcher: str | None = None,
 ) -> tuple[int, str]:
-    """Run a stage as its command line does; returns the exit code and what was printed.
+    """Run a stage as its command line does; return the exit code and what was printed.
 
     Of several processes the last one is cut, unless the cut names another.
 
@@ -84,11 +83,12 @@ def run_command(
 
 
 def wait_for(processes: Sequence[Any], seconds: float | None = None, victim: int = 0) -> int:
-    """Wait until all processes have ended or one has failed, and end the others, as the launcher
-    does; returns the exit code of the one that failed, or 0.
+    """Wait until all processes have ended or one has failed; end the others, as a launcher does.
+
+    Return the exit code of the one that failed, or 0.
 
     Args:
-        seconds: After so many the process with the number `victim` is killed.
+        seconds: The time after which the process with the number `victim` is killed.
     """
     end = None if seconds is None else time.monotonic() + seconds
     failed = None
@@ -105,7 +105,7 @@ def wait_for(processes: Sequence[Any], seconds: float | None = None, victim: int
 
 
 def start_server() -> None:
-    """Start what runs are forked from, if it was not, and wait until it has imported the stages."""
+    """Start the process that runs are forked from, unless it runs; wait for its imports."""
     process = _SERVER.Process(target=int)
     process.start()
     process.join()
@@ -119,7 +119,7 @@ def start_command(
     num_processes: int = 1,
     launcher: str | None = None,
 ) -> tuple[list[Any], Path]:
-    """The same, without waiting for its end; returns its processes and where the first prints."""
+    """Start a stage without waiting; return its processes, and the file of the first's output."""
     folder = Path(config.output_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
     settings = folder.with_suffix(".yaml")
@@ -138,7 +138,7 @@ def start_command(
 
 
 def _launcher_variables(num_processes: int) -> list[dict[str, str]]:
-    """What `accelerate launch` sets for each process on CPUs."""
+    """Return what `accelerate launch` sets for each process on CPUs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -148,8 +148,7 @@ def _launcher_variables(num_processes: int) -> list[dict[str, str]]:
 
 
 def run_to_the_end(stage: str, config: Any, cuts: Iterable[Cut], **launched: Any) -> str:
-    """Give the same command until it ends by itself; each cut must happen. Returns the last
-    output.
+    """Give the same command until it ends by itself; return the last output. Each cut must happen.
 
     Args:
         launched: How it is started (see run_command).
@@ -163,8 +162,10 @@ def run_to_the_end(stage: str, config: Any, cuts: Iterable[Cut], **launched: Any
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that a run leaves behind: the bytes of its weights, rows, samples and results, without
-    the figures that are times."""
+    """Return all that a run leaves behind, except times.
+
+    These are the bytes of its weights, its rows, samples and results.
+    """
     found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     for name in ("metrics.jsonl", "samples.jsonl"):
         if (folder / name).exists():
@@ -223,7 +224,7 @@ def _send_at(cut: Cut) -> None:
 
 
 def make_configs(inputs: Path, output: Path) -> dict[str, Any]:
-    """A run of every stage that carries all it can from step to step, of a second or two."""
+    """Make a short run of every stage that carries all it can from step to step."""
     write_inputs(inputs)
     model = ModelSettings(path=str(inputs / "sft"))
     ppo = make_ppo_config(inputs, output / "ppo")
@@ -293,7 +294,7 @@ def make_configs(inputs: Path, output: Path) -> dict[str, Any]:
 
 
 def write_inputs(folder: Path) -> None:
-    """A model, prompts, text, 40 rankings of three and as many demonstrations."""
+    """Write a model, prompts, text, 40 rankings of three responses and 40 demonstrations."""
     write_ppo_inputs(folder)
     text = [Text(f"{i} cats sat on {i} mats and sang. " * 2) for i in range(30)]
     generator = random.Random(0)

@@ -1,4 +1,4 @@
-"""What a stage trained is out of memory when it loads what it saved."""
+"""The model that a stage trained is out of memory when the stage loads what it saved."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from stages.sft import train as sft
 from tests.distributed.chain import LORA, make_inputs, rm_settings, sft_settings
 
 Alive = list[int]
-"""How many models of the loads before were still there at each load."""
+"""For each load, how many models of earlier loads were still in memory."""
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def inputs(tmp_path: Path) -> Path:
 
 
 def watch_loads(patch: pytest.MonkeyPatch, *functions: tuple[Any, str]) -> Alive:
-    """Counts at every call of these functions, each of which gives a model or holds one."""
+    """Count models at every call of these functions, which return a model or its holder."""
     weights: list[ref[nn.Parameter]] = []
     alive: Alive = []
 

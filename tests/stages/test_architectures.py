@@ -1,4 +1,4 @@
-"""Architectures that differ from a dense Llama, through the stages that train and judge them."""
+"""Takes architectures that differ from a dense Llama through the stages."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ ROUTER = "output_router_logits"
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_5_text"])
 def test_all_stages_run(model_type: str, tmp_path: Path) -> None:
-    """A mixture of experts, and linear attention beside full attention."""
+    """One has a mixture of experts, the other linear attention beside full attention."""
     save_tiny(model_type, tokenizer(), tmp_path / "base")
     write_data(tmp_path)
     for run in stages_of(tmp_path).values():
@@ -41,8 +41,10 @@ def test_all_stages_run(model_type: str, tmp_path: Path) -> None:
 def test_sft_learns_by_the_models_own_logits(
     model_type: str, is_fused: bool, tmp_path: Path
 ) -> None:
-    """Also where they are capped in a way that TRL's fused head does not know, and without the
-    loss over experts that the base's config does not ask for."""
+    """These may be capped in a way that TRL's fused head does not know.
+
+    There is no loss over experts if the base's config does not ask for one.
+    """
     save_tiny(model_type, tokenizer(), tmp_path / "base")
     policy = load_policy(ModelSettings(path=str(tmp_path / "base")))
     trees = [PromptTree((5, 6, 7), ((8, 9, 1),)), PromptTree((20, 21), ((22, 23, 24, 25, 1),))]
@@ -61,7 +63,7 @@ def test_sft_learns_by_the_models_own_logits(
 
 
 class KeepingHandler(logging.Handler):
-    """Keeps what is logged."""
+    """Keeps all records that are logged."""
 
     def __init__(self) -> None:
         super().__init__()

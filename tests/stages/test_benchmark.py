@@ -1,4 +1,4 @@
-"""The benchmark stage's settings, figures and tables; what needs the harness is in another file."""
+"""Tests the benchmark stage's settings, figures and tables, as far as they need no harness."""
 
 import importlib
 import math
@@ -10,7 +10,7 @@ import pytest
 from rlhf.runs.settings import load_config
 from stages.benchmark.benchmark import benchmark
 from stages.benchmark.config import Config, TaskSettings
-from stages.benchmark.figures import Metric, difference, figure, tax
+from stages.benchmark.figures import Metric, alignment_tax, difference, figure
 from stages.benchmark.report import format_results
 
 SHARE = Metric(higher_is_better=True)
@@ -76,7 +76,7 @@ def test_no_verdict_where_the_interval_has_zero() -> None:
 
 def test_every_policy_is_compared_with_every_baseline_that_was_measured() -> None:
     values = {"base": [[0.0], [0.0]], "sft": [[1.0], [1.0]], "ppo": [[1.0], [1.0]]}
-    rows = tax(values, ["base", "sft", "absent"], SHARE, seed=0)
+    rows = alignment_tax(values, ["base", "sft", "absent"], SHARE, seed=0)
     assert [(row["policy"], row["baseline"], row["difference"]) for row in rows] == [
         ("sft", "base", 1.0),
         ("ppo", "base", 1.0),

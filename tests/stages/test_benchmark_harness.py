@@ -1,4 +1,4 @@
-"""The benchmark stage with lm-evaluation-harness: it agrees with HFLM, offline, and refuses.
+"""Tests the benchmark stage with lm-evaluation-harness: it agrees with HFLM, and works offline.
 
 The policies are random models of a few thousand weights; the tasks are files like those in
 configs/benchmark/tasks.
@@ -27,14 +27,14 @@ from tests.rlhf.tiny_models import byte_tokenizer, change_trained, tiny_policy_o
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 from lm_eval.tasks import TaskManager
 
-import stages.benchmark.bank
-import stages.benchmark.bank_names
-from stages.benchmark.bank import hold_out
-from stages.benchmark.bank_names import check_names
+import stages.benchmark.task_names
+import stages.benchmark.tasks
 from stages.benchmark.task_files import read_task_file
+from stages.benchmark.task_names import check_names
+from stages.benchmark.tasks import hold_out
 
 CONTEXT = 64
-"""Positions of the tiny models: some prompts with examples are longer, and lose their start."""
+"""Positions of the tiny models. Some prompts with examples are longer, and lose their start."""
 MEANS = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc",)]
 PLAIN: list[Rendering] = ["plain"]
 BOTH: list[Rendering] = ["plain", "chat"]
@@ -92,7 +92,7 @@ pytestmark = pytest.mark.xdist_group("harness")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two policies, one without a chat template, data, and task files."""
+    """Write two policies, one of them without a chat template, data, and task files."""
     folder = tmp_path_factory.mktemp("benchmark")
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     Chat(tokenizer)
@@ -143,7 +143,7 @@ def make_config(folder: Path, output_dir: Path, **changes: Any) -> Config:
 
 
 def run(config: Config) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Results and samples of a run."""
+    """Run the benchmark; return its results and samples."""
     benchmark(config)
     output = Path(config.output_dir)
     lines = (output / "samples.jsonl").read_text(encoding="utf-8").splitlines()
@@ -161,7 +161,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def both_engines(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The same tasks by our passes, without a network, and by HFLM."""
+    """Run the same tasks by our passes, without a network, and by HFLM."""
     output = tmp_path_factory.mktemp("engines")
     found = {"hflm": run(make_config(folder, output / "hflm", tasks=TASKS, engine="hflm"))}
     with pytest.MonkeyPatch.context() as patch:
@@ -175,7 +175,7 @@ def refuse_connection(*_: Any) -> None:
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """All texts and numbers in nested lists and mappings, by their path."""
+    """Return all texts and numbers in nested lists and mappings by their path."""
     if isinstance(value, dict):
         value = list(value.items())
     elif isinstance(value, list):
@@ -186,7 +186,7 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def assert_equal_leaves(found: Any, expected: Any, **tolerance: Any) -> None:
-    """Numbers may differ by the tolerance, all else must be equal."""
+    """Check that numbers differ by the tolerance at most, and that all else is equal."""
     ours, theirs = leaves(found), leaves(expected)
     assert ours.keys() == theirs.keys()
     is_number = {path: isinstance(leaf, int | float) for path, leaf in theirs.items()}
@@ -199,7 +199,7 @@ def assert_equal_leaves(found: Any, expected: Any, **tolerance: Any) -> None:
 
 def test_every_request_agrees_with_the_harness_own_model(both_engines: dict[str, Any]) -> None:
     (_, ours), (_, theirs) = both_engines["packed"], both_engines["hflm"]
-    # Four rows are examples. Two renderings of two numbers of shots; cloze draws its shots twice.
+    # Four rows are examples. There are two renderings of two numbers of shots; cloze draws twice.
     assert len(ours) == 2 * (10 * 4 + 10 * 6 + 14 + 10 * 4)
     assert_equal_leaves(ours, theirs, rel=0, abs=1e-4)
     assert len({row["responses"][0] for row in ours if row["task"] == "sums"}) > 10
@@ -239,7 +239,7 @@ def test_samples_repeat_with_their_seed_and_vote_as_counted(folder: Path, tmp_pa
 
 
 def majority_is(responses: list[str], target: str, k: int) -> float:
-    """The chance that most of k responses have the target as their first letter of a to m."""
+    """Return the chance that for most of k responses the first letter of a to m is the target."""
     letters = [(re.findall("[a-m]", response) or [None])[0] for response in responses]
     total = 0.0
     subsets = list(combinations(letters, k))
@@ -310,9 +310,9 @@ def test_bad_input_is_one_message_and_nothing_half_written(
     changes: dict[str, Any],
     message: str,
 ) -> None:
-    own_bank = functools.partial(TaskManager, include_defaults=False, include_path=str(tmp_path))
-    monkeypatch.setattr(stages.benchmark.bank, "TaskManager", own_bank)  # the whole takes seconds
-    monkeypatch.setattr(stages.benchmark.bank_names, "bank_folder", lambda: tmp_path)
+    own_tasks = functools.partial(TaskManager, include_defaults=False, include_path=str(tmp_path))
+    monkeypatch.setattr(stages.benchmark.tasks, "TaskManager", own_tasks)  # all takes seconds
+    monkeypatch.setattr(stages.benchmark.task_names, "harness_task_folder", lambda: tmp_path)
     write_rows(tmp_path / "rows.jsonl", ROWS)
     write_rows(tmp_path / "one.jsonl", [{**ROWS[0], "query": "what else"}])
     write_rows(tmp_path / "leak.jsonl", [{**ROWS[0], "query": "what else"}, ROWS[3]])
@@ -336,7 +336,7 @@ def test_bad_input_is_one_message_and_nothing_half_written(
 
 
 def words_of(config: Config) -> list[str]:
-    """Any settings that load; the test's own ones are taken instead."""
+    """Return any settings that load; the test puts its own in their place."""
     return ["--policies.a", "b", "--tasks", "{mc: {}}", "--output_dir", config.output_dir]
 
 
@@ -358,18 +358,20 @@ def test_sampling_that_our_engine_lacks_is_refused(folder: Path, tmp_path: Path)
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_a_task_of_the_harness_bank_keeps_its_own_way_of_drawing_examples(
+def test_a_task_of_the_harness_keeps_its_own_way_of_drawing_examples(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bank").mkdir()
     where = {"data_dir": str(folder), "data_files": {"test": "rows.jsonl"}}
     write_task(tmp_path / "bank", "banked", CHOICES, dataset_kwargs=where)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    own_bank = functools.partial(
+    own_tasks = functools.partial(
         TaskManager, include_defaults=False, include_path=str(tmp_path / "bank")
     )
-    monkeypatch.setattr(stages.benchmark.bank, "TaskManager", own_bank)
-    monkeypatch.setattr(stages.benchmark.bank_names, "bank_folder", lambda: tmp_path / "bank")
+    monkeypatch.setattr(stages.benchmark.tasks, "TaskManager", own_tasks)
+    monkeypatch.setattr(
+        stages.benchmark.task_names, "harness_task_folder", lambda: tmp_path / "bank"
+    )
     tasks = {"banked": TaskSettings(shots=[2], renderings=PLAIN)}
     policies = {"first": str(folder / "first")}
     results, rows = run(make_config(folder, tmp_path / "out", tasks=tasks, policies=policies))
@@ -378,7 +380,7 @@ def test_a_task_of_the_harness_bank_keeps_its_own_way_of_drawing_examples(
 
 
 @pytest.mark.long
-def test_every_name_of_the_harness_bank_is_found_in_its_files(tmp_path: Path) -> None:
+def test_every_task_name_of_the_harness_is_found_in_its_files(tmp_path: Path) -> None:
     check_names(TaskManager().all_tasks, str(tmp_path))
 
 

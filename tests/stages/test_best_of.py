@@ -1,4 +1,4 @@
-"""Best-of-n next to the policies: figures worked by hand, and the stage through real files."""
+"""Tests best-of-n next to the policies: figures worked by hand, and the stage itself."""
 
 import json
 import math
@@ -31,8 +31,10 @@ def figures(n: int = 2, chooser: str = "rm") -> dict[str, Any]:
 
 
 def test_the_best_of_two_among_three_is_the_mean_over_the_three_pairs() -> None:
-    """The reward model picks in the first prompt 1, 2 and 2 (by place), in the second 0, 0, and
-    either of the two with equal scores."""
+    """In the first prompt the reward model picks the responses at the places 1, 2 and 2.
+
+    In the second it picks 0, 0, and either of the two with equal scores.
+    """
     found = figures()
     assert found["rm_score"] == pytest.approx(((1 + 2 + 2) / 3 + (7 + 7 + 3) / 3) / 2)
     assert found["gold_score"] == pytest.approx(((1 + 3 + 3) / 3 + (0 + 0 + 4) / 3) / 2)
@@ -43,7 +45,7 @@ def test_the_best_of_two_among_three_is_the_mean_over_the_three_pairs() -> None:
 
 def test_wins_and_gains_are_against_answers_outside_the_pool() -> None:
     found = figures()
-    # By gold the first prompt's picks are below, equal to and equal to 3; the second's 0, 0, 4 of 2
+    # By gold the picks are below 3, 3 and 3, against 3, and then 0, 0 and 4, against 2.
     assert found["win_rate_vs_sft"] == pytest.approx(((0 + 0.5 + 0.5) / 3 + (0 + 0 + 1) / 3) / 2)
     assert found["win_rate_vs_sft_by_rm"] == pytest.approx((2.5 / 3 + 1 / 3) / 2)
     assert found["gold_gain_vs_sft"] == pytest.approx(((7 / 3 - 3) + (4 / 3 - 2)) / 2)

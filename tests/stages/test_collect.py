@@ -1,4 +1,4 @@
-"""The collect stage: who ranks what, the report's numbers, and labelers that misbehave."""
+"""Tests the collect stage: who ranks what, the report's numbers, and faulty labelers."""
 
 import json
 import random
@@ -62,7 +62,7 @@ def policy(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def maker(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], str]:
-    """Puts a function into a module and gives its name as settings have it."""
+    """Put a function into a module; return its name as settings have it."""
 
     def put(function: Any) -> str:
         module = ModuleType("own_labelers")
@@ -116,7 +116,7 @@ def test_every_prompt_gets_k_ranked_samples(policy: Path, maker: Callable[[Any],
     for one in second:
         assert one.responses == first[one.prompt].responses
         assert one.labeler != first[one.prompt].labeler
-    assert results["agreement"] == 0.0  # the two always want the opposite
+    assert results["agreement"] == 0.0  # the two labelers always want the opposite
     assert results["num_comparisons"] == sum(len(one.pairs()) for one in rankings)
     assert sum(results["num_rankings_by_k"].values()) == 30
 
@@ -151,9 +151,9 @@ def ranking(*ranks: int | None) -> Ranking:
 def test_agreement_worked_by_hand() -> None:
     # a<b, a<c and b<c against a<c, b<a, b<c: two of three pairs alike.
     assert sorted(agreements(ranking(1, 2, 3), ranking(2, 1, 3))) == [0.0, 1.0, 1.0]
-    # (a, b) is tied by the first, (b, c) by the second; (a, c) is left, and they differ.
+    # The first ties (a, b), the second (b, c); (a, c) is left, and on it they differ.
     assert agreements(ranking(1, 1, 2), ranking(2, 1, 1)) == [0.0]
-    # d is unranked by the second: only (a, b) counts.
+    # The second does not rank d, so only (a, b) counts.
     assert agreements(ranking(1, 2), ranking(1, 2)) == [1.0]
     assert agreements(ranking(1, None, 2), ranking(1, 2, None)) == []
     overlap = [
@@ -182,7 +182,7 @@ def test_ties_and_lengths_worked_by_hand() -> None:
 
 
 class Wrong:
-    """Answers whatever it is told to."""
+    """Returns the given ranks, whatever they are."""
 
     name = "wrong"
 
@@ -218,7 +218,7 @@ def test_labelers_that_misbehave_are_named(
 
 @dataclass
 class Moody:
-    """Throws dice, and goes away at some prompts."""
+    """Ranks at random, and raises an error at some prompts."""
 
     name: str
     absent: list[str]

@@ -1,4 +1,4 @@
-"""The evaluate stage, on random models of a few thousand weights and through real files."""
+"""Tests the evaluate stage on random models of a few thousand weights and real files."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from rlhf.rewards.models import GoldenRow, RewardCard, load_reward_model
 from rlhf.rewards.rendering import rendering_hash
 from stages.evaluate.config import Config
 from stages.evaluate.evaluate import evaluate
-from stages.evaluate.measures import Answers, describe, divergence, score
+from stages.evaluate.measures import Answers, describe, estimate_kl, score
 from stages.evaluate.report import format_results, format_samples
 from tests.rlhf.answers import finished as finished_answer
 from tests.rlhf.answers import of_ids
@@ -53,7 +53,7 @@ def make_broken_judge():
 
 
 def byte_tokenizer(*special: str) -> PreTrainedTokenizerBase:
-    """Every byte is a token; the special tokens come first, the first of them ends responses."""
+    """Make a tokenizer of bytes after the special tokens, the first of which ends responses."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -98,7 +98,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
-    """Policies `sft`, its `twin` and an `other`, a reward model, a gold score, texts, probes."""
+    """Write policies (sft, its twin, and another), a reward model, a gold score, texts, probes."""
     folder = tmp_path_factory.mktemp("inputs")
     for name, seed in {"sft": 0, "twin": 0, "other": 1}.items():
         save_random_policy(folder / name, seed, byte_tokenizer("<end>", "<pad>"))
@@ -231,7 +231,7 @@ def test_text_loss_is_the_models_own_loss(finished: Finished) -> None:
     policy = load_policy(ModelSettings(path=finished.config.policies["other"]))
     tokenizer = load_tokenizer(finished.config.policies["other"])
     nats = tokens = 0.0
-    for text in ("The oak is old.", ("Ice " * 9)[:20]):  # every byte is a token; "A" predicts none
+    for text in ("The oak is old.", ("Ice " * 9)[:20]):  # a byte is a token; "A" predicts none
         ids = torch.tensor([tokenizer(text).input_ids])
         nats += policy(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
@@ -371,7 +371,7 @@ def test_divergence_worked_by_hand() -> None:
     answers = [[of_ids([1], [2, 3]), of_ids([1], [4])], [of_ids([1], [5])]]
     logprobs = [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5]), torch.tensor([-3.0])]
     references = [torch.tensor([-2.0, -1.5]), torch.tensor([-1.0]), torch.tensor([-2.0])]
-    found = divergence(Answers(answers, logprobs), references)
+    found = estimate_kl(Answers(answers, logprobs), references)
     assert found["kl"] == pytest.approx((0.5 + -1.0) / 2, abs=1e-6)
     assert found["kl_error"] == pytest.approx(1.5 / 2, abs=1e-6)
     tokens = [math.exp(-1) - 1 + 1, math.exp(0.5) - 1 - 0.5, math.exp(-0.5) - 0.5, math.e - 2]
@@ -384,7 +384,7 @@ def test_what_responses_show_worked_by_hand() -> None:
     found = describe(Answers(answers, []))
     assert found["response_tokens"] == pytest.approx(7 / 3, abs=1e-12)
     assert found["eos_rate"] == pytest.approx(2 / 3, abs=1e-12)
-    assert found["distinct_2"] == pytest.approx(3 / 4, abs=1e-12)  # 12, 21, 12, 10
+    assert found["distinct_2"] == pytest.approx(3 / 4, abs=1e-12)  # bigrams 12, 21, 12, 10
 
 
 def test_samples_keep_their_text_whatever_is_in_it() -> None:

@@ -1,4 +1,4 @@
-"""What evaluation makes of a gold score's parts: figures, pairs, warnings; by hand and in a run."""
+"""Tests what evaluation does with a gold score's parts: figures, pairs and warnings."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from rlhf.inputs.records import Prompt
 from stages.evaluate.config import Config
 from stages.evaluate.evaluate import evaluate
 from stages.evaluate.measures import Answers, most_frequent_response
-from stages.evaluate.pairs import Judged, outcomes_by_part, pair_figures
+from stages.evaluate.pairs import ScoredResponse, outcomes_by_part, pair_figures
 from stages.evaluate.parts import describe_parts, find_grader
 from stages.evaluate.report import format_results, format_samples
 from stages.evaluate.warnings import (
@@ -22,7 +22,7 @@ from stages.evaluate.warnings import (
     find_gain_by_length,
     find_one_answer,
     find_parts_traded,
-    find_reward_parted,
+    find_reward_disagreement,
     find_warnings,
 )
 from tests.rlhf.answers import of_text
@@ -63,8 +63,8 @@ def shortness(prompts, responses, metas):
 def test_figures_of_parts_worked_by_hand() -> None:
     parts = [
         [{"correct": 1.0, "polite": 0.0}, {"correct": 0.5, "polite": 1.0}],
-        [{"correct": 0.0}],  # a prompt that says nothing about manners
-        [{"polite": 1.0}],  # and one without a right answer
+        [{"correct": 0.0}],  # a prompt that asks for no manners
+        [{"polite": 1.0}],  # a prompt without a right answer
     ]
     found = describe_parts(parts, "correct", ["sum", "list", "sum"], seed=0)
     assert found["parts"] == {"correct": pytest.approx(1.5 / 3), "polite": pytest.approx(2 / 3)}
@@ -75,21 +75,24 @@ def test_figures_of_parts_worked_by_hand() -> None:
     assert describe_parts(parts, None, ["a", "b", "c"], seed=0).keys() == {"parts"}
 
 
-def judged(response: str, correct: float, polite: float, score: float) -> Judged:
-    return Judged(response, {"correct": correct, "polite": polite}, score)
+def scored(response: str, correct: float, polite: float, score: float) -> ScoredResponse:
+    return ScoredResponse(response, {"correct": correct, "polite": polite}, score)
 
 
 def test_pairs_that_differ_in_one_part_worked_by_hand() -> None:
     of_prompts = [
         [
-            judged("It is two.", 1, 0, 0.5),
-            judged("It is six.", 0, 0, 0.1),  # correct alone: the reward model is right
-            judged("It is six.", 0, 0, 0.1),  # the same response once more makes no more pairs
-            judged("Gladly, six.", 0, 1, 0.1),  # polite alone, against "It is six.": a tie
-            judged("Gladly, ten.", 0, 1, 0.9),  # polite alone again: right; both parts: no pair
+            scored("It is two.", 1, 0, 0.5),
+            scored("It is six.", 0, 0, 0.1),  # differs in correct only: the reward model is right
+            scored("It is six.", 0, 0, 0.1),  # an equal response makes no more pairs
+            scored("Gladly, six.", 0, 1, 0.1),  # differs from "It is six." in polite only: a tie
+            scored("Gladly, ten.", 0, 1, 0.9),  # in polite only: right; in both parts: no pair
         ],
-        [judged("Rex.", 1, 0, 0.2), judged("Tom.", 0, 0, 0.3)],  # wrong
-        [judged("Yes.", 1, 0, 0.2), Judged("No.", {"correct": 0.0}, 0.3)],  # other parts: no pair
+        [scored("Rex.", 1, 0, 0.2), scored("Tom.", 0, 0, 0.3)],  # wrong
+        [
+            scored("Yes.", 1, 0, 0.2),
+            ScoredResponse("No.", {"correct": 0.0}, 0.3),
+        ],  # other parts: no pair
         [],
     ]
     outcomes = outcomes_by_part(of_prompts)
@@ -115,7 +118,7 @@ def test_without_a_pair_there_is_no_accuracy() -> None:
 
 def test_the_most_frequent_response_counts_each_prompt_once() -> None:
     texts = [
-        ("A?", ["yes", "yes", "no", "no"]),  # half a prompt each
+        ("A?", ["yes", "yes", "no", "no"]),  # each answer counts half a prompt
         ("B?", ["no", "no", "no", "no"]),
         ("B?", ["maybe", "maybe", "maybe", "maybe"]),  # the same prompt asked again
         ("C?", ["yes"]),
@@ -167,7 +170,7 @@ def test_one_answer_to_many_prompts_is_told() -> None:
     assert (found.code, found.policy) == ("EVAL_ONE_ANSWER", "ppo")
     assert "one answer to 40% of 512 different prompts: 'Thank you.'" in found.message
     assert "The most frequent answer of sft goes to 2%" in found.message
-    assert find_one_answer("ppo", "sft", shares(0.02, 0.09), 512) == []  # few prompts after all
+    assert find_one_answer("ppo", "sft", shares(0.02, 0.09), 512) == []  # too few prompts
     assert find_one_answer("ppo", "sft", shares(0.1, 0.24), 512) == []  # odds 1/9 -> 0.32
     assert len(find_one_answer("ppo", "sft", shares(0.1, 0.26), 512)) == 1  # odds 1/9 -> 0.35
     assert find_one_answer("ppo", "sft", shares(0.5, 0.7), 512) == []  # yes or no
@@ -185,15 +188,15 @@ def test_a_reward_that_leaves_an_independent_judge_is_told(
         "critic": {"sft": repeated(1, 1, 0), "ppo": judge},
         "friend": {"sft": repeated(0, 0, 0), "ppo": repeated(1, 0, 1)},
     }
-    (found,) = find_reward_parted("ppo", "sft", reward, judges, seed=0)
+    (found,) = find_reward_disagreement("ppo", "sft", reward, judges, seed=0)
     assert (found.code, found.policy) == ("EVAL_REWARD", "ppo")
     assert f"and critic {says}" in found.message
     level = {"sft": reward["sft"], "ppo": reward["sft"]}
-    assert find_reward_parted("ppo", "sft", level, judges, seed=0) == []
+    assert find_reward_disagreement("ppo", "sft", level, judges, seed=0) == []
 
 
 def test_a_gain_that_shorter_responses_explain_is_told() -> None:
-    """The judge gives a point for each token less. The friend gives one point more."""
+    """The judge gives a point more for each token less; the friend gives one point more."""
     lengths = {"sft": repeated(9, 8, 9), "ppo": repeated(4, 6, 8)}
     judge = {policy: [[-of[0]] for of in by_prompt] for policy, by_prompt in lengths.items()}
     friend = {"sft": judge["sft"], "ppo": [[of[0] + 1] for of in judge["ppo"]]}

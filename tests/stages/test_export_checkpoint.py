@@ -1,4 +1,4 @@
-"""The policy of a run that was killed is in its checkpoint, for whoever does not want to go on."""
+"""A checkpoint holds the policy of a killed run, for users who do not want to resume it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +35,7 @@ def test_a_checkpoint_gives_the_policy_of_a_run_that_ends_there(tmp_path: Path) 
 
 
 def test_copies_along_the_run_are_the_policies_of_runs_that_end_there(tmp_path: Path) -> None:
-    """A copy takes the average for a moment; the run goes on with its own weights, as it would
-    without copies."""
+    """A copy holds the average of the weights; the run goes on with its own weights."""
     (tmp_path / "inputs").mkdir()
     config = make_configs(tmp_path / "inputs", tmp_path)["ppo"]
     config = replace(config, optim=replace(config.optim, schedule="constant"))

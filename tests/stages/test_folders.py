@@ -1,4 +1,4 @@
-"""Every program leaves alone what is not its own, and says so before it writes anything."""
+"""Every program leaves other files alone, and refuses before it writes anything."""
 
 import json
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def words_of(stage: str, data: Path, model: Path) -> list[str]:
 
 
 def error_of(stage: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which a program refuses."""
+    """Return the one line with which a program refuses."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         run_stage(*STAGES[stage], words)
@@ -78,7 +78,7 @@ def error_of(stage: str, words: list[str], capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
-    """A folder of a user's, whose files have the names of a run's."""
+    """Write a user's folder whose files have the names of a run's files."""
     folder = tmp_path / "mine"
     (folder / "checkpoints" / "base").mkdir(parents=True)
     for name in ("samples.jsonl", "config.yaml", "results.json", "checkpoints/base/config.json"):
@@ -160,7 +160,7 @@ def test_a_finished_run_is_replaced_on_request_only(
     with pytest.raises(ValueError, match=r"what .* names was other data"):
         function(config)
     assert snapshot(folder) == before
-    if stage != "pretrain":  # the fastest
+    if stage != "pretrain":  # the fastest stage
         return
     function(replace(config, seed=5, overwrite=True))
     assert (folder / "notes.txt").read_text() == "mine" and not (folder / LOCK).exists()

@@ -1,4 +1,4 @@
-"""What a stage imports as it starts: every second of it is waited for at every start."""
+"""Tests what a stage imports at its start, since users wait for it every time."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""All stages with adapters, one after the other through their folders, and mixed with full ones."""
+"""Runs all stages with adapters, one after the other, and with adapters and full models mixed."""
 
 import json
 import re
@@ -55,7 +55,7 @@ pytestmark = pytest.mark.xdist_group("adapters")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and records: responses with an `a` are the better ones."""
+    """Write a base and records; responses with an `a` are better."""
     folder = tmp_path_factory.mktemp("lora")
     torch.manual_seed(0)
     tokenizer = byte_tokenizer("<end>", "<pad>", eos_token="<end>", pad_token="<pad>")
@@ -109,14 +109,14 @@ def rm_config(work: Path, sft: str, name: str, **changes: Any) -> RmConfig:
 
 @pytest.fixture(scope="module")
 def sft(work: Path) -> Path:
-    """An adapter over the base."""
+    """Train an adapter over the base."""
     train_sft(sft_config(work, "sft"))
     return work / "sft"
 
 
 @pytest.fixture(scope="module")
 def rm(work: Path, sft: Path) -> Path:
-    """The same adapter, trained on, and a head."""
+    """Train the same adapter further, and a head."""
     train_rm(rm_config(work, "sft", "rm"))
     return work / "rm"
 
@@ -290,7 +290,7 @@ def test_gradients_of_ppo_are_the_same_with_activations_computed_again(
 def test_ppo_over_full_models_and_mixed_ones(
     work: Path, sft: Path, rm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Full SFT with adapters over it; an adapter with a full reward model; all weights."""
+    """Adapters lie over a full SFT model; one goes with a full reward model; all weights train."""
     train_sft(sft_config(work, "sft_full2", lora=LoraSettings(), num_epochs=1))
     train_rm(rm_config(work, "sft_full2", "rm_over_full2", num_epochs=1))
     train_rm(rm_config(work, "sft", "rm_full2", lora=LoraSettings(), num_epochs=1))

@@ -1,4 +1,4 @@
-"""Faults injected into real runs of the PPO stage: each must be told by its code.
+"""Injects faults into real runs of the PPO stage; each must raise the alarm of its code.
 
 The runs are of a tiny Llama on the CPU; a test breaks one thing and looks for the code in the
 error, or in results.json and the output where the alarm only warns.
@@ -41,7 +41,7 @@ from rlhf.rewards.scores import Scored
 from rlhf.rewards.settings import RewardSettings
 from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config, MonitorSettings, PPOSettings
-from stages.ppo.metrics import differences
+from stages.ppo.metrics import describe_differences
 from stages.ppo.monitor import (
     CODES,
     NONFINITE,
@@ -84,7 +84,7 @@ def alarms_of(config: Config) -> dict[str, Any]:
 def break_from(
     update: int, function: Callable[..., Any], broken: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """`function` for so many calls, `broken` from then on."""
+    """Return a function that calls `function` a number of times, and `broken` after that."""
     calls = iter(range(10**9))
     return lambda *args, **kwargs: (function if next(calls) < update else broken)(*args, **kwargs)
 
@@ -95,22 +95,22 @@ def test_a_healthy_run_raises_no_alarm(config: Config, capsys: pytest.CaptureFix
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
     assert [row["ppo/alarms"] for row in rows] == [0.0] * config.num_updates
     tried = {rule.code for rule in RULES if all(name in rows[-1] for name in rule.needs)}
-    assert tried == {rule.code for rule in RULES}  # no rule waits for a metric that never comes
+    assert tried == {rule.code for rule in RULES}  # every rule gets the metrics that it needs
 
 
 def test_sampled_tokens_of_a_healthy_run_are_as_likely_as_they_should_be(config: Config) -> None:
     train(replace(config, rollout=replace(config.rollout, batch_size=256)))
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
     assert all(abs(row["ppo/sampler_z"]) < 4 for row in rows)
-    assert all(0 < row["ppo/sampler_difference"] < 1e-5 for row in rows)  # not the same pass
-    # Standard errors of the right size: their root mean square over updates is about one.
+    assert all(0 < row["ppo/sampler_difference"] < 1e-5 for row in rows)  # computed by another pass
+    # Standard errors have the right size if their root mean square over updates is about one.
     assert 0.2 < math.sqrt(sum(row["ppo/sampler_z"] ** 2 for row in rows) / len(rows)) < 2.5
 
 
 def test_an_update_that_is_not_checked_takes_the_sampler_at_its_word(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same run but for rounding, with one pass less in three of four updates."""
+    """The run is the same up to rounding, with one pass less in three of four updates."""
     passes: list[int] = []
     moments = stages.ppo.rollout.compute_moments
 
@@ -135,9 +135,9 @@ def test_an_update_that_is_not_checked_takes_the_sampler_at_its_word(
         assert now_and_then["ppo/first_log_ratio"] < 1e-5
         for name in ("ppo/score", "ppo/kl", "ppo/reward", "ppo/value_loss", "ppo/policy_grad_norm"):
             assert now_and_then[name] == pytest.approx(always[name], rel=1e-3, abs=1e-4)
-    assert rows[3][1]["ppo/first_log_ratio"] > 0  # of two ways to compute it
+    assert rows[3][1]["ppo/first_log_ratio"] > 0  # from two ways to compute it
     flops = [row["ppo/model_flops_utilisation"] / row["ppo/tokens_per_second"] for row in rows[3]]
-    assert flops[1] / flops[0] == pytest.approx(0.9, abs=0.03)  # of 10 passes, of 3 with gradient 6
+    assert flops[1] / flops[0] == pytest.approx(0.9, abs=0.03)  # 9 of 10 passes; 6 are training
 
 
 def test_a_sampler_that_is_not_the_policy_shows_in_the_first_ratio_too(
@@ -204,7 +204,7 @@ def cold(logits: Tensor, temperature: float) -> Tensor:
 
 
 def sampler(distribution: Distribution, *, is_honest: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Draws from `distribution`, and says so or gives the log-probabilities of the softmax."""
+    """Draw from `distribution`; report its log-probabilities if honest, else the softmax's."""
 
     def sample(
         logits: Tensor, temperature: float, generator: torch.Generator | None
@@ -231,8 +231,7 @@ def test_a_sampler_that_is_not_the_policy(
 @pytest.mark.slow
 @pytest.mark.parametrize("num_runs", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_healthy_runs_in_bfloat16_raise_no_alarm(num_runs: int, config: Config) -> None:
-    """On most processors their rounding is far above float32's, and the stop rules must not take it
-    for a fault."""
+    """Most processors round more in it than in float32, which rules that stop must allow for."""
     policy = replace(config.policy, dtype="bfloat16")
     for seed in range(num_runs):
         folder = Path(config.output_dir) / str(seed)
@@ -253,15 +252,14 @@ def test_a_wrong_temperature_in_bfloat16_stops_the_first_update(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_token_far_off_among_many_is_no_alarm(dtype: str, config: Config) -> None:
-    """The largest of 100,000 differences says nothing; one in a thousand does, and so does the
-    mean."""
+    """The largest of 100,000 differences proves nothing; one in a thousand does, or the mean."""
     accelerator, noise = Accelerator(cpu=True), TOKEN_NOISE[dtype]
     small = torch.full((100_000,), noise.mean / 2)
     one_far, many_far = small.clone(), small.clone()
     one_far[7] = -40 * noise.high
     many_far[:200] = -2 * noise.high  # two in a thousand
     for apart, is_alarm in ((one_far, False), (many_far, True), (3 * small, True)):
-        found = differences("ppo/first_log_ratio", apart, accelerator)
+        found = describe_differences("ppo/first_log_ratio", apart, accelerator)
         now = found | {"ppo/sampler_difference": 0.0}
         monitor = Monitor(config, print, noise)
         assert (ratio_is_not_one(now, monitor) is not None) == is_alarm
@@ -281,7 +279,7 @@ def test_a_sampler_that_says_it_is_the_policy(
 def test_a_sampler_whose_weights_are_one_update_old(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It refreshes at the first rollout only."""
+    """The sampler gets new weights at the first rollout only."""
     refresh = LoopEngine.refresh
 
     def refresh_once(engine: LoopEngine, policy: PreTrainedModel) -> None:
@@ -294,7 +292,7 @@ def test_a_sampler_whose_weights_are_one_update_old(
 
 
 def test_a_kl_below_zero(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference's log-probabilities stop being normalised after the first update."""
+    """After the first update the reference's log-probabilities are not normalised."""
     logprobs = stages.ppo.rollout.Sampler.logprobs
     monkeypatch.setattr(
         stages.ppo.rollout.Sampler,
@@ -375,7 +373,7 @@ def test_advantages_that_are_all_zero(config: Config, monkeypatch: pytest.Monkey
 
 
 def always(response: list[int]) -> Callable[..., Samples]:
-    """An engine that has one answer to everything."""
+    """Make an engine that gives one answer to every prompt."""
 
     def generate(engine: LoopEngine, prompts: Sequence[Sequence[int]], *_: object) -> Samples:
         logprobs = [[0.0] * len(response)] * len(prompts)
@@ -413,7 +411,7 @@ def test_one_answer_to_every_prompt(config: Config, monkeypatch: pytest.MonkeyPa
 def test_an_answer_that_many_prompts_had_from_the_start_is_no_alarm(config: Config) -> None:
     told: list[str] = []
     monitor = Monitor(config, told.append, TOKEN_NOISE["float32"])
-    # Odds of 0.667 at first; 0.66 has 1.94, and the mean of 0.66, 0.66, 0.66 and 0.8 has 2.28.
+    # The odds are 0.667 at first, 1.94 at 0.66, and 2.28 at the mean of 0.66, 0.66, 0.66 and 0.8.
     for share in [0.4, *[0.66] * 4, 0.8]:
         metrics = {"ppo/one_answer": share}
         monitor.inspect(metrics)
@@ -468,7 +466,7 @@ def test_a_nan_in_training_stops_before_the_step_and_leaves_a_replay(
 ) -> None:
     """Log-probabilities turn NaN in the second update; the weights on disk are those before it."""
     forward = stages.ppo.learner.response_logprobs
-    passes_of_one_update = 2  # one a step
+    passes_of_one_update = 2  # one in each step
     broken = break_from(passes_of_one_update, forward, lambda *args: forward(*args) * math.nan)
     monkeypatch.setattr(stages.ppo.learner, "response_logprobs", broken)
     with pytest.raises(TrainingStopped) as stopped:

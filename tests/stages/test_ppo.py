@@ -1,4 +1,4 @@
-"""The PPO stage: its gradient, its checks at the first step, and a run that must learn."""
+"""Tests the PPO stage: its gradient, its checks at the first step, and a run that must learn."""
 
 import json
 import math
@@ -60,7 +60,7 @@ TEXTS = [text_tree([5, 9, 13, 17, 21, 25]), text_tree([30, 31, 32])]
 
 
 class CountingReward:
-    """One point for every token 7."""
+    """Gives one point for every token 7."""
 
     def score(self, answers: Sequence[Answer]) -> Scored:
         counts = [float(sum(token == 7 for token in one.response_ids)) for one in answers]
@@ -70,7 +70,7 @@ class CountingReward:
 def share_of_e(
     prompts: list[PromptLike], responses: list[str], metas: list[dict[str, Any]]
 ) -> list[float]:
-    """The share of a response's characters that are `e`, times ten."""
+    """Return ten times the share of each response's characters that are `e`."""
     return [10 * response.count("e") / max(len(response), 1) for response in responses]
 
 
@@ -119,7 +119,7 @@ def make_rollout(
     episodes = [
         FittedPrompt(Prompt("unused"), ids) for ids in islice(prompts, config.rollout.batch_size)
     ]
-    generator = torch.Generator().manual_seed(2)  # some of the responses end
+    generator = torch.Generator().manual_seed(2)  # with this seed some of the responses end
     return roll_out(
         models.policy, models.value_model, sampler, episodes, generator, learner.state.accelerator
     )
@@ -191,7 +191,7 @@ def test_a_long_rollout_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> N
 def take_step(
     learner: Learner, rollout: Rollout, texts: list[PromptTree], config: Config
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """One step on all episodes of a rollout: its metrics, and the gradient that it takes."""
+    """Take one step on all episodes of a rollout; return its metrics and its gradient."""
     size = len(rollout.trees)
     one_step = replace(
         config,
@@ -289,8 +289,8 @@ def test_gradient_does_not_depend_on_the_micro_batch(architecture: str) -> None:
     assert len(num_rows) > 3 and min(num_rows) == 1
 
 
-def test_what_stands_behind_the_end_changes_no_bit_of_a_step() -> None:
-    """Of the rollout's numbers; of tokens there are none, since rows hold no padding."""
+def test_what_comes_after_the_end_changes_no_bit_of_a_step() -> None:
+    """The rollout's numbers have padding; its tokens have none, since they are packed."""
     config = make_config()
     learner = make_learner(config)
     rollout = make_rollout(learner, config)
@@ -312,7 +312,7 @@ def test_what_stands_behind_the_end_changes_no_bit_of_a_step() -> None:
 
 
 def test_the_order_of_episodes_changes_nothing() -> None:
-    """Up to rounding: 1e-6 in a log-probability or value, 1e-6 of a sum, 1e-5 in a gradient."""
+    """Rounding may change a log-probability, value or sum by 1e-6, and a gradient by 1e-5."""
     config = make_config()
     learner, other = make_learner(config, budget=30), make_learner(config, budget=30)
     rollout = make_rollout(learner, config)
@@ -324,7 +324,7 @@ def test_the_order_of_episodes_changes_nothing() -> None:
         assert rows.abs().sum() > 1
         found = compute(permuted.trees, learner.packer)
         torch.testing.assert_close(found, rows[order], rtol=1e-6, atol=1e-6)
-    with torch.no_grad():  # a policy that moved since, so that ratios are not 1
+    with torch.no_grad():  # The policy has changed since the rollout, so ratios are not 1.
         for models in (learner.models, other.models):
             models.policy.lm_head.weight.mul_(1.1)
     metrics, expected = take_step(learner, rollout, [], config)
@@ -385,7 +385,7 @@ def test_first_ratio_is_one_for_every_cut_of_the_batch(
 ) -> None:
     config = make_config(
         rollout=RolloutSettings(batch_size=num_episodes, max_new_tokens=6),
-        optim=OptimSettings(learning_rate=1e-30),  # so that every step is the first
+        optim=OptimSettings(learning_rate=1e-30),  # every step starts from the same weights
         value_learning_rate=1e-3,
     )
     learner = replace(make_learner(config, architecture=architecture), packer=packer)
@@ -409,7 +409,7 @@ def test_a_ratio_of_a_gradient_norm_is_what_the_step_takes() -> None:
     metrics, found = take_step(learner, rollout, TEXTS, with_ratio)
     ptx_norm = metrics["ppo/ptx_grad_norm"]
     assert ptx_norm == pytest.approx(3 * metrics["ppo/ppo_grad_norm"], rel=1e-5)
-    # The same step with the coefficient that was found, given as a coefficient.
+    # Take the same step with that coefficient as a setting.
     fixed = replace(with_ratio, ptx=PtxSettings(coef=metrics["ppo/ptx_coef"], text="unused"))
     fixed_metrics, expected = take_step(make_learner(fixed), rollout, TEXTS, fixed)
     assert metrics["ppo/ptx_coef"] > 0.01
@@ -457,7 +457,7 @@ def test_value_warmup_moves_the_value_model_alone_and_the_schedule_waits() -> No
     assert torch.equal(before[0], after[0])
     assert not torch.equal(before[1], after[1])
     rates = {group["module"]: group["lr"] for group in learner.state.optimizer.param_groups}
-    assert rates[0] == pytest.approx(0.1 * 1e-2)  # where a warm-up starts
+    assert rates[0] == pytest.approx(0.1 * 1e-2)  # the start of a warm-up
     assert rates[1] == pytest.approx((0.1 + 0.9 * 2 / 4) * config.value_learning_rate)
     update(learner, rollout, repeat([]), config, generator)
     moved = torch.cat([p.detach().flatten() for p in models.policy.parameters()])
@@ -472,7 +472,7 @@ def test_an_update_ends_with_the_step_that_moved_too_far() -> None:
     learner = make_learner(config)
     rollout = make_rollout(learner, config)
     stopped = update(learner, rollout, repeat([]), config, torch.Generator().manual_seed(0))
-    assert 1 < stopped["ppo/steps"] < 8  # the first step has not moved yet
+    assert 1 < stopped["ppo/steps"] < 8  # the first step is taken before any change
     free = replace(config, ppo=replace(config.ppo, max_step_kl=None))
     metrics = update(
         make_learner(free), rollout, repeat([]), free, torch.Generator().manual_seed(0)
@@ -573,7 +573,7 @@ def test_a_run_learns_and_its_folder_loads(tmp_path: Path) -> None:
     Chat(tokenizer)
     policy = tiny_policy_of("llama", vocab_size=len(tokenizer))
     with torch.no_grad():
-        policy.lm_head.weight.mul_(0.1)  # a start that is not sure of anything
+        policy.lm_head.weight.mul_(0.1)  # The policy starts unsure of everything.
     save_policy(policy, tokenizer, tmp_path / "sft")
     prompts = [{"prompt": f"say {number}"} for number in range(12)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
@@ -604,7 +604,7 @@ def test_a_run_learns_and_its_folder_loads(tmp_path: Path) -> None:
     assert rows[-1]["ppo/ptx_loss"] < rows[0]["ppo/ptx_loss"]
     phases = [{k: v for k, v in row.items() if k.startswith("seconds/")} for row in rows]
     assert set(phases[0]) == {f"seconds/{name}" for name in PHASES}
-    assert phases[10]["seconds/save"] > 0  # of the checkpoint after ten updates
+    assert phases[10]["seconds/save"] > 0  # the checkpoint after ten updates
     whole = sum(of_update.pop("seconds/update") for of_update in phases)
     parts = sum(seconds for of_update in phases for seconds in of_update.values())
     assert 0.95 * whole < parts < whole
@@ -618,7 +618,7 @@ def test_a_run_learns_and_its_folder_loads(tmp_path: Path) -> None:
 
 
 def test_the_kl_coefficient_steers_itself_once_the_policy_learns(ppo_config: Config) -> None:
-    """A KL far below its target lowers it by 20 % of episodes / horizon an update."""
+    """A KL far below its target lowers the coefficient by 20 % of episodes / horizon an update."""
     ppo = replace(ppo_config.ppo, kl_target=50.0, kl_horizon=320, value_warmup_updates=1)
     train(replace(ppo_config, ppo=ppo))
     rows = [json.loads(line) for line in (Path(ppo_config.output_dir) / "metrics.jsonl").open()]
@@ -647,7 +647,7 @@ def test_a_seed_gives_the_same_run_bit_for_bit_and_another_seed_another(
 
 
 def test_phases_of_the_first_update_hold_nothing_from_before_it(ppo_config: Config) -> None:
-    reward = replace(ppo_config.reward, normalize_on=1024)  # far more samples than an update's
+    reward = replace(ppo_config.reward, normalize_on=1024)  # many more samples than in an update
     train(replace(ppo_config, reward=reward, num_updates=1))
     (row,) = map(json.loads, (Path(ppo_config.output_dir) / "metrics.jsonl").open())
     phases = {name: value for name, value in row.items() if name.startswith("seconds/")}
@@ -680,7 +680,7 @@ def test_gradient_checkpointing_changes_no_result(
 
 @pytest.fixture
 def bf16_launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As by `accelerate launch --mixed_precision bf16`."""
+    """Set what `accelerate launch --mixed_precision bf16` sets."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
@@ -691,8 +691,10 @@ def bf16_launch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_mixed_precision_holds_in_every_pass_of_a_run(
     ppo_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sampling, all passes without gradient, training and the held-out evaluation; the reference is
-    computed as the policy is, so that before the first step no KL is."""
+    """It holds in sampling, in passes without gradient, in training and on held-out prompts.
+
+    The reference is computed as the policy is, so that the KL is 0 before the first step.
+    """
     types: set[torch.dtype] = set()
     forward = LlamaMLP.forward
 
@@ -703,13 +705,13 @@ def test_mixed_precision_holds_in_every_pass_of_a_run(
 
     def load(*args: Any) -> Any:
         models = load_models(*args)
-        types.clear()  # of a probe that finds how the models can be packed
+        types.clear()  # A probe found how the models can be packed.
         return models
 
     load_models = stages.ppo.setup.load_models
     monkeypatch.setattr(stages.ppo.setup, "load_models", load)
-    # The probe of sampling compares in full precision.
-    monkeypatch.setattr("rlhf.generation.decoder._is_right", lambda policy, way: True)
+    # The probe for sampling compares in full precision.
+    monkeypatch.setattr("rlhf.generation.decoder._equals_plain_passes", lambda policy, way: True)
     monkeypatch.setattr(LlamaMLP, "forward", note)
     train(replace(ppo_config, prompts_held_out=ppo_config.prompts, eval_every=1))
     assert types == {torch.bfloat16}

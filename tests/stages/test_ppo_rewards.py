@@ -1,4 +1,4 @@
-"""Rewards in PPO: where they stand, what is logged of them, their scale, and the value model."""
+"""Tests rewards in PPO: their tokens, what is logged, their scale, and the value model."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from rlhf.inputs.packing import Packer, PromptTree
 from rlhf.inputs.records import Prompt, PromptLike
 from rlhf.maths.advantages import generalized_advantages
 from rlhf.models.settings import ModelSettings
-from rlhf.rewards.combined import Part, WeightedReward
+from rlhf.rewards.combined import RewardPart, WeightedReward
 from rlhf.rewards.functions import FunctionReward, TokenFunctionReward
 from rlhf.rewards.scores import Scored
 from rlhf.rewards.settings import EnsembleSettings, PartSettings, RewardSettings
@@ -63,7 +63,7 @@ def early(
     metas: list[dict[str, Any]],
     tokens: list[list[str]],
 ) -> list[list[float]]:
-    """1 for the first token, 2 for the second, and so on; -1 for an end."""
+    """Give 1 for the first token, 2 for the second, and so on; -1 for an end."""
     return [
         [-1.0 if piece == "</s>" else 1.0 + t for t, piece in enumerate(pieces)]
         for pieces in tokens
@@ -76,7 +76,7 @@ def prompt_and_each(
     metas: list[dict[str, Any]],
     tokens: list[list[str]],
 ) -> list[list[float]]:
-    """3 for each token, and one more for each character of the prompt at the first."""
+    """Give 3 for each token; the first gets one more for each character of the prompt."""
     return [
         [3.0 + len(prompt), *[3.0] * (len(pieces) - 1)]
         for prompt, pieces in zip(prompts, tokens, strict=True)
@@ -136,8 +136,8 @@ def test_rewards_of_tokens_stand_at_them_before_advantages_are_estimated() -> No
     chat = make_sampler(None).chat
     reward = WeightedReward(
         {
-            "steps": Part(TokenFunctionReward(early, "early", chat), 0.5),
-            "length": Part(FunctionReward(length, "length"), 2.0),
+            "steps": RewardPart(TokenFunctionReward(early, "early", chat), 0.5),
+            "length": RewardPart(FunctionReward(length, "length"), 2.0),
         }
     )
     rollout = rollout_of(make_sampler(reward, config))
@@ -148,7 +148,7 @@ def test_rewards_of_tokens_stand_at_them_before_advantages_are_estimated() -> No
         in_full = 2.0 * len(chat.decode(tokens))
         expected = torch.tensor([0.5 * step for step in steps])
         expected[-1] += in_full
-        found = rollout.rewards[i, : len(tokens)]  # no KL before the first update
+        found = rollout.rewards[i, : len(tokens)]  # there is no KL before the first update
         assert torch.allclose(found, expected, atol=1e-5)
         assert rollout.rewards[i, len(tokens) :].abs().sum() == 0
         assert rollout.scores[i].item() == pytest.approx(0.5 * sum(steps) + in_full)
@@ -163,10 +163,10 @@ def test_rewards_of_tokens_stand_at_them_before_advantages_are_estimated() -> No
 def test_parts_are_logged_as_means_and_follow_their_episodes() -> None:
     reward = WeightedReward(
         {
-            "prompt": Part(FunctionReward(prompt_length, "prompt"), -0.5),
-            "length": Part(FunctionReward(length, "length")),
-            "none": Part(FunctionReward(length, "length"), only_with="rules"),
-            "odd": Part(FunctionReward(prompt_length, "odd"), 0.0, only_with="odd"),
+            "prompt": RewardPart(FunctionReward(prompt_length, "prompt"), -0.5),
+            "length": RewardPart(FunctionReward(length, "length")),
+            "none": RewardPart(FunctionReward(length, "length"), only_with="rules"),
+            "odd": RewardPart(FunctionReward(prompt_length, "odd"), 0.0, only_with="odd"),
         }
     )
     fitted = [
@@ -187,7 +187,7 @@ def test_parts_are_logged_as_means_and_follow_their_episodes() -> None:
 
 
 def test_one_answer_is_a_share_of_different_prompts() -> None:
-    """Two of four prompts get (7, 8), and one of them half of the time: 1.5 of 4."""
+    """Two of four prompts get (7, 8), one of them for half of its samples: 1.5 of 4."""
     rollout = rollout_of(make_sampler(FunctionReward(length, "length")))
     trees = [
         PromptTree(prompt, (response,))
@@ -255,7 +255,7 @@ def test_normalising_measures_each_prompt_in_turn_and_repeats_itself() -> None:
     assert measured["raw_score_std"] == pytest.approx(lengths.std(correction=0).item())
     _, twice = normalized(prompt_length, 16, tiny_scalar_of("llama"))
     assert twice == pytest.approx(measured)
-    # Most samples are cut at the limit; of 39 some are shorter under any seed.
+    # Most samples are cut at the limit; some of 39 are shorter with any seed.
     first, again = (normalized(length, 39, tiny_scalar_of("llama"))[1] for _ in range(2))
     assert first == again
     assert normalized(length, 39, tiny_scalar_of("llama"), seed=6)[1] != first
@@ -275,7 +275,7 @@ class LongerAndPrompt:
 
 
 def test_the_length_is_taken_out_as_it_differs_within_a_prompt() -> None:
-    """Prompts also differ in length, so a line through all samples would be another."""
+    """Prompts differ in length too, so a line through all samples would have another slope."""
     settings = RewardSettings(
         function="a:b", missing_end="none", normalize_on=32, debias_length=True
     )
@@ -296,8 +296,10 @@ def test_the_length_is_taken_out_as_it_differs_within_a_prompt() -> None:
 
 
 def test_each_part_has_a_scale_of_the_prompts_that_it_judges() -> None:
-    """Half of the prompts have rules. The rule scores 5 and 9 on them, so mean 7 and deviation 2;
-    the model scores -100 a character and 3 a token on the others, and the 3 are taken out."""
+    """Half of the prompts have rules. The rule scores 5 and 9 on them: mean 7, deviation 2.
+
+    On the others the model scores -100 a character and 3 a token, and the 3 are taken out.
+    """
     fives, nines = ({"rules": True, "worth": worth} for worth in (5.0, 9.0))
     metas: list[dict[str, Any]] = [{}, fives, {}, nines, {}, nines, {}, fives]
     fitted = [
@@ -316,8 +318,8 @@ def test_each_part_has_a_scale_of_the_prompts_that_it_judges() -> None:
     )
     worth = FunctionReward(lambda prompts, responses, metas: [of["worth"] for of in metas], "worth")
     parts = {
-        "rule": Part(worth, 2.0, only_with="rules"),
-        "model": Part(LongerAndPrompt(), -3.0, only_without="rules"),
+        "rule": RewardPart(worth, 2.0, only_with="rules"),
+        "model": RewardPart(LongerAndPrompt(), -3.0, only_without="rules"),
     }
     sampler = make_sampler(WeightedReward(parts), make_config(reward=settings))
     value_model = tiny_scalar_of("llama")
@@ -337,7 +339,7 @@ def test_each_part_has_a_scale_of_the_prompts_that_it_judges() -> None:
     rest = torch.tensor([LongerAndPrompt.rest(one) for one in answers])[::2]
     prompts_only = (rest - rest.mean()) / rest.std(correction=0)
     assert torch.allclose(found[::2], -3.0 * prompts_only, atol=1e-3)
-    # What the value model predicts is -3 times the model's score, brought to that part's scale.
+    # The value model predicts -3 times the model's score, on the scale of that part.
     mean, std = measured["raw_score_model_mean"], measured["raw_score_model_std"]
     assert value_model.scale == pytest.approx(-3.0 / std)
     assert value_model.scale * (10.0 - value_model.bias) == pytest.approx(-3 * (10.0 - mean) / std)
@@ -356,14 +358,14 @@ def test_each_part_has_a_scale_of_the_prompts_that_it_judges() -> None:
 def test_a_part_without_a_scale_is_named(only_with: str | None, message: str) -> None:
     settings = PartSettings(function="a:b", only_with=only_with)
     config = make_config(reward=RewardSettings(parts={"brief": settings}, normalize_on=8))
-    part = Part(FunctionReward(constant, "constant"), only_with=only_with)
+    part = RewardPart(FunctionReward(constant, "constant"), only_with=only_with)
     sampler = make_sampler(WeightedReward({"brief": part}), config)
     with pytest.raises(ValueError, match=message):
         normalize_scores(sampler, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True))
 
 
 class Broken:
-    """Scores nan, as a model whose weights went bad."""
+    """Scores nan, as a model with broken weights does."""
 
     def score(self, answers: Sequence[Answer]) -> Scored:
         return Scored(torch.full((len(answers),), torch.nan))
@@ -375,8 +377,8 @@ def test_a_broken_reward_is_no_part_that_does_not_judge(in_parts: bool) -> None:
     reward: Any = Broken()
     if in_parts:
         source = {"parts": {"bad": PartSettings(model="rm"), "good": PartSettings(function="a:b")}}
-        good = Part(FunctionReward(prompt_length, "good"))
-        reward = WeightedReward({"bad": Part(reward), "good": good})
+        good = RewardPart(FunctionReward(prompt_length, "good"))
+        reward = WeightedReward({"bad": RewardPart(reward), "good": good})
     config = make_config(reward=RewardSettings(normalize_on=8, **source))
     sampler = make_sampler(reward, config)
     with pytest.raises(ValueError, match="score is not finite in phase normalize"):
@@ -424,7 +426,7 @@ def test_without_the_setting_nothing_is_normalised() -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """sft, its reward models rm and rm2, and a reward model of another vocabulary, foreign."""
+    """Save sft, its reward models rm and rm2, and foreign, one of another vocabulary."""
     folder = tmp_path_factory.mktemp("folders")
     torch.manual_seed(0)
     save_base(folder / "sft", "llama", base_tokenizer())
@@ -526,7 +528,7 @@ def test_a_run_with_an_ensemble(folders: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_measure_the_same_scale_as_one(folders: Path, tmp_path: Path) -> None:
-    """Both take out the 3 that each token is worth, so that only the prompt's length is left."""
+    """Both take out the 3 that each token is worth, which leaves the prompt's length only."""
     settings = str(ROOT / "configs/accelerate/cpu2.yaml")
     launch = ["-m", "accelerate.commands.launch", "--quiet", "--config_file", settings]
     both = {"function": f"{HERE}:prompt_and_each", "per_token": True, "debias_length": True}

@@ -1,4 +1,4 @@
-"""The presets for real sizes, on models of their architectures with two layers and random weights.
+"""Runs the presets for real sizes, on models of their architectures with two random layers.
 
 The commands in a preset's header convert a few rows in the layouts of its public data sets. Then
 SFT, reward model, PPO and evaluation run with the preset's files, each as it is but for sizes.
@@ -67,7 +67,7 @@ PYTHIA = {
 
 
 def llama_tokenizer() -> PreTrainedTokenizerBase:
-    """Without a padding token and without a chat template, as those of the base models."""
+    """Make a tokenizer without padding token or chat template, like those of the base models."""
     ends = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
     return byte_tokenizer(*ends.values(), "<|finetune_right_pad_id|>", **ends)
 
@@ -79,7 +79,7 @@ def pythia_tokenizer() -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset's own files do not say."""
+    """Holds what a preset's own files do not say."""
 
     launcher: str
     """The launcher file that its header names."""
@@ -190,7 +190,7 @@ def convert_samples(preset: str, work: Path, run: Path) -> None:
         at = words.index("--input") + 1
         name, *split = words[at].removeprefix("hub:").split(":")
         sample = work / f"{'-'.join([name.replace('/', '-'), *split])}.jsonl"
-        first = NUM_ROWS * len(split)  # other rows in another split
+        first = NUM_ROWS * len(split)  # different rows in each split
         rows = [json.dumps(ROWS[name](first + i)) for i in range(NUM_ROWS)]
         sample.write_text("\n".join(rows) + "\n")
         options = [placed(word) for word in words[3:]]
@@ -201,7 +201,7 @@ def convert_samples(preset: str, work: Path, run: Path) -> None:
 def save_base(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     torch.manual_seed(0)
     save_policy(new_policy(config, tokenizer), tokenizer, folder)
-    # A base model has none: load_tokenizer would have added ours.
+    # A base model has no template; load_tokenizer would have added ours.
     (folder / "chat_template.jinja").unlink(missing_ok=True)
 
 
@@ -217,7 +217,7 @@ def shrunk(config: PPOConfig, factor: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")  # alarms about a policy that learned nothing
+@pytest.mark.filterwarnings("ignore::UserWarning")  # about a policy that learned nothing
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_stage_starts_with_the_presets_own_files(name: str, tmp_path: Path) -> None:
     preset, run = PRESETS[name], tmp_path / "run"
@@ -267,7 +267,7 @@ def test_the_processes_of_the_launcher_can_share_each_batch(name: str) -> None:
 
 
 def test_tldr_is_rendered_as_in_the_paper(tmp_path: Path) -> None:
-    """Post, space, summary, end of text, and nothing else (Huang et al. 2024)."""
+    """It is post, space, summary, end of text, and nothing else (Huang et al. 2024)."""
     save_base(PYTHIA, pythia_tokenizer(), tmp_path / "base")
     shutil.copy(
         ROOT / "configs/presets/pythia_1b_tldr.jinja", tmp_path / "base/chat_template.jinja"

@@ -1,4 +1,4 @@
-"""The pretrain stage: its tokenizer, its rows, its loss, and a short run end to end."""
+"""Tests the pretrain stage: its tokenizer, its rows, its loss, and a short run."""
 
 import json
 from collections import Counter
@@ -137,7 +137,7 @@ def test_greedy_text_before_saving_equals_text_after_loading(
         for model in (kept[0], loaded)
     )
     assert before.responses == after.responses
-    # Loaded weights lie elsewhere in memory, and a processor's sums may differ by rounding.
+    # Loaded weights have other addresses in memory, so sums may differ by rounding.
     assert after.logprobs[0] == pytest.approx(before.logprobs[0], abs=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""QLoRA through SFT, reward model and PPO-ptx: adapters over one base in 4 bits, on a CPU."""
+"""Runs SFT, reward model and PPO-ptx with QLoRA: adapters over one base in 4 bits, on a CPU."""
 
 import json
 from dataclasses import replace
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.xdist_group("qlora")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The inputs, and a folder of each stage. PPO scores the golden rows of the reward model."""
+    """Write the inputs and run each stage. PPO scores the golden rows of the reward model."""
     folder = tmp_path_factory.mktemp("qlora")
     make_inputs(folder)
     sft, rm, ppo = (folder / stage for stage in STAGES)
@@ -65,7 +65,7 @@ def test_bidirectional_model_is_refused_in_four_bits(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_golden_rows_are_held_to_the_tolerance_of_four_bits(work: Path) -> None:
-    """The scores were measured over the whole base, and PPO reads them over the one in 4 bits."""
+    """They were measured over the full base, and PPO scores them over the one in 4 bits."""
     settings = ModelSettings(path=str(work / "rm"))
     bases = SharedBases(quantize="4bit")
     model = load_reward_model(
@@ -81,4 +81,4 @@ def test_golden_rows_are_held_to_the_tolerance_of_four_bits(work: Path) -> None:
     assert max(errors) > 1e-3
     model.card = replace(model.card, golden=(replace(golden[0], score=9.0),))
     with pytest.raises(ValueError, match="4bit, tolerance"):
-        model.recheck()
+        model.check_golden_rows()

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again is the run that was not, to the bit."""
+"""A run that is killed at any moment and started again gives the same bits as one that is not."""
 
 import shutil
 import signal
@@ -21,10 +21,10 @@ def configs(tmp_path: Path) -> dict[str, Any]:
 
 PPO_CUTS = [
     Cut("stages.ppo.update", "policy_loss", 5),  # before the first checkpoint
-    Cut("rlhf.runs.checkpoint_files", "save_file", 2),  # in the middle of the first
-    Cut("stages.ppo.train", "update", 3),  # behind the first
-    Cut("rlhf.runs.checkpoint_files", "Path.rename", 1),  # the second is whole, still unnamed
-    Cut("rlhf.runs.checkpoints", "remove_others", 1),  # it has, and the first is still there
+    Cut("rlhf.runs.checkpoint_files", "save_file", 2),  # while the first is written
+    Cut("stages.ppo.train", "update", 3),  # after the first
+    Cut("rlhf.runs.checkpoint_files", "Path.rename", 1),  # the second is whole, but not renamed
+    Cut("rlhf.runs.checkpoints", "remove_others", 1),  # it is renamed, and the first is still there
     Cut("stages.ppo.stopping", "save_policy", 1),
 ]
 
@@ -53,10 +53,10 @@ def test_a_reward_model_killed_again_and_again_is_the_one_that_was_not(
 
 
 SFT_CUTS = [
-    Cut("stages.sft.trainer", "_Keeper.on_log", 2),
+    Cut("stages.sft.trainer", "_TrainingCallback.on_log", 2),
     Cut("rlhf.runs.checkpoint_files", "save_file", 1),
-    Cut("stages.sft.trainer", "save_weights", 3),  # in the middle of keeping the best
-    Cut("stages.sft.trainer", "_Keeper.on_step_end", 3),
+    Cut("stages.sft.trainer", "save_weights", 3),  # while the best is saved
+    Cut("stages.sft.trainer", "_TrainingCallback.on_step_end", 3),
     Cut("rlhf.runs.checkpoints", "remove_others", 1),
     Cut("stages.sft.train", "save_policy", 1),
 ]
@@ -100,7 +100,7 @@ def test_two_processes_go_on_from_one_checkpoint(
 ) -> None:
     cuts = [
         Cut("stages.ppo.train", "update", 4),  # the second process, in the middle of an update
-        Cut("rlhf.runs.checkpoints", "gather_object", 1),  # before it gives its part
+        Cut("rlhf.runs.checkpoints", "gather_object", 1),  # before it sends its part
     ]
     rows = same_when_killed("ppo", configs["ppo"], cuts, num_processes=2)
     assert [row["step"] for row in rows] == list(range(6))
@@ -121,7 +121,7 @@ def same_when_killed(
     num_processes: int = 1,
     weights: str = "model.safetensors",
 ) -> list[dict[str, Any]]:
-    """A run that is left alone and one that is cut off leave the same; returns its rows."""
+    """Check that a run leaves the same with and without cuts; return its rows."""
     folder = Path(config.output_dir)
     whole, killed = (replace(config, output_dir=str(folder / n)) for n in ("whole", "killed"))
     run_to_the_end(stage, whole, [], num_processes=num_processes)

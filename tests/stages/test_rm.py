@@ -1,4 +1,4 @@
-"""The rm stage: the gradient it takes, what it leaves out, what it learns and what it writes."""
+"""Tests the rm stage: its gradient, what it leaves out, what it learns and what it writes."""
 
 import json
 import math
@@ -29,11 +29,11 @@ from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.models import load_reward_model
 from rlhf.training.settings import OptimSettings
 from rlhf.training.step import make_train_state
-from stages.rm import figures
+from stages.rm import pair_metrics
 from stages.rm.batches import GlobalBatches, make_comparisons
 from stages.rm.config import Config
 from stages.rm.data import Example, make_examples, read_rankings
-from stages.rm.figures import Pair
+from stages.rm.pair_metrics import Pair
 from stages.rm.saved import check_saved_head
 from stages.rm.train import train
 from stages.rm.update import update
@@ -63,7 +63,7 @@ def sft(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def make_rankings(num: int, seed: int = 0) -> list[Ranking]:
-    """Responses with the letter a win over those without; equals tie."""
+    """Make rankings in which responses with the letter a win over those without; equals tie."""
     generator = random.Random(seed)
     rankings = []
     for i in range(num):
@@ -75,13 +75,13 @@ def make_rankings(num: int, seed: int = 0) -> list[Ranking]:
 
 
 def soften(ranking: Ranking) -> Ranking:
-    """The same by a judge who is 90 % sure of every pair, and even about responses 0 and 1."""
+    """Return the ranking of a judge who is 90 % sure of every pair, but undecided about 0 and 1."""
     probabilities = ((0, 1, 0.5), *((i, j, 0.9) for i, j in ranking.pairs()))
     return replace(ranking, ranks=(None,) * len(ranking.ranks), probabilities=probabilities)
 
 
 def make_config(sft: Path, rankings: Sequence[Ranking], **changes: Any) -> Config:
-    """Settings of a short run on these rankings, in files beside the model."""
+    """Return settings of a short run on these rankings, in files beside the model."""
     work = sft.parent
     write_records(work / "rankings.jsonl", rankings)
     demonstrations = [Demonstration(r.prompt, r.responses[0]) for r in rankings[:20]]
@@ -101,7 +101,7 @@ def make_config(sft: Path, rankings: Sequence[Ranking], **changes: Any) -> Confi
 
 
 def make_gold(path: str) -> Any:
-    """A gold score as tests name it: the share of the letter a."""
+    """Make a gold score, the share of the letter a."""
     return lambda prompts, responses: [r.count("a") / max(len(r), 1) for r in responses]
 
 
@@ -123,7 +123,7 @@ def test_learns_what_people_prefer(trained: tuple[Config, dict[str, Any]]) -> No
     assert set(results["by_source"]) == {"file 0", "file 1"}
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
-    # A fresh head's scores spread by about 1, and so add up to a quarter to the ln 2 of no spread.
+    # Scores of a new head spread by about 1, which adds at most a quarter to ln 2.
     assert metrics[0]["rm/loss"] == results["first_loss"] == pytest.approx(math.log(2), abs=0.3)
     held_out = [row for row in metrics if "rm/held_out_loss" in row]
     assert [row["step"] for row in held_out] == [results["steps"] // 2, results["steps"]]
@@ -140,7 +140,7 @@ def test_learns_what_people_prefer(trained: tuple[Config, dict[str, Any]]) -> No
 def test_figures_between_epochs_are_of_the_model_then_and_leave_training_alone(
     sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One epoch at a constant rate ends where two stand between them; unmeasured, two end alike."""
+    """At a constant rate, one epoch ends where two are halfway. Measuring changes no weight."""
     optim = OptimSettings(learning_rate=3e-3, schedule="constant")
     rankings = make_rankings(48)
     runs = {}
@@ -263,7 +263,7 @@ def test_gradient_is_that_of_the_plain_sum_however_it_is_packed(sft: Path, tmp_p
 def plain_gradient(
     sft: Path, chat: Chat, rankings: Sequence[Ranking], margin_per_rank: float
 ) -> tuple[float, torch.Tensor]:
-    """Loss and gradient pair by pair, each response through the model alone."""
+    """Return loss and gradient pair by pair, with each response alone in a pass."""
     torch.manual_seed(3)
     model = load_scalar(ModelSettings(path=str(sft)), new_head=True)
     total = torch.zeros(())
@@ -347,8 +347,8 @@ def test_pairs_of_equal_responses_are_left_out_and_counted(chat: Chat) -> None:
     assert preferences[1].tolist() == [0, 0, 1, 0, 0]
     measured, _ = make_examples(rankings, chat, limits(), for_training=False)
     soft = make_comparisons([measured[2].ranking], 0.0).preferences
-    assert soft[:, :2].count_nonzero() == 1  # of y against x, none between the two
-    assert figures.label_preferences(measured) == [
+    assert soft[:, :2].count_nonzero() == 1  # y against x, and no pair between the two
+    assert pair_metrics.label_preferences(measured) == [
         [(0, 1, 1.0), (1, 2, 1.0)],
         [],
         [(0, 2, 0.9)],
@@ -454,19 +454,19 @@ def test_figures_of_four_pairs() -> None:
         Pair("q", "y", margin=0.0, length_margin=-1),
         Pair("q", "y", margin=three, length_margin=0),
     ]
-    share, (low, high) = figures.accuracy(pairs, seed=0)
-    # A bootstrap says (0.5, 0.75); of two prompts that is too little.
+    share, (low, high) = pair_metrics.accuracy(pairs, seed=0)
+    # A bootstrap gives (0.5, 0.75), which is too narrow for two prompts.
     assert share == 0.625 and (low, high) == wilson_interval(0.625, 2)
-    assert figures.accuracy(pairs[:2], seed=0).interval == (0.0, 1.0)
-    assert figures.length_accuracy(pairs, longer_wins=True) == 0.625
-    assert figures.length_accuracy(pairs, longer_wins=False) == 0.375
-    assert figures.does_longer_win(pairs) and not figures.does_longer_win(pairs[2:])
+    assert pair_metrics.accuracy(pairs[:2], seed=0).interval == (0.0, 1.0)
+    assert pair_metrics.length_accuracy(pairs, longer_wins=True) == 0.625
+    assert pair_metrics.length_accuracy(pairs, longer_wins=False) == 0.375
+    assert pair_metrics.does_longer_win(pairs) and not pair_metrics.does_longer_win(pairs[2:])
     expected = -(2 * math.log(0.75) + math.log(0.25) + math.log(0.5)) / 4
-    assert figures.log_loss(pairs) == pytest.approx(expected)
-    error, bins = figures.calibration(pairs)
+    assert pair_metrics.log_loss(pairs) == pytest.approx(expected)
+    error, bins = pair_metrics.calibration(pairs)
     assert [row["pairs"] for row in bins] == [1, 3]
     assert error == pytest.approx(3 / 4 * (0.75 - 2 / 3))
-    table = figures.by_source(pairs, seed=0)
+    table = pair_metrics.by_source(pairs, seed=0)
     assert table["x"]["pair_accuracy"] == 0.5 and table["y"]["pair_accuracy"] == 0.75
 
 
@@ -478,27 +478,29 @@ def test_figures_against_soft_labels() -> None:
         Pair("q", "x", margin=0.0, length_margin=-1, probability=0.75),
         Pair("q", "y", margin=three, length_margin=-1, probability=0.5),
     ]
-    assert figures.accuracy(pairs, seed=0).value == 0.5
-    assert figures.length_accuracy(pairs, longer_wins=True) == pytest.approx(2 / 3)
+    assert pair_metrics.accuracy(pairs, seed=0).value == 0.5
+    assert pair_metrics.length_accuracy(pairs, longer_wins=True) == pytest.approx(2 / 3)
     a, b = -math.log(0.75), -math.log(0.25)
     expected = [0.75 * a + 0.25 * b, 0.75 * b + 0.25 * a, math.log(2), 0.5 * a + 0.5 * b]
-    assert figures.log_loss(pairs) == pytest.approx(sum(expected) / 4)
-    error, bins = figures.calibration(pairs)
+    assert pair_metrics.log_loss(pairs) == pytest.approx(sum(expected) / 4)
+    error, bins = pair_metrics.calibration(pairs)
     assert [(row["pairs"], row["accuracy"]) for row in bins] == [(1, 0.5), (3, 0.5)]
     assert error == pytest.approx(3 / 4 * 0.25)
-    found = figures.figures_of(pairs, seed=0)
+    found = pair_metrics.describe_pairs(pairs, seed=0)
     assert (found["pairs"], found["undecided_pairs"], found["prompts"]) == (3, 1, 2)
-    assert math.isnan(figures.by_source(pairs, seed=0)["y"]["pair_accuracy"])
+    assert math.isnan(pair_metrics.by_source(pairs, seed=0)["y"]["pair_accuracy"])
 
 
 def test_gold_ties_make_no_pairs() -> None:
     tree = PromptTree((1,), ((2,), (3,), (4, 4)))
     example = Example(tree, Ranking("q", ("a", "b", "c"), (None,) * 3), is_cut=False)
     gold = {"a": 0.5, "b": 2.0, "c": 0.5}
-    preferences = figures.gold_preferences([example], lambda _, texts: [gold[t] for t in texts])
-    pairs = figures.compare([example], [[0.0, 1.0, 3.0]], preferences)
+    preferences = pair_metrics.gold_preferences(
+        [example], lambda _, texts: [gold[t] for t in texts]
+    )
+    pairs = pair_metrics.compare([example], [[0.0, 1.0, 3.0]], preferences)
     assert [(pair.margin, pair.length_margin) for pair in pairs] == [(1.0, 0), (-2.0, -1)]
-    assert figures.label_preferences([example]) == [[]]
+    assert pair_metrics.label_preferences([example]) == [[]]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The sft stage: which tokens are learnt, what is left out, which checkpoint is kept."""
+"""Tests the sft stage: which tokens are learnt, what is left out, which checkpoint is kept."""
 
 import json
 import random
@@ -33,7 +33,7 @@ from stages.sft import train as train_module
 from stages.sft.config import Config
 from stages.sft.glossary import METRICS
 from stages.sft.measure import different_prompts, draw_samples, mean_loss, sample_rows
-from stages.sft.rows import cut_text, fit_batches, lay_out, load_rows, render
+from stages.sft.rows import cut_text, fit_batches, load_rows, order_epochs, render
 from stages.sft.train import train
 from stages.sft.trainer import Measure, fit, make_trainer, to_row
 from tests.rlhf.plain_loading import load_with_report
@@ -52,7 +52,7 @@ LLAMA = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model whose tokenizer pads with its end token, as many on the hub do."""
+    """Save a random model whose tokenizer pads with its end token, as many on the hub do."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("sft") / "base"
     tokenizer = byte_tokenizer("<end>", "<pad>", eos_token="<end>", pad_token="<end>")
@@ -93,7 +93,7 @@ def make_config(base: Path, demonstrations: Path | str, tmp_path: Path, **change
 
 
 def losses_of_batches(trees: list[PromptTree], config: Config, chat: Chat, tmp_path: Path) -> Any:
-    """The batches that reach the loss, collated by the trainer."""
+    """Return the batches that reach the loss, collated by the trainer."""
     policy = load_policy(config.model)
     trainer = make_trainer(policy, chat.tokenizer, trees, config, str(tmp_path / "checkpoints"))
     return list(trainer.get_train_dataloader())
@@ -130,7 +130,7 @@ def test_text_is_learnt_whole_but_for_the_token_that_is_given(
 def fit_alone(
     policy: PreTrainedModel, chat: Chat, trees: Any, config: Config, run: Run, measure: Measure
 ) -> tuple[Path, int]:
-    """fit in a run that writes no checkpoints."""
+    """Call `fit` in a run that writes no checkpoints."""
     checkpoints = Checkpoints(run, start_accelerator(), None)
     return fit(policy, chat.tokenizer, trees, config, run, checkpoints, {}, measure)
 
@@ -138,7 +138,7 @@ def fit_alone(
 def test_first_step_logs_the_mean_loss_of_its_batchs_trained_tokens(
     base: Path, chat: Chat, demonstrations: Path, tmp_path: Path
 ) -> None:
-    """Micro-batches of unlike lengths: a mean of their means would be another number."""
+    """Micro-batches differ in length, so a mean of their means would be another number."""
     config = make_config(base, demonstrations, tmp_path)
     examples, _ = render(
         [Demonstration(a, a * n) for a, n in (("a", 1), ("b", 6), ("c", 3))], chat, 40, 8
@@ -270,7 +270,7 @@ def test_reward_model_chooses(base: Path, chat: Chat, demonstrations: Path, tmp_
     assert names == {metric.name for metric in METRICS}
     scores = {row["step"]: row["sft/reward_score"] for row in logged if "sft/reward_score" in row}
     results = json.loads((folder / "results.json").read_text())
-    del scores[0]  # the base model is measured, and is no candidate
+    del scores[0]  # the base model is measured, but not a candidate
     assert len(set(scores.values())) > 1
     assert results["chosen_step"] == max(scores, key=lambda step: scores[step])
     assert results["reward_score"] == pytest.approx(max(scores.values()), abs=1e-5)
@@ -348,31 +348,31 @@ def test_text_has_the_share_of_trained_tokens_that_was_asked_for(
 
 def test_every_epoch_has_every_row_and_every_batch_is_full() -> None:
     trees = [text_tree(range(2 + i)) for i in range(10)]
-    laid = lay_out(trees, 2, 4, seed=0)
-    assert sorted(tree.num_tokens for tree in laid) == sorted(2 * list(range(2, 12)))
-    assert len({tree.num_tokens for tree in laid[:8]}) == 8
+    ordered = order_epochs(trees, 2, 4, seed=0)
+    assert sorted(tree.num_tokens for tree in ordered) == sorted(2 * list(range(2, 12)))
+    assert len({tree.num_tokens for tree in ordered[:8]}) == 8
     for start in range(0, 20, 4):
-        sizes = [tree.num_tokens for tree in laid[start : start + 4]]
+        sizes = [tree.num_tokens for tree in ordered[start : start + 4]]
         assert sizes == sorted(sizes, reverse=True)
-    assert laid == lay_out(trees, 2, 4, seed=0) != lay_out(trees, 2, 4, seed=1)
-    filled = [tree.num_tokens for tree in lay_out(trees, 3, 4, seed=0)]
+    assert ordered == order_epochs(trees, 2, 4, seed=0) != order_epochs(trees, 2, 4, seed=1)
+    filled = [tree.num_tokens for tree in order_epochs(trees, 3, 4, seed=0)]
     assert len(filled) == 32
     assert {filled.count(size) for size in range(2, 12)} == {3, 4}
 
 
-@pytest.mark.parametrize(("num_processes", "laid_size"), [(1, 3), (2, 4), (8, 8)])
+@pytest.mark.parametrize(("num_processes", "full_batch_size"), [(1, 3), (2, 4), (8, 8)])
 def test_an_epoch_of_few_rows_is_one_pass_whatever_the_batch(
-    base: Path, tmp_path: Path, num_processes: int, laid_size: int
+    base: Path, tmp_path: Path, num_processes: int, full_batch_size: int
 ) -> None:
     config = make_config(base, "unused", tmp_path, batch_size=16)
     fitted = fit_batches(config, 3, num_processes)
-    assert fitted.batch_size == laid_size and fitted.rows_per_pass(num_processes)
+    assert fitted.batch_size == full_batch_size and fitted.rows_per_pass(num_processes)
     trees = [text_tree(range(2 + i)) for i in range(3)]
-    laid = lay_out(trees, 2, 3, 0, fitted.batch_size)
-    assert len(laid) == 2 * laid_size
-    for start in (0, laid_size):
-        assert sorted(tree.num_tokens for tree in laid[start : start + 3]) == [2, 3, 4]
-        idle = laid[start + 3 : start + laid_size]
+    ordered = order_epochs(trees, 2, 3, 0, fitted.batch_size)
+    assert len(ordered) == 2 * full_batch_size
+    for start in (0, full_batch_size):
+        assert sorted(tree.num_tokens for tree in ordered[start : start + 3]) == [2, 3, 4]
+        idle = ordered[start + 3 : start + full_batch_size]
         assert all(sum(to_row(tree)["completion_mask"]) == 0 for tree in idle)
     assert fit_batches(config, 99, num_processes).batch_size == 16
 

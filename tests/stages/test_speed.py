@@ -1,4 +1,4 @@
-"""Tokens a second and FLOPs utilisation of a PPO run, against what its folder says."""
+"""Compares tokens a second and FLOPs utilisation of a PPO run with what its folder says."""
 
 import json
 from dataclasses import replace
@@ -36,7 +36,7 @@ def test_a_run_logs_its_speed_and_reports_the_mean(
     size = size_of(load_policy(ModelSettings(path=str(folder))))
     (prompt_tokens,) = {len(chat.prompt_ids(f"say {number}")) for number in range(10)}
     total = {"tokens": 0.0, "flops": 0.0, "seconds": 0.0}
-    for row, num_blocks in zip(rows, (0, 2 * 4), strict=True):  # 2 steps, 0.25 * 16 blocks each
+    for row, num_blocks in zip(rows, (0, 2 * 4), strict=True):  # 2 steps of 0.25 * 16 blocks
         seconds = row["seconds/update"] - row.get("seconds/save", 0.0)
         tokens = row["ppo/tokens_per_second"] * seconds
         flops = row["ppo/model_flops_utilisation"] * seconds * RATE
@@ -44,15 +44,15 @@ def test_a_run_logs_its_speed_and_reports_the_mean(
         assert tokens == pytest.approx(32 * prompt_tokens + responses, abs=32)  # "say 10", "say 11"
         block = forward_flops(size, Work(16, 15, 8 * 17))
         body = replace(size, attention=0, unembedding=0)
-        # Policy: sampled, read twice, trained (3); value: read, trained: 10 bodies of one size.
+        # Passes: policy 1 sampling, 2 reading, 3 training; value model 1 reading, 3 training: 10.
         linear = 10 * forward_flops(body, Work(round(tokens)))
         unembedded = 6 * 2 * size.unembedding * responses
         bare = linear + unembedded + 3 * num_blocks * block
-        # The rest is attention, which by its convexity needs the least when all are equally long.
+        # The rest is attention. It is convex in the length, so equal lengths need the least.
         lengths = (tokens / 32, prompt_tokens + 1 + ppo_config.rollout.max_new_tokens)
         low, high = (10 * 4 * size.attention * 32 * n * (n + 1) / 2 for n in lengths)
         assert bare + low <= flops < bare + high
-        assert high - low < 3 * 8 * block  # or this would not see the text
+        assert high - low < 3 * 8 * block  # otherwise the text would not show
         for name, value in (("tokens", tokens), ("flops", flops), ("seconds", seconds)):
             total[name] += value
     results = json.loads((folder / "results.json").read_text())

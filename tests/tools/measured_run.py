@@ -1,7 +1,7 @@
-"""`python -m tests.tools.measured_run WARM_UP.yaml SETTINGS.yaml`: peak bytes of a PPO run.
+"""`python -m tests.tools.measured_run WARM_UP.yaml SETTINGS.yaml`: prints peak bytes of a PPO run.
 
-The run in the first file has everything imported and every library started; what the second one
-adds to the memory in use then is printed.
+The run of the first file imports and starts all libraries. The peak of the second one counts beyond
+the memory that is then in use.
 """
 
 import ctypes
@@ -9,7 +9,7 @@ import gc
 import sys
 from pathlib import Path
 
-import peft  # noqa: F401  # a run imports it where it needs it, which is not the first of the two
+import peft  # noqa: F401  # the first run would not import it
 
 from rlhf.runs.settings import load_config
 from stages.ppo.config import Config
@@ -17,7 +17,7 @@ from stages.ppo.train import train
 
 
 def status(name: str) -> int:
-    """A size of this process, from the kernel."""
+    """Return a size of this process, as the kernel reports it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024

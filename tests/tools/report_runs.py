@@ -1,4 +1,4 @@
-"""Run folders as stages leave them, small and written by hand, for tests of the page."""
+"""Writes small run folders as stages leave them, for tests of the page."""
 
 import json
 import math
@@ -21,7 +21,7 @@ HOSTILE = (
     "a lone surrogate \ud800 and U+2028 \u2028 here",
     "x" * 100_000,
 )
-"""Texts that a model might write, none of which may do anything but be seen."""
+"""Texts that a model might write. The page must show them, and they must do nothing else."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -41,7 +41,7 @@ def write_stage(
     results: Mapping[str, Any] | None,
     inputs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Settings, lineage and, if the stage is to look finished, its results."""
+    """Write settings, lineage and, for a finished stage, its results."""
     lineage = {
         "stage": stage,
         "inputs": inputs or {},
@@ -55,7 +55,7 @@ def write_stage(
 
 
 def inputs_from(run: Path, **folders: str) -> dict[str, Any]:
-    """Inputs as lineage.json has them, each from a folder of the run."""
+    """Return inputs as lineage.json has them, each from a folder of the run."""
     hashes = {"model.safetensors": "5b1f8705bf"}
     return {name: {"path": str(run / of), "sha256": hashes} for name, of in folders.items()}
 
@@ -110,7 +110,7 @@ def write_ppo(
     kl_coef: float = 0.05,
     alarms: Iterable[Mapping[str, Any]] = (),
 ) -> Path:
-    """A PPO run; unfinished if its last update is not the last one of the settings."""
+    """Write a PPO run, unfinished if its last update is not the last one of the settings."""
     folder = run / "ppo_ptx"
     settings = {
         "output_dir": str(folder),
@@ -144,7 +144,7 @@ def write_ppo(
 
 
 def write_long_ppo(run: Path, *, num_updates: int, num_samples: int) -> Path:
-    """A long PPO run that logs what panels show, with an alarm in every tenth update.
+    """Write a long PPO run that logs what panels show, with an alarm in every tenth update.
 
     Its KL is a wave with one peak, in its third update; its samples are those of two evaluations.
     """
@@ -188,7 +188,7 @@ def policy(right: float, **figures: Any) -> dict[str, Any]:
 
 
 def write_evaluation(run: Path, **changes: Any) -> None:
-    """results.json and samples.jsonl of an evaluation of sft and ppo_ptx, with hostile texts."""
+    """Write an evaluation of sft and ppo_ptx: results, and samples with hostile texts."""
     results = {
         "policies": ["sft", "ppo_ptx"],
         "baseline": "sft",
@@ -247,7 +247,7 @@ def write_evaluation(run: Path, **changes: Any) -> None:
 
 
 def write_benchmark(run: Path) -> None:
-    """A benchmark of sft and ppo_ptx on one task."""
+    """Write a benchmark of sft and ppo_ptx on one task."""
     row = {"task": "arc_easy", "rendering": "plain", "shots": 0, "metric": "acc"}
     results = {
         "policies": ["sft", "ppo_ptx"],
@@ -273,7 +273,7 @@ def write_benchmark(run: Path) -> None:
 
 
 def write_pipeline(run: Path, **changes: Any) -> Path:
-    """A whole run with its evaluation, whose results may be changed."""
+    """Write a whole run with its evaluation, whose results may be changed."""
     write_sft(run)
     write_collect(run)
     write_rm(run)

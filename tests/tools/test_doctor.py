@@ -1,4 +1,4 @@
-"""The doctor's report on installations that lack this or that, which are made up here."""
+"""Tests the doctor's report on simulated installations that lack something."""
 
 import importlib
 import shutil
@@ -13,7 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 import rlhf.runs.stopwatch
-import rlhf.runs.trackers  # else first imported by a doctor from whom packages are hidden
+import rlhf.runs.trackers  # otherwise first imported while packages are hidden
 from tests import guarded_chain
 from tools import doctor
 from tools.doctor import Finding
@@ -29,7 +29,7 @@ def nothing() -> list[Finding]:
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Started processes end at once, DeepSpeed is left alone, and no other machine is asked."""
+    """Make the checks fast: no processes, no DeepSpeed, and no other machine."""
 
     def refuse(*args: Any) -> NoReturn:
         raise AssertionError(f"asked {args}")
@@ -41,7 +41,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def declare(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
-    """The base needs these packages and no other: those would be imported while some are hidden."""
+    """Make the base need only these packages, as others would be imported while some are hidden."""
     declared = doctor._declared
     monkeypatch.setattr(
         doctor, "_declared", lambda extra: declared(extra) if extra else [*map(Requirement, lines)]
@@ -50,7 +50,7 @@ def declare(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
-    """Name -> version that is made out to be installed (None: it is not), for the test to fill."""
+    """Return a mapping of packages to simulated versions to fill. None means not installed."""
     versions: dict[str, str | None] = {}
     real = metadata.version
 
@@ -65,7 +65,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
-    """The exit code and the lines of `python -m tools.doctor`."""
+    """Return the exit code and the lines of `python -m tools.doctor`."""
     code = doctor.main([])
     return code, capsys.readouterr().out.splitlines()
 

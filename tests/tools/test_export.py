@@ -1,4 +1,4 @@
-"""Merged weights compute what the adapter did, load anywhere, and overwrite nothing."""
+"""Merged weights compute the same as the adapter, load anywhere, and overwrite nothing."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ IDS = torch.tensor([[5, 9, 13, 17, 21]])
 
 @pytest.fixture(params=["llama", "gpt2"])
 def work(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A base and its tokenizer."""
+    """Save a base and its tokenizer."""
     tokenizer = byte_tokenizer("<eos>", "<pad>", eos_token="<eos>", pad_token="<pad>")
     base = tiny_policy_of(request.param, vocab_size=len(tokenizer))
     save_policy(base, tokenizer, tmp_path / "base")

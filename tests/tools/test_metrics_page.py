@@ -1,4 +1,4 @@
-"""docs/metrics.md is what the stages' tables give, and the tables name only what exists."""
+"""docs/metrics.md is made from the stages' tables, which name only what exists."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The plan's peaks against the memory of real runs, and its table for every shipped preset."""
+"""Compares the plan's peaks with the memory of real runs, and makes every preset's table."""
 
 import json
 import os
@@ -32,22 +32,22 @@ PROMPT_TOKENS = 112
 TOLERANCE = 0.15
 
 SMALL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6}
-"""6.6 million weights."""
+"""A model of 6.6 million weights."""
 LARGE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
-"""22 million."""
+"""A model of 22 million weights."""
 
 
 TEXT = PtxSettings(coef=0.1, text="text.jsonl", block_tokens=64, blocks_per_episode=2.0)
 
 
 def write_inputs(folder: Path, **size: Any) -> Path:
-    """A policy, prompts of PROMPT_TOKENS tokens each, and text."""
+    """Write a policy, prompts of PROMPT_TOKENS tokens each, and text."""
     folder.mkdir()
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4}
     policy = tiny_policy_of("llama", vocab_size=VOCAB, **heads, **size)
     for parameter in policy.parameters():
-        parameter.data.mul_(0.1)  # sure of nothing, so that responses do not end
+        parameter.data.mul_(0.1)  # unsure of everything, so that responses do not end
     save_policy(policy, tokenizer, folder / "sft")
     filler = PROMPT_TOKENS - len(Chat(tokenizer).prompt_ids(""))
     rows = [{"prompt": letter * filler} for letter in "abcdefgh"]
@@ -76,7 +76,7 @@ def run_config(folder: Path, output: Path, **changes: Any) -> Config:
 
 
 def measured_peak(folder: Path, config: Config) -> int:
-    """Of the run in a process of its own, where freed memory goes back to the system at once."""
+    """Measure a run in a process of its own, where freed memory returns to the system at once."""
     warm_up = run_config(
         write_inputs(folder / "tiny"),
         folder / "warm_up",
@@ -133,14 +133,14 @@ def config(tiny: Path, tmp_path: Path) -> Config:
 
 
 def weights_of(tiny: Path) -> int:
-    """Bytes of the policy's weights, as they are on disk."""
+    """Return the bytes of the policy's weights on disk."""
     return sum(weight.nbytes for weight in load_file(tiny / "sft/model.safetensors").values())
 
 
 @pytest.mark.slow
 def test_what_is_held_is_split_as_the_launcher_says(tiny: Path, config: Config) -> None:
     full = weights_of(tiny)
-    head = 4 * (32 - VOCAB * 32)  # the value model has a head of one row for the unembedding
+    head = 4 * (32 - VOCAB * 32)  # the value model has a head of one row instead of the unembedding
     value = full + head
 
     def held(**launch: Any) -> list[int]:
@@ -160,7 +160,7 @@ def test_what_is_held_is_split_as_the_launcher_says(tiny: Path, config: Config) 
 
 @pytest.mark.slow
 def test_zero3_gathers_both_models_for_a_rollout(tiny: Path, config: Config) -> None:
-    """In bfloat16 under mixed precision: half of the bytes on disk, on every process."""
+    """Under mixed precision they are in bfloat16: every process holds half of the bytes on disk."""
     whole = make_plan(config, Launch(2, zero_stage=2, mixed_precision="bf16"))
     split = make_plan(config, Launch(2, zero_stage=3, mixed_precision="bf16"))
     full = weights_of(tiny)
@@ -174,7 +174,7 @@ def test_zero3_gathers_both_models_for_a_rollout(tiny: Path, config: Config) -> 
 
 @pytest.mark.slow
 def test_deepspeed_runs_passes_in_bfloat16(config: Config) -> None:
-    """So the cache has 2 bytes a number. Under autocast, rotary embeddings make it float32."""
+    """The cache then has 2 bytes a number. Under autocast, rotary embeddings make it float32."""
     numbers = 2 * 2 * 4 * 4  # layers, keys and values, their heads, and the size of a head
     tokens = PROMPT_TOKENS + config.rollout.max_new_tokens - 1
     caches = [
@@ -185,7 +185,7 @@ def test_deepspeed_runs_passes_in_bfloat16(config: Config) -> None:
             Launch(2, mixed_precision="bf16"),
         )
     ]
-    own = 4  # of the 8 episodes
+    own = 4  # of 8 episodes
     assert caches == [own * tokens * numbers * size for size in (2, 2, 4)]
 
 
@@ -211,7 +211,7 @@ def test_a_mean_update_has_its_share_of_the_checks(config: Config) -> None:
 
 
 def save_reward(base: Path, folder: Path, lora: LoraSettings) -> str:
-    """A reward model on the body of a policy."""
+    """Save a reward model on the body of a policy."""
     settings = ModelSettings(path=str(base))
     load_scalar(settings, new_head=True, lora=lora).save(folder, load_tokenizer(str(base)))
     return str(folder)
@@ -222,7 +222,7 @@ def test_roles_over_one_base_hold_it_once(tiny: Path, config: Config, tmp_path: 
     base, lora = tiny / "sft", LoraSettings(rank=4)
     reward = save_reward(base, tmp_path / "reward", lora)
     config = replace(config, lora=lora, reward=RewardSettings(model=reward))
-    # Of rank r: r (in + out) numbers for each of q, k, v, o, gate, up, down in two layers.
+    # Rank r takes r (in + out) numbers for each of q, k, v, o, gate, up, down in two layers.
     adapter = 4 * 4 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
     with_head = adapter + 4 * 32
     roles = {
@@ -236,7 +236,7 @@ def test_roles_over_one_base_hold_it_once(tiny: Path, config: Config, tmp_path: 
     }
     assert make_plan(config, Launch()).held == roles
     halved = replace(config, reward=RewardSettings(model=reward, dtype="bfloat16"))
-    body = weights_of(tiny) // 2 - 2 * VOCAB * 32  # of a classifier, without the unembedding
+    body = weights_of(tiny) // 2 - 2 * VOCAB * 32  # a classifier has no unembedding
     assert make_plan(halved, Launch()).held[f"base {base}, bfloat16"] == body
     on_two = make_plan(config, Launch(num_processes=2)).held
     assert on_two["policy: exchange of gradients"] == adapter
@@ -255,12 +255,12 @@ def test_roles_over_one_base_hold_it_once(tiny: Path, config: Config, tmp_path: 
 def test_a_full_reward_model_is_a_base_of_its_own(
     tiny: Path, config: Config, tmp_path: Path
 ) -> None:
-    """The value model starts over it, since it starts as the reward model."""
+    """The value model starts from the reward model, so this is its base too."""
     reward = save_reward(tiny / "sft", tmp_path / "reward", LoraSettings())
     found = make_plan(
         replace(config, lora=LoraSettings(rank=4), reward=RewardSettings(model=reward)), Launch()
     ).held
-    body = weights_of(tiny) - 4 * VOCAB * 32  # without the unembedding
+    body = weights_of(tiny) - 4 * VOCAB * 32  # no unembedding
     assert {name: size for name, size in found.items() if name.startswith("base")} == {
         f"base {tiny / 'sft'}, float32": weights_of(tiny),
         f"base {reward}, float32": body,
@@ -269,7 +269,7 @@ def test_a_full_reward_model_is_a_base_of_its_own(
 
 
 def test_adapters_under_zero3_share_no_base(tiny: Path, config: Config) -> None:
-    """As in a run: ZeRO-3 splits the trained models' weights, the frozen ones are read whole."""
+    """ZeRO-3 splits the trained models' weights, and frozen ones are loaded whole, as in a run."""
     zero3 = Launch(num_processes=2, zero_stage=3)
     found = make_plan(replace(config, lora=LoraSettings(rank=4)), zero3).held
     adapter = 4 * 4 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)

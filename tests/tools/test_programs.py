@@ -21,7 +21,7 @@ def test_every_stage_tool_and_data_command_is_listed_with_a_line(
         path.parent.name for group in GROUPS for path in ROOT.glob(f"{group}/*/__main__.py")
     ]
     assert {*packages, "doctor", "plan", "export", "check", "smollm2"} <= set(names)
-    assert {"together", "ask", "__main__"}.isdisjoint(names)
+    assert {"stage_server", "stage_client", "__main__"}.isdisjoint(names)
     assert len(names) == len(set(names))
     assert all(len(line.split()) > 3 for line in lines if line.startswith("  "))
 

@@ -1,4 +1,4 @@
-"""The page about a run: every number is the run's, texts are inert, faults are told."""
+"""Tests the page about a run: its numbers are the run's, texts are inert, faults are shown."""
 
 import json
 import os
@@ -55,7 +55,7 @@ class Reader(HTMLParser):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.figures: list[tuple[str, str, str]] = []
-        """(origin, exact value, shown text)"""
+        """Triples of origin, exact value and shown text."""
         self.text = ""
         self.scripts: list[str] = []
         self._open: dict[str, str | None] | None = None
@@ -90,7 +90,7 @@ def page_of(*folders: Path) -> str:
 
 
 def found_at(origin: str, folders: tuple[Path, ...]) -> Any:
-    """The value that a file of a run holds at a place, read without the report's own code."""
+    """Return the value at a place in a file of a run, without the report's own code."""
     place, pointer = origin.split("#/", 1)
     number, file = place.split(":", 1)
     path = folders[int(number)] / file
@@ -161,7 +161,7 @@ def test_what_a_gain_is_at_equal_length_stands_beside_it(tmp_path: Path) -> None
     place = "0:results.json#/ppo_ptx/gold_gain_at_equal_length_vs_sft"
     told = [(origin, shown) for origin, _, shown in reader.figures if origin.startswith(place)]
     of_both = [(place, "0.928"), (f"{place}_interval/0", "0.741"), (f"{place}_interval/1", "1.115")]
-    assert told == [*of_both, *of_both]  # in the verdict, and in the table of all figures
+    assert told == [*of_both, *of_both]  # once in the verdict, once in the table of all figures
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_the_page_fetches_nothing_and_names_all_that_runs(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
-    """Also at another time, in another process, and where sets have another order."""
+    """This holds at another time, in another process, and if sets have another order."""
     run = write_pipeline(tmp_path / "run")
     other = write_pipeline(tmp_path / "other")
     pages = []
@@ -336,7 +336,7 @@ def test_a_run_at_work_says_so(tmp_path: Path) -> None:
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": "now"}
     write_json(folder / ".rlhf_run.lock", holder)
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "ppo/sco')  # a row that the run is just writing
+        file.write('{"step": 8, "ppo/sco')  # a row that the run is still writing
     page = page_of(folder)
     assert "ppo_ptx is at work. The last update that it logged is 7 of 24" in page
 
@@ -491,7 +491,7 @@ def test_panels_show_described_metrics_and_known_alarms() -> None:
 
 
 def test_the_verdict_is_that_of_the_evaluation_in_the_runs_own_folder(tmp_path: Path) -> None:
-    """One below it, such as of other prompts, does not take its place, whatever its name."""
+    """One in a folder below, such as of other prompts, does not replace it, whatever its name."""
     run = write_pipeline(tmp_path / "run")
     for name in ("another", "unlike"):
         (run / name).mkdir()

@@ -1,6 +1,6 @@
-"""The page in a real browser: it fetches nothing, obeys the keyboard and fits a telephone.
+"""Tests the page in a real browser: it fetches nothing, obeys the keyboard and fits a phone.
 
-axe-core looks for what keeps people out: missing names, headings out of order, text too faint.
+axe-core looks for barriers: missing names, headings out of order, text that is too faint.
 """
 
 import re
@@ -18,7 +18,7 @@ from tools.report.charts import NUM_COLOURS
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed; the extra [dev] has it"
 )
-# The page acts on an event after the press has returned; expect waits until it has.
+# The page handles a key press after `press` has returned; `expect` waits for that.
 expect = sync_api.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -35,7 +35,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a run whose samples are hostile, with a PPO stage that raised an alarm."""
+    """Write the page of a run with hostile samples and an alarm in its PPO stage."""
     run = write_pipeline(tmp_path_factory.mktemp("report") / "run")
     write_ppo(run, alarms=[{"step": 20, "code": "PPO_KL", "message": "The KL is high."}])
     assert main([str(run)]) == 0
@@ -43,7 +43,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def listen(page: Any) -> list[str]:
-    """What a page asks for and complains of, from now on."""
+    """Record what a page requests and which errors it reports, from now on."""
     heard: list[str] = []
     page.on("console", lambda message: heard.append(message.text))
     page.on("pageerror", lambda error: heard.append(str(error)))
@@ -54,7 +54,7 @@ def listen(page: Any) -> list[str]:
 
 @pytest.fixture
 def opened(browser: Any, path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The page, with all that it asked for and complained of noted in `heard`."""
+    """Open the page; record its requests and errors in `heard`."""
     options = getattr(request, "param", {})
     context = browser.new_context(offline=True, **options)
     page = context.new_page()
@@ -90,7 +90,7 @@ def test_nothing_is_wider_than_the_window(opened: Any) -> None:
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pages with all that a page may show."""
+    """Write pages that together show all that a page may show."""
     base = tmp_path_factory.mktemp("kinds")
     high = {"code": "PPO_KL", "message": "The KL is high."}
     warning = {"code": "EVAL_LENGTH", "policy": "ppo_ptx", "message": "Length alone."}
@@ -120,16 +120,16 @@ def test_every_kind_of_page_is_quiet(browser: Any, kinds: dict[str, Path]) -> No
 
 
 def faults_of(page: Any) -> list[str]:
-    """What axe-core finds in a page with all its parts unfolded; what it cannot tell counts too.
+    """Return what axe-core finds in a page with all its parts unfolded; doubtful cases count too.
 
-    It cannot tell the contrast within drawings, which test_drawings_are_clear measures.
+    It cannot measure contrast within drawings, which test_drawings_are_clear does.
     """
     axe = pytest.importorskip(
         "axe_playwright_python.sync_playwright",
         reason="axe-playwright-python is not installed; the extra [dev] has it",
     )
     page.locator("details").evaluate_all("all => all.forEach((one) => { one.open = true; })")
-    page.locator("[data-table] table").first.wait_for()  # the script fills tables in as they open
+    page.locator("[data-table] table").first.wait_for()  # the script fills tables when they open
     found = axe.Axe().run(page, context={"exclude": ["svg *"]}).response
     return [
         f"{fault['id']}: {fault['help']}: {place['html'][:200]}"
@@ -164,7 +164,7 @@ def test_axe_finds_a_fault(browser: Any, kinds: dict[str, Path], tmp_path: Path)
 
 
 def luminance(colour: Sequence[float]) -> float:
-    """Relative luminance of a colour of sRGB with channels from 0 to 255, as WCAG 2.2 defines."""
+    """Return the relative luminance (WCAG 2.2) of an sRGB colour with channels from 0 to 255."""
     red, green, blue = (
         share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4
         for share in (channel / 255 for channel in colour)
@@ -173,14 +173,14 @@ def luminance(colour: Sequence[float]) -> float:
 
 
 def contrast(colour: Sequence[float], ground: Sequence[float], opacity: float = 1.0) -> float:
-    """Contrast ratio of WCAG 2.2, from 1 to 21."""
+    """Return the contrast ratio (WCAG 2.2), from 1 to 21."""
     mixed = [opacity * a + (1 - opacity) * b for a, b in zip(colour, ground, strict=True)]
     low, high = sorted((luminance(mixed), luminance(ground)))
     return (high + 0.05) / (low + 0.05)
 
 
 def channels(colour: str) -> list[float]:
-    """The channels of a colour as a browser computes it: `rgb(1, 2, 3)`."""
+    """Return the channels of a colour that a browser computed: `rgb(1, 2, 3)`."""
     return [float(one) for one in colour.removeprefix("rgb(").removesuffix(")").split(",")]
 
 
@@ -191,7 +191,7 @@ def test_contrast_is_that_of_wcag() -> None:
 
 
 TEXT, LINE = 4.5, 3.0
-"""Least contrasts of texts (WCAG 1.4.3) and of what else a reader must make out (1.4.11)."""
+"""Least contrast of text (WCAG 1.4.3) and of other things that a reader must see (1.4.11)."""
 DRAWN = [
     ("figure text", "fill", "figure", TEXT),
     (".box + text", "fill", ".box", TEXT),
@@ -205,11 +205,11 @@ DRAWN = [
     (".dot", "fill", "figure", LINE),
     (".edge", "stroke", "body", LINE),
 ]
-"""What is drawn, by which property, on which ground, and how clear it must be."""
+"""What is drawn, by which property, on which background, and its least contrast."""
 
 
 def styles_of(page: Any, selector: str, *names: str) -> set[tuple[str, ...]]:
-    """The different values that elements have of some properties."""
+    """Return the different values that elements have of some properties."""
     read = "(all, names) => all.map((one) => names.map((name) => getComputedStyle(one)[name]))"
     return {tuple(of) for of in page.locator(selector).evaluate_all(read, list(names))}
 
@@ -219,7 +219,7 @@ def test_drawings_are_clear(browser: Any, kinds: dict[str, Path], scheme: str) -
     page = browser.new_page(color_scheme=scheme)
     page.goto(kinds["two runs"].as_uri())
     ((card,),) = styles_of(page, "figure", "backgroundColor")
-    for number in range(NUM_COLOURS):  # also those that this page has no line for
+    for number in range(NUM_COLOURS):  # also those of which this page has no line
         read = f"one => getComputedStyle(one).getPropertyValue('--c{number}')"
         line = bytes.fromhex(page.locator("html").evaluate(read).strip("# "))
         assert contrast(line, channels(card)) >= LINE, number
@@ -307,7 +307,7 @@ MARK_CORNERS = """(all) => all.forEach((svg, number) => {
   }
   svg.closest("figure")?.querySelector("figcaption").append(`title${number}x`);
 })"""
-"""Writes a word into two opposite corners of every drawing, and into its caption."""
+"""JavaScript that writes a word into two opposite corners of every drawing and its caption."""
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Row:
+class IntervalRow:
     """One row of a chart of intervals."""
 
     label: str
@@ -99,7 +99,7 @@ def draw_panel(drawn: DrawnPanel, name: str) -> Markup:
     y = scale_for(values, HEIGHT - BOTTOM, TOP)
     steps = [step for curve in curves for step in curve.steps]
     x = scale_for(steps, LEFT, WIDTH - RIGHT, margin=0.0 if len(set(steps)) > 1 else 0.5)
-    svg = new_svg(WIDTH, HEIGHT, _alt(drawn), name)
+    svg = new_svg(WIDTH, HEIGHT, _describe_panel(drawn), name)
     if panel.healthy is not None:
         low, high = (min(max(end, y.low), y.high) for end in panel.healthy)
         height = y(low) - y(high)
@@ -121,7 +121,11 @@ def draw_panel(drawn: DrawnPanel, name: str) -> Markup:
 
 
 def draw_intervals(
-    rows: Sequence[Row], title: str, reference: float | None = None, *, has_bars: bool = False
+    rows: Sequence[IntervalRow],
+    title: str,
+    reference: float | None = None,
+    *,
+    has_bars: bool = False,
 ) -> Markup:
     """Draw values with their intervals, one below the other, with the numbers at the right.
 
@@ -136,7 +140,7 @@ def draw_intervals(
     labels = [shortened(row.label) for row in rows]
     left, right = 14 + 7 * max(map(len, labels)), WIDTH - NUMBER_WIDTH
     x = scale_for(values, left, right)
-    svg = new_svg(WIDTH, height, _told(title, ((row.label, row.value) for row in rows)))
+    svg = new_svg(WIDTH, height, _describe_values(title, ((row.label, row.value) for row in rows)))
     for tick in x.ticks(4):
         add(svg, "line", x1=x(tick), x2=x(tick), y1=TOP, y2=height - BOTTOM, klass="grid")
         write(svg, x(tick), height - 8, _number(tick), "middle")
@@ -154,9 +158,9 @@ def draw_intervals(
             low, high = drawn
             add(svg, "line", x1=x(low), x2=x(high), y1=y, y2=y, klass=f"whisker {colour}")
         add(svg, "circle", cx=x(row.value), cy=y, r=5, klass=f"dot {colour}")
-        told = write(svg, WIDTH - 2, y + 4, str(row.figure), "end", "name")
-        told.set("data-value", repr(row.figure.value))
-        told.set("data-origin", row.figure.origin)
+        figure_text = write(svg, WIDTH - 2, y + 4, str(row.figure), "end", "name")
+        figure_text.set("data-value", repr(row.figure.value))
+        figure_text.set("data-origin", row.figure.origin)
     return to_markup(svg)
 
 
@@ -170,7 +174,9 @@ def draw_scatter(dots: Sequence[Dot], path: Sequence[Dot], title: str, x_label: 
     ends = [end for dot in points for end in (dot.error or ())]
     x = scale_for([dot.x for dot in points], LEFT, WIDTH - RIGHT - 30, margin=0.1)
     y = scale_for([*(dot.y for dot in points), *ends], HEIGHT + 30 - BOTTOM - 12, TOP, margin=0.12)
-    svg = new_svg(WIDTH, HEIGHT + 30, _told(title, ((dot.label, dot.y) for dot in points)))
+    svg = new_svg(
+        WIDTH, HEIGHT + 30, _describe_values(title, ((dot.label, dot.y) for dot in points))
+    )
     _axes(svg, x, y, HEIGHT + 30 - 12)
     write(svg, (LEFT + WIDTH - RIGHT) / 2, HEIGHT + 26, x_label, "middle")
     if len(path) > 1:
@@ -199,8 +205,10 @@ def draw_calibration(bins: Sequence[tuple[float, float, int]]) -> Markup:
     """
     x = Scale(0.5, 1.0, LEFT, WIDTH - RIGHT)
     y = Scale(min(0.45, *(accuracy for _, accuracy, _ in bins)), 1.0, HEIGHT + 12 - BOTTOM, TOP)
-    told = ((f"sure by {sure:.2f}", right) for sure, right, _ in bins)
-    svg = new_svg(WIDTH, HEIGHT + 30, _told("How often the reward model is right", told))
+    values = ((f"sure by {sure:.2f}", right) for sure, right, _ in bins)
+    svg = new_svg(
+        WIDTH, HEIGHT + 30, _describe_values("How often the reward model is right", values)
+    )
     _axes(svg, x, y, HEIGHT + 12)
     write(
         svg,
@@ -318,7 +326,7 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 10_000 else f"{value / 1000:.4g}k"
 
 
-def _alt(drawn: DrawnPanel) -> str:
+def _describe_panel(drawn: DrawnPanel) -> str:
     ends = ", ".join(
         f"{curve.label} from {curve.values[0]:.3g} to {curve.values[-1]:.3g}"
         for curve in drawn.curves
@@ -327,5 +335,5 @@ def _alt(drawn: DrawnPanel) -> str:
     return f"{drawn.panel.group}: {what}: {ends}"
 
 
-def _told(title: str, values: Iterable[tuple[str, float]]) -> str:
+def _describe_values(title: str, values: Iterable[tuple[str, float]]) -> str:
     return f"{title}: " + ", ".join(f"{label} {value:.3g}" for label, value in values)

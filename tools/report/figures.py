@@ -88,9 +88,9 @@ class Source:
         return None if low is None or high is None else Interval(low, high)
 
 
-Part = str | Figure | Interval
+SentencePart = str | Figure | Interval
 """A part of a sentence."""
-Sentence = Sequence[Part]
+Sentence = Sequence[SentencePart]
 
 
 def to_html(sentence: Sentence) -> Markup:

@@ -49,7 +49,7 @@ class Stage:
     """Rows with step, code and message; a run of an older version has none."""
     nonfinite: dict[str, Any] | None = None
     """Where a value was NaN or infinite, if that ended the run."""
-    is_at_work: bool = False
+    is_running: bool = False
     """Whether a process of this machine holds the folder."""
 
     @property
@@ -152,7 +152,7 @@ def _read_stage(folder: Path, origin: str) -> Stage:
         num_rows_left_out=num_left_out,
         alarms=_read_rows(folder / ALARMS),
         nonfinite=_read_object(nonfinite) if nonfinite.is_file() else None,
-        is_at_work=_is_held(folder / LOCK),
+        is_running=_is_held(folder / LOCK),
     )
 
 

@@ -89,8 +89,8 @@ def draw_lineage(run: RunFolder, inputs: Sequence[Input]) -> Markup:
     above = ARC_HEIGHT * max((nodes[b].column - nodes[a].column for a, b in edges), default=0)
     width = max(node.place[0] for node in nodes.values()) + BOX_WIDTH + MARGIN
     height = max(node.place[1] for node in nodes.values()) + BOX_HEIGHT + MARGIN
-    told = "; ".join(f"{source} goes into {stage}" for source, stage in edges)
-    svg = new_svg(width, height + above, f"Lineage: {told}")
+    text = "; ".join(f"{source} goes into {stage}" for source, stage in edges)
+    svg = new_svg(width, height + above, f"Lineage: {text}")
     svg.set("viewBox", f"0 {-above} {width} {height + above}")
     svg.set("width", str(width))
     svg.set("height", str(height + above))

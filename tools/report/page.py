@@ -18,7 +18,7 @@ from markupsafe import Markup
 from rlhf.inputs.whole_files import write_text
 from rlhf.runs.folder import PAGE, add_to_mark
 from tools.report.charts import (
-    Row,
+    IntervalRow,
     draw_calibration,
     draw_intervals,
     draw_panel,
@@ -27,7 +27,7 @@ from tools.report.charts import (
 from tools.report.figures import Figure, Source, is_number, to_html
 from tools.report.folders import RunFolder, Stage
 from tools.report.lineage import draw_lineage, find_inputs
-from tools.report.panels import MAX_POINTS, Alarm, DrawnPanel, find_alarms, find_panels
+from tools.report.panels import MAX_POINTS, DrawnPanel, RaisedAlarm, find_alarms, find_panels
 from tools.report.samples import find_samples
 from tools.report.settings import compare_runs, compare_with_presets
 from tools.report.tables import (
@@ -126,7 +126,7 @@ def content_policy(style: str, script: str) -> str:
 def _context(
     runs: Sequence[RunFolder],
     panels: Sequence[DrawnPanel],
-    alarms: Sequence[Alarm],
+    alarms: Sequence[RaisedAlarm],
     columns: Sequence[Column],
 ) -> dict[str, Any]:
     """Return what the template shows, by name."""
@@ -177,7 +177,7 @@ def _card(stage: Stage) -> dict[str, Any]:
     results = stage.results
     state = "finished"
     if not stage.is_finished:
-        state = "at work" if stage.is_at_work else "not finished"
+        state = "at work" if stage.is_running else "not finished"
     seconds = None
     if results is not None:
         of_evaluation = results.figure("seconds", stage.stage, digits=1)
@@ -257,13 +257,13 @@ def _about_rm(run: RunFolder, stage: Stage) -> list[Chart]:
     assert results is not None
     charts = []
     rows = [
-        _row(results, "reward model", ("pair_accuracy",), 0),
-        _row(results, "the same, by gold", ("pair_accuracy_gold",), 0),
-        _row(results, "length alone", ("length_baseline",), 1),
+        _interval_row(results, "reward model", ("pair_accuracy",), 0),
+        _interval_row(results, "the same, by gold", ("pair_accuracy_gold",), 0),
+        _interval_row(results, "length alone", ("length_baseline",), 1),
     ]
     for collect in run.of("collect"):
         if collect.results is not None:
-            rows.append(_row(collect.results, "labelers among them", ("agreement",), 2))
+            rows.append(_interval_row(collect.results, "labelers among them", ("agreement",), 2))
     found = [row for row in rows if row is not None]
     if found:
         title = "Pairs ordered right"
@@ -281,7 +281,7 @@ def _about_rm(run: RunFolder, stage: Stage) -> list[Chart]:
     if evaluation is not None and evaluation.results is not None:
         parts = evaluation.results.get(REWARD_MODEL, "accuracy_by_part") or {}
         figures = [
-            _row(evaluation.results, name, (REWARD_MODEL, "accuracy_by_part", name), 0)
+            _interval_row(evaluation.results, name, (REWARD_MODEL, "accuracy_by_part", name), 0)
             for name in parts
         ]
         by_part = [row for row in figures if row is not None]
@@ -295,7 +295,7 @@ def _about_rm(run: RunFolder, stage: Stage) -> list[Chart]:
 def _about_labels(results: Source) -> list[Chart]:
     """Draw how far labelers agree, and who ranked how much."""
     charts = []
-    own = _row(results, "these labelers", ("agreement",), 0)
+    own = _interval_row(results, "these labelers", ("agreement",), 0)
     if own is not None:
         title = "Pairs on which two labelers agree"
         charts.append(Chart(title, draw_intervals([own], title, 0.5), HUMAN_AGREEMENT + "."))
@@ -303,21 +303,23 @@ def _about_labels(results: Source) -> list[Chart]:
         ("num_rankings_by_labeler", "Rankings of each labeler"),
         ("num_rankings_by_k", "Rankings with K responses"),
     ):
-        found = [_row(results, name, (key, name), 0) for name in results.get(key) or {}]
+        found = [_interval_row(results, name, (key, name), 0) for name in results.get(key) or {}]
         rows = [row for row in found if row is not None]
         if rows:
             charts.append(Chart(title, draw_intervals(rows, title, 0.0, has_bars=True)))
     return charts
 
 
-def _row(results: Source, label: str, place: Sequence[str], rank: int) -> Row | None:
+def _interval_row(
+    results: Source, label: str, place: Sequence[str], rank: int
+) -> IntervalRow | None:
     """Return the figure at a place with the interval beside it; None if it is not there."""
     figure = results.figure(*place)
     ends = results.interval(*place[:-1], f"{place[-1]}_interval")
     if figure is None:
         return None
     interval = None if ends is None else (ends.low.value, ends.high.value)
-    return Row(label, figure, interval, rank)
+    return IntervalRow(label, figure, interval, rank)
 
 
 @dataclass(frozen=True)

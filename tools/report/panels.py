@@ -152,7 +152,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Alarm:
+class RaisedAlarm:
     """An alarm that was raised in one or more updates in a row."""
 
     code: str
@@ -171,7 +171,7 @@ class DrawnPanel:
 
     panel: Panel
     curves: list[Curve]
-    alarms: list[Alarm]
+    alarms: list[RaisedAlarm]
     limits: list[float] = field(default_factory=list)
     """Values beyond which an alarm is raised, one for each different setting."""
 
@@ -182,7 +182,7 @@ class DrawnPanel:
 
 
 def find_panels(
-    runs: Sequence[RunFolder], alarms: Sequence[Alarm], names: Sequence[str]
+    runs: Sequence[RunFolder], alarms: Sequence[RaisedAlarm], names: Sequence[str]
 ) -> list[DrawnPanel]:
     """Return the panels for which any stage logged a number.
 
@@ -228,12 +228,12 @@ def find_curves(panel: Panel, runs: Sequence[RunFolder], names: Sequence[str]) -
     return curves
 
 
-def find_alarms(runs: Sequence[RunFolder]) -> list[Alarm]:
+def find_alarms(runs: Sequence[RunFolder]) -> list[RaisedAlarm]:
     """Return all alarms of all stages, in the order in which they were first raised."""
     return [alarm for run in runs for stage in run.stages for alarm in _alarms_of(stage, run)]
 
 
-def _alarms_of(stage: Stage, run: RunFolder) -> Iterator[Alarm]:
+def _alarms_of(stage: Stage, run: RunFolder) -> Iterator[RaisedAlarm]:
     stopping = (stage.settings.get("monitor") or {}).get("stop_on") or []
     by_code: dict[str, list[dict[str, Any]]] = {}
     for row in stage.alarms:
@@ -241,12 +241,12 @@ def _alarms_of(stage: Stage, run: RunFolder) -> Iterator[Alarm]:
     for code, rows in by_code.items():
         steps = sorted({int(row["step"]) for row in rows if is_number(row.get("step"))})
         is_last = stage.results is None and (code in stopping or code == "PPO_NONFINITE")
-        yield Alarm(code, stage, run.number, steps, str(rows[0].get("message", "")), is_last)
+        yield RaisedAlarm(code, stage, run.number, steps, str(rows[0].get("message", "")), is_last)
     counted = (stage.results.get("alarms") if stage.results is not None else None) or {}
     if isinstance(counted, dict):
         for code, entry in counted.items():
             if code not in by_code:
-                yield Alarm(code, stage, run.number, [int(entry["first_update"])], "", False)
+                yield RaisedAlarm(code, stage, run.number, [int(entry["first_update"])], "", False)
 
 
 def running_mean(values: Sequence[float], reach: int) -> list[float]:

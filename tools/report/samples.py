@@ -14,7 +14,7 @@ from tools.report.folders import RunFolder, Stage
 
 NUM_PROMPTS = 16
 """Prompts that are shown in the order of the file, so that nobody chose them."""
-NUM_PARTED = 6
+NUM_DISAGREEMENTS = 6
 """Prompts that are shown because reward model and gold disagree most on them."""
 MAX_CHARACTERS = 2_000
 """Most characters of a text to show; the file has the rest."""
@@ -57,7 +57,7 @@ class Sample:
     responses: list[Response]
     changes: dict[str, float]
     """Maps a judge to the score of the last response minus that of the one it is compared with."""
-    is_parted: bool = False
+    do_judges_disagree: bool = False
     """Whether it is shown because the judges disagree on it, not by its place in the file."""
 
 
@@ -115,7 +115,7 @@ class _Question:
         return list(self.rows.values())[-1][1]
 
     @property
-    def parting(self) -> float:
+    def disagreement(self) -> float:
         """How much the reward model's score rises if gold falls; 0 unless both happen."""
         changes = _changes(self.last, self.before)
         reward, gold = changes.get("rm"), changes.get("gold")
@@ -138,14 +138,25 @@ def _of_evaluations(evaluations: Sequence[Stage], names: Sequence[str]) -> Sampl
         if len({number for number, _ in question.rows}) == len(evaluations)
     ]
     as_they_come, rest = shared[:NUM_PROMPTS], shared[NUM_PROMPTS:]
-    parted = sorted((one for one in rest if one.parting > 0), key=lambda one: -one.parting)
-    shown = [_side_by_side(one, evaluations, names, is_parted=False) for one in as_they_come]
-    shown += [_side_by_side(one, evaluations, names, is_parted=True) for one in parted[:NUM_PARTED]]
+    disagreeing = sorted(
+        (one for one in rest if one.disagreement > 0), key=lambda one: -one.disagreement
+    )
+    shown = [
+        _side_by_side(one, evaluations, names, do_judges_disagree=False) for one in as_they_come
+    ]
+    shown += [
+        _side_by_side(one, evaluations, names, do_judges_disagree=True)
+        for one in disagreeing[:NUM_DISAGREEMENTS]
+    ]
     return Samples(shown, len(shared), evaluations)
 
 
 def _side_by_side(
-    question: _Question, evaluations: Sequence[Stage], names: Sequence[str], *, is_parted: bool
+    question: _Question,
+    evaluations: Sequence[Stage],
+    names: Sequence[str],
+    *,
+    do_judges_disagree: bool,
 ) -> Sample:
     before = question.before
     responses = []
@@ -154,7 +165,7 @@ def _side_by_side(
         label = f"{names[number]}: {policy}" if len(evaluations) > 1 else policy
         responses.append(_response(label, row, origin, place, None if row is before else before))
     return Sample(
-        _prompt_text(question.last), responses, _changes(question.last, before), is_parted
+        _prompt_text(question.last), responses, _changes(question.last, before), do_judges_disagree
     )
 
 

@@ -34,7 +34,7 @@ ROOT = "RUN"
 
 
 @dataclass(frozen=True)
-class Setting:
+class ComparedSetting:
     """One setting of a stage."""
 
     name: str
@@ -44,16 +44,16 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class StageSettings:
+class ComparedStage:
     """All settings of a stage, compared with the nearest preset."""
 
     stage: Stage
     preset: str | None
     """Name of the preset; None if there is none for this stage."""
-    settings: list[Setting]
+    settings: list[ComparedSetting]
 
     @property
-    def changed(self) -> list[Setting]:
+    def changed(self) -> list[ComparedSetting]:
         return [one for one in self.settings if one.preset is not None]
 
 
@@ -67,7 +67,7 @@ class Difference:
     """Its value in each run, in the order of the runs."""
 
 
-def compare_with_presets(run: RunFolder) -> list[StageSettings]:
+def compare_with_presets(run: RunFolder) -> list[ComparedStage]:
     """Compare all settings of each stage with those of the run's nearest preset.
 
     A run does not record which files its settings came from. So the nearest preset is the one whose
@@ -78,18 +78,22 @@ def compare_with_presets(run: RunFolder) -> list[StageSettings]:
     return [_compare(stage, preset) for stage in stages]
 
 
-def _compare(stage: Stage, preset: str | None) -> StageSettings:
+def _compare(stage: Stage, preset: str | None) -> ComparedStage:
     own = _comparable(stage.settings, stage.stage)
     path = PRESETS / stage.stage / f"{preset}.yaml"
     if stage.stage not in CONFIGS or not path.is_file():
-        return StageSettings(stage, None, [Setting(k, _shown(v), None) for k, v in own.items()])
+        return ComparedStage(
+            stage, None, [ComparedSetting(k, _shown(v), None) for k, v in own.items()]
+        )
     whole = settings_in_use(load_config(CONFIGS[stage.stage], ["--config", str(path)]))
     theirs = _comparable(whole, stage.stage)
     settings = [
-        Setting(key, _shown(value), _shown(theirs.get(key)) if theirs.get(key) != value else None)
+        ComparedSetting(
+            key, _shown(value), _shown(theirs.get(key)) if theirs.get(key) != value else None
+        )
         for key, value in own.items()
     ]
-    return StageSettings(stage, preset, settings)
+    return ComparedStage(stage, preset, settings)
 
 
 def compare_runs(runs: Sequence[RunFolder]) -> list[Difference]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from stages.evaluate.report import JUDGES, columns_of
-from tools.report.charts import Dot, Row
+from tools.report.charts import Dot, IntervalRow
 from tools.report.figures import Figure, Interval, Source
 from tools.report.folders import RunFolder, Stage
 
@@ -132,7 +132,7 @@ def _cell(column: Column, key: str, digits: int) -> Cell:
     )
 
 
-def rows_of(columns: Sequence[Column], key: str) -> list[Row]:
+def rows_of(columns: Sequence[Column], key: str) -> list[IntervalRow]:
     """Return one figure of all policies for a chart of intervals."""
     rows = []
     for column in columns:
@@ -140,7 +140,7 @@ def rows_of(columns: Sequence[Column], key: str) -> list[Row]:
         ends = column.results.interval(column.policy, f"{key}_interval")
         if figure is not None:
             interval = None if ends is None else (ends.low.value, ends.high.value)
-            rows.append(Row(column.label, figure, interval, column.rank))
+            rows.append(IntervalRow(column.label, figure, interval, column.rank))
     return rows
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tools.report.figures import Part, Sentence, Source
+from tools.report.figures import Sentence, SentencePart, Source
 from tools.report.folders import RunFolder, Stage
-from tools.report.panels import Alarm
+from tools.report.panels import RaisedAlarm
 
 Tone = Literal["good", "bad", "mixed", "unclear"]
 
@@ -34,10 +34,10 @@ class Verdict:
     """Warnings and alarms, each with its code."""
 
 
-def verdict_of(run: RunFolder, alarms: Sequence[Alarm]) -> Verdict:
+def verdict_of(run: RunFolder, alarms: Sequence[RaisedAlarm]) -> Verdict:
     """Judge a run: its last policy if it was evaluated, otherwise what its stages reached."""
     own = [alarm for alarm in alarms if alarm.run == run.number]
-    warnings = [*_evaluation_warnings(run), *map(_told, own)]
+    warnings = [*_evaluation_warnings(run), *map(_alarm_sentence, own)]
     broken = [one for one in run.stages if not one.is_finished]
     evaluation = run.evaluation
     if evaluation is not None and evaluation.results is not None and not broken:
@@ -131,22 +131,22 @@ def _wins(results: Source, policy: str, baseline: str) -> Iterator[Sentence]:
         rate = results.figure(policy, key, is_percent=True)
         ends = results.interval(policy, f"{key}_interval", is_percent=True)
         if rate is not None:
-            interval: list[Part] = [] if ends is None else [" (", ends, ")"]
+            interval: list[SentencePart] = [] if ends is None else [" (", ends, ")"]
             gain = _gain_at_equal_length(results, judge, policy, baseline)
             yield [f"Win rate against {baseline} by {_name(judge)}: ", rate, *interval, ".", *gain]
 
 
 def _gain_at_equal_length(
     results: Source, judge: str, policy: str, baseline: str
-) -> Iterator[Part]:
+) -> Iterator[SentencePart]:
     """Say what a judge's score gains, and what is left where responses are equally long."""
     key = f"{judge}_gain_at_equal_length_vs_{baseline}"
     gain = results.figure(policy, f"{judge}_gain_vs_{baseline}")
     left, ends = results.figure(policy, key), results.interval(policy, f"{key}_interval")
     if gain is not None and left is not None:
-        interval: list[Part] = [] if ends is None else [" (", ends, ")"]
-        told: list[Part] = [" The gain in score is ", gain, ", and at equal length ", left]
-        yield from [*told, *interval, "."]
+        interval: list[SentencePart] = [] if ends is None else [" (", ends, ")"]
+        words: list[SentencePart] = [" The gain in score is ", gain, ", and at equal length ", left]
+        yield from [*words, *interval, "."]
 
 
 def _costs(results: Source, policy: str, baseline: str) -> Iterator[Sentence]:
@@ -172,7 +172,7 @@ def _costs(results: Source, policy: str, baseline: str) -> Iterator[Sentence]:
             yield [f"Its responses are {how}: ", tokens, " tokens after ", first, "."]
     kl, error = results.figure(policy, "kl", digits=2), results.figure(policy, "kl_error", digits=2)
     if kl is not None:
-        spread: list[Part] = [] if error is None else [" (standard error ", error, ")"]
+        spread: list[SentencePart] = [] if error is None else [" (standard error ", error, ")"]
         yield [f"Its KL to {baseline} is ", kl, " nats a response", *spread, "."]
 
 
@@ -183,7 +183,7 @@ def _best_of(results: Source, baseline: str) -> Iterator[Sentence]:
     kl = results.figure(name, "kl", digits=2)
     right = results.figure(name, "right", is_percent=True)
     judge = results.get("best_of", "judge")
-    words: list[Part] = [
+    words: list[SentencePart] = [
         f"Without any training, the best of {results.get('best_of', 'n')} responses of {baseline} "
         f"by {_name(judge)}",
     ]
@@ -193,7 +193,10 @@ def _best_of(results: Source, baseline: str) -> Iterator[Sentence]:
 
 
 def _of_unfinished(
-    run: RunFolder, broken: list[Stage], alarms: list[Alarm], warnings: list[tuple[str, Sentence]]
+    run: RunFolder,
+    broken: list[Stage],
+    alarms: list[RaisedAlarm],
+    warnings: list[tuple[str, Sentence]],
 ) -> Verdict:
     stage = broken[0]
     stops = [alarm for alarm in alarms if alarm.has_stopped and alarm.stage is stage]
@@ -203,7 +206,7 @@ def _of_unfinished(
         step = f" at update {stops[-1].steps[-1]}" if stops and stops[-1].steps else ""
         headline: Sentence = [f"{stage.name} was stopped by {code}{step}. {where}"]
         return Verdict(headline, "bad", [*_nonfinite(stage), *summary(stage)], warnings)
-    if stage.is_at_work:
+    if stage.is_running:
         state = f"{stage.name} is at work."
     else:
         state = f"{stage.name} is not finished, and no process is at work in it."
@@ -256,8 +259,8 @@ def summary(stage: Stage) -> Iterator[Sentence]:
             results.figure("fact_recall", is_percent=True),
         )
         if loss is not None:
-            told: list[Part] = [] if recall is None else [", fact recall ", recall]
-            yield ["Pretraining: loss on held-out text ", loss, " nats a token", *told, "."]
+            words: list[SentencePart] = [] if recall is None else [", fact recall ", recall]
+            yield ["Pretraining: loss on held-out text ", loss, " nats a token", *words, "."]
 
 
 def _about_reward_model(results: Source) -> Iterator[Sentence]:
@@ -266,7 +269,7 @@ def _about_reward_model(results: Source) -> Iterator[Sentence]:
     length = results.figure("length_baseline", is_percent=True)
     if accuracy is None:
         return
-    interval: list[Part] = [] if ends is None else [" (", ends, ")"]
+    interval: list[SentencePart] = [] if ends is None else [" (", ends, ")"]
     yield ["The reward model orders ", accuracy, *interval, " of held-out pairs as labelers do."]
     if length is not None and ends is not None:
         low = ends.low.value
@@ -283,7 +286,7 @@ def _about_labels(results: Source) -> Iterator[Sentence]:
     share = results.figure("agreement", is_percent=True)
     ends = results.interval("agreement_interval", is_percent=True)
     if share is not None:
-        interval: list[Part] = [] if ends is None else [" (", ends, ")"]
+        interval: list[SentencePart] = [] if ends is None else [" (", ends, ")"]
         yield ["Two labelers agree on ", share, *interval, f" of pairs; {HUMAN_AGREEMENT}."]
 
 
@@ -303,7 +306,7 @@ def _evaluation_warnings(run: RunFolder) -> Iterator[tuple[str, Sentence]]:
             yield str(warning.get("code")), [str(warning.get("message"))]
 
 
-def _told(alarm: Alarm) -> tuple[str, Sentence]:
+def _alarm_sentence(alarm: RaisedAlarm) -> tuple[str, Sentence]:
     when = ""
     if alarm.steps:
         first, last = alarm.steps[0], alarm.steps[-1]

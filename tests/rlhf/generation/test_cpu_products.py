@@ -1,11 +1,11 @@
-"""Linear layers turned round for a few rows compute what they did."""
+"""Linear layers that are transposed for a few rows compute the same as before."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from rlhf.generation import cpu_products
-from rlhf.generation.cpu_products import ROWS, transposed_linear_layers
+from rlhf.generation.cpu_products import TRANSPOSED_ROWS, transposed_linear_layers
 from rlhf.generation.engines import make_engine
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
@@ -18,7 +18,7 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1,), (4, 1), (16, 1), (5, 3), (ROWS.stop,), (50,)])
+@pytest.mark.parametrize("shape", [(1,), (4, 1), (16, 1), (5, 3), (TRANSPOSED_ROWS.stop,), (50,)])
 def test_same_products(two_threads: None, shape: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(24, 40, bias=bias)
@@ -43,14 +43,21 @@ def test_only_the_rows_that_gain_are_turned(two_threads: None) -> None:
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(nn.functional, "linear", noted)
-        for rows in (1, ROWS[0] - 1, ROWS[0], ROWS[-1], ROWS[-1] + 1, 512):
+        for rows in (
+            1,
+            TRANSPOSED_ROWS[0] - 1,
+            TRANSPOSED_ROWS[0],
+            TRANSPOSED_ROWS[-1],
+            TRANSPOSED_ROWS[-1] + 1,
+            512,
+        ):
             layer(torch.zeros(rows, 8))
-    assert seen == [1, ROWS[0] - 1, ROWS[-1] + 1, 512]
+    assert seen == [1, TRANSPOSED_ROWS[0] - 1, TRANSPOSED_ROWS[-1] + 1, 512]
 
 
 def test_layers_are_as_before_whatever_happens(two_threads: None) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).bfloat16(), nn.ReLU(), nn.Linear(8, 8))
-    wrapped = model[3].forward = lambda x: x  # an accelerator's wrapper, say
+    wrapped = model[3].forward = lambda x: x  # as an accelerator's wrapper does
     with pytest.raises(KeyError), transposed_linear_layers(model):
         assert ["forward" in vars(layer) for layer in model] == [True, False, False, True]
         raise KeyError

@@ -1,4 +1,4 @@
-"""The sampler against transformers' own, and its distribution against the softmax."""
+"""Compares the sampler with transformers' own, and its distribution with the softmax."""
 
 import itertools
 import math
@@ -57,7 +57,7 @@ def greedy(
 
 
 def frequent_end(policy: PreTrainedModel) -> int:
-    """An end token that greedy decoding hits early in some responses and late in others."""
+    """Return an end token that greedy decoding hits early in some responses and late in others."""
     responses = greedy(policy, uneven_prompts(), end_id=-1)
     tokens = itertools.chain.from_iterable(responses)
     found = {token: [r.index(token) for r in responses if token in r] for token in set(tokens)}
@@ -116,10 +116,13 @@ def test_compaction_and_batch_size_change_nothing(
 
 
 def test_finished_responses_stop_costing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows decoded and rows copied stay within 1.5 times the tokens of the responses, which no loop
-    can do without, and decoding ends with the longest response."""
+    """Every loop must decode one row for each token of the responses.
+
+    Rows decoded and rows copied stay within 1.5 times that number, and decoding ends with the
+    longest response.
+    """
     policy = tiny_policy_of("llama")
-    decoding_mode_for(policy)  # its probe decodes too
+    decoding_mode_for(policy)  # it decodes a probe, which must not count
     decoded: list[int] = []
     copied: list[int] = []
     policy.register_forward_pre_hook(
@@ -135,7 +138,7 @@ def test_finished_responses_stop_costing(monkeypatch: pytest.MonkeyPatch) -> Non
     responses = sample(policy, [[5, 6, 7]] * 48, end_id=7, max_new_tokens=60, batch_size=48)[0]
     lengths = [len(response) for response in responses]
     assert len(decoded) == max(lengths) == 60
-    assert max(lengths) * len(lengths) > 1.7 * sum(lengths)  # what a loop without the care costs
+    assert max(lengths) * len(lengths) > 1.7 * sum(lengths)  # the cost with finished rows
     assert sum(lengths) <= sum(decoded) <= 1.2 * sum(lengths)
     assert sum(decoded) + sum(copied) <= 1.5 * sum(lengths)
 
@@ -179,7 +182,7 @@ def test_first_tokens_follow_the_softmax(temperature: float) -> None:
         chi_square = ((observed - expected) ** 2 / expected).sum().item()
         freedom = len(expected) - 1
         assert freedom > 10
-        assert chi_square < freedom + 4 * (2 * freedom) ** 0.5  # mean and deviation of chi-square
+        assert chi_square < freedom + 4 * (2 * freedom) ** 0.5  # mean and 4 deviations
 
 
 def test_a_token_without_probability_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +193,7 @@ def test_a_token_without_probability_is_never_drawn(monkeypatch: pytest.MonkeyPa
 
 
 def test_second_tokens_follow_the_first() -> None:
-    """With almost no temperature, sampling is greedy decoding: the cache holds the own tokens."""
+    """Near temperature 0 sampling is greedy decoding, if the cache holds the row's own tokens."""
     policy = tiny_policy_of("gpt2")
     prompts = uneven_prompts()
     cold = greedy(policy, prompts, temperature=1e-4, generator=torch.Generator().manual_seed(0))
@@ -260,7 +263,7 @@ def test_progress_counts_every_prompt() -> None:
     done: list[int] = []
     responses = sampled(0, progress=done.append)
     assert sum(done) == len(responses) == 16
-    # in every step, so that nobody waits long for a sign of life
+    # in every step, so that the bar moves at once
     batches = [[len(response) for response in responses[i : i + 6]] for i in (0, 6, 12)]
     assert len(done) == sum(max(lengths) for lengths in batches)
 

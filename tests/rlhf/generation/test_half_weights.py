@@ -1,4 +1,4 @@
-"""Weights in bf16 for sampling, and as they were afterwards."""
+"""Weights are in bf16 while a policy samples, and as before afterwards."""
 
 from copy import deepcopy
 
@@ -78,7 +78,7 @@ def test_sampling_under_autocast_is_sampling_from_the_model_in_bf16(has_adapter:
             if ".lora_B" in name:
                 nn.init.normal_(parameter)
     half = deepcopy(policy)
-    for parameter in half.parameters():  # half.bfloat16() would round the angles of positions too
+    for parameter in half.parameters():  # half.bfloat16() would round buffers too
         parameter.data = parameter.data.bfloat16()
     settings = GenerationSettings()
 

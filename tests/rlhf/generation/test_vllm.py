@@ -1,4 +1,4 @@
-"""The engine vllm against a stand-in for the module, which no GPU is needed for."""
+"""Tests the engine vllm on a stand-in for the module, which needs no GPU."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rlhf.generation
-from rlhf.generation.engines import check_alone, generate, make_engine
+from rlhf.generation.engines import check_can_sample_alone, generate, make_engine
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
 from rlhf.generation.vllm import full_weights
@@ -51,7 +51,7 @@ def of_class(name: str, **values: Any) -> SimpleNamespace:
 
 
 class FakeLLM:
-    """What the engine uses of vllm.LLM, on a model of transformers that is made from the folder.
+    """Does what the engine uses of vllm.LLM, with a model of transformers made from the folder.
 
     It draws from the global generator, as vLLM does for requests without a seed. Asleep it has no
     weights, and it refuses to sample.
@@ -129,7 +129,7 @@ class FakeLLM:
 
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if vLLM were installed and a GPU there."""
+    """Pretend that vLLM is installed and that there is a GPU."""
     module = SimpleNamespace(LLM=FakeLLM, SamplingParams=partial(of_class, "SamplingParams"))
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -138,14 +138,14 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("MASTER_PORT", "0")
     FakeLLM.started = []
-    rlhf.generation.engines._only_vllm.cache_clear()
+    rlhf.generation.engines._vllm_of_process.cache_clear()
     yield
-    rlhf.generation.engines._only_vllm.cache_clear()
+    rlhf.generation.engines._vllm_of_process.cache_clear()
 
 
 @contextmanager
 def cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
-    """torch.autocast("cuda") as it is on a machine with a GPU; torch refuses it without one."""
+    """Make torch.autocast("cuda") work as with a GPU; without one torch refuses it."""
     before = torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", dtype)
@@ -208,9 +208,9 @@ def test_settings_that_vllm_starts_with() -> None:
     assert arguments["max_num_seqs"] == 5
     assert arguments["gpu_memory_utilization"] == 0.4
     assert arguments["dtype"] == torch.float32
-    assert arguments["generation_config"] == "vllm"  # no top-k of the model's folder
+    assert arguments["generation_config"] == "vllm"  # no top-k from the model's folder
     assert arguments["logprobs_mode"] == "processed_logprobs"
-    rlhf.generation.engines._only_vllm.cache_clear()
+    rlhf.generation.engines._vllm_of_process.cache_clear()
     with cuda_autocast(torch.bfloat16):
         generate(tiny_policy_of("llama"), PROMPTS, SETTINGS, DECODING)
     assert FakeLLM.started[1].arguments["dtype"] == torch.bfloat16
@@ -237,7 +237,7 @@ def test_the_generator_seeds_each_call_and_the_global_draws_stay_as_they_were() 
 def test_lora_layers_give_the_weights_of_the_model_that_they_make() -> None:
     for architecture, targets in (("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn"])):
         policy, plain = tiny_policy_of(architecture), tiny_policy_of(architecture)
-        is_transposed = architecture == "gpt2"  # Conv1D
+        is_transposed = architecture == "gpt2"  # whose Conv1D holds the transpose
         policy.add_adapter(
             LoraConfig(r=2, lora_alpha=6, target_modules=targets, fan_in_fan_out=is_transposed)
         )
@@ -288,9 +288,9 @@ def test_without_vllm_the_message_holds_the_command(monkeypatch: pytest.MonkeyPa
 
 def test_it_is_refused_where_only_the_first_process_samples() -> None:
     with pytest.raises(ValueError, match=r"all 2 processes must start together, .*choose hf"):
-        check_alone(SETTINGS, 2)
-    check_alone(SETTINGS, 1)
-    check_alone(GenerationSettings(), 2)
+        check_can_sample_alone(SETTINGS, 2)
+    check_can_sample_alone(SETTINGS, 1)
+    check_can_sample_alone(GenerationSettings(), 2)
 
 
 def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

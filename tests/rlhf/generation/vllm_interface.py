@@ -1,4 +1,4 @@
-"""Read from vLLM's source what its interface takes, for the stand-in that our engine is tested on.
+"""Reads what vLLM's interface takes from its source, for the stand-in that tests our engine.
 
     python -m tests.rlhf.generation.vllm_interface vllm-0.30.0-cp38-abi3-manylinux_2_28_x86_64.whl
 

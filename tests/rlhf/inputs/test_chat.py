@@ -1,4 +1,4 @@
-"""The one rendering: templates, the end token, the padding token, prompts that fit."""
+"""Tests the rendering of all stages: templates, end and padding tokens, prompts that fit."""
 
 import random
 from collections.abc import Callable
@@ -85,7 +85,7 @@ def test_tokenizers_own_template_wins() -> None:
 
 @pytest.mark.parametrize("template", [None, CHATML, PHI], ids=["own", "chatml", "phi"])
 def test_prompt_and_response_concatenate_to_the_rendered_conversation(template: str | None) -> None:
-    """One tokenisation of the whole, as the template writes it, up to the end token."""
+    """Both together are the ids of the whole conversation, up to the end token."""
     special = ("<eos>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>", "<|assistant|>")
     tokenizer = byte_tokenizer(*special, eos_token="<eos>", chat_template=template)
     chat = Chat(tokenizer)
@@ -104,7 +104,7 @@ def test_prompt_and_response_concatenate_to_the_rendered_conversation(template: 
     ids=["own", "chatml", "phi", "llama2"],
 )
 def test_end_token_is_the_templates(template: str | None, end: str) -> None:
-    """Also where the tokenizer lists it nowhere but among its added tokens, as Phi's does."""
+    """The end token is found even if it is only among the added tokens, as in Phi's tokenizer."""
     special = ["<eos>", "<|im_start|>", "<|im_end|>", "<|end|>", "<s>", "</s>"]
     eos = "</s>" if template == LLAMA2 else "<eos>"
     chat = Chat(byte_tokenizer(*special, eos_token=eos, chat_template=template))
@@ -181,7 +181,7 @@ TOKENIZERS_WITHOUT_A_SPARE_TOKEN = {
 
 @pytest.mark.parametrize("name", TOKENIZERS_WITHOUT_A_SPARE_TOKEN)
 def test_no_padding_token_where_none_is_to_spare(name: str, tmp_path: Path) -> None:
-    """Neither a letter nor a token of prompts turns into padding."""
+    """Neither a letter nor a token of prompts becomes the padding token."""
     text = "Ā bols, BAĀBA, kā pt, Ġ and ā: ordinary words"
     chat = Chat(TOKENIZERS_WITHOUT_A_SPARE_TOKEN[name]())
     chat.tokenizer.save_pretrained(tmp_path)
@@ -217,7 +217,7 @@ def test_decode_cuts_at_the_end_token() -> None:
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerBase:
-    """As SentencePiece's: a space belongs to the word behind it, and no text starts with one."""
+    """Make one like SentencePiece's: a space joins the next word, and no text starts with one."""
     words = ["<unk>", "</s>", "<pad>", "\u2581the", "\u2581cat", "s", ".", "\u2581"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -228,7 +228,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def word_tokenizer(*words: str, **roles: str) -> PreTrainedTokenizerBase:
-    """Every other word is unknown."""
+    """Make a tokenizer to which every other word is unknown."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)

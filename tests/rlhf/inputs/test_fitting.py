@@ -1,4 +1,4 @@
-"""Prompts that fit, those that lose turns, and those that are dropped."""
+"""Prompts fit, or lose turns, or are dropped."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Packed passes equal separate ones, and every token comes back in its place."""
+"""Packed passes give the same as separate ones, and every token comes back in its place."""
 
 import re
 from collections.abc import Sequence
@@ -43,12 +43,12 @@ PACKED = [(name, "sdpa", layout) for name in PACKABLE for layout in LAYOUTS]
 PACKED += [(name, "flex_attention", Layout.BLOCKS) for name in [*PACKABLE, "qwen2"]]
 PACKED += [(name, "eager", layout) for name in ("llama", "gpt2") for layout in LAYOUTS[1:]]
 PACKED.remove(("opt", "sdpa", Layout.SEQUENCES))  # transformers makes its mask without positions
-"""Architecture, attention, and what parts the sequences of a row."""
+"""Architecture, attention, and layout of a row."""
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of some tens of tokens have several blocks."""
+    """Make blocks so small that a row of some tens of tokens has several."""
     monkeypatch.setattr(rlhf.inputs.block_masks, "BLOCK_TOKENS", 8)
 
 
@@ -69,7 +69,7 @@ def random_trees(seed: int = 0, *, shortest_response: int = 1) -> list[PromptTre
 
 
 def separate_logprobs(policy: torch.nn.Module, trees: list[PromptTree]) -> list[Tensor]:
-    """The log-probabilities of each response from a pass of its own, without packing."""
+    """Return the log-probabilities of each response from a pass of its own, without packing."""
     results = []
     for tree in trees:
         for response in tree.responses:
@@ -83,7 +83,7 @@ def separate_logprobs(policy: torch.nn.Module, trees: list[PromptTree]) -> list[
 
 
 def separate_outputs(model: ScalarModel, trees: list[PromptTree]) -> list[Tensor]:
-    """The scalar at every token of each prompt and response, from passes of their own."""
+    """Return the scalar at every token of each prompt and response, from passes of their own."""
     results = []
     for tree in trees:
         for response in tree.responses:
@@ -109,7 +109,7 @@ def weighted_sum(terms: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 
 def weights_like(parts: list[Tensor]) -> list[Tensor]:
-    """Uneven weights, so that a gradient shows which token it came from."""
+    """Return uneven weights, so that a gradient shows which token it came from."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(part.shape, generator=generator) for part in parts]
 
@@ -161,9 +161,9 @@ def test_segments_name_prompts_and_responses() -> None:
         (0, 3, 0, 0),  # the prompt
         (3, 5, 0, 3),
         (5, 8, 0, 3),
-        (8, 10, 8, 8),  # the lone response with its prompt
+        (8, 10, 8, 8),  # the only response, together with its prompt
         (10, 11, 10, 10),
-        (11, 12, 10, 11),  # and the empty response has nothing to ask
+        (11, 12, 10, 11),  # the empty response has no queries
     ]
     assert row.attention_mask is not None
     assert row.attention_mask.shape == (1, 1, 4, 6)
@@ -313,7 +313,7 @@ def test_probe_under_autocast_allows_for_its_rounding(monkeypatch: pytest.Monkey
     policy = tiny_policy_of("llama")
     with torch.autocast("cpu", torch.bfloat16):
         assert packer_for(policy, 100).shares_prompts
-        # The rounding is there: float32's tolerance would refuse it.
+        # There is rounding: float32's tolerance would refuse it.
         monkeypatch.setattr(rlhf.models.layout, "HALF_TOLERANCE", PACKING_TOLERANCE)
         with pytest.warns(UserWarning, match="cannot take the packing mask"):
             assert not packer_for(policy, 100).shares_prompts
@@ -564,8 +564,10 @@ def check_row(
     responses: list[tuple[int, ...]],
     packer: Packer,
 ) -> None:
-    """Follows the mask, or where positions start again: what the predictor of a token sees must be
-    exactly its past."""
+    """Check that the predictor of a token sees exactly the token's past.
+
+    The past follows from the mask, or from where positions start again.
+    """
     ids, positions = row.input_ids[0], row.position_ids[0]
     if row.attention_mask is None:
         sequence = (positions == 0).cumsum(0)

@@ -1,4 +1,4 @@
-"""Numbers in the range of their field's type, in settings from code and from a file alike."""
+"""Numbers must be in the range of their field's type, in settings from code and from a file."""
 
 import math
 from dataclasses import dataclass

@@ -291,7 +291,7 @@ fields = {
 
 @st.composite
 def rows(draw: st.DrawFn) -> tuple[type[Record], Any]:
-    """A kind and a row that has about its fields, some missing, some of another type."""
+    """Draw a kind of record, and a row with most of its fields, some of another type."""
     record_class = draw(st.sampled_from(list(RECORD_CLASSES.values())))
     names = [name for name in record_class.__dataclass_fields__ if name in fields]
     kept = draw(st.sets(st.sampled_from(names))) | (set(names) if draw(st.booleans()) else set())
@@ -315,7 +315,7 @@ def test_any_row_gives_a_record_or_a_record_error(case: tuple[type[Record], Any]
 
 @st.composite
 def rankings(draw: st.DrawFn) -> Ranking:
-    """Ranked, or with probabilities of some of its pairs."""
+    """Draw a ranking with ranks, or with probabilities of some of its pairs."""
     num = draw(st.integers(2, 6))
     ranks: list[int | None] = [None] * num
     probabilities = []

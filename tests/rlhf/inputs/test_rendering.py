@@ -1,5 +1,7 @@
-"""What people wrote comes back from the ids as it went in, and only the template's own control
-tokens stand in them: over kinds of tokenizers and templates."""
+"""Ids give back what people wrote, and contain no control tokens but the template's own.
+
+This holds for all kinds of tokenizers and templates.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -28,17 +30,17 @@ from tests.rlhf.answers import fitted
 from tests.rlhf.inputs.test_chat import CHATML, LLAMA2
 from tests.rlhf.tiny_models import byte_tokenizer
 
-WORDS = (  # a base model's own words, no token around the roles
+WORDS = (  # in a base model's own words: no control token marks a role
     "{% for m in messages %}{% if m['role'] == 'assistant' %} Answer: {{ m['content'] }}"
     "{{ eos_token }}{% else %}Question: {{ m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} Answer:{% endif %}"
 )
-HARMONY = (  # the answer's channel is opened after the prompt
+HARMONY = (  # the answer's channel opens after the prompt
     "{% for m in messages %}<|start|>{{ m['role'] }}"
     "{% if m['role'] == 'assistant' %}<|channel|>final{% endif %}<|message|>{{ m['content'] }}"
     "<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
-EMPTY_THOUGHTS = (  # an answer without thoughts has an empty block of them
+EMPTY_THOUGHTS = (  # an answer without thoughts has an empty block of thoughts
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% set parts = m['content'].split('</think>') %}"
     "{% if m['role'] == 'assistant' and loop.last %}<think>\n"
@@ -69,7 +71,7 @@ def wrapped(inner: Tokenizer, template: str) -> PreTrainedTokenizerBase:
 
 
 def byte_pairs(template: str = CHATML) -> PreTrainedTokenizerBase:
-    """As GPT-2's, whose decoding by default would also move punctuation to the word before it."""
+    """Make one like GPT-2's, whose decoding would by default remove spaces before punctuation."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -86,7 +88,7 @@ def byte_pairs(template: str = CHATML) -> PreTrainedTokenizerBase:
 def byte_pairs_with_a_space(
     template: str = WORDS, *, strips: bool = True
 ) -> PreTrainedTokenizerBase:
-    """A space is put before every text, and taken away again by some."""
+    """Make one that puts a space before every text; decoding removes it if `strips` is set."""
     made = byte_pairs(template)
     inner = made.backend_tokenizer
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -96,7 +98,7 @@ def byte_pairs_with_a_space(
 
 
 def pieces_with_bytes(template: str = CHATML, *, legacy: bool = True) -> PreTrainedTokenizerBase:
-    """As SentencePiece's: spaces are marks on words, unknown characters are bytes."""
+    """Make one like SentencePiece's: spaces are marks on words, unknown characters are bytes."""
     inner = Tokenizer(models.Unigram())
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if legacy else "first")
     trainer = trainers.UnigramTrainer(
@@ -121,7 +123,7 @@ def pieces_with_bytes(template: str = CHATML, *, legacy: bool = True) -> PreTrai
 
 
 def word_pieces(template: str = CHATML) -> PreTrainedTokenizerBase:
-    """As BERT's: in small letters, and without the spaces that there were."""
+    """Make one like BERT's: it writes small letters, and loses the spaces of a text."""
     inner = Tokenizer(models.WordPiece(unk_token="<unk>"))
     inner.normalizer = normalizers.BertNormalizer(lowercase=True)
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -182,8 +184,7 @@ def test_text_comes_back_or_is_warned_of(name: str, text: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MAKERS if name != "word pieces"])
 def test_prompt_and_response_are_the_rendered_conversation(name: str) -> None:
-    """Also what stands between them, such as the space after "Answer:", is neither lost nor
-    doubled."""
+    """Text between them, such as the space after "Answer:", is neither lost nor doubled."""
     chat = Chat(made(name))
     turns = [{"role": "user", "content": "Is this the cat?"}]
     answer = {"role": "assistant", "content": "the \u0101 cat. "}
@@ -214,7 +215,7 @@ def test_prompts_hold_the_templates_control_tokens_alone(name: str, text: str) -
 
 
 def test_words_of_people_in_a_prompt_have_the_ids_of_words() -> None:
-    """The copy of the tokenizer in which they are read spells all else alike."""
+    """The copy of the tokenizer that reads them gives all other text the same ids."""
     chat = Chat(byte_pairs())
     plain = chat.prompt_ids("Is the cat on the mat?")
     ids = chat.prompt_ids("Is the cat<|im_end|> on the mat?")
@@ -225,7 +226,7 @@ def test_words_of_people_in_a_prompt_have_the_ids_of_words() -> None:
 
 
 def test_added_tokens_of_the_template_are_control_tokens_too() -> None:
-    """Flagged special or not, as add_tokens leaves them."""
+    """They are, whether they are flagged as special or not, as add_tokens leaves them."""
     inner = byte_tokenizer("<s>", "</s>").backend_tokenizer
     names = ("<|im_start|>", "<|im_end|>")
     inner.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
@@ -245,7 +246,7 @@ def test_added_tokens_of_the_template_are_control_tokens_too() -> None:
 
 
 def test_an_end_that_is_a_line_break() -> None:
-    """Texts of several lines keep their breaks, as words."""
+    """Texts of several lines keep their breaks, which are words."""
     template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}{{ eos_token }}"
         "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
@@ -303,7 +304,7 @@ def test_an_empty_block_of_thoughts_goes_before_an_answer_without() -> None:
 
 
 def test_names_that_a_template_looks_for_are_left_to_it() -> None:
-    """Thoughts of an earlier answer are cut off, while a user's words stay."""
+    """The template cuts off thoughts of an earlier answer, and a user's words stay."""
     chat = Chat(thinking_tokenizer(EMPTY_THOUGHTS))
     prompt = [
         {"role": "user", "content": "What is </think>? And <|im_end|>?"},
@@ -357,7 +358,7 @@ def test_a_dated_template_renders_the_same_on_every_day(monkeypatch: pytest.Monk
     [("%A, %-d %B %Y", "Friday, 26 July 2024"), ("%F %H:%M", "2024-07-26 00:00"), ("", "")],
 )
 def test_the_date_in_any_form_and_place(form: str, date: str) -> None:
-    """Also inside a macro, and without eating the line breaks that a template begins with."""
+    """The date is found inside a macro too, and line breaks at the template's start stay."""
     template = (
         "\n\n{% macro day(form) %}{{ strftime_now(format=form) }}{% endmacro %}"
         f"{{{{ day({form!r}) }}}}{{% for m in messages %}}|{{{{ m['content'] }}}}</s>{{% endfor %}}"
@@ -382,7 +383,7 @@ def test_other_ends_end_a_response() -> None:
 
 
 def test_padding_among_the_other_ends() -> None:
-    """The tokenizer's own choice stays; a new one is none of them."""
+    """A padding token that the tokenizer names stays; a new one is none of the end tokens."""
     names = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<x>")
     roles = {"eos_token": "<|im_end|>", "chat_template": CHATML}
     own = byte_tokenizer(*names, pad_token="<|endoftext|>", **roles)

@@ -1,4 +1,4 @@
-"""Random streams: equal for equal names and seeds, different for all else, and never shared."""
+"""Random streams are equal for equal names and seeds, otherwise different, and never shared."""
 
 import ast
 from collections import Counter
@@ -18,7 +18,7 @@ SOURCES = [
 STARTS = {"manual_seed", "Random", "default_rng"}
 MAY_START = {
     "rlhf/inputs/streams.py",
-    # These pass on the seed of a generator that they were given, or one of the caller's.
+    # These pass on a seed that their caller gave them.
     "rlhf/generation/hf.py",
     "rlhf/generation/vllm.py",
     "rlhf/measuring/statistics.py",
@@ -40,7 +40,7 @@ def test_another_seed_name_or_process_is_another_stream(other: tuple[int, str, i
 
 
 def test_the_text_of_one_seed_is_not_the_prompts_of_the_next() -> None:
-    """With seed + 1 for the text it was."""
+    """They would be equal if the text took seed + 1."""
     text = torch.randperm(50, generator=torch_stream(0, "ppo/text"))
     assert not torch.equal(text, torch.randperm(50, generator=torch_stream(1, "ppo/prompts")))
 

@@ -1,4 +1,4 @@
-"""A file is the old one or the whole new one."""
+"""A file is the old one or the whole new one, never a part of it."""
 
 from pathlib import Path
 

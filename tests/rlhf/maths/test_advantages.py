@@ -10,7 +10,7 @@ from rlhf.maths.advantages import generalized_advantages
 
 
 def test_three_tokens_by_hand() -> None:
-    """Deltas from the end, with gamma 0.9: 2 - 1 = 1, 0 + 0.9 - 3 = -2.1, 1 + 2.7 - 2 = 1.7."""
+    """From the end, with gamma 0.9, deltas are 2 - 1, 0 + 0.9 - 3 = -2.1 and 1 + 2.7 - 2 = 1.7."""
     rewards = torch.tensor([[1.0, 0.0, 2.0, math.nan]])
     values = torch.tensor([[2.0, 3.0, 1.0, math.nan]])
     mask = torch.tensor([[True, True, True, False]])
@@ -26,7 +26,7 @@ def test_three_tokens_by_hand() -> None:
 def sums_of_deltas(
     rewards: Tensor, values: Tensor, lengths: list[int], gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """A_t = sum over l of (gamma lambda)^l delta_{t+l}, written out, in double precision."""
+    """Compute A_t = sum over l of (gamma lambda)^l delta_{t+l}, term by term, in fp64."""
     advantages = torch.zeros(rewards.shape, dtype=torch.float64)
     returns = torch.zeros(rewards.shape, dtype=torch.float64)
     for row, length in enumerate(lengths):
@@ -63,7 +63,7 @@ def test_equals_the_written_out_sum_at_the_edges(lengths: list[int]) -> None:
 
 
 def check(lengths: list[int], gamma: float, gae_lambda: float, seed: int, room: int = 0) -> None:
-    """Responses of these lengths, with some room behind the longest."""
+    """Compare both for responses of these lengths, with padding after the longest."""
     time = max(1, *lengths) + room
     generator = torch.Generator().manual_seed(seed)
     rewards, values = torch.randn(2, len(lengths), time, generator=generator)

@@ -1,4 +1,4 @@
-"""What no function of a batch may depend on: values behind the end, and the order of rows."""
+"""No function of a batch depends on values after the end, or on the order of rows."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from rlhf.maths.losses import policy_loss, value_loss
 from rlhf.maths.masking import masked_sum, whiten, whitening_sums
 
 Function = Callable[..., tuple[Tensor, ...]]
-"""(three (batch, time) tensors, scores (batch,), response_mask) -> its results."""
+"""Takes three (batch, time) tensors, scores (batch,) and response_mask; returns results."""
 
 
 def policy(a: Tensor, b: Tensor, c: Tensor, scores: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
@@ -42,7 +42,7 @@ SUMS: dict[str, Function] = {
     "masked_sum": lambda a, b, c, scores, mask: (masked_sum(a, mask),),
     "whitening_sums": lambda a, b, c, scores, mask: (whitening_sums(a, mask),),
 }
-"""Results are sums over all rows."""
+"""Functions whose results are sums over all rows."""
 
 ROWS: dict[str, Function] = {
     "k1": lambda a, b, c, scores, mask: (k1(a, b, mask),),
@@ -54,7 +54,7 @@ ROWS: dict[str, Function] = {
         a, b, mask, gamma=0.9, gae_lambda=0.8
     ),
 }
-"""Results have a row for every row, which depends on no other."""
+"""Functions whose results have a row for every row, which depends on no other row."""
 
 ALL = {**SUMS, **ROWS, "whiten": lambda a, b, c, scores, mask: (whiten(a, mask),)}
 
@@ -62,7 +62,7 @@ lengths_of_rows = st.lists(st.integers(0, 6), min_size=1, max_size=5)
 
 
 def batch_of(lengths: list[int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Three random tensors as one (3, batch, time), scores (batch,), and the mask."""
+    """Return three random tensors as one (3, batch, time), scores (batch,), and the mask."""
     time = max(1, *lengths)
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(time) < torch.tensor(lengths)[:, None]
@@ -80,7 +80,7 @@ def results_and_gradient(
 
 
 def bits(tensor: Tensor) -> list[int]:
-    """So that -0.0 is not 0.0, and NaN is itself."""
+    """Return the bits, in which -0.0 differs from 0.0, and NaN equals itself."""
     return tensor.flatten().view(torch.uint8).tolist()
 
 
@@ -93,7 +93,7 @@ def bits(tensor: Tensor) -> list[int]:
     ),
     seed=st.integers(0, 99),
 )
-def test_what_stands_behind_the_end_changes_no_bit(
+def test_what_comes_after_the_end_changes_no_bit(
     name: str, lengths: list[int], rubbish: list[float], seed: int
 ) -> None:
     tensors, scores, mask = batch_of(lengths, seed)
@@ -107,7 +107,7 @@ def test_what_stands_behind_the_end_changes_no_bit(
 @settings(max_examples=30, deadline=None)
 @given(lengths=lengths_of_rows, seed=st.integers(0, 99))
 def test_the_order_of_rows_changes_nothing(name: str, lengths: list[int], seed: int) -> None:
-    """Rows keep their bits; sums over rows change by rounding, within 1e-6 of their size."""
+    """Rows keep their bits; sums over rows change by rounding only, at most 1e-6 of their size."""
     tensors, scores, mask = batch_of(lengths, seed)
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
     results = results_and_gradient(ALL[name], tensors, scores, mask)

@@ -80,7 +80,7 @@ def test_rewards_sum_to_the_objective() -> None:
         (6.0, 0.15),  # on target
         (6.6, 0.15 * (1 + 0.1 * 512 / 10_000)),  # 10 % above
         (60.0, 0.15 * (1 + 0.2 * 512 / 10_000)),  # far above: no more than 20 %
-        (3.0, 0.15 * (1 - 0.2 * 512 / 10_000)),  # half of it
+        (3.0, 0.15 * (1 - 0.2 * 512 / 10_000)),  # half of the target
         (-1.0, 0.15 * (1 - 0.2 * 512 / 10_000)),  # an estimate below 0
     ],
 )

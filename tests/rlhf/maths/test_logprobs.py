@@ -55,7 +55,7 @@ def test_half_precision_logits_are_read_in_fp32() -> None:
 
 
 def test_moments_by_hand() -> None:
-    """Of (1/8, 2/8, 5/8): surprises 3, 2 and 3 - log2 5 bits."""
+    """The surprises of (1/8, 2/8, 5/8) are 3, 2 and 3 - log2 5 bits."""
     moments = chunked_moments(LOGITS, torch.tensor([2, 0]), torch.nn.Identity())
     bit = math.log(2)
     surprises = [3 * bit, 2 * bit, (3 - math.log2(5)) * bit]
@@ -103,8 +103,10 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPa
 
 
 def test_no_more_than_a_chunk_of_logits_is_ever_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even between the passes: nothing that autograd keeps, and nothing that is computed, has
-    the vocabulary's width for more tokens than a chunk."""
+    """No tensor has the vocabulary's width for more tokens than a chunk.
+
+    This holds for all that is computed, and for all that autograd keeps between the passes.
+    """
     monkeypatch.setattr(rlhf.maths.logprobs, "CHUNK_TOKENS", 8)
     features = torch.randn(50, 4, requires_grad=True)
     head = torch.nn.Linear(4, 101, bias=False)
@@ -116,8 +118,10 @@ def test_no_more_than_a_chunk_of_logits_is_ever_in_memory(monkeypatch: pytest.Mo
 
 
 class LargestLogits(TorchDispatchMode):
-    """Most tokens of a tensor with the vocabulary's width, made by any operation; and how many
-    such tensors were alive once the first operation of the backward pass began."""
+    """Records the most tokens of any tensor with the vocabulary's width.
+
+    It also counts how many such tensors were alive when the backward pass began.
+    """
 
     def __init__(self, vocab: int) -> None:
         super().__init__()

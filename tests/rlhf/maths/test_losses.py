@@ -37,7 +37,7 @@ def test_one_pair_by_hand() -> None:
 
 
 def test_a_soft_pair_by_hand() -> None:
-    """sigmoid(ln 3) is 3/4: the least loss for a label of 3/4 is its entropy, at a gap of ln 3."""
+    """sigmoid(ln 3) is 3/4, so at a gap of ln 3 the loss for a label of 3/4 is its entropy."""
     scores = torch.tensor([math.log(3), 0.0], requires_grad=True)
     preferences, trees = torch.tensor([[0.0, 0.75], [0.25, 0.0]]), torch.tensor([0, 0])
     loss, stats = ranking_loss(scores, preferences, trees, num_prompts=1)
@@ -64,7 +64,7 @@ def test_an_even_pair_counts_in_the_loss_and_in_no_accuracy() -> None:
 
 
 def test_a_margin_by_hand() -> None:
-    """Two ranks apart at half a point a rank: scores 1 apart cost what equal ones do without."""
+    """Two ranks at half a point each make a margin of 1: scores 1 apart cost what equal ones do."""
     ranks, trees = torch.tensor([3, 1]), torch.tensor([0, 0])
     margins = 0.5 * (ranks[None, :] - ranks[:, None])
     options = {"num_prompts": 1, "margins": margins}
@@ -74,7 +74,7 @@ def test_a_margin_by_hand() -> None:
 
 
 def test_weights_by_hand() -> None:
-    """Losses ln 2 and ln 4 (a gap of -ln 3) with weights 3 and 1: (3 ln 2 + ln 4) / 4."""
+    """Losses ln 2 and ln 4 (a gap of -ln 3) have weights 3 and 1, and mean (3 ln 2 + ln 4) / 4."""
     scores = torch.tensor([0.0, 0.0, 0.0, math.log(3)])
     ranks, trees = torch.tensor([1, 2, 1, 2]), torch.tensor([0, 0, 1, 1])
     weights = torch.tensor([3.0, 3.0, 1.0, 1.0])
@@ -93,7 +93,7 @@ def test_untrained_scores_cost_log_2_whatever_k() -> None:
 
 @dataclass(frozen=True)
 class Judged:
-    """A prompt's responses; one of ranks and probabilities says which are better."""
+    """Holds a prompt's responses. Either ranks or probabilities say which are better."""
 
     scores: list[float]
     ranks: list[int | None]
@@ -102,7 +102,7 @@ class Judged:
     margin_per_rank: float
 
     def pairs(self) -> dict[tuple[int, int], float]:
-        """(i, j), i below j -> probability that i is better."""
+        """Map each (i, j), with i below j, to the probability that i is better."""
         pairs = dict(self.probabilities)
         for i, j in combinations(range(len(self.ranks)), 2):
             a, b = self.ranks[i], self.ranks[j]
@@ -116,7 +116,7 @@ class Judged:
 
 
 def loop_over_pairs(batch: Sequence[Judged]) -> tuple[float, list[list[float]], dict[str, float]]:
-    """Loss, its slope for each score, and stats: one pair after another, in Python's numbers."""
+    """Return loss, its slope for each score, and stats, pair by pair in Python's numbers."""
     total_weight = sum(one.weight for one in batch if one.pairs())
     loss, slopes = 0.0, [[0.0] * len(one.scores) for one in batch]
     stats = {"pairs": 0.0, "correct": 0.0, "margin": 0.0}
@@ -167,7 +167,7 @@ def batches(draw: st.DrawFn) -> list[Judged]:
 @settings(max_examples=150, deadline=None)
 @given(batch=batches(), seed=st.integers(0, 99))
 def test_ranking_loss_and_gradient_equal_a_loop_over_pairs(batch: list[Judged], seed: int) -> None:
-    """Hard and soft labels, ties, unranked responses, K from 2 to 16, rows in any order."""
+    """Examples have hard and soft labels, ties, unranked responses, K from 2 to 16, any order."""
     trees = [tree for tree, one in enumerate(batch) for _ in one.scores]
     order = torch.randperm(len(trees), generator=torch.Generator().manual_seed(seed))
     tree_index = torch.tensor(trees)
@@ -240,7 +240,7 @@ def test_score_of_an_unranked_response_changes_nothing(rubbish: float) -> None:
 
 
 def test_policy_loss_by_hand() -> None:
-    """Ratios 1.5 and 0.5 under both signs of the advantage, with clip range 0.2."""
+    """Ratios are 1.5 and 0.5, each with both signs of the advantage; the clip range is 0.2."""
     ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]])
     advantages = torch.tensor([[2.0, -2.0, 2.0, -2.0, 1.0]])
     mask = torch.ones(1, 5, dtype=torch.bool)
@@ -256,7 +256,7 @@ def test_policy_loss_by_hand() -> None:
 
 
 def test_value_loss_by_hand() -> None:
-    """Clip 0.5 around the old value 1: the larger of both errors counts."""
+    """Values are clipped to 0.5 around the old value 1; the larger of both errors counts."""
     values = torch.tensor([[2.0, 2.0, 1.2]])
     old_values = torch.ones(1, 3)
     returns = torch.tensor([[3.0, 1.0, 0.0]])
@@ -282,7 +282,7 @@ def random_batch(seed: int, num_tensors: int) -> list[Tensor]:
 def policy_case(
     logprob: float, old_logprob: float, advantage: float, clip_range: float
 ) -> tuple[float, float]:
-    """A token's loss and its slope in the log-probability, case by case."""
+    """Return a token's loss and its slope in the log-probability, case by case."""
     ratio = math.exp(logprob - old_logprob)
     if advantage > 0 and ratio > 1 + clip_range:
         return -advantage * (1 + clip_range), 0.0
@@ -294,7 +294,7 @@ def policy_case(
 def value_case(
     value: float, old_value: float, target: float, value_clip_range: float | None
 ) -> tuple[float, float]:
-    """A token's loss and its slope in the value, case by case."""
+    """Return a token's loss and its slope in the value, case by case."""
     error = value - target
     if value_clip_range is not None and abs(value - old_value) > value_clip_range:
         bounded = old_value + math.copysign(value_clip_range, value - old_value)
@@ -306,7 +306,7 @@ def value_case(
 def token_by_token(
     case: Callable[..., tuple[float, float]], tensors: Sequence[Tensor], *options: Any
 ) -> tuple[float, Tensor, int]:
-    """Loss, its slopes (batch, time) and how many tokens are clipped, in Python's numbers."""
+    """Return loss, slopes (batch, time) and the number of clipped tokens, in Python's numbers."""
     loss, slopes, num_clipped = 0.0, torch.zeros(MASK.shape, dtype=torch.float64), 0
     for row, length in enumerate(LENGTHS.tolist()):
         for t in range(length):

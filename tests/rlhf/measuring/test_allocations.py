@@ -1,4 +1,4 @@
-"""Passes without data against the same passes with data, and against sums by hand."""
+"""Compares passes without data with the same passes with data, and with sums by hand."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_bytes_are_counted_while_a_tensor_lives_and_views_are_free() -> None:
         assert live.now == 400
         del double
         assert live.now == 200
-        total = square.sum()  # 4
+        total = square.sum()  # 4 bytes
     assert (live.now, live.peak) == (204, 400)
     assert total == 200
 
@@ -48,10 +48,10 @@ def test_a_dry_pass_needs_what_a_real_one_needs(folder: Path, checkpointing: boo
     if checkpointing:
         checkpoint_activations(empty)
         checkpoint_activations(policy)
-    response_logprobs(policy, row).sum().backward()  # gradients are there from now on
+    response_logprobs(policy, row).sum().backward()  # from now on there are gradients
     weights = list(policy.parameters())
     grads = [weight.grad for weight in weights if weight.grad is not None]
-    (row,) = Packer(100).rows(TREES)  # without the mask that the other one has made
+    (row,) = Packer(100).rows(TREES)  # a new row, without the mask that the first one made
     rotary = list(policy.buffers())
     with LiveBytes([*weights, *grads, *rotary]) as live:
         response_logprobs(policy, row).sum().backward()
@@ -61,7 +61,7 @@ def test_a_dry_pass_needs_what_a_real_one_needs(folder: Path, checkpointing: boo
 
 
 def test_the_cache_of_sampling_holds_keys_and_values_of_all_tokens(folder: Path) -> None:
-    """2 layers, 2 heads of size 8 for keys and as many for values, 5 prompts, fp32."""
+    """There are 2 layers, 2 heads of size 8 for keys and for values, and 5 prompts, in fp32."""
     dry = DryRun()
     policy = dry.policy(ModelSettings(path=str(folder)))
     peak, cache = dry.sampling(policy, 5, prompt_tokens=7, new_tokens=20)
@@ -70,7 +70,7 @@ def test_the_cache_of_sampling_holds_keys_and_values_of_all_tokens(folder: Path)
 
 
 def test_logits_of_more_than_a_chunk_take_no_more_memory(folder: Path) -> None:
-    """Twice the tokens, and fewer bytes more than one tensor of their logits would have."""
+    """Twice the tokens take fewer additional bytes than one tensor of their logits has."""
     dry = DryRun()
     policy = tiny_policy_of("llama", vocab_size=5000)
     policy.save_pretrained(folder / "wide")

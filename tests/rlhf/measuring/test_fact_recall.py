@@ -1,4 +1,4 @@
-"""Fact recall: whole-word matching, and the share over probes of several lengths."""
+"""Tests fact recall: matching of whole words, and the share over probes of several lengths."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def test_recall_is_the_share_of_probes_continued_with_their_answer() -> None:
 
 
 def test_probes_without_text_or_answer_are_refused() -> None:
-    """Before the model or the tokenizer is asked anything."""
+    """They are refused before the model or the tokenizer is used."""
     nobody: Any = None
     with pytest.raises(ValueError, match="no fact probes"):
         fact_recall(nobody, nobody, [])

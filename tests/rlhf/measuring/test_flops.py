@@ -1,4 +1,4 @@
-"""FLOPs against torch's own count of the operations that ran, and against sums by hand."""
+"""Compares FLOPs with torch's own count of the operations that ran, and with sums by hand."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from tests.rlhf.every_architecture import tiny_config
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 
 WITHOUT_ANGLES = 1e-3
-"""Some versions of transformers make the rotary angles by a small matrix product."""
+"""Tolerance, since some versions of transformers make rotary angles by a small matrix product."""
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "opt"])
@@ -45,8 +45,11 @@ def test_a_scalar_model_has_no_unembedding() -> None:
 
 
 def test_frozen_weights_get_no_gradient() -> None:
-    """Below an adapter the gradient only goes through them, and in the first layer not even that:
-    what its queries, keys and values are made of learns nothing."""
+    """Below an adapter the gradient only passes through them.
+
+    In the first layer it does not even do that, because nothing below its queries, keys and values
+    learns.
+    """
     length = 10
     policy = tiny_policy_of("llama", attention="eager")
     empty_adapter(policy, "unused", LoraSettings(rank=2))
@@ -65,7 +68,7 @@ def test_frozen_weights_get_no_gradient() -> None:
 
 
 def test_weights_in_parts_count_whole() -> None:
-    """As ZeRO-3 leaves them: without data, their shape beside them."""
+    """ZeRO-3 leaves weights without data, with their shape in an attribute."""
     policy = tiny_policy_of("llama")
     whole = size_of(policy)
     for parameter in policy.parameters():
@@ -75,7 +78,7 @@ def test_weights_in_parts_count_whole() -> None:
 
 
 def test_a_tree_is_read_with_its_prompt_once() -> None:
-    """A prompt of 3 (1 + 2 + 3 pairs), responses of 2 (4 + 5) and 1 (4)."""
+    """The prompt has 3 tokens (1 + 2 + 3 pairs), the responses 2 (4 + 5) and 1 (4)."""
     tree = PromptTree((5, 6, 7), ((8, 9), (8,)))
     assert work_of([tree]) == Work(tokens=6, logits=3, pairs=19)
     assert work_of([tree, tree]) == Work(12, 6, 38)
@@ -99,7 +102,7 @@ def test_phases_of_an_update() -> None:
 
 
 def test_layers_may_have_heads_of_their_own() -> None:
-    """As Gemma 4's: four heads of 8 in the layer with a window, four of 16 in the other."""
+    """Gemma 4 has four heads of 8 in the layer with a window, and four of 16 in the other."""
     made = byte_tokenizer("</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     config = tiny_config("gemma4_text", made)
     with torch.device("meta"):

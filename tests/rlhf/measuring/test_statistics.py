@@ -1,4 +1,4 @@
-"""Intervals against numbers worked by hand or taken from tables."""
+"""Compares intervals with numbers worked by hand or taken from tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from rlhf.measuring.statistics import (
 
 
 def test_bootstrap_of_two_clusters_reaches_each_of_them() -> None:
-    # One draw in four takes cluster 1 twice, one in four cluster 2 twice.
+    # One draw in four takes cluster 1 twice, and one in four takes cluster 2 twice.
     assert bootstrap_interval([[1.0, 1.0], [4.0]], seed=0) == (1.0, 4.0)
 
 
@@ -62,10 +62,10 @@ def test_bootstrap_repeats_with_its_seed_and_tells_nothing_of_one_cluster() -> N
 
 
 def test_win_rate_counts_ties_half_and_every_pair_of_a_prompt() -> None:
-    # prompt 1: 2 > 1 win, 2 = 2 tie; prompt 2: 0 < 1 loss.  (1 + 0.5 + 0) / 3
+    # Prompt 1 has a win (2 > 1) and a tie (2 = 2), prompt 2 a loss (0 < 1): (1 + 0.5 + 0) / 3.
     found = win_rate([[2.0], [0.0]], [[1.0, 2.0], [1.0]])
     assert found.value == pytest.approx(0.5, abs=1e-12)
-    # of two draws a bootstrap says (0, 0.75)
+    # a bootstrap over two prompts would give (0, 0.75)
     assert found.interval == (0.0, wilson_interval(0.5, 2)[1])
 
 
@@ -133,18 +133,18 @@ def test_best_of_n_kl_bounds_that_of_a_coin() -> None:
 
 
 def test_distinct_bigrams_by_hand() -> None:
-    assert distinct_bigrams([[1, 2, 1, 2], [1, 0]]) == 3 / 4  # 12, 21, 12, 10
+    assert distinct_bigrams([[1, 2, 1, 2], [1, 0]]) == 3 / 4  # bigrams 12, 21, 12, 10
     assert distinct_bigrams([[1], [2], []]) == 0.0
 
 
 def test_wilson_interval_worked_by_hand() -> None:
-    """10 of 10: 1 / (1 + 3.8415 / 10); 5 of 10: 0.5 -+ 1.96 sqrt(0.025 + 0.0096) / 1.384."""
+    """10 of 10: 1 / (1 + 3.8415 / 10). 5 of 10: 0.5 -+ 1.96 sqrt(0.025 + 0.0096) / 1.384."""
     assert wilson_interval(1.0, 10) == pytest.approx((0.722467, 1.0), abs=1e-6)
     assert wilson_interval(0.5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-5)
 
 
 def test_few_prompts_that_agree_prove_little() -> None:
-    """A coin gets two of two right one time in four."""
+    """A coin is right about two of two one time in four."""
     low, high = share_interval([[1.0, 1.0, 1.0], [1.0]], seed=0)
     assert low == pytest.approx(1 / (1 + Z_975**2 / 2)) and high == 1.0
     many = [[float(i % 3 > 0)] for i in range(FEW_CLUSTERS)]
@@ -153,7 +153,7 @@ def test_few_prompts_that_agree_prove_little() -> None:
 
 
 def test_paired_difference_by_hand() -> None:
-    # Differences of the prompts' means: 2 - 1, 0 - 1, 4 - 0; the fourth has nothing on one side.
+    # The prompts' means differ by 2 - 1, 0 - 1 and 4 - 0; the fourth prompt has no value of b.
     value, (low, high) = paired_difference([[1, 3], [0], [4], [9]], [[1], [0, 2], [0], []])
     assert value == pytest.approx(4 / 3)
     assert -1.0 <= low < value < high <= 4.0
@@ -161,7 +161,7 @@ def test_paired_difference_by_hand() -> None:
 
 
 def test_a_difference_at_equal_length_by_hand() -> None:
-    """Prompts differ by (length, value) (-2, 3), (0, 1), (2, 2): the line is 2 - length / 4."""
+    """Prompts differ by (length, value) of (-2, 3), (0, 1), (2, 2): the line is 2 - length / 4."""
     b = [[1.0], [1.0], [1.0]]
     found = difference_at_equal_length([[4], [2], [3]], b, [[1], [3], [6, 4]], [[3], [3], [3]])
     assert found.value == pytest.approx(2.0)
@@ -200,7 +200,7 @@ def test_the_most_frequent_answer_by_hand() -> None:
     # "yes": 1/2 + 0 + 1 of three prompts; "no": 1/2 + 2/3; "well": 1/3.
     answers = [["yes", "no"], ["no", "no", "well"], ["yes"]]
     assert most_frequent_answer(answers) == ("yes", pytest.approx(0.5))
-    assert most_frequent_answer([["b"], ["a"]]) == ("b", 0.5)  # the first of equals
+    assert most_frequent_answer([["b"], ["a"]]) == ("b", 0.5)  # of equals the first counts
 
 
 @pytest.mark.parametrize(
@@ -208,9 +208,9 @@ def test_the_most_frequent_answer_by_hand() -> None:
     [
         (0.4, 0.02, True),
         (0.09, 0.01, False),  # few prompts
-        (0.24, 0.1, False),  # odds from 1/9 to 0.316, less than threefold
-        (0.26, 0.1, True),  # to 0.351
-        (0.74, 0.5, False),  # odds from 1 to 2.85: yes and no
+        (0.24, 0.1, False),  # odds rise from 1/9 to 0.316, less than threefold
+        (0.26, 0.1, True),  # odds rise from 1/9 to 0.351
+        (0.74, 0.5, False),  # odds rise from 1 to 2.85, as for yes and no
         (0.76, 0.5, True),
         (1.0, 0.9, True),
         (1.0, 1.0, False),
@@ -222,7 +222,7 @@ def test_one_answer_to_many_prompts(share: float, before: float, expected: bool)
 
 @pytest.mark.parametrize(("k", "chance"), [(1, 2 / 4), (2, 4 / 6), (3, 3 / 4), (4, 1.0)])
 def test_majority_by_hand(k: int, chance: float) -> None:
-    # Of two answers, a with b is a tie; a with none is a; b with none is wrong.
+    # Of two answers, a and b are a tie, a and None give a, b and None give b, which is wrong.
     assert majority_of_k(["a", "b", "a", None], [1, 0, 1, 0], k) == pytest.approx(chance)
 
 
@@ -239,7 +239,7 @@ def test_majority_equals_the_mean_over_all_subsets() -> None:
 
 
 def majority(answers: Sequence[str | None], is_right: Mapping[str | None, int]) -> float:
-    """How right the most frequent answer is, over those that are equally frequent."""
+    """Return how right the most frequent answer is; equally frequent ones count alike."""
     voters = [answer for answer in answers if answer is not None]
     counts = {answer: voters.count(answer) for answer in voters}
     winners = [answer for answer, count in counts.items() if count == max(counts.values())]
@@ -256,7 +256,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def test_aggregate_of_two_clusters_by_hand() -> None:
-    # Three draws in four take one cluster alone at least once; both together have the spread 5.
+    # One draw in two takes both clusters, whose spread is 5. One in four takes 6 alone: spread 0.
     estimate = aggregate_estimate([[1.0, 3.0], [6.0]], spread, seed=0)
     assert estimate.value == 5.0
     assert estimate.interval == (0.0, 5.0)

@@ -1,4 +1,4 @@
-"""Adapters: what they compute, the files that anybody loads, and what is refused."""
+"""Tests adapters: what they compute, the files that others load, and what is refused."""
 
 import hashlib
 import importlib.util
@@ -51,7 +51,7 @@ def save_base(folder: Path, architecture: str = "llama", **changes: Any) -> Mode
 
 
 def train_a_little(model: nn.Module) -> None:
-    """Other numbers in all that is trained, B = 0 included."""
+    """Change every trained weight, including B, which starts at 0."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -101,7 +101,7 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_is_trained(base: ModelSet
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "opt", "qwen3"])
 @pytest.mark.slow
 def test_saved_adapter_is_what_anybody_computes(architecture: str, tmp_path: Path) -> None:
-    """Ours, merged, by transformers, by PEFT, and by W + alpha / rank * B A written down here."""
+    """Ours equals it merged, in transformers, in PEFT, and as W + alpha / rank * B A below."""
     base = save_base(tmp_path / "base", architecture)
     live, settings = save_adapter_over(base, tmp_path / "adapter")
     expected = logits(live)
@@ -326,7 +326,7 @@ def test_adapter_made_elsewhere_is_loaded_with_a_warning(
 
 
 def adapter_with(changes: dict[str, Any], base: ModelSettings, folder: Path) -> ModelSettings:
-    """An adapter over the base whose adapter_config.json says something else."""
+    """Write an adapter over the base, with other values in its adapter_config.json."""
     _, settings = save_adapter_over(base, folder)
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

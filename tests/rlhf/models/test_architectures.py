@@ -1,5 +1,7 @@
-"""Representatives of every kind of architecture: sampled with their history, scored, and refused by
-name where they cannot be used. tests/long/architectures.py runs all of them through all stages."""
+"""Samples and scores with one model of every kind of architecture, or refuses it by name.
+
+tests/long/architectures.py runs all architectures through all stages.
+"""
 
 import json
 import shutil
@@ -42,8 +44,8 @@ REPRESENTATIVES = {
     "mamba": SIDE_BY_SIDE,
     "llama4_text": SIDE_BY_SIDE,
     "granite": SIDE_BY_SIDE,
-    "rwkv": WITHOUT_CACHE,  # its state is no cache of transformers
-    "recurrent_gemma": WITHOUT_CACHE,  # its state is in its layers, which hold one batch
+    "rwkv": WITHOUT_CACHE,  # its state is not a cache of transformers'
+    "recurrent_gemma": WITHOUT_CACHE,  # its layers hold its state, and of one batch only
 }
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18, 19], [20, 21]]
 
@@ -84,12 +86,14 @@ def greedy_without_cache(policy: PreTrainedModel, prompt: list[int], num_tokens:
 @pytest.mark.parametrize("model_type", REPRESENTATIVES)
 @pytest.mark.slow
 def test_text_is_sampled_with_its_history(models: PathOf, model_type: str) -> None:
-    """Greedy tokens are those of passes without a cache, also after rows left, and the sampler's
-    log-probabilities those of the trainer."""
+    """Greedy tokens are those of passes without a cache, also after rows are removed.
+
+    The sampler's log-probabilities are those of the trainer.
+    """
     policy = load_policy(ModelSettings(path=models(model_type)))
     assert decoding_mode_for(policy) == REPRESENTATIVES[model_type]
     expected = [greedy_without_cache(policy, prompt, 8) for prompt in PROMPTS]
-    end_id = expected[0][1]  # so that one row leaves early
+    end_id = expected[0][1]  # so that one row is removed early
     decoding = Decoding(end_id=end_id, max_new_tokens=8, temperature=0)
     greedy = generate(policy, PROMPTS, GenerationSettings(), decoding).responses
     for found, tokens in zip(greedy, expected, strict=True):
@@ -108,8 +112,10 @@ def test_text_is_sampled_with_its_history(models: PathOf, model_type: str) -> No
 
 
 def test_no_way_is_taken_that_forgets(monkeypatch: pytest.MonkeyPatch, models: PathOf) -> None:
-    """A model that drops its cache in silence is read anew for every token, and one whose padding
-    is seen is read by length."""
+    """A model that silently drops its cache is read anew for every token.
+
+    One in which padding changes results gets prompts of one length at a time.
+    """
     policy = load_policy(ModelSettings(path=models("granite")))
     forward = type(policy).forward
 
@@ -139,7 +145,7 @@ def test_no_way_is_taken_that_forgets(monkeypatch: pytest.MonkeyPatch, models: P
 def test_scalar_model_without_a_classifier_of_transformers(
     models: PathOf, model_type: str, tmp_path: Path
 ) -> None:
-    """The body of the causal LM and a head that is saved and loaded with it."""
+    """It is made of the causal LM's body and a head, which are saved and loaded together."""
     settings = ModelSettings(path=models(model_type))
     model = load_scalar(settings, new_head=True)
     trees = [PromptTree((5, 6, 7), ((8, 9, 1), (10, 1)))]
@@ -170,7 +176,7 @@ def test_classifiers_of_transformers_are_taken_where_there_are_any(
 
 @pytest.mark.filterwarnings("ignore:.*cannot take the packing mask")
 def test_own_classifier_shares_the_policys_base(models: PathOf, tmp_path: Path) -> None:
-    """Adapters of policy and value model over one base, for an architecture without classifier."""
+    """Policy and value model are adapters over one base, if transformers has no classifier."""
     lora, bases = LoraSettings(rank=2), SharedBases()
     settings = ModelSettings(path=models("granite"))
     policy = load_policy(settings, lora, bases)
@@ -203,20 +209,19 @@ def test_bidirectional_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_logits_that_change_with_the_length_are_refused(models: PathOf) -> None:
-    """ProphetNet's hidden states keep to earlier tokens, and its logits do not."""
+    """ProphetNet's hidden states depend on earlier tokens only, but its logits do not."""
     with pytest.raises(ValueError, match="is bidirectional"):
         load_policy(ModelSettings(path=models("prophetnet")))
 
 
 def test_model_that_fails_in_training_only_is_refused(models: PathOf) -> None:
-    """Reformer's axial positions read a text of any length in evaluation, and one length in
-    training."""
+    """Reformer's axial positions read any length in evaluation mode, but only one in training."""
     with pytest.raises(ValueError, match=r"16 tokens in training .*axial_pos_shape"):
         load_policy(ModelSettings(path=models("reformer")))
 
 
 def test_text_part_that_could_not_be_loaded_again_is_refused(models: PathOf) -> None:
-    """Before anything is trained, for the policy and for the reward model."""
+    """Policy and reward model are refused before anything is trained."""
     settings = ModelSettings(path=models("mllama"))
     refusal = "causal LM of mllama as model_type mllama_text_model, which it cannot load again"
     with pytest.raises(ValueError, match=refusal):

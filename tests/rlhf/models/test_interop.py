@@ -1,4 +1,4 @@
-"""Files say in version 4's names what they say in version 5's, and version 5 reads what it did."""
+"""Files say the same in version 4's names, and version 5 reads the same from them as before."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_rotary_settings_have_both_names(
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.slow
 def test_every_architectures_config_is_read_as_it_was(model_type: str, tmp_path: Path) -> None:
-    """Also where layers have kinds of their own, and version 4 has no name for their bases."""
+    """This includes layers with rotary bases of their own, for which version 4 has no name."""
     tokenizer = byte_tokenizer("</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     try:
         config = tiny_config(model_type, tokenizer)

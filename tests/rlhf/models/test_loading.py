@@ -1,4 +1,4 @@
-"""Loading, saving, heads, dropout: what was saved loads again, here and elsewhere."""
+"""What was saved loads again, here and elsewhere; also tests heads and dropout."""
 
 import json
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def tokenizer_of(*, chatml: bool = False) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(params=["llama", "gpt2"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A policy as a stage saves it; llama's output layer is its own, GPT-2's is tied."""
+    """Save a policy as a stage does. Llama's unembedding is its own, GPT-2's is tied."""
     tokenizer = tokenizer_of()
     model = tiny_policy_of(request.param, vocab_size=len(tokenizer))
     path = tmp_path / "policy"
@@ -103,7 +103,7 @@ def test_saved_policy_stops_at_the_end_of_a_response(tmp_path: Path) -> None:
 
 
 def test_ends_that_only_an_architecture_has_by_default_are_none(tmp_path: Path) -> None:
-    """Llama's config says token 2 where nobody says anything, and here that is a letter."""
+    """Llama's config has token 2 by default, which is a letter here."""
     tokenizer = tokenizer_of(chatml=True)
     letter = len(tokenizer) - 1
     model = tiny_policy_of("llama", vocab_size=len(tokenizer), eos_token_id=letter)
@@ -139,7 +139,7 @@ def test_bfloat16(folder: Path) -> None:
 
 
 def test_the_head_reads_in_fp32_under_autocast(folder: Path) -> None:
-    """Numbers of 8 bits would lie 0.03 apart at a score of 4."""
+    """In bf16, neighbouring numbers near 4 are 0.03 apart."""
     scalar = load_scalar(ModelSettings(path=str(folder)), new_head=True)
     scalar.head.weight.data.mul_(8)
     row = Packer(64).rows(TREES)[0]

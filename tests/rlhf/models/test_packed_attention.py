@@ -1,5 +1,7 @@
-"""Our attention has names of its own: nothing of transformers' is replaced or written. With a block
-mask it computes what a dense mask says, by torch's FlexAttention or without it."""
+"""Our attention has names of its own, and replaces nothing in transformers.
+
+With a block mask it computes the same as with a dense mask, by torch's FlexAttention or without.
+"""
 
 import functools
 import json
@@ -78,7 +80,7 @@ def test_the_name_changes_no_bit_and_is_not_saved(architecture: str, tmp_path: P
 
 
 def test_a_model_that_asks_for_sdpa_by_name_keeps_it() -> None:
-    """Under our name its sparse mask would be left out, and every token would see all others."""
+    """Under our name the model would leave out its sparse mask, and tokens would see all others."""
     torch.manual_seed(0)
     policy = DeepseekV32ForCausalLM(SPARSE).eval()
     ids = torch.arange(3, 20)[None]
@@ -87,7 +89,7 @@ def test_a_model_that_asks_for_sdpa_by_name_keeps_it() -> None:
         take_packed_rows(policy, "sdpa")
         assert attention_of(policy) == "sdpa"
         assert torch.equal(policy(ids).logits, sparse)
-        # What the guard is for: sparse and whole attention differ here.
+        # Sparse and whole attention differ here, so the test can fail.
         AttentionInterface.register("another_name", sdpa_attention_forward)
         AttentionMaskInterface.register("another_name", sdpa_mask)
         policy.set_attn_implementation("another_name")
@@ -138,7 +140,7 @@ def test_probe_says_why_flex_attention_cannot_be(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_model_without_the_setting_reads_block_masks_too() -> None:
-    """PPO lays rows once for two models, which may have different settings."""
+    """PPO packs rows once for two models, which may have different settings."""
     scalar = tiny_scalar_of("llama")
     trees = [PromptTree((5, 6, 7), ((8, 9), (10,))), PromptTree((11,), ((12, 13),))]
     found, expected = (
@@ -149,7 +151,7 @@ def test_a_model_without_the_setting_reads_block_masks_too() -> None:
 
 
 def long_row(longest: int = 280) -> PackedRow:
-    """A row with blocks that its mask allows in whole, in part and not at all."""
+    """Make a row whose mask allows some blocks wholly, some in part and some not at all."""
     ids = tuple(range(1, 301))
     trees = [
         PromptTree(ids[:longest], (ids[:40], ids[:90])),
@@ -162,7 +164,7 @@ def long_row(longest: int = 280) -> PackedRow:
 
 
 class Layer:
-    """Six heads of queries over two of keys, and random inputs (1, heads, length, 16)."""
+    """Has six heads of queries over two of keys, and random inputs (1, heads, length, 16)."""
 
     def __init__(self, length: int, size: int = 16) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -215,7 +217,7 @@ def by_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_torchs_own_attention_gives_them_too(
     by_torch: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without compiling, and with gradients. On a CPU torch has them, but refuses to start."""
+    """It is not compiled, and gives gradients. On a CPU torch has it, but refuses to start it."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     monkeypatch.setattr(packed_attention, "compiled_flex_attention", compat.flex_attention)
     row = long_row()
@@ -233,7 +235,7 @@ def test_rows_of_all_lengths_share_one_kernel_and_too_many_are_an_error(
 ) -> None:
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    monkeypatch.setattr(compat, "MOST_FLEX_KERNELS", 1)
+    monkeypatch.setattr(compat, "MAX_FLEX_KERNELS", 1)
     for longest in (280, 281, 300):
         row = long_row(longest)
         layer = Layer(len(row.tree))
@@ -249,7 +251,7 @@ def test_rows_of_all_lengths_share_one_kernel_and_too_many_are_an_error(
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
 @torch.no_grad()
 def test_compiled_attention_equals_a_dense_mask(by_torch: None) -> None:
-    """Forward only: torch has no gradient of its kernel for CPUs."""
+    """The test has no backward pass, since torch's kernel has no gradient on CPUs."""
     for longest in (280, 300):
         row = long_row(longest)
         layer = Layer(len(row.tree))

@@ -1,7 +1,7 @@
-"""A score depends on its prompt and response alone: not on padding, its side, or the company.
+"""A score depends on its prompt and response alone, not on padding or on other rows.
 
-Our own passes hold no padding at all; that a saved reward model gives the same scores to anyone who
-pads, on either side, is what makes its folder worth sharing.
+Our own passes have no padding. Other users of a saved reward model pad on either side, and must get
+the same scores.
 """
 
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_plain_transformers_gives_the_same_scores_with_padding(
         logits = classifier(
             input_ids=torch.tensor(ids),
             attention_mask=attention_mask,
-            # GPT-2 counts positions from the row's start; on the left that would count the pads.
+            # GPT-2 counts positions from the row's start, which would count padding on the left.
             position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
         ).logits
     torch.testing.assert_close(logits.squeeze(1), expected, rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Several models over one copy of frozen weights: what they compute, and what they weigh."""
+"""Tests models over one copy of frozen weights: what they compute, and their memory."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ PACKER = Packer(64)
 
 @pytest.fixture(params=["llama", "gpt2"])
 def work(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A base, and adapters of a policy and of a reward model over it."""
+    """Save a base, and adapters of a policy and of a reward model over it."""
     tokenizer = byte_tokenizer("<eos>", "<pad>", eos_token="<eos>", pad_token="<pad>")
     base = tiny_policy_of(request.param, vocab_size=len(tokenizer))
     save_policy(base, tokenizer, tmp_path / "base")
@@ -42,7 +42,7 @@ Roles = tuple[PreTrainedModel, ScalarModel, PreTrainedModel, ScalarModel]
 
 
 def load_roles(work: Path, bases: SharedBases | None, sft: str = "sft", rm: str = "rm") -> Roles:
-    """Policy, value, reference and reward model."""
+    """Load policy, value model, reference and reward model."""
     policy, reward = (ModelSettings(path=str(work / name)) for name in (sft, rm))
     return (
         load_policy(policy, LORA, bases),
@@ -69,7 +69,7 @@ def test_roles_on_one_base_compute_what_four_models_do(work: Path, sft: str, rm:
     for one, other in zip(outputs(separate), outputs(shared), strict=True):
         assert one.std() > 0.01
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-    # and each goes its own way when it is trained
+    # and training one changes no other
     before = outputs(shared)
     change_trained(shared[0], 3)
     change_trained(shared[1], 4)

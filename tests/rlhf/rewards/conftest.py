@@ -1,4 +1,4 @@
-"""A policy and reward models as the stages would leave them, random and tiny."""
+"""Saves a random tiny policy and reward models as the stages would."""
 
 from pathlib import Path
 
@@ -16,11 +16,11 @@ def sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def saved(sft: Path) -> Path:
-    """A reward model with a new head, bias 0.5 and scale 2, on the policy's body."""
+    """Save a reward model with a new head, bias 0.5 and scale 2, on the policy's body."""
     return save_reward_model(sft.parent / "rm", sft, seed=1, bias=0.5, scale=2.0)
 
 
 @pytest.fixture(scope="session")
 def other(sft: Path) -> Path:
-    """A second one, of another seed."""
+    """Save a second reward model, of another seed."""
     return save_reward_model(sft.parent / "rm2", sft, seed=2, bias=-0.25, scale=1.0)

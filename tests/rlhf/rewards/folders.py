@@ -1,4 +1,4 @@
-"""Model folders for the tests of rewards."""
+"""Saves model folders for the tests of rewards."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def base_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def merging_tokenizer() -> PreTrainedTokenizerBase:
-    """A byte-level tokenizer with merges: another vocabulary, and other token boundaries."""
+    """Make a byte-level tokenizer with merges: another vocabulary, and other token boundaries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,7 +54,7 @@ def merging_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def save_base(folder: Path, architecture: str, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A random policy from torch's generator."""
+    """Save a random policy, drawn from torch's generator."""
     Chat(tokenizer)
     save_policy(new_policy(ARCHITECTURES[architecture], tokenizer), tokenizer, folder)
     return folder
@@ -63,7 +63,7 @@ def save_base(folder: Path, architecture: str, tokenizer: PreTrainedTokenizerBas
 def save_reward_model(
     folder: Path, base: Path, *, seed: int, bias: float, scale: float, dtype: Any = "float32"
 ) -> Path:
-    """A reward model with a new head on a policy's body, as the rm stage would leave it."""
+    """Save a reward model with a new head on a policy's body, as the rm stage would."""
     torch.manual_seed(seed)
     model = load_scalar(ModelSettings(path=str(base), dtype=dtype), new_head=True)
     model.bias, model.scale = bias, scale

@@ -1,4 +1,4 @@
-"""Rewards made of rewards, with numbers by hand and through their settings."""
+"""Tests rewards made of rewards, with numbers by hand and through their settings."""
 
 import shutil
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from rlhf.generation.answers import Answer
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.records import Prompt
 from rlhf.models.settings import ModelSettings
-from rlhf.rewards.combined import EnsembleReward, NormalizedReward, Part, WeightedReward
+from rlhf.rewards.combined import EnsembleReward, NormalizedReward, RewardPart, WeightedReward
 from rlhf.rewards.load import load_reward, reward_models_of
 from rlhf.rewards.models import load_reward_model
 from rlhf.rewards.scores import Scored, ScoreScale
@@ -22,7 +22,7 @@ from tests.rlhf.rewards.folders import PROMPTS, RESPONSES, base_tokenizer
 
 
 class Fixed:
-    """Says the same of every batch."""
+    """Returns the same scores for every batch."""
 
     def __init__(self, *scores: float, tokens: list[list[float]] | None = None) -> None:
         self.scored = Scored(torch.tensor(scores), None if tokens is None else torch.tensor(tokens))
@@ -57,10 +57,10 @@ def test_parts_are_summed_by_their_weights_and_kept_without_them() -> None:
     tokens = [[1.0, 0.0], [0.0, 3.0]]
     reward = WeightedReward(
         {
-            "good": Part(Fixed(1.0, 2.0), 2.0),
-            "bad": Part(Fixed(4.0, 0.5), -1.0),
-            "steps": Part(Fixed(1.0, 3.0, tokens=tokens), 0.5),
-            "flipped": Part(Fixed(1.0, 3.0, tokens=tokens), -1.0),
+            "good": RewardPart(Fixed(1.0, 2.0), 2.0),
+            "bad": RewardPart(Fixed(4.0, 0.5), -1.0),
+            "steps": RewardPart(Fixed(1.0, 3.0, tokens=tokens), 0.5),
+            "flipped": RewardPart(Fixed(1.0, 3.0, tokens=tokens), -1.0),
         }
     )
     scored = reward.score([of_ids([1], [7]), of_ids([1], [7, 7])])
@@ -76,13 +76,13 @@ FREE = Prompt("Hello", meta={"instructions": []})
 
 
 def test_a_part_judges_the_prompts_that_it_is_for() -> None:
-    """By hand: the rule follows 2, 3 on prompts with rules, the model 10, 20, 30 on the others.
+    """The rule gives 2 and 3 on prompts with rules; the model gives 10, 20, 30 on the others.
 
-    On its scale the rule is (2 - 1) / 2 and (3 - 1) / 2, and its weight is 4.
+    The rule's scaled scores are (2 - 1) / 2 and (3 - 1) / 2, and its weight is 4.
     """
     scale = ScoreScale(mean=1.0, std=2.0)
-    rules = Part(Fixed(2.0, 3.0), 4.0, only_with="instructions", scale=scale)
-    model = Part(Fixed(10.0, 20.0, 30.0), only_without="instructions")
+    rules = RewardPart(Fixed(2.0, 3.0), 4.0, only_with="instructions", scale=scale)
+    model = RewardPart(Fixed(10.0, 20.0, 30.0), only_without="instructions")
     records = [FREE, RULED, Prompt("Bye"), RULED, FREE]
     scored = WeightedReward({"rules": rules, "model": model}).score(
         [of_text(record, "Yes") for record in records]
@@ -98,16 +98,19 @@ def test_a_part_that_judges_nothing_of_a_batch_adds_nothing() -> None:
         def score(self, answers: Sequence[Answer]) -> Scored:
             raise AssertionError("no answer is for this part")
 
-    parts = {"rules": Part(Unasked(), only_with="instructions"), "model": Part(Fixed(1.0, 2.0))}
+    parts = {
+        "rules": RewardPart(Unasked(), only_with="instructions"),
+        "model": RewardPart(Fixed(1.0, 2.0)),
+    }
     scored = WeightedReward(parts).score([of_text(FREE, "Yes")] * 2)
     assert scored.scores.tolist() == [1, 2]
     assert scored.parts["rules"].isnan().all()
 
 
 def test_token_rewards_of_a_part_stand_at_the_answers_that_it_judges() -> None:
-    """The longest answer is not judged, so that the part's own rewards are narrower."""
+    """The part does not judge the longest answer, so its own rewards have fewer columns."""
     scale = ScoreScale(mean=1.0, std=2.0, per_token=3.0, mean_tokens=1.0)
-    steps = Part(Fixed(7.0, tokens=[[4.0, 3.0]]), 10.0, only_with="instructions", scale=scale)
+    steps = RewardPart(Fixed(7.0, tokens=[[4.0, 3.0]]), 10.0, only_with="instructions", scale=scale)
     answers = [of_ids([1], [7, 7, 7], record=FREE), of_ids([1], [7, 7], record=RULED)]
     scored = WeightedReward({"steps": steps}).score(answers)
     assert close(scored.token_rewards, [[0.0, 0.0, 0.0], [20.0, 15.0, 0.0]])
@@ -134,8 +137,10 @@ def test_normalising_scales_tokens_and_shifts_the_end() -> None:
 
 
 def test_normalising_may_take_out_the_length() -> None:
-    """By hand, with 2 for each token: 4 at 3 tokens is 4 - 5 - 2 * (3 - 2) = -3, and 8 at 1 token
-    is 8 - 5 - 2 * (1 - 2) = 5; both are halved."""
+    """Each token is worth 2, and scores are halved.
+
+    4 at 3 tokens is 4 - 5 - 2 * (3 - 2) = -3, and 8 at 1 token is 8 - 5 - 2 * (1 - 2) = 5.
+    """
     scale = ScoreScale(mean=5.0, std=2.0, per_token=2.0, mean_tokens=2.0)
     answers = [of_ids([1], [7, 7, 7]), of_ids([1], [7])]
     reward = NormalizedReward(Fixed(4.0, 8.0, tokens=[[0.0, 1.0, 3.0], [8.0, 0.0, 0.0]]), scale)

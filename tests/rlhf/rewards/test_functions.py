@@ -1,4 +1,4 @@
-"""A user's function as a reward: what it sees, and whatever it gets wrong, told with its row."""
+"""Tests a user's function as a reward: what it sees, and errors that name the row."""
 
 import sys
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def function_reward(function: Callable[..., Any]) -> Scored:
 
 
 def token_reward(function: Callable[..., Any]) -> Scored:
-    """Of the responses `hi<end>` and `h`, which has no end."""
+    """Score the responses `hi<end>` and `h`, which has no end, by a function."""
     chat = Chat(base_tokenizer())
     responses = [chat.response_ids("hi"), chat.response_ids("h")[:-1]]
     answers = [

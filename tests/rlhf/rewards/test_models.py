@@ -1,4 +1,4 @@
-"""Reward models: what a saved one gives back, what is refused, and how one reads text."""
+"""Tests reward models: what a saved one scores, what is refused, and how one reads text."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from rlhf.inputs.packing import PromptTree
 from rlhf.inputs.records import Prompt
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_tokenizer
-from rlhf.rewards.load import load_judge, load_reward, reward_models_of
+from rlhf.rewards.load import load_reward, load_reward_model_for_policy, reward_models_of
 from rlhf.rewards.models import (
     REWARD_FILE,
     RewardCard,
@@ -104,23 +104,23 @@ def test_golden_rows_tell_that_weights_were_altered(copy: Path) -> None:
 
 
 class Params4bit(torch.nn.Parameter):
-    """Named as bitsandbytes names its weights; its kernels are not needed here."""
+    """Has the name of bitsandbytes' weights, whose kernels are not needed here."""
 
 
 def test_golden_rows_allow_what_four_bits_change(copy: Path) -> None:
-    """As with a classifier that shares the body of a quantised policy, which has no mark of it."""
+    """A classifier over the body of a quantised policy has no mark that it is quantised."""
     reward = load(copy)
     with torch.no_grad():
         reward.model.head.weight *= 1.02
     with pytest.raises(ValueError, match="golden row"):
-        reward.recheck()
+        reward.check_golden_rows()
     body = reward.model.classifier.model.layers[0].mlp.up_proj
     body.weight = Params4bit(body.weight.data)
-    reward.recheck()
+    reward.check_golden_rows()
     with torch.no_grad():
         reward.model.head.weight *= -1
     with pytest.raises(ValueError, match="4bit, tolerance"):
-        reward.recheck()
+        reward.check_golden_rows()
 
 
 def test_a_folder_without_a_card_is_refused(copy: Path) -> None:
@@ -182,7 +182,7 @@ def test_the_card_comes_back_as_it_was(saved: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-2 reward model of 96 positions whose tokenizer merges bytes."""
+    """Save a GPT-2 reward model of 96 positions whose tokenizer merges bytes."""
     folder = tmp_path_factory.mktemp("foreign")
     torch.manual_seed(3)
     base = save_base(folder / "base", "gpt2", merging_tokenizer())
@@ -192,13 +192,15 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def judge_of(folder: Path, policy_chat: Chat) -> tuple[TextRewardModel, list[str]]:
     told: list[str] = []
     settings = ModelSettings(path=str(folder))
-    reward = load_judge(settings, policy_chat, micro_batch_tokens=512, tell=told.append)
+    reward = load_reward_model_for_policy(
+        settings, policy_chat, micro_batch_tokens=512, log=told.append
+    )
     assert isinstance(reward, TextRewardModel)
     return reward, told
 
 
 def plain_score(folder: Path, ids: list[int]) -> float:
-    """The score that transformers gives a row of ids, read at its last one."""
+    """Return the score that transformers gives a row of ids, read at the last one."""
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         hidden = plain.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
@@ -256,7 +258,7 @@ def test_what_its_context_cannot_hold_loses_its_oldest_turns(foreign: Path) -> N
     chat = reward.reward_model.chat
     turns = [("user", "q"), ("assistant", "y"), ("user", "one")]
     taken = chat.prompt_ids([{"role": role, "content": text} for role, text in turns])
-    room = 96 - len(taken) - len(chat.response_ids("yes"))  # q is a token, however often
+    room = 96 - len(taken) - len(chat.response_ids("yes"))  # every q is one token
     assert score(["q" + "q" * room, "y", "one"], "yes") != alone
     assert score(["q" + "q" * (room + 1), "y", "one"], "yes") == alone
     with pytest.raises(ValueError, match=r"row 0 is too long .*reads 96 tokens.*takes \d of"):
@@ -267,7 +269,9 @@ def test_a_reward_model_of_the_policys_rendering_reads_its_ids(saved: Path) -> N
     told: list[str] = []
     settings = ModelSettings(path=str(saved))
     policy_chat = Chat(base_tokenizer())
-    reward = load_judge(settings, policy_chat, micro_batch_tokens=512, tell=told.append)
+    reward = load_reward_model_for_policy(
+        settings, policy_chat, micro_batch_tokens=512, log=told.append
+    )
     assert isinstance(reward, RewardModel)
     assert told == []
     prompt_ids, response_ids = ids_of(policy_chat)
@@ -290,7 +294,7 @@ def test_vocabularies_are_the_same_when_ids_mean_the_same() -> None:
 
 @pytest.fixture
 def halved(sft: Path, tmp_path: Path) -> Path:
-    """A reward model measured in bfloat16."""
+    """Save a reward model that was measured in bfloat16."""
     folder = tmp_path / "halved"
     return save_reward_model(folder, sft, seed=3, bias=0.0, scale=1.0, dtype="bfloat16")
 

@@ -1,4 +1,4 @@
-"""What is done to scores, with numbers by hand."""
+"""Tests functions of scores with numbers by hand."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Settings of the reward: contradictions, and what they say of models."""
+"""Tests settings of the reward: contradictions, and the models that they name."""
 
 from typing import Any
 

@@ -1,5 +1,7 @@
-"""A checkpoint is whole and unaltered, or refused by the name of what is not; the one before it
-stays until it is."""
+"""A checkpoint is whole and unaltered, or refused by the name of the faulty file.
+
+The checkpoint before it stays until the new one is whole.
+"""
 
 import json
 import math
@@ -42,7 +44,7 @@ SHARDS = [
     {"zero": {"weights": {"0": torch.randn(4)}, "groups": [{"lr": 0.1 * rank}]}, "empty": {}}
     for rank in (1, 2)
 ]
-"""The states of two processes, which differ in all that they hold."""
+"""The states of two processes, which differ in every value."""
 
 
 def write(parent: Path, step: int = 4, *, shards: Sequence[dict[str, Any]] = ()) -> Path:
@@ -174,7 +176,7 @@ class Killed(BaseException):
 
 @contextmanager
 def killed_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> Iterator[list[int]]:
-    """The program ends before the n-th call of a function; yields the number of calls made."""
+    """End the program before the n-th call of a function; yield the number of calls made."""
     owner, _, attribute = name.rpartition(".")
     holder = getattr(checkpoint_files, owner) if owner else checkpoint_files
     original, calls = getattr(holder, attribute), [0]
@@ -203,7 +205,7 @@ def test_killed_at_any_moment_of_a_write_the_one_before_is_whole(
             write(tmp_path / "run")
         newest = newest_checkpoint(tmp_path / "run")
         assert newest is not None and equal(load(newest), STATES)
-        is_published = newest.name == "step-4"  # only what the rename comes before can be
+        is_published = newest.name == "step-4"  # it can be only after the rename
         assert is_published == (name == "sync_to_disk" and call > 6)
         if not is_published:
             assert newest == before
@@ -215,7 +217,7 @@ def test_killed_at_any_moment_of_a_write_the_one_before_is_whole(
 
 @pytest.mark.parametrize("limit", [0, 100, 5000])
 def test_a_full_disk_says_so_and_leaves_the_one_before(tmp_path: Path, limit: int) -> None:
-    """A limit on the size of files fails as a full disk does: in the middle of a write."""
+    """A limit on the size of files makes a write fail in the middle, as a full disk does."""
     before = write(tmp_path, step=2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -241,7 +243,7 @@ def test_the_newest_is_that_of_the_latest_step(tmp_path: Path) -> None:
 
 
 def test_a_hostile_checkpoint_runs_nothing(tmp_path: Path) -> None:
-    """What looks like a pickle is refused as altered, also where its hash was mended."""
+    """A file that looks like a pickle is refused as altered, even if its hash was adjusted."""
     folder = write(tmp_path)
     path = folder / "models.safetensors"
     path.write_bytes(b"\x80\x04cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")

@@ -1,4 +1,4 @@
-"""When checkpoints are written, and what a run says of one that it finds."""
+"""Tests when checkpoints are written, and what a run says about one that it finds."""
 
 import json
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Settings:
 
 @dataclass
 class OneProcess:
-    """What is asked of an Accelerator."""
+    """Has what checkpoints use of an Accelerator."""
 
     distributed_type: DistributedType = DistributedType.NO
     mixed_precision: str = "no"
@@ -34,7 +34,7 @@ class OneProcess:
     is_main_process: bool = True
     printed: list[str] = field(default_factory=list)
     zero: dict[str, Any] = field(default_factory=dict)
-    """DeepSpeed's settings of ZeRO, if it is at work"""
+    """DeepSpeed's settings of ZeRO; empty without DeepSpeed."""
 
     @property
     def state(self) -> Any:
@@ -54,7 +54,7 @@ class OneProcess:
 class Counter:
     count: int = 0
     own: int = 0
-    """differs between processes"""
+    """A number that differs between processes."""
 
 
 def under_zero(stage: int, **settings: Any) -> OneProcess:

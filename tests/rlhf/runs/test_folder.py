@@ -1,5 +1,7 @@
-"""Whose an output folder is: what is refused, that a refusal changes nothing, and what overwriting
-leaves alone."""
+"""Tests who owns an output folder: what is refused, and what overwriting leaves alone.
+
+A refusal changes nothing.
+"""
 
 import json
 import os
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.runs.folder import LOCK, MARK, acquire_folder, file_held, folders_released, writing
+from rlhf.runs.folder import LOCK, MARK, acquire_folder, folders_released, locked_file, writing
 from rlhf.runs.run import Run, open_run
 from rlhf.runs.settings import FolderSettings
 
@@ -55,7 +57,7 @@ def finish(folder: Path, stage: str = "sft", **settings: Any) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Every file and folder with its bytes."""
+    """Return every file and folder with its bytes."""
     return {
         path.relative_to(folder).as_posix(): None if path.is_dir() else path.read_bytes()
         for path in folder.rglob("*")
@@ -65,7 +67,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 def refused(
     folder: Path, words: str, stage: str = "sft", inputs: Any = (), **settings: Any
 ) -> None:
-    """A run is refused with these words, and what there was is there, byte for byte."""
+    """Check that a run is refused with these words, and that every byte in the folder stays."""
     before = without_locks(folder.parent)
     with pytest.raises(ValueError, match=words), folders_released():
         start(folder, stage, inputs, **settings)
@@ -73,7 +75,7 @@ def refused(
 
 
 def without_locks(folder: Path) -> dict[str, bytes | None]:
-    """Every file but the locks, which name the second in which they were taken."""
+    """Leave out the locks, which name the second in which they were taken."""
     return {name: data for name, data in snapshot(folder).items() if Path(name).name != LOCK}
 
 
@@ -140,7 +142,7 @@ def test_inputs_in_the_folder_are_refused(tmp_path: Path, read: str, stage: str)
     if path.suffix:
         path.write_text("{}")
     if stage == "evaluate" and "deep" in read:
-        start(folder, stage, {"prompts": path})  # only what it writes itself is in its way
+        start(folder, stage, {"prompts": path})  # it writes no file there
         return
     (tmp_path / "link").symlink_to(path)
     for source in (path, tmp_path / "link"):
@@ -283,8 +285,8 @@ def test_a_folder_is_in_use_until_its_process_is_gone(tmp_path: Path) -> None:
 
 HOLDER = """
     import sys, time
-    from rlhf.runs.folder import file_held
-    with file_held(sys.argv[1]):
+    from rlhf.runs.folder import locked_file
+    with locked_file(sys.argv[1]):
         print("held", flush=True)
         time.sleep(60)
 """
@@ -297,18 +299,18 @@ def test_a_file_is_in_use_until_its_process_is_gone(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         who = rf"output .*out\.jsonl is in use: process {process.pid} on .*give another output$"
-        with pytest.raises(ValueError, match=who), file_held(output):
+        with pytest.raises(ValueError, match=who), locked_file(output):
             raise AssertionError("was held twice")
-        with file_held(output.with_name("other.jsonl")):
+        with locked_file(output.with_name("other.jsonl")):
             pass  # other files of the folder are free
         process.send_signal(signal.SIGKILL)
-    with file_held(output):
+    with locked_file(output):
         assert [one.name for one in output.parent.iterdir()] == [".out.jsonl.lock"]
     assert not list(output.parent.iterdir())
 
 
 def test_a_file_that_is_held_but_not_written_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), file_held(tmp_path / "a" / "b" / "out.jsonl"):
+    with pytest.raises(KeyError), locked_file(tmp_path / "a" / "b" / "out.jsonl"):
         raise KeyError
     assert not list(tmp_path.iterdir())
 

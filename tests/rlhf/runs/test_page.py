@@ -25,7 +25,7 @@ class Settings:
 
 @dataclass
 class Clock:
-    """Time that passes only when a test says so."""
+    """Shows a time that passes only if a test says so."""
 
     now: float = 100.0
 

@@ -1,4 +1,4 @@
-"""How a program ends."""
+"""Tests how a program ends."""
 
 import pytest
 from safetensors import SafetensorError

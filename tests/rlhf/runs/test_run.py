@@ -1,4 +1,4 @@
-"""The run's folder: what it holds, and what it says of a run that did not finish."""
+"""Tests the run's folder: what it holds, and what it shows of a run that did not finish."""
 
 import hashlib
 import json

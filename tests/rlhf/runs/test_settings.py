@@ -1,4 +1,4 @@
-"""Settings: what wins over what, and the words that a wrong setting gets."""
+"""Tests settings: which of several values wins, and the messages about wrong ones."""
 
 import re
 import subprocess
@@ -51,7 +51,7 @@ class Stage:
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     """How responses are sampled."""
     parts: dict[str, Part] = field(default_factory=dict)
-    """Name -> part."""
+    """Parts by name."""
 
     def __post_init__(self) -> None:
         if self.num_epochs > 1 and self.text is None:
@@ -159,7 +159,7 @@ def test_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["--optim={}", "--optim {}", "--config {}", "--parts.x {}"])
 def test_a_section_is_no_file(tmp_path: Path, form: str) -> None:
-    """The library would read it in the locale's encoding, and let aliases through."""
+    """jsonargparse would read it in the locale's encoding, and accept aliases."""
     inner = write(tmp_path, "inner.yaml", "warmup_steps: 3")
     outer = write(tmp_path, "outer.yaml", f"optim: {inner}")
     words = form.format(outer if "config" in form else inner).split(" ")
@@ -282,7 +282,7 @@ class Paths(FolderSettings):
     models: tuple[str, ...] = ()
     """Folders."""
     policies: dict[str, str] = field(default_factory=dict)
-    """Name -> folder."""
+    """Folders by name."""
     text: str | None = None
     """File."""
 

@@ -1,4 +1,4 @@
-"""What is saved of models, optimizers and generators, and that it comes back to the bit."""
+"""States of models, optimizers and generators come back to the bit."""
 
 import random
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.runs.stateful import Fields, Generators, OptimizerState, Together, Weights
+from rlhf.runs.stateful import Fields, Generators, OptimizerState, StatefulDict, Weights
 
 
 def model() -> nn.Sequential:
@@ -37,7 +37,7 @@ def step(module: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None
 
 
 def copy(state: dict[str, Any]) -> dict[str, Any]:
-    """As a file would hold it: apart from what it was taken of."""
+    """Copy a state, as a file would hold it."""
     return {
         key: copy(value)
         if isinstance(value, dict)
@@ -55,7 +55,7 @@ def test_a_model_and_its_optimizer_go_on_to_the_same_bits() -> None:
         step(module, optimizer, seed)
     weights = copy(Weights(module).state_dict())
     moments = copy(OptimizerState(optimizer, module).state_dict())
-    optimizer.param_groups[0]["lr"] = 0.3  # as a schedule would after the checkpoint
+    optimizer.param_groups[0]["lr"] = 0.3  # as a schedule does after the checkpoint
     step(module, optimizer, 3)
     other = model()
     with torch.no_grad():
@@ -116,7 +116,7 @@ def draws(own: torch.Generator) -> list[float]:
 
 def test_generators_go_on_with_the_same_numbers() -> None:
     own = torch.Generator().manual_seed(3)
-    draws(own)  # half of a pair of normal numbers waits in two of them
+    draws(own)  # two of them now keep the second of a pair of normal numbers
     state = copy(Generators(own=own).state_dict())
     expected = [draws(own) for _ in range(3)]
     other = torch.Generator()
@@ -128,13 +128,13 @@ def test_generators_go_on_with_the_same_numbers() -> None:
 
 def test_parts_together_are_all_there_or_refused() -> None:
     weights = {name: Weights(model()) for name in ("first", "second")}
-    state = copy(Together(weights).state_dict())
+    state = copy(StatefulDict(weights).state_dict())
     state["second"]["1.weight"].fill_(7.0)
-    Together(weights).load_state_dict(state)
+    StatefulDict(weights).load_state_dict(state)
     assert bool((weights["second"].state_dict()["1.weight"] == 7).all())
     assert not bool((weights["first"].state_dict()["1.weight"] == 7).any())
     with pytest.raises(ValueError, match="parts: second only in the checkpoint"):
-        Together(first=weights["first"]).load_state_dict(state)
+        StatefulDict(first=weights["first"]).load_state_dict(state)
 
 
 def test_fields_are_all_there_or_refused() -> None:

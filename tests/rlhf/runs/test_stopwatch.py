@@ -8,7 +8,7 @@ from rlhf.runs.stopwatch import Heartbeat, Stopwatch, matrix_rate
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that stands still; tests move its one entry."""
+    """Make a clock that stands still; tests change its only entry."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
@@ -48,7 +48,7 @@ def test_a_phase_that_fails_is_counted_and_ends(clock: list[float]) -> None:
 def test_the_matrix_rate_is_that_of_the_fastest_product(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Products of 2 * 512^3 FLOPs that take 1, 4, 2, ... seconds; the first is a warm-up."""
+    """Products of 2 * 512^3 FLOPs take 1, 4, 2, ... seconds; the first is a warm-up."""
     seconds = iter([1.0, 4.0, 2.0, 4.0, 4.0, 4.0])
     product = torch.Tensor.__matmul__
 

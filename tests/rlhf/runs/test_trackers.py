@@ -1,4 +1,4 @@
-"""What TensorBoard and W&B get, read back from their own files."""
+"""Reads what TensorBoard and W&B got back from their own files."""
 
 import json
 import os
@@ -36,7 +36,7 @@ class Settings:
 
 @pytest.fixture(autouse=True)
 def accelerator() -> None:
-    """As in every stage; accelerate's trackers log through its state."""
+    """Start accelerate as every stage does; its trackers log through its state."""
     start_accelerator()
 
 
@@ -49,7 +49,7 @@ def start(folder: Path, *trackers: Tracker, resume_step: int | None = None) -> R
 
 
 def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) as TensorBoard shows them."""
+    """Return (step, value) as TensorBoard shows them."""
     events = EventAccumulator(str(folder / "trackers" / "tensorboard")).Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]
 
@@ -105,7 +105,7 @@ def test_a_tracker_that_is_not_installed_is_named(
     for module in [module for module in sys.modules if module.split(".")[0] == name]:
         monkeypatch.delitem(sys.modules, module)
     finders = [finder for finder in sys.meta_path if not hasattr(finder, "invalidate_caches")]
-    monkeypatch.setattr(sys, "meta_path", finders)  # without the one that looks on the disk
+    monkeypatch.setattr(sys, "meta_path", finders)  # without the one that searches the disk
     with pytest.raises(ValueError, match=f"`pip install {name}`"):
         start(tmp_path / "run", name)
     assert not (tmp_path / "run").exists()

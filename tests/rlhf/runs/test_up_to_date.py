@@ -42,7 +42,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def age(path: Path) -> None:
-    """Move the time of a file back, so that it is one that was not just written."""
+    """Move the time of a file back, as if it had been written long ago."""
     os.utime(path, (1_000_000_000, 1_000_000_000))
 
 

@@ -1,4 +1,4 @@
-"""What is known of DeepSpeed's insides, without a start of it; tests/distributed starts it."""
+"""Tests our use of DeepSpeed's internals without starting it; tests/distributed starts it."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Numbers from a device; tests/device/on_pretend.py counts how often the host waits for them."""
+"""Tests `to_floats`; tests/device/on_pretend.py counts how often the host waits in it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Models come to the device for their use, and go."""
+"""Models are moved to the device for their use, and back."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ CUDA = torch.device("cuda")
 
 
 class Traveller(nn.Module):
-    """Notes where it is sent."""
+    """Records the devices to which it is moved."""
 
     def __init__(self) -> None:
         super().__init__()

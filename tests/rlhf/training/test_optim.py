@@ -1,4 +1,4 @@
-"""Schedules against numbers worked by hand; groups, and the moving average."""
+"""Tests schedules, parameter groups and the moving average with numbers worked by hand."""
 
 import math
 from copy import deepcopy
@@ -86,7 +86,7 @@ def test_frozen_parameters_are_left_out() -> None:
 
 
 def test_moving_average_by_hand_and_in_fp32() -> None:
-    """0.75 * 1 + 0.25 * 3 = 1.5, then 0.75 * 1.5 + 0.25 * 5 = 2.375."""
+    """The average is 0.75 * 1 + 0.25 * 3 = 1.5, then 0.75 * 1.5 + 0.25 * 5 = 2.375."""
     module = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     with torch.no_grad():
         module.weight.fill_(1.0)

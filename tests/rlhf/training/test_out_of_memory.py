@@ -1,4 +1,4 @@
-"""Memory that really runs out is told in one line with what to lower."""
+"""If memory really runs out, one line says so and names the setting to lower."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a process learns from its launcher, and tells transformers' Trainers."""
+"""Tests what a process learns from its launcher, and passes on to transformers' Trainers."""
 
 import warnings
 from pathlib import Path
@@ -19,7 +19,7 @@ from rlhf.training.processes import (
 
 
 def test_one_process_that_sees_several_gpus_takes_one(tmp_path: Path) -> None:
-    """The Trainer would wrap the model in DataParallel, and take a batch for each."""
+    """Otherwise the Trainer would use DataParallel, with one batch for each GPU."""
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     for num_gpus, taken in ((4, 1), (1, 1), (0, 0)):
         arguments._n_gpu = num_gpus
@@ -82,7 +82,7 @@ def test_each_process_has_its_share_of_the_cores(
     threads: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The launchers set one thread where nobody asked for a number; the user's own number holds."""
+    """Launchers set one thread if the user gave no number; a number from the user stays."""
     for name in ("OMP_NUM_THREADS", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

@@ -1,4 +1,4 @@
-"""What differs under DeepSpeed, without a start of it; tests/distributed starts it."""
+"""Tests what differs under DeepSpeed without starting it; tests/distributed starts it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""One optimizer step, by hand: a weight of 2, gradients that are whole numbers, a rate of 0.5."""
+"""Tests one optimizer step by hand: the weight is 2, the rate 0.5, gradients are whole numbers."""
 
 import math
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ ROWS = Packer(1).rows([PromptTree((5,), ((7, 8),)), PromptTree((6,), ((9,),))])
 
 
 class Weights(nn.Module):
-    """Two modules of one weight each, both 2."""
+    """Holds two modules of one weight each, both 2."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class TwoProcesses:
     def __init__(self) -> None:
         self.is_synced = True
         self.backward_passes: list[bool] = []
-        """for each backward pass, whether gradients were exchanged"""
+        """Whether gradients were exchanged, for each backward pass."""
 
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
@@ -83,7 +83,7 @@ def make_state(
 
 
 def add_three_and_four(step: Step, model: Weights) -> None:
-    """The gradient of `one` is 1 + 2 over two passes, that of `other` 0 + 4."""
+    """Add gradients in two passes: 1 + 2 for `one`, and 0 + 4 for `other`."""
     for x in step.passes([torch.tensor([1.0, 0.0]), torch.tensor([2.0, 4.0])]):
         step.add(model.one.weight.sum() * x[0] + model.other.weight.sum() * x[1], {"x": x.sum()})
 
@@ -108,7 +108,7 @@ def test_a_step_starts_without_gradients_and_keeps_its_own() -> None:
 
 
 def test_every_module_is_clipped_by_its_own_norm() -> None:
-    """At 3.5 the gradient of 3 stays, and the one of 4 becomes 3.5."""
+    """With a limit of 3.5, the gradient of 3 stays, and the one of 4 becomes 3.5."""
     model = Weights()
     step = Step(make_state(model, max_grad_norm=3.5))
     add_three_and_four(step, model)
@@ -133,7 +133,7 @@ def test_no_step_is_taken_with_a_gradient_that_is_not_finite(factor: float) -> N
 
 
 def test_the_schedule_and_the_average_follow_the_steps() -> None:
-    """Weight 2, 0.5, then 0.5 - 0.25 * 3 = -0.25; average 2, 1.625, then 1.15625."""
+    """The weight is 2, 0.5, then 0.5 - 0.25 * 3 = -0.25; the average 2, 1.625, then 1.15625."""
     model = Weights()
     state = make_state(model)
     state.average = MovingAverage(model.one, decay=0.75)
@@ -177,7 +177,7 @@ def test_a_loss_that_nothing_learns_from_is_only_counted() -> None:
 
 
 def test_several_processes_go_backward_once_a_pass_and_exchange_in_the_last() -> None:
-    """Their launcher averages gradients, so a loss counts as often as there are processes."""
+    """Their launcher averages gradients, so `add` multiplies a loss by the number of processes."""
     model, processes = Weights(), TwoProcesses()
     step = Step(make_state(model, accelerator=processes))
     for x in step.passes([torch.ones(1), torch.full((1,), 2.0)]):
@@ -215,7 +215,7 @@ def test_a_process_with_fewer_rows_makes_idle_passes() -> None:
 def test_an_idle_row_has_no_loss_and_a_gradient_of_zeros_for_every_weight(
     architecture: str,
 ) -> None:
-    """Every weight has one, since a launcher waits for each."""
+    """Every weight needs one, because a launcher waits for each."""
     row = idle_row()
     policy, scalar = tiny_policy_of(architecture), tiny_scalar_of(architecture)
     nothing = torch.zeros(0, 0)
@@ -240,7 +240,7 @@ def test_an_idle_row_has_no_loss_and_a_gradient_of_zeros_for_every_weight(
 
 
 def test_a_state_is_made_of_parts_with_rates_of_their_own() -> None:
-    """Adam's first step is as long as its rate; the second part's schedule begins a step later."""
+    """Adam's first step is as long as its rate. The second part's schedule starts a step later."""
     model = Weights()
     settings = OptimSettings(learning_rate=9.0, schedule="linear", min_lr_ratio=0.0)
     groups = [(model.one, 0.5), (model.other, 0.25)]

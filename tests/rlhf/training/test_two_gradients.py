@@ -1,4 +1,4 @@
-"""Two gradients of one step, (3, 0) and (0, 4) by hand."""
+"""Compares the gradients (3, 0) and (0, 4) of one step by hand."""
 
 import math
 
@@ -12,7 +12,7 @@ from rlhf.training.two_gradients import GradientComparison, TwoGradients
 
 
 def weigh(ratio: float | None, first: list[float]) -> tuple[GradientComparison, list[float]]:
-    """What is found of the gradients `first` and (0, 4), and the gradient that is left."""
+    """Return the comparison of the gradients `first` and (0, 4), and the gradient for the step."""
     model = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
@@ -38,7 +38,7 @@ def test_norms_and_cosine_are_those_of_each_alone_and_the_sum_stays() -> None:
 
 
 def test_the_first_is_brought_to_a_multiple_of_the_second() -> None:
-    """Twice 4 is 8: 8 / 3 of the first."""
+    """Twice the norm 4 is 8, so the factor of the first is 8 / 3."""
     found, left = weigh(2.0, [3.0, 0.0])
     assert found.factor == pytest.approx(8 / 3) and found.first_norm == pytest.approx(8.0)
     assert left == pytest.approx([8.0, 4.0], abs=1e-5)

@@ -1,4 +1,4 @@
-"""Load tasks of lm-evaluation-harness, from task files of ours or from its own bank.
+"""Load tasks of lm-evaluation-harness, from task files of ours or from its own ones.
 
 A task file has the harness's format, so its program `lm_eval` takes the same file. Two things
 differ here. Local data files are read by our readers, which name the row of an error. And where a
@@ -17,9 +17,9 @@ import datasets
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from stages.benchmark.bank_names import unknown_task
 from stages.benchmark.config import Config, TaskSettings
 from stages.benchmark.task_files import PAGE, data_files, find_task_file, read_task_file, rows_of
+from stages.benchmark.task_names import unknown_task
 
 SHOTS = "shots"
 """Name of the split that is held out to draw examples from."""
@@ -32,9 +32,9 @@ class LoadedTask:
     name: str
     task: ConfigurableTask
     source: str
-    """The task file, or the name of the harness's bank."""
-    setting: str
-    """Name of the task in the settings; a group of the bank gives several tasks."""
+    """The task file, or the name of a task of the harness's own."""
+    settings_name: str
+    """Name of the task in the settings. A group of the harness gives several tasks."""
 
     @property
     def is_sampled(self) -> bool:
@@ -55,7 +55,7 @@ def load_tasks(config: Config) -> list[LoadedTask]:
         if names.count(name) > 1:
             raise ValueError(f"tasks gives the task {name} twice; name it once")
     for one in loaded:
-        settings = config.tasks[one.setting]
+        settings = config.tasks[one.settings_name]
         check_shots(one, max(settings.shots))
         if settings.samples > 1:
             _sample_several(one, settings)
@@ -65,8 +65,8 @@ def load_tasks(config: Config) -> list[LoadedTask]:
 def _sample_several(loaded: LoadedTask, settings: TaskSettings) -> None:
     if not loaded.is_sampled:
         raise ValueError(
-            f"tasks.{loaded.setting}.samples is {settings.samples}, but {loaded.name} rates given "
-            "texts and samples nothing; give samples: 1"
+            f"tasks.{loaded.settings_name}.samples is {settings.samples}, but {loaded.name} rates "
+            "given texts and samples nothing; give samples: 1"
         )
     sampling = {"do_sample": True, "temperature": settings.temperature}
     loaded.task.set_config("repeats", settings.samples)
@@ -116,20 +116,21 @@ def _draws_from_test(task: ConfigurableTask) -> bool:
 def _check_number(loaded: LoadedTask, num_shots: int, available: int) -> None:
     if num_shots > available:
         raise ValueError(
-            f"tasks.{loaded.setting}.shots asks for {num_shots} examples, and {loaded.source} has "
-            f"{available}; give fewer shots, or more rows in num_shot_questions or the file"
+            f"tasks.{loaded.settings_name}.shots asks for {num_shots} examples, and "
+            f"{loaded.source} has {available}; give fewer shots, or more rows in "
+            "num_shot_questions or the file"
         )
 
 
 def _load(name: str, config: Config) -> list[LoadedTask]:
     path = find_task_file(name, config.task_dir)
     if path is None:
-        return _load_from_bank(name, config)
+        return _load_from_harness(name, config)
     task = _make(path, config, max(config.tasks[name].shots))
     return [LoadedTask(name, task, str(path), name)]
 
 
-def _load_from_bank(name: str, config: Config) -> list[LoadedTask]:
+def _load_from_harness(name: str, config: Config) -> list[LoadedTask]:
     manager = TaskManager()
     if name not in manager.all_tasks:
         raise unknown_task(name, config.task_dir, manager.all_tasks)
@@ -195,10 +196,14 @@ def _with_data(settings: Mapping[str, Any], splits: Mapping[str, list[Any]]) -> 
     rows = datasets.DatasetDict(
         {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
     )
-    return {**settings, "dataset_kwargs": None, "custom_dataset": functools.partial(_give, rows)}
+    return {
+        **settings,
+        "dataset_kwargs": None,
+        "custom_dataset": functools.partial(_rows_for_harness, rows),
+    }
 
 
-def _give(rows: datasets.DatasetDict, **_: object) -> datasets.DatasetDict:
+def _rows_for_harness(rows: datasets.DatasetDict, **_: object) -> datasets.DatasetDict:
     return rows
 
 

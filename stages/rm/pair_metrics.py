@@ -144,7 +144,7 @@ def calibration(pairs: Sequence[Pair]) -> tuple[float, list[dict[str, float]]]:
     return error / len(pairs), table
 
 
-def figures_of(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
+def describe_pairs(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
     """Return the accuracy of the decided pairs, its interval, the log loss of all, and counts."""
     share, interval = accuracy(pairs, seed)
     return {
@@ -158,10 +158,10 @@ def figures_of(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
 
 
 def by_source(pairs: Sequence[Pair], seed: int) -> dict[str, dict[str, Any]]:
-    """Return `figures_of` for the pairs of each source."""
+    """Return `describe_pairs` for the pairs of each source."""
     sources = sorted({pair.source for pair in pairs})
     return {
-        source: figures_of([pair for pair in pairs if pair.source == source], seed)
+        source: describe_pairs([pair for pair in pairs if pair.source == source], seed)
         for source in sources
     }
 

@@ -1,7 +1,7 @@
-"""Run several stages and import their libraries once: `python -m stages.together make ...`.
+"""Run several stages and import their libraries once: `python -m stages.stage_server make ...`.
 
 Every new process takes seconds to import torch and transformers. This program imports them, then
-runs a command. It forks once for each stage that the command asks for (stages/ask.py).
+runs a command. It forks once for each stage that the command asks for (stages/stage_client.py).
 """
 
 import atexit
@@ -28,7 +28,7 @@ import torch
 
 from rlhf.runs.code import hash_of_library
 
-ADDRESS = "RLHF_STAGES_TOGETHER"
+ADDRESS = "RLHF_STAGE_SERVER"
 """Environment variable that holds the path of the server's socket."""
 PROGRAMS = (
     "data.tinyworld.build",
@@ -46,7 +46,7 @@ POLL_SECONDS = 0.05
 
 
 def main(command: Sequence[str]) -> int:
-    """Run a command that asks for stages (stages/ask.py), and return its exit code.
+    """Run a command that asks for stages (stages/stage_client.py), and return its exit code.
 
     This process imports the libraries and does nothing else before it forks. So every stage has
     its own memory, threads and signals, as under `python -m`.

@@ -1,4 +1,4 @@
-"""Stages that one process starts behave as `python -m` would start them."""
+"""Stages that one process starts behave as if `python -m` had started them."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ASK = f"{sys.executable} -S {ROOT / 'stages/ask.py'}"
+CLIENT = f"{sys.executable} -S {ROOT / 'stages/stage_client.py'}"
 
 PROGRAM = """
 import atexit, os, signal, sys, time
@@ -41,12 +41,12 @@ Serve = Callable[[str], subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Serve:
-    """Runs a shell script under a server which imports the test's program only."""
+    """Run a shell script under a server that imports only the test's program."""
     (tmp_path / "program.py").write_text(PROGRAM)
 
     def run(script: str) -> subprocess.CompletedProcess[str]:
         start = (
-            "import sys; import stages.together as server; server.PROGRAMS = ('torch',); "
+            "import sys; import stages.stage_server as server; server.PROGRAMS = ('torch',); "
             "sys.exit(server.main(['bash', '-c', sys.argv[1]]))"
         )
         return subprocess.run(
@@ -61,7 +61,7 @@ def serve(tmp_path: Path) -> Serve:
 
 
 def test_a_stage_has_its_words_its_environment_and_its_threads(serve: Serve) -> None:
-    ran = serve(f"MINE=yes OMP_NUM_THREADS=2 {ASK} program a 'b c'; {ASK} program d")
+    ran = serve(f"MINE=yes OMP_NUM_THREADS=2 {CLIENT} program a 'b c'; {CLIENT} program d")
     assert ran.stdout.splitlines() == [
         "__main__ ['a', 'b c'] yes 2",
         "__main__ ['d'] None 1",
@@ -70,11 +70,11 @@ def test_a_stage_has_its_words_its_environment_and_its_threads(serve: Serve) -> 
 
 
 def test_what_is_registered_for_the_end_of_a_stage_is_called(serve: Serve) -> None:
-    assert serve(f"{ASK} program promise").stdout.splitlines()[-1] == "kept"
+    assert serve(f"{CLIENT} program promise").stdout.splitlines()[-1] == "kept"
 
 
 def test_exit_codes_are_those_of_the_stage(serve: Serve) -> None:
-    ran = serve(f"for how in fail crash die; do {ASK} program $how; echo $how $?; done; exit 7")
+    ran = serve(f"for how in fail crash die; do {CLIENT} program $how; echo $how $?; done; exit 7")
     assert ran.stdout.split() == ["fail", "1", "crash", "1", "die", "137"]
     assert "error: no" in ran.stderr
     assert "KeyError: 'ours'" in ran.stderr
@@ -84,8 +84,8 @@ def test_exit_codes_are_those_of_the_stage(serve: Serve) -> None:
 def test_who_asked_may_be_gone_before_the_stage_ends(serve: Serve, tmp_path: Path) -> None:
     waits = tmp_path / "waits"
     ran = serve(
-        f"{ASK} program wait {waits} & until [ -s {waits} ]; do sleep 0.1; done; kill -9 $!; "
-        f"kill $(cat {waits}); {ASK} program b"
+        f"{CLIENT} program wait {waits} & until [ -s {waits} ]; do sleep 0.1; done; kill -9 $!; "
+        f"kill $(cat {waits}); {CLIENT} program b"
     )
     assert ran.stdout.splitlines() == ["asked to end", "__main__ ['b'] None 1"]
     assert ran.returncode == 0
@@ -94,8 +94,8 @@ def test_who_asked_may_be_gone_before_the_stage_ends(serve: Serve, tmp_path: Pat
 def test_two_stages_go_side_by_side_and_each_can_be_ended(serve: Serve, tmp_path: Path) -> None:
     waits = tmp_path / "waits"
     ran = serve(
-        f"{ASK} program wait {waits} & until [ -s {waits} ]; do sleep 0.1; done; "
-        f"{ASK} program b; kill %1; wait %1; echo $?"
+        f"{CLIENT} program wait {waits} & until [ -s {waits} ]; do sleep 0.1; done; "
+        f"{CLIENT} program b; kill %1; wait %1; echo $?"
     )
     assert ran.stdout.splitlines() == [
         "__main__ ['b'] None 1",

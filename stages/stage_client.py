@@ -1,7 +1,7 @@
-"""Ask stages/together.py to run a stage: `python -S stages/ask.py stages.sft --config FILE`.
+"""Ask the stage server for a stage: `python -S stages/stage_client.py stages.sft --config FILE`.
 
-This program imports only a part of the standard library, so it starts in some hundredths of a
-second.
+The server is stages/stage_server.py. This program imports only a part of the standard library, so
+it starts in some hundredths of a second.
 """
 
 import json
@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 
-ADDRESS = "RLHF_STAGES_TOGETHER"  # as in stages/together.py
+ADDRESS = "RLHF_STAGE_SERVER"  # as in stages/stage_server.py
 
 
 def main() -> int:
