@@ -19,19 +19,22 @@ time, what is held in this phase, and the most that its passes allocate.
     others     a pass without gradient over a row of micro_batch_tokens
 
 Under DDP every process holds all of this. ZeRO-2 splits optimizer and gradients over the processes;
-ZeRO-3 also splits the trained weights and the moving average. For a rollout every process gathers
-the weights of policy and value model and keeps them to its end. With mixed precision, DeepSpeed
-turns the models into bfloat16, runs their passes in it, and keeps fp32 weights besides. The layers
-that ZeRO-3 gathers within a training pass are not counted; DeepSpeed's limit for them is 1e9
-weights. tests/tools/test_plan.py compares the peak of real runs on a CPU with the plan.
-GPUs and ZeRO were never measured. Lengths are the settings' limits, so shorter data need less in
+ZeRO-3 and FSDP2 also split the trained weights and the moving average. With mixed precision,
+DeepSpeed turns the models into bfloat16 and keeps fp32 weights besides; FSDP2 keeps fp32 weights
+only, and gathers them in bfloat16. Both hold the reference in bfloat16.
+
+In a rollout every process gathers the policy until its log-probabilities are known, and later the
+value model. In training FSDP2 gathers layer by layer, and ZeRO-3 up to 1e9 weights. tools/launch.py
+has these rules, and the buffers through which gradients go. tests/tools/test_plan.py compares the
+plan with real runs, in one process and in two, under each launcher.
+GPUs were never measured. Lengths are the settings' limits, so shorter data need less in
 the rollout, and less time.
 """
 
 import argparse
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,61 +69,15 @@ from rlhf.training.parameters import trained_parameters
 from stages.ppo.config import Config as PPOConfig
 from stages.rm.config import Config as RMConfig
 from stages.sft.config import Config as SFTConfig
+from tools.launch import Launch, bytes_of
 
 Config = PPOConfig | RMConfig | SFTConfig
 STAGES: dict[str, Any] = {"ppo": PPOConfig, "rm": RMConfig, "sft": SFTConfig}
 TYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Launch:
-    """The launcher's settings on which memory depends."""
-
-    num_processes: int = 1
-    zero_stage: int = 0
-    mixed_precision: str = "no"
-    device: str = "cpu"
-
-    @classmethod
-    def read(cls, path: Path | None) -> "Launch":
-        """Read a file that `accelerate config` wrote. None means one process on this device.
-
-        Raises:
-            ValueError, OSError: The file cannot be used.
-        """
-        try:
-            settings = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, RecursionError) as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path} holds no settings; give a file of configs/accelerate")
-        if settings.get("distributed_type") == "FSDP":
-            raise ValueError(
-                f"{path} asks for FSDP, which the plan does not know; ZeRO-3 "
-                "(configs/accelerate/deepspeed_zero3.yaml) splits alike, and its plan is close"
-            )
-        is_parallel = settings.get("distributed_type", "NO") != "NO"
-        has_gpu = torch.cuda.is_available() or is_parallel
-        return cls(
-            num_processes=settings.get("num_processes", 1),
-            zero_stage=settings.get("deepspeed_config", {}).get("zero_stage", 0),
-            mixed_precision=settings.get("mixed_precision", "no"),
-            device="cuda" if has_gpu and not settings.get("use_cpu", False) else "cpu",
-        )
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether one process holds everything."""
-        return self.num_processes == 1 and not self.zero_stage
-
-    @property
-    def is_halved(self) -> bool:
-        """Whether DeepSpeed turns the models into bfloat16."""
-        return self.zero_stage > 0 and self.mixed_precision != "no"
-
-    def share(self, num_bytes: int, from_zero_stage: int) -> int:
-        """Return how many bytes one process holds, if ZeRO splits them from this stage on."""
-        return num_bytes // self.num_processes if self.zero_stage >= from_zero_stage else num_bytes
+Turn = tuple[PreTrainedModel | None, ScalarModel | None]
+"""The models of a pass."""
 
 
 @dataclass
@@ -128,6 +85,8 @@ class Plan:
     """Bytes of one process, and the FLOPs of its work."""
 
     launch: Launch
+    split: list[nn.Module] = field(default_factory=list)
+    """The trained models, which the launcher may split."""
     held: dict[str, int] = field(default_factory=dict)
     """Bytes held all the time, on the device."""
     waiting: dict[str, int] = field(default_factory=dict)
@@ -150,9 +109,9 @@ class Plan:
         needed = sum(self.held.values()) + sum(parts)
         self.phases[name] = max(needed, self.phases.get(name, 0))
 
-    def hold(self, name: str, model: nn.Module) -> None:
-        """Add the weights of a model."""
-        self.held[f"{name}: weights"] = self.launch.share(_bytes(model.parameters()), 3)
+    def hold(self, name: str, model: nn.Module, dtype: torch.dtype) -> None:
+        """Add the weights of a trained model, whose files are loaded in this type."""
+        self.held[f"{name}: weights"] = self.launch.weights(model, dtype)
 
     def hold_on_base(self, name: str, model: PreTrainedModel) -> None:
         """Add the weights of a role: its adapter and head, and the base below them.
@@ -160,17 +119,67 @@ class Plan:
         Roles over the same base share it (`rlhf.models.shared_bases`)."""
         own = sum(weight.nbytes for weight in adapter_weights(model).values())
         base = f"base {model.config.name_or_path}, {str(model.dtype).removeprefix('torch.')}"
-        size = (_bytes(model.parameters()) - own) // (1 + self.launch.is_halved)
+        size = (bytes_of(model.parameters()) - own) // (1 + self.launch.is_halved)
         self.held[base] = max(self.held.get(base, 0), size)  # a classifier lacks the unembedding
         if own:
             self.held[f"{name}: adapter and head"] = own
 
     def hold_optimizer(self, name: str, model: nn.Module) -> None:
-        """Add a model's optimizer states, and the buffers in which processes exchange gradients."""
-        launch, trained = self.launch, _trained_bytes(self.launch, model)
-        self.held[f"{name}: optimizer"] = launch.share((2 + launch.is_halved) * trained, 1)
-        if launch.num_processes > 1 and not launch.zero_stage:
-            self.held[f"{name}: exchange of gradients"] = trained
+        """Add a model's optimizer states."""
+        self.held[f"{name}: optimizer"] = self.launch.optimizer(model)
+
+    def hold_exchange(self, *models: nn.Module) -> None:
+        """Add the buffers of the exchange of gradients, and gradients that are never freed."""
+        self.split = list(models)
+        if buffers := self.launch.exchange(*models):
+            self.held["exchange of gradients"] = buffers
+        if self.launch.keeps_gradients:
+            self.held["gradients"] = sum(self.launch.gradients(model) for model in models)
+
+    def gradients(self, *models: nn.Module) -> int:
+        """Return the bytes of gradients between passes, unless they are held all the time."""
+        is_held = self.launch.keeps_gradients
+        return 0 if is_held else sum(self.launch.gradients(model) for model in models)
+
+    def add_pass(
+        self,
+        phase: str,
+        dry: DryRun,
+        row: PackedRow,
+        turn: Turn,
+        existing: Sequence[nn.Module],
+        *others: int,
+    ) -> int:
+        """Add a forward and backward pass of a row through one or both models; return its bytes.
+
+        Args:
+            existing: Models that have gradients already.
+            others: Bytes of what is held besides.
+        """
+        models = [model for model in turn if model is not None]
+
+        def run(accumulates: Sequence[nn.Module]) -> int:
+            return dry.training(row, *turn, accumulates)
+
+        return self.add_pass_of(phase, run, models, existing, *others)
+
+    def add_pass_of(
+        self,
+        phase: str,
+        run: Callable[[Sequence[nn.Module]], int],
+        models: Sequence[nn.Module],
+        existing: Sequence[nn.Module],
+        *others: int,
+    ) -> int:
+        """Add a pass with gradient through these models, which `run` measures; return its bytes."""
+        before = existing
+        if self.launch.splits_gradients:
+            # A whole gradient is gone when its shards are exchanged, so only those are left.
+            before = list({*existing, *models})
+        own = run([model for model in models if model in before])
+        a_pass = self.launch.training_pass(own, models, self.split)
+        self.add_phase(phase, self.gradients(*before), *others, a_pass)
+        return a_pass
 
 
 def make_plan(config: Config, launch: Launch) -> Plan:
@@ -220,7 +229,7 @@ class Roles:
 
     @classmethod
     def of(cls, config: PPOConfig, dry: DryRun, launch: Launch) -> "Roles":
-        are_shared = config.lora.rank > 0 and launch.zero_stage < 3
+        are_shared = config.lora.rank > 0 and not launch.splits_weights
         # A base that adapters share keeps its type here; hold_on_base halves its bytes.
         in_passes = Launch() if are_shared else launch
         settings = _dry(config.policy, in_passes)
@@ -267,7 +276,9 @@ def _plan_ppo(plan: Plan, dry: DryRun, config: PPOConfig) -> None:
 
 
 def _hold_roles(plan: Plan, roles: Roles, config: PPOConfig) -> None:
+    launch = plan.launch
     trained = {"policy": roles.policy, "value model": roles.value_model.classifier}
+    types = {"policy": config.policy.dtype, "value model": _value_settings(config).dtype}
     frozen = {"reference": roles.reference}
     frozen |= {f"reward.{name}": model.classifier for name, model in roles.rewards.items()}
     if roles.are_shared:
@@ -275,34 +286,39 @@ def _hold_roles(plan: Plan, roles: Roles, config: PPOConfig) -> None:
             plan.hold_on_base(name, model)
     for name, model in trained.items():
         if not roles.are_shared:
-            plan.hold(name, model)
+            plan.hold(name, model, getattr(torch, types[name]))
         plan.hold_optimizer(name, model)
+    plan.hold_exchange(*trained.values())
     if config.ema_decay is not None:
-        average = _bytes(trained_parameters(roles.policy).values(), as_type=torch.float32)
-        plan.held["policy: moving average"] = plan.launch.share(average, 3)
+        average = bytes_of(trained_parameters(roles.policy).values(), as_type=torch.float32)
+        plan.held["policy: moving average"] = launch.share(average, launch.splits_weights)
     if not roles.are_shared:
-        resting = plan.waiting if config.offload and plan.launch.device != "cpu" else plan.held
-        resting |= {name: _bytes(model.parameters()) for name, model in frozen.items()}
+        resting = plan.waiting if config.offload and launch.device != "cpu" else plan.held
+        resting |= {name: bytes_of(model.parameters()) for name, model in frozen.items()}
 
 
 def _plan_rollout(plan: Plan, dry: DryRun, config: PPOConfig, roles: Roles) -> None:
-    """Add sampling and passes without gradient. Offloaded models return for their phase."""
+    """Add sampling and passes without gradient. Offloaded models return for their phase.
+
+    A process holds one split model at a time (`stages.ppo.rollout.roll_out`)."""
     num_episodes = config.rollout.batch_size // plan.launch.num_processes
     batch = min(config.generation.batch_size, num_episodes)
     sampling, cache = dry.sampling(roles.policy, batch, *_lengths(config))
     plan.parts["KV cache of a rollout"] = cache
     row = _rows(config, plan.launch).of_episodes(*_lengths(config), num_episodes)
-    gathered = _gathered_bytes(plan.launch, roles.policy, roles.value_model)
-    plan.parts["weights gathered for a rollout"] = gathered
-    plan.add_phase("rollout", gathered, sampling)
+    of_policy = plan.launch.gathered(roles.policy, roles.value_model)
+    of_value = plan.launch.gathered(roles.value_model, roles.policy)
+    plan.parts["weights gathered to sample"] = of_policy
+    plan.parts["weights gathered for values"] = of_value
+    plan.add_phase("rollout", of_policy, sampling)
+    plan.add_phase("logprobs", of_policy, dry.moments(roles.policy, row))
     if roles.rewards:  # the phase brings all of them to the device
         visitors = sum(plan.waiting.get(f"reward.{name}", 0) for name in roles.rewards)
         passes = [dry.values(model, row) for model in roles.rewards.values()]
-        plan.add_phase("score", gathered, visitors, max(passes))
-    plan.add_phase("logprobs", gathered, dry.moments(roles.policy, row))
+        plan.add_phase("score", visitors, max(passes))
     visitor = plan.waiting.get("reference", 0)
-    plan.add_phase("reference", gathered, visitor, dry.logprobs(roles.reference, row))
-    plan.add_phase("value", gathered, dry.values(roles.value_model, row))
+    plan.add_phase("reference", visitor, dry.logprobs(roles.reference, row))
+    plan.add_phase("value", of_value, dry.values(roles.value_model, row))
 
 
 def _plan_training(
@@ -314,30 +330,30 @@ def _plan_training(
     own_step = config.ppo.mini_batch_size // launch.num_processes
     own_blocks = math.ceil(config.text_blocks_per_step / launch.num_processes)
     row = rows.of_episodes(*_lengths(config), own_step)
-    of_policy, of_value = (_gradient_bytes(launch, model) for model in (policy, value_model))
     is_watched = config.ptx.gradient_norms or config.ptx.grad_norm_ratio is not None
-    of_text = of_policy if own_blocks and is_watched else 0
-    accumulates: list[nn.Module] = []
+    # Sharded gradients of the text are set aside even if nothing is measured.
+    is_kept = is_watched or launch.splits_gradients
+    of_text = launch.set_aside(policy) if own_blocks and is_kept else 0
     if own_blocks:
         blocks = rows.of_texts(config.ptx.block_tokens, own_blocks)
-        if own_blocks * config.ptx.block_tokens > budget:
-            accumulates = [policy]
-        a_pass = dry.training(blocks, policy, None, accumulates)
-        plan.add_phase("ptx", of_policy * bool(accumulates), a_pass)
+        is_one_row = own_blocks * config.ptx.block_tokens <= budget
+        plan.add_pass("ptx", dry, blocks, (policy, None), [] if is_one_row else [policy])
     is_one_row = own_step * sum(_lengths(config)) <= budget
-    accumulates = [policy, value_model] if not is_one_row else [policy] if own_blocks else []
-    turns = [(policy, None), (None, value_model)] if launch.is_alone else [(policy, value_model)]
+    existing: list[nn.Module] = [policy] if own_blocks else []
+    if not is_one_row:
+        existing = [policy, value_model]
+    turns: list[Turn] = [(policy, value_model)]
+    if launch.is_alone:
+        turns = [(policy, None), (None, value_model)]
     passes = []
     for turn in turns:
-        before = sum(_gradient_bytes(launch, model) for model in accumulates)
-        passes.append(dry.training(row, *turn, [model for model in accumulates if model in turn]))
-        plan.add_phase("train", before, of_text, passes[-1])
-        accumulates = list({*accumulates, policy})
+        passes.append(plan.add_pass("train", dry, row, turn, existing, of_text))
+        existing = list({*existing, policy})
     comparing = of_text + _largest(policy) if of_text else 0
-    stepping = _step_bytes(launch, policy, value_model)
-    plan.add_phase("step", of_policy, of_value, of_text, max(comparing, stepping))
+    kept = plan.gradients(policy, value_model)
+    plan.add_phase("step", kept, of_text, max(comparing, launch.step(policy, value_model)))
     plan.parts |= {
-        "gradients of policy and value model": of_policy + of_value,
+        "gradients of policy and value model": kept,
         "gradients of the text": of_text,
         f"pass of {row.input_ids.numel()} tokens, forward and backward": max(passes),
         "  of it logits at a time": _logits_bytes(policy, min(CHUNK_TOKENS, len(row.targets))),
@@ -349,15 +365,15 @@ def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
     model = dry.scalar(_dry(config.model, plan.launch), config.lora)
     if config.gradient_checkpointing:
         checkpoint_activations(model.classifier)
-    plan.hold("reward model", model)
+    plan.hold("reward model", model, getattr(torch, config.model.dtype))
     plan.hold_optimizer("reward model", model)
+    plan.hold_exchange(model)
     lengths = config.max_prompt_tokens, config.max_response_tokens
     rows = Rows(config.model, config.micro_batch_tokens, plan.launch.device)
     row = rows.of_episodes(*lengths, config.batch_size)
-    gradients = _gradient_bytes(plan.launch, model)
-    a_pass = dry.training(row, None, model, [model])
-    plan.add_phase("train", gradients, a_pass)
-    plan.add_phase("step", gradients, _step_bytes(plan.launch, model))
+    gradients = plan.gradients(model)
+    a_pass = plan.add_pass("train", dry, row, (None, model), [model])
+    plan.add_phase("step", gradients, plan.launch.step(model))
     num_tokens = row.input_ids.numel()
     plan.parts |= {
         "gradients": gradients,
@@ -371,26 +387,28 @@ def _plan_rm(plan: Plan, dry: DryRun, config: RMConfig) -> None:
 def _plan_sft(plan: Plan, dry: DryRun, config: SFTConfig) -> None:
     """Plan a padded batch with all of its logits, as TRL trains."""
     policy = dry.policy(_dry(config.model, plan.launch), config.lora)
-    plan.hold("policy", policy)
+    plan.hold("policy", policy, getattr(torch, config.model.dtype))
     plan.hold_optimizer("policy", policy)
+    plan.hold_exchange(policy)
     if config.reward_model is not None:
         path = _with_config(config.reward_model, config.model.path)
-        plan.held["reward model"] = _bytes(dry.scalar(ModelSettings(path=path)).parameters())
+        plan.held["reward model"] = bytes_of(dry.scalar(ModelSettings(path=path)).parameters())
     prompt, response = config.max_prompt_tokens, config.max_response_tokens
     batch = min(config.generation.batch_size, config.num_samples)
     sampling, plan.parts["KV cache of the samples"] = dry.sampling(policy, batch, prompt, response)
-    gathered = _gathered_bytes(plan.launch, policy)
+    gathered = plan.launch.gathered(policy)
     plan.parts["weights gathered for samples"] = gathered
     plan.add_phase("samples", gathered, sampling)
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
     rows = config.rows_per_pass(plan.launch.num_processes)
     length = prompt + response
-    gradients = _gradient_bytes(plan.launch, policy)
-    accumulates = [policy] if config.batch_size > rows * plan.launch.num_processes else []
-    a_pass = dry.batch_training(policy, rows, length, accumulates)
-    plan.add_phase("train", gradients * bool(accumulates), a_pass)
-    plan.add_phase("step", gradients, _step_bytes(plan.launch, policy))
+    gradients = plan.gradients(policy)
+    existing = [policy] if config.batch_size > rows * plan.launch.num_processes else []
+    a_pass = plan.add_pass_of(
+        "train", lambda kept: dry.batch_training(policy, rows, length, kept), [policy], existing
+    )
+    plan.add_phase("step", gradients, plan.launch.step(policy))
     plan.parts |= {
         "gradients": gradients,
         f"pass of {rows} x {length} tokens, forward and backward": a_pass,
@@ -486,34 +504,8 @@ class Rows:
         return replace(row, plain=row.plain or is_flash or has_segments or has_blocks)
 
 
-def _bytes(weights: Iterable[nn.Parameter], as_type: torch.dtype | None = None) -> int:
-    return sum(p.numel() * (p.dtype if as_type is None else as_type).itemsize for p in weights)
-
-
-def _trained_bytes(launch: Launch, model: nn.Module) -> int:
-    """Return the bytes of the trained weights as the optimizer holds them."""
-    as_type = torch.float32 if launch.is_halved else None
-    return _bytes(trained_parameters(model).values(), as_type)
-
-
-def _gathered_bytes(launch: Launch, *models: nn.Module) -> int:
-    """Return the bytes of the weights that every process gathers outside training."""
-    return sum(_bytes(m.parameters()) for m in models) if launch.zero_stage >= 3 else 0
-
-
-def _gradient_bytes(launch: Launch, model: nn.Module) -> int:
-    return launch.share(_trained_bytes(launch, model), 2)
-
-
-def _largest(*models: nn.Module) -> int:
-    return max(p.nbytes for model in models for p in trained_parameters(model).values())
-
-
-def _step_bytes(launch: Launch, *models: nn.Module) -> int:
-    """Return the bytes of AdamW's temporaries."""
-    if launch.device == "cpu":
-        return 2 * _largest(*models)
-    return launch.share(max(_trained_bytes(launch, model) for model in models), 1)
+def _largest(model: nn.Module) -> int:
+    return max(p.nbytes for p in trained_parameters(model).values())
 
 
 def _training_flops(model: PreTrainedModel, work: Work, config: RMConfig | SFTConfig) -> float:
@@ -530,11 +522,11 @@ def _logits_bytes(policy: nn.Module, tokens: int) -> int:
 def show(plan: Plan, rate: float, dtype: torch.dtype) -> str:
     """Format the plan as a table."""
     launch = plan.launch
-    zero = f", ZeRO-{launch.zero_stage}" if launch.zero_stage else ""
+    split = f", {launch.name}" if launch.name else ""
     each = (
         "one process" if launch.num_processes == 1 else f"each of {launch.num_processes} processes"
     )
-    lines = [f"plan for {each} on {launch.device}, mixed precision {launch.mixed_precision}{zero}"]
+    lines = [f"plan for {each} on {launch.device}, mixed precision {launch.mixed_precision}{split}"]
 
     def add(title: str, rows: dict[str, int], marked: int | None = None) -> None:
         lines.extend(["", title] if rows else [])

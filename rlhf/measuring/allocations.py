@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
+from rlhf.generation.half_weights import half_weights
 from rlhf.inputs.packing import PackedRow
 from rlhf.models.empty import empty_policy, empty_scalar
 from rlhf.models.heads import response_logprobs, response_moments
@@ -110,11 +111,12 @@ class DryRun:
             (logits.float() / 1.0).softmax(-1)
 
         def sample() -> None:
-            step(prompt_tokens, prompt_tokens)
-            for layer in cache.layers:  # grow the cache to its size before the last step
-                shape = (*layer.keys.shape[:2], new_tokens - 2, layer.keys.shape[-1])
-                layer.update(layer.keys.new_zeros(shape), layer.values.new_zeros(shape))
-            step(1, prompt_tokens + new_tokens - 1)
+            with half_weights(policy):
+                step(prompt_tokens, prompt_tokens)
+                for layer in cache.layers:  # grow the cache to its size before the last step
+                    shape = (*layer.keys.shape[:2], new_tokens - 2, layer.keys.shape[-1])
+                    layer.update(layer.keys.new_zeros(shape), layer.values.new_zeros(shape))
+                step(1, prompt_tokens + new_tokens - 1)
 
         peak = self._peak([policy], sample)
         tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]

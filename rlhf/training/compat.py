@@ -125,16 +125,17 @@ def accumulated_gradients(engine: Any) -> list[Tensor]:
 
 
 @contextmanager
-def gathered_by_deepspeed(engine: Any) -> Iterator[None]:
-    """Hold all weights in every process inside the block.
+def gathered_by_deepspeed(engine: Any, part: nn.Module) -> Iterator[None]:
+    """Hold all weights of a part of the engine's module in every process inside the block.
 
     DeepSpeed's hooks would drop each module's weights after its first use, so they are removed.
     """
     from deepspeed.runtime.zero import GatheredParameters
 
     offload = engine.optimizer.parameter_offload
-    with GatheredParameters(list(engine.module.parameters())):
-        for parameter in engine.module.parameters():
+    parameters: list[Any] = list(part.parameters())
+    with GatheredParameters(parameters):
+        for parameter in parameters:
             parameter.ds_active_sub_modules.clear()
         for hooks in (offload.forward_hooks, offload.backward_hooks):
             for hook in hooks:

@@ -47,6 +47,13 @@ def shards_weights(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+def computes_on_half_weights(accelerator: Accelerator) -> bool:
+    """Return whether the launcher gives the model that it wraps weights in bfloat16 for its passes.
+
+    Autocast, in contrast, leaves the weights in float32 and casts what some operations read."""
+    return shards_gradients(accelerator) and accelerator.mixed_precision == "bf16"
+
+
 def split_by(accelerator: Accelerator) -> str | None:
     """Return the name of what splits gradients between processes, such as "ZeRO-3", or None."""
     if is_deepspeed(accelerator):
@@ -101,9 +108,13 @@ def name_layers(model: nn.Module) -> None:
     accelerate asks only the outermost module, which may be ours and name no layers. FSDP2 would
     then gather the whole model for each pass, and keep it.
     """
-    present = {type(module).__name__ for module in model.modules()}
+    compat.set_layer_names(model, sorted({type(layer).__name__ for layer in layers_of(model)}))
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of every model inside, which FSDP2 splits and gathers one at a time."""
     named = {name for module in model.modules() for name in compat.layer_names(module)}
-    compat.set_layer_names(model, sorted(named & present))
+    return [module for module in model.modules() if type(module).__name__ in named]
 
 
 def autocast_unwrapped(accelerator: Accelerator) -> AbstractContextManager[object]:
@@ -127,7 +138,7 @@ def one_pass(accelerator: Accelerator, model: nn.Module, *, is_last: bool) -> It
     if is_deepspeed(accelerator):
         model.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
         yield
-    elif is_last:
+    elif is_last or shards_gradients(accelerator):
         yield
     else:
         with accelerator.no_sync(model):
@@ -261,19 +272,26 @@ def _own_dot(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor | float
 
 
 @contextmanager
-def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+def whole_weights(
+    accelerator: Accelerator, model: nn.Module, part: nn.Module | None = None
+) -> Iterator[None]:
     """Gather all weights once and hold them in every process until the end of the block.
 
     Inside, no module gathers or drops weights, so processes may run the model independently of each
     other. Nothing happens if weights are whole anyway.
+
+    Args:
+        model: The model in the launcher's wrapper.
+        part: A module inside the model. Only its weights are gathered then, and nothing else of
+            the model may run in the block.
     """
     if not shards_weights(accelerator):
         yield
     elif is_deepspeed(accelerator):
-        with compat.gathered_by_deepspeed(model):
+        with compat.gathered_by_deepspeed(model, part or accelerator.unwrap_model(model)):
             yield
     else:
-        with _gathered_by_torch(model):
+        with _gathered_by_torch(model, model if part is None else part):
             yield
 
 
@@ -358,10 +376,12 @@ def _place_of_gradient(parameter: Any) -> Tensor | None:
 
 
 @contextmanager
-def _gathered_by_torch(model: nn.Module) -> Iterator[None]:
+def _gathered_by_torch(model: nn.Module, part: nn.Module) -> Iterator[None]:
     assert isinstance(model, FSDPModule)
     compat.make_root(model)  # otherwise the first layer that runs is the root
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    # The root holds all weights outside the layers, such as embeddings and heads of every part.
+    inside = [one for one in part.modules() if isinstance(one, FSDPModule) and one is not model]
+    modules = [model, *inside]
     # By default the root and the head keep their weights between forward and backward pass.
     drops = [compat.drops_after_forward(module) for module in modules]
     for module in modules:

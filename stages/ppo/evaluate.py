@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from rlhf.generation.answers import Answer
 from rlhf.inputs.fitting import FittedPrompt
 from rlhf.inputs.packing import response_batch
 from rlhf.inputs.records import Prompt
@@ -37,8 +38,11 @@ def evaluate(
     prompts = own_share(learner.state.accelerator, held_out)
     sums = torch.zeros(4)
     with raised_in_all_processes():
-        if prompts:  # with fewer prompts than processes, some processes have none
-            sums = _answer(learner, sampler, prompts, run, number, config)
+        # With fewer prompts than processes, some processes have none, but all must gather.
+        with learner.gather(learner.models.policy):
+            drawn = _draw(learner, sampler, prompts, config) if prompts else None
+        if drawn is not None:
+            sums = _measure(sampler, *drawn, run, number, config)
     score, nats, tokens, ended = sum_over_processes(learner.state.accelerator, sums).tolist()
     return {
         "ppo/held_out_score": score / len(held_out),
@@ -48,27 +52,35 @@ def evaluate(
     }
 
 
-def _answer(
-    learner: Learner,
-    sampler: Sampler,
-    prompts: Sequence[FittedPrompt[Prompt]],
-    run: Run,
-    number: int,
-    config: Config,
-) -> torch.Tensor:
-    """Answer this process's held-out prompts and log samples.
+def _draw(
+    learner: Learner, sampler: Sampler, prompts: Sequence[FittedPrompt[Prompt]], config: Config
+) -> tuple[list[Answer], torch.Tensor]:
+    """Answer this process's held-out prompts.
 
-    Returns sums over the prompts, (4,): score, KL, tokens, responses that end.
-    """
+    Returns the answers and the policy's log-probabilities of their tokens (batch, time)."""
     process = learner.state.accelerator.process_index
     generator = torch_stream(config.seed, "ppo/held out", process)
     policy = learner.models.policy
     answers = sampler.sample(policy, prompts, generator)
+    return answers, sampler.logprobs(policy, [answer.tree for answer in answers])
+
+
+def _measure(
+    sampler: Sampler,
+    answers: Sequence[Answer],
+    logprobs: torch.Tensor,
+    run: Run,
+    number: int,
+    config: Config,
+) -> torch.Tensor:
+    """Measure this process's answers and log samples.
+
+    Returns sums over the prompts, (4,): score, KL, tokens, responses that end.
+    """
     scores = sampler.score(answers).scores
-    trees = [answer.tree for answer in answers]
     _, mask = response_batch([answer.response_ids for answer in answers])
     finished = sum(answer.is_finished for answer in answers)
-    kl = k1(sampler.logprobs(policy, trees), sampler.ref_logprobs(trees), mask)
+    kl = k1(logprobs, sampler.ref_logprobs([answer.tree for answer in answers]), mask)
     run.samples(
         [
             {

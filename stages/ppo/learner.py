@@ -1,7 +1,6 @@
 """Hold the two models that learn, and run them on the rows of a step."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -55,12 +54,11 @@ class Learner:
     def models(self) -> PolicyAndValue:
         return self.state.module
 
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Gather whole weights and use the launcher's precision, for passes without a gradient."""
-        accelerator = self.state.accelerator
-        with sharding.whole_weights(accelerator, self.state.model), accelerator.autocast():
-            yield
+    def gather(self, part: nn.Module) -> AbstractContextManager[None]:
+        """Gather the whole weights of one model, or a part of it, for passes without a gradient.
+
+        Every process holds them until the end of the context. Only this part may run inside."""
+        return sharding.whole_weights(self.state.accelerator, self.state.model, part)
 
     def text_logprobs(self, row: PackedRow) -> Tensor:
         """Return the policy's log-probabilities (tokens,) of pretraining text."""

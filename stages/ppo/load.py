@@ -26,7 +26,7 @@ from rlhf.rewards.scores import Reward
 from rlhf.runs.stopwatch import Stopwatch
 from rlhf.training import sharding
 from rlhf.training.optim import MovingAverage
-from rlhf.training.step import make_train_state
+from rlhf.training.step import TrainState, make_train_state
 from stages.ppo.config import Config
 from stages.ppo.learner import POLICY, Learner, PolicyAndValue
 from stages.ppo.rollout import Sampler
@@ -59,9 +59,8 @@ def load_models(
         autocast=autocast,
     )
     of_reference = config.policy
-    is_bf16 = accelerator.mixed_precision == "bf16"
-    if sharding.is_deepspeed(accelerator) and is_bf16 and bases is None:
-        # DeepSpeed turns the policy into bfloat16, and the reference must match it.
+    if sharding.computes_on_half_weights(accelerator) and bases is None:
+        # The reference must match the policy, and takes half the memory.
         of_reference = replace(of_reference, dtype="bfloat16")
     ref_policy = load_policy(of_reference, bases=bases).requires_grad_(False)
     if not config.offload:
@@ -76,19 +75,19 @@ def load_models(
     state = make_train_state(both, groups, config.optim, config.num_steps, accelerator, first_steps)
     if config.ema_decay is not None:
         state.average = MovingAverage(policy, config.ema_decay)
-    with sharding.whole_weights(accelerator, state.model), accelerator.autocast():
-        packer = _common_packer(both, config.micro_batch_tokens)
+    packer = _common_packer(state, config.micro_batch_tokens)
     learner = Learner(state, packer, watch)
     sampler = Sampler(chat, ref_policy, reward, packer, config, watch, engine, tell, autocast)
     return learner, sampler
 
 
-def _common_packer(models: PolicyAndValue, micro_batch_tokens: int) -> Packer:
+def _common_packer(state: TrainState[PolicyAndValue], micro_batch_tokens: int) -> Packer:
     """Return the packer that both models can read, since both read the same rows."""
-    packers = [
-        packer_for(models.policy, micro_batch_tokens),
-        packer_for(models.value_model.classifier, micro_batch_tokens),
-    ]
+    packers = []
+    for model in (state.module.policy, state.module.value_model.classifier):
+        whole = sharding.whole_weights(state.accelerator, state.model, model)
+        with whole, state.accelerator.autocast():
+            packers.append(packer_for(model, micro_batch_tokens))
     return min(packers, key=lambda packer: packer.layout)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
@@ -18,7 +19,7 @@ from rlhf.rewards.scores import Reward, ScoreScale
 from rlhf.rewards.settings import RewardSettings
 from rlhf.training.nonfinite import first_nonfinite, raised_in_all_processes
 from rlhf.training.processes import own_share, sum_over_processes
-from stages.ppo.rollout import Sampler
+from stages.ppo.rollout import Gather, Sampler
 
 SMALLEST_STD = 1e-6
 """Smallest standard deviation that is not rounding, relative to the mean or to 1, whichever is
@@ -37,6 +38,8 @@ def normalize_scores(
     prompts: Sequence[FittedPrompt[Prompt]],
     accelerator: Accelerator,
     known: Mapping[str, float] | None = None,
+    *,
+    gather: Gather = nullcontext,
 ) -> tuple[Sampler, dict[str, float]]:
     """Shift and scale the reward so that samples of the reference policy score 0 on average, with a
     standard deviation of 1 (Ziegler et al. 2019). Then a KL coefficient means the same for every
@@ -55,6 +58,7 @@ def normalize_scores(
             The order starts again when all were drawn. The number is rounded up to one that all
             processes can share equally.
         known: the scales found when a resumed run began. None: measure them.
+        gather: gives this process the whole weights of the value model's head.
 
     Returns:
         the sampler with the normalised reward, and the scales for results.json, each field as
@@ -77,7 +81,7 @@ def normalize_scores(
             for name, debias in rewards.items()
         }
     start = scales.get(_value_part(settings))
-    if start is not None and value_model.head.weight.any():
+    if start is not None and _is_trained(value_model, gather):
         weight = 1.0 if settings.value_start is None else settings.value_start[1]
         value_model.bias += weight * start.mean / value_model.scale
         value_model.scale /= start.std
@@ -87,6 +91,12 @@ def normalize_scores(
         for field in _fields(debias)
     }
     return replace(sampler, reward=_scaled(sampler.reward, scales)), measured
+
+
+def _is_trained(value_model: ScalarModel, gather: Gather) -> bool:
+    """Return whether the head is not a new one of zeros."""
+    with gather(value_model.head):
+        return bool(value_model.head.weight.any())
 
 
 def _rewards_to_scale(settings: RewardSettings) -> dict[str, bool]:

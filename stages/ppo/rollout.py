@@ -32,6 +32,10 @@ from rlhf.training.offloading import on_device
 from rlhf.training.processes import sum_over_processes
 from stages.ppo.config import Config
 
+Gather = Callable[[nn.Module], AbstractContextManager[object]]
+"""Returns a context in which this process holds the whole weights of a model or of a part of it. No
+other model that is split between processes may run inside. See `Learner.gather`."""
+
 
 class SamplerCheck(NamedTuple):
     """Holds what the sampler reports and what the policy expects, all (batch, time)."""
@@ -188,32 +192,39 @@ def roll_out(
     kl_coef: float | None = None,
     *,
     is_checked: bool = True,
+    gather: Gather = nullcontext,
 ) -> Rollout:
     """Sample, score, subtract the KL penalty, estimate advantages.
 
     The log-probabilities come from the same packed pass that trains, so the first ratio is 1
     (docs/recipe.md, mistake 13). The sampler's own log-probabilities are only compared with them.
 
+    A process holds the whole weights of one model at a time: the policy's until its
+    log-probabilities are known, then those of the frozen models, then the value model's.
+
     Args:
         kl_coef: penalty for each nat. None means ppo.kl_coef.
         is_checked: False skips that pass and uses the sampler's log-probabilities
             (rollout.check_every).
+        gather: gives this process the whole weights of policy and value model, where the launcher
+            splits them.
     """
     settings = sampler.config.ppo
     kl_coef = settings.kl_coef if kl_coef is None else kl_coef
-    with raised_in_all_processes():
-        answers = sampler.sample(policy, prompts, generator)
-    scored = sampler.score(answers)
-    trees = [answer.tree for answer in answers]
-    _, response_mask = response_batch([answer.response_ids for answer in answers])
-    logprobs = pad_sequence([torch.tensor(answer.logprobs) for answer in answers], batch_first=True)
     check = None
-    if is_checked:
-        with sampler.watch.phase("logprobs"):
-            logprobs, check = sampler.check(policy, trees, logprobs)
+    with gather(policy):
+        with raised_in_all_processes():
+            answers = sampler.sample(policy, prompts, generator)
+        trees = [answer.tree for answer in answers]
+        logprobs = pad_sequence([torch.tensor(one.logprobs) for one in answers], batch_first=True)
+        if is_checked:
+            with sampler.watch.phase("logprobs"):
+                logprobs, check = sampler.check(policy, trees, logprobs)
+    scored = sampler.score(answers)
+    _, response_mask = response_batch([answer.response_ids for answer in answers])
     with sampler.watch.phase("reference"):
         ref_logprobs = sampler.ref_logprobs(trees)
-    with sampler.watch.phase("value"):
+    with sampler.watch.phase("value"), gather(value_model):
         values = compute_values(value_model, trees, sampler.packer)
     with sampler.watch.phase("advantages"):
         rewards = penalized_rewards(scored.at_end, logprobs, ref_logprobs, response_mask, kl_coef)

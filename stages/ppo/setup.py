@@ -20,7 +20,6 @@ from rlhf.runs.folder import MODEL_FILES
 from rlhf.runs.run import Run, open_run
 from rlhf.runs.stateful import Fields, Generators, Stateful, parts_of
 from rlhf.runs.stopwatch import Stopwatch
-from rlhf.training import sharding
 from rlhf.training.processes import own_share, start_accelerator, warn_of_float32
 from stages.ppo.config import Config
 from stages.ppo.data import inputs_of, load_held_out, load_prompts, shuffled_text
@@ -95,11 +94,14 @@ def set_up(config: Config) -> Setup:
     _announce(config, accelerator, len(prompts))
     _warn_of_chance(config, monitor)
     before = checkpoints.saved("progress") or {}
-    with sharding.whole_weights(accelerator, learner.state.model):
-        sampler, raw_scores = normalize_scores(
-            sampler, learner.models.value_model, prompts, accelerator, before.get("raw_scores")
-        )
-
+    sampler, raw_scores = normalize_scores(
+        sampler,
+        learner.models.value_model,
+        prompts,
+        accelerator,
+        before.get("raw_scores"),
+        gather=learner.gather,
+    )
     text_order = shuffled_text(config, chat, accelerator)
     texts = (own_share(accelerator, batch) for batch in text_order)
     order = ShuffledBatches(

@@ -33,7 +33,7 @@ def train(config: Config) -> None:
     for number in bar:
         only_value = number < config.ppo.value_warmup_updates
         with saving_when_stopped(learner, monitor, setup.chat, run):
-            with learner.ready():
+            with accelerator.autocast():
                 rollout = roll_out(
                     learner.models.policy,
                     learner.models.value_model,
@@ -43,6 +43,7 @@ def train(config: Config) -> None:
                     accelerator,
                     progress.kl_coef,
                     is_checked=number % config.rollout.check_every == 0,
+                    gather=learner.gather,
                 )
             with watch.phase("metrics"):
                 metrics = describe(rollout, accelerator)
@@ -63,7 +64,7 @@ def train(config: Config) -> None:
         if not only_value:
             progress.kl_coef = next_kl_coef(progress.kl_coef, metrics["ppo/kl"], config)
         if is_due(number, config):
-            with watch.phase("evaluate"), learner.ready():
+            with watch.phase("evaluate"), accelerator.autocast():
                 metrics |= evaluate(learner, sampler, setup.held_out, run, number, config)
         seconds = watch.take() | {"update": time.perf_counter() - started}
         started = time.perf_counter()  # the time to save counts for the next update

@@ -32,6 +32,7 @@ from rlhf.training.processes import start_accelerator
 from stages.ppo.config import PtxSettings
 from tests.distributed.chain import LORA, run_chain
 from tests.distributed.gradients import Gradients, fine_tuning_step, ppo_step, ranking_step
+from tests.distributed.rollouts import watched_rollouts
 
 ROOT = Path(__file__).parents[2]
 OF_LAUNCHER = ("ACCELERATE_", "FSDP_")
@@ -114,7 +115,11 @@ def run_under(name: str, inputs: Path, results: Path) -> tuple[Gradients, dict[s
         }
         accelerator = start_accelerator()
         seen["at work"] = [accelerator.distributed_type.value, accelerator.mixed_precision]
-        with scores_watched() as seen["scored in"], models_watched() as seen["prepared"]:
+        with (
+            scores_watched() as seen["scored in"],
+            models_watched() as seen["prepared"],
+            watched_rollouts() as seen["rollouts"],
+        ):
             run_chain(inputs, results)
         if name in WITH_ADAPTERS:
             run_chain(inputs, results / "adapters", lora=LORA)

@@ -1,11 +1,13 @@
 """What rollouts cost between the processes, and what they say."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from accelerate.utils import gather_object
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.generation.engines import generate
@@ -15,9 +17,10 @@ from rlhf.training import sharding
 from rlhf.training.optim import make_optimizer
 from rlhf.training.processes import own_share, start_accelerator
 from rlhf.training.settings import OptimSettings
+from stages.ppo import rollout as rollout_module
 from stages.ppo import train as ppo_train
 from stages.ppo.learner import PolicyAndValue
-from stages.ppo.rollout import Rollout
+from stages.ppo.rollout import Rollout, Sampler
 from tests.rlhf.tiny_models import tiny_policy_of, tiny_scalar_of
 
 PROMPTS = [[3 + (5 * i + j) % 50 for j in range(1 + i % 4)] for i in range(9)]
@@ -60,18 +63,65 @@ def greedy_rollouts(*max_new_tokens: int) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def watched_rollouts() -> Iterator[list[dict[str, int]]]:
-    """Of each rollout of PPO inside: "gathers" from its first token to its advantages, and the
-    "tokens" of its longest response."""
-    seen: list[dict[str, int]] = []
+def watched_rollouts() -> Iterator[list[dict[str, Any]]]:
+    """Of each rollout of PPO inside:
+
+    "gathers" from its first token to its advantages; the "tokens" of its longest response; the
+    "type" of the reference's weights; the largest "difference" between the log-probabilities of the
+    policy and the reference; "whole", which maps the name of a pass to whether this process held
+    all weights of the policy, and of the value model.
+    """
+    seen: list[dict[str, Any]] = []
     roll_out = ppo_train.roll_out
 
-    def watched(*args: Any, **options: Any) -> Rollout:
-        with Gathers() as gathers:
-            rollout = roll_out(*args, **options)
-        seen.append({"gathers": gathers.count, "tokens": rollout.response_mask.shape[1]})
+    def watched(
+        policy: Any, value_model: Any, sampler: Sampler, *args: Any, **options: Any
+    ) -> Rollout:
+        with Gathers() as gathers, whole_models_watched([policy, value_model]) as whole:
+            rollout = roll_out(policy, value_model, sampler, *args, **options)
+        difference = (rollout.logprobs - rollout.ref_logprobs).abs().max()
+        seen.append(
+            {
+                "gathers": gathers.count,
+                "tokens": rollout.response_mask.shape[1],
+                "type": str(sampler.ref_policy.dtype),
+                "difference": float(difference),
+                "whole": whole,
+            }
+        )
         return rollout
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo_train, "roll_out", watched)
         yield seen
+
+
+@contextmanager
+def whole_models_watched(models: Sequence[nn.Module]) -> Iterator[dict[str, list[bool]]]:
+    """Maps each pass of a rollout to whether this process holds all weights of each model."""
+    seen: dict[str, list[bool]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for place, name in (
+            (Sampler, "sample"),
+            (Sampler, "check"),
+            (Sampler, "raw_scores"),
+            (Sampler, "ref_logprobs"),
+            (rollout_module, "compute_values"),
+        ):
+            patch.setattr(place, name, _noting(getattr(place, name), name, models, seen))
+        yield seen
+
+
+def _noting(
+    run: Callable[..., Any], name: str, models: Sequence[nn.Module], seen: dict[str, list[bool]]
+) -> Callable[..., Any]:
+    def noted(*args: Any, **options: Any) -> Any:
+        seen[name] = [is_whole(model) for model in models]
+        return run(*args, **options)
+
+    return noted
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether this process holds all weights. ZeRO-3 leaves a split weight without numbers."""
+    return all(p.numel() and not isinstance(p, DTensor) for p in model.parameters())

@@ -212,9 +212,18 @@ def test_stages_under_files_for_gpus(launched_by: str, name: str, launched: Laun
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launched_by", "name"), FOR_GPUS)
-def test_precision_under_files_for_gpus(launched_by: str, name: str, launched: Launched) -> None:
-    """Frozen models compute in bfloat16; log-probabilities, values and scores are float32."""
+def test_precision_under_files_for_gpus(
+    launched_by: str, name: str, launched: Launched
+) -> None:
+    """Frozen models compute in bfloat16; log-probabilities, values and scores are float32.
+
+    The reference has the policy's weights in the type in which the policy computes. So both agree
+    until the policy moves."""
     seen = read(launched[launched_by] / "seen.json")["files"][name]
+    reference = "torch.float32" if name == "multi_gpu" else "torch.bfloat16"
+    assert {one["type"] for one in seen["rollouts"]} == {reference}
+    before, *_, after = (one["difference"] for one in seen["rollouts"])
+    assert before < 1e-5 < after
     assert set(seen["scored in"]) == {"torch.bfloat16"}
     rm, ppo = seen["prepared"]
     assert rm["types"] == ppo["types"] == ["torch.float32"]
@@ -277,10 +286,32 @@ def test_weights_are_gathered_once_a_rollout(name: str, launched: Launched) -> N
     of_one_token, of_twelve = (one["gathers"] for one in seen["greedy"])
     assert of_one_token == of_twelve
     assert (of_twelve > 0) == (name == "cpu2_zero3")
-    # PPO gathers before a rollout. In it, the processes only ask each other (in two small gathers,
-    # of sizes and of what they are of) whether a sampler met NaN.
-    assert [one["gathers"] for one in seen["rollouts"]] == [2, 2, 2]
+    # In a rollout of PPO, the processes ask each other (in two small gathers, of sizes and of what
+    # they are of) whether a sampler met NaN. ZeRO-3 also gathers the policy and the value model.
+    gathers = {one["gathers"] for one in seen["rollouts"]}
+    assert len(gathers) == 1
+    assert (gathers == {2}) == (name != "cpu2_zero3")
     assert max(one["tokens"] for one in seen["rollouts"]) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ON_CPU, *(name for _, name in FOR_GPUS)])
+def test_a_rollout_holds_one_model_at_a_time(name: str, launched: Launched) -> None:
+    """A process holds all weights of a split model only in the passes of this model."""
+    launched_by = {file: by for by, file in FOR_GPUS}.get(name, name)
+    seen = read(launched[launched_by] / "seen.json")
+    rollouts = (seen if name == launched_by else seen["files"][name])["rollouts"]
+    policy, value_model, neither, both = [True, False], [False, True], [False, False], [True, True]
+    is_split = "zero3" in name or name == "fsdp2"
+    expected = {
+        "sample": policy,
+        "check": policy,
+        "raw_scores": neither,
+        "ref_logprobs": neither,
+        "compute_values": value_model,
+    }
+    for rollout in rollouts:
+        assert rollout["whole"] == (expected if is_split else dict.fromkeys(expected, both))
 
 
 @pytest.mark.slow

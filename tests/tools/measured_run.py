@@ -1,19 +1,26 @@
-"""`python -m tests.tools.measured_run WARM_UP.yaml SETTINGS.yaml`: prints peak bytes of a PPO run.
+"""Peak bytes of a PPO run, of one process or of the first of several.
 
-The run of the first file imports and starts all libraries. The peak of the second one counts beyond
-the memory that is then in use.
+    python -m tests.tools.measured_run WARM_UP.yaml SETTINGS.yaml
+    accelerate launch --config_file FILE -m tests.tools.measured_run WARM_UP.yaml SETTINGS.yaml GPU
+
+The run in the first file has everything imported and every library started; what the second one
+adds to the memory in use then is printed. GPU names a launcher file for GPUs that the processes
+take the settings of (tests/distributed/gpu_files.py).
 """
 
 import ctypes
 import gc
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-import peft  # noqa: F401  # the first run would not import it
+import peft  # noqa: F401  # a run imports it where it needs it, which is not the first of the two
+from accelerate import PartialState
 
 from rlhf.runs.settings import load_config
 from stages.ppo.config import Config
 from stages.ppo.train import train
+from tests.distributed.gpu_files import launched_as
 
 
 def status(name: str) -> int:
@@ -23,14 +30,16 @@ def status(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def main(warm_up: str, settings: str) -> None:
-    train(load_config(Config, ["--config", warm_up]))
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak of VmRSS, starts anew
-    before = status("VmRSS")
-    train(load_config(Config, ["--config", settings]))
-    print("peak", status("VmHWM") - before)
+def main(warm_up: str, settings: str, gpu_file: str = "") -> None:
+    with launched_as(gpu_file) if gpu_file else nullcontext():
+        train(load_config(Config, ["--config", warm_up]))
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak of VmRSS, starts anew
+        before = status("VmRSS")
+        train(load_config(Config, ["--config", settings]))
+        if PartialState().is_main_process:
+            print("peak", status("VmHWM") - before)
 
 
 if __name__ == "__main__":

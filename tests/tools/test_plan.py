@@ -24,7 +24,8 @@ from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config, MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
 from stages.sft.config import Config as SFTConfig
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
-from tools.plan import Launch, Rows, main, make_plan
+from tools.launch import Launch
+from tools.plan import Rows, main, make_plan
 
 ROOT = Path(__file__).parents[2]
 VOCAB = 4096
@@ -137,56 +138,103 @@ def weights_of(tiny: Path) -> int:
     return sum(weight.nbytes for weight in load_file(tiny / "sft/model.safetensors").values())
 
 
+EMBEDDING = VOCAB * 32
+LAYER = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48 + 2 * 32
+"""Numbers of q, k and v, o, gate and up and down, and two norms."""
+OUTSIDE = 2 * EMBEDDING + 32
+"""Of the policy: embedding, unembedding and the last norm."""
+
+
 @pytest.mark.slow
 def test_what_is_held_is_split_as_the_launcher_says(tiny: Path, config: Config) -> None:
     full = weights_of(tiny)
-    head = 4 * (32 - VOCAB * 32)  # the value model has a head of one row instead of the unembedding
+    assert full == 4 * (OUTSIDE + 2 * LAYER)
+    head = 4 * (32 - EMBEDDING)  # the value model has a head of one row for the unembedding
     value = full + head
 
     def held(**launch: Any) -> list[int]:
         found = make_plan(config, Launch(**launch)).held
-        return [size for name, size in found.items() if "exchange" not in name]
+        return [size for name, size in found.items() if "gradients" not in name]
 
     frozen = [full, full]  # moving average, reference
     assert held() == [full, 2 * full, value, 2 * value, *frozen]
-    assert held(num_processes=2, zero_stage=2) == [full, full, value, value, *frozen]
-    split = [full // 2, full]
-    assert held(num_processes=2, zero_stage=3) == [full // 2, full, value // 2, value, *split]
+    # ZeRO-2 keeps another copy of the weights in float32.
+    of_zero2 = [full, 3 * full // 2, value, 3 * value // 2, *frozen]
+    assert held(num_processes=2, zero_stage=2) == of_zero2
+    # ZeRO-3 leaves weights of up to 100,000 numbers whole: all but the embeddings.
+    small, small_value = full - 4 * 2 * EMBEDDING, value - 4 * EMBEDDING
+    of_models = [full // 2 + small, full, value // 2 + small_value, value]
+    assert held(num_processes=2, zero_stage=3) == [*of_models, full // 2, full]
     halved = held(num_processes=4, zero_stage=2, mixed_precision="bf16")
     assert halved == [full // 2, 3 * full // 4, value // 2, 3 * value // 4, full, full // 2]
+    # FSDP2 keeps float32 weights only, and the reference is in bfloat16.
+    of_fsdp = held(num_processes=4, is_fsdp=True, mixed_precision="bf16")
+    assert of_fsdp == [full // 4, full // 2, value // 4, value // 2, full // 4, full // 2]
     parallel = make_plan(config, Launch(num_processes=2)).held
-    assert parallel["policy: exchange of gradients"] == full
+    assert parallel["exchange of gradients"] == full + value
 
 
 @pytest.mark.slow
-def test_zero3_gathers_both_models_for_a_rollout(tiny: Path, config: Config) -> None:
-    """Under mixed precision they are in bfloat16: every process holds half of the bytes on disk."""
+@pytest.mark.parametrize("splitting", [{"zero_stage": 3}, {"is_fsdp": True}], ids=str)
+def test_a_rollout_gathers_one_model_at_a_time(
+    splitting: dict[str, Any], tiny: Path, config: Config
+) -> None:
+    """In bfloat16 under mixed precision, on every process. The reference needs no other model."""
     whole = make_plan(config, Launch(2, zero_stage=2, mixed_precision="bf16"))
-    split = make_plan(config, Launch(2, zero_stage=3, mixed_precision="bf16"))
-    full = weights_of(tiny)
-    gathered = full // 2 + (full - 4 * (VOCAB * 32 - 32)) // 2
-    assert split.parts["weights gathered for a rollout"] == gathered
-    assert whole.parts["weights gathered for a rollout"] == 0
-    for phase in ("rollout", "logprobs", "reference", "value"):
+    split = make_plan(config, Launch(2, mixed_precision="bf16", **splitting))
+    policy, value = 2 * 2 * EMBEDDING, 2 * EMBEDDING  # what ZeRO-3 does not leave whole
+    if "is_fsdp" in splitting:  # gathers with each model what both have outside their layers
+        outside = OUTSIDE + EMBEDDING + 32 + 32
+        policy = value = 2 * (outside + 2 * LAYER)
+    gathered = {"rollout": policy, "logprobs": policy, "reference": 0, "value": value}
+    assert split.parts["weights gathered to sample"] == policy
+    assert whole.parts["weights gathered to sample"] == 0
+    for phase, weights in gathered.items():
         passes = whole.phases[phase] - sum(whole.held.values())
-        assert split.phases[phase] - sum(split.held.values()) == gathered + passes
+        assert split.phases[phase] - sum(split.held.values()) == weights + passes
+
+
+def test_a_pass_of_fsdp2_gathers_layer_by_layer(tiny: Path) -> None:
+    policy = load_policy(ModelSettings(path=str(tiny / "sft")))
+    value_model = load_scalar(ModelSettings(path=str(tiny / "sft")), new_head=True)
+    launch = Launch(2, mixed_precision="bf16", is_fsdp=True)
+    # In bfloat16: everything outside layers, the gradient of the unembedding, two layers, and the
+    # gradients of one. In float32: the gradients of another layer, on their way.
+    outside = 2 * (OUTSIDE + EMBEDDING + 32 + 32) + 2 * EMBEDDING
+    layers = LAYER * (2 * 2 + 2 + 4)
+    both = [policy, value_model]
+    assert launch.training_pass(10**7, [policy], both) == 10**7 + outside + layers
+    # At the end of a small pass, the gradients outside layers in both types.
+    assert launch.training_pass(0, [policy], both) == (2 + 4) * OUTSIDE + 4 * LAYER
+    in_float32 = Launch(2, is_fsdp=True)
+    assert in_float32.training_pass(10**7, [policy], both) - 10**7 == 2 * outside + 16 * LAYER
+
+
+def test_zero_exchanges_gradients_through_a_bucket(tiny: Path) -> None:
+    policy = load_policy(ModelSettings(path=str(tiny / "sft")))
+    full, embeddings = weights_of(tiny), 4 * 2 * EMBEDDING
+    zero2, zero3 = (Launch(2, zero_stage=stage) for stage in (2, 3))
+    assert zero2.training_pass(10**7, [policy], [policy]) == 10**7 + full
+    assert (zero2.exchange(policy), zero3.exchange(policy)) == (0, full)
+    # All weights of a small model stay gathered. Gradients are laid side by side at the end.
+    assert zero3.training_pass(10**7, [policy], [policy]) == 10**7 + embeddings
+    assert zero3.training_pass(0, [policy], [policy]) == embeddings + full
+    # On a GPU the bucket has 5e8 numbers, which are taken at once.
+    on_gpu = replace(zero3, device="cuda")
+    assert on_gpu.exchange(policy) == 4 * 5 * 10**8
 
 
 @pytest.mark.slow
-def test_deepspeed_runs_passes_in_bfloat16(config: Config) -> None:
-    """The cache then has 2 bytes a number. Under autocast, rotary embeddings make it float32."""
+@pytest.mark.parametrize(
+    "launch", [{"zero_stage": 3}, {"zero_stage": 2}, {"is_fsdp": True}, {}], ids=str
+)
+def test_a_rollout_samples_in_bfloat16(launch: dict[str, Any], config: Config) -> None:
+    """So the cache has 2 bytes a number, whatever brings the mixed precision."""
     numbers = 2 * 2 * 4 * 4  # layers, keys and values, their heads, and the size of a head
     tokens = PROMPT_TOKENS + config.rollout.max_new_tokens - 1
-    caches = [
-        make_plan(config, launch).parts["KV cache of a rollout"]
-        for launch in (
-            Launch(2, zero_stage=3, mixed_precision="bf16"),
-            Launch(2, zero_stage=2, mixed_precision="bf16"),
-            Launch(2, mixed_precision="bf16"),
-        )
-    ]
-    own = 4  # of 8 episodes
-    assert caches == [own * tokens * numbers * size for size in (2, 2, 4)]
+    plan = make_plan(config, Launch(2, mixed_precision="bf16", **launch))
+    own = 4  # of the 8 episodes
+    assert plan.parts["KV cache of a rollout"] == own * tokens * numbers * 2
 
 
 @pytest.mark.slow
@@ -239,7 +287,7 @@ def test_roles_over_one_base_hold_it_once(tiny: Path, config: Config, tmp_path: 
     body = weights_of(tiny) // 2 - 2 * VOCAB * 32  # a classifier has no unembedding
     assert make_plan(halved, Launch()).held[f"base {base}, bfloat16"] == body
     on_two = make_plan(config, Launch(num_processes=2)).held
-    assert on_two["policy: exchange of gradients"] == adapter
+    assert on_two["exchange of gradients"] == adapter + with_head
 
     policy = tmp_path / "policy"
     save_policy(load_policy(config.policy, lora), load_tokenizer(str(base)), policy)
@@ -273,7 +321,8 @@ def test_adapters_under_zero3_share_no_base(tiny: Path, config: Config) -> None:
     zero3 = Launch(num_processes=2, zero_stage=3)
     found = make_plan(replace(config, lora=LoraSettings(rank=4)), zero3).held
     adapter = 4 * 4 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
-    assert found["policy: weights"] == (weights_of(tiny) + adapter) // 2
+    small = weights_of(tiny) - 4 * 2 * EMBEDDING + adapter
+    assert found["policy: weights"] == (weights_of(tiny) + adapter) // 2 + small
     assert found["policy: optimizer"] == adapter
     assert found["reference"] == weights_of(tiny)
 
@@ -331,12 +380,14 @@ def test_a_launcher_file_is_read() -> None:
     zero = Launch.read(ROOT / "configs/accelerate/deepspeed_zero3.yaml")
     assert zero == Launch(8, zero_stage=3, mixed_precision="bf16", device="cuda")
     assert Launch.read(ROOT / "configs/accelerate/cpu2.yaml") == Launch(2, device="cpu")
+    fsdp = Launch.read(ROOT / "configs/accelerate/fsdp2.yaml")
+    assert fsdp == Launch(8, mixed_precision="bf16", device="cuda", is_fsdp=True)
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["--accelerate", "configs/accelerate/fsdp2.yaml"], "asks for FSDP, which the plan does"),
+        (["--accelerate", "fsdp1.yaml"], "asks for fsdp_version 1; give 2"),
         (["--accelerate", "broken.yaml"], "error: broken.yaml is not YAML: while"),
         (["--config=broken.yaml"], "error: broken.yaml is not YAML: while"),
     ],
@@ -352,6 +403,7 @@ def test_files_that_cannot_be_planned_are_named(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "broken.yaml").write_text("model: [a\n")
+    (tmp_path / "fsdp1.yaml").write_text("distributed_type: FSDP\n")
     with pytest.raises(SystemExit) as stopped:
         main(["--config=configs/ppo/tiny.yaml", "--policy.path", str(tiny / "sft"), *files])
     assert stopped.value.code == 2
