@@ -114,11 +114,11 @@ class Launch:
         return self.share(bytes_of(model.parameters()), self.splits_weights) + whole
 
     def optimizer(self, model: nn.Module) -> int:
-        """Return the bytes of Adam's moments, and of a second copy of the weights.
+        """Return the bytes of Adam's moments, and of DeepSpeed's own copy of the weights.
 
-        DeepSpeed keeps that copy in float32. Only ZeRO-3 in float32 does without it.
+        DeepSpeed keeps that copy in float32, even where the weights are in float32.
         """
-        has_copy = self.zero_stage > 0 and (self.is_halved or self.zero_stage < 3)
+        has_copy = self.zero_stage > 0
         return self.share((2 + has_copy) * self.trained(model), self.splits_optimizer)
 
     def exchange(self, *models: nn.Module) -> int:
@@ -190,8 +190,10 @@ class Launch:
         if self.zero_stage >= 3:
             weights = sum(_count(m.parameters()) - _count(_small(m)) for m in models)
             live = min(weights, LIVE_WEIGHTS) * self._itemsize(models[0])
-            # Gradients are laid side by side for the exchange, in a copy of the bucket.
-            return live + max(a_pass, self._bucket(*models))
+            # Gradients are laid side by side for the exchange, in a copy of the bucket. On a CPU,
+            # gloo makes another.
+            copies = 2 if self.device == "cpu" else 1
+            return live + max(a_pass, copies * self._bucket(*models))
         if self.zero_stage == 2:
             return a_pass + self._bucket(*models)
         return a_pass
