@@ -98,7 +98,7 @@ PRESETS = {
         "ppo_ptx",
     ),
     "llama_8b": Preset(
-        "deepspeed_zero3",
+        "fsdp2",
         {
             "meta-llama/Llama-3.1-8B": LLAMA,
             "meta-llama/Llama-3.2-3B": LLAMA | {"hidden_size": 16, "tie_word_embeddings": True},
