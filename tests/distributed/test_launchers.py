@@ -212,9 +212,7 @@ def test_stages_under_files_for_gpus(launched_by: str, name: str, launched: Laun
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launched_by", "name"), FOR_GPUS)
-def test_precision_under_files_for_gpus(
-    launched_by: str, name: str, launched: Launched
-) -> None:
+def test_precision_under_files_for_gpus(launched_by: str, name: str, launched: Launched) -> None:
     """Frozen models compute in bfloat16; log-probabilities, values and scores are float32.
 
     The reference has the policy's weights in the type in which the policy computes. So both agree

@@ -1,11 +1,11 @@
-"""Peak bytes of a PPO run, of one process or of the first of several.
+"""Prints the peak bytes of a PPO run, in one process or in the first of several.
 
     python -m tests.tools.measured_run WARM_UP.yaml SETTINGS.yaml
     accelerate launch --config_file FILE -m tests.tools.measured_run WARM_UP.yaml SETTINGS.yaml GPU
 
-The run in the first file has everything imported and every library started; what the second one
-adds to the memory in use then is printed. GPU names a launcher file for GPUs that the processes
-take the settings of (tests/distributed/gpu_files.py).
+The run of the first file imports and starts all libraries. The peak of the second one counts beyond
+the memory that is then in use. GPU is optional: the name of a launcher file for GPUs, whose
+settings the processes take (tests/distributed/gpu_files.py).
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-import peft  # noqa: F401  # a run imports it where it needs it, which is not the first of the two
+import peft  # noqa: F401  # the first run would not import it
 from accelerate import PartialState
 
 from rlhf.runs.settings import load_config

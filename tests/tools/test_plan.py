@@ -184,7 +184,7 @@ OUTSIDE = 2 * EMBEDDING + 32
 def test_what_is_held_is_split_as_the_launcher_says(tiny: Path, config: Config) -> None:
     full = weights_of(tiny)
     assert full == 4 * (OUTSIDE + 2 * LAYER)
-    head = 4 * (32 - EMBEDDING)  # the value model has a head of one row for the unembedding
+    head = 4 * (32 - EMBEDDING)  # the value model has a head of one row instead of the unembedding
     value = full + head
 
     def held(**launch: Any) -> list[int]:
