@@ -292,24 +292,33 @@ def test_weights_are_gathered_once_a_rollout(name: str, launched: Launched) -> N
     assert max(one["tokens"] for one in seen["rollouts"]) > 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*ON_CPU, *(name for _, name in FOR_GPUS)])
-def test_a_rollout_holds_one_model_at_a_time(name: str, launched: Launched) -> None:
-    """A process holds all weights of a split model only in the passes of this model."""
-    launched_by = {file: by for by, file in FOR_GPUS}.get(name, name)
-    seen = read(launched[launched_by] / "seen.json")
-    rollouts = (seen if name == launched_by else seen["files"][name])["rollouts"]
-    policy, value_model, neither, both = [True, False], [False, True], [False, False], [True, True]
+def whole_in_passes(name: str) -> dict[str, list[bool]]:
+    """Map each pass of a rollout to whether a process then holds policy and value model whole."""
     is_split = "zero3" in name or name == "fsdp2"
     expected = {
-        "sample": policy,
-        "check": policy,
-        "raw_scores": neither,
-        "ref_logprobs": neither,
-        "compute_values": value_model,
+        "sample": [True, False],
+        "check": [True, False],
+        "raw_scores": [False, False],
+        "ref_logprobs": [False, False],
+        "compute_values": [False, True],
     }
-    for rollout in rollouts:
-        assert rollout["whole"] == (expected if is_split else dict.fromkeys(expected, both))
+    return expected if is_split else dict.fromkeys(expected, [True, True])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_CPU)
+def test_a_rollout_holds_one_split_model_at_a_time(name: str, launched: Launched) -> None:
+    seen = read(launched[name] / "seen.json")
+    assert [one["whole"] for one in seen["rollouts"]] == [whole_in_passes(name)] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launched_by", "name"), FOR_GPUS)
+def test_a_rollout_under_files_for_gpus_holds_one_split_model_at_a_time(
+    launched_by: str, name: str, launched: Launched
+) -> None:
+    seen = read(launched[launched_by] / "seen.json")["files"][name]
+    assert [one["whole"] for one in seen["rollouts"]] == [whole_in_passes(name)] * 3
 
 
 @pytest.mark.slow
