@@ -302,7 +302,7 @@ def whole_in_passes(name: str) -> dict[str, list[bool]]:
         "ref_logprobs": [False, False],
         "compute_values": [False, True],
     }
-    return expected if is_split else dict.fromkeys(expected, [True, True])
+    return {key: whole if is_split else [True, True] for key, whole in expected.items()}
 
 
 @pytest.mark.slow
