@@ -35,7 +35,7 @@ from stages.ppo.config import PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.learner import Learner
 from stages.ppo.load import load_models
 from stages.ppo.metrics import rollout_metrics, rollout_sums
-from stages.ppo.rollout import Rollout, Sampler, roll_out
+from stages.ppo.rollout import Rollout, RolloutWorker, roll_out
 from stages.ppo.update import update
 from stages.rm.config import Config as RMConfig
 from stages.rm.data import Example
@@ -192,10 +192,10 @@ class PPOLoop:
         self.accelerator: Accelerator = start_accelerator()
         self.config = config
         chat = load_chat(config.policy)
-        self.watch = Stopwatch(self.accelerator.device)
+        self.stopwatch = Stopwatch(self.accelerator.device)
         self.learner: Learner
-        self.sampler: Sampler
-        self.learner, self.sampler = load_models(config, chat, self.accelerator, self.watch)
+        self.worker: RolloutWorker
+        self.learner, self.worker = load_models(config, chat, self.accelerator, self.stopwatch)
         self.draws = DrawsThatEnd(
             self.learner.models.policy,
             work.end_positions,
@@ -220,7 +220,7 @@ class PPOLoop:
             return roll_out(
                 models.policy,
                 models.value_model,
-                self.sampler,
+                self.worker,
                 self.prompts,
                 self.sampling,
                 self.accelerator,
@@ -229,7 +229,7 @@ class PPOLoop:
 
     def update(self) -> dict[str, Any]:
         """Run one update on all prompts; return its figures and the seconds of its phases."""
-        self.watch.take()
+        self.stopwatch.take()
         rollout = self.roll_out()
         self.num_updates += 1
         sums = {name: float(value) for name, value in rollout_sums(rollout).items()}
@@ -240,7 +240,7 @@ class PPOLoop:
             "score": metrics["ppo/score"],
             "value_loss": metrics["ppo/value_loss"],
             "ratio": metrics["ppo/ratio"],
-            "phases": self.watch.take(),
+            "phases": self.stopwatch.take(),
         }
 
 

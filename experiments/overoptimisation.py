@@ -56,7 +56,7 @@ from rlhf.runs.settings import FolderSettings
 from rlhf.training.processes import start_accelerator
 from stages.evaluate.config import Config as EvaluateConfig
 from stages.ppo.config import Config as PPOConfig
-from stages.ppo.rollout import Sampler
+from stages.ppo.rollout import RolloutWorker
 from stages.ppo.train import train as train_ppo
 from stages.rm.config import Config as RMConfig
 from stages.rm.data import read_rankings
@@ -290,7 +290,7 @@ def sample(config: SampleConfig) -> None:
     policy.to(device)
     packer = packer_for(policy, ppo.micro_batch_tokens)
     samplers = {
-        name: Sampler(
+        name: RolloutWorker(
             chat,
             policy,
             load_reward(replace(ppo.reward, model=path), chat, device, ppo.micro_batch_tokens),

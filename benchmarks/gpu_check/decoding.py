@@ -70,13 +70,13 @@ def seconds_per_step(setting: Setting, policy: PreTrainedModel, batch: int) -> f
     engine.refresh(policy)
     sizes = setting.sizes
     texts = prompts(setting, [sizes.prompt_tokens[1]] * batch)
-    watch = Stopwatch(policy.device)
+    stopwatch = Stopwatch(policy.device)
 
     def seconds(num_tokens: int) -> float:
         how = Decoding(end_id=NO_END, max_new_tokens=num_tokens, temperature=1.0)
-        with watch.phase("rollout"):
+        with stopwatch.phase("rollout"):
             engine.generate(texts, how, torch.Generator().manual_seed(0))
-        return watch.take()["rollout"]
+        return stopwatch.take()["rollout"]
 
     seconds(2)  # loads kernels, and finds out how the policy can be sampled
     first = seconds(1)

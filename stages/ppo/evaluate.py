@@ -15,7 +15,7 @@ from rlhf.training.nonfinite import raised_in_all_processes
 from rlhf.training.processes import own_share, sum_over_processes
 from stages.ppo.config import Config
 from stages.ppo.learner import Learner
-from stages.ppo.rollout import Sampler
+from stages.ppo.rollout import RolloutWorker
 
 
 def is_due(update: int, config: Config) -> bool:
@@ -27,7 +27,7 @@ def is_due(update: int, config: Config) -> bool:
 
 def evaluate(
     learner: Learner,
-    sampler: Sampler,
+    worker: RolloutWorker,
     held_out: Sequence[FittedPrompt[Prompt]],
     run: Run,
     number: int,
@@ -40,9 +40,9 @@ def evaluate(
     with raised_in_all_processes():
         # With fewer prompts than processes, some processes have none, but all must gather.
         with learner.gather(learner.models.policy):
-            drawn = _draw(learner, sampler, prompts, config) if prompts else None
+            drawn = _draw(learner, worker, prompts, config) if prompts else None
         if drawn is not None:
-            sums = _measure(sampler, *drawn, run, number, config)
+            sums = _measure(worker, *drawn, run, number, config)
     score, nats, tokens, ended = sum_over_processes(learner.state.accelerator, sums).tolist()
     return {
         "ppo/held_out_score": score / len(held_out),
@@ -53,7 +53,7 @@ def evaluate(
 
 
 def _draw(
-    learner: Learner, sampler: Sampler, prompts: Sequence[FittedPrompt[Prompt]], config: Config
+    learner: Learner, worker: RolloutWorker, prompts: Sequence[FittedPrompt[Prompt]], config: Config
 ) -> tuple[list[Answer], torch.Tensor]:
     """Answer this process's held-out prompts.
 
@@ -61,12 +61,12 @@ def _draw(
     process = learner.state.accelerator.process_index
     generator = torch_stream(config.seed, "ppo/held out", process)
     policy = learner.models.policy
-    answers = sampler.sample(policy, prompts, generator)
-    return answers, sampler.logprobs(policy, [answer.tree for answer in answers])
+    answers = worker.sample(policy, prompts, generator)
+    return answers, worker.logprobs(policy, [answer.tree for answer in answers])
 
 
 def _measure(
-    sampler: Sampler,
+    worker: RolloutWorker,
     answers: Sequence[Answer],
     logprobs: torch.Tensor,
     run: Run,
@@ -77,10 +77,10 @@ def _measure(
 
     Returns sums over the prompts, (4,): score, KL, tokens, responses that end.
     """
-    scores = sampler.score(answers).scores
+    scores = worker.score(answers).scores
     _, mask = response_batch([answer.response_ids for answer in answers])
     finished = sum(answer.is_finished for answer in answers)
-    kl = k1(logprobs, sampler.ref_logprobs([answer.tree for answer in answers]), mask)
+    kl = k1(logprobs, worker.ref_logprobs([answer.tree for answer in answers]), mask)
     run.samples(
         [
             {

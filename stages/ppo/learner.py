@@ -48,7 +48,7 @@ class Learner:
 
     state: TrainState[PolicyAndValue]
     packer: Packer
-    watch: Stopwatch = field(default_factory=Stopwatch)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def models(self) -> PolicyAndValue:

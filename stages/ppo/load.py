@@ -29,12 +29,12 @@ from rlhf.training.optim import MovingAverage
 from rlhf.training.step import TrainState, make_train_state
 from stages.ppo.config import Config
 from stages.ppo.learner import POLICY, Learner, PolicyAndValue
-from stages.ppo.rollout import Sampler
+from stages.ppo.rollout import RolloutWorker
 
 
 def load_models(
-    config: Config, chat: Chat, accelerator: Accelerator, watch: Stopwatch
-) -> tuple[Learner, Sampler]:
+    config: Config, chat: Chat, accelerator: Accelerator, stopwatch: Stopwatch
+) -> tuple[Learner, RolloutWorker]:
     """Load policy, value model, reference and reward, and print the memory of their weights."""
     engine = make_engine(config.generation)
     bases = _shared_bases(config, accelerator)
@@ -46,14 +46,14 @@ def load_models(
     }
     check_context(policy, config.policy.path, limits)
     value_model = make_value_model(config, chat, accelerator, bases)
-    tell = accelerator.print
+    log = accelerator.print
     autocast = partial(sharding.autocast_unwrapped, accelerator)
     reward = load_reward(
         config.reward,
         chat,
         accelerator.device,
         config.micro_batch_tokens,
-        tell,
+        log,
         bases,
         offload=config.offload,
         autocast=autocast,
@@ -76,9 +76,11 @@ def load_models(
     if config.ema_decay is not None:
         state.average = MovingAverage(policy, config.ema_decay)
     packer = _common_packer(state, config.micro_batch_tokens)
-    learner = Learner(state, packer, watch)
-    sampler = Sampler(chat, ref_policy, reward, packer, config, watch, engine, tell, autocast)
-    return learner, sampler
+    learner = Learner(state, packer, stopwatch)
+    worker = RolloutWorker(
+        chat, ref_policy, reward, packer, config, stopwatch, engine, log, autocast
+    )
+    return learner, worker
 
 
 def _common_packer(state: TrainState[PolicyAndValue], micro_batch_tokens: int) -> Packer:

@@ -19,7 +19,7 @@ from rlhf.rewards.scores import Reward, ScoreScale
 from rlhf.rewards.settings import RewardSettings
 from rlhf.training.nonfinite import first_nonfinite, raised_in_all_processes
 from rlhf.training.processes import own_share, sum_over_processes
-from stages.ppo.rollout import Gather, Sampler
+from stages.ppo.rollout import Gather, RolloutWorker
 
 SMALLEST_STD = 1e-6
 """Smallest standard deviation that is not rounding, relative to the mean or to 1, whichever is
@@ -33,14 +33,14 @@ WHOLE = ""
 
 
 def normalize_scores(
-    sampler: Sampler,
+    worker: RolloutWorker,
     value_model: ScalarModel,
     prompts: Sequence[FittedPrompt[Prompt]],
     accelerator: Accelerator,
     known: Mapping[str, float] | None = None,
     *,
     gather: Gather = nullcontext,
-) -> tuple[Sampler, dict[str, float]]:
+) -> tuple[RolloutWorker, dict[str, float]]:
     """Shift and scale the reward so that samples of the reference policy score 0 on average, with a
     standard deviation of 1 (Ziegler et al. 2019). Then a KL coefficient means the same for every
     reward. With debias_length, the scores also lose what the length explains.
@@ -69,12 +69,12 @@ def normalize_scores(
         ValueError: all samples have the same score; a part judges no sample; or, with
             debias_length, the two answers to each prompt have the same length.
     """
-    settings = sampler.config.reward
+    settings = worker.config.reward
     if settings.normalize_on is None:
-        return sampler, {}
+        return worker, {}
     rewards = _rewards_to_scale(settings)
     if known is None:
-        scales = _find_scales(sampler, rewards, prompts, accelerator)
+        scales = _find_scales(worker, rewards, prompts, accelerator)
     else:
         scales = {
             name: ScoreScale(**{field: known[_key(name, field)] for field in _fields(debias)})
@@ -90,7 +90,7 @@ def normalize_scores(
         for name, debias in rewards.items()
         for field in _fields(debias)
     }
-    return replace(sampler, reward=_scaled(sampler.reward, scales)), measured
+    return replace(worker, reward=_scaled(worker.reward, scales)), measured
 
 
 def _is_trained(value_model: ScalarModel, gather: Gather) -> bool:
@@ -130,7 +130,7 @@ def _scaled(reward: Reward, scales: Mapping[str, ScoreScale]) -> Reward:
 
 
 def _find_scales(
-    sampler: Sampler,
+    worker: RolloutWorker,
     rewards: Mapping[str, bool],
     prompts: Sequence[FittedPrompt[Prompt]],
     accelerator: Accelerator,
@@ -139,16 +139,16 @@ def _find_scales(
 
     To take out the length, each prompt is answered twice.
     """
-    settings = sampler.config.reward
+    settings = worker.config.reward
     assert settings.normalize_on is not None
     per_prompt = 2 if settings.takes_length_out else 1
     count = per_prompt * accelerator.num_processes
     num_samples = math.ceil(settings.normalize_on / count) * count
-    generator = torch_stream(sampler.config.seed, "ppo/normalize/prompts")
+    generator = torch_stream(worker.config.seed, "ppo/normalize/prompts")
     order = torch.randperm(len(prompts), generator=generator)
     chosen = [prompts[i] for i in islice(cycle(order.tolist()), num_samples // per_prompt)]
     own = [prompt for prompt in own_share(accelerator, chosen) for _ in range(per_prompt)]
-    samples = _draw(sampler, own, accelerator)
+    samples = _draw(worker, own, accelerator)
     scales = {}
     for name, debias in rewards.items():
         scale, judged = _measure(samples, name, debias, accelerator)
@@ -173,23 +173,21 @@ class _Samples:
 
 
 def _draw(
-    sampler: Sampler, prompts: Sequence[FittedPrompt[Prompt]], accelerator: Accelerator
+    worker: RolloutWorker, prompts: Sequence[FittedPrompt[Prompt]], accelerator: Accelerator
 ) -> _Samples:
     """Let the reference policy answer these prompts, and score the answers."""
-    generator = torch_stream(
-        sampler.config.seed, "ppo/normalize/samples", accelerator.process_index
-    )
+    generator = torch_stream(worker.config.seed, "ppo/normalize/samples", accelerator.process_index)
     with accelerator.autocast(), raised_in_all_processes():
-        with sampler.reference_at_hand():
-            answers = sampler.sample(sampler.ref_policy, prompts, generator)
-        scored = sampler.raw_scores(answers)
+        with worker.reference_at_hand():
+            answers = worker.sample(worker.ref_policy, prompts, generator)
+        scored = worker.raw_scores(answers)
         # In a part, nan would look like an answer that the part does not judge.
         found = first_nonfinite(
             {"score": scored.scores}, [one.tree for one in answers], "normalize"
         )
         if found is not None:
             raise found
-    parts = scored.parts if sampler.config.reward.parts else {WHOLE: scored.scores}
+    parts = scored.parts if worker.config.reward.parts else {WHOLE: scored.scores}
     return _Samples(
         {name: scores.double() for name, scores in parts.items()},
         torch.tensor([float(len(one.response_ids)) for one in answers]).double(),

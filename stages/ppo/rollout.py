@@ -98,7 +98,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Sampler:
+class RolloutWorker:
     """Holds the models of a rollout that do not learn, and runs them."""
 
     chat: Chat
@@ -106,9 +106,9 @@ class Sampler:
     reward: Reward
     packer: Packer
     config: Config
-    watch: Stopwatch = field(default_factory=Stopwatch)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
     engine: Engine = field(default_factory=lambda: make_engine(GenerationSettings()))
-    tell: Callable[[str], object] = print
+    log: Callable[[str], object] = print
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     """context for the reward model, which the launcher does not wrap"""
 
@@ -120,7 +120,7 @@ class Sampler:
     ) -> list[Answer]:
         """Sample one answer to each prompt."""
         settings = self.config.rollout
-        with self.watch.phase("rollout"):
+        with self.stopwatch.phase("rollout"):
             self.engine.refresh(policy)
             answers = sample_answers(
                 self.engine,
@@ -129,7 +129,7 @@ class Sampler:
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 generator=generator,
-                progress=Heartbeat("ppo: sampled", len(prompts), self.tell),
+                progress=Heartbeat("ppo: sampled", len(prompts), self.log),
             )
             self.engine.release()
             return answers
@@ -137,9 +137,9 @@ class Sampler:
     def raw_scores(self, answers: Sequence[Answer]) -> Scored:
         """Return the scores (batch,) as the reward gives them."""
         with (
-            self.watch.phase("score"),
+            self.stopwatch.phase("score"),
             self.autocast(),
-            on_device(reward_models_of(self.reward), self.watch.device, self.config.offload),
+            on_device(reward_models_of(self.reward), self.stopwatch.device, self.config.offload),
         ):
             return self.reward.score(answers)
 
@@ -170,7 +170,7 @@ class Sampler:
 
     def reference_at_hand(self) -> AbstractContextManager[None]:
         """Keep the reference policy on the device inside the context."""
-        return on_device([self.ref_policy], self.watch.device, self.config.offload)
+        return on_device([self.ref_policy], self.stopwatch.device, self.config.offload)
 
     def check(
         self, policy: nn.Module, trees: Sequence[PromptTree], sampler_logprobs: Tensor
@@ -185,7 +185,7 @@ class Sampler:
 def roll_out(
     policy: PreTrainedModel,
     value_model: ScalarModel,
-    sampler: Sampler,
+    worker: RolloutWorker,
     prompts: Sequence[FittedPrompt[Prompt]],
     generator: torch.Generator,
     accelerator: Accelerator,
@@ -209,24 +209,24 @@ def roll_out(
         gather: gives this process the whole weights of policy and value model, where the launcher
             splits them.
     """
-    settings = sampler.config.ppo
+    settings = worker.config.ppo
     kl_coef = settings.kl_coef if kl_coef is None else kl_coef
     check = None
     with gather(policy):
         with raised_in_all_processes():
-            answers = sampler.sample(policy, prompts, generator)
+            answers = worker.sample(policy, prompts, generator)
         trees = [answer.tree for answer in answers]
         logprobs = pad_sequence([torch.tensor(one.logprobs) for one in answers], batch_first=True)
         if is_checked:
-            with sampler.watch.phase("logprobs"):
-                logprobs, check = sampler.check(policy, trees, logprobs)
-    scored = sampler.score(answers)
+            with worker.stopwatch.phase("logprobs"):
+                logprobs, check = worker.check(policy, trees, logprobs)
+    scored = worker.score(answers)
     _, response_mask = response_batch([answer.response_ids for answer in answers])
-    with sampler.watch.phase("reference"):
-        ref_logprobs = sampler.ref_logprobs(trees)
-    with sampler.watch.phase("value"), gather(value_model):
-        values = compute_values(value_model, trees, sampler.packer)
-    with sampler.watch.phase("advantages"):
+    with worker.stopwatch.phase("reference"):
+        ref_logprobs = worker.ref_logprobs(trees)
+    with worker.stopwatch.phase("value"), gather(value_model):
+        values = compute_values(value_model, trees, worker.packer)
+    with worker.stopwatch.phase("advantages"):
         rewards = penalized_rewards(scored.at_end, logprobs, ref_logprobs, response_mask, kl_coef)
         if scored.token_rewards is not None:
             rewards = rewards + scored.token_rewards

@@ -37,7 +37,7 @@ from stages.ppo.monitor import (
 )
 from stages.ppo.normalize import normalize_scores
 from stages.ppo.progress import Progress
-from stages.ppo.rollout import Sampler
+from stages.ppo.rollout import RolloutWorker
 from stages.ppo.speed import Speedometer
 
 FILES = (*MODEL_FILES, REPLAY_FILE, LAST_GOOD, POLICIES)
@@ -59,14 +59,14 @@ class Setup:
     texts: Iterator[list[PromptTree]]
     """the text blocks of an optimizer step, for this process; empty lists without ptx"""
     learner: Learner
-    sampler: Sampler
+    worker: RolloutWorker
     sampling: torch.Generator
     """draws tokens; each process has its own"""
     shuffling: torch.Generator
     """draws the order of episodes; the same on all processes"""
     progress: Progress
     speed: Speedometer
-    watch: Stopwatch
+    stopwatch: Stopwatch
 
     @property
     def next_update(self) -> int:
@@ -88,14 +88,14 @@ def set_up(config: Config) -> Setup:
     chat = load_chat(config.policy)
     prompts = load_prompts(config.prompts, chat, config, accelerator)
     held_out = load_held_out(chat, config, accelerator)
-    watch = Stopwatch(accelerator.device)
-    with watch.phase("load"):
-        learner, sampler = load_models(config, chat, accelerator, watch)
+    stopwatch = Stopwatch(accelerator.device)
+    with stopwatch.phase("load"):
+        learner, worker = load_models(config, chat, accelerator, stopwatch)
     _announce(config, accelerator, len(prompts))
     _warn_of_chance(config, monitor)
     before = checkpoints.saved("progress") or {}
-    sampler, raw_scores = normalize_scores(
-        sampler,
+    worker, raw_scores = normalize_scores(
+        worker,
         learner.models.value_model,
         prompts,
         accelerator,
@@ -109,7 +109,7 @@ def set_up(config: Config) -> Setup:
     )
     sampling = torch_stream(config.seed, "ppo/rollouts", accelerator.process_index)
     shuffling = torch_stream(config.seed, "ppo/mini-batches")
-    speed = Speedometer(learner.models, sampler, accelerator, config, _dtype(config, accelerator))
+    speed = Speedometer(learner.models, worker, accelerator, config, _dtype(config, accelerator))
     progress = Progress(kl_coef=config.ppo.kl_coef, raw_scores=raw_scores)
     parts: dict[str, Stateful] = {
         "prompts": order,
@@ -121,7 +121,7 @@ def set_up(config: Config) -> Setup:
     own: dict[str, Stateful] = {"generators": Generators(sampling=sampling, shuffling=shuffling)}
     trained = parts_of(learner.state)
     checkpoints.restore(parts | trained.shared, own | trained.own)
-    watch.take()  # discard the seconds before the first update
+    stopwatch.take()  # discard the seconds before the first update
     return Setup(
         accelerator=accelerator,
         run=run,
@@ -132,12 +132,12 @@ def set_up(config: Config) -> Setup:
         held_out=held_out,
         texts=texts,
         learner=learner,
-        sampler=sampler,
+        worker=worker,
         sampling=sampling,
         shuffling=shuffling,
         progress=progress,
         speed=speed,
-        watch=watch,
+        stopwatch=stopwatch,
     )
 
 

@@ -13,7 +13,7 @@ from rlhf.runs.stopwatch import matrix_rate
 from rlhf.training.processes import sum_over_processes
 from stages.ppo.config import Config
 from stages.ppo.learner import PolicyAndValue
-from stages.ppo.rollout import Rollout, Sampler
+from stages.ppo.rollout import Rollout, RolloutWorker
 
 NOT_TRAINING = ("evaluate", "save")
 """Phases of an update whose seconds are left out."""
@@ -24,7 +24,7 @@ class Speedometer:
     """Measures the speed of each update, and adds the updates up for the whole run."""
 
     models: PolicyAndValue
-    sampler: Sampler
+    worker: RolloutWorker
     accelerator: Accelerator
     config: Config
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class Speedometer:
         self._sizes = (
             size_of(self.models.policy),
             size_of(self.models.value_model.classifier),
-            [size_of(model.classifier) for model in reward_models_of(self.sampler.reward)],
+            [size_of(model.classifier) for model in reward_models_of(self.worker.reward)],
         )
 
     def measure(

@@ -30,7 +30,7 @@ def saving_when_stopped(learner: Learner, monitor: Monitor, chat: Chat, run: Run
     """
 
     def place() -> str:
-        return f"phase {learner.watch.last_phase} of update {monitor.update}"
+        return f"phase {learner.stopwatch.last_phase} of update {monitor.update}"
 
     try:
         try:

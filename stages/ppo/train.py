@@ -21,7 +21,12 @@ def train(config: Config) -> None:
     """Run PPO from its settings to the saved policy and results.json."""
     setup = set_up(config)
     accelerator, run, monitor = setup.accelerator, setup.run, setup.monitor
-    learner, sampler, progress, watch = setup.learner, setup.sampler, setup.progress, setup.watch
+    learner, worker, progress, stopwatch = (
+        setup.learner,
+        setup.worker,
+        setup.progress,
+        setup.stopwatch,
+    )
     bar = tqdm(
         range(setup.next_update, config.num_updates),
         desc="ppo",
@@ -37,7 +42,7 @@ def train(config: Config) -> None:
                 rollout = roll_out(
                     learner.models.policy,
                     learner.models.value_model,
-                    sampler,
+                    worker,
                     own_share(accelerator, next(setup.prompts)),
                     setup.sampling,
                     accelerator,
@@ -45,7 +50,7 @@ def train(config: Config) -> None:
                     is_checked=number % config.rollout.check_every == 0,
                     gather=learner.gather,
                 )
-            with watch.phase("metrics"):
+            with stopwatch.phase("metrics"):
                 metrics = describe(rollout, accelerator)
             monitor.inspect(metrics)
             metrics |= update(
@@ -64,16 +69,16 @@ def train(config: Config) -> None:
         if not only_value:
             progress.kl_coef = next_kl_coef(progress.kl_coef, metrics["ppo/kl"], config)
         if is_due(number, config):
-            with watch.phase("evaluate"), accelerator.autocast():
-                metrics |= evaluate(learner, sampler, setup.held_out, run, number, config)
-        seconds = watch.take() | {"update": time.perf_counter() - started}
+            with stopwatch.phase("evaluate"), accelerator.autocast():
+                metrics |= evaluate(learner, worker, setup.held_out, run, number, config)
+        seconds = stopwatch.take() | {"update": time.perf_counter() - started}
         started = time.perf_counter()  # the time to save counts for the next update
         metrics |= setup.speed.measure(rollout, metrics, seconds)
         run.alarms(monitor.take_raised())
         run.log(number, metrics | {f"seconds/{name}": value for name, value in seconds.items()})
         bar.set_postfix_str(f"score {metrics['ppo/score']:.2f}, kl {metrics['ppo/kl']:.2f}")
         progress.record(metrics, seconds)
-        with watch.phase("save"):
+        with stopwatch.phase("save"):
             save_policy_copy(learner, setup.chat, run, number, config.policy_every)
             setup.checkpoints.end_step(number)
     setup.checkpoints.close()

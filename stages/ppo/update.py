@@ -47,7 +47,7 @@ def update(
     Raises:
         NonFiniteError: the next step would make the weights NaN; it is not taken.
     """
-    state, phase = learner.state, learner.watch.phase
+    state, phase = learner.state, learner.stopwatch.phase
     ppo, temperature = config.ppo, config.rollout.temperature
     state.model.train()  # dropout is off; only this mode checkpoints activations
     total: Sums = {}

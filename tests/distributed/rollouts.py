@@ -20,7 +20,7 @@ from rlhf.training.settings import OptimSettings
 from stages.ppo import rollout as rollout_module
 from stages.ppo import train as ppo_train
 from stages.ppo.learner import PolicyAndValue
-from stages.ppo.rollout import Rollout, Sampler
+from stages.ppo.rollout import Rollout, RolloutWorker
 from tests.rlhf.tiny_models import tiny_policy_of, tiny_scalar_of
 
 PROMPTS = [[3 + (5 * i + j) % 50 for j in range(1 + i % 4)] for i in range(9)]
@@ -75,16 +75,16 @@ def watched_rollouts() -> Iterator[list[dict[str, Any]]]:
     roll_out = ppo_train.roll_out
 
     def watched(
-        policy: Any, value_model: Any, sampler: Sampler, *args: Any, **options: Any
+        policy: Any, value_model: Any, worker: RolloutWorker, *args: Any, **options: Any
     ) -> Rollout:
         with Gathers() as gathers, whole_models_watched([policy, value_model]) as whole:
-            rollout = roll_out(policy, value_model, sampler, *args, **options)
+            rollout = roll_out(policy, value_model, worker, *args, **options)
         difference = (rollout.logprobs - rollout.ref_logprobs).abs().max()
         seen.append(
             {
                 "gathers": gathers.count,
                 "tokens": rollout.response_mask.shape[1],
-                "type": str(sampler.ref_policy.dtype),
+                "type": str(worker.ref_policy.dtype),
                 "difference": float(difference),
                 "whole": whole,
             }
@@ -102,10 +102,10 @@ def whole_models_watched(models: Sequence[nn.Module]) -> Iterator[dict[str, list
     seen: dict[str, list[bool]] = {}
     with pytest.MonkeyPatch.context() as patch:
         for place, name in (
-            (Sampler, "sample"),
-            (Sampler, "check"),
-            (Sampler, "raw_scores"),
-            (Sampler, "ref_logprobs"),
+            (RolloutWorker, "sample"),
+            (RolloutWorker, "check"),
+            (RolloutWorker, "raw_scores"),
+            (RolloutWorker, "ref_logprobs"),
             (rollout_module, "compute_values"),
         ):
             patch.setattr(place, name, _noting(getattr(place, name), name, models, seen))

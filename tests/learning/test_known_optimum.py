@@ -36,7 +36,7 @@ from rlhf.training.settings import OptimSettings
 from rlhf.training.step import make_train_state
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.learner import Learner, PolicyAndValue
-from stages.ppo.rollout import Rollout, Sampler
+from stages.ppo.rollout import Rollout, RolloutWorker
 from stages.ppo.update import OldOutputs, update
 
 VOCAB, END, TIME, BETA = 4, 0, 3, 0.3
@@ -105,7 +105,7 @@ class TableReward:
         return Scored(torch.tensor([self.of[answer.response_ids] for answer in answers]))
 
 
-class TableSampler(Sampler):
+class TableSampler(RolloutWorker):
     """Draws every response as often as its probability says, rounded up or down.
 
     The draws are unbiased, as independent ones are, but vary less.
@@ -212,11 +212,11 @@ def run_ppo(
     )
     chat = cast(Chat, stand_in)
     reward = TableReward(task.reward)
-    sampler = TableSampler(chat, ref_policy, reward, learner.packer, config)
+    worker = TableSampler(chat, ref_policy, reward, learner.packer, config)
     prompts = [FittedPrompt(Prompt("unused"), PROMPT)] * config.rollout.batch_size
     generator = torch.Generator().manual_seed(seed)
     for _ in range(config.num_updates):
-        rollout = rollout_module.roll_out(policy, value, sampler, prompts, generator, accelerator)
+        rollout = rollout_module.roll_out(policy, value, worker, prompts, generator, accelerator)
         update(learner, rollout, texts or repeat([]), config, generator)
     return table.numbers.detach()
 

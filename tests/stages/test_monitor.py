@@ -293,9 +293,9 @@ def test_a_sampler_whose_weights_are_one_update_old(
 
 def test_a_kl_below_zero(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the first update the reference's log-probabilities are not normalised."""
-    logprobs = stages.ppo.rollout.Sampler.logprobs
+    logprobs = stages.ppo.rollout.RolloutWorker.logprobs
     monkeypatch.setattr(
-        stages.ppo.rollout.Sampler,
+        stages.ppo.rollout.RolloutWorker,
         "logprobs",
         break_from(1, logprobs, lambda *args: logprobs(*args) + 0.1),
     )
@@ -438,13 +438,13 @@ def test_steps_that_are_far_too_long(code: str, config: Config) -> None:
 
 
 def test_a_value_loss_that_explodes(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    score = stages.ppo.rollout.Sampler.score
+    score = stages.ppo.rollout.RolloutWorker.score
 
     def jump(*args: Any) -> Scored:
         scored = score(*args)
         return replace(scored, scores=scored.scores + 100)
 
-    monkeypatch.setattr(stages.ppo.rollout.Sampler, "score", break_from(3, score, jump))
+    monkeypatch.setattr(stages.ppo.rollout.RolloutWorker, "score", break_from(3, score, jump))
     monitor = replace(config.monitor, stop_on=["PPO_VALUE"])
     with pytest.raises(TrainingStopped, match=r"^PPO_VALUE at update 3: .*10 times"):
         train(replace(config, monitor=monitor))

@@ -44,7 +44,7 @@ from rlhf.training.step import make_train_state
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.data import text_blocks
 from stages.ppo.learner import POLICY, Learner, PolicyAndValue
-from stages.ppo.rollout import Rollout, Sampler, roll_out
+from stages.ppo.rollout import Rollout, RolloutWorker, roll_out
 from stages.ppo.train import train
 from stages.ppo.update import update
 from tests.rlhf.plain_loading import load_with_report
@@ -107,21 +107,19 @@ def make_learner(config: Config, budget: int = 1000, architecture: str = "llama"
     return Learner(state, Packer(budget))
 
 
-def make_rollout(
-    learner: Learner, config: Config, tell: Callable[[str], object] = print
-) -> Rollout:
+def make_rollout(learner: Learner, config: Config, log: Callable[[str], object] = print) -> Rollout:
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     chat = Chat(tokenizer)
     models = learner.models
     ref_policy = tiny_policy_of(models.policy.config.model_type)
-    sampler = Sampler(chat, ref_policy, CountingReward(), learner.packer, config, tell=tell)
+    worker = RolloutWorker(chat, ref_policy, CountingReward(), learner.packer, config, log=log)
     prompts = cycle([(10, 11, 12), (13,), (14, 15), (16, 17, 18, 19)])
     episodes = [
         FittedPrompt(Prompt("unused"), ids) for ids in islice(prompts, config.rollout.batch_size)
     ]
     generator = torch.Generator().manual_seed(2)  # with this seed some of the responses end
     return roll_out(
-        models.policy, models.value_model, sampler, episodes, generator, learner.state.accelerator
+        models.policy, models.value_model, worker, episodes, generator, learner.state.accelerator
     )
 
 
@@ -142,13 +140,13 @@ def test_every_declared_end_finishes_a_response_and_the_reward_reads_the_templat
             function="unused:unused", missing_end="replace", missing_end_value=-9.0
         ),
     )
-    sampler = Sampler(chat, tiny_policy_of("llama"), NotingReward(), Packer(1000), config)
+    worker = RolloutWorker(chat, tiny_policy_of("llama"), NotingReward(), Packer(1000), config)
     prompts = [FittedPrompt(Prompt("unused"), (10, 11, 12))] * 64
-    answers = sampler.sample(sampler.ref_policy, prompts, torch.Generator().manual_seed(2))
+    answers = worker.sample(worker.ref_policy, prompts, torch.Generator().manual_seed(2))
     responses = [answer.response_ids for answer in answers]
     assert not any({END, other} & set(response[:-1]) for response in responses)
     assert {END, other} <= {response[-1] for response in responses}
-    scores = sampler.score(answers).scores
+    scores = worker.score(answers).scores
     finished = [answer.is_finished for answer in answers]
     assert finished == [response[-1] in (END, other) for response in responses]
     assert (scores == -9).tolist() == [not ended for ended in finished]

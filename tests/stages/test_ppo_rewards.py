@@ -28,7 +28,7 @@ from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.load import make_value_model
 from stages.ppo.metrics import rollout_metrics, rollout_sums
 from stages.ppo.normalize import normalize_scores
-from stages.ppo.rollout import Sampler, roll_out
+from stages.ppo.rollout import RolloutWorker, roll_out
 from stages.ppo.train import train
 from tests.rlhf.answers import of_ids
 from tests.rlhf.rewards.folders import (
@@ -105,10 +105,10 @@ def make_config(**changes: Any) -> Config:
     return Config(**(settings | changes))
 
 
-def make_sampler(reward: Any, config: Config | None = None) -> Sampler:
+def make_sampler(reward: Any, config: Config | None = None) -> RolloutWorker:
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     packer = Packer(1000)
-    return Sampler(
+    return RolloutWorker(
         Chat(tokenizer), tiny_policy_of("llama"), reward, packer, config or make_config()
     )
 
@@ -119,11 +119,11 @@ FITTED = [
 ]
 
 
-def rollout_of(sampler: Sampler, prompts: Sequence[FittedPrompt[Prompt]] = FITTED) -> Any:
+def rollout_of(worker: RolloutWorker, prompts: Sequence[FittedPrompt[Prompt]] = FITTED) -> Any:
     return roll_out(
         tiny_policy_of("llama"),
         tiny_scalar_of("llama"),
-        sampler,
+        worker,
         prompts,
         torch.Generator().manual_seed(0),
         Accelerator(cpu=True),
@@ -224,24 +224,24 @@ def test_scores_are_clipped_then_charged_for_length_then_for_a_missing_end() -> 
         missing_end="subtract",
         missing_end_value=1.0,
     )
-    sampler = make_sampler(Fixed(), make_config(reward=reward))
-    assert sampler.score(answers).scores.tolist() == [2 - 0.5, 2 - 0.5 - 1, -2.0, 0.5 - 1]
+    worker = make_sampler(Fixed(), make_config(reward=reward))
+    assert worker.score(answers).scores.tolist() == [2 - 0.5, 2 - 0.5 - 1, -2.0, 0.5 - 1]
     replacing = replace(reward, missing_end="replace", missing_end_value=-3.0)
-    sampler = make_sampler(Fixed(), make_config(reward=replacing))
-    assert sampler.score(answers).scores.tolist() == [1.5, -3.0, -2.0, -3.0]
+    worker = make_sampler(Fixed(), make_config(reward=replacing))
+    assert worker.score(answers).scores.tolist() == [1.5, -3.0, -2.0, -3.0]
 
 
 def normalized(function: Any, num_samples: int, value_model: Any, **changes: Any) -> Any:
     settings = RewardSettings(function="a:b", missing_end="none", normalize_on=num_samples)
-    sampler = make_sampler(FunctionReward(function, "f"), make_config(reward=settings, **changes))
-    return normalize_scores(sampler, value_model, FITTED, Accelerator(cpu=True))
+    worker = make_sampler(FunctionReward(function, "f"), make_config(reward=settings, **changes))
+    return normalize_scores(worker, value_model, FITTED, Accelerator(cpu=True))
 
 
 def test_scores_of_the_reference_policy_get_mean_0_and_standard_deviation_1() -> None:
-    sampler, measured = normalized(length, 400, tiny_scalar_of("llama"))
+    worker, measured = normalized(length, 400, tiny_scalar_of("llama"))
     generator = torch.Generator().manual_seed(77)
-    answers = sampler.sample(sampler.ref_policy, FITTED * 50, generator)
-    scores = sampler.score(answers).scores
+    answers = worker.sample(worker.ref_policy, FITTED * 50, generator)
+    scores = worker.score(answers).scores
     lengths = torch.tensor([float(len(answer.text)) for answer in answers])
     assert measured["raw_score_mean"] == pytest.approx(float(lengths.mean()), abs=0.3)
     assert scores.mean().item() == pytest.approx(0.0, abs=0.2)
@@ -279,18 +279,18 @@ def test_the_length_is_taken_out_as_it_differs_within_a_prompt() -> None:
     settings = RewardSettings(
         function="a:b", missing_end="none", normalize_on=32, debias_length=True
     )
-    sampler = make_sampler(LongerAndPrompt(), make_config(reward=settings))
+    worker = make_sampler(LongerAndPrompt(), make_config(reward=settings))
     value_model, accelerator = tiny_scalar_of("llama"), Accelerator(cpu=True)
-    scaled, measured = normalize_scores(sampler, value_model, FITTED, accelerator)
+    scaled, measured = normalize_scores(worker, value_model, FITTED, accelerator)
     assert measured["raw_score_per_token"] == pytest.approx(3.0)
     assert 1 < measured["raw_score_mean_tokens"] < 6
-    answers = sampler.sample(sampler.ref_policy, FITTED * 10, torch.Generator().manual_seed(7))
+    answers = worker.sample(worker.ref_policy, FITTED * 10, torch.Generator().manual_seed(7))
     assert len({len(one.response_ids) for one in answers}) > 1
     found = scaled.score(answers).scores
     rest = torch.tensor([LongerAndPrompt.rest(one) for one in answers])
     prompts_only = (rest - rest.mean()) / rest.std(correction=0)
     assert torch.allclose(found, prompts_only, atol=1e-3)
-    again, known = normalize_scores(sampler, value_model, FITTED, accelerator, measured)
+    again, known = normalize_scores(worker, value_model, FITTED, accelerator, measured)
     assert known == measured
     assert again.score(answers).scores.equal(found)
 
@@ -321,11 +321,11 @@ def test_each_part_has_a_scale_of_the_prompts_that_it_judges() -> None:
         "rule": RewardPart(worth, 2.0, only_with="rules"),
         "model": RewardPart(LongerAndPrompt(), -3.0, only_without="rules"),
     }
-    sampler = make_sampler(WeightedReward(parts), make_config(reward=settings))
+    worker = make_sampler(WeightedReward(parts), make_config(reward=settings))
     value_model = tiny_scalar_of("llama")
     value_model.scale, value_model.bias = -3.0, 0.0
     accelerator = Accelerator(cpu=True)
-    scaled, measured = normalize_scores(sampler, value_model, fitted, accelerator)
+    scaled, measured = normalize_scores(worker, value_model, fitted, accelerator)
     assert measured["raw_score_rule_mean"] == pytest.approx(7.0)
     assert measured["raw_score_rule_std"] == pytest.approx(2.0)
     assert measured["raw_score_model_per_token"] == pytest.approx(3.0)
@@ -343,7 +343,7 @@ def test_each_part_has_a_scale_of_the_prompts_that_it_judges() -> None:
     mean, std = measured["raw_score_model_mean"], measured["raw_score_model_std"]
     assert value_model.scale == pytest.approx(-3.0 / std)
     assert value_model.scale * (10.0 - value_model.bias) == pytest.approx(-3 * (10.0 - mean) / std)
-    again, known = normalize_scores(sampler, value_model, fitted, accelerator, measured)
+    again, known = normalize_scores(worker, value_model, fitted, accelerator, measured)
     assert known == measured
     assert again.score(answers).scores.equal(found)
 
@@ -359,9 +359,9 @@ def test_a_part_without_a_scale_is_named(only_with: str | None, message: str) ->
     settings = PartSettings(function="a:b", only_with=only_with)
     config = make_config(reward=RewardSettings(parts={"brief": settings}, normalize_on=8))
     part = RewardPart(FunctionReward(constant, "constant"), only_with=only_with)
-    sampler = make_sampler(WeightedReward({"brief": part}), config)
+    worker = make_sampler(WeightedReward({"brief": part}), config)
     with pytest.raises(ValueError, match=message):
-        normalize_scores(sampler, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True))
+        normalize_scores(worker, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True))
 
 
 class Broken:
@@ -380,17 +380,17 @@ def test_a_broken_reward_is_no_part_that_does_not_judge(in_parts: bool) -> None:
         good = RewardPart(FunctionReward(prompt_length, "good"))
         reward = WeightedReward({"bad": RewardPart(reward), "good": good})
     config = make_config(reward=RewardSettings(normalize_on=8, **source))
-    sampler = make_sampler(reward, config)
+    worker = make_sampler(reward, config)
     with pytest.raises(ValueError, match="score is not finite in phase normalize"):
-        normalize_scores(sampler, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True))
+        normalize_scores(worker, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True))
 
 
 def test_answers_of_one_length_do_not_show_what_a_token_is_worth() -> None:
     settings = RewardSettings(function="a:b", normalize_on=8, debias_length=True)
     config = make_config(reward=settings, rollout=RolloutSettings(batch_size=8, max_new_tokens=1))
-    sampler = make_sampler(FunctionReward(length, "length"), config)
+    worker = make_sampler(FunctionReward(length, "length"), config)
     with pytest.raises(ValueError, match="the two answers to each of 4 prompts have the same"):
-        normalize_scores(sampler, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True))
+        normalize_scores(worker, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True))
 
 
 def test_the_value_model_stays_in_the_units_of_the_scores() -> None:
@@ -417,11 +417,11 @@ def test_scores_without_any_spread_cannot_be_normalised() -> None:
 
 
 def test_without_the_setting_nothing_is_normalised() -> None:
-    sampler = make_sampler(FunctionReward(length, "length"))
+    worker = make_sampler(FunctionReward(length, "length"))
     same, measured = normalize_scores(
-        sampler, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True)
+        worker, tiny_scalar_of("llama"), FITTED, Accelerator(cpu=True)
     )
-    assert same is sampler and measured == {}
+    assert same is worker and measured == {}
 
 
 @pytest.fixture(scope="module")

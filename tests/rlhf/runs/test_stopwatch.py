@@ -15,34 +15,34 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_phases_add_up_and_start_anew_when_taken(clock: list[float]) -> None:
-    watch = Stopwatch()
+    stopwatch = Stopwatch()
     for name, seconds in (("rollout", 3.0), ("train", 2.0), ("rollout", 1.0)):
-        with watch.phase(name):
+        with stopwatch.phase(name):
             clock[0] += seconds
         clock[0] += 10.0  # between phases
-    assert watch.take() == {"rollout": 4.0, "train": 2.0}
-    assert watch.take() == {}
+    assert stopwatch.take() == {"rollout": 4.0, "train": 2.0}
+    assert stopwatch.take() == {}
 
 
 def test_a_phase_within_another_counts_for_the_outer(clock: list[float]) -> None:
-    watch = Stopwatch()
-    with watch.phase("evaluate"):
+    stopwatch = Stopwatch()
+    with stopwatch.phase("evaluate"):
         clock[0] += 1.0
-        with watch.phase("rollout"):
+        with stopwatch.phase("rollout"):
             clock[0] += 2.0
-    with watch.phase("rollout"):
+    with stopwatch.phase("rollout"):
         clock[0] += 4.0
-    assert watch.take() == {"evaluate": 3.0, "rollout": 4.0}
+    assert stopwatch.take() == {"evaluate": 3.0, "rollout": 4.0}
 
 
 def test_a_phase_that_fails_is_counted_and_ends(clock: list[float]) -> None:
-    watch = Stopwatch()
-    with pytest.raises(ValueError), watch.phase("score"):
+    stopwatch = Stopwatch()
+    with pytest.raises(ValueError), stopwatch.phase("score"):
         clock[0] += 1.0
         raise ValueError
-    with watch.phase("value"):
+    with stopwatch.phase("value"):
         clock[0] += 1.0
-    assert watch.take() == {"score": 1.0, "value": 1.0}
+    assert stopwatch.take() == {"score": 1.0, "value": 1.0}
 
 
 def test_the_matrix_rate_is_that_of_the_fastest_product(
