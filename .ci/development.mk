@@ -34,8 +34,8 @@ check: $(SETUP) ## Format, lint, types and import rules; no network, no accelera
 	$(BIN)/mypy --num-workers $(cores)
 	$(BIN)/lint-imports
 
-# Tests of one xdist_group share what they set up, which takes a minute and more.
-pytest := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores) --dist loadgroup
+# The tests of a file stay in one process, since they share what they set up, which may take minutes.
+pytest := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores) --dist loadfile
 UNIT_TESTS := tests/test_*.py $(addprefix tests/,rlhf data tools benchmarks experiments examples)
 
 quick: $(SETUP) ## Unit tests.

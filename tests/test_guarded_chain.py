@@ -15,8 +15,6 @@ ROOT = Path(__file__).parents[1]
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK")
 """Variables that the tests set, and a user does not."""
 
-pytestmark = pytest.mark.xdist_group("guarded chain")
-
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

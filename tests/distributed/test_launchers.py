@@ -55,7 +55,6 @@ FOR_GPUS = [
     for cpu, names in FILES_FOR_GPUS.items()
     for name in names
 ]
-pytestmark = pytest.mark.xdist_group("launchers")
 TIME_LIMIT = 400
 """Seconds for all that one launch does, on a busy machine; a hang is found by it."""
 

@@ -87,8 +87,6 @@ ROWS: list[dict[str, Any]] = [
     for i in range(14)
 ]
 
-pytestmark = pytest.mark.xdist_group("harness")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -50,8 +50,6 @@ LLAMA = {
     "initializer_range": 0.2,
 }
 
-pytestmark = pytest.mark.xdist_group("adapters")
-
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -25,8 +25,6 @@ pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes, which is n
 QLORA = LoraSettings(rank=4, quantize="4bit")
 STAGES = ("sft", "rm", "ppo")
 
-pytestmark = pytest.mark.xdist_group("qlora")
-
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
