@@ -34,8 +34,9 @@ check: $(SETUP) ## Format, lint, types and import rules; no network, no accelera
 	$(BIN)/mypy --num-workers $(cores)
 	$(BIN)/lint-imports
 
-# The tests of a file stay in one process, since they share what they set up, which may take minutes.
-pytest := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores) --dist loadfile
+# The tests of a file stay in one process, since they share what they set up, which may take minutes. Files keep
+# their order: xdist would start those with few tests last, and some of these take longest.
+pytest := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores) --dist loadfile --no-loadscope-reorder
 UNIT_TESTS := tests/test_*.py $(addprefix tests/,rlhf data tools benchmarks experiments examples)
 
 quick: $(SETUP) ## Unit tests.

@@ -527,6 +527,7 @@ def test_a_run_with_an_ensemble(folders: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_measure_the_same_scale_as_one(folders: Path, tmp_path: Path) -> None:
     """Both take out the 3 that each token is worth, which leaves the prompt's length only."""
     settings = str(ROOT / "configs/accelerate/cpu2.yaml")
