@@ -40,7 +40,7 @@ PROGRAMS = (
     "stages.evaluate.evaluate",
 )
 """Modules to import before the first stage starts."""
-LATER_PROGRAMS = ("deepspeed",)
+OPTIONAL_MODULES = ("deepspeed",)
 """Modules that accelerate imports within each stage that trains, if they are installed."""
 POLL_SECONDS = 0.05
 
@@ -54,7 +54,7 @@ def main(command: Sequence[str]) -> int:
     for name in PROGRAMS:
         importlib.import_module(name)
     logging.disable()  # DeepSpeed warns of a machine without a GPU
-    for name in LATER_PROGRAMS:
+    for name in OPTIONAL_MODULES:
         if importlib.util.find_spec(name) is not None:
             importlib.import_module(name)
     logging.disable(logging.NOTSET)

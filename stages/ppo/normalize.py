@@ -61,7 +61,7 @@ def normalize_scores(
         gather: gives this process the whole weights of the value model's head.
 
     Returns:
-        the sampler with the normalised reward, and the scales for results.json, each field as
+        the worker with the normalised reward, and the scales for results.json, each field as
         raw_score_FIELD, with parts as raw_score_PART_FIELD. Where reward.normalize_on is None, the
         same sampler and an empty dict.
 
