@@ -35,7 +35,7 @@ def test_the_limits_add_up_to_nine_minutes_and_every_part_has_its_function() -> 
 
 
 @NO_GPU
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_smoke_run_goes_to_its_end_and_says_what_it_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,9 @@ WHOLE_BELOW = 100
 """Weights of fewer numbers stay whole under ZeRO-3: vectors of the tiny models, not matrices."""
 _SERVER = multiprocessing.get_context("forkserver")
 STAGES = ("pretrain", "sft", "rm", "ppo")
-_SERVER.set_forkserver_preload(["tests.stages.cut_runs", *(f"stages.{s}.train" for s in STAGES)])
+_SERVER.set_forkserver_preload(
+    ["tests.stages.cut_runs", *(f"stages.{s}.train" for s in STAGES), "tests.stages.preloaded"]
+)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """A run that is killed at any moment and started again gives the same bits as one that is not."""
 
+import functools
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,23 @@ from rlhf.runs.program import INTERRUPTED
 from tests.stages.cut_runs import KILLED, Cut, make_configs, outcome, run_command, run_to_the_end
 
 
-@pytest.fixture
-def configs(tmp_path: Path) -> dict[str, Any]:
-    (tmp_path / "inputs").mkdir()
-    return make_configs(tmp_path / "inputs", tmp_path)
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "inputs").mkdir()
+    return make_configs(folder / "inputs", folder)
+
+
+@pytest.fixture(scope="module")
+def whole(configs: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
+    """Return a function from a stage to the outcome of its run that nothing cuts."""
+
+    @functools.cache
+    def outcome_of(stage: str) -> dict[str, Any]:
+        run_to_the_end(stage, configs[stage], [])
+        return outcome(Path(configs[stage].output_dir))
+
+    return outcome_of
 
 
 PPO_CUTS = [
@@ -29,8 +44,11 @@ PPO_CUTS = [
 ]
 
 
-def test_ppo_killed_again_and_again_is_the_run_that_was_not(configs: dict[str, Any]) -> None:
-    rows = same_when_killed("ppo", configs["ppo"], PPO_CUTS)
+def test_ppo_killed_again_and_again_is_the_run_that_was_not(
+    configs: dict[str, Any], whole: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    config = replace(configs["ppo"], output_dir=str(tmp_path / "killed"))
+    rows = same_when_killed("ppo", config, PPO_CUTS, whole("ppo"))
     assert [row["step"] for row in rows] == list(range(6))
     assert rows[-1]["ppo/kl"] > 0 and rows[-1]["ppo/kl_coef"] != rows[0]["ppo/kl_coef"]
 
@@ -45,9 +63,10 @@ RM_CUTS = [
 
 
 def test_a_reward_model_killed_again_and_again_is_the_one_that_was_not(
-    configs: dict[str, Any],
+    configs: dict[str, Any], whole: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
-    rows = same_when_killed("rm", configs["rm"], RM_CUTS)
+    config = replace(configs["rm"], output_dir=str(tmp_path / "killed"))
+    rows = same_when_killed("rm", config, RM_CUTS, whole("rm"))
     assert [row["step"] for row in rows if "rm/loss" in row] == list(range(1, 17))
     assert [row["step"] for row in rows if "rm/held_out_loss" in row] == [8, 16]
 
@@ -62,8 +81,11 @@ SFT_CUTS = [
 ]
 
 
-def test_sft_killed_again_and_again_is_the_run_that_was_not(configs: dict[str, Any]) -> None:
-    rows = same_when_killed("sft", configs["sft"], SFT_CUTS)
+def test_sft_killed_again_and_again_is_the_run_that_was_not(
+    configs: dict[str, Any], whole: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    config = replace(configs["sft"], output_dir=str(tmp_path / "killed"))
+    rows = same_when_killed("sft", config, SFT_CUTS, whole("sft"))
     steps = [row["step"] for row in rows if "sft/loss" in row]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 12
     assert [row["step"] for row in rows if "sft/held_out_loss" in row][:3] == [0, 2, 4]
@@ -77,9 +99,10 @@ PRETRAIN_CUTS = [
 
 
 def test_pretraining_killed_again_and_again_is_the_run_that_was_not(
-    configs: dict[str, Any],
+    configs: dict[str, Any], whole: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
-    rows = same_when_killed("pretrain", configs["pretrain"], PRETRAIN_CUTS)
+    config = replace(configs["pretrain"], output_dir=str(tmp_path / "killed"))
+    rows = same_when_killed("pretrain", config, PRETRAIN_CUTS, whole("pretrain"))
     assert [row["step"] for row in rows if "pretrain/held_out_loss" in row][:2] == [5, 10]
 
 
@@ -89,25 +112,29 @@ def test_pretraining_killed_again_and_again_is_the_run_that_was_not(
     ids=["ppo", "rm"],
 )
 def test_adapters_killed_again_and_again_are_the_ones_that_were_not(
-    configs: dict[str, Any], stage: str, cuts: list[Cut]
+    configs: dict[str, Any], tmp_path: Path, stage: str, cuts: list[Cut]
 ) -> None:
-    config = replace(configs[stage], lora=LoraSettings(rank=2))
-    same_when_killed(stage, config, cuts, weights="adapter_model.safetensors")
+    config = replace(configs[stage], lora=LoraSettings(rank=2), output_dir=str(tmp_path / "killed"))
+    uncut = replace(config, output_dir=str(tmp_path / "whole"))
+    run_to_the_end(stage, uncut, [])
+    expected = outcome(tmp_path / "whole")
+    same_when_killed(stage, config, cuts, expected, weights="adapter_model.safetensors")
 
 
-def test_two_processes_go_on_from_one_checkpoint(
-    configs: dict[str, Any],
-) -> None:
+def test_two_processes_go_on_from_one_checkpoint(configs: dict[str, Any], tmp_path: Path) -> None:
+    config = replace(configs["ppo"], output_dir=str(tmp_path / "killed"))
+    uncut = replace(config, output_dir=str(tmp_path / "whole"))
+    run_to_the_end("ppo", uncut, [], num_processes=2)
     cuts = [
         Cut("stages.ppo.train", "update", 4),  # the second process, in the middle of an update
         Cut("rlhf.runs.checkpoints", "gather_object", 1),  # before it sends its part
     ]
-    rows = same_when_killed("ppo", configs["ppo"], cuts, num_processes=2)
+    rows = same_when_killed("ppo", config, cuts, outcome(tmp_path / "whole"), num_processes=2)
     assert [row["step"] for row in rows] == list(range(6))
 
 
-def test_another_number_of_processes_is_refused(configs: dict[str, Any]) -> None:
-    config = configs["ppo"]
+def test_another_number_of_processes_is_refused(configs: dict[str, Any], tmp_path: Path) -> None:
+    config = replace(configs["ppo"], output_dir=str(tmp_path / "run"))
     code, printed = run_command("ppo", config, Cut("stages.ppo.train", "update", 4))
     assert code == KILLED, printed
     code, printed = run_command("ppo", config, num_processes=2)
@@ -118,27 +145,25 @@ def same_when_killed(
     stage: str,
     config: Any,
     cuts: list[Cut],
+    expected: dict[str, Any],
     num_processes: int = 1,
     weights: str = "model.safetensors",
 ) -> list[dict[str, Any]]:
-    """Check that a run leaves the same with and without cuts; return its rows."""
-    folder = Path(config.output_dir)
-    whole, killed = (replace(config, output_dir=str(folder / n)) for n in ("whole", "killed"))
-    run_to_the_end(stage, whole, [], num_processes=num_processes)
-    printed = run_to_the_end(stage, killed, cuts, num_processes=num_processes)
+    """Check that a run with cuts leaves the outcome of one without; return its rows."""
+    printed = run_to_the_end(stage, config, cuts, num_processes=num_processes)
     assert f"{stage}: resumes after" in printed
-    expected, found = outcome(folder / "whole"), outcome(folder / "killed")
+    found = outcome(Path(config.output_dir))
     assert {weights, "metrics.jsonl", "results.json"} <= expected.keys()
     for name in expected.keys() | found.keys():
         assert found.get(name) == expected.get(name), name
-    assert not (folder / "killed" / "checkpoints").exists()
-    return expected["metrics.jsonl"]
+    assert not Path(config.output_dir, "checkpoints").exists()
+    return found["metrics.jsonl"]
 
 
-def test_what_does_not_fit_the_run_stops_it_and_says_how_to_go_on(
-    configs: dict[str, Any], tmp_path: Path
-) -> None:
-    config = replace(configs["ppo"], output_dir=str(tmp_path / "run"))
+def test_what_does_not_fit_the_run_stops_it_and_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "inputs").mkdir()
+    config = make_configs(tmp_path / "inputs", tmp_path)["ppo"]
+    config = replace(config, output_dir=str(tmp_path / "run"))
     code, _ = run_command("ppo", config, Cut("stages.ppo.train", "update", 4))
     assert code == KILLED
     step = tmp_path / "run" / "checkpoints" / "step-1"
@@ -169,7 +194,10 @@ def refused(config: Any, message: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_step_and_saves_it(
-    configs: dict[str, Any], tmp_path: Path, number: int
+    configs: dict[str, Any],
+    whole: Callable[[str], dict[str, Any]],
+    tmp_path: Path,
+    number: int,
 ) -> None:
     config = replace(configs["ppo"], output_dir=str(tmp_path / "run"), checkpoint_every=100)
     code, printed = run_command("ppo", config, Cut("stages.ppo.train", "update", 3, number))
@@ -180,9 +208,7 @@ def test_an_interrupt_ends_the_step_and_saves_it(
     )
     assert step.is_dir()
     assert "ppo: resumes after update 2 from" in run_to_the_end("ppo", config, [])
-    whole = replace(configs["ppo"], output_dir=str(tmp_path / "whole"))
-    run_to_the_end("ppo", whole, [])
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "run") == whole("ppo")
 
 
 def test_an_interrupt_outside_of_steps_and_a_second_one_end_at_once(

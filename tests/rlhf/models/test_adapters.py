@@ -4,8 +4,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -207,22 +205,7 @@ def test_reward_model_takes_the_policys_adapter_and_trains_it_on(
     assert len(names) == 28 + 1 and "classifier.score.weight" in names
 
 
-SCORES = """
-import sys, torch
-from rlhf.models.settings import ModelSettings
-from rlhf.models.passes import compute_scores
-from rlhf.models.loading import load_scalar
-from rlhf.inputs.packing import Packer, PromptTree
-torch.manual_seed(123)
-for path in sys.argv[1:]:
-    model = load_scalar(ModelSettings(path=path))
-    trees = [PromptTree((3, 4, 5), ((6, 7, 8), (9, 10)))]
-    print(*compute_scores(model, trees, Packer(64)).tolist())
-"""
-
-
-@pytest.mark.slow
-def test_scores_are_the_same_in_another_process_with_another_seed(
+def test_scores_are_the_same_when_loaded_under_another_seed(
     base: ModelSettings, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -233,10 +216,9 @@ def test_scores_are_the_same_in_another_process_with_another_seed(
     load_scalar(settings).save(tmp_path / "merged", tokenizer())
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     paths = [str(tmp_path / name) for name in ("full", "adapter", "merged")]
-    run = subprocess.run(
-        [sys.executable, "-c", SCORES, *paths], capture_output=True, text=True, check=True
-    )
-    found = torch.tensor([[float(x) for x in line.split()] for line in run.stdout.splitlines()])
+    torch.manual_seed(123)
+    loaded = [load_scalar(ModelSettings(path=path)) for path in paths]
+    found = torch.stack([compute_scores(model, TREES, Packer(64)) for model in loaded])
     of_full, of_live = (compute_scores(model, TREES, Packer(64)) for model in (full, live))
     assert (of_full - of_live).abs().max() > 0.1
     expected = torch.stack([of_full, of_live, of_live])
