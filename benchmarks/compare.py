@@ -31,7 +31,7 @@ def compare(
     num_pairs: int,
     num_threads: int,
     log_dir: Path,
-    tell: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Measure one row: a checked warm-up of both sides, then `num_pairs` samples of each in turn.
 
@@ -45,8 +45,8 @@ def compare(
     workers = {}
     try:
         for side in SIDES:
-            log = log_dir / f"{work.name}-{side}.log"
-            workers[side] = Worker(commands[side], work, num_threads=num_threads, log=log)
+            path = log_dir / f"{work.name}-{side}.log"
+            workers[side] = Worker(commands[side], work, num_threads=num_threads, log=path)
         facts = {side: workers[side].facts for side in SIDES}  # waits until both are loaded
         first = {side: workers[side].run() for side in SIDES}
         checked = check_same_work(work, first["ours"], first["theirs"])
@@ -55,7 +55,7 @@ def compare(
             for side in SIDES:
                 samples[side].append(workers[side].run())
             ours, theirs = (samples[side][-1]["seconds"] for side in SIDES)
-            tell(
+            log(
                 f"{work.name}: pair {number} of {num_pairs}: ours {ours:.2f} s, theirs "
                 f"{theirs:.2f} s, {theirs / ours:.2f} times"
             )

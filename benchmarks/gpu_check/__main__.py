@@ -24,7 +24,7 @@ def main(args: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     records: list[Record] = []
 
-    def tell(record: Record) -> None:
+    def emit(record: Record) -> None:
         records.append(record)
         write_results(records, folder)
         reason = f": {record.reason}" if record.reason else ""
@@ -34,7 +34,7 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments += ["--model", options.model] if options.model else []
     parts = [part for part in PARTS if part.name in options.parts]
     started = time.monotonic()
-    run_parts(parts, folder, arguments, seconds=TOTAL_SECONDS, tell=tell)
+    run_parts(parts, folder, arguments, seconds=TOTAL_SECONDS, emit=emit)
     print(f"gpu-check: wrote {folder / PAGE} in {time.monotonic() - started:.0f} s")
     return int(any(record.status == "failed" for record in records))
 

@@ -15,7 +15,7 @@ from benchmarks.gpu_check.models import (
     prompts,
     release_memory,
 )
-from benchmarks.gpu_check.records import Row, Tell, tell_filled
+from benchmarks.gpu_check.records import Emit, Row, emit_filled
 from benchmarks.gpu_check.setting import Setting
 from rlhf.generation.hf import LoopEngine
 from rlhf.generation.interface import Decoding
@@ -43,13 +43,13 @@ class CacheWatch:
             self.num_bytes = sum(one.nbytes for one in tensors)
 
 
-def decoding(setting: Setting, tell: Tell) -> None:
+def decoding(setting: Setting, emit: Emit) -> None:
     """Report milliseconds a step for each precision and batch."""
     for precision in PRECISIONS:
         policy = load(setting, precision)
         for batch in setting.sizes.decoded_batches:
             row: Row = {"precision": precision, "responses": batch}
-            tell_filled(tell, row, partial(measure, setting, policy, precision), OutOfMemoryError)
+            emit_filled(emit, row, partial(measure, setting, policy, precision), OutOfMemoryError)
             release_memory()
         del policy
 

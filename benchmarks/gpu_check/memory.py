@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.gpu_check.models import ppo_loop, release_memory
-from benchmarks.gpu_check.records import Row, Tell
+from benchmarks.gpu_check.records import Emit, Row
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.machine import default_device
 from tools.plan import Launch, make_plan
@@ -17,7 +17,7 @@ NUM_UPDATES = 2
 """The optimizer's moments are there from the first step on, so the second update has the peak."""
 
 
-def allocator(setting: Setting, tell: Tell) -> None:
+def allocator(setting: Setting, emit: Emit) -> None:
     """Report how much memory the caching allocator holds in a rollout, and how much is used."""
     loop = ppo_loop(setting, "autocast")
     points: list[tuple[int, int]] = []
@@ -27,7 +27,7 @@ def allocator(setting: Setting, tell: Tell) -> None:
 
     loop.learner.models.policy.register_forward_hook(note)
     loop.roll_out()
-    tell(summary(points, int(torch.cuda.memory_stats().get("num_alloc_retries", 0))))
+    emit(summary(points, int(torch.cuda.memory_stats().get("num_alloc_retries", 0))))
 
 
 def summary(points: Sequence[tuple[int, int]], num_retries: int) -> Row:
@@ -44,7 +44,7 @@ def summary(points: Sequence[tuple[int, int]], num_retries: int) -> Row:
     }
 
 
-def peak(setting: Setting, tell: Tell) -> None:
+def peak(setting: Setting, emit: Emit) -> None:
     """Report the plan's peak of a PPO update, and on a GPU the measured one."""
     device = default_device().type
     before = _start_of_peak() if device == "cuda" else 0
@@ -59,7 +59,7 @@ def peak(setting: Setting, tell: Tell) -> None:
         row |= {"measured, GB": measured / GB, "measured / planned": measured / plan.peak}
     else:
         row["note"] = "skipped: only a GPU counts the bytes of tensors"
-    tell(row)
+    emit(row)
 
 
 def _start_of_peak() -> int:

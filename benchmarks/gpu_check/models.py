@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoConfig, PreTrainedModel
 
 from benchmarks import folders, machine
-from benchmarks.gpu_check.records import Tell
+from benchmarks.gpu_check.records import Emit
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.ours import PPOLoop, ppo_config
 from benchmarks.workload import Workload, ppo_prompts, spread_lengths
@@ -33,13 +33,13 @@ MINI_BATCHES = 4
 """Mini-batches of a rollout, so that training packs its rows in another way than the rollout."""
 
 
-def models(setting: Setting, tell: Tell) -> None:
+def models(setting: Setting, emit: Emit) -> None:
     """Make the policy and the reward model, and report their sizes."""
     policy = load(setting, "bf16 weights")
     count = sum(weight.numel() for weight in policy.parameters())
     made = "given" if setting.model else "random weights"
-    tell({"model": str(policy_path(setting)), "weights": made, "parameters": count})
-    tell({"model": str(reward_path(setting)), "weights": "random head on the policy's body"})
+    emit({"model": str(policy_path(setting)), "weights": made, "parameters": count})
+    emit({"model": str(reward_path(setting)), "weights": "random head on the policy's body"})
 
 
 def policy_path(setting: Setting) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_check.models import PRECISIONS, ppo_loop
-from benchmarks.gpu_check.records import Row, Tell
+from benchmarks.gpu_check.records import Emit, Row
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.ours import PPOLoop
 from stages.ppo.learner import RowOutputs
@@ -22,7 +22,7 @@ from stages.ppo.rollout import Rollout
 from stages.ppo.update import OldOutputs, mini_batches
 
 
-def noise(setting: Setting, tell: Tell) -> None:
+def noise(setting: Setting, emit: Emit) -> None:
     """Report both differences for each precision and number of tokens."""
     for precision in PRECISIONS:
         loop = ppo_loop(setting, precision)
@@ -31,10 +31,10 @@ def noise(setting: Setting, tell: Tell) -> None:
             for count in setting.sizes.token_counts:
                 head: Row = {"precision": precision, "difference": name, "tokens": count}
                 limits: Row = {"mean's limit": limit.mean, "quantile's limit": limit.high}
-                tell({**head, **spread(differences, count), **limits})
+                emit({**head, **spread(differences, count), **limits})
         assert rollout.check is not None
         entropy = rollout.check.entropy[rollout.response_mask].mean().item()
-        tell({"precision": precision, "difference": "(entropy of the policy)", "mean": entropy})
+        emit({"precision": precision, "difference": "(entropy of the policy)", "mean": entropy})
 
 
 def both_differences(loop: PPOLoop, rollout: Rollout) -> Iterator[tuple[str, Tensor, Noise]]:

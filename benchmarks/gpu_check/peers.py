@@ -7,14 +7,14 @@ from typing import Any
 
 from benchmarks.__main__ import PEERS_PYTHON, REAL, commands, workload
 from benchmarks.compare import compare
-from benchmarks.gpu_check.records import Row, Skipped, Tell
+from benchmarks.gpu_check.records import Emit, Row, Skipped
 from benchmarks.gpu_check.setting import Setting
 
 ROWS = ("rm_k9", "ppo_best")
 NUM_PAIRS = 1
 
 
-def peers(setting: Setting, tell: Tell) -> None:
+def peers(setting: Setting, emit: Emit) -> None:
     """Report time and memory of each row, next to TRL's.
 
     Raises:
@@ -32,7 +32,7 @@ def peers(setting: Setting, tell: Tell) -> None:
         except ValueError as error:  # a worker failed, or both sides did unequal work
             row["note"] = f"failed: {error}"[:300]
             failures.append(name)
-        tell(row)
+        emit(row)
     if failures:
         raise RuntimeError(f"{', '.join(failures)}: see the notes")
 

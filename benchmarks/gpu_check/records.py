@@ -13,7 +13,7 @@ from experiments.tables import markdown_table
 Status = Literal["running", "passed", "failed", "skipped"]
 Cell = str | int | float | None
 Row = dict[str, Cell]
-Tell = Callable[[Row], None]
+Emit = Callable[[Row], None]
 """Takes a row of a part's table as soon as it is measured."""
 
 RESULTS = "gpu_check.json"
@@ -55,8 +55,8 @@ class Record:
         return to_json(asdict(self))
 
 
-def tell_filled(
-    tell: Tell,
+def emit_filled(
+    emit: Emit,
     row: Row,
     fill: Callable[[Row], None],
     noted: type[Exception] | tuple[type[Exception], ...],
@@ -70,7 +70,7 @@ def tell_filled(
         fill(row)
     except noted as error:
         row["note"] = f"{type(error).__name__}: {error}"[:NOTE_LENGTH]
-    tell(row)
+    emit(row)
 
 
 def to_json(value: Any) -> str:

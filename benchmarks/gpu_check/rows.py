@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.gpu_check.models import load, prompts, release_memory
-from benchmarks.gpu_check.records import Row, Tell, tell_filled
+from benchmarks.gpu_check.records import Emit, Row, emit_filled
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.machine import best_seconds, default_device
 from rlhf.inputs.packing import Layout, PackedRow, Packer, PromptTree
@@ -33,7 +33,7 @@ RESPONSES = (1, 4)
 """Responses of each tree: as in PPO and SFT, and as in the reward model's rankings."""
 
 
-def rows(setting: Setting, tell: Tell) -> None:
+def rows(setting: Setting, emit: Emit) -> None:
     """Report milliseconds and memory of a pass, and how far its results are from the mask's."""
     policy = load(setting, "bf16 weights")
     for length in setting.sizes.row_tokens:
@@ -47,7 +47,7 @@ def rows(setting: Setting, tell: Tell) -> None:
                     measure, setting, policy, attention, lay(trees, length, layout), expected
                 )
                 start: Row = {"tokens": length, "responses": num_responses, "attention": name}
-                tell_filled(tell, start, fill, Exception)
+                emit_filled(emit, start, fill, Exception)
                 policy.set_attn_implementation(PACKED_SDPA)
                 policy.zero_grad()
                 release_memory()

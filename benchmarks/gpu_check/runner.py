@@ -94,14 +94,14 @@ def run_parts(
     arguments: Sequence[str],
     *,
     seconds: float,
-    tell: Callable[[Record], object],
+    emit: Callable[[Record], object],
 ) -> list[Record]:
     """Run all parts and return their records, of which none is `running`.
 
     Args:
         arguments: Options of the worker.
         seconds: Time limit of all parts together.
-        tell: Gets each record as soon as it is there.
+        emit: Gets each record as soon as it is there.
     """
     records: list[Record] = []
     waiting = deque(parts)
@@ -121,7 +121,7 @@ def run_parts(
                 worker = None
             waiting.popleft()
             records.append(record)
-            tell(record)
+            emit(record)
     finally:
         if worker is not None:
             worker.stop()

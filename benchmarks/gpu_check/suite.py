@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.gpu_check.records import Row, Skipped, Tell
+from benchmarks.gpu_check.records import Emit, Row, Skipped
 from benchmarks.gpu_check.setting import Setting
 
 ROOT = Path(__file__).parents[2]
 FOLDER = "tests/device"
 
 
-def tests(setting: Setting, tell: Tell) -> None:
+def tests(setting: Setting, emit: Emit) -> None:
     """Report the outcome of every test marked gpu.
 
     Raises:
@@ -31,7 +31,7 @@ def tests(setting: Setting, tell: Tell) -> None:
     code = subprocess.run([*command, f"--junitxml={report.resolve()}"], cwd=ROOT).returncode
     if report.exists():
         for row in outcomes(report.read_text(encoding="utf-8")):
-            tell(row)
+            emit(row)
     if code:
         raise RuntimeError(f"pytest ended with code {code}")
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu_check.parts import PARTS, Part
-from benchmarks.gpu_check.records import RECORDS, Record, Row, Skipped, Tell, finite, write_whole
+from benchmarks.gpu_check.records import RECORDS, Emit, Record, Row, Skipped, finite, write_whole
 from benchmarks.gpu_check.setting import Setting
 
-Measure = Callable[[Setting, Tell], None]
+Measure = Callable[[Setting, Emit], None]
 """Measures a part."""
 
 
@@ -47,7 +47,7 @@ def run_part(part: Part, find: Callable[[str], Measure], setting: Setting, folde
         record = replace(record, seconds=round(time.monotonic() - started, 2))
         write_whole(folder / f"{part.name}.json", record.to_json())
 
-    def tell(row: Row) -> None:
+    def emit(row: Row) -> None:
         nonlocal record
         record = replace(record, rows=(*record.rows, finite(row)))
         keep()
@@ -55,7 +55,7 @@ def run_part(part: Part, find: Callable[[str], Measure], setting: Setting, folde
     keep()
     try:
         check_device(part, setting)
-        find(part.name)(setting, tell)
+        find(part.name)(setting, emit)
         record = record.ended("passed")
     except Skipped as reason:
         record = record.ended("skipped", str(reason))

@@ -18,7 +18,7 @@ from benchmarks.gpu_check.memory import summary
 from benchmarks.gpu_check.noise import spread
 from benchmarks.gpu_check.parts import PARTS, TOTAL_SECONDS, Part
 from benchmarks.gpu_check.peers import peers
-from benchmarks.gpu_check.records import PAGE, RESULTS, Record, Skipped, Tell, finite, page
+from benchmarks.gpu_check.records import PAGE, RESULTS, Emit, Record, Skipped, finite, page
 from benchmarks.gpu_check.runner import run_parts
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.gpu_check.suite import outcomes
@@ -103,7 +103,7 @@ def stand_in(bodies: dict[str, str]) -> Callable[..., list[str]]:
         "from benchmarks.gpu_check.worker import run_part",
     ]
     for name, body in bodies.items():
-        lines += [f"def {name}(setting, tell):", f"    tell({{'part': {name!r}}})", f"    {body}"]
+        lines += [f"def {name}(setting, emit):", f"    emit({{'part': {name!r}}})", f"    {body}"]
     lines += [
         "folder = Path(sys.argv[1])",
         "for name in sys.argv[2].split(','):",
@@ -136,10 +136,10 @@ def test_a_part_that_fails_dies_or_hangs_does_not_lose_the_others(
     # Starting a process counts for its first part, so only the part that hangs gets little time.
     limits = {name: 4 if name == "hangs" else 60 for name in bodies}
     parts = [Part(name, "a question", seconds) for name, seconds in limits.items()]
-    told: list[Record] = []
-    records = run_parts(parts, tmp_path, [], seconds=100, tell=told.append)
+    emitted: list[Record] = []
+    records = run_parts(parts, tmp_path, [], seconds=100, emit=emitted.append)
 
-    assert told == records
+    assert emitted == records
     assert {one.name: one.status for one in records} == {
         "first": "passed",
         "raises": "failed",
@@ -160,12 +160,12 @@ def test_a_part_that_fails_dies_or_hangs_does_not_lose_the_others(
 
 
 def test_parts_for_which_no_time_is_left_are_skipped(tmp_path: Path) -> None:
-    (record,) = run_parts([PARTS[0]], tmp_path, [], seconds=0, tell=lambda _: None)
+    (record,) = run_parts([PARTS[0]], tmp_path, [], seconds=0, emit=lambda _: None)
     assert (record.status, record.reason) == ("skipped", "no time is left of 0 s")
 
 
 def test_a_package_that_is_missing_fails_its_part_only(tmp_path: Path) -> None:
-    def find(name: str) -> Callable[[Setting, Tell], None]:
+    def find(name: str) -> Callable[[Setting, Emit], None]:
         raise ModuleNotFoundError("No module named 'trl'")
 
     record = run_part(PARTS[0], find, Setting(tmp_path), tmp_path)
@@ -243,15 +243,15 @@ def test_rows_without_their_peer_are_skipped_and_failed_ones_keep_the_others(
 ) -> None:
     monkeypatch.setattr(peers_part, "PEERS_PYTHON", tmp_path / "no python")
     monkeypatch.setattr(peers_part, "quick_row", lambda name, _: {"ours, s": 1.0})
-    told: list = []
-    peers(Setting(tmp_path), told.append)
-    assert told[0] == {"row": "rm_k9", "ours, s": 1.0}
-    assert told[1]["row"] == "ppo_best" and "no python does not exist" in told[1]["note"]
+    emitted: list = []
+    peers(Setting(tmp_path), emitted.append)
+    assert emitted[0] == {"row": "rm_k9", "ours, s": 1.0}
+    assert emitted[1]["row"] == "ppo_best" and "no python does not exist" in emitted[1]["note"]
 
     def refuse(name: str, _: Setting) -> None:
         raise ValueError("unequal work")
 
     monkeypatch.setattr(peers_part, "quick_row", refuse)
     with pytest.raises(RuntimeError, match="rm_k9"):
-        peers(Setting(tmp_path), told.append)
-    assert told[2] == {"row": "rm_k9", "note": "failed: unequal work"} and len(told) == 4
+        peers(Setting(tmp_path), emitted.append)
+    assert emitted[2] == {"row": "rm_k9", "note": "failed: unequal work"} and len(emitted) == 4

@@ -62,7 +62,7 @@ def test_a_program_that_does_not_start_is_quoted(tmp_path: Path) -> None:
         worker.run()
 
 
-def test_sides_run_in_turn_behind_a_warm_up(tmp_path: Path) -> None:
+def test_sides_run_in_turn_after_a_warm_up(tmp_path: Path) -> None:
     fake = command(FAKE, loss=0.5)
     lines: list[str] = []
     row = compare(
@@ -71,7 +71,7 @@ def test_sides_run_in_turn_behind_a_warm_up(tmp_path: Path) -> None:
         num_pairs=2,
         num_threads=1,
         log_dir=tmp_path,
-        tell=lines.append,
+        log=lines.append,
     )
     assert len(lines) == len(row["ours"]["seconds"]) == len(row["theirs"]["seconds"]) == 2
     assert row["checked"] == {"loss": [0.5, 0.5]}
