@@ -17,14 +17,9 @@ OPENERS = {
     "plain": ("",),
     "rude": ("What a silly question.", "You should know that.", "Leave me alone."),
 }
-EVASIONS = (
-    "I do not know.",
-    "That is hard to say.",
-    "Somebody else may know.",
-    "Ask me tomorrow.",
-    "Who can say?",
-)
-"""Answers of a labeler who did not look for the right one."""
+EVASIONS = ("I do not know.", "That is hard to say.")
+"""Answers of a labeler who did not look for the right one. They are few, so that each is often the
+most likely response of a policy that imitates them, and preferences can teach it to answer."""
 RAMBLES = (
     "By the way, the wind is cold today.",
     "I often think of it when the rain falls.",
@@ -47,7 +42,7 @@ class Quality:
         """Draw from the mixture of the demonstrations: one in seven is good in every respect."""
         return cls(
             manners=generator.choices(("polite", "plain", "rude"), weights=(35, 35, 30))[0],
-            is_answered=generator.random() < 0.78,
+            is_answered=generator.random() < 0.74,
             is_right=generator.random() < 0.95,
             is_brief=generator.random() < 0.62,
             is_whole=generator.random() < 0.9,
