@@ -1,7 +1,7 @@
 """Prints the peak bytes of a PPO run, in one process or in the first of several.
 
-    python -m tests.tools.measured_run WARM_UP.yaml SETTINGS.yaml
-    accelerate launch --config_file FILE -m tests.tools.measured_run WARM_UP.yaml SETTINGS.yaml GPU
+    python -m tests.tools.plan.measured_run WARM_UP.yaml SETTINGS.yaml
+    accelerate launch --config_file FILE -m tests.tools.plan.measured_run WARM_UP.yaml SETTINGS.yaml GPU
 
 The run of the first file imports and starts all libraries. The peak of the second one counts beyond
 the memory that is then in use. GPU is optional: the name of a launcher file for GPUs, whose

@@ -1,9 +1,15 @@
 """Says how much memory a launcher takes for a model in each process.
 
 A launcher splits weights, gradients and optimizer states between processes, or leaves them whole
-(rlhf/training/sharding.py has the table). What is split is gathered for a pass, and gradients go
-through buffers on their way. DeepSpeed's numbers are its defaults, which this project's launcher
-files leave as they are.
+(rlhf/training/sharding.py has the table). Under DDP every process holds all of them. What is split
+is gathered for a pass, and gradients go through buffers on their way.
+
+With mixed precision, DeepSpeed turns the models into bfloat16 and keeps fp32 weights besides; FSDP2
+keeps fp32 weights only, and gathers them in bfloat16. Both hold the reference in bfloat16.
+
+In a rollout every process gathers the policy until its log-probabilities are known, and later the
+value model. In training FSDP2 gathers layer by layer, and ZeRO-3 up to 1e9 weights. DeepSpeed's
+numbers are its defaults, which this project's launcher files leave as they are.
 """
 
 from collections.abc import Iterable, Sequence
