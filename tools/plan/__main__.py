@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 
@@ -44,7 +45,8 @@ def main(args: Sequence[str] | None = None) -> None:
         dtype = TYPES[launch.mixed_precision] or getattr(torch, model.dtype)
         is_here = launch.device == "cuda" and torch.cuda.is_available()
         device = torch.device("cuda" if is_here else "cpu")
-        print(show(plan, matrix_rate(device, dtype), dtype), flush=True)
+        memory = psutil.virtual_memory().total
+        print(show(plan, matrix_rate(device, dtype), dtype, memory), flush=True)
 
     run_stage(tell, STAGES[own.stage or _stage_of(words)], words)
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf.measuring.allocations import DryRun
@@ -91,8 +90,3 @@ def settings_in_passes(settings: ModelSettings, launch: Launch) -> ModelSettings
         settings = replace(settings, dtype="bfloat16")
     has_kernel = settings.attention in ("sdpa", "eager")
     return settings if has_kernel else replace(settings, attention="sdpa")
-
-
-def logits_bytes(policy: nn.Module, tokens: int) -> int:
-    """Return the bytes of the logits of some tokens, which are computed in fp32."""
-    return 4 * tokens * policy.get_output_embeddings().weight.shape[0]  # type: ignore[operator]

@@ -18,8 +18,8 @@ import math
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
+from rlhf.inputs.packing import PackedRow
 from rlhf.maths.logprobs import CHUNK_TOKENS
 from rlhf.measuring.allocations import DryRun
 from rlhf.measuring.flops import forward_flops, size_of, text_work, update_flops, work_of
@@ -27,7 +27,7 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.training.parameters import trained_parameters
 from stages.ppo.config import Config
 from tools.plan.launch import Launch, bytes_of
-from tools.plan.models import Roles, logits_bytes, make_roles, value_settings
+from tools.plan.models import Roles, make_roles, value_settings
 from tools.plan.record import Plan, Turn
 from tools.plan.rows import Rows, tree_of
 
@@ -38,7 +38,7 @@ def plan_ppo(config: Config, launch: Launch, dry: DryRun) -> Plan:
     plan = Plan(launch)
     _hold_roles(plan, roles, config)
     _plan_rollout(plan, dry, config, roles)
-    _plan_training(plan, dry, config, roles.policy, roles.value_model)
+    _plan_training(plan, dry, config, roles)
     _add_flops(plan, config, roles)
     return plan
 
@@ -52,6 +52,11 @@ def _hold_roles(plan: Plan, roles: Roles, config: Config) -> None:
     if roles.are_shared:
         for name, model in (trained | frozen).items():
             plan.hold_on_base(name, model)
+    else:
+        for name, model in trained.items():
+            plan.load(model, getattr(torch, types[name]))
+        for model in frozen.values():
+            plan.load(model, model.dtype, leaves=not config.offload)
     for name, model in trained.items():
         if not roles.are_shared:
             plan.hold(name, model, getattr(torch, types[name]))
@@ -73,7 +78,7 @@ def _plan_rollout(plan: Plan, dry: DryRun, config: Config, roles: Roles) -> None
     batch = min(config.generation.batch_size, num_episodes)
     sampling, cache = dry.sampling(roles.policy, batch, *_lengths(config))
     plan.parts["KV cache of a rollout"] = cache
-    row = _rows(config, plan.launch).of_episodes(*_lengths(config), num_episodes)
+    row = _rows(config, plan.launch, roles).of_episodes(*_lengths(config), num_episodes)
     of_policy = plan.launch.gathered(roles.policy, roles.value_model)
     of_value = plan.launch.gathered(roles.value_model, roles.policy)
     plan.parts["weights gathered to sample"] = of_policy
@@ -82,19 +87,21 @@ def _plan_rollout(plan: Plan, dry: DryRun, config: Config, roles: Roles) -> None
     plan.add_phase("logprobs", of_policy, dry.moments(roles.policy, row))
     if roles.rewards:  # the phase brings all of them to the device
         visitors = sum(plan.waiting.get(f"reward.{name}", 0) for name in roles.rewards)
-        passes = [dry.values(model, row) for model in roles.rewards.values()]
+        passes = [
+            dry.values(model, _reward_row(config, plan.launch, model, num_episodes))
+            for model in roles.rewards.values()
+        ]
         plan.add_phase("score", visitors, max(passes))
     visitor = plan.waiting.get("reference", 0)
     plan.add_phase("reference", visitor, dry.logprobs(roles.reference, row))
     plan.add_phase("value", of_value, dry.values(roles.value_model, row))
 
 
-def _plan_training(
-    plan: Plan, dry: DryRun, config: Config, policy: PreTrainedModel, value_model: ScalarModel
-) -> None:
+def _plan_training(plan: Plan, dry: DryRun, config: Config, roles: Roles) -> None:
     """Add the passes with gradient, over episodes and over text, and the optimizer's step."""
     launch, budget = plan.launch, config.micro_batch_tokens
-    rows = _rows(config, launch)
+    policy, value_model = roles.policy, roles.value_model
+    rows = _rows(config, launch, roles)
     own_step = config.ppo.mini_batch_size // launch.num_processes
     own_blocks = math.ceil(config.text_blocks_per_step / launch.num_processes)
     row = rows.of_episodes(*_lengths(config), own_step)
@@ -124,7 +131,7 @@ def _plan_training(
         "gradients of policy and value model": kept,
         "gradients of the text": of_text,
         f"pass of {row.input_ids.numel()} tokens, forward and backward": max(passes),
-        "  of it logits at a time": logits_bytes(policy, min(CHUNK_TOKENS, len(row.targets))),
+        "  of it logits at a time": _logits_bytes(policy, min(CHUNK_TOKENS, len(row.targets))),
     }
 
 
@@ -154,9 +161,26 @@ def _lengths(config: Config) -> tuple[int, int]:
     return config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
 
 
-def _rows(config: Config, launch: Launch) -> Rows:
-    return Rows(config.policy, config.micro_batch_tokens, launch.device)
+def _rows(config: Config, launch: Launch, roles: Roles) -> Rows:
+    """Return the rows that both trained models can read, since both read the same."""
+    models = (
+        (roles.policy, config.policy.attention),
+        (roles.value_model.classifier, value_settings(config).attention),
+    )
+    found = [Rows.of(*model, config.micro_batch_tokens, launch.device) for model in models]
+    return min(found, key=lambda rows: rows.layout)
+
+
+def _reward_row(config: Config, launch: Launch, model: ScalarModel, num_episodes: int) -> PackedRow:
+    budget, attention = config.micro_batch_tokens, config.reward.attention
+    rows = Rows.of(model.classifier, attention, budget, launch.device)
+    return rows.of_episodes(*_lengths(config), num_episodes)
 
 
 def _largest(model: nn.Module) -> int:
     return max(p.nbytes for p in trained_parameters(model).values())
+
+
+def _logits_bytes(policy: nn.Module, tokens: int) -> int:
+    """Return the bytes of the logits of some tokens, which are computed in fp32."""
+    return 4 * tokens * policy.get_output_embeddings().weight.shape[0]  # type: ignore[operator]

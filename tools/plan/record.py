@@ -13,6 +13,7 @@ from rlhf.measuring.flops import Work, forward_flops, size_of, training_flops
 from rlhf.models.adapters import adapter_weights
 from rlhf.models.scalar import ScalarModel
 from tools.plan.launch import Launch, bytes_of
+from tools.plan.loading import Loading
 
 Turn = tuple[PreTrainedModel | None, ScalarModel | None]
 """The models of a pass."""
@@ -29,6 +30,8 @@ class Plan:
     """Bytes held all the time, on the device."""
     waiting: dict[str, int] = field(default_factory=dict)
     """Bytes in CPU memory between uses."""
+    loading: Loading = field(default_factory=Loading)
+    """Host memory while models load."""
     parts: dict[str, int] = field(default_factory=dict)
     """The largest parts of what the phases need."""
     phases: dict[str, int] = field(default_factory=dict)
@@ -41,6 +44,26 @@ class Plan:
     @property
     def peak(self) -> int:
         return max(self.phases.values())
+
+    @property
+    def host(self) -> dict[str, int]:
+        """Bytes that the processes of one machine need together on its host, by time."""
+        count = self.launch.num_local_processes
+        needs = {
+            "while models load": self.loading.peak(count),
+            "models between uses": count * sum(self.waiting.values()),
+            "peak of a phase": count * self.peak if self.launch.device == "cpu" else 0,
+        }
+        return {name: size for name, size in needs.items() if size}
+
+    def load(self, model: PreTrainedModel, dtype: torch.dtype, *, leaves: bool = False) -> None:
+        """Load a model's files in this type, as the next one.
+
+        Args:
+            leaves: Whether it moves to its device before the next one is loaded. If not, it waits
+                for the launcher to split it.
+        """
+        self.loading.add(model, dtype, leaves=leaves and self.launch.device != "cpu")
 
     def add_phase(self, name: str, *parts: int) -> None:
         """Add a phase that needs these parts together. If added twice, the larger need counts."""
@@ -57,6 +80,8 @@ class Plan:
         Roles over the same base share it (`rlhf.models.shared_bases`)."""
         own = sum(weight.nbytes for weight in adapter_weights(model).values())
         base = f"base {model.config.name_or_path}, {str(model.dtype).removeprefix('torch.')}"
+        if base not in self.held:
+            self.load(model, model.dtype, leaves=True)
         size = (bytes_of(model.parameters()) - own) // (1 + self.launch.is_halved)
         self.held[base] = max(self.held.get(base, 0), size)  # a classifier lacks the unembedding
         if own:

@@ -13,17 +13,24 @@ from tools.plan.rows import Rows, tree_of
 
 
 def plan_rm(config: Config, launch: Launch, dry: DryRun) -> Plan:
-    """Plan a pass over a full row. A longer ranking is not cut, and needs more."""
+    """Plan a pass over a full row of rankings with max_responses responses, or of pairs.
+
+    A longer ranking is not cut, and needs more."""
     model = dry.scalar(settings_in_passes(config.model, launch), config.lora)
     if config.gradient_checkpointing:
         checkpoint_activations(model.classifier)
     plan = Plan(launch)
-    plan.hold("reward model", model, getattr(torch, config.model.dtype))
+    dtype = getattr(torch, config.model.dtype)
+    plan.load(model.classifier, dtype)
+    plan.hold("reward model", model, dtype)
     plan.hold_optimizer("reward model", model)
     plan.hold_exchange(model)
     lengths = config.max_prompt_tokens, config.max_response_tokens
-    rows = Rows(config.model, config.micro_batch_tokens, launch.device)
-    row = rows.of_episodes(*lengths, config.batch_size)
+    num_responses = config.max_responses or 2
+    rows = Rows.of(
+        model.classifier, config.model.attention, config.micro_batch_tokens, launch.device
+    )
+    row = rows.of_episodes(*lengths, config.batch_size, num_responses)
     gradients = plan.gradients(model)
     a_pass = plan.add_pass("train", dry, row, (None, model), [model])
     plan.add_phase("step", gradients, launch.step(model))
@@ -33,6 +40,7 @@ def plan_rm(config: Config, launch: Launch, dry: DryRun) -> Plan:
         f"pass of {num_tokens} tokens, forward and backward": a_pass,
     }
     plan.work = f"a pass of {num_tokens} tokens"
-    work = work_of([tree_of(*lengths)]) * max(1, num_tokens // sum(lengths))
+    ranking = tree_of(*lengths, num_responses)
+    work = work_of([ranking]) * max(1, num_tokens // ranking.num_tokens)
     plan.add_training(model.classifier, work, is_checkpointed=config.gradient_checkpointing)
     return plan

@@ -5,8 +5,13 @@ import torch
 from tools.plan.record import Plan
 
 
-def show(plan: Plan, rate: float, dtype: torch.dtype) -> str:
-    """Format the plan as a table."""
+def show(plan: Plan, rate: float, dtype: torch.dtype, host_bytes: int) -> str:
+    """Format the plan as a table.
+
+    Args:
+        rate: FLOPs a second in this type.
+        host_bytes: Memory of this machine, to compare with what its processes need.
+    """
     launch = plan.launch
     split = f", {launch.name}" if launch.name else ""
     each = (
@@ -24,6 +29,14 @@ def show(plan: Plan, rate: float, dtype: torch.dtype) -> str:
     add("waiting in CPU memory", plan.waiting)
     add("what phases need besides", {name: size for name, size in plan.parts.items() if size})
     add("peak of each phase, all in all", plan.phases, plan.peak)
+    count = launch.num_local_processes
+    together = "its process" if count == 1 else f"its {count} processes together"
+    add(f"memory of a machine's host, for {together}", plan.host)
+    if (most := max(plan.host.values())) > host_bytes:
+        lines.append(
+            f"  warning: this machine has {host_bytes / 1e9:,.0f} GB, and {most / 1e9:,.0f} GB are "
+            "needed; take a larger machine, or fewer processes on each"
+        )
     lines += ["", f"seconds of {plan.work}, at the matrix rate of this machine (an estimate: "]
     lines[-1] += f"{rate / 1e9:,.0f} GFLOPS in {str(dtype).removeprefix('torch.')})"
     seconds = {name: flops / rate for name, flops in plan.flops.items() if flops}

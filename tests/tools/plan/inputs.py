@@ -1,4 +1,4 @@
-"""Writes small models, prompts and text, and the settings of a PPO run on them."""
+"""Writes small models, prompts and text, and the settings of runs on them."""
 
 import json
 from dataclasses import replace
@@ -16,6 +16,8 @@ from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.settings import RewardSettings
 from rlhf.training.settings import OptimSettings
 from stages.ppo.config import Config, MonitorSettings, PPOSettings, PtxSettings, RolloutSettings
+from stages.rm.config import Config as RMConfig
+from stages.sft.config import Config as SFTConfig
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
 
 VOCAB = 4096
@@ -41,7 +43,7 @@ def write_inputs(folder: Path, **size: Any) -> Path:
     save_policy(policy, tokenizer, folder / "sft")
     filler = PROMPT_TOKENS - len(Chat(tokenizer).prompt_ids(""))
     rows = [{"prompt": letter * filler} for letter in "abcdefgh"]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "prompts.jsonl", rows)
     (folder / "text.jsonl").write_text(json.dumps({"text": "the cat sat. " * 400}) + "\n")
     return folder
 
@@ -63,6 +65,65 @@ def run_config(folder: Path, output: Path, **changes: Any) -> Config:
         ema_decay=None,
     )
     return replace(settings, **changes)
+
+
+NUM_RESPONSES = 4
+
+
+def ranking_config(folder: Path, output: Path, response_tokens: int) -> RMConfig:
+    """Write rankings of four such responses, and return settings that put one into a row."""
+    texts = [letter * (response_tokens - 1) for letter in "wxyz"]
+    rows = [
+        {**json.loads(line), "responses": texts, "ranks": [1, 2, 3, 4]}
+        for line in (folder / "prompts.jsonl").read_text().splitlines()
+    ]
+    write_rows(folder / "rankings.jsonl", rows[:4])
+    write_rows(folder / "held_out.jsonl", rows[4:6])
+    demonstrations = [{"prompt": row["prompt"], "response": texts[0]} for row in rows[6:]]
+    write_rows(folder / "demonstrations.jsonl", demonstrations)
+    return RMConfig(
+        output_dir=str(output),
+        model=ModelSettings(path=str(folder / "sft")),
+        rankings=[str(folder / "rankings.jsonl")],
+        held_out_rankings=[str(folder / "held_out.jsonl")],
+        demonstrations=str(folder / "demonstrations.jsonl"),
+        max_prompt_tokens=PROMPT_TOKENS,
+        max_response_tokens=response_tokens,
+        max_responses=NUM_RESPONSES,
+        micro_batch_tokens=PROMPT_TOKENS + NUM_RESPONSES * response_tokens,
+        batch_size=2,
+        checkpoint_every=None,
+    )
+
+
+def fine_tuning_config(folder: Path, output: Path, response_tokens: int) -> SFTConfig:
+    """Write demonstrations, and return settings with two rows a pass, two passes a step."""
+    rows = [
+        {**json.loads(line), "response": letter * (response_tokens - 1)}
+        for line in (folder / "prompts.jsonl").read_text().splitlines()
+        for letter in "uv"
+    ]
+    write_rows(folder / "demonstrations.jsonl", rows)
+    return SFTConfig(
+        output_dir=str(output),
+        model=ModelSettings(path=str(folder / "sft")),
+        demonstrations=str(folder / "demonstrations.jsonl"),
+        max_prompt_tokens=PROMPT_TOKENS,
+        max_response_tokens=response_tokens,
+        held_out=0.5,
+        max_held_out=2,
+        batch_size=8,
+        micro_batch_size=2,
+        micro_batch_tokens=256,
+        num_samples=2,
+        num_epochs=1,
+        optim=OptimSettings(learning_rate=1e-5, schedule="constant"),
+        checkpoint_every=None,
+    )
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def weights_of(tiny: Path) -> int:
