@@ -10,7 +10,8 @@ from benchmarks.gpu_check.models import ppo_loop, release_memory
 from benchmarks.gpu_check.records import Emit, Row
 from benchmarks.gpu_check.setting import Setting
 from benchmarks.machine import default_device
-from tools.plan import Launch, make_plan
+from tools.plan.launch import Launch
+from tools.plan.make import make_plan
 
 GB = 1e9
 NUM_UPDATES = 2

@@ -25,6 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.generation.half_weights import half_weights
 from rlhf.inputs.packing import PackedRow
+from rlhf.models.compat import one_sequence_a_row
 from rlhf.models.empty import empty_policy, empty_scalar
 from rlhf.models.heads import response_logprobs, response_moments
 from rlhf.models.scalar import ScalarModel
@@ -161,13 +162,28 @@ class DryRun:
         return self._trained(models, forward, accumulates)
 
     def batch_training(
-        self, policy: PreTrainedModel, rows: int, length: int, accumulates: Sequence[nn.Module]
+        self,
+        policy: PreTrainedModel,
+        rows: int,
+        length: int,
+        accumulates: Sequence[nn.Module],
+        *,
+        is_fused: bool = False,
     ) -> int:
-        """Measure `training` on a padded batch; transformers' loss holds all logits at once."""
+        """Measure `training` on a padded batch. A single row has no padding, so it needs no mask.
+
+        Args:
+            is_fused: Whether the policy has TRL's fused head, which makes logits in tiles. If not,
+                transformers' loss holds all logits at once.
+        """
 
         def forward() -> Tensor:
             ids = torch.zeros(rows, length, dtype=torch.long)
-            return policy(input_ids=ids, labels=ids, use_cache=False).loss
+            mask = torch.ones_like(ids) if rows > 1 else None
+            inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+            if is_fused:
+                return -policy(**inputs, fused_lm_head=True).log_probs.sum()
+            return policy(**inputs, use_cache=False).loss
 
         return self._trained([policy], forward, accumulates)
 
@@ -202,7 +218,7 @@ class DryRun:
         existing += [t.grad for t in existing if t.grad is not None]
         live = LiveBytes(existing)
         mixed = nullcontext() if gradients else self._mixed()  # training wraps its forward pass
-        with self._fake, torch.set_grad_enabled(gradients), live, mixed:
+        with self._fake, torch.set_grad_enabled(gradients), live, mixed, one_sequence_a_row():
             run()
         return live.peak
 
@@ -210,9 +226,10 @@ class DryRun:
         return torch.autocast("cpu", self._autocast, enabled=self._autocast is not None)
 
     def _emptied(self, row: PackedRow) -> PackedRow:
+        """Return the row without data, except for its segments, which say what is computed."""
         tensors = {
             name: torch.empty_like(value)
             for name, value in vars(row).items()
-            if isinstance(value, Tensor) and name in row.__dataclass_fields__
+            if isinstance(value, Tensor) and name in row.__dataclass_fields__ and name != "segments"
         }
         return replace(row, **tensors)  # type: ignore[arg-type]  # only its Tensor fields

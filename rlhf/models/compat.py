@@ -8,14 +8,15 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 ASKS_FOR_SDPA = re.compile(r"""_attn_implementation\b.*["']sdpa["']""")
 """A line of a model's code that depends on the name "sdpa" of the attention."""
@@ -25,6 +26,21 @@ def attention_of(model: PreTrainedModel) -> str:
     """Return the name of a model's attention, such as "sdpa"."""
     name: str = model.config._attn_implementation
     return name
+
+
+@contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Tell transformers that rows without a mask hold one sequence each.
+
+    It would look at the positions. Where tensors have no data it cannot, so it would make a mask
+    that no real pass needs.
+    """
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
 
 
 MAX_FLEX_KERNELS = 64

@@ -176,7 +176,8 @@ def _segmented(
     The four numbers of a segment are its start and end, then those of its prompt (an empty range if
     there is none). An end is the last place + 1. Segments follow each other and cover the row.
     """
-    segments = attention_mask[0, 0].T.tolist()
+    # Read at once: the plan's dry run takes segments with data, and computes the rest without.
+    segments = list(zip(*attention_mask.tolist()[0][0], strict=True))
     places = {start: place for place, (start, *_) in enumerate(segments)}
     sizes = [end - start for start, end, *_ in segments]
     # Split, not sliced: each slice's gradient would be as long as the whole row.

@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from rlhf.inputs.packing import PromptTree
 from rlhf.models.architectures import accepted, num_embeddings
@@ -170,6 +171,11 @@ def _is_fused_right(policy: PreTrainedModel) -> bool:
     # Both losses round differently; a wrong scale of logits differs by far more.
     tolerance = 1e-3 if policy.dtype == torch.float32 else 0.05
     return abs(fused - expected) <= tolerance * max(1.0, expected)
+
+
+def add_head_of_trainer(policy: PreTrainedModel) -> None:
+    """Give a policy the fused head that SFTTrainer gives its model, for the plan's dry run."""
+    add_fused_lm_head(policy, outputs=("log_probs", "entropy", "is_top1"))
 
 
 def to_row(tree: PromptTree) -> dict[str, list[int]]:

@@ -17,7 +17,8 @@ from stages.sft.config import Config
 from stages.sft.trainer import make_trainer
 from tests.long.architectures import stages_of, tokenizer, write_data
 from tests.rlhf.every_architecture import save_tiny
-from tools.plan import Launch, make_plan
+from tools.plan.launch import Launch
+from tools.plan.make import make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(cannot take the packing mask|samples )")
 ROUTER = "output_router_logits"

@@ -50,7 +50,8 @@ from stages.ppo.update import update
 from tests.rlhf.plain_loading import load_with_report
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of, tiny_scalar_of
 from tests.stages.conftest import is_timing
-from tools.plan import Launch, make_plan
+from tools.plan.launch import Launch
+from tools.plan.make import make_plan
 
 END = 1
 PHASES = (

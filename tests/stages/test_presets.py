@@ -31,7 +31,7 @@ from stages.rm.train import train as train_rm
 from stages.sft.config import Config as SFTConfig
 from stages.sft.train import train as train_sft
 from tests.rlhf.tiny_models import byte_tokenizer
-from tools.plan import Launch
+from tools.plan.launch import Launch
 
 ROOT = Path(__file__).parents[2]
 

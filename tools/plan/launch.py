@@ -1,18 +1,27 @@
 """Says how much memory a launcher takes for a model in each process.
 
 A launcher splits weights, gradients and optimizer states between processes, or leaves them whole
-(rlhf/training/sharding.py has the table). What is split is gathered for a pass, and gradients go
-through buffers on their way. DeepSpeed's numbers are its defaults, which this project's launcher
-files leave as they are.
+(rlhf/training/sharding.py has the table). Under DDP every process holds all of them. What is split
+is gathered for a pass, and gradients go through buffers on their way.
+
+With mixed precision, DeepSpeed turns the models into bfloat16 and keeps fp32 weights besides; FSDP2
+keeps fp32 weights only, and gathers them in bfloat16. Both hold the reference in bfloat16.
+
+In a rollout every process gathers the policy until its log-probabilities are known, and later the
+value model. In training FSDP2 gathers layer by layer, and ZeRO-3 up to 1e9 weights. DeepSpeed's
+numbers are its defaults, which this project's launcher files leave as they are.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import nn
+from transformers import PreTrainedModel
 
 from rlhf.training.parameters import trained_parameters
 from rlhf.training.sharding import layers_of
@@ -36,6 +45,7 @@ class Launch:
     device: str = "cpu"
     is_fsdp: bool = False
     """Whether torch's FSDP2 splits the models."""
+    num_machines: int = 1
 
     @classmethod
     def read(cls, path: Path | None) -> "Launch":
@@ -57,13 +67,16 @@ class Launch:
                 f"{path} asks for fsdp_version {version}; give 2, as configs/accelerate/fsdp2.yaml "
                 "does"
             )
-        has_gpu = torch.cuda.is_available() or kind != "NO"
+        # A file for one GPU has the type of a file for one CPU, but it names the GPU.
+        names_gpus = settings.get("gpu_ids") not in (None, "")
+        has_gpu = torch.cuda.is_available() or names_gpus or kind != "NO"
         return cls(
             num_processes=settings.get("num_processes", 1),
             zero_stage=settings.get("deepspeed_config", {}).get("zero_stage", 0),
             mixed_precision=settings.get("mixed_precision", "no"),
             device="cuda" if has_gpu and not settings.get("use_cpu", False) else "cpu",
             is_fsdp=kind == "FSDP",
+            num_machines=settings.get("num_machines", 1),
         )
 
     @property
@@ -75,6 +88,11 @@ class Launch:
     def is_alone(self) -> bool:
         """Whether one process holds everything and exchanges nothing."""
         return self.num_processes == 1 and not self.name
+
+    @property
+    def num_local_processes(self) -> int:
+        """Processes on one machine."""
+        return math.ceil(self.num_processes / self.num_machines)
 
     @property
     def is_halved(self) -> bool:
@@ -145,6 +163,12 @@ class Launch:
         is_half = self.zero_stage > 0 and self.is_halved
         return self.share(self.trained(model) // (1 + is_half), self.splits_gradients)
 
+    def gradients_not_exchanged(self, model: nn.Module) -> int:
+        """Return the bytes of a model's gradients between passes that exchange none.
+
+        FSDP2 then keeps whole gradients in float32 on every process."""
+        return self.trained(model) if self.is_fsdp else self.gradients(model)
+
     def set_aside(self, model: nn.Module) -> int:
         """Return the bytes of a copy of a model's gradients, which is in float32."""
         return self.share(self.trained(model), self.splits_gradients)
@@ -186,6 +210,9 @@ class Launch:
             split: All that are split together.
         """
         if self.is_fsdp:
+            first, *others = split
+            if isinstance(first, PreTrainedModel) and not others:
+                return self._pass_of_bare_fsdp(a_pass, first)
             return self._pass_of_fsdp(a_pass, models, split)
         if self.zero_stage >= 3:
             weights = sum(_count(m.parameters()) - _count(_small(m)) for m in models)
@@ -215,6 +242,23 @@ class Launch:
         whole = sum(_count(_root(model)) for model in split) + head
         at_end = _count(trained) * (size + 4) + layer * 4
         return max(a_pass + whole * size + layer * (3 * size + 4), at_end)
+
+    def _pass_of_bare_fsdp(self, a_pass: int, model: PreTrainedModel) -> int:
+        """Return a pass under FSDP2 of a model that no module of ours wraps, as SFT trains it.
+
+        accelerate finds its embedding and its head, and FSDP2 gathers each on its own. At the
+        begin of the backward pass the head is there with its gradient, and the embedding is not.
+        At the end only the embedding is there.
+        """
+        size = self._itemsize(model)
+        layer = max(_count(layer.parameters()) for layer in layers_of(model))
+        embedding: Any = model.get_input_embeddings().weight
+        head = model.get_output_embeddings()
+        is_tied = head is not None and head.weight is embedding
+        tail = _count(p for p in _root(model) if is_tied or p is not embedding)
+        last = embedding.numel() if embedding.requires_grad else 0
+        at_end = embedding.numel() * size + last * (size + 4) + layer * 4
+        return max(a_pass + 2 * tail * size + layer * (3 * size + 4), at_end)
 
     def _bucket(self, *models: nn.Module) -> int:
         """Return the bytes of ZeRO's bucket. On a CPU, memory that is not written takes none."""

@@ -12,10 +12,10 @@ from rlhf.runs.settings import load_config
 from stages.ppo.config import Config as PPOConfig
 from stages.rm.config import Config as RMConfig
 from stages.sft.config import Config as SFTConfig
-from tools.launch import Launch
-from tools.plan import make_plan
+from tools.plan.launch import Launch
+from tools.plan.make import make_plan
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STAGES: dict[str, Any] = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
 LLAMA = {
     "model_type": "llama",

@@ -1,0 +1,19 @@
+"""Fixtures of the plan's tests."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stages.ppo.config import Config
+from tests.tools.plan.inputs import run_config, write_inputs
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("plan") / "inputs")
+
+
+@pytest.fixture
+def config(tiny: Path, tmp_path: Path) -> Config:
+    return replace(run_config(tiny, tmp_path / "run"), ema_decay=0.9)
