@@ -23,6 +23,10 @@ Both attentions add the same float32 products in another order. A sum of some hu
 differs by some 100 * 6e-8 of itself, and chain.py's Adam moves no weight by more than 1e-3 / 1e-4
 times the difference of a gradient. A wrong mask moves all figures by 1e-2 and more.
 """
+COUNTED = ("ppo/clip_fraction", "ppo/value_clip_fraction")
+"""Shares of tokens beyond a threshold. One token of a rollout may lie on either side of it."""
+NUM_TOKENS = 8 * 24
+"""Tokens in a rollout. No response ends before its 24 tokens."""
 ROW = 400
 """Tokens in a pass, which are four blocks of 128."""
 
@@ -59,7 +63,11 @@ def test_reward_model_and_ppo_log_the_same(
     for stage, num_rows in (("rm", 6), ("ppo", 3)):
         expected, found = (rows_of(tmp_path / name / stage) for name in ("sdpa", "flex"))
         assert len(expected) == num_rows
-        assert found == [pytest.approx(row, rel=TOLERANCE, abs=TOLERANCE) for row in expected]
+        for row, other in zip(expected, found, strict=True):
+            assert row.keys() == other.keys()
+            for name, value in row.items():
+                allowed = 1.5 / NUM_TOKENS if name in COUNTED else TOLERANCE
+                assert other[name] == pytest.approx(value, rel=allowed, abs=allowed), name
     assert abs(expected[-1]["ppo/kl"]) > 0.01  # the policy has moved
 
 
