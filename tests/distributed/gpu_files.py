@@ -1,9 +1,10 @@
 """The launcher files for GPUs, at work on the CPU processes of another launch.
 
 What accelerate's launcher makes of a file is a set of environment variables, so these processes
-take those of one file after another, and no file costs a start of its own. Two things differ: FSDP2
-is told that the processes have GPUs, and DeepSpeed's offload keeps torch's AdamW, since its own is
-C++ that takes minutes to compile.
+take those of one file after another, and no file costs a start of its own. Only the files for two
+nodes are started by themselves (node.py). Two things differ: FSDP2 is told that the processes have
+GPUs, and DeepSpeed's offload keeps torch's AdamW, since its own is C++ that takes minutes to
+compile.
 """
 
 import os
@@ -37,7 +38,7 @@ from tests.distributed.rollouts import watched_rollouts
 
 ROOT = Path(__file__).parents[2]
 OF_LAUNCHER = ("ACCELERATE_", "FSDP_")
-WITH_ADAPTERS = ("gpu", "fsdp2", "deepspeed_zero3", "two_nodes_fsdp2", "two_nodes_zero3")
+WITH_ADAPTERS = ("fsdp2", "deepspeed_zero3", "two_nodes_fsdp2", "two_nodes_zero3")
 """Files under which adapters are trained too, and not all weights alone."""
 
 
