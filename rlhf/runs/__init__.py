@@ -7,6 +7,7 @@ lineage.py             where inputs come from: hashes, commit, versions
 code.py                which code makes a run's results
 files.py               JSON of what runs measure, and hashes of files
 folder.py              who owns an output folder, what may be replaced in it, whether it is current
+shared_files.py        whether all machines see the inputs and the output folder
 checkpoints.py         when checkpoints are written, and how a run resumes from one
 checkpoint_files.py    a training state as files: whole and unaltered, or refused
 stateful.py            what a run carries from step to step

@@ -84,6 +84,8 @@ UNIMPORTANT = (
 MAX_SHOWN = 5
 """Maximum number of differences or files in an error message."""
 
+_HOLDER_BYTES = 4096
+"""Maximum size of a lock file."""
 _NOT_LOCKED = (errno.EACCES, errno.EAGAIN)
 """Error numbers that mean another process holds the lock. Any other error means that this file
 system has no locks."""
@@ -140,6 +142,11 @@ class OutputFolder:
     def code(self) -> dict[str, str]:
         """Hashes of the code, as `compare` got them."""
         return self._code
+
+    @property
+    def holder(self) -> str:
+        """The text of the lock file, which names this process and the time."""
+        return os.pread(self._lock, _HOLDER_BYTES, 0).decode()
 
     @property
     def known_hashes(self) -> dict[str, list[Any]]:
@@ -674,7 +681,7 @@ def _hold(lock: int, place: Path, what: str) -> None:
 def _holder(lock: int) -> dict[str, Any]:
     try:
         os.lseek(lock, 0, os.SEEK_SET)
-        holder = json.loads(os.read(lock, 4096))
+        holder = json.loads(os.read(lock, _HOLDER_BYTES))
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) and {"pid", "host", "since"} <= set(holder) else {}

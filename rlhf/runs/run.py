@@ -45,9 +45,10 @@ from rlhf.runs.folder import (
     refuse_inputs_inside,
     up_to_date,
 )
-from rlhf.runs.lineage import BASE_FILE, check_input, commit, describe_input, versions
+from rlhf.runs.lineage import BASE_FILE, commit, describe_input, versions
 from rlhf.runs.page import Page
 from rlhf.runs.settings import settings_in_use
+from rlhf.runs.shared_files import check_inputs, check_output
 from rlhf.runs.trackers import TRACKERS, Tracker, Trackers, check_trackers
 from rlhf.training.processes import broadcast_from_first
 
@@ -248,14 +249,13 @@ def open_run(
 
     Raises:
         UpToDate: The folder holds the finished run of these settings, inputs and code.
-        FileNotFoundError: An input neither exists nor can be a hub id.
+        FileNotFoundError: An input neither exists nor can be a hub id, on one of the machines.
         ValueError: The package of a tracker is not installed, an input lies in the folder to write,
-            or the folder does not belong to this run (rlhf.runs.folder).
+            the folder does not belong to this run (rlhf.runs.folder), or a machine does not see it.
     """
     started = time.monotonic()
     sources = {name: str(path) for name, path in inputs.items()}
-    for name, path in sources.items():
-        check_input(stage, name, path)
+    check_inputs(stage, sources)
     check_trackers(_trackers_of(config))
     output = Path(config.output_dir)
     written = (*_WRITTEN, *files)
@@ -271,6 +271,7 @@ def open_run(
         )
         run._folder = folder
         described = _compare(folder, config, sources, folder.known_hashes)
+    check_output(output, run._folder)
     is_current = run._folder is not None and run._folder.is_current
     if broadcast_from_first(is_current and not (_is_forced(config) or always_runs)):
         raise UpToDate(up_to_date(stage, output) if _is_first_process() else "")

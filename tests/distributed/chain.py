@@ -101,7 +101,7 @@ def ppo_settings(folder: Path, sft: Path, rm: Path, out: Path, **changes: Any) -
         "monitor": ppo_config.MonitorSettings(min_eos_rate=0.0, stop_on=[]),
         "optim": OPTIM,
         "value_learning_rate": 2e-3,
-        "num_updates": 2,
+        "num_updates": 3,
         "ema_decay": 0.5,
         "micro_batch_tokens": 40,
     }

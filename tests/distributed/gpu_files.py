@@ -1,9 +1,10 @@
 """The launcher files for GPUs, at work on the CPU processes of another launch.
 
 What accelerate's launcher makes of a file is a set of environment variables, so these processes
-take those of one file after another, and no file costs a start of its own. Two things differ: FSDP2
-is told that the processes have GPUs, and DeepSpeed's offload keeps torch's AdamW, since its own is
-C++ that takes minutes to compile.
+take those of one file after another, and no file costs a start of its own. Only the files for two
+nodes are started by themselves (node.py). Two things differ: FSDP2 is told that the processes have
+GPUs, and DeepSpeed's offload keeps torch's AdamW, since its own is C++ that takes minutes to
+compile.
 """
 
 import os
@@ -21,6 +22,7 @@ from accelerate.utils import (
     DistributedType,
     prepare_deepspeed_cmd_env,
     prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
 )
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -36,7 +38,7 @@ from tests.distributed.rollouts import watched_rollouts
 
 ROOT = Path(__file__).parents[2]
 OF_LAUNCHER = ("ACCELERATE_", "FSDP_")
-WITH_ADAPTERS = ("fsdp2", "deepspeed_zero3")
+WITH_ADAPTERS = ("fsdp2", "deepspeed_zero3", "two_nodes_fsdp2", "two_nodes_zero3")
 """Files under which adapters are trained too, and not all weights alone."""
 
 
@@ -48,8 +50,10 @@ def environment_of(name: str) -> dict[str, str]:
     if arguments.use_deepspeed:
         arguments.deepspeed_fields_from_accelerate_config = ""
         _, told = prepare_deepspeed_cmd_env(arguments)
-    else:
+    elif arguments.use_fsdp or arguments.multi_gpu:
         told = prepare_multi_gpu_env(arguments)
+    else:
+        _, told = prepare_simple_launcher_cmd_env(arguments)
     return {key: value for key, value in told.items() if key.startswith(OF_LAUNCHER)}
 
 
@@ -61,6 +65,14 @@ def launched_as(name: str) -> Iterator[None]:
             patch.delenv(key)
         for key, value in environment_of(name).items():
             patch.setenv(key, value)
+        with told_of_gpus():
+            yield
+
+
+@contextmanager
+def told_of_gpus() -> Iterator[None]:
+    """Inside, `start_accelerator` takes a launch by a file for GPUs on processes without one."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "_deepspeed_plugin", _plugin_without_cpp())
         if processes.is_asked_for("ACCELERATE_USE_FSDP"):
             kind = "gloo", DistributedType.MULTI_GPU
@@ -104,25 +116,32 @@ def _plugin_without_cpp() -> Any:
 
 
 def run_under(name: str, inputs: Path, results: Path) -> tuple[Gradients, dict[str, Any]]:
+    """As `run_watched`, with what a launch by this file would leave."""
+    with launched_as(name):
+        return run_watched(inputs, results, with_adapters=name in WITH_ADAPTERS)
+
+
+def run_watched(
+    inputs: Path, results: Path, *, with_adapters: bool
+) -> tuple[Gradients, dict[str, Any]]:
     """Gradients of PPO with its text, of the reward model and of SFT, by loss and name; and what
     was seen while SFT, reward model and PPO ran one after another."""
     seen: dict[str, Any] = {}
-    with launched_as(name):
-        steps = {
-            "ppo": ppo_step(PtxSettings(coef=0.7, text="unused")),
-            "rm": ranking_step(results / "steps"),
-            "sft": fine_tuning_step(results / "steps"),
-        }
-        accelerator = start_accelerator()
-        seen["at work"] = [accelerator.distributed_type.value, accelerator.mixed_precision]
-        with (
-            scores_watched() as seen["scored in"],
-            models_watched() as seen["prepared"],
-            watched_rollouts() as seen["rollouts"],
-        ):
-            run_chain(inputs, results)
-        if name in WITH_ADAPTERS:
-            run_chain(inputs, results / "adapters", lora=LORA)
+    steps = {
+        "ppo": ppo_step(PtxSettings(coef=0.7, text="unused")),
+        "rm": ranking_step(results / "steps"),
+        "sft": fine_tuning_step(results / "steps"),
+    }
+    accelerator = start_accelerator()
+    seen["at work"] = [accelerator.distributed_type.value, accelerator.mixed_precision]
+    with (
+        scores_watched() as seen["scored in"],
+        models_watched() as seen["prepared"],
+        watched_rollouts() as seen["rollouts"],
+    ):
+        run_chain(inputs, results)
+    if with_adapters:
+        run_chain(inputs, results / "adapters", lora=LORA)
     return {
         f"{loss}/{key}": value.float().contiguous()
         for loss, step in steps.items()

@@ -4,17 +4,12 @@ batch, and SFT, a reward model and PPO with ptx one after another."""
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,6 +27,12 @@ from tests.distributed.chain import LORA, make_inputs, rm_settings, sft_settings
 from tests.distributed.driver import SOME_COUNTS
 from tests.distributed.gpu_files import WITH_ADAPTERS
 from tests.distributed.gradients import Step, all_steps, ppo_step
+from tests.distributed.launching import (
+    FILES_FOR_GPUS,
+    ONE_GPU,
+    TWO_NODES,
+    Launched,
+)
 from tests.distributed.other_stages import (
     NUM_PROMPTS,
     NUM_RESPONSES,
@@ -40,23 +41,22 @@ from tests.distributed.other_stages import (
 )
 from tests.distributed.rollouts import greedy_rollouts
 from tests.distributed.row_counts import COUNTS, make_rows, rm_of, sft_of
-from tests.distributed.table import FILES_FOR_GPUS, table
 from tests.rlhf.plain_loading import load_with_report
 
-ROOT = Path(__file__).parents[2]
-LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 LONG = "cpu2_zero2"
 """Splits less than ZeRO-3 does, and takes as long."""
 ON_CPU = [
     pytest.param(name, marks=[pytest.mark.long] if name == LONG else []) for name in FILES_FOR_GPUS
 ]
 FOR_GPUS = [
-    pytest.param(cpu, name, marks=[pytest.mark.long] if cpu == LONG else [])
-    for cpu, names in FILES_FOR_GPUS.items()
-    for name in names
+    *(
+        pytest.param(cpu, name, marks=[pytest.mark.long] if cpu == LONG else [])
+        for cpu, names in FILES_FOR_GPUS.items()
+        for name in names
+    ),
+    pytest.param(ONE_GPU, ONE_GPU),
+    *(pytest.param(name, name, marks=pytest.mark.long) for name in TWO_NODES),
 ]
-TIME_LIMIT = 400
-"""Seconds for all that one launch does, on a busy machine; a hang is found by it."""
 
 
 @pytest.fixture(scope="module")
@@ -65,33 +65,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_inputs(folder)
     make_rows(folder)
     return folder
-
-
-class Launched(dict[str, Path]):
-    """Maps a launcher file to the folder with what its processes made. Each is started once, when
-    a test first asks for it."""
-
-    def __init__(self, inputs: Path, factory: pytest.TempPathFactory) -> None:
-        super().__init__()
-        self._inputs = inputs
-        self._factory = factory
-
-    def __missing__(self, name: str) -> Path:
-        folder = self._factory.mktemp(name)
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-        driver = str(ROOT / "tests/distributed/driver.py")
-        program = [driver, str(self._inputs), str(folder), *FILES_FOR_GPUS[name]]
-        done = subprocess.run(
-            [*launch, str(ROOT / f"configs/accelerate/{name}.yaml"), *program],
-            capture_output=True,
-            text=True,
-            timeout=TIME_LIMIT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        assert done.returncode == 0, done.stderr
-        (folder / "printed.txt").write_text(done.stdout, encoding="utf-8")
-        self[name] = folder
-        return folder
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +142,8 @@ def test_files_for_gpus_give_the_same_gradients(
     """As far as bfloat16 goes: PPO's is the sum of the episodes' and the text's, each once."""
     found = load_file(launched[launched_by] / f"{name}.safetensors")
     kind, precision = read(launched[launched_by] / "seen.json")["files"][name]["at work"]
-    kinds = {"fsdp2": "FSDP", "multi_gpu": "MULTI_CPU"}
-    assert (kind, precision) == (kinds.get(name, "DEEPSPEED"), "bf16")
+    kinds = {"gpu": "NO", "multi_gpu": "MULTI_CPU", "fsdp2": "FSDP"}
+    assert (kind, precision) == (kinds.get(on_one_node(name), "DEEPSPEED"), "bf16")
     expected = of_one_process.gradients
     for loss in ("ppo", "rm", "sft"):
         own = {k: value for k, value in expected.items() if k.startswith(f"{loss}/")}
@@ -189,7 +162,8 @@ def test_files_for_gpus_give_the_same_gradients(
 @pytest.mark.parametrize(("launched_by", "name"), FOR_GPUS)
 def test_stages_under_files_for_gpus(launched_by: str, name: str, launched: Launched) -> None:
     """SFT, reward model and PPO-ptx run one after another, as near to float32 as bfloat16 is."""
-    own, in_float32 = launched[launched_by] / name, launched[launched_by]
+    own = launched[launched_by] / name
+    in_float32 = launched[launched_by if launched_by in FILES_FOR_GPUS else "cpu2"]
     for stage, key, tolerance in (
         ("sft", "held_out_loss", 0.02),
         ("rm", "log_loss", 0.05),
@@ -217,7 +191,8 @@ def test_precision_under_files_for_gpus(launched_by: str, name: str, launched: L
     The reference has the policy's weights in the type in which the policy computes. So both agree
     until the policy moves."""
     seen = read(launched[launched_by] / "seen.json")["files"][name]
-    reference = "torch.float32" if name == "multi_gpu" else "torch.bfloat16"
+    is_whole = on_one_node(name) in ("gpu", "multi_gpu")
+    reference = "torch.float32" if is_whole else "torch.bfloat16"
     assert {one["type"] for one in seen["rollouts"]} == {reference}
     before, *_, after = (one["difference"] for one in seen["rollouts"])
     assert before < 1e-5 < after
@@ -225,7 +200,7 @@ def test_precision_under_files_for_gpus(launched_by: str, name: str, launched: L
     rm, ppo = seen["prepared"]
     assert rm["types"] == ppo["types"] == ["torch.float32"]
     # FSDP2 gathers one layer at a time: two of the policy, two of the value model, and the rest.
-    assert [rm["units"], ppo["units"]] == ([3, 5] if name == "fsdp2" else [0, 0])
+    assert [rm["units"], ppo["units"]] == ([3, 5] if on_one_node(name) == "fsdp2" else [0, 0])
 
 
 @pytest.mark.slow
@@ -291,9 +266,41 @@ def test_weights_are_gathered_once_a_rollout(name: str, launched: Launched) -> N
     assert max(one["tokens"] for one in seen["rollouts"]) > 1
 
 
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("name", TWO_NODES)
+def test_two_nodes_do_what_one_does(name: str, launched: Launched) -> None:
+    """SFT, reward model and PPO-ptx, by two launches that found each other."""
+    by, same = TWO_NODES[name]
+    own, of_one_node = launched[name] / name, launched[by] / same
+    for stage in ("sft", "rm", "ppo"):
+        assert largest_difference(weights(own / stage), weights(of_one_node / stage)) < 1e-4, stage
+    if name in WITH_ADAPTERS:
+        for stage in ("sft", "rm", "ppo"):
+            some, others = (adapter(at / "adapters" / stage) for at in (own, of_one_node))
+            assert largest_difference(some, others) < 1e-4, stage
+    told = read(launched[name] / "seen.json")["files"][name]["told"]
+    assert [(one["RANK"], one["LOCAL_RANK"]) for one in told] == [("0", "0"), ("1", "0")]
+    assert [(one["WORLD_SIZE"], one["LOCAL_WORLD_SIZE"]) for one in told] == [("2", "1")] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("name", TWO_NODES)
+def test_a_node_on_a_disk_of_its_own_is_refused(name: str, launched: Launched) -> None:
+    """The first process says the same as the one that misses something."""
+    refused = read(launched[name] / "seen.json")["files"][name]["refused"]
+    for of_first, of_second in refused.values():
+        assert of_first == of_second
+        assert of_first.startswith("process 1 of 2, on ")
+    assert "sft is not the output_dir that the first process writes" in refused["output"][0]
+    told = "sft reads demonstrations from demonstrations.jsonl, which does not exist"
+    assert told in refused["input"][0]
+
+
 def whole_in_passes(name: str) -> dict[str, list[bool]]:
     """Map each pass of a rollout to whether a process then holds policy and value model whole."""
-    is_split = "zero3" in name or name == "fsdp2"
+    is_split = "zero3" in name or "fsdp2" in name
     expected = {
         "sample": [True, False],
         "check": [True, False],
@@ -365,23 +372,6 @@ def test_pretrain_collect_and_evaluate(
     assert printed.count("evaluate: the first of 2 processes does all the work") == 1
 
 
-@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
-def test_launcher_files_hold_what_accelerate_reads(path: Path) -> None:
-    known = vars(launch_command_parser().parse_args(["--config_file", str(path), "program.py"]))
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for section in ("deepspeed_config", "fsdp_config"):
-        assert settings.get(section, {}).keys() <= known.keys()
-    needs = {"DEEPSPEED": "deepspeed_config", "FSDP": "fsdp_config"}.get(
-        settings["distributed_type"]
-    )
-    assert needs is None or settings[needs]
-
-
-def test_the_page_says_what_was_tested() -> None:
-    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    assert table() in page, "python -m tests.distributed.table prints the table"
-
-
 def test_a_plugin_that_is_not_at_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_plugin(DistributedType.MULTI_CPU)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -406,6 +396,11 @@ def test_a_lost_process_is_told_with_rank_phase_and_step() -> None:
         raise RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1000ms")
     with pytest.raises(RuntimeError, match="no collective"), naming(accelerator, lambda: place):
         raise RuntimeError("no collective's error")
+
+
+def on_one_node(name: str) -> str:
+    """Return the file for one node that has the settings of this one."""
+    return TWO_NODES[name][1] if name in TWO_NODES else name
 
 
 def read(path: Path) -> Any:
