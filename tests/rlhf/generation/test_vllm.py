@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-import rlhf.generation
+import rlhf.generation.vllm
 from rlhf.generation.engines import check_can_sample_alone, generate, make_engine
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
@@ -137,6 +138,34 @@ def test_lora_layers_give_the_weights_of_the_model_that_they_make() -> None:
             assert torch.equal(weight, base)
         policy.enable_adapters()
         assert (policy(input_ids=ids).logits - untouched(input_ids=ids).logits).abs().max() > 0.1
+
+
+def test_one_weight_is_gathered_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LoRA layer's comes with its factors, and an embedding that is also the head comes once."""
+    policy = tiny_policy_of("llama", tie_word_embeddings=True, num_hidden_layers=1)
+    policy.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    groups: list[list[str]] = []
+    held: list[str] = []
+
+    @contextmanager
+    def noted(model: Any, names: list[str], dtype: torch.dtype) -> Iterator[None]:
+        assert model is policy and dtype == torch.bfloat16 and not held
+        groups.append(names)
+        held.extend(names)
+        yield
+        held.clear()
+
+    monkeypatch.setattr(rlhf.generation.vllm, "gathered", noted)
+    with cuda_autocast(torch.bfloat16):
+        make_engine(SETTINGS).refresh(policy)
+    assert not held
+    names = [name for name, _ in FakeLLM.started[0].model.named_parameters()]
+    assert "lm_head.weight" not in names
+    layer = "model.layers.0.self_attn.q_proj"
+    parts = [
+        f"{layer}.{part}.weight" for part in ("base_layer", "lora_A.default", "lora_B.default")
+    ]
+    assert groups == [parts if name == f"{layer}.weight" else [name] for name in names]
 
 
 def test_logits_that_are_no_numbers_are_refused() -> None:
