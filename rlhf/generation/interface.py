@@ -46,7 +46,7 @@ class Engine(Protocol):
     copies_weights: bool
     """Whether it samples from a copy of the weights. `refresh` then gathers one weight at a time
     where they are split between processes, and all processes must call it. If not, it samples with
-    the policy itself, which must be whole until then."""
+    the policy itself, which must be whole from `refresh` until it has sampled."""
 
     def refresh(self, policy: PreTrainedModel) -> None:
         """Sample from these weights from now on. Call it after every change of the weights."""

@@ -185,7 +185,7 @@ def full_weights(
 
     If the policy is split between processes, all of them must take all weights. Each weight is
     gathered when it is asked for, a LoRA layer's together with A and B, and is split again when the
-    next one is.
+    next one is. A caller that keeps it keeps its memory.
 
     Args:
         dtype: See `rlhf.training.streaming.gathered`.
@@ -199,8 +199,8 @@ def full_weights(
         layer = layers.get(name)
         factors = [] if layer is None else _factor_names(layer, name.removesuffix("weight"))
         with gathered(policy, [own_name, *factors], dtype):
-            weight = policy.get_parameter(own_name).detach()
-            yield name, weight if layer is None else _adapted(weight, layer)
+            # No variable holds the weight, because it would live until the next one is gathered.
+            yield name, _adapted(policy.get_parameter(own_name).detach(), layer)
 
 
 def _factor_names(layer: Any, prefix: str) -> list[str]:
@@ -210,6 +210,9 @@ def _factor_names(layer: Any, prefix: str) -> list[str]:
 
 @torch.no_grad()
 def _adapted(weight: Tensor, layer: Any) -> Tensor:
+    """Add what a LoRA layer's adapters change; None is a layer without adapters."""
+    if layer is None:
+        return weight
     return weight + sum(map(layer.get_delta_weight, layer.active_adapters))
 
 

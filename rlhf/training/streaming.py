@@ -1,4 +1,4 @@
-"""Gathers a few weights of a split model at a time, for who needs each of them only once.
+"""Gathers a few weights of a split model at a time, for callers that read each of them once.
 
 `sharding.whole_weights` gathers a whole model, which a pass needs.
 """
@@ -47,7 +47,9 @@ def gathered(
 
 def whole_shape(parameter: Tensor) -> torch.Size:
     """Return the shape of a whole parameter, even if it is split."""
-    return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves a shard without one
+    return getattr(
+        parameter, "ds_shape", parameter.shape
+    )  # ZeRO-3 leaves an empty tensor
 
 
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

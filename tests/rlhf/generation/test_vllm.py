@@ -2,6 +2,7 @@
 
 import math
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -166,6 +167,25 @@ def test_one_weight_is_gathered_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
         f"{layer}.{part}.weight" for part in ("base_layer", "lora_A.default", "lora_B.default")
     ]
     assert groups == [parts if name == f"{layer}.weight" else [name] for name in names]
+
+
+def test_no_weight_lives_on_while_the_next_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy_of("llama", num_hidden_layers=1)
+    policy.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    given: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    @contextmanager
+    def noted(*_: Any) -> Iterator[None]:
+        alive.append(sum(one() is not None for one in given))
+        yield
+
+    monkeypatch.setattr(rlhf.generation.vllm, "gathered", noted)
+    weights = full_weights(policy)
+    while (pair := next(weights, None)) is not None:
+        given.append(weakref.ref(pair[1]))
+        del pair
+    assert len(given) == len(alive) > 10 and set(alive) == {0}
 
 
 def test_logits_that_are_no_numbers_are_refused() -> None:
