@@ -47,9 +47,7 @@ def gathered(
 
 def whole_shape(parameter: Tensor) -> torch.Size:
     """Return the shape of a whole parameter, even if it is split."""
-    return getattr(
-        parameter, "ds_shape", parameter.shape
-    )  # ZeRO-3 leaves an empty tensor
+    return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor
 
 
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
