@@ -27,6 +27,8 @@ class LoopEngine:
     loop keeps only the tokens of each step and their log-probabilities, not the scores.
     """
 
+    copies_weights = False
+
     def __init__(self, settings: GenerationSettings) -> None:
         self.batch_size = settings.batch_size
         self.policy: PreTrainedModel

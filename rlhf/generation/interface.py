@@ -43,6 +43,11 @@ class Samples(NamedTuple):
 class Engine(Protocol):
     """Samples responses. Engines differ only in speed, in rounding and in the draws."""
 
+    copies_weights: bool
+    """Whether it samples from a copy of the weights. `refresh` then gathers one weight at a time
+    where they are split between processes, and all processes must call it. If not, it samples with
+    the policy itself, which must be whole from `refresh` until it has sampled."""
+
     def refresh(self, policy: PreTrainedModel) -> None:
         """Sample from these weights from now on. Call it after every change of the weights."""
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from rlhf.generation.interface import Decoding, Samples
 from rlhf.generation.settings import GenerationSettings
 from rlhf.training.nonfinite import NonFiniteError
+from rlhf.training.streaming import gathered, whole_shape
 
 SINGLE_PROCESS_VARIABLES = {
     "RANK": "0",
@@ -36,8 +37,12 @@ class VllmEngine:
     some kernels' results depend on the batch. Log-probabilities differ more from the trainer's than
     those of the other engine.
 
-    All training processes must start it and sample together, because vLLM joins all of them.
+    All training processes must start it and sample together, because vLLM joins all of them. They
+    must refresh it together too, if a launcher splits the policy: `refresh` then gathers one weight
+    after another, and lets each go before the next.
     """
+
+    copies_weights = True
 
     def __init__(self, settings: GenerationSettings) -> None:
         """Raise ValueError if vLLM cannot run here."""
@@ -56,6 +61,7 @@ class VllmEngine:
         self.settings = settings
         self.llm: Any = None
         self.is_asleep = False
+        self.dtype: torch.dtype
         self.shapes: dict[str, torch.Size] = {}
 
     def refresh(self, policy: PreTrainedModel) -> None:
@@ -64,7 +70,10 @@ class VllmEngine:
         Raises:
             ValueError: The policy has another shape than the first one.
         """
-        shapes = {name: parameter.shape for name, parameter in _plain_parameters(policy)}
+        shapes = {
+            name: whole_shape(policy.get_parameter(own_name))
+            for name, own_name in _plain_names(policy).items()
+        }
         if self.llm is None:
             self.llm, self.shapes = self._start(policy), shapes
         elif shapes != self.shapes:
@@ -74,7 +83,7 @@ class VllmEngine:
             )
         if self.is_asleep:
             self.llm.wake_up(tags=["weights"])
-        weights = full_weights(policy)
+        weights = full_weights(policy, self.dtype)
         with torch.autocast("cuda", enabled=False):
             self.llm.apply_model(lambda model: model.load_weights(weights))
         if self.is_asleep:
@@ -132,7 +141,7 @@ class VllmEngine:
         config = copy.deepcopy(policy.config)
         config.architectures = [type(policy).__name__]
         is_mixed = torch.is_autocast_enabled("cuda")
-        dtype = torch.get_autocast_dtype("cuda") if is_mixed else policy.dtype
+        self.dtype = torch.get_autocast_dtype("cuda") if is_mixed else policy.dtype
         with tempfile.TemporaryDirectory() as folder, torch.autocast("cuda", enabled=False):
             config.save_pretrained(folder)
             return self.vllm.LLM(
@@ -140,7 +149,7 @@ class VllmEngine:
                 load_format="dummy",
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # ignores filters in a model's folder, such as top-k
-                dtype=dtype,
+                dtype=self.dtype,
                 distributed_executor_backend="external_launcher",
                 gpu_memory_utilization=self.settings.vllm_memory_share,
                 max_num_seqs=self.settings.batch_size,
@@ -167,25 +176,50 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(before)
 
 
-def full_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield every weight by its name in a full model.
+def full_weights(
+    policy: PreTrainedModel, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every weight by its name in a full model; shared weights come once.
 
-    A LoRA layer's weight is W + alpha / rank * B A of the adapters that are on."""
-    layers = {
+    A LoRA layer's weight is W + alpha / rank * B A of the adapters that are on.
+
+    If the policy is split between processes, all of them must take all weights. Each weight is
+    gathered when it is asked for, a LoRA layer's together with A and B, and is split again when the
+    next one is. A caller that keeps it keeps its memory.
+
+    Args:
+        dtype: See `rlhf.training.streaming.gathered`.
+    """
+    layers: dict[str, Any] = {
         f"{name}.weight": layer
         for name, layer in policy.named_modules()
-        if isinstance(layer, LoraLayer)
+        if isinstance(layer, LoraLayer) and not layer.disable_adapters
     }
-    for name, parameter in _plain_parameters(policy):
-        weight = parameter.detach()
-        layer: Any = layers.get(name)
-        if layer is not None and not layer.disable_adapters:
-            weight = weight + sum(map(layer.get_delta_weight, layer.active_adapters))
-        yield name, weight
+    for name, own_name in _plain_names(policy).items():
+        layer = layers.get(name)
+        factors = [] if layer is None else _factor_names(layer, name.removesuffix("weight"))
+        with gathered(policy, [own_name, *factors], dtype):
+            # No variable holds the weight, because it would live until the next one is gathered.
+            yield name, _adapted(policy.get_parameter(own_name).detach(), layer)
 
 
-def _plain_parameters(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights without the adapters', by their names in a model without adapters."""
-    for name, parameter in policy.named_parameters():
-        if ".lora_" not in name:
-            yield name.replace(".base_layer.", "."), parameter
+def _factor_names(layer: Any, prefix: str) -> list[str]:
+    """Return the names of the parameters of a LoRA layer's adapters."""
+    return [f"{prefix}{name}" for name, _ in layer.named_parameters() if name.startswith("lora_")]
+
+
+@torch.no_grad()
+def _adapted(weight: Tensor, layer: Any) -> Tensor:
+    """Add what a LoRA layer's adapters change; None is a layer without adapters."""
+    if layer is None:
+        return weight
+    return weight + sum(map(layer.get_delta_weight, layer.active_adapters))
+
+
+def _plain_names(policy: PreTrainedModel) -> dict[str, str]:
+    """Map the name of each weight in a model without adapters to its name in the policy."""
+    return {
+        name.replace(".base_layer.", "."): name
+        for name, _ in policy.named_parameters()
+        if ".lora_" not in name
+    }

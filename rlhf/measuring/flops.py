@@ -22,11 +22,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rlhf.inputs.packing import PromptTree
 from rlhf.models.architectures import layer_configs
+from rlhf.training.streaming import whole_shape
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def size_of(model: Any) -> ModelSize:
     outside = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     outside += [] if unembedding is None else [unembedding]
     skipped = {id(parameter) for module in outside for parameter in module.parameters()}
-    matrices = [p for p in model.parameters() if len(_shape(p)) > 1 and id(p) not in skipped]
+    matrices = [p for p in model.parameters() if len(whole_shape(p)) > 1 and id(p) not in skipped]
     heads = [] if unembedding is None else [unembedding.weight]
     return ModelSize(
         weights=sum(map(_numel, matrices)),
@@ -156,13 +156,8 @@ def _work_of_tree(tree: PromptTree) -> Work:
     return Work(prompt + sum(lengths), sum(lengths), _triangle(prompt) + pairs)
 
 
-def _shape(parameter: Tensor) -> torch.Size:
-    """Return the shape of a whole parameter, even if ZeRO-3 splits it."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 def _numel(parameter: Tensor) -> int:
-    return math.prod(_shape(parameter))
+    return math.prod(whole_shape(parameter))
 
 
 def _triangle(length: int) -> int:

@@ -5,6 +5,7 @@ processes.py        joining the processes of a launcher, and sums over all of th
 step.py             one optimizer step: its passes, its norms, its schedule
 two_gradients.py    the norms and the cosine of two gradients of one step
 sharding.py         gradients and weights under DDP, ZeRO and FSDP2
+streaming.py        a few weights of a split model at a time, for the sampler
 compat.py           what must be known of the insides of other libraries
 parameters.py       the trained parameters of a model, by name
 optim.py            optimizer, learning rate schedule, moving average of weights

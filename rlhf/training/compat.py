@@ -4,7 +4,7 @@ There is no public way to do this. Each section names the version that it was tr
 version here first. Functions import DeepSpeed only when they run under it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -145,6 +145,22 @@ def gathered_by_deepspeed(engine: Any, part: nn.Module) -> Iterator[None]:
             yield
         finally:
             offload._register_deepspeed_module(offload.module)
+
+
+@contextmanager
+def some_gathered_by_deepspeed(parameters: Iterable[Any]) -> Iterator[None]:
+    """Hold those of the parameters that ZeRO-3 splits in every process inside the block.
+
+    The hooks stay, so no module may run inside. Parameters that DeepSpeed holds whole already, such
+    as small ones, stay whole."""
+    split = [one for one in parameters if is_zero3(one) and one.ds_status.name == "NOT_AVAILABLE"]
+    if not split:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(split):
+        yield
 
 
 # DeepSpeed writes its own checkpoints as pickles. Its ZeRO optimizers also have state_dict and

@@ -11,7 +11,6 @@ from rlhf.inputs.records import Prompt
 from rlhf.inputs.streams import torch_stream
 from rlhf.maths.kl import k1
 from rlhf.runs.run import Run
-from rlhf.training.nonfinite import raised_in_all_processes
 from rlhf.training.processes import own_share, sum_over_processes
 from stages.ppo.config import Config
 from stages.ppo.learner import Learner
@@ -35,34 +34,23 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure score, KL, length and ends on held-out prompts, with the same random draws each
     time."""
-    prompts = own_share(learner.state.accelerator, held_out)
+    accelerator, policy = learner.state.accelerator, learner.models.policy
+    prompts = own_share(accelerator, held_out)
+    generator = torch_stream(config.seed, "ppo/held out", accelerator.process_index)
     sums = torch.zeros(4)
-    with raised_in_all_processes():
-        # With fewer prompts than processes, some processes have none, but all must gather.
-        with learner.gather(learner.models.policy):
-            drawn = _draw(learner, worker, prompts, config) if prompts else None
-        if drawn is not None:
-            sums = _measure(worker, *drawn, run, number, config)
-    score, nats, tokens, ended = sum_over_processes(learner.state.accelerator, sums).tolist()
+    # With fewer prompts than processes, some processes have none, but all must gather.
+    with worker.sampled(policy, prompts, generator, learner.gather) as answers:
+        trees = [answer.tree for answer in answers]
+        logprobs = worker.logprobs(policy, trees) if prompts else torch.zeros(0)
+    if prompts:
+        sums = _measure(worker, answers, logprobs, run, number, config)
+    score, nats, tokens, ended = sum_over_processes(accelerator, sums).tolist()
     return {
         "ppo/held_out_score": score / len(held_out),
         "ppo/held_out_kl": nats / len(held_out),
         "ppo/held_out_tokens": tokens / len(held_out),
         "ppo/held_out_eos_rate": ended / len(held_out),
     }
-
-
-def _draw(
-    learner: Learner, worker: RolloutWorker, prompts: Sequence[FittedPrompt[Prompt]], config: Config
-) -> tuple[list[Answer], torch.Tensor]:
-    """Answer this process's held-out prompts.
-
-    Returns the answers and the policy's log-probabilities of their tokens (batch, time)."""
-    process = learner.state.accelerator.process_index
-    generator = torch_stream(config.seed, "ppo/held out", process)
-    policy = learner.models.policy
-    answers = worker.sample(policy, prompts, generator)
-    return answers, worker.logprobs(policy, [answer.tree for answer in answers])
 
 
 def _measure(

@@ -1,7 +1,7 @@
 """Make one rollout: sample responses from the policy, then compute rewards and advantages."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -134,6 +134,35 @@ class RolloutWorker:
             self.engine.release()
             return answers
 
+    @contextmanager
+    def sampled(
+        self,
+        policy: PreTrainedModel,
+        prompts: Sequence[FittedPrompt[Prompt]],
+        generator: torch.Generator,
+        gather: Gather,
+        *,
+        is_read: bool = True,
+    ) -> Iterator[list[Answer]]:
+        """Sample one answer to each prompt, and hold the policy whole for passes inside the block.
+
+        All processes must call this, even without prompts. An engine that copies the weights takes
+        them one at a time, so the policy is whole only after it has sampled.
+
+        Args:
+            is_read: False says that no pass follows, so that the policy need not be whole.
+        """
+        if self.engine.copies_weights:
+            with raised_in_all_processes():
+                answers = self.sample(policy, prompts, generator)
+            with gather(policy) if is_read else nullcontext():
+                yield answers
+        else:
+            with gather(policy):
+                with raised_in_all_processes():
+                    answers = self.sample(policy, prompts, generator)
+                yield answers
+
     def raw_scores(self, answers: Sequence[Answer]) -> Scored:
         """Return the scores (batch,) as the reward gives them."""
         with (
@@ -200,7 +229,8 @@ def roll_out(
     (docs/recipe.md, mistake 13). The sampler's own log-probabilities are only compared with them.
 
     A process holds the whole weights of one model at a time: the policy's until its
-    log-probabilities are known, then those of the frozen models, then the value model's.
+    log-probabilities are known, then those of the frozen models, then the value model's. An engine
+    that copies the policy's weights samples before the policy is whole.
 
     Args:
         kl_coef: penalty for each nat. None means ppo.kl_coef.
@@ -212,9 +242,7 @@ def roll_out(
     settings = worker.config.ppo
     kl_coef = settings.kl_coef if kl_coef is None else kl_coef
     check = None
-    with gather(policy):
-        with raised_in_all_processes():
-            answers = worker.sample(policy, prompts, generator)
+    with worker.sampled(policy, prompts, generator, gather, is_read=is_checked) as answers:
         trees = [answer.tree for answer in answers]
         logprobs = pad_sequence([torch.tensor(one.logprobs) for one in answers], batch_first=True)
         if is_checked:

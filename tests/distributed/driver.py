@@ -27,6 +27,7 @@ from tests.distributed.other_stages import run_others
 from tests.distributed.rollouts import greedy_rollouts, watched_rollouts
 from tests.distributed.row_counts import COUNTS, run_all
 from tests.distributed.stops import stopped_by_nan, stopped_by_nan_in_sampling
+from tests.distributed.streamed import streamed_rollouts
 
 SOME_COUNTS = (1, 3)
 """Of rows, under ZeRO-3, where all of them would take half a minute."""
@@ -51,6 +52,7 @@ def main() -> None:
     elif sharding.shards_weights(accelerator):
         run_others(inputs, results)
         run_all(inputs, results, SOME_COUNTS)
+        seen["streamed"] = streamed_rollouts()
     seen["processes"] = accelerator.num_processes
     of_files = {name: run_under(name, inputs, results / name) for name in sys.argv[3:]}
     seen["files"] = {name: found for name, (_, found) in of_files.items()}

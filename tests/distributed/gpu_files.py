@@ -35,6 +35,7 @@ from stages.ppo.config import PtxSettings
 from tests.distributed.chain import LORA, run_chain
 from tests.distributed.gradients import Gradients, fine_tuning_step, ppo_step, ranking_step
 from tests.distributed.rollouts import watched_rollouts
+from tests.distributed.streamed import streamed_rollouts
 
 ROOT = Path(__file__).parents[2]
 OF_LAUNCHER = ("ACCELERATE_", "FSDP_")
@@ -142,6 +143,8 @@ def run_watched(
         run_chain(inputs, results)
     if with_adapters:
         run_chain(inputs, results / "adapters", lora=LORA)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        seen["streamed"] = streamed_rollouts()
     return {
         f"{loss}/{key}": value.float().contiguous()
         for loss, step in steps.items()

@@ -41,7 +41,9 @@ from tests.distributed.other_stages import (
 )
 from tests.distributed.rollouts import greedy_rollouts
 from tests.distributed.row_counts import COUNTS, make_rows, rm_of, sft_of
+from tests.distributed.streamed import KINDS
 from tests.rlhf.plain_loading import load_with_report
+from tests.rlhf.tiny_models import tiny_policy_of
 
 LONG = "cpu2_zero2"
 """Splits less than ZeRO-3 does, and takes as long."""
@@ -325,6 +327,32 @@ def test_a_rollout_under_files_for_gpus_holds_one_split_model_at_a_time(
 ) -> None:
     seen = read(launched[launched_by] / "seen.json")["files"][name]
     assert [one["whole"] for one in seen["rollouts"]] == [whole_in_passes(name)] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("launched_by", "name"), [("cpu2", "fsdp2"), ("cpu2_zero3", None)])
+def test_an_engine_with_a_copy_is_given_one_split_weight_at_a_time(
+    launched_by: str, name: str | None, kind: str, launched: Launched
+) -> None:
+    """Bit for bit the weights of the whole policy, in the type of its passes."""
+    seen = read(launched[launched_by] / "seen.json")
+    first, last = (seen if name is None else seen["files"][name])["streamed"][kind]
+    assert first == last
+    assert first["different"] == []
+    assert first["types"] == ["torch.float32" if name is None else "torch.bfloat16"]
+    checked = {**whole_in_passes("zero3"), "sample": [False, False]}
+    assert first["whole"] == [checked, {k: v for k, v in checked.items() if k != "check"}]
+    names = dict(tiny_policy_of("llama").named_parameters())
+    assert list(first["gathered"]) == [
+        one for one in names if kind == "weights" or one != "lm_head.weight"
+    ]
+    adapted = ("q_proj.weight", "down_proj.weight") if kind == "adapters" else ()
+    for weight, gathered in first["gathered"].items():
+        layer = weight.removesuffix(".weight")
+        parts = ["base_layer", "lora_A.default", "lora_B.default"]
+        expected = [f"{layer}.{part}.weight" for part in parts]
+        assert gathered == (expected if weight.endswith(adapted) else [weight])
 
 
 @pytest.mark.slow

@@ -108,7 +108,9 @@ def make_learner(config: Config, budget: int = 1000, architecture: str = "llama"
     return Learner(state, Packer(budget))
 
 
-def make_rollout(learner: Learner, config: Config, log: Callable[[str], object] = print) -> Rollout:
+def make_rollout(
+    learner: Learner, config: Config, log: Callable[[str], object] = print, **options: Any
+) -> Rollout:
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     chat = Chat(tokenizer)
     models = learner.models
@@ -119,8 +121,9 @@ def make_rollout(learner: Learner, config: Config, log: Callable[[str], object] 
         FittedPrompt(Prompt("unused"), ids) for ids in islice(prompts, config.rollout.batch_size)
     ]
     generator = torch.Generator().manual_seed(2)  # with this seed some of the responses end
+    accelerator = learner.state.accelerator
     return roll_out(
-        models.policy, models.value_model, worker, episodes, generator, learner.state.accelerator
+        models.policy, models.value_model, worker, episodes, generator, accelerator, **options
     )
 
 
@@ -154,25 +157,45 @@ def test_every_declared_end_finishes_a_response_and_the_reward_reads_the_templat
     assert {ids[-1] for ids, ended in zip(seen, finished, strict=True) if ended} == {END}
 
 
-def test_the_engine_gets_the_weights_once_a_rollout_and_before_it(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("copies", "is_checked", "expected"),
+    [
+        (False, True, "whole refresh generate release check split"),
+        (False, False, "whole refresh generate release split"),
+        (True, True, "refresh generate release whole check split"),
+        (True, False, "refresh generate release"),
+    ],
+)
+def test_the_policy_is_whole_for_an_engine_and_a_pass_that_read_it(
+    copies: bool, is_checked: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An engine gets the weights once a rollout, and is released before the next pass."""
     calls: list[str] = []
 
-    def noted(name: str) -> Callable[..., Any]:
-        method = getattr(LoopEngine, name)
+    def noted(owner: Any, name: str) -> None:
+        method = getattr(owner, name)
 
         def call(*args: Any, **options: Any) -> Any:
             calls.append(name)
             return method(*args, **options)
 
-        return call
+        monkeypatch.setattr(owner, name, call)
+
+    @contextmanager
+    def gather(part: nn.Module) -> Iterator[None]:
+        is_policy = part is learner.models.policy
+        calls.extend(["whole"] * is_policy)
+        yield
+        calls.extend(["split"] * is_policy)
 
     for name in ("refresh", "generate", "release"):
-        monkeypatch.setattr(LoopEngine, name, noted(name))
+        noted(LoopEngine, name)
+    noted(RolloutWorker, "check")
+    monkeypatch.setattr(LoopEngine, "copies_weights", copies)
     config = make_config()
-    make_rollout(make_learner(config), config)
-    assert calls == ["refresh", "generate", "release"]
+    learner = make_learner(config)
+    make_rollout(learner, config, gather=gather, is_checked=is_checked)
+    assert " ".join(calls) == expected
 
 
 def test_a_long_rollout_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

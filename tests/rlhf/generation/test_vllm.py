@@ -1,28 +1,31 @@
 """Tests the engine vllm on a stand-in for the module, which needs no GPU."""
 
-import functools
 import math
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM
 
-import rlhf.generation
+import rlhf.generation.vllm
 from rlhf.generation.engines import check_can_sample_alone, generate, make_engine
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
 from rlhf.generation.vllm import full_weights
 from rlhf.training.nonfinite import NonFiniteError
-from tests.rlhf.generation.vllm_interface import Interface
+from tests.rlhf.generation.fake_vllm import (
+    INTERFACE,
+    FakeLLM,
+    cuda_autocast,
+    of_class,
+    vllm_installed,
+)
 from tests.rlhf.tiny_models import tiny_policy_of
 
 SETTINGS = GenerationSettings(engine="vllm", batch_size=5, vllm_memory_share=0.4)
@@ -30,130 +33,10 @@ PROMPTS = [[5, 6, 7], [30, 8, 9, 12, 11], [5, 6, 7]]
 DECODING = Decoding(end_id=7, max_new_tokens=16, temperature=1.0)
 
 
-INTERFACE = Interface.load()
-
-
-def takes_what_vllm_takes(method: Any) -> Any:
-    """Refuse arguments that the method of this name in vLLM would not take."""
-
-    @functools.wraps(method)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        INTERFACE.bind(method.__name__, *args, **kwargs)
-        return method(self, *args, **kwargs)
-
-    return checked
-
-
-def of_class(name: str, **values: Any) -> SimpleNamespace:
-    """Hold these values, which must be fields of the class in vLLM."""
-    INTERFACE.check_fields(name, values)
-    return SimpleNamespace(**values)
-
-
-class FakeLLM:
-    """Does what the engine uses of vllm.LLM, with a model of transformers made from the folder.
-
-    It draws from the global generator, as vLLM does for requests without a seed. Asleep it has no
-    weights, and it refuses to sample.
-    """
-
-    started: ClassVar[list[Any]]
-
-    @takes_what_vllm_takes
-    def __init__(self, *, model: str, **arguments: Any) -> None:
-        assert not torch.is_autocast_enabled("cuda")
-        self.arguments = arguments
-        self.asleep: set[str] = set()
-        self.calls: list[str] = []
-        config = AutoConfig.from_pretrained(model)
-        assert config.architectures == ["LlamaForCausalLM"]
-        self.model = AutoModelForCausalLM.from_config(config).eval()
-        self.model.load_weights = self._load_weights
-        self.started.append(self)
-
-    def _load_weights(self, weights: Any) -> None:
-        by_name = dict(weights)
-        assert list(by_name) == [name for name, _ in self.model.named_parameters()]
-        self.model.load_state_dict(by_name, strict=False)
-
-    @takes_what_vllm_takes
-    def apply_model(self, func: Any) -> None:
-        assert "weights" not in self.asleep
-        self.calls.append("refresh")
-        func(self.model)
-
-    @takes_what_vllm_takes
-    def reset_prefix_cache(self) -> None:
-        self.calls.append("reset")
-
-    @takes_what_vllm_takes
-    def sleep(self, level: int) -> None:
-        assert level == 2 and self.arguments["enable_sleep_mode"] and not self.asleep
-        self.calls.append("sleep")
-        self.asleep = {"weights", "kv_cache"}
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.fill_(math.nan)
-
-    @takes_what_vllm_takes
-    def wake_up(self, tags: list[str]) -> None:
-        assert self.asleep.issuperset(tags)
-        self.calls.append(f"wake {' '.join(tags)}")
-        self.asleep.difference_update(tags)
-
-    @takes_what_vllm_takes
-    def generate(self, prompts: Any, sampling_params: Any, *, use_tqdm: bool) -> list[Any]:
-        assert not self.asleep and not torch.is_autocast_enabled("cuda")
-        self.calls.append("generate")
-        return [self._respond(prompt, sampling_params) for prompt in prompts]
-
-    def _respond(self, request: dict[str, list[int]], sampling: SimpleNamespace) -> Any:
-        assert sampling.ignore_eos and sampling.logprobs == 0 and not sampling.detokenize
-        samples = generate(
-            self.model,
-            [request["prompt_token_ids"]],
-            GenerationSettings(),
-            Decoding(
-                end_id=sampling.stop_token_ids[0],
-                other_ends=tuple(sampling.stop_token_ids[1:]),
-                max_new_tokens=sampling.max_tokens,
-                temperature=sampling.temperature,
-            ),
-        )
-        [response], [logprobs] = samples
-        pairs = zip(response, logprobs, strict=True)
-        steps = [{token: of_class("Logprob", logprob=nats)} for token, nats in pairs]
-        output = of_class("CompletionOutput", token_ids=tuple(response), logprobs=steps)
-        return of_class("RequestOutput", outputs=[output])
-
-
 @pytest.fixture(autouse=True)
-def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pretend that vLLM is installed and that there is a GPU."""
-    module = SimpleNamespace(LLM=FakeLLM, SamplingParams=partial(of_class, "SamplingParams"))
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "VLLM_ENABLE_V1_MULTIPROCESSING" in INTERFACE.variables
-    for name in "VLLM_ENABLE_V1_MULTIPROCESSING RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR".split():
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("MASTER_PORT", "0")
-    FakeLLM.started = []
-    rlhf.generation.engines._vllm_of_process.cache_clear()
-    yield
-    rlhf.generation.engines._vllm_of_process.cache_clear()
-
-
-@contextmanager
-def cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
-    """Make torch.autocast("cuda") work as with a GPU; without one torch refuses it."""
-    before = torch.get_autocast_dtype("cuda")
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", dtype)
-    try:
+def vllm() -> Iterator[None]:
+    with vllm_installed():
         yield
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-        torch.set_autocast_dtype("cuda", before)
 
 
 def sharper(policy: Any) -> Any:
@@ -256,6 +139,53 @@ def test_lora_layers_give_the_weights_of_the_model_that_they_make() -> None:
             assert torch.equal(weight, base)
         policy.enable_adapters()
         assert (policy(input_ids=ids).logits - untouched(input_ids=ids).logits).abs().max() > 0.1
+
+
+def test_one_weight_is_gathered_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LoRA layer's comes with its factors, and an embedding that is also the head comes once."""
+    policy = tiny_policy_of("llama", tie_word_embeddings=True, num_hidden_layers=1)
+    policy.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    groups: list[list[str]] = []
+    held: list[str] = []
+
+    @contextmanager
+    def noted(model: Any, names: list[str], dtype: torch.dtype) -> Iterator[None]:
+        assert model is policy and dtype == torch.bfloat16 and not held
+        groups.append(names)
+        held.extend(names)
+        yield
+        held.clear()
+
+    monkeypatch.setattr(rlhf.generation.vllm, "gathered", noted)
+    with cuda_autocast(torch.bfloat16):
+        make_engine(SETTINGS).refresh(policy)
+    assert not held
+    names = [name for name, _ in FakeLLM.started[0].model.named_parameters()]
+    assert "lm_head.weight" not in names
+    layer = "model.layers.0.self_attn.q_proj"
+    parts = [
+        f"{layer}.{part}.weight" for part in ("base_layer", "lora_A.default", "lora_B.default")
+    ]
+    assert groups == [parts if name == f"{layer}.weight" else [name] for name in names]
+
+
+def test_no_weight_lives_on_while_the_next_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy_of("llama", num_hidden_layers=1)
+    policy.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    given: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    @contextmanager
+    def noted(*_: Any) -> Iterator[None]:
+        alive.append(sum(one() is not None for one in given))
+        yield
+
+    monkeypatch.setattr(rlhf.generation.vllm, "gathered", noted)
+    weights = full_weights(policy)
+    while (pair := next(weights, None)) is not None:
+        given.append(weakref.ref(pair[1]))
+        del pair
+    assert len(given) == len(alive) > 10 and set(alive) == {0}
 
 
 def test_logits_that_are_no_numbers_are_refused() -> None:
