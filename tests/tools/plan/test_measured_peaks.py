@@ -77,14 +77,14 @@ def ppo_warm_up(folder: Path, config: Config) -> Config:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("size", "changes"),
     [
-        pytest.param(SMALL, {}, marks=pytest.mark.long),
-        pytest.param(LARGE, {}, marks=pytest.mark.long),
+        (SMALL, {}),
+        (LARGE, {}),
         (SMALL, {"ptx": TEXT, "ema_decay": 0.9, "micro_batch_tokens": 512}),
-        pytest.param(LARGE, {"lora": LoraSettings(rank=8)}, marks=pytest.mark.long),
+        (LARGE, {"lora": LoraSettings(rank=8)}),
     ],
     ids=["6.6M", "22M", "6.6M with text", "22M with adapters"],
 )
