@@ -1,5 +1,6 @@
-"""Measures how long each phase of a run takes."""
+"""Measures how long each phase of a run takes, and shows progress."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,16 @@ class Stopwatch:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
+
+
+def is_bar_hidden(is_first_process: bool) -> bool:
+    """Return whether to hide a progress bar: only the first process shows one, and TQDM_DISABLE=1
+    hides all.
+
+    tqdm itself reads the variable when it is imported, which is too early for stages that are
+    forked, and an argument wins over it.
+    """
+    return not is_first_process or os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
 
 
 class Heartbeat:

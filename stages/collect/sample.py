@@ -14,6 +14,7 @@ from rlhf.inputs.chat import Chat
 from rlhf.inputs.fitting import FittedPrompt, fit_prompts
 from rlhf.inputs.records import Prompt
 from rlhf.inputs.streams import python_stream, torch_stream
+from rlhf.runs.stopwatch import is_bar_hidden
 from rlhf.training.processes import own_share
 from stages.collect.config import Config
 
@@ -54,7 +55,9 @@ def sample_responses(
     rank = accelerator.process_index
     numbers = [i for i, question in enumerate(questions) for _ in range(question.num_samples)]
     mine = own_share(accelerator, numbers)
-    with tqdm(total=len(mine), desc="collect", unit="sample", disable=rank > 0) as bar:
+    with tqdm(
+        total=len(mine), desc="collect", unit="sample", disable=is_bar_hidden(rank == 0)
+    ) as bar:
         drawn = sample_answers(
             engine_of(policy, config.generation),
             [questions[i].prompt for i in mine],

@@ -5,6 +5,7 @@ import time
 from tqdm import tqdm
 
 from rlhf.runs.folder import folders_released
+from rlhf.runs.stopwatch import is_bar_hidden
 from rlhf.training.processes import own_share
 from stages.ppo.config import Config
 from stages.ppo.evaluate import evaluate, is_due
@@ -32,7 +33,7 @@ def train(config: Config) -> None:
         desc="ppo",
         initial=setup.next_update,
         total=config.num_updates,
-        disable=not accelerator.is_main_process,
+        disable=is_bar_hidden(accelerator.is_main_process),
     )
     started = time.perf_counter()
     for number in bar:

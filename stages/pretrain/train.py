@@ -20,6 +20,7 @@ from rlhf.runs.folder import MODEL_FILES, folders_released
 from rlhf.runs.run import Run, open_run
 from rlhf.runs.settings import settings_in_use
 from rlhf.runs.stateful import Generators, parts_of
+from rlhf.runs.stopwatch import is_bar_hidden
 from rlhf.training import sharding
 from rlhf.training.nonfinite import with_remedy
 from rlhf.training.processes import (
@@ -164,7 +165,7 @@ def _train(
         desc="pretrain",
         initial=first,
         total=len(batches),
-        disable=not accelerator.is_main_process,
+        disable=is_bar_hidden(accelerator.is_main_process),
     )
     for number, rows in enumerate(progress, start=first + 1):
         state.model.train()

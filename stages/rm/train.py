@@ -13,6 +13,7 @@ from rlhf.runs.checkpoints import Checkpoints
 from rlhf.runs.folder import MODEL_FILES, folders_released
 from rlhf.runs.run import open_run
 from rlhf.runs.stateful import Fields, Generators, parts_of
+from rlhf.runs.stopwatch import is_bar_hidden
 from rlhf.training.nonfinite import with_remedy
 from rlhf.training.offloading import free_unused
 from rlhf.training.out_of_memory import memory_of
@@ -59,7 +60,7 @@ def train(config: Config) -> None:
         desc="rm",
         initial=first,
         total=num_steps,
-        disable=not accelerator.is_main_process,
+        disable=is_bar_hidden(accelerator.is_main_process),
     )
     for number in bar:
         examples = [data.train_set[i] for i in next(shares)]

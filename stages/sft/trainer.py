@@ -38,6 +38,7 @@ from rlhf.models.saving import save_tokenizer, save_weights
 from rlhf.runs.checkpoints import Checkpoints
 from rlhf.runs.run import Run
 from rlhf.runs.stateful import Fields, Stateful
+from rlhf.runs.stopwatch import is_bar_hidden
 from rlhf.training import sharding
 from rlhf.training.optim import make_optimizer, make_schedule
 from rlhf.training.out_of_memory import is_device_error, memory_of
@@ -287,7 +288,7 @@ class _TrainingCallback(TrainerCallback):
             initial=state.global_step,
             desc="sft",
             unit="step",
-            disable=not state.is_world_process_zero,
+            disable=is_bar_hidden(state.is_world_process_zero),
         )
         if state.global_step == 0:
             self._measure_and_log(kwargs["model"], 0)

@@ -755,3 +755,15 @@ def test_half_types_whose_gradients_are_scaled_are_refused(
         train(ppo_config)
     with pytest.raises(ValueError, match=message):
         make_plan(ppo_config, Launch(mixed_precision="fp16"))
+
+
+def test_a_variable_hides_the_bar_so_that_two_runs_can_share_a_terminal(
+    ppo_config: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    config = replace(ppo_config, num_updates=1, force=True)
+    train(config)
+    assert "1/1 [" in capfd.readouterr().err
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    train(config)
+    assert "1/1 [" not in capfd.readouterr().err

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from rlhf.runs.stopwatch import Heartbeat, Stopwatch, matrix_rate
+from rlhf.runs.stopwatch import Heartbeat, Stopwatch, is_bar_hidden, matrix_rate
 
 
 @pytest.fixture
@@ -67,3 +67,22 @@ def test_a_heartbeat_every_half_minute_and_none_of_short_work(clock: list[float]
         clock[0] += seconds
         beat(done)
     assert told == ["sampled 3 of 64 after 31 s", "sampled 8 of 64 after 61 s"]
+
+
+@pytest.mark.parametrize(
+    ("value", "is_first", "expected"),
+    [
+        (None, True, False),
+        (None, False, True),
+        ("0", True, False),
+        ("1", True, True),
+        ("1", False, True),
+    ],
+)
+def test_only_the_first_process_shows_a_bar_and_a_variable_hides_it(
+    value: str | None, is_first: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TQDM_DISABLE", value)
+    assert is_bar_hidden(is_first) is expected
