@@ -40,7 +40,7 @@ pytest := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(cores) --dist loadfile --no-loads
 UNIT_TESTS := tests/test_*.py $(addprefix tests/,rlhf data tools benchmarks experiments examples)
 
 quick: $(SETUP) ## Unit tests.
-	$(pytest) -m "not slow" $(UNIT_TESTS)
+	$(pytest) -m "not slow and not long" $(UNIT_TESTS)
 
 test: check ## Checks, then all tests that CI runs.
 	$(pytest) -m "not long"
