@@ -53,19 +53,24 @@ def main(command: Sequence[str]) -> int:
     """
     for name in PROGRAMS:
         importlib.import_module(name)
-    logging.disable()  # DeepSpeed warns of a machine without a GPU
-    for name in OPTIONAL_MODULES:
-        if importlib.util.find_spec(name) is not None:
-            importlib.import_module(name)
-    logging.disable(logging.NOTSET)
-    gc.freeze()  # the stages' garbage collection leaves the pages of what is imported shared
-    hash_of_library()  # cached, so that no stage computes it again
+    prepare_to_fork()
     folder = tempfile.mkdtemp()  # only this user can open it
     outcome = _serve(command, str(Path(folder, "socket")))
     if isinstance(outcome, socket.socket):
         _be_stage(outcome)
     shutil.rmtree(folder)
     return outcome
+
+
+def prepare_to_fork() -> None:
+    """Do once what each forked stage would do again."""
+    logging.disable()  # DeepSpeed warns of a machine without a GPU
+    for name in OPTIONAL_MODULES:
+        if importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
+    logging.disable(logging.NOTSET)
+    hash_of_library()  # cached, so that no stage computes it again
+    gc.freeze()  # the stages' garbage collection leaves the pages of what is imported shared
 
 
 def _serve(command: Sequence[str], address: str) -> int | socket.socket:
