@@ -8,10 +8,10 @@ compile.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -33,7 +33,13 @@ from rlhf.training import processes, sharding
 from rlhf.training.processes import start_accelerator
 from stages.ppo.config import PtxSettings
 from tests.distributed.chain import LORA, run_chain
-from tests.distributed.gradients import Gradients, fine_tuning_step, ppo_step, ranking_step
+from tests.distributed.gradients import (
+    Gradients,
+    Step,
+    fine_tuning_step,
+    ppo_step,
+    ranking_step,
+)
 from tests.distributed.rollouts import watched_rollouts
 from tests.distributed.streamed import streamed_rollouts
 
@@ -41,6 +47,9 @@ ROOT = Path(__file__).parents[2]
 OF_LAUNCHER = ("ACCELERATE_", "FSDP_")
 WITH_ADAPTERS = ("fsdp2", "deepspeed_zero3", "two_nodes_fsdp2", "two_nodes_zero3")
 """Files under which adapters are trained too, and not all weights alone."""
+Part = Literal["gradients", "chain", "adapters"]
+"""Says what the processes do under a file: one step of each loss, all stages, or all of them with
+adapters."""
 
 
 def environment_of(name: str) -> dict[str, str]:
@@ -116,32 +125,43 @@ def _plugin_without_cpp() -> Any:
     return make
 
 
-def run_under(name: str, inputs: Path, results: Path) -> tuple[Gradients, dict[str, Any]]:
+def all_parts(name: str) -> set[Part]:
+    """Return what can be done under a file."""
+    parts: set[Part] = {"gradients", "chain"}
+    return {*parts, "adapters"} if name in WITH_ADAPTERS else parts
+
+
+def run_under(
+    name: str, inputs: Path, results: Path, parts: Collection[Part]
+) -> tuple[Gradients, dict[str, Any]]:
     """As `run_watched`, with what a launch by this file would leave."""
     with launched_as(name):
-        return run_watched(inputs, results, with_adapters=name in WITH_ADAPTERS)
+        return run_watched(inputs, results, parts)
 
 
 def run_watched(
-    inputs: Path, results: Path, *, with_adapters: bool
+    inputs: Path, results: Path, parts: Collection[Part]
 ) -> tuple[Gradients, dict[str, Any]]:
     """Gradients of PPO with its text, of the reward model and of SFT, by loss and name; and what
     was seen while SFT, reward model and PPO ran one after another."""
     seen: dict[str, Any] = {}
-    steps = {
-        "ppo": ppo_step(PtxSettings(coef=0.7, text="unused")),
-        "rm": ranking_step(results / "steps"),
-        "sft": fine_tuning_step(results / "steps"),
-    }
+    steps: dict[str, Step] = {}
+    if "gradients" in parts:
+        steps = {
+            "ppo": ppo_step(PtxSettings(coef=0.7, text="unused")),
+            "rm": ranking_step(results / "steps"),
+            "sft": fine_tuning_step(results / "steps"),
+        }
     accelerator = start_accelerator()
     seen["at work"] = [accelerator.distributed_type.value, accelerator.mixed_precision]
-    with (
-        scores_watched() as seen["scored in"],
-        models_watched() as seen["prepared"],
-        watched_rollouts() as seen["rollouts"],
-    ):
-        run_chain(inputs, results)
-    if with_adapters:
+    if "chain" in parts:
+        with (
+            scores_watched() as seen["scored in"],
+            models_watched() as seen["prepared"],
+            watched_rollouts() as seen["rollouts"],
+        ):
+            run_chain(inputs, results)
+    if "adapters" in parts:
         run_chain(inputs, results / "adapters", lora=LORA)
     if accelerator.distributed_type == DistributedType.FSDP:
         seen["streamed"] = streamed_rollouts()

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import save_file
 
 from rlhf.training import processes
-from tests.distributed.gpu_files import run_under
+from tests.distributed.gpu_files import Part, run_under
 
 ROOT = Path(__file__).parents[2]
 FILES_FOR_GPUS = {
@@ -39,12 +39,20 @@ TIME_LIMIT = 400
 
 class Launched(dict[str, Path]):
     """Maps a launcher file to the folder with what its processes made. Each is started once, when
-    a test first asks for it."""
+    a test first asks for it.
 
-    def __init__(self, inputs: Path, factory: pytest.TempPathFactory) -> None:
+    Args:
+        inputs: What `make_inputs` of tests/distributed/chain.py wrote.
+        asked: What the selected tests need of each file for GPUs. Nothing else is run.
+    """
+
+    def __init__(
+        self, inputs: Path, factory: pytest.TempPathFactory, asked: Mapping[str, Collection[Part]]
+    ) -> None:
         super().__init__()
         self._inputs = inputs
         self._factory = factory
+        self._asked = asked
 
     def __missing__(self, name: str) -> Path:
         folder = self._factory.mktemp(name)
@@ -55,7 +63,12 @@ class Launched(dict[str, Path]):
             run_on_two_nodes(name, program, name, str(self._inputs), str(folder))
         else:
             program = str(ROOT / "tests/distributed/driver.py")
-            arguments = [str(self._inputs), str(folder), *FILES_FOR_GPUS[name]]
+            files = {
+                file: sorted(self._asked[file])
+                for file in FILES_FOR_GPUS[name]
+                if file in self._asked
+            }
+            arguments = [str(self._inputs), str(folder), json.dumps(files)]
             (printed,) = launch(name, [[program, *arguments]])
             (folder / "printed.txt").write_text(printed, encoding="utf-8")
         self[name] = folder
@@ -64,7 +77,7 @@ class Launched(dict[str, Path]):
     def _run_here(self, name: str, folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(processes, "use_share_of_cores", lambda: None)  # the tests have set it
-            gradients, seen = run_under(name, self._inputs, folder / name)
+            gradients, seen = run_under(name, self._inputs, folder / name, self._asked[name])
         save_file(gradients, folder / f"{name}.safetensors")
         (folder / "seen.json").write_text(json.dumps({"files": {name: seen}}))
 

@@ -26,7 +26,7 @@ from rlhf.training.processes import start_accelerator
 from stages.sft.config import Config
 from stages.sft.train import train as fine_tune
 from tests.distributed.chain import sft_settings
-from tests.distributed.gpu_files import WITH_ADAPTERS, run_watched, split_weights, told_of_gpus
+from tests.distributed.gpu_files import all_parts, run_watched, split_weights, told_of_gpus
 
 TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 """What torch's launcher tells its processes."""
@@ -37,7 +37,7 @@ def main() -> None:
     gc.freeze()
     split_weights(0)
     with told_of_gpus():
-        gradients, seen = run_watched(inputs, results / name, with_adapters=name in WITH_ADAPTERS)
+        gradients, seen = run_watched(inputs, results / name, all_parts(name))
         seen["told"] = gather_object([{name: os.environ.get(name) for name in TOLD}])
         seen["refused"] = refused_on_disks_of_their_own(inputs)
     if PartialState().is_main_process:

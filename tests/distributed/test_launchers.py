@@ -4,6 +4,7 @@ batch, and SFT, a reward model and PPO with ptx one after another."""
 import importlib.util
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from stages.rm.train import train as train_reward_model
 from stages.sft.train import train as fine_tune
 from tests.distributed.chain import LORA, make_inputs, rm_settings, sft_settings
 from tests.distributed.driver import SOME_COUNTS
-from tests.distributed.gpu_files import WITH_ADAPTERS
+from tests.distributed.gpu_files import WITH_ADAPTERS, Part, all_parts
 from tests.distributed.gradients import Step, all_steps, ppo_step
 from tests.distributed.launching import (
     FILES_FOR_GPUS,
@@ -47,18 +48,29 @@ from tests.rlhf.tiny_models import tiny_policy_of
 
 LONG = "cpu2_zero2"
 """Splits less than ZeRO-3 does, and takes as long."""
+OFFLOADED = "deepspeed_zero3_offload"
+"""All stages under it are as under ZeRO-3, and are a long test. Its gradients were once wrong."""
 ON_CPU = [
     pytest.param(name, marks=[pytest.mark.long] if name == LONG else []) for name in FILES_FOR_GPUS
 ]
-FOR_GPUS = [
-    *(
-        pytest.param(cpu, name, marks=[pytest.mark.long] if cpu == LONG else [])
-        for cpu, names in FILES_FOR_GPUS.items()
-        for name in names
-    ),
-    pytest.param(ONE_GPU, ONE_GPU),
-    *(pytest.param(name, name, marks=pytest.mark.long) for name in TWO_NODES),
-]
+
+
+def files_for_gpus(*long: str) -> list[Any]:
+    """Pair each file for GPUs with the launch that tries it.
+
+    Args:
+        long: Files and launches whose tests are long, beside those of two nodes.
+    """
+    pairs = [(cpu, name) for cpu, names in FILES_FOR_GPUS.items() for name in names]
+    pairs += [(ONE_GPU, ONE_GPU), *((name, name) for name in TWO_NODES)]
+    long_ones = {*long, *TWO_NODES}
+    return [
+        pytest.param(*pair, marks=[pytest.mark.long] if long_ones.intersection(pair) else [])
+        for pair in pairs
+    ]
+
+
+FOR_GPUS = files_for_gpus(LONG, OFFLOADED)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +82,24 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def launched(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+def launched(
+    request: pytest.FixtureRequest, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Launched:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed, an extra, is not installed")
-    return Launched(inputs, tmp_path_factory)
+    return Launched(inputs, tmp_path_factory, parts_asked_for(request.session.items))
+
+
+def parts_asked_for(tests: Sequence[pytest.Item]) -> dict[str, set[Part]]:
+    """Map each file for GPUs to what the selected tests need of it (their mark `parts`)."""
+    asked: dict[str, set[Part]] = {}
+    for test in tests:
+        mark = test.get_closest_marker("parts")
+        if mark is not None and isinstance(test, pytest.Function):
+            name = str(test.callspec.params["name"])
+            for file in {name, on_one_node(name)}:
+                asked.setdefault(file, set()).update(all_parts(file).intersection(mark.args))
+    return asked
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +162,9 @@ def test_adapters_are_those_of_one_process(
     assert json.loads((ppo / "base.json").read_text())["path"] == str(inputs / "base")
 
 
+@pytest.mark.parts("gradients")
 @pytest.mark.slow
-@pytest.mark.parametrize(("launched_by", "name"), FOR_GPUS)
+@pytest.mark.parametrize(("launched_by", "name"), files_for_gpus(LONG))
 def test_files_for_gpus_give_the_same_gradients(
     launched_by: str, name: str, launched: Launched, of_one_process: Step
 ) -> None:
@@ -160,6 +187,7 @@ def test_files_for_gpus_give_the_same_gradients(
     assert shares.tolist() == pytest.approx([1.0, 1.0], abs=0.05)
 
 
+@pytest.mark.parts("chain")
 @pytest.mark.slow
 @pytest.mark.parametrize(("launched_by", "name"), FOR_GPUS)
 def test_stages_under_files_for_gpus(launched_by: str, name: str, launched: Launched) -> None:
@@ -180,11 +208,21 @@ def test_stages_under_files_for_gpus(launched_by: str, name: str, launched: Laun
     load_reward_model(  # scores its golden rows again
         ModelSettings(path=str(own / "rm")), micro_batch_tokens=100, allow_chance_reward=True
     )
-    if name in WITH_ADAPTERS:
-        adapted = own / "adapters" / "ppo"
-        assert largest_difference(adapter(adapted), adapter(own / "adapters" / "sft")) > 1e-3
 
 
+@pytest.mark.parts("adapters")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launched_by", "name"),
+    [pair for pair in files_for_gpus("cpu2_zero3") if pair.values[1] in WITH_ADAPTERS],
+)
+def test_adapters_under_files_for_gpus(launched_by: str, name: str, launched: Launched) -> None:
+    """Under ZeRO-3 in float32 they are not a long test."""
+    adapters = launched[launched_by] / name / "adapters"
+    assert largest_difference(adapter(adapters / "ppo"), adapter(adapters / "sft")) > 1e-3
+
+
+@pytest.mark.parts("chain")
 @pytest.mark.slow
 @pytest.mark.parametrize(("launched_by", "name"), FOR_GPUS)
 def test_precision_under_files_for_gpus(launched_by: str, name: str, launched: Launched) -> None:
@@ -268,6 +306,7 @@ def test_weights_are_gathered_once_a_rollout(name: str, launched: Launched) -> N
     assert max(one["tokens"] for one in seen["rollouts"]) > 1
 
 
+@pytest.mark.parts("chain", "adapters")
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("name", TWO_NODES)
@@ -320,6 +359,7 @@ def test_a_rollout_holds_one_split_model_at_a_time(name: str, launched: Launched
     assert [one["whole"] for one in seen["rollouts"]] == [whole_in_passes(name)] * 3
 
 
+@pytest.mark.parts("chain")
 @pytest.mark.slow
 @pytest.mark.parametrize(("launched_by", "name"), FOR_GPUS)
 def test_a_rollout_under_files_for_gpus_holds_one_split_model_at_a_time(
@@ -329,6 +369,7 @@ def test_a_rollout_under_files_for_gpus_holds_one_split_model_at_a_time(
     assert [one["whole"] for one in seen["rollouts"]] == [whole_in_passes(name)] * 3
 
 
+@pytest.mark.parts()
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("launched_by", "name"), [("cpu2", "fsdp2"), ("cpu2_zero3", None)])
