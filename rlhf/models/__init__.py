@@ -8,6 +8,7 @@ loading.py             policies and scalar models, with or without an adapter
 scalar.py              reward and value models: one number per token
 limits.py              which token ids and how many positions a model can read
 empty.py               models without weights, from their config alone
+one_copy.py            files of another type, converted once for all processes of a machine
 shared_bases.py        several models over one copy of their frozen weights
 saving.py              folders that transformers loads as they are
 interop.py             names that transformers 4 reads in a saved folder

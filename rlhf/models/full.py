@@ -4,6 +4,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from transformers.utils import logging
 
 from rlhf.models.adapters import CONFIG_FILE, HEAD
 from rlhf.models.architectures import check_is_known, check_is_policy, scalar_class, with_attention
+from rlhf.models.one_copy import load_once
 from rlhf.models.packed_attention import take_packed_rows
 from rlhf.models.settings import ModelSettings
 
@@ -64,8 +66,13 @@ def load_full(
     *,
     new_weights: Sequence[str] = (),
     quantize: str = "none",
+    is_merged: bool = False,
 ) -> Any:
-    """Load a full model with every weight from its folder, except those in `new_weights`."""
+    """Load a full model with every weight from its folder, except those in `new_weights`.
+
+    Args:
+        is_merged: Whether an adapter will be merged into the weights. Processes cannot share them.
+    """
     check_folder(settings.path)
     arguments: dict[str, Any] = {}
     if auto_class is AutoModelForSequenceClassification:
@@ -78,9 +85,9 @@ def load_full(
         )
     auto_class = class_for(auto_class, config, settings.path)
 
-    def load(attention: str) -> Any:
+    def load(path: str, attention: str) -> Any:
         return auto_class.from_pretrained(
-            settings.path,
+            path,
             dtype=dtype_of(settings),
             attn_implementation=attention,
             trust_remote_code=settings.trust_remote_code,
@@ -91,7 +98,11 @@ def load_full(
         )
 
     with quiet_transformers(), naming_model(settings.path):
-        model, report = with_attention(load, settings.attention)
+        model, report = load_once(
+            settings,
+            lambda path: with_attention(partial(load, path), settings.attention),
+            is_shared=quantize == "none" and not is_merged,
+        )
         take_packed_rows(model, settings.attention)
     _refuse_missing(settings.path, report, allowed=new_weights)
     return disable_dropout(model)

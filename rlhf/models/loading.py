@@ -132,7 +132,13 @@ def _load_base(
     if bases is not None:
         is_base = adapter is not None or lora.rank > 0
         return bases.share(auto_class, settings, new_weights=new_weights, is_base=is_base)
-    return load_full(auto_class, settings, new_weights=new_weights, quantize=lora.quantize)
+    return load_full(
+        auto_class,
+        settings,
+        new_weights=new_weights,
+        quantize=lora.quantize,
+        is_merged=adapter is not None and not lora.rank,
+    )
 
 
 def _adapt(

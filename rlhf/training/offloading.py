@@ -23,14 +23,24 @@ def free_unused() -> None:
 def on_device(models: Sequence[nn.Module], device: torch.device, offload: bool) -> Iterator[None]:
     """Hold models on the device inside the block and in CPU memory outside, if `offload` is set.
 
-    Otherwise, or if the device is the CPU, nothing moves."""
+    Otherwise, or if the device is the CPU, nothing moves. Weights that are frozen take their place
+    in CPU memory again. So pages that processes share stay shared, and nothing is copied back.
+    """
     if not offload or device.type == "cpu":
         yield
         return
+    frozen = [
+        (weight, weight.data)
+        for model in models
+        for weight in model.parameters()
+        if type(weight) is nn.Parameter and not weight.requires_grad  # 4 bits have more than data
+    ]
     try:
         for model in models:
             model.to(device)
         yield
     finally:
+        for weight, on_host in frozen:
+            weight.data = on_host
         for model in models:
             model.to("cpu")

@@ -13,6 +13,7 @@ from rlhf.inputs.packing import PromptTree
 from rlhf.inputs.records import Prompt
 from rlhf.inputs.shuffling import ShuffledBatches
 from rlhf.inputs.streams import torch_stream
+from rlhf.models.one_copy import converted_once
 from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.models import RewardCard
 from rlhf.runs.checkpoints import Checkpoints
@@ -89,7 +90,7 @@ def set_up(config: Config) -> Setup:
     prompts = load_prompts(config.prompts, chat, config, accelerator)
     held_out = load_held_out(chat, config, accelerator)
     stopwatch = Stopwatch(accelerator.device)
-    with stopwatch.phase("load"):
+    with stopwatch.phase("load"), converted_once(accelerator):
         learner, worker = load_models(config, chat, accelerator, stopwatch)
     _announce(config, accelerator, len(prompts))
     _warn_of_chance(config, monitor)

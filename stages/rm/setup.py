@@ -13,6 +13,7 @@ from rlhf.models.full import checkpoint_activations
 from rlhf.models.layout import packer_for
 from rlhf.models.limits import check_vocabulary
 from rlhf.models.loading import load_scalar
+from rlhf.models.one_copy import converted_once
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.tokenizers import load_chat
 from rlhf.rewards.functions import load_function
@@ -63,7 +64,7 @@ def make_state(
     config: Config, chat: Chat, num_steps: int, accelerator: Accelerator
 ) -> tuple[TrainState[ScalarModel], Packer]:
     """Load the model with a new head and make its optimizer; find how the model can be packed."""
-    with memory_of("load"):
+    with memory_of("load"), converted_once(accelerator):
         model = load_scalar(config.model, new_head=True, lora=config.lora)
     check_vocabulary(model.classifier, chat, config.model.path)
     if config.gradient_checkpointing:

@@ -14,6 +14,7 @@ from rlhf.inputs.packing import Packer
 from rlhf.models.layout import packer_for
 from rlhf.models.limits import check_context, check_vocabulary
 from rlhf.models.loading import load_policy
+from rlhf.models.one_copy import converted_once
 from rlhf.models.saving import save_policy
 from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_chat
@@ -42,7 +43,7 @@ def train(config: Config) -> None:
     chat = load_chat(config.model)
     rows = load_rows(config, chat)
     set_seed(config.seed)  # a new adapter must be the same on all processes
-    with memory_of("load"):
+    with memory_of("load"), converted_once(accelerator):
         policy = load_policy(config.model, config.lora)
     check_vocabulary(policy, chat, config.model.path)
     limits = {name: getattr(config, name) for name in ("max_prompt_tokens", "max_response_tokens")}
@@ -159,18 +160,20 @@ def _inputs(config: Config) -> dict[str, str]:
 def _load_reward_model(config: Config, chat: Chat, accelerator: Accelerator) -> RewardModel | None:
     if config.reward_model is None:
         return None
-    return load_reward_model(
-        ModelSettings(
-            path=config.reward_model,
-            dtype=measured_dtype(config.reward_model),
-            attention=config.model.attention,
-            trust_remote_code=config.model.trust_remote_code,
-        ),
-        micro_batch_tokens=config.micro_batch_tokens,
-        device=accelerator.device,
-        policy_chat=chat,
-        autocast=partial(sharding.autocast_unwrapped, accelerator),
+    settings = ModelSettings(
+        path=config.reward_model,
+        dtype=measured_dtype(config.reward_model),
+        attention=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
     )
+    with converted_once(accelerator):
+        return load_reward_model(
+            settings,
+            micro_batch_tokens=config.micro_batch_tokens,
+            device=accelerator.device,
+            policy_chat=chat,
+            autocast=partial(sharding.autocast_unwrapped, accelerator),
+        )
 
 
 def _describe(rows: Rows) -> dict[str, Any]:
