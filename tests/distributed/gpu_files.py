@@ -40,6 +40,7 @@ from tests.distributed.gradients import (
     ppo_step,
     ranking_step,
 )
+from tests.distributed.one_copy import converted_models
 from tests.distributed.rollouts import watched_rollouts
 from tests.distributed.streamed import streamed_rollouts
 
@@ -165,6 +166,7 @@ def run_watched(
         run_chain(inputs, results / "adapters", lora=LORA)
     if accelerator.distributed_type == DistributedType.FSDP:
         seen["streamed"] = streamed_rollouts()
+        seen["converted"] = converted_models(results / "halves")
     return {
         f"{loss}/{key}": value.float().contiguous()
         for loss, step in steps.items()

@@ -34,6 +34,7 @@ from tests.distributed.launching import (
     TWO_NODES,
     Launched,
 )
+from tests.distributed.one_copy import SETTINGS
 from tests.distributed.other_stages import (
     NUM_PROMPTS,
     NUM_RESPONSES,
@@ -394,6 +395,29 @@ def test_an_engine_with_a_copy_is_given_one_split_weight_at_a_time(
         parts = ["base_layer", "lora_A.default", "lora_B.default"]
         expected = [f"{layer}.{part}.weight" for part in parts]
         assert gathered == (expected if weight.endswith(adapted) else [weight])
+
+
+@pytest.mark.parts()
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize(
+    ("launched_by", "name"),
+    [
+        ("cpu2", "fsdp2"),
+        pytest.param("two_nodes_fsdp2", "two_nodes_fsdp2", marks=pytest.mark.long),
+    ],
+)
+def test_a_machine_converts_the_files_of_a_model_once(
+    launched_by: str, name: str, kind: str, launched: Launched
+) -> None:
+    """Weights and gradients have the bits of those that each process converts by itself."""
+    first, second = read(launched[launched_by] / "seen.json")["files"][name]["converted"][kind]
+    assert len(first["loaded"]) == len(second["loaded"]) == 2  # the policy and the value model
+    shared = set(first["loaded"]).intersection(second["loaded"])
+    assert len(shared) == (2 if name == "fsdp2" else 0)
+    for seen in (first, second):
+        assert seen["each"] == seen["split"] == []  # the memory is free after the split
+        assert seen["different"] == []
 
 
 @pytest.mark.slow

@@ -2,7 +2,8 @@
 
 Every process loads whole models, one after another. If the files have the type that is asked for,
 the weights stay pages of the files, and all processes share them. If not, each process converts
-them into memory of its own.
+them into memory of its own. Under FSDP2 a machine converts them once, into pages that its processes
+share (`rlhf.models.one_copy`).
 """
 
 from dataclasses import dataclass
@@ -23,20 +24,27 @@ class Loading:
     most_shared: int = 0
     """The same with the largest model that has left the host again."""
 
-    def add(self, model: PreTrainedModel, dtype: torch.dtype, *, leaves: bool) -> None:
+    def add(
+        self, model: PreTrainedModel, dtype: torch.dtype, *, leaves: bool, is_once: bool
+    ) -> bool:
         """Add a model whose files are loaded in this type.
 
         Args:
             leaves: Whether it has left the host when the next one is loaded.
+            is_once: Whether a machine converts files of another type once.
+
+        Returns:
+            Whether the processes of a machine share its weights.
         """
         size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-        is_mapped = _type_of_files(model) == dtype
-        own, shared = (0, size) if is_mapped else (size, 0)
+        is_shared = is_once or _type_of_files(model) == dtype
+        own, shared = (0, size) if is_shared else (size, 0)
         self.most_own = max(self.most_own, self.own + own)
         self.most_shared = max(self.most_shared, self.shared + shared)
         if not leaves:
             self.own += own
             self.shared += shared
+        return is_shared
 
     def peak(self, num_processes: int) -> int:
         """Return the bytes of so many processes of one machine together."""

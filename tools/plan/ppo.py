@@ -55,8 +55,9 @@ def _hold_roles(plan: Plan, roles: Roles, config: Config) -> None:
     else:
         for name, model in trained.items():
             plan.load(model, getattr(torch, types[name]))
-        for model in frozen.values():
-            plan.load(model, model.dtype, leaves=not config.offload)
+        for name, model in frozen.items():
+            if plan.load(model, model.dtype, leaves=not config.offload):
+                plan.shared.add(name)
     for name, model in trained.items():
         if not roles.are_shared:
             plan.hold(name, model, getattr(torch, types[name]))

@@ -30,6 +30,8 @@ class Plan:
     """Bytes held all the time, on the device."""
     waiting: dict[str, int] = field(default_factory=dict)
     """Bytes in CPU memory between uses."""
+    shared: set[str] = field(default_factory=set)
+    """Names of those that the processes of a machine share."""
     loading: Loading = field(default_factory=Loading)
     """Host memory while models load."""
     parts: dict[str, int] = field(default_factory=dict)
@@ -49,21 +51,23 @@ class Plan:
     def host(self) -> dict[str, int]:
         """Bytes that the processes of one machine need together on its host, by time."""
         count = self.launch.num_local_processes
+        waiting = [size * (1 if k in self.shared else count) for k, size in self.waiting.items()]
         needs = {
             "while models load": self.loading.peak(count),
-            "models between uses": count * sum(self.waiting.values()),
+            "models between uses": sum(waiting),
             "peak of a phase": count * self.peak if self.launch.device == "cpu" else 0,
         }
         return {name: size for name, size in needs.items() if size}
 
-    def load(self, model: PreTrainedModel, dtype: torch.dtype, *, leaves: bool = False) -> None:
-        """Load a model's files in this type, as the next one.
+    def load(self, model: PreTrainedModel, dtype: torch.dtype, *, leaves: bool = False) -> bool:
+        """Load a model's files in this type, as the next one; return whether processes share it.
 
         Args:
             leaves: Whether it moves to its device before the next one is loaded. If not, it waits
                 for the launcher to split it.
         """
-        self.loading.add(model, dtype, leaves=leaves and self.launch.device != "cpu")
+        leaves = leaves and self.launch.device != "cpu"
+        return self.loading.add(model, dtype, leaves=leaves, is_once=self.launch.is_fsdp)
 
     def add_phase(self, name: str, *parts: int) -> None:
         """Add a phase that needs these parts together. If added twice, the larger need counts."""

@@ -37,3 +37,26 @@ def test_models_that_need_not_move_do_not(device: str, offload: bool) -> None:
     with on_device([model], torch.device(device), offload):
         pass
     assert model.sent == []
+
+
+class Copied(nn.Linear):
+    """Moves to a GPU as every module does: its Parameters get copies of their weights."""
+
+    def to(self, device: torch.device | str) -> "Copied":  # type: ignore[override]
+        if torch.device(device).type == "cuda":
+            for parameter in self.parameters():
+                parameter.data = parameter.data.clone()
+        return self
+
+
+def test_frozen_weights_take_their_place_in_cpu_memory_again() -> None:
+    """Others may have changed on the device."""
+    model = Copied(2, 2)
+    model.weight.requires_grad_(False)
+    weight, bias = model.weight.data, model.bias.data
+    before = bias.clone()
+    with on_device([model], CUDA, offload=True):
+        assert model.weight.data_ptr() != weight.data_ptr()
+        model.bias.data.add_(1.0)
+    assert model.weight.data_ptr() == weight.data_ptr()
+    assert torch.equal(model.bias, before + 1.0)

@@ -24,24 +24,35 @@ def of_other_type(tiny: Path, folder: Path, name: str) -> Path:
 
 
 @pytest.mark.slow
-def test_processes_share_files_of_their_own_type_and_convert_others(
-    tiny: Path, config: Config, tmp_path: Path
+@pytest.mark.parametrize("is_fsdp", [True, False])
+def test_processes_share_files_of_their_own_type_and_under_fsdp2_converted_ones(
+    is_fsdp: bool, tiny: Path, config: Config, tmp_path: Path
 ) -> None:
+    """ZeRO-3 stands for the other launchers."""
     full = weights_of(tiny)
     value = full + 4 * (32 - EMBEDDING)  # a head of one row instead of the unembedding
-    launch = Launch(4, num_machines=2, mixed_precision="bf16", is_fsdp=True, device="cuda")
+    stage = 0 if is_fsdp else 3
+    launch = Launch(
+        4, stage, num_machines=2, mixed_precision="bf16", is_fsdp=is_fsdp, device="cuda"
+    )
     # The launcher's bfloat16 for the reference is not the files' float32.
     plan = make_plan(config, launch)
-    assert (plan.loading.most_shared, plan.loading.most_own) == (full + value, full // 2)
-    assert plan.host == {"while models load": full + value + 2 * full // 2}
+    own, shared = (0, full // 2) if is_fsdp else (full // 2, 0)
+    found = plan.loading.most_own, plan.loading.most_shared
+    assert found == (own, full + value + shared)
+    # Three models once, or the two trained ones once and the reference in each of two processes.
+    copies = 1 if is_fsdp else 2
+    assert plan.host == {"while models load": full + value + copies * full // 2}
     # Files in bfloat16 are converted for the trained models, which float32 asks for.
     halves = of_other_type(tiny, tmp_path / "halves", "bfloat16")
     policy = replace(config.policy, path=str(halves))
     plan = make_plan(replace(config, policy=policy), launch)
-    assert (plan.loading.most_shared, plan.loading.most_own) == (full // 2, full + value)
-    # Offloaded models stay on the host, where each process has its own after the first use.
+    assert plan.loading.peak(2) == copies * (full + value) + full // 2
+    # Offloaded models stay on the host, where files in bfloat16 are the reference's own pages.
     moved = make_plan(replace(config, policy=policy, offload=True), launch)
-    assert moved.host["models between uses"] == 2 * full // 2
+    assert moved.host["models between uses"] == full // 2
+    moved = make_plan(replace(config, offload=True), launch)
+    assert moved.host["models between uses"] == copies * full // 2
 
 
 def test_adapters_over_one_base_load_it_once(tiny: Path, config: Config) -> None:
