@@ -214,12 +214,21 @@ def test_layers_that_transformers_keeps_in_float32_are_not_rounded(
     assert shared_names(found) == set()
 
 
-def test_a_broken_file_is_named_as_ever(tmp_path: Path) -> None:
+def test_a_broken_file_is_named_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that finds it tells the others first, which would wait for it."""
+    told: list[list[Any]] = []
+
+    def gather(objects: list[Any]) -> list[Any]:
+        told.append(objects)
+        return objects
+
+    monkeypatch.setattr(one_copy, "gather_object", gather)
     path = save(tmp_path / "policy", torch.bfloat16)
     file = tmp_path / "policy/model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with sharing(), pytest.raises(ValueError, match=f"cannot load {path}"):
         load_policy(ModelSettings(path=path))
+    assert told == [[None]]
 
 
 def test_a_process_that_cannot_open_the_copy_converts_by_itself(
