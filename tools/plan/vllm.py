@@ -1,8 +1,8 @@
 """Counts what vLLM takes of a GPU, as `rlhf.generation.vllm` starts it.
 
 Awake, vLLM takes vllm_memory_share of the GPU's memory: its copy of the policy, the temporaries of
-its passes, and all that is left for its cache. It starts inside the first rollout, when so much must
-be free. The first copy is made while the cache is there, and later ones before the cache wakes.
+its passes, and all that is left for its cache. It starts inside the first rollout, when all of that
+must be free. The first copy is made while the cache is there, later ones before the cache wakes.
 
 In PPO vLLM sleeps from the end of sampling to the next rollout, and copy and cache leave the GPU.
 SFT never puts it to sleep.
