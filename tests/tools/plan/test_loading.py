@@ -41,7 +41,7 @@ def test_processes_share_files_of_their_own_type_and_convert_others(
     assert (plan.loading.most_shared, plan.loading.most_own) == (full // 2, full + value)
     # Offloaded models stay on the host, where each process has its own after the first use.
     moved = make_plan(replace(config, policy=policy, offload=True), launch)
-    assert moved.host["models between uses"] == 2 * full // 2
+    assert moved.host["what is offloaded"] == 2 * full // 2
 
 
 def test_adapters_over_one_base_load_it_once(tiny: Path, config: Config) -> None:
