@@ -17,9 +17,10 @@ OPENERS = {
     "plain": ("",),
     "rude": ("What a silly question.", "You should know that.", "Leave me alone."),
 }
-EVASIONS = ("I do not know.", "That is hard to say.")
-"""Answers of a labeler who did not look for the right one. They are few, so that each is often the
-most likely response of a policy that imitates them, and preferences can teach it to answer."""
+EVASION = "I do not know."
+"""The answer of a labeler who did not look for the right one. There is only one, so that it is
+often the most likely response of a policy that imitates it, and preferences can teach it to
+answer."""
 RAMBLES = (
     "By the way, the wind is cold today.",
     "I often think of it when the rain falls.",
@@ -42,8 +43,8 @@ class Quality:
         """Draw from the mixture of the demonstrations: one in seven is good in every respect."""
         return cls(
             manners=generator.choices(("polite", "plain", "rude"), weights=(35, 35, 30))[0],
-            is_answered=generator.random() < 0.74,
-            is_right=generator.random() < 0.95,
+            is_answered=generator.random() < 0.77,
+            is_right=generator.random() < 0.96,
             is_brief=generator.random() < 0.62,
             is_whole=generator.random() < 0.9,
         )
@@ -52,7 +53,7 @@ class Quality:
 def write_response(task: Task, quality: Quality, generator: random.Random) -> str:
     """Write a response of a given quality to a task."""
     if not quality.is_answered:
-        core = generator.choice(EVASIONS)
+        core = EVASION
     elif quality.is_right:
         core = generator.choice(task.statements).format(answer=_right_answer(task, generator))
     else:

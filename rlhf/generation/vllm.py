@@ -72,7 +72,7 @@ class VllmEngine:
         """
         shapes = {
             name: whole_shape(policy.get_parameter(own_name))
-            for name, own_name in _plain_names(policy).items()
+            for name, (own_name, *_) in sources_of(policy).items()
         }
         if self.llm is None:
             self.llm, self.shapes = self._start(policy), shapes
@@ -190,22 +190,35 @@ def full_weights(
     Args:
         dtype: See `rlhf.training.streaming.gathered`.
     """
-    layers: dict[str, Any] = {
+    layers = _lora_layers(policy)
+    for name, sources in sources_of(policy).items():
+        with gathered(policy, sources, dtype):
+            # No variable holds the weight, because it would live until the next one is gathered.
+            yield name, _adapted(policy.get_parameter(sources[0]).detach(), layers.get(name))
+
+
+def sources_of(policy: PreTrainedModel) -> dict[str, list[str]]:
+    """Map the name of each weight in a model without adapters to the parameters that make it.
+
+    The first is the weight's own, and the others are those of the adapters that are on."""
+    plain = {
+        name.replace(".base_layer.", "."): [name]
+        for name, _ in policy.named_parameters()
+        if ".lora_" not in name
+    }
+    for name, layer in _lora_layers(policy).items():
+        factors = [one for one, _ in layer.named_parameters() if one.startswith("lora_")]
+        plain[name] += [f"{name.removesuffix('weight')}{factor}" for factor in factors]
+    return plain
+
+
+def _lora_layers(policy: PreTrainedModel) -> dict[str, Any]:
+    """Map the name of a weight in a model without adapters to its LoRA layer, if that is on."""
+    return {
         f"{name}.weight": layer
         for name, layer in policy.named_modules()
         if isinstance(layer, LoraLayer) and not layer.disable_adapters
     }
-    for name, own_name in _plain_names(policy).items():
-        layer = layers.get(name)
-        factors = [] if layer is None else _factor_names(layer, name.removesuffix("weight"))
-        with gathered(policy, [own_name, *factors], dtype):
-            # No variable holds the weight, because it would live until the next one is gathered.
-            yield name, _adapted(policy.get_parameter(own_name).detach(), layer)
-
-
-def _factor_names(layer: Any, prefix: str) -> list[str]:
-    """Return the names of the parameters of a LoRA layer's adapters."""
-    return [f"{prefix}{name}" for name, _ in layer.named_parameters() if name.startswith("lora_")]
 
 
 @torch.no_grad()
@@ -214,12 +227,3 @@ def _adapted(weight: Tensor, layer: Any) -> Tensor:
     if layer is None:
         return weight
     return weight + sum(map(layer.get_delta_weight, layer.active_adapters))
-
-
-def _plain_names(policy: PreTrainedModel) -> dict[str, str]:
-    """Map the name of each weight in a model without adapters to its name in the policy."""
-    return {
-        name.replace(".base_layer.", "."): name
-        for name, _ in policy.named_parameters()
-        if ".lora_" not in name
-    }

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.generation.half_weights import half_weights
+from rlhf.generation.vllm import full_weights
 from rlhf.inputs.packing import PackedRow
 from rlhf.models.compat import one_sequence_a_row
 from rlhf.models.empty import empty_policy, empty_scalar
@@ -75,7 +76,7 @@ class DryRun:
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         # An operation that fails on fake tensors raises an error, so torch need not log it too.
         logging.getLogger(FakeTensorMode.__module__).setLevel(logging.CRITICAL)
-        self._autocast = autocast
+        self.autocast = autocast
 
     def policy(
         self, settings: ModelSettings, lora: LoraSettings = NO_LORA, *, is_shared: bool = False
@@ -122,6 +123,18 @@ class DryRun:
         peak = self._peak([policy], sample)
         tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         return peak, sum(tensor.nbytes for tensor in tensors)
+
+    def handing_over(self, policy: PreTrainedModel) -> int:
+        """Measure giving all weights to an engine that copies them, one after another.
+
+        Only adapters make tensors here, the sums with their layers' weights."""
+
+        def hand_over() -> None:
+            with torch.autocast("cpu", enabled=False):
+                for _ in full_weights(policy):
+                    pass
+
+        return self._peak([policy], hand_over)
 
     def moments(self, policy: PreTrainedModel, row: PackedRow) -> int:
         """Measure log-probabilities with their entropy."""
@@ -223,7 +236,7 @@ class DryRun:
         return live.peak
 
     def _mixed(self) -> torch.autocast:
-        return torch.autocast("cpu", self._autocast, enabled=self._autocast is not None)
+        return torch.autocast("cpu", self.autocast, enabled=self.autocast is not None)
 
     def _emptied(self, row: PackedRow) -> PackedRow:
         """Return the row without data, except for its segments, which say what is computed."""

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, set_seed
 
 from rlhf.generation.answers import Answer
+from rlhf.generation.engines import check_can_sample_alone
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer
 from rlhf.models.layout import packer_for
@@ -37,6 +38,7 @@ from stages.sft.trainer import Metrics, figures_line, fit
 def train(config: Config) -> None:
     """Fine-tune a policy on demonstrations and write its folder."""
     accelerator = start_accelerator()
+    check_can_sample_alone(config.generation, accelerator.num_processes)
     warn_of_float32(accelerator, config.model.dtype)
     run = open_run(config, stage="sft", inputs=_inputs(config), files=MODEL_FILES)
     checkpoints = Checkpoints(run, accelerator, config.checkpoint_every)

@@ -8,13 +8,15 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+import trl.trainer.utils
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
@@ -174,9 +176,22 @@ def _is_fused_right(policy: PreTrainedModel) -> bool:
     return abs(fused - expected) <= tolerance * max(1.0, expected)
 
 
-def add_head_of_trainer(policy: PreTrainedModel) -> None:
-    """Give a policy the fused head that SFTTrainer gives its model, for the plan's dry run."""
+@contextmanager
+def head_of_trainer(policy: PreTrainedModel, device: str) -> Iterator[None]:
+    """Inside, a policy has the fused head that SFTTrainer gives its model, for the plan's dry run.
+
+    The head's buffer of logits has 32,768 columns, and a smaller vocabulary writes only the first.
+    On a CPU the others take no memory, so the buffer is no wider than the vocabulary there.
+    """
+    original, width = policy.forward, trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
     add_fused_lm_head(policy, outputs=("log_probs", "entropy", "is_top1"))
+    if device == "cpu":
+        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(width, num_embeddings(policy))
+    try:
+        yield
+    finally:
+        policy.forward = original
+        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = width
 
 
 def to_row(tree: PromptTree) -> dict[str, list[int]]:

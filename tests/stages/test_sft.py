@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -458,3 +459,19 @@ def test_rows_of_a_pass_are_the_most_that_make_up_a_share() -> None:
     settings = ["--config", "configs/sft/tiny.yaml", "--batch_size", "12", "--micro_batch_size"]
     rows = [load_config(Config, [*settings, most]).rows_per_pass(2) for most in "1 4 5 99".split()]
     assert rows == [1, 3, 3, 6]
+
+
+def test_vllm_in_several_processes_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first process samples, while vLLM waits for all of them."""
+    monkeypatch.setattr(train_module, "start_accelerator", lambda: SimpleNamespace(num_processes=2))
+    config = Config(
+        model=ModelSettings(path="nowhere"),
+        demonstrations="nowhere.jsonl",
+        generation=GenerationSettings(engine="vllm"),
+        output_dir=str(tmp_path / "sft"),
+    )
+    with pytest.raises(ValueError, match=r"all 2 processes must start together, .*choose hf"):
+        train(config)
+    assert not (tmp_path / "sft").exists()

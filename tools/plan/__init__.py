@@ -9,6 +9,7 @@ rows that they get, from these the plan, and from the plan its text:
     models.py    the models of the settings, without data
     rows.py      the fullest rows that a model gets
     loading.py   the host memory that models take while they load
+    vllm.py      what vLLM takes of a GPU
     record.py    the plan: what is held, the peak of each phase, the work
     ppo.py       the plan of PPO's settings
     rm.py        the plan of a reward model's settings

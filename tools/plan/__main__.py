@@ -1,9 +1,10 @@
-"""python -m tools.plan --config FILE [--accelerate FILE] [--KEY VALUE]..."""
+"""python -m tools.plan --config FILE [--accelerate FILE] [--gpu_gib N] [--KEY VALUE]..."""
 
 import argparse
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,27 @@ STAGES: dict[str, Any] = {"ppo": PPOConfig, "rm": RMConfig, "sft": SFTConfig}
 
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        usage="python -m tools.plan --config FILE [--accelerate FILE] [--KEY VALUE]...",
+        usage="python -m tools.plan --config FILE [--accelerate FILE] [--gpu_gib N] "
+        "[--KEY VALUE]...",
         description="Memory and time that a run will need; other options are the stage's own.",
         allow_abbrev=False,
         add_help=False,
     )
     parser.add_argument("--stage", choices=STAGES)
     parser.add_argument("--accelerate", type=lambda path: Path(os.path.expanduser(path)))
+    parser.add_argument(
+        "--gpu_gib",
+        type=float,
+        metavar="N",
+        help="memory of a GPU in GiB, if this machine has another one or none; vLLM takes a share",
+    )
     own, words = parser.parse_known_args(args)
     if not words or words == ["--help"]:
         parser.print_help()
         parser.exit()
 
     def tell(config: Any) -> None:
-        launch = Launch.read(own.accelerate)
+        launch = replace(Launch.read(own.accelerate), gpu_bytes=_gpu_bytes(own.gpu_gib))
         plan = make_plan(config, launch)
         model = config.policy if isinstance(config, PPOConfig) else config.model
         dtype = TYPES[launch.mixed_precision] or getattr(torch, model.dtype)
@@ -49,6 +57,13 @@ def main(args: Sequence[str] | None = None) -> None:
         print(show(plan, matrix_rate(device, dtype), dtype, memory), flush=True)
 
     run_stage(tell, STAGES[own.stage or _stage_of(words)], words)
+
+
+def _gpu_bytes(gib: float | None) -> int | None:
+    """Return the memory of a GPU: as given, or of this machine's, or None."""
+    if gib is not None:
+        return int(gib * 2**30)
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
 
 
 def _stage_of(words: Sequence[str]) -> str:

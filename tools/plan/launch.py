@@ -8,13 +8,18 @@ With mixed precision, DeepSpeed turns the models into bfloat16 and keeps fp32 we
 keeps fp32 weights only, and gathers them in bfloat16. Both hold the reference in bfloat16.
 
 In a rollout every process gathers the policy until its log-probabilities are known, and later the
-value model. In training FSDP2 gathers layer by layer, and ZeRO-3 up to 1e9 weights. DeepSpeed's
-numbers are its defaults, which this project's launcher files leave as they are.
+value model. With vLLM it gathers one weight at a time to copy it, and the policy only afterwards.
+In training FSDP2 gathers layer by layer, and ZeRO-3 up to 1e9 weights. DeepSpeed's numbers are its
+defaults, which this project's launcher files leave as they are.
+
+ZeRO-3 can offload: shards of weights, or optimizer states and gradients, are then in the host's
+memory. What is gathered, small weights and the buffers of the exchange stay on the device.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +51,12 @@ class Launch:
     is_fsdp: bool = False
     """Whether torch's FSDP2 splits the models."""
     num_machines: int = 1
+    offloads_optimizer: bool = False
+    """Whether ZeRO-3 holds optimizer states and gradients in the host's memory."""
+    offloads_weights: bool = False
+    """Whether ZeRO-3 holds its shards of weights in the host's memory."""
+    gpu_bytes: int | None = None
+    """Memory of a GPU, of which vLLM takes a share. None means that it is not known."""
 
     @classmethod
     def read(cls, path: Path | None) -> "Launch":
@@ -67,16 +78,20 @@ class Launch:
                 f"{path} asks for fsdp_version {version}; give 2, as configs/accelerate/fsdp2.yaml "
                 "does"
             )
+        deepspeed = settings.get("deepspeed_config", {})
+        zero_stage = deepspeed.get("zero_stage", 0)
         # A file for one GPU has the type of a file for one CPU, but it names the GPU.
         names_gpus = settings.get("gpu_ids") not in (None, "")
         has_gpu = torch.cuda.is_available() or names_gpus or kind != "NO"
         return cls(
             num_processes=settings.get("num_processes", 1),
-            zero_stage=settings.get("deepspeed_config", {}).get("zero_stage", 0),
+            zero_stage=zero_stage,
             mixed_precision=settings.get("mixed_precision", "no"),
             device="cuda" if has_gpu and not settings.get("use_cpu", False) else "cpu",
             is_fsdp=kind == "FSDP",
             num_machines=settings.get("num_machines", 1),
+            offloads_optimizer=_is_offloaded("optimizer", deepspeed, zero_stage, path),
+            offloads_weights=_is_offloaded("param", deepspeed, zero_stage, path),
         )
 
     @property
@@ -129,15 +144,27 @@ class Launch:
             master = torch.float32 if self.is_halved else dtype
             return self.share(trained * master.itemsize + frozen * dtype.itemsize, True)
         whole = sum(p.nbytes for p in _small(model)) if self.splits_weights else 0
-        return self.share(bytes_of(model.parameters()), self.splits_weights) + whole
+        shards = self.share(bytes_of(model.parameters()), self.splits_weights)
+        return whole + (0 if self.weights_on_host(model) else shards)
+
+    def weights_on_host(self, model: nn.Module) -> int:
+        """Return the bytes of a model's shards that are offloaded."""
+        is_offloaded = self.offloads_weights and self.device != "cpu"
+        return self.share(bytes_of(model.parameters()), True) if is_offloaded else 0
+
+    @property
+    def has_optimizer_on_host(self) -> bool:
+        """Whether optimizer states and gradients are offloaded."""
+        return self.offloads_optimizer and self.device != "cpu"
 
     def optimizer(self, model: nn.Module) -> int:
         """Return the bytes of Adam's moments, and of DeepSpeed's own copy of the weights.
 
-        DeepSpeed keeps that copy in float32, even where the weights are in float32.
+        DeepSpeed keeps that copy in float32, even where the weights are in float32. Offloaded, a
+        float32 copy of the gradients belongs to them too.
         """
-        has_copy = self.zero_stage > 0
-        return self.share((2 + has_copy) * self.trained(model), self.splits_optimizer)
+        copies = (self.zero_stage > 0) + self.has_optimizer_on_host
+        return self.share((2 + copies) * self.trained(model), self.splits_optimizer)
 
     def exchange(self, *models: nn.Module) -> int:
         """Return the bytes of the buffers for gradients that a launcher never frees."""
@@ -174,10 +201,15 @@ class Launch:
         return self.share(self.trained(model), self.splits_gradients)
 
     def step(self, *models: nn.Module) -> int:
-        """Return the bytes of the temporaries of clipping and stepping, one model at a time."""
+        """Return the bytes of the temporaries of clipping and stepping, one model at a time.
+
+        Sharded gradients are scaled in a copy. Where DeepSpeed holds them in bfloat16 or on the
+        host, reading them makes a copy too: one for the norm, and one to scale.
+        """
         largest = max(self.trained(model) for model in models)
         if self.splits_gradients:
-            copies = 2 if self.zero_stage > 0 and self.is_halved else 1
+            is_read_by_copy = self.zero_stage > 0 and (self.is_halved or self.has_optimizer_on_host)
+            copies = 3 if is_read_by_copy else 1
             return copies * self.share(largest, True)
         if self.device == "cpu":
             return 2 * max(p.nbytes for m in models for p in trained_parameters(m).values())
@@ -199,6 +231,28 @@ class Launch:
         if self.zero_stage >= 3:
             return bytes_of(model.parameters()) - bytes_of(_small(model))
         return 0
+
+    def gathered_to_copy(
+        self, model: nn.Module, sources: Iterable[Sequence[str]], dtype: torch.dtype
+    ) -> int:
+        """Return the bytes that a process gathers to hand a split model's weights over.
+
+        They are gathered one after another (rlhf/training/streaming.py). vLLM's loop still holds
+        one when it asks for the next, so two of them are whole.
+
+        Args:
+            sources: The names of the parameters that are gathered for each weight, in their order.
+            dtype: The type of the copy, in which FSDP2 gathers them.
+        """
+        if not self.splits_weights:
+            return 0
+        small = 0 if self.is_fsdp else SMALL_WEIGHTS
+        size = dtype.itemsize if self.is_fsdp else self._itemsize(model)
+        counts = [
+            sum(n for name in names if (n := model.get_parameter(name).numel()) > small)
+            for names in sources
+        ]
+        return max(map(sum, pairwise([0, *counts]))) * size
 
     def training_pass(
         self, a_pass: int, models: Sequence[nn.Module], split: Sequence[nn.Module]
@@ -271,6 +325,17 @@ class Launch:
 
     def _itemsize(self, model: nn.Module) -> int:
         return self._type(model).itemsize
+
+
+def _is_offloaded(name: str, deepspeed: dict[str, Any], zero_stage: int, path: Path | None) -> bool:
+    """Return whether a launcher's file offloads the optimizer, or the parameters ("param")."""
+    device = deepspeed.get(f"offload_{name}_device", "none")
+    if device != "none" and (device != "cpu" or zero_stage != 3):
+        raise ValueError(
+            f"{path} offloads {name} to {device} under ZeRO-{zero_stage}; the plan knows "
+            "offloading to cpu under ZeRO-3 only"
+        )
+    return device == "cpu"
 
 
 def bytes_of(weights: Iterable[nn.Parameter], as_type: torch.dtype | None = None) -> int:

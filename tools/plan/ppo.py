@@ -10,7 +10,8 @@ ptx        gradients of the policy, and such a pass through it alone over text
 step       gradients, the text's too; then the larger of two: PPO's own gradients to compare
            with the text's, or the optimizer's temporaries. On a CPU these are two copies of
            the largest weight. A GPU steps all weights of a model at once, and copies each
-rollout    prompts of max_prompt_tokens read at once, or the last step with the whole cache
+rollout    prompts of max_prompt_tokens read at once, or the last step with the whole cache; with
+           vLLM its share of the GPU, and the weights that are gathered to copy them
 others     a pass without gradient over a row of micro_batch_tokens
 """
 
@@ -30,6 +31,7 @@ from tools.plan.launch import Launch, bytes_of
 from tools.plan.models import Roles, make_roles, value_settings
 from tools.plan.record import Plan, Turn
 from tools.plan.rows import Rows, tree_of
+from tools.plan.vllm import Vllm
 
 
 def plan_ppo(config: Config, launch: Launch, dry: DryRun) -> Plan:
@@ -82,9 +84,16 @@ def _plan_rollout(plan: Plan, dry: DryRun, config: Config, roles: Roles) -> None
     row = _rows(config, plan.launch, roles).of_episodes(*_lengths(config), num_episodes)
     of_policy = plan.launch.gathered(roles.policy, roles.value_model)
     of_value = plan.launch.gathered(roles.value_model, roles.policy)
-    plan.parts["weights gathered to sample"] = of_policy
+    if config.generation.engine == "vllm":
+        dtype = dry.autocast or roles.policy.dtype
+        vllm = Vllm.of(config.generation, plan.launch, roles.policy, dtype, dry)
+        plan.parts |= vllm.parts
+        plan.parts["weights gathered after sampling"] = of_policy
+        plan.add_phase("rollout", vllm.awake, vllm.handed_over)
+    else:
+        plan.parts["weights gathered to sample"] = of_policy
+        plan.add_phase("rollout", of_policy, sampling)
     plan.parts["weights gathered for values"] = of_value
-    plan.add_phase("rollout", of_policy, sampling)
     plan.add_phase("logprobs", of_policy, dry.moments(roles.policy, row))
     if roles.rewards:  # the phase brings all of them to the device
         visitors = sum(plan.waiting.get(f"reward.{name}", 0) for name in roles.rewards)

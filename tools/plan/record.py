@@ -29,7 +29,7 @@ class Plan:
     held: dict[str, int] = field(default_factory=dict)
     """Bytes held all the time, on the device."""
     waiting: dict[str, int] = field(default_factory=dict)
-    """Bytes in CPU memory between uses."""
+    """Bytes in the host's memory between uses: offloaded models, and what ZeRO-3 offloads."""
     shared: set[str] = field(default_factory=set)
     """Names of those that the processes of a machine share."""
     loading: Loading = field(default_factory=Loading)
@@ -54,7 +54,7 @@ class Plan:
         waiting = [size * (1 if k in self.shared else count) for k, size in self.waiting.items()]
         needs = {
             "while models load": self.loading.peak(count),
-            "models between uses": sum(waiting),
+            "what is offloaded": sum(waiting),
             "peak of a phase": count * self.peak if self.launch.device == "cpu" else 0,
         }
         return {name: size for name, size in needs.items() if size}
@@ -77,6 +77,8 @@ class Plan:
     def hold(self, name: str, model: nn.Module, dtype: torch.dtype) -> None:
         """Add the weights of a trained model, whose files are loaded in this type."""
         self.held[f"{name}: weights"] = self.launch.weights(model, dtype)
+        if shards := self.launch.weights_on_host(model):
+            self.waiting[f"{name}: weights"] = shards
 
     def hold_on_base(self, name: str, model: PreTrainedModel) -> None:
         """Add the weights of a role: its adapter and head, and the base below them.
@@ -93,7 +95,8 @@ class Plan:
 
     def hold_optimizer(self, name: str, model: nn.Module) -> None:
         """Add a model's optimizer states."""
-        self.held[f"{name}: optimizer"] = self.launch.optimizer(model)
+        place = self.waiting if self.launch.has_optimizer_on_host else self.held
+        place[f"{name}: optimizer"] = self.launch.optimizer(model)
 
     def hold_exchange(self, *models: nn.Module) -> None:
         """Add the buffers of the exchange of gradients, and gradients that are never freed."""
@@ -101,7 +104,8 @@ class Plan:
         if buffers := self.launch.exchange(*models):
             self.held["exchange of gradients"] = buffers
         if self.launch.keeps_gradients:
-            self.held["gradients"] = sum(self.launch.gradients(model) for model in models)
+            place = self.waiting if self.launch.has_optimizer_on_host else self.held
+            place["gradients"] = sum(self.launch.gradients(model) for model in models)
 
     def gradients(self, *models: nn.Module) -> int:
         """Return the bytes of gradients between passes, unless they are held all the time."""

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlhf.generation.engines import check_can_sample_alone
 from rlhf.measuring.allocations import DryRun
 from rlhf.measuring.flops import Work, text_work
 from rlhf.models.full import checkpoint_activations
@@ -15,6 +16,7 @@ from stages.sft.config import Config
 from tools.plan.launch import Launch, bytes_of
 from tools.plan.models import settings_in_passes, with_config
 from tools.plan.record import Plan
+from tools.plan.vllm import Vllm
 
 
 def plan_sft(config: Config, launch: Launch, dry: DryRun) -> Plan:
@@ -32,12 +34,7 @@ def plan_sft(config: Config, launch: Launch, dry: DryRun) -> Plan:
         reward_model = dry.scalar(settings).classifier
         plan.load(reward_model, reward_model.dtype, leaves=True)
         plan.held["reward model"] = bytes_of(reward_model.parameters())
-    prompt, response = config.max_prompt_tokens, config.max_response_tokens
-    batch = min(config.generation.batch_size, config.num_samples)
-    sampling, plan.parts["KV cache of the samples"] = dry.sampling(policy, batch, prompt, response)
-    gathered = launch.gathered(policy)
-    plan.parts["weights gathered for samples"] = gathered
-    plan.add_phase("samples", gathered, sampling)
+    _plan_samples(plan, dry, config, policy)
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
     rows = config.rows_per_pass(launch.num_processes)
@@ -47,9 +44,13 @@ def plan_sft(config: Config, launch: Launch, dry: DryRun) -> Plan:
         existing = [policy]
         # The trainer exchanges gradients in the last pass of a step only, so FSDP2 keeps whole ones
         # until then. Our own steps exchange shards in every pass.
-        waiting = launch.gradients_not_exchanged(policy) - plan.gradients(policy)
+        waiting = launch.gradients_not_exchanged(policy) - launch.gradients(policy)
     a_pass = plan.add_pass_of(
-        "train", lambda kept: _pass(dry, policy, rows, length, kept), [policy], existing, waiting
+        "train",
+        lambda kept: _pass(dry, policy, rows, length, kept, launch.device),
+        [policy],
+        existing,
+        waiting,
     )
     gradients = plan.gradients(policy)
     plan.add_phase("step", gradients, launch.step(policy))
@@ -65,19 +66,50 @@ def plan_sft(config: Config, launch: Launch, dry: DryRun) -> Plan:
     return plan
 
 
+def _plan_samples(plan: Plan, dry: DryRun, config: Config, policy: PreTrainedModel) -> None:
+    """Add the samples, for which a launcher gathers the policy with either engine.
+
+    They are drawn along the training if choose_by needs their scores. If not, they are drawn by the
+    chosen policy alone, after the training."""
+    launch, settings = plan.launch, config.generation
+    lengths = config.max_prompt_tokens, config.max_response_tokens
+    batch = min(settings.batch_size, config.num_samples)
+    sampling, plan.parts["KV cache of the samples"] = dry.sampling(policy, batch, *lengths)
+    gathered = launch.gathered(policy)
+    plan.parts["weights gathered for samples"] = gathered
+    if settings.engine == "hf":
+        plan.add_phase("samples", gathered, sampling)
+        return
+    check_can_sample_alone(settings, launch.num_processes)
+    dtype = dry.autocast or policy.dtype
+    if config.reward_model is None:
+        dtype = getattr(torch, config.model.dtype)  # no autocast any more
+    vllm = Vllm.of(settings, launch, policy, dtype, dry)
+    plan.parts |= vllm.parts
+    if config.reward_model is None:
+        chosen = bytes_of(policy.parameters(), dtype)
+        plan.phases["samples"] = chosen + vllm.awake + vllm.handed_over
+    else:  # it is awake from the first samples to the end, as nothing puts it to sleep
+        plan.held["vLLM"] = vllm.awake
+        plan.add_phase("samples", gathered, vllm.handed_over)
+
+
 def _pass(
-    dry: DryRun, policy: PreTrainedModel, rows: int, length: int, accumulates: Sequence[nn.Module]
+    dry: DryRun,
+    policy: PreTrainedModel,
+    rows: int,
+    length: int,
+    accumulates: Sequence[nn.Module],
+    device: str,
 ) -> int:
     """Measure a pass with TRL's fused head, or with all logits where the head cannot run.
 
     The operations of the head are a CPU's. A GPU's kernel works in place, so it needs less. The
     trainer also leaves out a head that gives other losses, which shows on real data only."""
-    from stages.sft.trainer import add_head_of_trainer  # loads TRL, which takes seconds
+    from stages.sft.trainer import head_of_trainer  # loads TRL, which takes seconds
 
-    original = policy.forward
     try:
-        add_head_of_trainer(policy)
-        return dry.batch_training(policy, rows, length, accumulates, is_fused=True)
+        with head_of_trainer(policy, device):
+            return dry.batch_training(policy, rows, length, accumulates, is_fused=True)
     except Exception:  # an architecture may fail in any way on the fused head
-        policy.forward = original
         return dry.batch_training(policy, rows, length, accumulates)

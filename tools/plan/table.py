@@ -26,7 +26,7 @@ def show(plan: Plan, rate: float, dtype: torch.dtype, host_bytes: int) -> str:
             lines.append(f"  {name:<46}{value / 1e6:>12,.1f} MB{mark}")
 
     add("held all the time", plan.held | {"together": sum(plan.held.values())})
-    add("waiting in CPU memory", plan.waiting)
+    add("offloaded to CPU memory, in each process", plan.waiting)
     add("what phases need besides", {name: size for name, size in plan.parts.items() if size})
     add("peak of each phase, all in all", plan.phases, plan.peak)
     count = launch.num_local_processes

@@ -97,7 +97,7 @@ def ranking_config(folder: Path, output: Path, response_tokens: int) -> RMConfig
 
 
 def fine_tuning_config(folder: Path, output: Path, response_tokens: int) -> SFTConfig:
-    """Write demonstrations, and return settings with two rows a pass, two passes a step."""
+    """Write demonstrations, and return settings with two rows a pass, several passes a step."""
     rows = [
         {**json.loads(line), "response": letter * (response_tokens - 1)}
         for line in (folder / "prompts.jsonl").read_text().splitlines()

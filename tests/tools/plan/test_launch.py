@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from rlhf.models.loading import load_policy, load_scalar
 from rlhf.models.settings import ModelSettings
@@ -52,6 +53,34 @@ def test_a_launcher_file_is_read() -> None:
     assert fsdp == Launch(8, mixed_precision="bf16", device="cuda", is_fsdp=True)
     on_two = Launch.read(ROOT / "configs/accelerate/two_nodes_ddp.yaml")
     assert (on_two.num_processes, on_two.num_local_processes) == (16, 8)
+    offloading = Launch.read(ROOT / "configs/accelerate/deepspeed_zero3_offload.yaml")
+    assert offloading == replace(zero, offloads_optimizer=True, offloads_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "device", "message"),
+    [
+        (3, "nvme", r"offloads param to nvme under ZeRO-3; the plan knows offloading to cpu"),
+        (2, "cpu", r"offloads param to cpu under ZeRO-2"),
+    ],
+)
+def test_other_offloading_is_refused(stage: int, device: str, message: str, tmp_path: Path) -> None:
+    settings = {"deepspeed_config": {"zero_stage": stage, "offload_param_device": device}}
+    (tmp_path / "file.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match=message):
+        Launch.read(tmp_path / "file.yaml")
+
+
+def test_clipping_copies_gradients_that_cannot_be_read_in_place(tiny: Path) -> None:
+    """Sharded gradients are scaled in a copy. Those in bfloat16 or on the host are copied once for
+    the norm too, and once to be scaled."""
+    policy = load_policy(ModelSettings(path=str(tiny / "sft")))
+    shard = weights_of(tiny) // 2
+    in_float32 = Launch(2, zero_stage=3, device="cuda")
+    assert in_float32.step(policy) == shard
+    assert replace(in_float32, mixed_precision="bf16").step(policy) == 3 * shard
+    assert replace(in_float32, offloads_optimizer=True).step(policy) == 3 * shard
+    assert Launch(2, is_fsdp=True, mixed_precision="bf16", device="cuda").step(policy) == shard
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="then the default file means a GPU too")

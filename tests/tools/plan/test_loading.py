@@ -50,9 +50,9 @@ def test_processes_share_files_of_their_own_type_and_under_fsdp2_converted_ones(
     assert plan.loading.peak(2) == copies * (full + value) + full // 2
     # Offloaded models stay on the host, where files in bfloat16 are the reference's own pages.
     moved = make_plan(replace(config, policy=policy, offload=True), launch)
-    assert moved.host["models between uses"] == full // 2
+    assert moved.host["what is offloaded"] == full // 2
     moved = make_plan(replace(config, offload=True), launch)
-    assert moved.host["models between uses"] == copies * full // 2
+    assert moved.host["what is offloaded"] == copies * full // 2
 
 
 def test_adapters_over_one_base_load_it_once(tiny: Path, config: Config) -> None:

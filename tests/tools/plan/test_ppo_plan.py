@@ -102,6 +102,38 @@ def test_offloaded_models_are_there_in_their_phases_only(tiny: Path, config: Con
     assert on_cpu.waiting == {}
 
 
+def test_zero3_offloads_shards_to_the_host(config: Config) -> None:
+    kept = Launch(2, zero_stage=3, mixed_precision="bf16", device="cuda")
+    moved = replace(kept, offloads_optimizer=True, offloads_weights=True)
+    before, after = make_plan(config, kept), make_plan(config, moved)
+    policy = OUTSIDE + 2 * LAYER
+    value = policy - EMBEDDING + 32
+    # Each process has half of everything: weights and gradients in 2 bytes, and in 4 bytes Adam's
+    # moments, DeepSpeed's copy of the weights and, on the host only, one of the gradients.
+    assert after.waiting == {
+        "policy: weights": policy,
+        "policy: optimizer": 4 * 2 * policy,
+        "value model: weights": value,
+        "value model: optimizer": 4 * 2 * value,
+        "gradients": policy + value,
+    }
+    assert after.host["what is offloaded"] == 2 * 10 * (policy + value)
+    # Embeddings are split. What ZeRO-3 leaves whole stays, as do buffers, average and reference.
+    assert after.held == {
+        "policy: weights": 2 * (policy - 2 * EMBEDDING),
+        "value model: weights": 2 * (value - EMBEDDING),
+        "exchange of gradients": 2 * 5 * 10**8,
+        "policy: moving average": 2 * policy,
+        "reference": 2 * policy,
+    }
+    saved = {name: before.phases[name] - after.phases[name] for name in before.phases}
+    assert set(saved.values()) == {(1 + 3 * 2 + 1) * (policy + value)}
+    only_optimizer = make_plan(config, replace(kept, offloads_optimizer=True))
+    assert only_optimizer.held["policy: weights"] == before.held["policy: weights"]
+    assert "policy: weights" not in only_optimizer.waiting
+    assert make_plan(config, replace(moved, device="cpu")).waiting == {}
+
+
 def test_a_mean_update_has_its_share_of_the_checks(config: Config) -> None:
     config = replace(config, rollout=replace(config.rollout, check_every=4))
     flops = make_plan(config, Launch()).flops
