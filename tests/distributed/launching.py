@@ -39,7 +39,7 @@ TIME_LIMIT = 400
 
 class Launched(dict[str, Path]):
     """Maps a launcher file to the folder with what its processes made. Each is started once, when
-    a test first asks for it.
+    a test first asks for it. If it fails, which may take minutes, it is not started again.
 
     Args:
         inputs: What `make_inputs` of tests/distributed/chain.py wrote.
@@ -53,9 +53,18 @@ class Launched(dict[str, Path]):
         self._inputs = inputs
         self._factory = factory
         self._asked = asked
+        self._failed: set[str] = set()
 
     def __missing__(self, name: str) -> Path:
+        assert name not in self._failed, f"the launch of {name} failed in an earlier test"
+        self._failed.add(name)
         folder = self._factory.mktemp(name)
+        self._start(name, folder)
+        self._failed.remove(name)
+        self[name] = folder
+        return folder
+
+    def _start(self, name: str, folder: Path) -> None:
         if name == ONE_GPU:
             self._run_here(name, folder)
         elif name in TWO_NODES:
@@ -71,8 +80,6 @@ class Launched(dict[str, Path]):
             arguments = [str(self._inputs), str(folder), json.dumps(files)]
             (printed,) = launch(name, [[program, *arguments]])
             (folder / "printed.txt").write_text(printed, encoding="utf-8")
-        self[name] = folder
-        return folder
 
     def _run_here(self, name: str, folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
