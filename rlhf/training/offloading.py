@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
@@ -41,6 +41,7 @@ def on_device(models: Sequence[nn.Module], device: torch.device, offload: bool) 
         yield
     finally:
         for weight, on_host in frozen:
-            weight.data = on_host
+            with suppress(RuntimeError):  # no plain tensor on the device: it is copied back below
+                weight.data = on_host
         for model in models:
             model.to("cpu")
