@@ -1,7 +1,7 @@
 """Train with TRL's SFTTrainer, on rows that hold token ids and masks, so that it renders nothing.
 
-No other module imports TRL. We use its collation, its loss, its accumulation over micro-batches
-normalised by tokens, its handling of several processes, and its saving of checkpoints.
+No other module but compat.py imports TRL. We use its collation, its loss, its accumulation over
+micro-batches normalised by tokens, its handling of several processes, and its checkpoints.
 """
 
 import math
@@ -9,14 +9,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import trl.trainer.utils
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
@@ -54,6 +53,7 @@ from rlhf.training.processes import (
     share_accelerator,
 )
 from rlhf.training.settings import OptimSettings
+from stages.sft.compat import narrow_logits
 from stages.sft.config import Config
 from stages.sft.resume import ResumeCallback
 
@@ -183,15 +183,13 @@ def head_of_trainer(policy: PreTrainedModel, device: str) -> Iterator[None]:
     The head's buffer of logits has 32,768 columns, and a smaller vocabulary writes only the first.
     On a CPU the others take no memory, so the buffer is no wider than the vocabulary there.
     """
-    original, width = policy.forward, trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    original = policy.forward
     add_fused_lm_head(policy, outputs=("log_probs", "entropy", "is_top1"))
-    if device == "cpu":
-        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(width, num_embeddings(policy))
     try:
-        yield
+        with narrow_logits(num_embeddings(policy)) if device == "cpu" else nullcontext():
+            yield
     finally:
         policy.forward = original
-        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = width
 
 
 def to_row(tree: PromptTree) -> dict[str, list[int]]:
