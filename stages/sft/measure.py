@@ -27,14 +27,17 @@ def draw_samples(
     policy: PreTrainedModel, examples: Sequence[Example], chat: Chat, config: Config
 ) -> list[Answer]:
     """Sample one answer to each prompt, with the same random draws each time."""
-    return sample_answers(
-        engine_of(policy, config.generation),
+    engine = engine_of(policy, config.generation)
+    answers = sample_answers(
+        engine,
         [FittedPrompt(Prompt(one.record.prompt), one.tree.prompt) for one in examples],
         chat,
         max_new_tokens=config.max_response_tokens,
         temperature=config.temperature,
         generator=torch_stream(config.seed, "sft/samples"),
     )
+    engine.release()  # training goes on, and needs the memory of vLLM's copy
+    return answers
 
 
 def different_prompts(examples: Sequence[Example], most: int) -> list[Example]:

@@ -465,6 +465,25 @@ def test_pretrain_collect_and_evaluate(
     assert printed.count("evaluate: the first of 2 processes does all the work") == 1
 
 
+def test_a_launch_that_failed_is_not_started_again(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another launch still is."""
+    started: list[str] = []
+
+    def start(_self: Launched, name: str, _folder: Path) -> None:
+        started.append(name)
+        assert name != "cpu2", "a process ended with 1"
+
+    monkeypatch.setattr(Launched, "_start", start)
+    launched = Launched(tmp_path, tmp_path_factory, {})
+    for message in ("a process ended with 1", "the launch of cpu2 failed in an earlier test"):
+        with pytest.raises(AssertionError, match=message):
+            launched["cpu2"]
+    assert launched["cpu2_zero3"] == launched["cpu2_zero3"]
+    assert started == ["cpu2", "cpu2_zero3"]
+
+
 def test_a_plugin_that_is_not_at_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_plugin(DistributedType.MULTI_CPU)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

@@ -37,6 +37,7 @@ from stages.sft.measure import different_prompts, draw_samples, mean_loss, sampl
 from stages.sft.rows import cut_text, fit_batches, load_rows, order_epochs, render
 from stages.sft.train import train
 from stages.sft.trainer import Measure, fit, make_trainer, to_row
+from tests.rlhf.generation.fake_vllm import FakeLLM, vllm_installed
 from tests.rlhf.plain_loading import load_with_report
 from tests.rlhf.tiny_models import byte_tokenizer
 
@@ -417,6 +418,18 @@ def test_samples_are_of_different_prompts(base: Path, chat: Chat, tmp_path: Path
     assert [row["score"] for row in rows] == [0.5, 1.0, 1.5]
     assert [row["response"] for row in rows] == [answer.text for answer in answers]
     assert all(answer.is_finished == (chat.end_id in answer.response_ids) for answer in answers)
+
+
+def test_vllm_sleeps_while_the_policy_trains(base: Path, chat: Chat, tmp_path: Path) -> None:
+    examples, _ = render([Demonstration("a", "x")], chat, 40, 8)
+    config = make_config(base, "unused", tmp_path, generation=GenerationSettings(engine="vllm"))
+    policy = load_policy(config.model)
+    with vllm_installed():
+        first, second = (draw_samples(policy, examples, chat, config) for _ in range(2))
+        [llm] = FakeLLM.started
+    assert [one.response_ids for one in first] == [one.response_ids for one in second]
+    assert llm.calls.count("sleep") == 2
+    assert llm.calls[-1] == "sleep"
 
 
 @pytest.mark.parametrize(
