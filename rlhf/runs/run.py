@@ -47,7 +47,7 @@ from rlhf.runs.folder import (
 )
 from rlhf.runs.lineage import BASE_FILE, commit, describe_input, versions
 from rlhf.runs.page import Page
-from rlhf.runs.settings import settings_in_use
+from rlhf.runs.settings import default_settings, settings_in_use
 from rlhf.runs.shared_files import check_inputs, check_output
 from rlhf.runs.trackers import TRACKERS, Tracker, Trackers, check_trackers
 from rlhf.training.processes import broadcast_from_first
@@ -358,11 +358,18 @@ def _is_first_process() -> bool:
 
 
 def _announce(stage: str, config: RunSettings, sources: dict[str, str], output: Path) -> None:
-    print(f"{stage}: settings in use")
-    for key, value in flat_settings(settings_in_use(config)):
-        print(f"  {key}: {value}")
+    """Print what the user chose: settings that are not the defaults, inputs, and the folder."""
+    defaults = dict(flat_settings(default_settings(config)))
+    paths = [*sources.values(), str(output)]
+    print(f"{stage}: settings that are not the defaults (all are in {output / CONFIG})")
+    for key, value in flat_settings(_lasting_settings(config)):
+        is_default = key in defaults and value == defaults[key]
+        if not is_default and value not in paths:
+            print(f"  {key}: {value}")
     for name, path in sources.items():
-        print(f"{stage}: reads {name} from {path}")
+        # The figures of a folder are read with it.
+        if Path(path).name != RESULTS or str(Path(path).parent) not in paths:
+            print(f"{stage}: reads {name} from {path}")
     print(f"{stage}: writes {output}", flush=True)
 
 

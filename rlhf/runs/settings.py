@@ -365,3 +365,22 @@ def _one_line(text: str) -> str:
 def settings_in_use(config: Any) -> dict[str, Any]:
     """Turn a settings dataclass into plain YAML values, sections into mappings."""
     return plain_values(dataclasses.asdict(config))
+
+
+def default_settings(config: Any) -> dict[str, Any]:
+    """Return the defaults of a settings dataclass, as `settings_in_use` returns its settings.
+
+    A setting that has no default is left out.
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+            is_section = dataclasses.is_dataclass(default)
+            found[field.name] = dataclasses.asdict(default) if is_section else default
+        elif dataclasses.is_dataclass(value):
+            found[field.name] = default_settings(value)
+    return plain_values(found)

@@ -1,8 +1,7 @@
 """Run the collect stage from start to end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rlhf.generation.answers import Answer
 from rlhf.inputs.files import read_records, write_records
@@ -15,7 +14,7 @@ from rlhf.runs.run import Run, open_run
 from rlhf.training.processes import start_accelerator
 from stages.collect.config import Config
 from stages.collect.labelers import PARTIAL_RANKINGS_FILE, Labeler, load_labelers, rank_each
-from stages.collect.report import agreement, describe_rankings, describe_samples
+from stages.collect.report import agreement, describe_rankings, describe_samples, lines_of
 from stages.collect.sample import Question, make_questions, sample_responses
 
 RANKINGS_FILE = "rankings.jsonl"
@@ -69,7 +68,8 @@ def collect(config: Config) -> None:
         "num_duplicates": sum(map(len, answers)) - sum(map(len, distinct)),
     }
     _write(run, rankings, [second for _, second in overlap])
-    _print_report(results)
+    for line in lines_of(results):
+        print(f"collect: {line}")
     run.finish(results)
 
 
@@ -119,9 +119,3 @@ def _write(run: Run, rankings: Sequence[Ranking], second_rankings: Sequence[Rank
     write_records(folder / RANKINGS_FILE, rankings)
     if second_rankings:
         write_records(folder / OVERLAP_FILE, second_rankings)
-
-
-def _print_report(results: Mapping[str, Any]) -> None:
-    for name, value in results.items():
-        shown = f"{value:.3f}" if isinstance(value, float) else value
-        print(f"collect: {name} {shown}")

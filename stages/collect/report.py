@@ -1,7 +1,7 @@
 """Describe the comparisons: agreement between labelers, ties, K, lengths."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -70,3 +70,34 @@ def describe_samples(answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
         "response_tokens": sum(lengths) / len(flat),
         "response_tokens_max": max(lengths),
     }
+
+
+LEFT_OUT = {
+    "num_duplicates": "responses are left out, since another one to their prompt is equal",
+    "num_prompts_dropped": "prompts are left out for their length",
+    "num_prompts_without_choice": "prompts are left out, since all their responses are equal",
+    "num_without_comparison": "rankings hold no comparison, since all responses tie",
+}
+"""What is printed of a count that is not 0."""
+
+
+def lines_of(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the stage prints of its results."""
+    sizes = results["num_rankings_by_k"]
+    yield (
+        f"{results['num_rankings']} rankings of {min(sizes)} to {max(sizes)} responses give "
+        f"{results['num_comparisons']} comparisons; {results['tie_share']:.1%} of the pairs tie"
+    )
+    if results["agreement"] is not None:
+        low, high = results["agreement_interval"]
+        yield (
+            f"labelers agree on {results['agreement']:.1%} ({low:.1%} to {high:.1%}) of "
+            f"{results['num_agreement_pairs']} pairs that two of them ordered"
+        )
+    yield (
+        f"responses have {results['response_tokens']:.1f} tokens on average, "
+        f"{results['response_tokens_max']} at most; {results['eos_rate']:.1%} end"
+    )
+    for name, what in LEFT_OUT.items():
+        if results[name]:
+            yield f"{results[name]} {what}"

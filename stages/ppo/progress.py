@@ -1,5 +1,6 @@
 """Hold the state of a run outside its learner: the coefficient of the KL penalty, and totals."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from rlhf.maths.kl import adapt_kl_coef
@@ -24,6 +25,21 @@ class Progress:
         self.metrics = metrics
         for name, value in seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
+
+
+def last_line(metrics: Mapping[str, float], alarms: Iterable[str], num_updates: int) -> str:
+    """Return what the stage prints of its end, from the metrics of the last update.
+
+    Args:
+        alarms: Codes of the alarms that rang.
+    """
+    where = "held_out_" if "ppo/held_out_score" in metrics else ""
+    tokens = metrics["ppo/held_out_tokens" if where else "ppo/response_tokens"]
+    return (
+        f"after {num_updates} updates {'held-out ' if where else ''}score "
+        f"{metrics[f'ppo/{where}score']:.2f}, KL {metrics[f'ppo/{where}kl']:.2f} nats and "
+        f"{tokens:.1f} tokens a response; alarms: {', '.join(alarms) or 'none'}"
+    )
 
 
 def next_kl_coef(kl_coef: float, kl: float, config: Config) -> float:

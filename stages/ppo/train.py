@@ -10,7 +10,7 @@ from rlhf.training.processes import own_share
 from stages.ppo.config import Config
 from stages.ppo.evaluate import evaluate, is_due
 from stages.ppo.metrics import describe
-from stages.ppo.progress import next_kl_coef
+from stages.ppo.progress import last_line, next_kl_coef
 from stages.ppo.rollout import roll_out
 from stages.ppo.setup import set_up
 from stages.ppo.stopping import save_policy_copy, save_trained_policy, saving_when_stopped
@@ -87,6 +87,8 @@ def train(config: Config) -> None:
     if learner.state.average is not None:
         learner.state.average.put_in_place()
     save_trained_policy(learner, setup.chat, run.dir)
+    told = last_line(progress.metrics, monitor.alarms, config.num_updates)
+    accelerator.print(f"ppo: {config.output_dir}: {told}")
     results = progress.metrics | setup.speed.mean()
     results = {name.removeprefix("ppo/"): value for name, value in results.items()}
     phases = {name: round(value, 1) for name, value in progress.seconds.items()}

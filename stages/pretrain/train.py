@@ -70,6 +70,10 @@ def pretrain(config: Config) -> None:
         **{name.removeprefix("pretrain/"): value for name, value in measured.items()},
     }
     if accelerator.is_main_process:
+        told = f"held-out loss {results['held_out_loss']:.3f} nats a token"
+        if probes:
+            told += f", recall of facts {results['fact_recall']:.3f}"
+        print(f"pretrain: {told}; {num_parameters:,} parameters")
         save_policy(model, tokenizer, run.dir, weights)
     accelerator.wait_for_everyone()
     run.finish(results)

@@ -21,7 +21,14 @@ from rlhf.models.settings import ModelSettings
 from rlhf.runs.settings import load_config
 from stages.collect.collect import collect, distinct_texts
 from stages.collect.config import Config
-from stages.collect.report import agreement, agreements, describe_samples, tie_share
+from stages.collect.report import (
+    agreement,
+    agreements,
+    describe_rankings,
+    describe_samples,
+    lines_of,
+    tie_share,
+)
 from tests.rlhf.answers import of_ids
 from tests.rlhf.tiny_models import byte_tokenizer
 
@@ -179,6 +186,24 @@ def test_ties_and_lengths_worked_by_hand() -> None:
     assert described["eos_rate"] == pytest.approx(2 / 3)
     assert described["response_tokens"] == 3 and described["response_tokens_max"] == 5
     assert distinct_texts(groups[0]) == ["a"]
+
+
+def test_what_is_printed_worked_by_hand() -> None:
+    rankings = [ranking(1, 1, 2), ranking(1, 1)]
+    groups = [[of_ids([5], [7, 0], text="a", is_finished=True), of_ids([5], [8] * 5, text="b")]]
+    overlap = [(ranking(1, 2, 3), ranking(2, 1, 3))]
+    counts = {"num_prompts_dropped": 0, "num_prompts_without_choice": 3, "num_duplicates": 0}
+    described = describe_rankings(rankings) | describe_samples(groups) | counts
+    first, second, *others = lines_of({**described, **agreement(overlap, seed=0)})
+    assert first == ("2 rankings of 2 to 3 responses give 2 comparisons; 50.0% of the pairs tie")
+    assert second.startswith("labelers agree on 66.7% (")
+    assert second.endswith(") of 3 pairs that two of them ordered")
+    assert others == [
+        "responses have 3.5 tokens on average, 5 at most; 50.0% end",
+        "3 prompts are left out, since all their responses are equal",
+        "1 rankings hold no comparison, since all responses tie",
+    ]
+    assert len([*lines_of({**described, **agreement([], seed=0)})]) == 4
 
 
 class Wrong:

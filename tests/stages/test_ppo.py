@@ -44,6 +44,7 @@ from rlhf.training.step import make_train_state
 from stages.ppo.config import Config, PPOSettings, PtxSettings, RolloutSettings
 from stages.ppo.data import text_blocks
 from stages.ppo.learner import POLICY, Learner, PolicyAndValue
+from stages.ppo.progress import last_line
 from stages.ppo.rollout import Rollout, RolloutWorker, roll_out
 from stages.ppo.train import train
 from stages.ppo.update import update
@@ -767,3 +768,16 @@ def test_a_variable_hides_the_bar_so_that_two_runs_can_share_a_terminal(
     monkeypatch.setenv("TQDM_DISABLE", "1")
     train(config)
     assert "1/1 [" not in capfd.readouterr().err
+
+
+def test_the_end_is_told_in_a_line() -> None:
+    trained = {"ppo/score": 1.5, "ppo/kl": 2.25, "ppo/response_tokens": 30.0}
+    held_out = {"score": 1.0, "kl": 3.5, "tokens": 8.5}
+    assert last_line(trained, [], 24) == (
+        "after 24 updates score 1.50, KL 2.25 nats and 30.0 tokens a response; alarms: none"
+    )
+    both = trained | {f"ppo/held_out_{name}": value for name, value in held_out.items()}
+    assert last_line(both, {"PPO_KL": {}, "PPO_LENGTH": {}}, 3) == (
+        "after 3 updates held-out score 1.00, KL 3.50 nats and 8.5 tokens a response; alarms: "
+        "PPO_KL, PPO_LENGTH"
+    )

@@ -58,15 +58,26 @@ def test_folder_holds_settings_metrics_samples_results(tmp_path: Path) -> None:
     assert results == {"accuracy": 0.5, "nested": {"n": [1, 2]}}
 
 
-def test_settings_inputs_and_output_are_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    start(tmp_path / "run", inputs={"base": "gpt2", "data": tmp_path})
-    printed = capsys.readouterr().out
-    assert "  betas: [0.9, 0.95]\n" in printed
-    assert "sft: reads base from gpt2\n" in printed
-    assert f"sft: reads data from {tmp_path}\n" in printed
-    assert f"sft: writes {tmp_path / 'run'}\n" in printed
+def test_what_the_user_chose_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each path once: an input or the folder is no setting to repeat, and a folder's own figures
+    are no second input."""
+    folder, data = tmp_path / "run", tmp_path / "data"
+    data.mkdir()
+    (data / "results.json").touch()
+    figures = str(data / "results.json")
+    config = Settings(output_dir=str(folder), betas=(0.5, 0.95))
+    inputs: dict[str, str | Path] = {"base": "gpt2", "data": data, "figures": figures}
+    open_run(config, stage="sft", inputs=inputs)
+    assert capsys.readouterr().out.splitlines() == [
+        f"sft: settings that are not the defaults (all are in {folder / 'config.yaml'})",
+        "  betas: [0.5, 0.95]",
+        "sft: reads base from gpt2",
+        f"sft: reads data from {data}",
+        f"sft: writes {folder}",
+    ]
+    start(tmp_path / "other", inputs={"figures": figures})
+    told = capsys.readouterr().out.splitlines()
+    assert told[1:] == [f"sft: reads figures from {figures}", f"sft: writes {tmp_path / 'other'}"]
 
 
 def test_unfinished_run_does_not_look_complete(tmp_path: Path) -> None:

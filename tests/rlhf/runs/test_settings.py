@@ -15,6 +15,7 @@ from rlhf.runs.settings import (
     ConfigError,
     FolderSettings,
     StageSettings,
+    default_settings,
     keys_of,
     load_config,
     settings_in_use,
@@ -114,6 +115,19 @@ def test_numbers_with_an_exponent_are_numbers() -> None:
     rate = load_config(Stage, [*NEEDED, "--optim.learning_rate", "5e-7"]).optim.learning_rate
     assert isinstance(rate, float)
     assert rate == 5e-7
+
+
+def test_defaults_are_those_of_sections_too() -> None:
+    config = load_config(Stage, [*NEEDED, "--optim.learning_rate", "0.5", "--text", "a.jsonl"])
+    defaults, chosen = default_settings(config), settings_in_use(config)
+    assert "output_dir" not in defaults and "path" not in defaults["model"]
+    assert defaults["model"]["dtype"] == ModelSettings(path="unused").dtype
+    assert defaults["optim"] == settings_in_use(OptimSettings())
+    assert defaults["text"] is None
+    same = {**defaults, "output_dir": chosen["output_dir"], "text": "a.jsonl"}
+    same["model"] |= {"path": chosen["model"]["path"]}
+    same["optim"] |= {"learning_rate": 0.5}
+    assert same == chosen
 
 
 def test_settings_in_force_load_again(tmp_path: Path) -> None:
