@@ -40,6 +40,9 @@ after = $(if $(ALL),$(1),$(foreach stage,$(1),$(if $(call results,$(stage)),,$(s
 # One process needs no launcher, which takes seconds to start. In a pipeline it imports what all stages
 # need only once (stages/stage_server.py).
 one_process = $(filter $(DEFAULT),$(ACCELERATE))
+ifdef RLHF_STAGE_SERVER
+.SILENT: # the client prints the command that a person would type
+endif
 python = $(BIN)/python $(if $(RLHF_STAGE_SERVER),-S stages/stage_client.py,-m)
 launch = $(if $(one_process),$(python),$(BIN)/accelerate launch --quiet --config_file $(ACCELERATE) -m)
 options = --overwrite$(if $(SEED), --seed $(SEED))$(if $(filter $@,$(MAKECMDGOALS)), $(ARGS))

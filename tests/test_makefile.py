@@ -198,3 +198,17 @@ def test_a_preset_for_a_real_size_trains_one_policy(
     commands = checkout.make("pipeline", f"PRESET={preset}")
     assert stages_of(commands) == ["sft", "rm", "ppo", "evaluate"]
     assert (checkout.folder / "runs" / preset / aligned / "results.json").is_file()
+
+
+def test_a_command_is_printed_once(checkout: Checkout) -> None:
+    """In a pipeline the client prints it (stages/stage_client.py), so make does not."""
+    for variables, is_printed in (({}, True), ({"RLHF_STAGE_SERVER": "socket"}, False)):
+        run = subprocess.run(
+            ["make", f"BIN={checkout.folder}", "data"],
+            cwd=checkout.folder,
+            env={"PATH": os.environ["PATH"], **variables},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        assert ("data.tinyworld" in run.stdout) == is_printed
