@@ -73,9 +73,9 @@ benchmark: $(call after,$(POLICIES)) | $(SETUP) ## Zero-, one- and few-shot task
 pipeline: ## All stages from the data to the table of results.
 	$(if $(PLAN),@printf '%s\n' $(PLAN))
 	@$(MAKE) --silent $(SETUP)
-	@$(if $(one_process),$(BIN)/python -m stages.stage_server )$(MAKE) --no-print-directory \
-	    $(if $(jobs),--jobs $(jobs) )ALL=1 evaluate
-	@echo "report: $(RUN)/report.html, results: $(RUN)/results.json, answers side by side: $(RUN)/samples.md"
+	@started=$$(date +%s); $(if $(one_process),$(BIN)/python -m stages.stage_server )$(MAKE) --no-print-directory \
+	    $(if $(jobs),--jobs $(jobs) )ALL=1 evaluate && echo "done in $$(($$(date +%s) - started)) s;" \
+	    "report: $(RUN)/report.html, results: $(RUN)/results.json, answers side by side: $(RUN)/samples.md"
 
 quick-look: ## The same chain in under a minute at a smaller size; nobody quotes its figures.
 	@$(MAKE) --no-print-directory pipeline PRESET=quick

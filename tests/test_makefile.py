@@ -5,6 +5,7 @@ launcher; it records its command and writes results.json.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -82,6 +83,7 @@ def test_pipeline_says_what_comes_and_asks_every_stage_in_order(checkout: Checko
         assert stages_of(commands) == CHAIN
     assert checkout.printed[0].startswith("The tiny world, seed 0: data, a base model")
     assert "Five to six minutes on two cores" in checkout.printed[1]
+    assert re.fullmatch(r"done in \d+ s; report: runs/tiny/report.html, .*", checkout.printed[-1])
     assert commands[:2] == [
         "data.tinyworld --output_dir runs/tiny/data --overwrite",
         "pretrain --config configs/pretrain/tiny.yaml --run_dir runs/tiny --overwrite",
@@ -212,3 +214,19 @@ def test_a_command_is_printed_once(checkout: Checkout) -> None:
         )
         assert run.returncode == 0, run.stderr
         assert ("data.tinyworld" in run.stdout) == is_printed
+
+
+def test_a_stage_that_fails_ends_the_pipeline(checkout: Checkout) -> None:
+    program = checkout.folder / "python"
+    program.write_text(
+        FAKE.replace("before=$word\n", 'before=$word; [ "$word" != stages.rm ] || exit 3\n')
+    )
+    run = subprocess.run(
+        ["make", f"BIN={checkout.folder}", "pipeline"],
+        cwd=checkout.folder,
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert "done in" not in run.stdout
