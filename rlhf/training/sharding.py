@@ -165,8 +165,8 @@ def clip_gradients(
     parameters = list(parameters)
     if not shards_gradients(accelerator):
         return accelerator.clip_grad_norm_(parameters, max_norm)
-    gradients = local_gradients(parameters)
-    (square,) = inner_products(accelerator, [(gradients, gradients)])
+    squares = [(one * one).sum(dtype=torch.float64) for one in map(_local_gradient, parameters)]
+    (square,) = _over_processes(accelerator, [_total(squares)])
     before = math.sqrt(square)
     if before > max_norm:
         # The 1e-6 makes this equal to torch's clip_grad_norm_.
@@ -230,13 +230,14 @@ def set_local_gradients(parameters: Iterable[nn.Parameter], values: Iterable[Ten
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Multiply gradients, or this process's shards. A factor of 0 also replaces NaN by 0."""
-    parameters = list(parameters)
-    scaled = [
-        torch.zeros_like(gradient) if factor == 0 else gradient * factor
-        for gradient in local_gradients(parameters)
-    ]
-    set_local_gradients(parameters, scaled)
+    """Multiply gradients, or this process's shards. A factor of 0 also replaces NaN by 0.
+
+    Where reading a gradient copies it, one copy exists at a time.
+    """
+    for parameter in parameters:
+        gradient = _local_gradient(parameter)
+        scaled = gradient.zero_() if factor == 0 else gradient.mul_(factor)
+        set_local_gradients([parameter], [scaled])
 
 
 def zero_gradients(
@@ -260,15 +261,23 @@ def inner_products(
 
     The gradients come from `local_gradients`.
     """
-    own = to_floats([_own_dot(some, others) for some, others in pairs])
-    if not shards_gradients(accelerator):
-        return own
-    return sum_over_processes(accelerator, torch.tensor(own, dtype=torch.float64)).tolist()
+    return _over_processes(accelerator, [_own_dot(some, others) for some, others in pairs])
 
 
 def _own_dot(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor | float:
-    parts = [(a * b).sum(dtype=torch.float64) for a, b in zip(some, others, strict=True)]
+    return _total([(a * b).sum(dtype=torch.float64) for a, b in zip(some, others, strict=True)])
+
+
+def _total(parts: list[Tensor]) -> Tensor | float:
     return torch.stack(parts).sum() if parts else 0.0
+
+
+def _over_processes(accelerator: Accelerator, own: Sequence[Tensor | float]) -> list[float]:
+    """Sum numbers over the processes that share gradients."""
+    values = to_floats(own)
+    if not shards_gradients(accelerator):
+        return values
+    return sum_over_processes(accelerator, torch.tensor(values, dtype=torch.float64)).tolist()
 
 
 @contextmanager

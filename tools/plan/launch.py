@@ -201,16 +201,13 @@ class Launch:
         return self.share(self.trained(model), self.splits_gradients)
 
     def step(self, *models: nn.Module) -> int:
-        """Return the bytes of the temporaries of clipping and stepping, one model at a time.
+        """Return the bytes of the optimizer's temporaries, one model at a time.
 
-        Sharded gradients are scaled in a copy. Where DeepSpeed holds them in bfloat16 or on the
-        host, reading them makes a copy too: one for the norm, and one to scale.
+        Clipping shards needs less: it reads and scales one gradient after another.
         """
         largest = max(self.trained(model) for model in models)
         if self.splits_gradients:
-            is_read_by_copy = self.zero_stage > 0 and (self.is_halved or self.has_optimizer_on_host)
-            copies = 3 if is_read_by_copy else 1
-            return copies * self.share(largest, True)
+            return self.share(largest, True)
         if self.device == "cpu":
             return 2 * max(p.nbytes for m in models for p in trained_parameters(m).values())
         return self.share(largest, self.splits_optimizer)
