@@ -115,9 +115,9 @@ def _announce_weights(
     reward_models = reward_models_of(reward)
     held = weight_bytes(*roles, *reward_models)
     alone = sum(weight_bytes(model) for model in [*roles, *reward_models])
+    saved = f", {alone / 1e6:.1f} MB if each held its own" if alone > held else ""
     accelerator.print(
-        f"ppo: weights of policy, value, reference and reward models: {held / 1e6:.1f} MB, "
-        f"{alone / 1e6:.1f} MB if each held its own"
+        f"ppo: weights of policy, value, reference and reward models: {held / 1e6:.1f} MB{saved}"
     )
     policy = roles[0]
     for path, model in zip(config.reward.model_paths.values(), reward_models, strict=True):
