@@ -73,3 +73,13 @@ def is_text(node: ast.stmt | None) -> bool:
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
     )
+
+
+def test_a_quick_look_keeps_rankings_with_a_response_that_was_cut() -> None:
+    """Its end token makes it longer than what was sampled, and a small policy has many of them:
+    the reward model stopped, since a ranking in twelve was over the limit."""
+    rm, collect = (
+        yaml.safe_load((ROOT / f"configs/{stage}/quick.yaml").read_text(encoding="utf-8"))
+        for stage in ("rm", "collect")
+    )
+    assert rm["max_response_tokens"] > collect["max_new_tokens"]
