@@ -73,10 +73,10 @@ def describe_samples(answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
 
 
 LEFT_OUT = {
-    "num_duplicates": "responses are left out, since another one to their prompt is equal",
-    "num_prompts_dropped": "prompts are left out for their length",
-    "num_prompts_without_choice": "prompts are left out, since all their responses are equal",
-    "num_without_comparison": "rankings hold no comparison, since all responses tie",
+    "num_duplicates": "responses left out, since another one to their prompt is equal",
+    "num_prompts_dropped": "prompts left out for their length",
+    "num_prompts_without_choice": "prompts left out, since all their responses are equal",
+    "num_without_comparison": "rankings without a comparison, since all responses tie",
 }
 """What is printed of a count that is not 0."""
 
@@ -100,4 +100,4 @@ def lines_of(results: Mapping[str, Any]) -> Iterator[str]:
     )
     for name, what in LEFT_OUT.items():
         if results[name]:
-            yield f"{results[name]} {what}"
+            yield f"{what}: {results[name]}"

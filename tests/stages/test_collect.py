@@ -200,8 +200,8 @@ def test_what_is_printed_worked_by_hand() -> None:
     assert second.endswith(") of 3 pairs that two of them ordered")
     assert others == [
         "responses have 3.5 tokens on average, 5 at most; 50.0% end",
-        "3 prompts are left out, since all their responses are equal",
-        "1 rankings hold no comparison, since all responses tie",
+        "prompts left out, since all their responses are equal: 3",
+        "rankings without a comparison, since all responses tie: 1",
     ]
     assert len([*lines_of({**described, **agreement([], seed=0)})]) == 4
 
