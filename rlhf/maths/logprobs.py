@@ -1,4 +1,5 @@
-"""Computes log-probabilities of sampled tokens, and entropy and variance of their distributions."""
+"""Computes log-probabilities of sampled tokens, and entropy, variance and KL of their
+distributions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -77,6 +78,32 @@ def chunked_logprobs(
     return torch.cat(parts)
 
 
+def chunked_divergence(
+    teacher_features: Float[Tensor, "tokens teacher_model"],
+    teacher_head: Head,
+    features: Float[Tensor, "tokens model"],
+    head: Head,
+) -> Float[Tensor, "tokens"]:
+    """Return KL(teacher || student) in nats for each token, holding logits of one chunk at a time.
+
+    The KL is over the whole vocabulary, at temperature 1. It is 0 where both give the same logits,
+    and so is its gradient, which reaches the student only.
+    """
+
+    def divergence(some_taught: Tensor, some_features: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher_head(some_taught)
+        return _divergence(teacher_logits, head(some_features))
+
+    parts = [
+        checkpoint(divergence, *chunk, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled()
+        else divergence(*chunk)
+        for chunk in _chunks(teacher_features, features)
+    ]
+    return torch.cat(parts)
+
+
 @torch.no_grad()
 def chunked_likelihoods(
     features: Float[Tensor, "tokens model"], targets: Int[Tensor, "tokens"], head: Head
@@ -121,6 +148,13 @@ def _likelihoods(logits: Tensor, targets: Tensor) -> TokenLikelihoods:
     scaled = logits.float()
     chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return TokenLikelihoods(chosen - scaled.logsumexp(-1), chosen == scaled.amax(-1))
+
+
+def _divergence(teacher_logits: Tensor, logits: Tensor) -> Tensor:
+    """Compute sum_v p_v (log p_v - log q_v), with p the teacher's and q the student's."""
+    of_teacher = teacher_logits.float().log_softmax(-1).clamp_(min=_IMPOSSIBLE)
+    of_student = logits.float().log_softmax(-1).clamp(min=_IMPOSSIBLE)  # 0 * inf would be NaN
+    return (of_teacher.exp() * (of_teacher - of_student)).sum(-1)
 
 
 def _moments(logits: Tensor, targets: Tensor, temperature: float) -> TokenMoments:

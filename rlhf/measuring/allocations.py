@@ -28,7 +28,7 @@ from rlhf.generation.vllm import full_weights
 from rlhf.inputs.packing import PackedRow
 from rlhf.models.compat import one_sequence_a_row
 from rlhf.models.empty import empty_policy, empty_scalar
-from rlhf.models.heads import response_logprobs, response_moments
+from rlhf.models.heads import response_divergence, response_logprobs, response_moments
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.settings import NO_LORA, LoraSettings, ModelSettings
 
@@ -156,23 +156,30 @@ class DryRun:
         policy: PreTrainedModel | None,
         scalar_model: ScalarModel | None,
         accumulates: Sequence[nn.Module],
+        teacher: PreTrainedModel | None = None,
     ) -> int:
         """Measure a forward and backward pass of one row through one or both models.
 
         Args:
             accumulates: Models that already have gradients, from another row. The result includes
                 the gradients of the others.
+            teacher: A model whose distributions the policy learns, in place of the tokens.
         """
+
+        def of_policy(policy: PreTrainedModel, row: PackedRow) -> Tensor:
+            if teacher is None:
+                return response_logprobs(policy, row)
+            return response_divergence(policy, teacher, row)
 
         def forward() -> Tensor:
             empty = self._emptied(row)
-            parts = [] if policy is None else [response_logprobs(policy, empty)]
+            parts = [] if policy is None else [of_policy(policy, empty)]
             if scalar_model is not None:
                 parts += [scalar_model(empty.predictors, **empty.model_inputs)]
             return torch.stack([part.sum() for part in parts]).sum()
 
         models = [model for model in (policy, scalar_model) if model is not None]
-        return self._trained(models, forward, accumulates)
+        return self._trained(models, forward, accumulates, teacher)
 
     def batch_training(
         self,
@@ -205,6 +212,7 @@ class DryRun:
         models: Sequence[nn.Module],
         forward: Callable[[], Tensor],
         accumulates: Sequence[nn.Module],
+        teacher: nn.Module | None = None,
     ) -> int:
         with self._fake:
             for parameter in (p for model in accumulates for p in model.parameters()):
@@ -219,7 +227,8 @@ class DryRun:
             loss.backward()
 
         try:
-            return self._peak(models, train, gradients=True)
+            frozen = [] if teacher is None else [teacher]
+            return self._peak([*models, *frozen], train, gradients=True)
         finally:
             for model in models:
                 model.eval().zero_grad()

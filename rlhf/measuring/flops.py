@@ -127,6 +127,8 @@ def update_flops(
     episodes: Work,
     texts: Work,
     num_epochs: float,
+    *,
+    is_taught: bool = False,
 ) -> dict[str, float]:
     """Return the FLOPs of a PPO update by phase; the names are those in seconds/NAME.
 
@@ -134,17 +136,19 @@ def update_flops(
         episodes: Work of one pass over the update's prompts and responses.
         texts: Work of one pass over all its text blocks.
         num_epochs: Passes over the episodes; a fraction if the update ended early.
+        is_taught: Whether the reference reads the text too (ptx.targets).
     """
     policy_pass = forward_flops(policy, episodes)
     value_pass = forward_flops(value_model, episodes)
     training = training_flops(policy, episodes) + training_flops(value_model, episodes)
+    teaching = forward_flops(policy, texts) if is_taught else 0.0
     return {
         "rollout": policy_pass,  # one token at a time with cached keys and values: the same FLOPs
         "score": sum(forward_flops(size, episodes) for size in reward_models),
         "logprobs": policy_pass,
         "reference": policy_pass,
         "value": value_pass,
-        "ptx": training_flops(policy, texts),
+        "ptx": training_flops(policy, texts) + teaching,
         "train": num_epochs * training,
     }
 

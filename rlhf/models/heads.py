@@ -1,4 +1,4 @@
-"""Computes log-probabilities of a policy's response tokens over a packed row."""
+"""Computes log-probabilities of a policy's response tokens over a packed row, and their KL."""
 
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +12,7 @@ from rlhf.maths.logprobs import (
     Head,
     TokenLikelihoods,
     TokenMoments,
+    chunked_divergence,
     chunked_likelihoods,
     chunked_logprobs,
     chunked_moments,
@@ -27,6 +28,16 @@ def response_logprobs(policy: nn.Module, row: PackedRow, temperature: float = 1.
     """Return the log-probability (tokens,) in nats of every response token of a packed row."""
     features, head = _features_and_head(policy, row)
     return chunked_logprobs(features, row.targets, head, temperature)
+
+
+def response_divergence(policy: nn.Module, teacher: nn.Module, row: PackedRow) -> Tensor:
+    """Return KL(teacher || policy) (tokens,) in nats at every response token of a packed row.
+
+    The teacher needs the policy's vocabulary, and gets no gradient."""
+    with torch.no_grad():
+        taught, teacher_head = _features_and_head(teacher, row)
+    features, head = _features_and_head(policy, row)
+    return chunked_divergence(taught, teacher_head, features, head)
 
 
 def response_moments(policy: nn.Module, row: PackedRow, temperature: float = 1.0) -> TokenMoments:

@@ -1,7 +1,7 @@
 """Settings of the PPO stage; a default is InstructGPT's wherever a small run can use it."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.ranges import (
@@ -99,6 +99,12 @@ class PtxSettings(Ranged):
     ppo/ptx_coef. None means that coef is the coefficient. With coef 0 there is no mix at all."""
     text: str | None = None
     """File or folder of text records. Needed unless coef is 0."""
+    targets: Literal["text", "reference"] = "text"
+    """What the policy learns from the text. With text it is the next token, as in InstructGPT; that
+    suits the text that the base was pretrained on. With reference it is the distribution that the
+    reference gives for the next token (distillation; Li and Hoiem 2016). The loss is then the KL,
+    which is 0 until the policy moves away. So other text does no harm: it does not teach its style.
+    Each pass over text costs one more, of the reference."""
     blocks_per_episode: Positive = 8.0
     """Blocks of text in a step for each episode of the mini-batch."""
     block_tokens: TwoOrMore = 128

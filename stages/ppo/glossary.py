@@ -280,9 +280,10 @@ PTX = (
     Metric(
         "ppo/ptx_loss",
         "nats a token",
-        "Mean cross entropy of the pretraining text. This metric and the next four are there only "
-        "with ptx.coef above 0.",
-        healthy="falls or stays",
+        "Mean cross entropy of the pretraining text; with ptx.targets reference the KL from the "
+        "reference on that text. This metric and the next four are there only with ptx.coef above "
+        "0.",
+        healthy="falls or stays; the KL starts at 0 and rises little",
         otherwise="Rises: raise ptx.coef.",
         title="Pretraining loss",
     ),

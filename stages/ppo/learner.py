@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.inputs.packing import PackedRow, Packer
-from rlhf.models.heads import response_logprobs
+from rlhf.models.heads import response_divergence, response_logprobs
 from rlhf.models.scalar import ScalarModel
 from rlhf.runs.stopwatch import Stopwatch
 from rlhf.training import sharding
@@ -34,10 +34,17 @@ class PolicyAndValue(nn.Module):
         *,
         with_logprobs: bool = True,
         with_values: bool = True,
+        teacher: nn.Module | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return log-probabilities and values of each response token of a packed row, both
-        (tokens,)."""
-        logprobs = response_logprobs(self.policy, row, temperature) if with_logprobs else None
+        (tokens,).
+
+        With a teacher, KL(teacher || policy) stands in place of the log-probabilities."""
+        logprobs = None
+        if teacher is not None:
+            logprobs = response_divergence(self.policy, teacher, row)
+        elif with_logprobs:
+            logprobs = response_logprobs(self.policy, row, temperature)
         values = self.value_model(row.predictors, **row.model_inputs) if with_values else None
         return logprobs, values
 
@@ -60,10 +67,15 @@ class Learner:
         Every process holds them until the end of the context. Only this part may run inside."""
         return sharding.whole_weights(self.state.accelerator, self.state.model, part)
 
-    def text_logprobs(self, row: PackedRow) -> Tensor:
-        """Return the policy's log-probabilities (tokens,) of pretraining text."""
-        logprobs, _ = self.state.model(row, with_values=False)
-        return logprobs
+    def text_nats(self, row: PackedRow, teacher: nn.Module | None) -> Tensor:
+        """Return the loss (tokens,) of each token of pretraining text, in nats.
+
+        It is -log pi(token), or with a teacher KL(teacher || policy) at the token."""
+        if teacher is None:
+            logprobs, _ = self.state.model(row, with_values=False)
+            return -logprobs
+        divergence, _ = self.state.model(row, with_values=False, teacher=teacher)
+        return divergence
 
 
 @dataclass

@@ -201,6 +201,15 @@ class RolloutWorker:
         """Keep the reference policy on the device inside the context."""
         return on_device([self.ref_policy], self.stopwatch.device, self.config.offload)
 
+    @contextmanager
+    def teacher(self) -> Iterator[nn.Module | None]:
+        """Give the reference, on the device, if ptx.targets names it, and otherwise None."""
+        if self.config.ptx.targets == "reference":
+            with self.reference_at_hand():
+                yield self.ref_policy
+        else:
+            yield None
+
     def check(
         self, policy: nn.Module, trees: Sequence[PromptTree], sampler_logprobs: Tensor
     ) -> tuple[Tensor, SamplerCheck]:

@@ -56,7 +56,8 @@ class Speedometer:
         if "ppo/ptx_loss" in metrics:
             num_blocks = math.ceil(config.text_blocks_per_step / self.accelerator.num_processes)
             texts = text_work(config.ptx.block_tokens) * (num_steps * num_blocks)
-        phases = update_flops(*self._sizes, episodes, texts, num_epochs)
+        is_taught = config.ptx.targets == "reference"
+        phases = update_flops(*self._sizes, episodes, texts, num_epochs, is_taught=is_taught)
         if rollout.check is None:
             del phases["logprobs"]
         own = torch.tensor([float(episodes.tokens), sum(phases.values())], dtype=torch.float64)

@@ -62,6 +62,7 @@ def train(config: Config) -> None:
                 setup.shuffling,
                 monitor,
                 only_value=only_value,
+                teacher=worker.teacher,
             )
             monitor.inspect(metrics)
         metrics["ppo/kl_coef"] = progress.kl_coef

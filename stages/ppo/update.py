@@ -17,7 +17,7 @@ from stages.ppo.learner import POLICY, Learner, RowOutputs
 from stages.ppo.metrics import Sums, describe_differences, update_metrics
 from stages.ppo.monitor import Monitor
 from stages.ppo.nonfinite import find_nonfinite
-from stages.ppo.ptx import PretrainingMix
+from stages.ppo.ptx import PretrainingMix, Teacher, no_teacher
 from stages.ppo.rollout import Rollout
 
 
@@ -30,6 +30,7 @@ def update(
     monitor: Monitor | None = None,
     *,
     only_value: bool = False,
+    teacher: Teacher = no_teacher,
 ) -> dict[str, float]:
     """Take all optimizer steps on one rollout; return metrics over its tokens and steps.
 
@@ -43,6 +44,7 @@ def update(
         generator: draws the order of episodes.
         monitor: checks the first ratio before the first step is taken.
         only_value: keep the policy as it is (ppo.value_warmup_updates).
+        teacher: gives the model that the policy stays near on text (ptx.targets).
 
     Raises:
         NonFiniteError: the next step would make the weights NaN; it is not taken.
@@ -56,7 +58,7 @@ def update(
         with phase("ptx"):  # the first call of `next` reads and tokenises the file
             text = [] if only_value else next(texts)
             step = Step(state, frozen=[POLICY] if only_value else [])
-            mix = PretrainingMix(step, learner, text, config.ptx)
+            mix = PretrainingMix(step, learner, text, config.ptx, teacher)
             mix.add_text()
         with phase("train"):
             num_tokens = int(sum_over_processes(state.accelerator, batch.response_mask.sum()))

@@ -96,7 +96,11 @@ def ppo_settings(folder: Path, sft: Path, rm: Path, out: Path, **changes: Any) -
         "rollout": ppo_config.RolloutSettings(batch_size=8, max_new_tokens=6),
         "ppo": ppo_config.PPOSettings(mini_batch_size=4, value_warmup_updates=1),
         "ptx": ppo_config.PtxSettings(
-            coef=0.5, text=str(folder / "text.jsonl"), blocks_per_episode=0.75, block_tokens=16
+            coef=0.5,
+            text=str(folder / "text.jsonl"),
+            blocks_per_episode=0.75,
+            block_tokens=16,
+            targets="reference" if "lora" in changes else "text",  # so launchers run both
         ),
         "monitor": ppo_config.MonitorSettings(min_eos_rate=0.0, stop_on=[]),
         "optim": OPTIM,

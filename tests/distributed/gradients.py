@@ -2,7 +2,7 @@
 many processes call `all_steps` and whatever is split between them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -106,6 +106,7 @@ def ppo_step(ptx: PtxSettings, *, recomputed: bool = False) -> Step:
         optim=OPTIM,
     )
     policy, value_model = tiny_policy_of("llama"), tiny_scalar_of("llama")
+    teacher = tiny_policy_of("llama") if ptx.targets == "reference" else None
     packer = Packer(BUDGET)
     generator = torch.Generator().manual_seed(0)
     rollout = make_rollout(policy, value_model, packer, generator)
@@ -122,7 +123,14 @@ def ppo_step(ptx: PtxSettings, *, recomputed: bool = False) -> Step:
     share = torch.tensor(own_share(accelerator, range(8)))
     own_texts = repeat(own_share(accelerator, texts))
     with recorded(both) as found:
-        update(learner, rollout.select(share), own_texts, config, torch.Generator())
+        update(
+            learner,
+            rollout.select(share),
+            own_texts,
+            config,
+            torch.Generator(),
+            teacher=lambda: nullcontext(teacher),
+        )
     return found
 
 
@@ -218,6 +226,7 @@ def all_steps(folder: Path) -> Step:
     steps = {
         "ppo": ppo_step(PtxSettings(coef=0.7, text="unused")),
         "ratio": ppo_step(PtxSettings(coef=1.0, grad_norm_ratio=2.0, text="unused")),
+        "taught": ppo_step(PtxSettings(coef=0.7, text="unused", targets="reference")),
         "recomputed": ppo_step(PtxSettings(coef=0.7, text="unused"), recomputed=True),
         "rm": ranking_step(folder),
         "sft": fine_tuning_step(folder),

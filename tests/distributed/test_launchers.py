@@ -120,7 +120,7 @@ def test_gradients_of_a_global_batch(name: str, launched: Launched, of_one_proce
         assert seen["whole"] == of_one_process.whole
     expected = of_one_process.gradients
     assert found.keys() == expected.keys()
-    for loss in ("ppo", "ratio", "recomputed", "rm", "sft"):
+    for loss in ("ppo", "ratio", "taught", "recomputed", "rm", "sft"):
         own = {k: value for k, value in expected.items() if k.startswith(f"{loss}/")}
         assert max(float(value.abs().max()) for value in own.values()) > 0.01
         assert largest_difference(found, own) < 1e-5, loss

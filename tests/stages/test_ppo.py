@@ -4,7 +4,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice, repeat
@@ -212,7 +213,11 @@ def test_a_long_rollout_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def take_step(
-    learner: Learner, rollout: Rollout, texts: list[PromptTree], config: Config
+    learner: Learner,
+    rollout: Rollout,
+    texts: list[PromptTree],
+    config: Config,
+    teacher: nn.Module | None = None,
 ) -> tuple[dict[str, float], torch.Tensor]:
     """Take one step on all episodes of a rollout; return its metrics and its gradient."""
     size = len(rollout.trees)
@@ -226,7 +231,9 @@ def take_step(
         lambda *_: gradients.append(torch.cat(local_gradients(learner.models.parameters())))
     )
     generator = torch.Generator().manual_seed(0)
-    metrics = update(learner, rollout, repeat(texts), one_step, generator)
+    metrics = update(
+        learner, rollout, repeat(texts), one_step, generator, teacher=lambda: nullcontext(teacher)
+    )
     handle.remove()
     (gradient,) = gradients
     return metrics, gradient
@@ -378,6 +385,68 @@ def test_ptx_adds_coef_times_the_gradient_of_the_mean_text_loss() -> None:
     text_only = torch.cat(local_gradients(reference.parameters()))
     assert text_only.norm() > 0.1
     assert torch.allclose(both, ppo_only + text_only, atol=1e-5)
+
+
+def test_a_teacher_like_the_policy_leaves_the_gradient_and_another_pulls_the_policy_to_it() -> None:
+    """With ptx.targets reference the text's loss is coef * mean KL(teacher || policy)."""
+    config = make_config(
+        ptx=PtxSettings(coef=0.7, text="unused", targets="reference"),
+        optim=OptimSettings(learning_rate=1e-3, schedule="constant", max_grad_norm=1e6),
+    )
+    learner = make_learner(config)
+    rollout = make_rollout(learner, config)
+    _, plain = take_step(learner, rollout, [], config)
+
+    learner = make_learner(config)
+    teacher = deepcopy(learner.models.policy)
+    metrics, gradient = take_step(learner, rollout, TEXTS, config, teacher)
+    assert metrics["ppo/ptx_loss"] == 0.0
+    torch.testing.assert_close(gradient, plain, rtol=0, atol=1e-6)
+
+    learner = make_learner(config)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.05)
+    expected = 0.0
+    learner.models.zero_grad()
+    for ids in ([5, 9, 13, 17, 21, 25], [30, 31, 32]):
+        inputs = torch.tensor([ids])
+        with torch.no_grad():
+            taught = teacher(inputs).logits[0, :-1].log_softmax(-1)
+        own = learner.models.policy(inputs).logits[0, :-1].log_softmax(-1)
+        loss = (taught.exp() * (taught - own)).sum() / 7
+        (0.7 * loss).backward()
+        expected += loss.item()
+    text = torch.cat(local_gradients(learner.models.parameters()))
+    metrics, gradient = take_step(learner, rollout, TEXTS, config, teacher)
+    assert metrics["ppo/ptx_loss"] == pytest.approx(expected, abs=1e-6)
+    assert metrics["ppo/ptx_grad_norm"] == pytest.approx(float(text.norm()), rel=1e-5)
+    torch.testing.assert_close(gradient, plain + text, rtol=0, atol=1e-6)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_reference_teaches_where_the_settings_ask_for_it(
+    offload: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[Any] = []
+
+    @contextmanager
+    def on_device(models: Sequence[nn.Module], device: Any, is_offloaded: bool) -> Iterator[None]:
+        moved.append((models, is_offloaded))
+        yield
+
+    monkeypatch.setattr(stages.ppo.rollout, "on_device", on_device)
+    for targets in ("text", "reference"):
+        ptx = PtxSettings(coef=0.7, text="unused", targets=targets)
+        config = make_config(ptx=ptx, offload=offload)
+        chat = Chat(byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>"))
+        worker = RolloutWorker(
+            chat, tiny_policy_of("llama"), CountingReward(), Packer(1000), config
+        )
+        with worker.teacher() as teacher:
+            assert teacher is (worker.ref_policy if targets == "reference" else None)
+    assert moved == [([worker.ref_policy], offload)]
 
 
 def test_gradient_norms_and_cosine_are_those_of_the_two_parts() -> None:

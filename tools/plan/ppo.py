@@ -122,7 +122,16 @@ def _plan_training(plan: Plan, dry: DryRun, config: Config, roles: Roles) -> Non
     if own_blocks:
         blocks = rows.of_texts(config.ptx.block_tokens, own_blocks)
         is_one_row = own_blocks * config.ptx.block_tokens <= budget
-        plan.add_pass("ptx", dry, blocks, (policy, None), [] if is_one_row else [policy])
+        is_taught = config.ptx.targets == "reference"
+        plan.add_pass(
+            "ptx",
+            dry,
+            blocks,
+            (policy, None),
+            [] if is_one_row else [policy],
+            plan.waiting.get("reference", 0) if is_taught else 0,
+            teacher=roles.reference if is_taught else None,
+        )
     is_one_row = own_step * sum(_lengths(config)) <= budget
     existing: list[nn.Module] = [policy] if own_blocks else []
     if not is_one_row:
@@ -158,6 +167,7 @@ def _add_flops(plan: Plan, config: Config, roles: Roles) -> None:
         episodes,
         texts,
         config.ppo.num_epochs,
+        is_taught=config.ptx.targets == "reference",
     )
     plan.flops["logprobs"] /= config.rollout.check_every  # the mean over updates
     if config.gradient_checkpointing:

@@ -120,17 +120,19 @@ class Plan:
         turn: Turn,
         existing: Sequence[nn.Module],
         *others: int,
+        teacher: PreTrainedModel | None = None,
     ) -> int:
         """Add a forward and backward pass of a row through one or both models; return its bytes.
 
         Args:
             existing: Models that have gradients already.
             others: Bytes of what is held besides.
+            teacher: A model whose distributions the policy learns, in place of the tokens.
         """
         models = [model for model in turn if model is not None]
 
         def run(accumulates: Sequence[nn.Module]) -> int:
-            return dry.training(row, *turn, accumulates)
+            return dry.training(row, *turn, accumulates, teacher)
 
         return self.add_pass_of(phase, run, models, existing, *others)
 

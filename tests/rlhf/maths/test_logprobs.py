@@ -1,7 +1,7 @@
 import math
 from functools import partial
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf.maths.logprobs
 from rlhf.maths.logprobs import (
+    chunked_divergence,
     chunked_likelihoods,
     chunked_logprobs,
     chunked_moments,
@@ -117,6 +118,63 @@ def test_no_more_than_a_chunk_of_logits_is_ever_in_memory(monkeypatch: pytest.Mo
     assert seen.kept == 0
 
 
+def test_divergence_by_hand() -> None:
+    """The teacher gives (1/8, 2/8, 5/8), the student thirds; then the other way round."""
+    identity = torch.nn.Identity()
+    students = LOGITS.flip(0).requires_grad_()
+    divergence = chunked_divergence(LOGITS, identity, students, identity)
+    to_thirds = sum(p * math.log(3 * p) for p in (1 / 8, 2 / 8, 5 / 8))
+    from_thirds = sum(math.log(8 / (3 * count)) / 3 for count in (1, 2, 5))
+    expected = torch.tensor([to_thirds, from_thirds])
+    torch.testing.assert_close(divergence, expected, rtol=0, atol=1e-6)
+    (gradient,) = torch.autograd.grad(divergence.sum(), students)
+    expected = LOGITS.flip(0).softmax(-1) - LOGITS.softmax(-1)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
+
+
+def test_a_student_like_its_teacher_learns_nothing() -> None:
+    """Tokens without probability, of either, change nothing."""
+    logits = torch.tensor([[0.3, -math.inf, 2.0, 30.0]], requires_grad=True)
+    divergence = chunked_divergence(logits, torch.nn.Identity(), logits, torch.nn.Identity())
+    assert divergence.tolist() == [0.0]
+    (gradient,) = torch.autograd.grad(divergence.sum(), logits)
+    torch.testing.assert_close(gradient, torch.zeros(1, 4), rtol=0, atol=1e-7)
+    without = torch.tensor([[0.3, 1.0, 2.0, -math.inf]])
+    taught = torch.tensor([[0.3, -math.inf, 2.0, -math.inf]])
+    divergence = chunked_divergence(taught, torch.nn.Identity(), without, torch.nn.Identity())
+    kept = without[:, [0, 1, 2]].softmax(-1)
+    expected = -(kept[:, 0] + kept[:, 2]).log()  # of two tokens that keep their ratio
+    torch.testing.assert_close(divergence, expected, rtol=0, atol=1e-6)
+
+
+def test_chunks_of_a_divergence_change_neither_values_nor_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rlhf.maths.logprobs, "CHUNK_TOKENS", 3)
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(7, 3, generator=generator, requires_grad=True)
+    unembedding = torch.randn(11, 3, generator=generator, requires_grad=True)
+    taught = torch.randn(7, 2, generator=generator, requires_grad=True)
+    teacher = torch.randn(11, 2, generator=generator, requires_grad=True)
+    weights = torch.randn(7, generator=generator)
+    whole = torch.nn.functional.kl_div(
+        (features @ unembedding.T).log_softmax(-1),
+        (taught @ teacher.T).detach().log_softmax(-1),
+        reduction="none",
+        log_target=True,
+    ).sum(-1)
+    expected = torch.autograd.grad((whole * weights).sum(), (features, unembedding))
+    with LargestLogits(vocab=11) as seen:
+        found = chunked_divergence(
+            taught, lambda chunk: chunk @ teacher.T, features, lambda chunk: chunk @ unembedding.T
+        )
+        (found * weights).sum().backward()
+    assert (seen.tokens, seen.kept) == (3, 0)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close((features.grad, unembedding.grad), expected, rtol=0, atol=1e-5)
+    assert taught.grad is None and teacher.grad is None
+
+
 class LargestLogits(TorchDispatchMode):
     """Records the most tokens of any tensor with the vocabulary's width.
 
@@ -128,7 +186,7 @@ class LargestLogits(TorchDispatchMode):
         self.vocab = vocab
         self.tokens = 0
         self.kept = 0
-        self._alive: WeakSet[torch.Tensor] = WeakSet()
+        self._alive: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.ones_like.default:  # the gradient of the loss: backward begins
@@ -136,7 +194,7 @@ class LargestLogits(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and result.shape[-1:] == (self.vocab,):
             self.tokens = max(self.tokens, result.numel() // self.vocab)
-            self._alive.add(result)
+            self._alive[id(result)] = result
         return result
 
 

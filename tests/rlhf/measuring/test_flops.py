@@ -90,7 +90,8 @@ def test_phases_of_an_update() -> None:
     episodes, texts = Work(tokens=7, logits=4, pairs=20), Work(5, 4, 15)
     policy_pass = 2 * 100 * 7 + 2 * 50 * 4 + 4 * 8 * 20
     value_pass = 2 * 90 * 7 + 4 * 6 * 20
-    assert update_flops(policy, value, [reward, reward], episodes, texts, num_epochs=1.5) == {
+    phases = update_flops(policy, value, [reward, reward], episodes, texts, num_epochs=1.5)
+    assert phases == {
         "rollout": policy_pass,
         "score": 2 * (2 * 10 * 7 + 4 * 1 * 20),
         "logprobs": policy_pass,
@@ -99,6 +100,8 @@ def test_phases_of_an_update() -> None:
         "ptx": 3 * (2 * 100 * 5 + 2 * 50 * 4 + 4 * 8 * 15),
         "train": 3 * 1.5 * (policy_pass + value_pass),
     }
+    taught = update_flops(policy, value, [reward, reward], episodes, texts, 1.5, is_taught=True)
+    assert taught == phases | {"ptx": phases["ptx"] / 3 * 4}
 
 
 def test_layers_may_have_heads_of_their_own() -> None:

@@ -30,6 +30,8 @@ LARGE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1376, "num_hid
 
 
 TEXT = PtxSettings(coef=0.1, text="text.jsonl", block_tokens=64, blocks_per_episode=2.0)
+TAUGHT = replace(TEXT, targets="reference", block_tokens=128)
+"""Its row of text is the largest pass."""
 
 
 def write_inputs(folder: Path, **size: Any) -> Path:

@@ -18,6 +18,7 @@ from stages.sft.config import Config as SFTConfig
 from tests.tools.plan.inputs import (
     LARGE,
     SMALL,
+    TAUGHT,
     TEXT,
     fine_tuning_config,
     ranking_config,
@@ -90,9 +91,10 @@ def ppo_warm_up(folder: Path, config: Config) -> Config:
         (SMALL, {}),
         (LARGE, {}),
         (SMALL, {"ptx": TEXT, "ema_decay": 0.9, "micro_batch_tokens": 512}),
+        (SMALL, {"ptx": TAUGHT, "micro_batch_tokens": 512}),
         (LARGE, {"lora": LoraSettings(rank=8)}),
     ],
-    ids=["6.6M", "22M", "6.6M with text", "22M with adapters"],
+    ids=["6.6M", "22M", "6.6M with text", "6.6M with the reference on text", "22M with adapters"],
 )
 def test_the_peak_of_a_run_is_what_was_planned(
     size: dict[str, int], changes: dict[str, Any], tmp_path: Path
