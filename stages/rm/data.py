@@ -48,6 +48,8 @@ class Counts:
     """Responses left out of their ranking."""
     rankings_with_long_responses: int = 0
     """Rankings that lost such a response."""
+    longest_response: int = 0
+    """Tokens of the longest response read, its end-of-response token included."""
     equal_pairs: int = 0
     """Pairs left out because their two responses are the same."""
     long_rows: list[Ranking] = field(default_factory=list)
@@ -154,6 +156,7 @@ def _make_example(
         responses = [tuple(chat.response_ids(response)) for response in ranking.responses]
     ranking = with_equal_responses(ranking, responses)
     counts.equal_pairs += len(ranking.equal_pairs())
+    counts.longest_response = max(counts.longest_response, *map(len, responses))
     fitting = [i for i, ids in enumerate(responses) if len(ids) <= config.max_response_tokens]
     counts.responses_too_long += len(responses) - len(fitting)
     if len(fitting) < len(responses):
@@ -190,5 +193,6 @@ def _check_dropped(counts: Counts, config: Config) -> None:
             f"over max_prompt_tokens {config.max_prompt_tokens} ({counts.prompts_too_long}) or a "
             f"response over max_response_tokens {config.max_response_tokens} "
             f"({counts.rankings_with_long_responses}), more than max_dropped "
-            f"{config.max_dropped}; raise one of the three"
+            f"{config.max_dropped}; raise one of the three. The longest response has "
+            f"{counts.longest_response} tokens, the end-of-response token included"
         )

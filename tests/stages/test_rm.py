@@ -384,7 +384,8 @@ def test_long_responses_are_left_out_and_counted_never_cut(chat: Chat) -> None:
     assert [len(response) for response in example.tree.responses] == [6, 2]
     assert counts.responses_too_long == counts.rankings_with_long_responses == 2
     assert (counts.prompts_too_long, counts.without_pairs, counts.rankings) == (1, 1, 3)
-    with pytest.raises(ValueError, match=r"3 of 3 rankings \(100.0%\).* max_dropped 0.5"):
+    told = r"3 of 3 rankings \(100.0%\).* max_dropped 0.5.* longest response has 14 tokens, the end"
+    with pytest.raises(ValueError, match=told):
         make_examples(rankings, chat, replace(config, max_dropped=0.5), for_training=True)
 
 
