@@ -69,13 +69,7 @@ def chunked_logprobs(
     def logprobs(some_features: Tensor, some_targets: Tensor) -> Tensor:
         return token_logprobs(head(some_features), some_targets, temperature)
 
-    parts = [
-        checkpoint(logprobs, *chunk, use_reentrant=False, preserve_rng_state=False)
-        if torch.is_grad_enabled()
-        else logprobs(*chunk)
-        for chunk in _chunks(features, targets)
-    ]
-    return torch.cat(parts)
+    return _in_chunks(logprobs, features, targets)
 
 
 def chunked_divergence(
@@ -95,13 +89,7 @@ def chunked_divergence(
             teacher_logits = teacher_head(some_taught)
         return _divergence(teacher_logits, head(some_features))
 
-    parts = [
-        checkpoint(divergence, *chunk, use_reentrant=False, preserve_rng_state=False)
-        if torch.is_grad_enabled()
-        else divergence(*chunk)
-        for chunk in _chunks(teacher_features, features)
-    ]
-    return torch.cat(parts)
+    return _in_chunks(divergence, teacher_features, features)
 
 
 @torch.no_grad()
@@ -132,6 +120,17 @@ def chunked_moments(
         for some_features, some_targets in _chunks(features, targets)
     ]
     return TokenMoments(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _in_chunks(compute: Callable[[Tensor, Tensor], Tensor], *by_token: Tensor) -> Tensor:
+    """Return `compute` of two tensors, (tokens,); the backward pass computes each chunk again."""
+    parts = [
+        checkpoint(compute, *chunk, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled()
+        else compute(*chunk)
+        for chunk in _chunks(*by_token)
+    ]
+    return torch.cat(parts)
 
 
 def _chunks(features: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:

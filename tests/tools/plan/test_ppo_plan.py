@@ -17,6 +17,7 @@ from tests.tools.plan.inputs import (
     LAYER,
     OUTSIDE,
     PROMPT_TOKENS,
+    TAUGHT,
     VOCAB,
     save_reward,
     weights_of,
@@ -132,6 +133,16 @@ def test_zero3_offloads_shards_to_the_host(config: Config) -> None:
     assert only_optimizer.held["policy: weights"] == before.held["policy: weights"]
     assert "policy: weights" not in only_optimizer.waiting
     assert make_plan(config, replace(moved, device="cpu")).waiting == {}
+
+
+def test_a_reference_that_teaches_reads_the_text_too(tiny: Path, config: Config) -> None:
+    """Its pass is a third of training's FLOPs, and offloaded it visits the device for it."""
+    taught = replace(config, ptx=TAUGHT, offload=True)
+    alone = replace(taught, ptx=replace(TAUGHT, targets="text"))
+    both, text = (make_plan(one, Launch(device="cuda")) for one in (taught, alone))
+    assert both.flops["ptx"] == pytest.approx(text.flops["ptx"] / 3 * 4)
+    assert both.phases["ptx"] > text.phases["ptx"] + weights_of(tiny)
+    assert both.phases["train"] == text.phases["train"]
 
 
 def test_a_mean_update_has_its_share_of_the_checks(config: Config) -> None:
