@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from tqdm import tqdm
 
 from rlhf.training.out_of_memory import memory_of
 
@@ -87,6 +89,25 @@ class Heartbeat:
             self._told = now
             seconds = now - self._started
             self.log(f"{self.what} {self.num_done} of {self.total} after {seconds:.0f} s")
+
+
+@contextmanager
+def progress_shown(
+    label: str, total: int, is_first_process: bool = True
+) -> Iterator[Callable[[int], object]]:
+    """Show how far some work is: a bar, or a line every 30 seconds where bars are hidden. Only the
+    first process shows it.
+
+    Yields:
+        A function to call with the number of items done since its last call.
+    """
+    if not is_first_process:
+        yield lambda _: None
+    elif is_bar_hidden(is_first_process):
+        yield Heartbeat(label, total, partial(print, flush=True))
+    else:
+        with tqdm(total=total, desc=label, leave=False) as bar:
+            yield bar.update
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

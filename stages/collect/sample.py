@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rlhf.generation.answers import Answer, sample_answers
@@ -14,7 +13,7 @@ from rlhf.inputs.chat import Chat
 from rlhf.inputs.fitting import FittedPrompt, fit_prompts
 from rlhf.inputs.records import Prompt
 from rlhf.inputs.streams import python_stream, torch_stream
-from rlhf.runs.stopwatch import is_bar_hidden
+from rlhf.runs.stopwatch import progress_shown
 from rlhf.training.processes import own_share
 from stages.collect.config import Config
 
@@ -55,9 +54,7 @@ def sample_responses(
     rank = accelerator.process_index
     numbers = [i for i, question in enumerate(questions) for _ in range(question.num_samples)]
     mine = own_share(accelerator, numbers)
-    with tqdm(
-        total=len(mine), desc="collect", unit="sample", disable=is_bar_hidden(rank == 0)
-    ) as bar:
+    with progress_shown("collect: samples", len(mine), is_first_process=rank == 0) as progress:
         drawn = sample_answers(
             engine_of(policy, config.generation),
             [questions[i].prompt for i in mine],
@@ -65,7 +62,7 @@ def sample_responses(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             generator=torch_stream(config.seed, "collect/samples", rank),
-            progress=bar.update,
+            progress=progress,
         )
     answers: list[list[Answer]] = [[] for _ in questions]
     for i, answer in gather_object(list(zip(mine, drawn, strict=True))):

@@ -11,7 +11,7 @@ from rlhf.runs.run import open_run
 from rlhf.training.processes import start_accelerator
 from stages.evaluate.best_of import Pool, best_of_curve, best_of_figures
 from stages.evaluate.config import REWARD_MODEL, Config
-from stages.evaluate.measures import Answers, Scores, compare, gain, score
+from stages.evaluate.measures import Answers, Scores, compare, gain, score, score_all
 from stages.evaluate.other_runs import is_there, read_report, results_of, speed_of
 from stages.evaluate.pairs import ScoredResponse, outcomes_by_part, pair_figures
 from stages.evaluate.parts import PartsByPrompt, part_names, part_scores
@@ -46,10 +46,7 @@ def evaluate(config: Config) -> None:
     reports = {name: read_report(folder) for name, folder in config.reports.items()}
     setup = set_up(config, accelerator.device)
     measured = measure_policies(config, setup, accelerator.device)
-    scores = {
-        judge: {name: score(reward, of) for name, of in measured.answers.items()}
-        for judge, reward in setup.judges.items()
-    }
+    scores = score_all(setup.judges, measured.answers)
     lengths = {name: of.lengths for name, of in measured.answers.items()}
     figures = {
         name: of | compare(name, config.baseline_name, scores, lengths, config.seed)

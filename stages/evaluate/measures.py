@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rlhf.generation.answers import Answer, sample_answers
@@ -33,6 +32,7 @@ from rlhf.measuring.statistics import (
 )
 from rlhf.models.passes import compute_logprobs
 from rlhf.rewards.scores import Reward
+from rlhf.runs.stopwatch import progress_shown
 
 PASSES_BETWEEN_TICKS = 4
 """Passes through the model between two updates of a progress bar."""
@@ -86,7 +86,7 @@ def sample(
     Equal policies with equal generators give equal answers.
     """
     repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-    with _bar(label, len(repeated)) as bar:
+    with progress_shown(f"evaluate: {label}", len(repeated)) as progress:
         answers = iter(
             sample_answers(
                 engine_of(policy, settings),
@@ -95,7 +95,7 @@ def sample(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 generator=generator,
-                progress=bar.update,
+                progress=progress,
             )
         )
     return [list(islice(answers, samples_per_prompt)) for _ in prompts]
@@ -110,12 +110,12 @@ def response_logprobs(
 ) -> list[Tensor]:
     """Return the log-probabilities (time,) of each response in nats, in the order of the trees."""
     logprobs: list[Tensor] = []
-    with _bar(label, len(trees)) as bar:
+    with progress_shown(f"evaluate: {label}", len(trees)) as progress:
         for chunk in _chunks(trees, PASSES_BETWEEN_TICKS * packer.micro_batch_tokens):
             batch = compute_logprobs(policy, chunk, packer, temperature=temperature)
             lengths = [len(response) for tree in chunk for response in tree.responses]
             logprobs += [row[:length] for row, length in zip(batch, lengths, strict=True)]
-            bar.update(len(chunk))
+            progress(len(chunk))
     return logprobs
 
 
@@ -161,6 +161,20 @@ def estimate_kl(answers: Answers, ref_logprobs: Sequence[Tensor]) -> dict[str, f
     kl, error = mean_and_error(prompt_means)
     low_variance = k3(logprobs, references, response_mask).double().sum(1)
     return {"kl": kl, "kl_error": error, "kl_k3": low_variance.mean().item()}
+
+
+def score_all(
+    judges: Mapping[str, Reward], answers: Mapping[str, Answers]
+) -> dict[str, dict[str, Scores]]:
+    """Let every judge score the answers of every policy: judge -> policy -> scores."""
+    scores: dict[str, dict[str, Scores]] = {judge: {} for judge in judges}
+    total = len(judges) * sum(len(of.flat) for of in answers.values())
+    with progress_shown("evaluate: judges score", total) as progress:
+        for judge, reward in judges.items():
+            for name, of in answers.items():
+                scores[judge][name] = score(reward, of)
+                progress(len(of.flat))
+    return scores
 
 
 def score(reward: Reward, answers: Answers) -> Scores:
@@ -234,7 +248,3 @@ def _chunks(trees: Sequence[PromptTree], max_tokens: int) -> Iterator[list[Promp
         num_tokens += tree.num_tokens
     if chunk:
         yield chunk
-
-
-def _bar(label: str, total: int) -> "tqdm[Any]":
-    return tqdm(total=total, desc=f"evaluate: {label}", leave=False)

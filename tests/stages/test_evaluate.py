@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rlhf.generation.answers import Answer
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.packing import Packer, PromptTree
@@ -23,9 +24,11 @@ from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.models import GoldenRow, RewardCard, load_reward_model
 from rlhf.rewards.rendering import rendering_hash
+from rlhf.rewards.scores import Scored
+from rlhf.runs import stopwatch
 from stages.evaluate.config import Config
 from stages.evaluate.evaluate import evaluate
-from stages.evaluate.measures import Answers, describe, estimate_kl, score
+from stages.evaluate.measures import Answers, describe, estimate_kl, score, score_all
 from stages.evaluate.report import format_results, format_samples
 from tests.rlhf.answers import finished as finished_answer
 from tests.rlhf.answers import of_ids
@@ -225,6 +228,25 @@ def test_scores_come_back_to_their_prompts(inputs: Config) -> None:
         for answer, value in zip(group, values, strict=True):
             alone = reward.scores([answer.prompt_ids], [answer.response_ids]).item()
             assert value == pytest.approx(alone, abs=1e-5)
+
+
+def test_judges_say_how_far_they_are_where_bars_are_hidden(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(stopwatch, "HEARTBEAT_SECONDS", 0.0)
+
+    class ScoresIndex:
+        def score(self, answers: Sequence[Answer]) -> Scored:
+            return Scored(torch.arange(len(answers)).float())
+
+    one, two = (Answers([[of_ids([1], [2])] * size], []) for size in (1, 2))
+    scores = score_all({"a": ScoresIndex(), "b": ScoresIndex()}, {"sft": one, "ppo": two})
+    of_policies = {"sft": [[0.0]], "ppo": [[0.0, 1.0]]}
+    assert scores == {"a": of_policies, "b": of_policies}
+    told = capsys.readouterr().out.splitlines()
+    counts = ("1 of 6", "3 of 6", "4 of 6", "6 of 6")
+    assert told == [f"evaluate: judges score {count} after 0 s" for count in counts]
 
 
 def test_text_loss_is_the_models_own_loss(finished: Finished) -> None:

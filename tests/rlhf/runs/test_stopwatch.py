@@ -3,7 +3,13 @@ import time
 import pytest
 import torch
 
-from rlhf.runs.stopwatch import Heartbeat, Stopwatch, is_bar_hidden, matrix_rate
+from rlhf.runs.stopwatch import (
+    Heartbeat,
+    Stopwatch,
+    is_bar_hidden,
+    matrix_rate,
+    progress_shown,
+)
 
 
 @pytest.fixture
@@ -86,3 +92,31 @@ def test_only_the_first_process_shows_a_bar_and_a_variable_hides_it(
     if value is not None:
         monkeypatch.setenv("TQDM_DISABLE", value)
     assert is_bar_hidden(is_first) is expected
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_hidden_bars_become_lines_of_the_first_process(
+    is_first: bool,
+    clock: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with progress_shown("evaluate: judges score", 6, is_first) as progress:
+        for _ in range(3):
+            clock[0] += 20.0
+            progress(2)
+    told = "evaluate: judges score 4 of 6 after 40 s\n"
+    assert capsys.readouterr().out == (told if is_first else "")
+
+
+def test_a_bar_says_nothing_else(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    with progress_shown("evaluate: sft answers", 2) as progress:
+        clock[0] += 40.0
+        progress(2)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("\revaluate: sft answers: ")
