@@ -89,11 +89,13 @@ def sample_texts(config: ReplayConfig) -> dict[str, Sequence[Record]]:
         max_new_tokens=config.max_tokens,
         temperature=config.temperature,
     )
-    engine = engine_of(model, config.generation)
     generator = torch_stream(config.seed, "replay/samples")
     wanted = config.num_texts + config.num_texts_held_out
     texts: list[str] = []
-    with tqdm(total=wanted, desc="replay", unit="document") as bar:
+    with (
+        engine_of(model, config.generation) as engine,
+        tqdm(total=wanted, desc="replay", unit="document") as bar,
+    ):
         while (missing := wanted - len(texts)) > 0:
             samples = engine.generate([[start_id]] * missing, decoding, generator, bar.update)
             drawn = [chat.decode(ids) for ids in samples.responses]

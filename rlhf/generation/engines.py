@@ -1,7 +1,8 @@
 """Makes the engine that the settings name, to keep or for a single call."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -37,11 +38,16 @@ def check_can_sample_alone(settings: GenerationSettings, num_processes: int) -> 
         )
 
 
-def engine_of(policy: PreTrainedModel, settings: GenerationSettings) -> Engine:
-    """Make the engine that the settings name, ready to sample from these weights."""
+@contextmanager
+def engine_of(policy: PreTrainedModel, settings: GenerationSettings) -> Iterator[Engine]:
+    """Make the engine that the settings name, ready to sample from these weights, and release it
+    at the end: what comes next needs the memory of vLLM's copy."""
     engine = make_engine(settings)
     engine.refresh(policy)
-    return engine
+    try:
+        yield engine
+    finally:
+        engine.release()
 
 
 def generate(
@@ -53,7 +59,8 @@ def generate(
     progress: Callable[[int], object] | None = None,
 ) -> Samples:
     """Sample one response per prompt with a new engine. `Engine.generate` has the arguments."""
-    return engine_of(policy, settings).generate(prompts, decoding, generator, progress)
+    with engine_of(policy, settings) as engine:
+        return engine.generate(prompts, decoding, generator, progress)
 
 
 @functools.cache

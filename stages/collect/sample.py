@@ -54,9 +54,12 @@ def sample_responses(
     rank = accelerator.process_index
     numbers = [i for i, question in enumerate(questions) for _ in range(question.num_samples)]
     mine = own_share(accelerator, numbers)
-    with progress_shown("collect: samples", len(mine), is_first_process=rank == 0) as progress:
+    with (
+        engine_of(policy, config.generation) as engine,
+        progress_shown("collect: samples", len(mine), is_first_process=rank == 0) as progress,
+    ):
         drawn = sample_answers(
-            engine_of(policy, config.generation),
+            engine,
             [questions[i].prompt for i in mine],
             chat,
             max_new_tokens=config.max_new_tokens,

@@ -86,10 +86,13 @@ def sample(
     Equal policies with equal generators give equal answers.
     """
     repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-    with progress_shown(f"evaluate: {label}", len(repeated)) as progress:
+    with (
+        engine_of(policy, settings) as engine,
+        progress_shown(f"evaluate: {label}", len(repeated)) as progress,
+    ):
         answers = iter(
             sample_answers(
-                engine_of(policy, settings),
+                engine,
                 repeated,
                 chat,
                 max_new_tokens=max_new_tokens,

@@ -27,17 +27,15 @@ def draw_samples(
     policy: PreTrainedModel, examples: Sequence[Example], chat: Chat, config: Config
 ) -> list[Answer]:
     """Sample one answer to each prompt, with the same random draws each time."""
-    engine = engine_of(policy, config.generation)
-    answers = sample_answers(
-        engine,
-        [FittedPrompt(Prompt(one.record.prompt), one.tree.prompt) for one in examples],
-        chat,
-        max_new_tokens=config.max_response_tokens,
-        temperature=config.temperature,
-        generator=torch_stream(config.seed, "sft/samples"),
-    )
-    engine.release()  # training goes on, and needs the memory of vLLM's copy
-    return answers
+    with engine_of(policy, config.generation) as engine:
+        return sample_answers(
+            engine,
+            [FittedPrompt(Prompt(one.record.prompt), one.tree.prompt) for one in examples],
+            chat,
+            max_new_tokens=config.max_response_tokens,
+            temperature=config.temperature,
+            generator=torch_stream(config.seed, "sft/samples"),
+        )
 
 
 def different_prompts(examples: Sequence[Example], most: int) -> list[Example]:

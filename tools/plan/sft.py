@@ -89,9 +89,8 @@ def _plan_samples(plan: Plan, dry: DryRun, config: Config, policy: PreTrainedMod
     if config.reward_model is None:
         chosen = bytes_of(policy.parameters(), dtype)
         plan.phases["samples"] = chosen + vllm.awake + vllm.handed_over
-    else:  # it is awake from the first samples to the end, as nothing puts it to sleep
-        plan.held["vLLM"] = vllm.awake
-        plan.add_phase("samples", gathered, vllm.handed_over)
+    else:  # it sleeps while the policy trains on
+        plan.add_phase("samples", gathered, vllm.awake, vllm.handed_over)
 
 
 def _pass(

@@ -4,8 +4,7 @@ Awake, vLLM takes vllm_memory_share of the GPU's memory: its copy of the policy,
 its passes, and all that is left for its cache. It starts inside the first rollout, when all of that
 must be free. The first copy is made while the cache is there, later ones before the cache wakes.
 
-In PPO vLLM sleeps from the end of sampling to the next rollout, and copy and cache leave the GPU.
-SFT never puts it to sleep.
+vLLM sleeps from the end of sampling to the next time, and copy and cache leave the GPU.
 """
 
 from dataclasses import dataclass

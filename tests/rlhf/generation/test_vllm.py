@@ -56,7 +56,8 @@ def test_one_start_and_one_refresh_a_call_with_the_weights_of_that_moment() -> N
         for nats, right in zip(samples.logprobs, expected.logprobs, strict=True):
             assert nats == pytest.approx(right, abs=1e-5)
     [llm] = FakeLLM.started
-    assert llm.calls == ["refresh", "reset", "generate"] * 2
+    awake = ["refresh", "reset", "generate", "sleep"]
+    assert llm.calls == [*awake, "wake weights", "refresh", "wake kv_cache", *awake[1:]]
 
 
 def test_released_it_sleeps_until_the_next_refresh() -> None:

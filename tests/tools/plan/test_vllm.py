@@ -102,7 +102,9 @@ def test_a_vllm_that_would_not_start_is_refused(
         make_plan(replace(sampled_by_vllm, generation=generation), launch)
 
 
-def test_fine_tuning_samples_after_training_or_keeps_vllm_awake(tiny: Path, tmp_path: Path) -> None:
+def test_fine_tuning_samples_after_training_or_beside_the_trained_policy(
+    tiny: Path, tmp_path: Path
+) -> None:
     """It samples along the training only if a reward model chooses the checkpoint."""
     launch = Launch(device="cuda", mixed_precision="bf16", gpu_bytes=GPU)
     by_our_loop = fine_tuning_config(tiny, tmp_path / "run", response_tokens=8)
@@ -116,7 +118,9 @@ def test_fine_tuning_samples_after_training_or_keeps_vllm_awake(tiny: Path, tmp_
     plan = make_plan(replace(config, **judged), launch)
     other = make_plan(replace(by_our_loop, **judged), launch)
     assert plan.parts["vLLM's copy of the policy"] == 2 * NUMBERS
-    assert plan.phases["train"] == other.phases["train"] + 3_000_000
+    assert plan.phases["train"] == other.phases["train"]  # vLLM sleeps
+    held = sum(plan.held.values())
+    assert plan.phases["samples"] == held + 3_000_000 + plan.parts["weights on their way to vLLM"]
     with pytest.raises(ValueError, match="all 2 processes must start together"):
         make_plan(config, replace(launch, num_processes=2))
 
