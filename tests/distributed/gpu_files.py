@@ -48,9 +48,10 @@ ROOT = Path(__file__).parents[2]
 OF_LAUNCHER = ("ACCELERATE_", "FSDP_")
 WITH_ADAPTERS = ("fsdp2", "deepspeed_zero3", "two_nodes_fsdp2", "two_nodes_zero3")
 """Files under which adapters are trained too, and not all weights alone."""
-Part = Literal["gradients", "chain", "adapters"]
-"""Says what the processes do under a file: one step of each loss, all stages, or all of them with
-adapters."""
+Part = Literal["gradients", "chain", "adapters", "stops", "others", "rows"]
+"""Says what the processes do under a file: one step of each loss, the three stages, or these with
+adapters. In the float32 of the launch alone (driver.py): runs that NaN stops, the other stages, and
+handfuls of rows."""
 
 
 def environment_of(name: str) -> dict[str, str]:
@@ -127,7 +128,7 @@ def _plugin_without_cpp() -> Any:
 
 
 def all_parts(name: str) -> set[Part]:
-    """Return what can be done under a file."""
+    """Return what can be done under a file for GPUs."""
     parts: set[Part] = {"gradients", "chain"}
     return {*parts, "adapters"} if name in WITH_ADAPTERS else parts
 

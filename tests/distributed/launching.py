@@ -43,7 +43,8 @@ class Launched(dict[str, Path]):
 
     Args:
         inputs: What `make_inputs` of tests/distributed/chain.py wrote.
-        asked: What the selected tests need of each file for GPUs. Nothing else is run.
+        asked: What the selected tests need of each file. Under a file for GPUs nothing else is run,
+            and in float32 a step of each loss and the three stages.
     """
 
     def __init__(
@@ -77,7 +78,8 @@ class Launched(dict[str, Path]):
                 for file in FILES_FOR_GPUS[name]
                 if file in self._asked
             }
-            arguments = [str(self._inputs), str(folder), json.dumps(files)]
+            parts = sorted(self._asked.get(name, ()))
+            arguments = [str(self._inputs), str(folder), json.dumps(parts), json.dumps(files)]
             (printed,) = launch(name, [[program, *arguments]])
             (folder / "printed.txt").write_text(printed, encoding="utf-8")
 

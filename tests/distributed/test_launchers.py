@@ -4,7 +4,7 @@ batch, and SFT, a reward model and PPO with ptx one after another."""
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,17 @@ LONG = "cpu2_zero2"
 """Splits less than ZeRO-3 does, and takes as long."""
 OFFLOADED = "deepspeed_zero3_offload"
 """All stages under it are as under ZeRO-3, and are a long test. Its gradients were once wrong."""
-ON_CPU = [
-    pytest.param(name, marks=[pytest.mark.long] if name == LONG else []) for name in FILES_FOR_GPUS
-]
+
+
+def in_float32(*names: str, long: Collection[str]) -> list[Any]:
+    """Return the launches that try something in float32, with the mark of those that are long."""
+    marks = {True: [pytest.mark.long], False: []}
+    return [pytest.param(name, marks=marks[name in long]) for name in names]
+
+
+ON_CPU = in_float32(*FILES_FOR_GPUS, long=[LONG])
+ON_CPU_SHORT_WITHOUT_ZERO = in_float32(*FILES_FOR_GPUS, long=[LONG, "cpu2_zero3"])
+"""For what depends little on the launcher, and takes long under ZeRO-3."""
 
 
 def files_for_gpus(*long: str) -> list[Any]:
@@ -92,12 +100,18 @@ def launched(
 
 
 def parts_asked_for(tests: Sequence[pytest.Item]) -> dict[str, set[Part]]:
-    """Map each file for GPUs to what the selected tests need of it (their mark `parts`)."""
+    """Map each launcher file to what the selected tests need of it (their mark `parts`)."""
     asked: dict[str, set[Part]] = {}
     for test in tests:
         mark = test.get_closest_marker("parts")
-        if mark is not None and isinstance(test, pytest.Function):
-            name = str(test.callspec.params["name"])
+        if mark is None or not isinstance(test, pytest.Function):
+            continue
+        name = str(test.callspec.params["name"])
+        if name in FILES_FOR_GPUS:
+            asked.setdefault(name, set()).update(mark.args)
+            if "adapters" in mark.args:  # ZeRO's are compared with those of plain data parallelism
+                asked.setdefault("cpu2", set()).add("adapters")
+        else:
             for file in {name, on_one_node(name)}:
                 asked.setdefault(file, set()).update(all_parts(file).intersection(mark.args))
     return asked
@@ -144,8 +158,9 @@ def test_weights_are_those_of_one_process(
     assert largest_difference(weights(ppo), weights(sft)) > 1e-3
 
 
+@pytest.mark.parts("adapters")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", ON_CPU_SHORT_WITHOUT_ZERO)
 def test_adapters_are_those_of_one_process(
     name: str, inputs: Path, launched: Launched, tmp_path: Path
 ) -> None:
@@ -218,7 +233,6 @@ def test_stages_under_files_for_gpus(launched_by: str, name: str, launched: Laun
     [pair for pair in files_for_gpus("cpu2_zero3") if pair.values[1] in WITH_ADAPTERS],
 )
 def test_adapters_under_files_for_gpus(launched_by: str, name: str, launched: Launched) -> None:
-    """Under ZeRO-3 in float32 they are not a long test."""
     adapters = launched[launched_by] / name / "adapters"
     assert largest_difference(adapter(adapters / "ppo"), adapter(adapters / "sft")) > 1e-3
 
@@ -244,8 +258,9 @@ def test_precision_under_files_for_gpus(launched_by: str, name: str, launched: L
     assert [rm["units"], ppo["units"]] == ([3, 5] if on_one_node(name) == "fsdp2" else [0, 0])
 
 
+@pytest.mark.parts("stops")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", ON_CPU_SHORT_WITHOUT_ZERO)
 def test_nan_on_one_process_stops_all(name: str, launched: Launched) -> None:
     """Each says where it was, and the replay has the row, though the first process writes it and
     the last one has it."""
@@ -261,8 +276,9 @@ def test_nan_on_one_process_stops_all(name: str, launched: Launched) -> None:
     assert not (folder / "results.json").exists()
 
 
+@pytest.mark.parts("stops")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", ON_CPU_SHORT_WITHOUT_ZERO)
 def test_nan_in_one_sampler_stops_all(name: str, launched: Launched) -> None:
     first, last = read(launched[name] / "seen.json")["stopped_sampling"]
     assert first == last
@@ -420,29 +436,37 @@ def test_a_machine_converts_the_files_of_a_model_once(
         assert seen["different"] == []
 
 
+@pytest.mark.parts("rows")
 @pytest.mark.slow
-@pytest.mark.parametrize("count", COUNTS)
-def test_any_number_of_rows(count: int, inputs: Path, launched: Launched, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        *(("cpu2", count) for count in COUNTS),
+        *(pytest.param("cpu2_zero3", count, marks=pytest.mark.long) for count in SOME_COUNTS),
+    ],
+)
+def test_any_number_of_rows(
+    name: str, count: int, inputs: Path, launched: Launched, tmp_path: Path
+) -> None:
     """As many to train on and held out: nothing hangs, and every held-out row counts once."""
+    results = {
+        stage: read(launched[name] / f"{stage}{count}" / "results.json")
+        for stage in ("sft", "rm", "ppo")
+    }
+    assert results["sft"]["num_train"] == results["sft"]["num_held_out"] == count
+    assert results["rm"]["train_prompts"] == results["rm"]["prompts"] == count
+    assert results["ppo"]["held_out_score"] == pytest.approx((2**count - 1) / count)
     if count % 2:
         fine_tune(sft_of(inputs, count, tmp_path / "sft"))
         train_reward_model(rm_of(inputs, count, tmp_path / "rm"))
-    for name in ["cpu2", "cpu2_zero3"] if count in SOME_COUNTS else ["cpu2"]:
-        results = {
-            stage: read(launched[name] / f"{stage}{count}" / "results.json")
-            for stage in ("sft", "rm", "ppo")
-        }
         for stage, key in (("sft", "held_out_loss"), ("rm", "log_loss"), ("rm", "pair_accuracy")):
-            if count % 2:
-                alone = read(tmp_path / stage / "results.json")[key]
-                assert results[stage][key] == pytest.approx(alone, abs=1e-5), (name, key)
-        assert results["sft"]["num_train"] == results["sft"]["num_held_out"] == count
-        assert results["rm"]["train_prompts"] == results["rm"]["prompts"] == count
-        assert results["ppo"]["held_out_score"] == pytest.approx((2**count - 1) / count)
+            alone = read(tmp_path / stage / "results.json")[key]
+            assert results[stage][key] == pytest.approx(alone, abs=1e-5), key
 
 
+@pytest.mark.parts("others")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cpu2", "cpu2_zero3"])
+@pytest.mark.parametrize("name", in_float32("cpu2", "cpu2_zero3", long=["cpu2_zero3"]))
 def test_pretrain_collect_and_evaluate(
     name: str, inputs: Path, launched: Launched, tmp_path: Path
 ) -> None:
