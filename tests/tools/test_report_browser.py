@@ -140,7 +140,10 @@ def faults_of(page: Any) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["a run with warnings", "two runs", "a dead run"])
+@pytest.mark.parametrize(
+    "kind",
+    ["a run with warnings", pytest.param("two runs", marks=pytest.mark.long), "a dead run"],
+)
 def test_axe_finds_no_fault(browser: Any, kinds: dict[str, Path], kind: str) -> None:
     for options in (WIDTHS[0], WIDTHS[-1]):  # each width and each scheme once
         # The page's own policy would keep axe-core out, as it keeps all other scripts out.
