@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from stages.ppo.config import PPOSettings, RolloutSettings
 from tests.stages.cut_runs import KILLED, Cut, make_configs, outcome, run_command
@@ -98,12 +99,20 @@ def test_a_shard_that_one_process_finds_altered_stops_all(tmp_path: Path) -> Non
 
 
 def config_for(launcher: str, folder: Path) -> Any:
-    """A PPO run of three updates, the first of the value model alone."""
+    """A PPO run of three updates, the first of the value model alone.
+
+    The files of its first policy are in bfloat16, as most published ones, so FSDP2 has one process
+    convert them for all.
+    """
     if launcher != "fsdp2" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed, an extra, is not installed")
     (folder / "inputs").mkdir()
+    config = make_configs(folder / "inputs", folder)["ppo"]
+    weights = Path(config.policy.path) / "model.safetensors"
+    halves = {name: weight.bfloat16() for name, weight in load_file(weights).items()}
+    save_file(halves, weights, metadata={"format": "pt"})
     return replace(
-        make_configs(folder / "inputs", folder)["ppo"],
+        config,
         rollout=RolloutSettings(batch_size=8, max_new_tokens=4),
         ppo=PPOSettings(mini_batch_size=8, kl_target=1.0, value_warmup_updates=1),
         num_updates=3,
