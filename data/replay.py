@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.record_files import write_record_files
 from rlhf.generation.engines import engine_of
 from rlhf.generation.interface import Decoding
@@ -29,6 +27,7 @@ from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_chat
 from rlhf.runs.program import run_stage
 from rlhf.runs.settings import FolderSettings
+from rlhf.runs.stopwatch import progress_shown
 
 FILES = ("text.jsonl", "text_held_out.jsonl")
 
@@ -94,10 +93,10 @@ def sample_texts(config: ReplayConfig) -> dict[str, Sequence[Record]]:
     texts: list[str] = []
     with (
         engine_of(model, config.generation) as engine,
-        tqdm(total=wanted, desc="replay", unit="document") as bar,
+        progress_shown("replay: documents", wanted) as progress,
     ):
         while (missing := wanted - len(texts)) > 0:
-            samples = engine.generate([[start_id]] * missing, decoding, generator, bar.update)
+            samples = engine.generate([[start_id]] * missing, decoding, generator, progress)
             drawn = [chat.decode(ids) for ids in samples.responses]
             found = [text for text in drawn if text.strip()]
             if len(found) < missing / 2:

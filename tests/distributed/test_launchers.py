@@ -55,12 +55,11 @@ OFFLOADED = "deepspeed_zero3_offload"
 
 def in_float32(*names: str, long: Collection[str]) -> list[Any]:
     """Return the launches that try something in float32, with the mark of those that are long."""
-    marks = {True: [pytest.mark.long], False: []}
-    return [pytest.param(name, marks=marks[name in long]) for name in names]
+    return [pytest.param(name, marks=[pytest.mark.long] if name in long else []) for name in names]
 
 
 ON_CPU = in_float32(*FILES_FOR_GPUS, long=[LONG])
-ON_CPU_SHORT_WITHOUT_ZERO = in_float32(*FILES_FOR_GPUS, long=[LONG, "cpu2_zero3"])
+ON_CPU_LONG_WITH_ZERO = in_float32(*FILES_FOR_GPUS, long=[LONG, "cpu2_zero3"])
 """For what depends little on the launcher, and takes long under ZeRO-3."""
 
 
@@ -160,7 +159,7 @@ def test_weights_are_those_of_one_process(
 
 @pytest.mark.parts("adapters")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ON_CPU_SHORT_WITHOUT_ZERO)
+@pytest.mark.parametrize("name", ON_CPU_LONG_WITH_ZERO)
 def test_adapters_are_those_of_one_process(
     name: str, inputs: Path, launched: Launched, tmp_path: Path
 ) -> None:
@@ -260,7 +259,7 @@ def test_precision_under_files_for_gpus(launched_by: str, name: str, launched: L
 
 @pytest.mark.parts("stops")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ON_CPU_SHORT_WITHOUT_ZERO)
+@pytest.mark.parametrize("name", ON_CPU_LONG_WITH_ZERO)
 def test_nan_on_one_process_stops_all(name: str, launched: Launched) -> None:
     """Each says where it was, and the replay has the row, though the first process writes it and
     the last one has it."""
@@ -278,7 +277,7 @@ def test_nan_on_one_process_stops_all(name: str, launched: Launched) -> None:
 
 @pytest.mark.parts("stops")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ON_CPU_SHORT_WITHOUT_ZERO)
+@pytest.mark.parametrize("name", ON_CPU_LONG_WITH_ZERO)
 def test_nan_in_one_sampler_stops_all(name: str, launched: Launched) -> None:
     first, last = read(launched[name] / "seen.json")["stopped_sampling"]
     assert first == last

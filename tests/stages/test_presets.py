@@ -219,7 +219,11 @@ def shrunk(config: PPOConfig, factor: int) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # about a policy that learned nothing
 @pytest.mark.parametrize(
-    "name", ["llama_1b", "llama_8b", pytest.param("pythia_1b_tldr", marks=pytest.mark.long)]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if name == "pythia_1b_tldr" else [])
+        for name in PRESETS
+    ],
 )
 def test_every_stage_starts_with_the_presets_own_files(name: str, tmp_path: Path) -> None:
     preset, run = PRESETS[name], tmp_path / "run"
