@@ -115,8 +115,10 @@ def test_the_peak_of_a_run_is_what_was_planned(
         ("cpu2_zero2", "", Launch(2, zero_stage=2)),
         ("cpu2_zero3", "", Launch(2, zero_stage=3)),
         ("cpu2", "fsdp2", Launch(2, mixed_precision="bf16", is_fsdp=True)),
+        ("cpu2_zero2", "deepspeed_zero2", Launch(2, zero_stage=2, mixed_precision="bf16")),
+        ("cpu2_zero3", "deepspeed_zero3", Launch(2, zero_stage=3, mixed_precision="bf16")),
     ],
-    ids=["DDP", "ZeRO-2", "ZeRO-3", "FSDP2"],
+    ids=["DDP", "ZeRO-2", "ZeRO-3", "FSDP2", "ZeRO-2 in bf16", "ZeRO-3 in bf16"],
 )
 def test_the_peak_of_each_process_is_what_was_planned(
     launcher: str, gpu_file: str, launch: Launch, tmp_path: Path
