@@ -2,7 +2,7 @@
 
 Requests that share a context become one prompt tree: the context is read once, and each choice is
 a branch of it. The unembedding runs on the tokens of the choices only. The results equal those of
-the harness's own HFLM; tests/stages/test_benchmark_engine.py compares both.
+the harness's own HFLM; tests/stages/test_benchmark_harness.py compares both.
 """
 
 import json
@@ -13,10 +13,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rlhf.generation.engines import make_engine
+from rlhf.generation.engines import engine_of
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
@@ -25,6 +24,7 @@ from rlhf.inputs.records import show
 from rlhf.inputs.template import render
 from rlhf.models.heads import response_likelihoods
 from rlhf.models.layout import packer_for
+from rlhf.runs.stopwatch import progress_shown
 
 DEFAULT_NEW_TOKENS = 256
 """Most tokens of an answer if its task does not say; the same number as in HFLM."""
@@ -58,8 +58,7 @@ class PackedLM(TemplateLM):
         self._chat = chat
         self._device = policy.device
         self._packer = packer_for(policy, micro_batch_tokens)
-        self._engine = make_engine(generation)
-        self._engine.refresh(policy)
+        self._generation = generation
         context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
         self._max_tokens: int = context or DEFAULT_CONTEXT
 
@@ -121,7 +120,7 @@ class PackedLM(TemplateLM):
         ]
         order = [number for numbers in by_context.values() for number in numbers]
         answers = [(0.0, True)] * len(requests)
-        with tqdm(total=len(requests), desc="choices", leave=False, disable=disable_tqdm) as bar:
+        with progress_shown("benchmark: choices", len(requests), not disable_tqdm) as progress:
             for row in predicting_rows(self._packer, trees):
                 row = row.to(self._device)
                 likelihoods = response_likelihoods(self.policy, row)
@@ -131,7 +130,7 @@ class PackedLM(TemplateLM):
                     row.response_index.tolist(), totals.tolist(), misses.tolist(), strict=True
                 ):
                     answers[order[response]] = (total, not misses_one)
-                bar.update(len(row.response_index))
+                progress(len(row.response_index))
         return answers
 
     def loglikelihood_rolling(
@@ -171,13 +170,16 @@ class PackedLM(TemplateLM):
             key = json.dumps(request.args[1], sort_keys=True)
             by_settings.setdefault(key, []).append(number)
         answers = [""] * len(requests)
-        with tqdm(total=len(requests), desc="answers", leave=False, disable=disable_tqdm) as bar:
+        with (
+            engine_of(self.policy, self._generation) as engine,
+            progress_shown("benchmark: answers", len(requests), not disable_tqdm) as progress,
+        ):
             for key, numbers in by_settings.items():
                 stops, decoding = self._decoding(json.loads(key))
                 prompts = [
                     self._prompt_ids(requests[number].args[0], decoding) for number in numbers
                 ]
-                samples = self._engine.generate(prompts, decoding, progress=bar.update)
+                samples = engine.generate(prompts, decoding, progress=progress)
                 for number, ids in zip(numbers, samples.responses, strict=True):
                     text = self.tokenizer.decode(ids, skip_special_tokens=True)
                     answers[number] = _before_stops(text, stops)

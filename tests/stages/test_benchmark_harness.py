@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from rlhf.generation.hf import LoopEngine
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.models.saving import save_policy
@@ -27,6 +28,7 @@ from tests.rlhf.tiny_models import byte_tokenizer, change_trained, tiny_policy_o
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 from lm_eval.tasks import TaskManager
 
+import rlhf.runs.stopwatch
 import stages.benchmark.task_names
 import stages.benchmark.tasks
 from stages.benchmark.task_files import read_task_file
@@ -219,6 +221,25 @@ def test_a_prompt_has_its_examples_and_not_its_question_twice(both_engines: dict
     for row in prompts:
         questions = re.findall(r"what is (?:so )*\d+", row["prompt"])
         assert len({*questions}) == len(questions)
+
+
+def test_it_says_how_far_it_is_where_bars_are_hidden_and_gives_up_its_engine(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(rlhf.runs.stopwatch, "HEARTBEAT_SECONDS", 0.0)
+    released: list[LoopEngine] = []
+    monkeypatch.setattr(LoopEngine, "release", lambda engine: released.append(engine))
+    tasks = {name: TaskSettings(renderings=PLAIN) for name in ("cloze", "sums")}
+    config = make_config(folder, tmp_path / "out", tasks=tasks)
+    run(config)
+    told = capsys.readouterr().out.splitlines()
+    for what in ("choices", "answers"):
+        assert told.count(f"benchmark: {what} 14 of 14 after 0 s") == len(config.policies)
+    assert len(released) == len(config.policies)
 
 
 def test_samples_repeat_with_their_seed_and_vote_as_counted(folder: Path, tmp_path: Path) -> None:
