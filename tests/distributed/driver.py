@@ -26,12 +26,9 @@ from tests.distributed.gpu_files import Part, run_under, split_weights
 from tests.distributed.gradients import all_steps
 from tests.distributed.other_stages import run_others
 from tests.distributed.rollouts import greedy_rollouts, watched_rollouts
-from tests.distributed.row_counts import COUNTS, run_all
+from tests.distributed.row_counts import FEW, MORE, run_all
 from tests.distributed.stops import stopped_by_nan, stopped_by_nan_in_sampling
 from tests.distributed.streamed import streamed_rollouts
-
-SOME_COUNTS = (1,)
-"""Of rows, under ZeRO-3, where each takes eight seconds. One process then has none."""
 
 
 def main() -> None:
@@ -55,7 +52,9 @@ def main() -> None:
     accelerator = start_accelerator()
     is_split = sharding.shards_weights(accelerator)
     if "rows" in parts:
-        run_all(inputs, results, SOME_COUNTS if is_split else COUNTS)
+        run_all(inputs, results, FEW)
+    if "more rows" in parts:
+        run_all(inputs, results, MORE)
     if is_split:
         seen["streamed"] = streamed_rollouts()
     seen["processes"] = accelerator.num_processes

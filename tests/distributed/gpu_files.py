@@ -48,7 +48,7 @@ ROOT = Path(__file__).parents[2]
 OF_LAUNCHER = ("ACCELERATE_", "FSDP_")
 WITH_ADAPTERS = ("fsdp2", "deepspeed_zero3", "two_nodes_fsdp2", "two_nodes_zero3")
 """Files under which adapters are trained too, and not all weights alone."""
-Part = Literal["gradients", "chain", "adapters", "stops", "others", "rows"]
+Part = Literal["gradients", "chain", "adapters", "stops", "others", "rows", "more rows"]
 """Says what the processes do under a file: one step of each loss, the three stages, or these with
 adapters. In the float32 of the launch alone (driver.py): runs that NaN stops, the other stages, and
 handfuls of rows."""

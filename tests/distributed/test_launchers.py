@@ -25,7 +25,6 @@ from stages.pretrain.train import pretrain
 from stages.rm.train import train as train_reward_model
 from stages.sft.train import train as fine_tune
 from tests.distributed.chain import LORA, make_inputs, rm_settings, sft_settings
-from tests.distributed.driver import SOME_COUNTS
 from tests.distributed.gpu_files import WITH_ADAPTERS, Part, all_parts
 from tests.distributed.gradients import Step, all_steps, ppo_step
 from tests.distributed.launching import (
@@ -42,7 +41,7 @@ from tests.distributed.other_stages import (
     pretrain_settings,
 )
 from tests.distributed.rollouts import greedy_rollouts
-from tests.distributed.row_counts import COUNTS, make_rows, rm_of, sft_of
+from tests.distributed.row_counts import FEW, MORE, make_rows, rm_of, sft_of
 from tests.distributed.streamed import KINDS
 from tests.rlhf.plain_loading import load_with_report
 from tests.rlhf.tiny_models import tiny_policy_of
@@ -78,7 +77,8 @@ def files_for_gpus(*long: str) -> list[Any]:
     ]
 
 
-FOR_GPUS = files_for_gpus(LONG, OFFLOADED)
+FOR_GPUS = files_for_gpus(LONG, OFFLOADED, "multi_gpu")
+"""Under multi_gpu the stages are as under `cpu2`, in the type that they have under `gpu`."""
 
 
 @pytest.fixture(scope="module")
@@ -435,13 +435,17 @@ def test_a_machine_converts_the_files_of_a_model_once(
         assert seen["different"] == []
 
 
-@pytest.mark.parts("rows")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        *(("cpu2", count) for count in COUNTS),
-        *(pytest.param("cpu2_zero3", count, marks=pytest.mark.long) for count in SOME_COUNTS),
+        pytest.param(name, count, marks=[pytest.mark.parts(part), *marks])
+        for name, part, counts, marks in (
+            ("cpu2", "rows", FEW, []),
+            ("cpu2", "more rows", MORE, [pytest.mark.long]),
+            ("cpu2_zero3", "rows", FEW, [pytest.mark.long]),
+        )
+        for count in counts
     ],
 )
 def test_any_number_of_rows(

@@ -23,7 +23,7 @@ def of_other_type(tiny: Path, folder: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("without_passes")
 @pytest.mark.parametrize("is_fsdp", [True, False])
 def test_processes_share_files_of_their_own_type_and_under_fsdp2_converted_ones(
     is_fsdp: bool, tiny: Path, config: Config, tmp_path: Path
@@ -55,6 +55,7 @@ def test_processes_share_files_of_their_own_type_and_under_fsdp2_converted_ones(
     assert moved.host["what is offloaded"] == copies * full // 2
 
 
+@pytest.mark.usefixtures("without_passes")
 def test_adapters_over_one_base_load_it_once(tiny: Path, config: Config) -> None:
     config = replace(config, lora=LoraSettings(rank=4))
     assert make_plan(config, Launch(device="cuda")).loading.most_shared == pytest.approx(

@@ -26,7 +26,7 @@ from tools.plan.launch import Launch
 from tools.plan.make import make_plan
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("without_passes")
 def test_what_is_held_is_split_as_the_launcher_says(tiny: Path, config: Config) -> None:
     full = weights_of(tiny)
     assert full == 4 * (OUTSIDE + 2 * LAYER)
@@ -147,13 +147,14 @@ def test_a_reference_that_teaches_reads_the_text_too(tiny: Path, config: Config)
     assert saved == {"ptx": 0, "train": weights_of(tiny)}
 
 
+@pytest.mark.usefixtures("without_passes")
 def test_a_mean_update_has_its_share_of_the_checks(config: Config) -> None:
     config = replace(config, rollout=replace(config.rollout, check_every=4))
     flops = make_plan(config, Launch()).flops
     assert flops["logprobs"] == flops["reference"] / 4 > 0
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("without_passes")
 def test_roles_over_one_base_hold_it_once(tiny: Path, config: Config, tmp_path: Path) -> None:
     base, lora = tiny / "sft", LoraSettings(rank=4)
     reward = save_reward(base, tmp_path / "reward", lora)
@@ -188,6 +189,7 @@ def test_roles_over_one_base_hold_it_once(tiny: Path, config: Config, tmp_path: 
         make_plan(replace(trained_on, lora=LoraSettings(rank=2)), Launch())
 
 
+@pytest.mark.usefixtures("without_passes")
 def test_a_full_reward_model_is_a_base_of_its_own(
     tiny: Path, config: Config, tmp_path: Path
 ) -> None:
@@ -204,6 +206,7 @@ def test_a_full_reward_model_is_a_base_of_its_own(
     assert found["reward.model: adapter and head"] == 4 * 32
 
 
+@pytest.mark.usefixtures("without_passes")
 def test_adapters_under_zero3_share_no_base(tiny: Path, config: Config) -> None:
     """ZeRO-3 splits the trained models' weights, and frozen ones are loaded whole, as in a run."""
     zero3 = Launch(num_processes=2, zero_stage=3)
