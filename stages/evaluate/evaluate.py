@@ -1,6 +1,7 @@
 """Run the evaluation: sample, score, compare, report."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -47,14 +48,7 @@ def evaluate(config: Config) -> None:
     setup = set_up(config, accelerator.device)
     measured = measure_policies(config, setup, accelerator.device)
     scores = score_all(setup.judges, measured.answers)
-    lengths = {name: of.lengths for name, of in measured.answers.items()}
-    figures = {
-        name: of | compare(name, config.baseline_name, scores, lengths, config.seed)
-        for name, of in measured.figures.items()
-    }
-    for name in figures:
-        if name != config.baseline_name:
-            figures[name] |= _right_gain(config, measured, name)
+    figures = _figures(config, measured, scores)
     best_of: dict[str, Any] = {}
     if measured.pool:
         pool = _score_pool(config, setup, measured.pool)
@@ -64,9 +58,47 @@ def evaluate(config: Config) -> None:
         if config.best_of is not None:
             best_of = _best_of(config, setup, measured, scores, pool)
     warnings = _find_warnings(config, setup, measured, scores)
+    results = _results(config, setup, warnings, {**figures, **best_of, **reports})
+    rows = _sample_rows(config, setup, measured, scores)
+    run.samples(rows)
+    shown = format_samples(rows, results["warnings"], config.num_shown)
+    (run.dir / SAMPLES_SHOWN).write_text(shown, encoding="utf-8")
+    run.finish(results)
+    run.write_page()
+    print(format_results(json.loads((run.dir / RESULTS).read_text(encoding="utf-8"))), flush=True)
+    for warning in warnings:
+        print(f"evaluate: warning {warning.code}: {warning.message}", flush=True)
+
+
+def _figures(
+    config: Config, measured: Measurements, scores: dict[str, dict[str, Scores]]
+) -> dict[str, dict[str, Any]]:
+    """Return each policy's figures, with its gains over the baseline."""
+    lengths = {name: of.lengths for name, of in measured.answers.items()}
+    figures = {
+        name: of | compare(name, config.baseline_name, scores, lengths, config.seed)
+        for name, of in measured.figures.items()
+    }
+    for name in figures:
+        if name != config.baseline_name:
+            figures[name] |= _right_gain(config, measured, name)
+    return figures
+
+
+def _results(
+    config: Config,
+    setup: Setup,
+    warnings: Sequence[EvaluationWarning],
+    sections: dict[str, Any],
+) -> dict[str, Any]:
+    """Put results.json together.
+
+    Args:
+        sections: The figures of policies, of best-of-n and of other stages, by name.
+    """
     stages = {name: folder for name, folder in config.stages.items() if is_there(name, folder)}
     ended = {name: results_of(folder) for name, folder in stages.items()}
-    results: dict[str, Any] = {
+    return {
         "policies": list(config.policies),
         "baseline": config.baseline_name,
         "judge": next(iter(setup.judges), None),
@@ -79,21 +111,10 @@ def evaluate(config: Config) -> None:
             "temperature": config.temperature,
         },
         "warnings": [asdict(warning) for warning in warnings],
-        **{name: figures[name] for name in config.policies},
-        **best_of,
-        **reports,
+        **sections,
         "seconds": {name: one["seconds"] for name, one in ended.items() if "seconds" in one},
         "speed": {name: speed for name, one in ended.items() if (speed := speed_of(one))},
     }
-    rows = _sample_rows(config, setup, measured, scores)
-    run.samples(rows)
-    shown = format_samples(rows, results["warnings"], config.num_shown)
-    (run.dir / SAMPLES_SHOWN).write_text(shown, encoding="utf-8")
-    run.finish(results)
-    run.write_page()
-    print(format_results(json.loads((run.dir / RESULTS).read_text(encoding="utf-8"))), flush=True)
-    for warning in warnings:
-        print(f"evaluate: warning {warning.code}: {warning.message}", flush=True)
 
 
 def _score_pool(config: Config, setup: Setup, pool: list[list[Answer]]) -> Pool:
