@@ -4,21 +4,22 @@ PYTHON ?= python3
 
 .PHONY: check quick test test-all test-resume test-interop test-lowest test-newest bench bench-scaling bench-roofline gpu-check
 
-# The pip of Python 3.11 takes three times as long to choose versions as the newest one.
+# The pip of Python 3.11 takes three times as long to choose versions as the newest one. PYTHONWARNINGS hides what
+# setuptools tells packagers about editable installs.
 # --no-compile: Python compiles the files that it imports, which are few of 20,000.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or later is needed; make PYTHON=python3.12 names one")'
 	@echo "making .venv, which takes about 2 GB and some minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 .venv-%/.installed: pyproject.toml .ci/ranges.py | .venv/.installed
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
 	$(BIN)/python .ci/ranges.py $* > $(@D)/constraints.txt
-	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable ".[dev]"
+	PYTHONWARNINGS=ignore $(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable ".[dev]"
 	@touch $@
 
 .venv-peers/.installed: benchmarks/peers.txt
