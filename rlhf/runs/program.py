@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 
 from rlhf.runs.interrupts import interrupts
 from rlhf.runs.settings import load_config
-from rlhf.training.out_of_memory import explain, is_out_of_memory
 
 Config = TypeVar("Config")
 
@@ -38,6 +37,8 @@ def run_stage(
     except (ValueError, OSError, SafetensorError) as error:  # the last one if the disk is full
         message, code = f"error: {error}", USER_ERROR
     except (RuntimeError, MemoryError) as error:
+        from rlhf.training.out_of_memory import explain, is_out_of_memory  # needs torch
+
         if not is_out_of_memory(error):
             raise
         message, code = f"error: {explain(error)}", USER_ERROR

@@ -1,12 +1,18 @@
 """python -m stages.benchmark --config configs/benchmark/smollm2.yaml"""
 
 from rlhf.runs.program import run_stage
-from stages.benchmark.benchmark import benchmark
 from stages.benchmark.config import Config
 
 
+def run(config: Config) -> None:
+    """Import what the stage needs, which takes seconds and so comes after its settings."""
+    from stages.benchmark.benchmark import benchmark
+
+    benchmark(config)
+
+
 def main() -> None:
-    run_stage(benchmark, Config)
+    run_stage(run, Config)
 
 
 if __name__ == "__main__":

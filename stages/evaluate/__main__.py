@@ -2,11 +2,17 @@
 
 from rlhf.runs.program import run_stage
 from stages.evaluate.config import Config
-from stages.evaluate.evaluate import evaluate
+
+
+def run(config: Config) -> None:
+    """Import what the stage needs, which takes seconds and so comes after its settings."""
+    from stages.evaluate.evaluate import evaluate
+
+    evaluate(config)
 
 
 def main() -> None:
-    run_stage(evaluate, Config)
+    run_stage(run, Config)
 
 
 if __name__ == "__main__":

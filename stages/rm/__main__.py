@@ -2,11 +2,17 @@
 
 from rlhf.runs.program import run_stage
 from stages.rm.config import Config
-from stages.rm.train import train
+
+
+def run(config: Config) -> None:
+    """Import what the stage needs, which takes seconds and so comes after its settings."""
+    from stages.rm.train import train
+
+    train(config)
 
 
 def main() -> None:
-    run_stage(train, Config)
+    run_stage(run, Config)
 
 
 if __name__ == "__main__":

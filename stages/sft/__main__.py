@@ -2,7 +2,18 @@
 
 from rlhf.runs.program import run_stage
 from stages.sft.config import Config
-from stages.sft.train import train
+
+
+def run(config: Config) -> None:
+    """Import what the stage needs, which takes seconds and so comes after its settings."""
+    from stages.sft.train import train
+
+    train(config)
+
+
+def main() -> None:
+    run_stage(run, Config)
+
 
 if __name__ == "__main__":
-    run_stage(train, Config)
+    main()

@@ -21,6 +21,18 @@ UNNEEDED = (
 """Packages that are imported when a run needs them. SFT needs TRL, which imports most of them."""
 
 
+def test_programs_read_their_settings_before_they_import_torch() -> None:
+    """A wrong setting is told within half a second; torch and transformers take ten."""
+    stages = [path.parent.name for path in (ROOT / "stages").glob("*/__main__.py")]
+    assert {*STAGES, "sft", "benchmark"} <= set(stages)
+    programs = [*(f"stages.{stage}.__main__" for stage in stages), "data.check", "data.convert"]
+    program = f"import sys, {', '.join(programs)}; print({{'torch', 'numpy'}} & set(sys.modules))"
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "set()\n"
+
+
 @pytest.mark.slow
 def test_stages_start_without_the_packages_that_few_runs_need() -> None:
     modules = ", ".join(f"stages.{stage}.{_entry(stage)}" for stage in STAGES)
