@@ -4,32 +4,36 @@ PYTHON ?= python3
 
 .PHONY: check quick test test-all test-resume test-interop test-lowest test-newest bench bench-scaling bench-roofline gpu-check
 
-# The pip of Python 3.11 takes three times as long to choose versions as the newest one. PYTHONWARNINGS hides what
-# setuptools tells packagers about editable installs.
+# PYTHONWARNINGS hides what setuptools tells packagers about editable installs. Each environment takes the newest pip
+# first: that of Python 3.11 takes three times as long to choose versions.
+install = PYTHONWARNINGS=ignore $(@D)/bin/python -m pip install --quiet
+
 # --no-compile: Python compiles the files that it imports, which are few of 20,000.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or later is needed; make PYTHON=python3.12 names one")'
 	@echo "making .venv, which takes about 2 GB and some minutes"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"
+	$(install) --upgrade pip
+	$(install) --no-compile --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 .venv-%/.installed: pyproject.toml .ci/ranges.py | .venv/.installed
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(install) --upgrade pip
 	$(BIN)/python .ci/ranges.py $* > $(@D)/constraints.txt
-	PYTHONWARNINGS=ignore $(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable ".[dev]"
+	$(install) --constraint $(@D)/constraints.txt --editable ".[dev]"
 	@touch $@
 
 .venv-peers/.installed: benchmarks/peers.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --requirement $<
+	$(install) --upgrade pip
+	$(install) --requirement $<
 	@touch $@
 
 .venv-interop/.installed: tests/interop/constraints.txt
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/python -m pip install --quiet --constraint $< torch transformers peft
+	$(install) --upgrade pip
+	$(install) --constraint $< torch transformers peft
 	@touch $@
 
 check: $(SETUP) ## Format, lint, types and import rules; no network, no accelerator.

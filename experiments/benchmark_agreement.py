@@ -27,7 +27,7 @@ HEADER = (
     "HFLM",
     "ours",
     "largest difference, nats",
-    "differ in a share",
+    "right in one run only",
     "HFLM / ours, CPU seconds",
 )
 
@@ -49,12 +49,15 @@ class Config(FolderSettings):
 
 @folders_released()
 def compare_engines(config: Config) -> None:
-    """Write the table of all settings of tasks that both runs have."""
+    """Write the table, with a line for each setting of a task."""
     folders = {"ours": config.ours, "theirs": config.theirs}
     record = open_run(
         config, stage="benchmark_agreement", inputs=folders, files=(TABLE,), always_runs=True
     )
     results = {name: read_json(Path(folder) / RESULTS) for name, folder in folders.items()}
+    for name, engine in (("ours", "packed"), ("theirs", "hflm")):
+        if results[name].get("engine") != engine:
+            raise ValueError(f"{name} is {folders[name]}, which holds no benchmark by {engine}")
     samples = {name: read_rows(Path(folder) / SAMPLES) for name, folder in folders.items()}
     compared = compare(samples["ours"], samples["theirs"])
     for one in compared:
@@ -75,18 +78,18 @@ def compare(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Row]:
 
     Returns:
         For each setting its number of questions, the largest difference of a log-likelihood in nats
-        (None if there are none), and how many questions have a metric that is 0 in one run and 1 in
+        (None if there are none), and how many questions have a metric that is 1 in one run and 0 in
         the other.
 
     Raises:
-        ValueError: The runs have no question in common, or a question differs between them.
+        ValueError: The runs have other questions, or a question's target differs between them.
     """
     by_question = {at(row, QUESTION): row for row in theirs}
+    if by_question.keys() != {at(row, QUESTION) for row in ours}:
+        raise ValueError("only one of the runs has some question; run both with the same settings")
     compared: dict[Key, Row] = {}
     for row in ours:
-        other = by_question.get(at(row, QUESTION))
-        if other is None:
-            continue
+        other = by_question[at(row, QUESTION)]
         if row["target"] != other["target"]:
             raise ValueError(
                 f"question {row['question']} of {row['task']} has the target {row['target']!r} in "
@@ -104,8 +107,6 @@ def compare(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Row]:
             if isinstance(mine, list):  # [log-likelihood, whether greedy decoding gives it]
                 difference = abs(mine[0] - their[0])
                 one["largest_difference"] = max(one["largest_difference"] or 0.0, difference)
-    if not compared:
-        raise ValueError("the two runs have no question in common; run both with the same settings")
     return list(compared.values())
 
 

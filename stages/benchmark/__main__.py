@@ -11,9 +11,5 @@ def run(config: Config) -> None:
     benchmark(config)
 
 
-def main() -> None:
-    run_stage(run, Config)
-
-
 if __name__ == "__main__":
-    main()
+    run_stage(run, Config)

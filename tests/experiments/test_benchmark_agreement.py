@@ -28,8 +28,7 @@ THEIRS = [choice(0, -1.5, -1.75, acc=1), choice(1, -2.9375, -3.0, acc=1), answer
 
 
 def test_differences_are_counted_by_setting() -> None:
-    found = compare(OURS, [*THEIRS, choice(7, -1.0, acc=1)])  # one question is in theirs only
-    assert found == [
+    assert compare(OURS, THEIRS) == [
         {**PIQA, "questions": 2, "largest_difference": 1.0625, "differ": 1},
         {**TEXT, "questions": 1, "largest_difference": None, "differ": 0},
     ]
@@ -38,14 +37,16 @@ def test_differences_are_counted_by_setting() -> None:
 def test_runs_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(ValueError, match="question 0 of piqa has the target 0 in one run and 1 in"):
         compare(OURS[:1], [choice(0, -1.0, acc=1, target=1)])
-    with pytest.raises(ValueError, match="the two runs have no question in common"):
-        compare(OURS[:1], THEIRS[1:])
+    for ours, theirs in ((OURS[:1], THEIRS), (OURS, THEIRS[1:])):
+        with pytest.raises(ValueError, match="only one of the runs has some question"):
+            compare(ours, theirs)
 
 
-def write(folder: Path, rows: list[dict[str, Any]], acc: float, seconds: float) -> str:
+def write(folder: Path, engine: str, rows: list[dict[str, Any]], acc: float, seconds: float) -> str:
     folder.mkdir()
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     results = {
+        "engine": engine,
         "figures": [{**PIQA, "metric": "acc", "value": acc}],
         "cpu_seconds": [{**PIQA, "seconds": seconds}],
     }
@@ -56,13 +57,12 @@ def write(folder: Path, rows: list[dict[str, Any]], acc: float, seconds: float) 
 def test_the_table_has_both_figures_and_the_ratio_of_seconds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compare_engines(
-        Config(
-            ours=write(tmp_path / "ours", OURS[:2], 0.5, 4.0),
-            theirs=write(tmp_path / "theirs", THEIRS[:2], 1.0, 9.0),
-            output_dir=str(tmp_path / "compared"),
-        )
-    )
+    ours = write(tmp_path / "ours", "packed", OURS[:2], 0.5, 4.0)
+    theirs = write(tmp_path / "theirs", "hflm", THEIRS[:2], 1.0, 9.0)
+    out = str(tmp_path / "compared")
+    with pytest.raises(ValueError, match=f"ours is {theirs}, which holds no benchmark by packed"):
+        compare_engines(Config(ours=theirs, theirs=ours, output_dir=out))
+    compare_engines(Config(ours=ours, theirs=theirs, output_dir=out))
     line = "| sft | piqa | plain | 0 | 2 | acc 1.0000 | acc 0.5000 | 1.0625 | 1 | 2.25 |"
     assert line in capsys.readouterr().out
     assert line in (tmp_path / "compared" / "table.md").read_text()
