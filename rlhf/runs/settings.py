@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import sys
@@ -73,19 +74,8 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
         ConfigError: A key is unknown (the message names the nearest known one) or missing, a type
             is wrong, a file cannot be read, or `__post_init__` refused a value.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(
-        usage=f"{_program()} [--config FILE]... [--KEY VALUE]...",
-        description=config_class.__doc__,
-        allow_abbrev=False,  # otherwise --learn would mean --learning_rate
-        exit_on_error=False,
-    )
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="YAML file with settings; may be given more than once, later files win.",
-    )
-    parser.add_class_arguments(config_class, as_group=False)
+    parser = _parser_of(config_class)
+    parser.usage = f"{_program()} [--config FILE]... [--KEY VALUE]..."
     words = _with_values(sys.argv[1:] if args is None else args, config_class)
     for path in config_files(words):
         _check_file(path, config_class)
@@ -98,6 +88,24 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
     values = _with_whole_paths(values)
     _check_sections(config_class, values)
     return config_class(**vars(parser.instantiate(values)))
+
+
+@functools.cache
+def _parser_of(config_class: type) -> "_Parser":
+    """Return the parser of a settings class. Making one takes a fifth of a second."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(
+        description=config_class.__doc__,
+        allow_abbrev=False,  # otherwise --learn would mean --learning_rate
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with settings; may be given more than once, later files win.",
+    )
+    parser.add_class_arguments(config_class, as_group=False)
+    return parser
 
 
 class _Parser(ArgumentParser):
@@ -318,6 +326,8 @@ def _with_own_names(known: Sequence[str], key: str) -> list[str]:
     own = key.split(".")
 
     def fill(other: str) -> str:
+        if OWN_NAME not in other:
+            return other
         words = enumerate(other.split("."))
         return ".".join(own[i] if word == OWN_NAME and i < len(own) else word for i, word in words)
 

@@ -111,6 +111,16 @@ def test_defaults_then_files_in_order_then_command_line(tmp_path: Path) -> None:
     )
 
 
+def test_no_setting_is_left_for_the_next_time(tmp_path: Path) -> None:
+    before = load_config(Stage, NEEDED)
+    file = write(tmp_path, "settings.yaml", "optim: {max_grad_norm: 7}\nparts: {x: {weight: 2}}")
+    words = [*NEEDED, "--config", file, "--optim.betas", "[0.5, 0.6]", "--parts.y.weight", "3"]
+    assert load_config(Stage, words).parts.keys() == {"x", "y"}
+    with pytest.raises(ConfigError):
+        load_config(Stage, [*words, "--num_epochs", "many"])
+    assert load_config(Stage, NEEDED) == before
+
+
 def test_numbers_with_an_exponent_are_numbers() -> None:
     rate = load_config(Stage, [*NEEDED, "--optim.learning_rate", "5e-7"]).optim.learning_rate
     assert isinstance(rate, float)

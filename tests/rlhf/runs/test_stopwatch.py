@@ -51,19 +51,33 @@ def test_a_phase_that_fails_is_counted_and_ends(clock: list[float]) -> None:
     assert stopwatch.take() == {"score": 1.0, "value": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "fastest", "num_products"),
+    [
+        ([1, 16, 2, 4, 8, 16], 2, 6),  # the first is a warm-up
+        ([32, 64, 64, 1, 1, 1], 64, 3),  # after a tenth of a second no more
+        ([256, 128, 1, 1, 1, 1], 128, 2),
+    ],
+)
 def test_the_matrix_rate_is_that_of_the_fastest_product(
-    clock: list[float], monkeypatch: pytest.MonkeyPatch
+    milliseconds: list[int],
+    fastest: int,
+    num_products: int,
+    clock: list[float],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Products of 2 * 512^3 FLOPs take 1, 4, 2, ... seconds; the first is a warm-up."""
-    seconds = iter([1.0, 4.0, 2.0, 4.0, 4.0, 4.0])
+    taken: list[int] = []
     product = torch.Tensor.__matmul__
 
     def slow(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        clock[0] += next(seconds)
+        taken.append(milliseconds[len(taken)])
+        clock[0] += taken[-1] / 1000
         return product(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", slow)
-    assert matrix_rate(torch.device("cpu"), torch.float32) == 512**3
+    rate = matrix_rate(torch.device("cpu"), torch.float32)
+    assert rate == pytest.approx(2 * 512**3 / (fastest / 1000))
+    assert len(taken) == num_products
 
 
 def test_a_heartbeat_every_half_minute_and_none_of_short_work(clock: list[float]) -> None:
