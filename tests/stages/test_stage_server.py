@@ -47,7 +47,7 @@ def serve(tmp_path: Path) -> Serve:
     def run(script: str) -> subprocess.CompletedProcess[str]:
         start = (
             "import sys; import stages.stage_server as server; server.PROGRAMS = ('torch',); "
-            "sys.exit(server.main(['bash', '-c', sys.argv[1]]))"
+            "server.OPTIONAL_MODULES = (); sys.exit(server.main(['bash', '-c', sys.argv[1]]))"
         )
         return subprocess.run(
             [sys.executable, "-c", start, script],
