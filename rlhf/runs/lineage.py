@@ -1,5 +1,6 @@
 """Records where the inputs of a run come from: hashes, earlier results, commit and versions."""
 
+import functools
 import json
 import platform
 import re
@@ -85,5 +86,11 @@ def commit() -> str | None:
 def versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
-        versions[package] = metadata.version(package)
+        versions[package] = _version_of(package)
     return versions
+
+
+@functools.cache
+def _version_of(package: str) -> str:
+    """Return its version, which takes some milliseconds to read."""
+    return metadata.version(package)

@@ -5,6 +5,7 @@ Content-Security-Policy allows only the script and the style whose hashes it nam
 """
 
 import base64
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from rlhf.inputs.whole_files import write_text
@@ -91,20 +92,12 @@ def write_page(runs: Sequence[RunFolder], output: Path | None) -> Path:
 
 def render(runs: Sequence[RunFolder]) -> str:
     """Return the page as HTML. Equal runs give equal bytes: it holds no time and nothing random."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["sentence"] = to_html
     style = (HERE / "page.css").read_text(encoding="utf-8")
     script = (HERE / "page.js").read_text(encoding="utf-8")
     alarms = find_alarms(runs)
     names = colour_names(runs)
     panels = find_panels(runs, alarms, names)
-    return environment.get_template("page.html.jinja").render(
+    return _template().render(
         generator=GENERATOR,
         style=Markup(style),
         script=Markup(script),
@@ -113,6 +106,19 @@ def render(runs: Sequence[RunFolder]) -> str:
         title=" against ".join(run.name for run in runs),
         **_context(runs, panels, alarms, find_columns(runs, names)),
     )
+
+
+@functools.cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["sentence"] = to_html
+    return environment.get_template("page.html.jinja")
 
 
 def content_policy(style: str, script: str) -> str:

@@ -1,5 +1,6 @@
 """Find which settings of a run differ from its preset, and from those of another run."""
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -129,12 +130,17 @@ def _nearest_preset(stages: Sequence[Stage]) -> str | None:
     for stage in stages:
         own = _comparable(stage.settings, stage.stage)
         for path in (PRESETS / stage.stage).glob("*.yaml") if stage.stage in CONFIGS else ():
-            named = _comparable(yaml.safe_load(path.read_text(encoding="utf-8")), stage.stage)
+            named = _comparable(_settings_in(path), stage.stage)
             others = sum(own.get(key) != value for key, value in named.items())
             so_far = counts.get(path.stem, (0, 0))
             counts[path.stem] = (so_far[0] + others, so_far[1] + len(named))
     shares = {name: (others / num, -num, name) for name, (others, num) in counts.items() if num}
     return min(shares, key=lambda name: shares[name]) if shares else None
+
+
+@functools.cache
+def _settings_in(preset: Path) -> dict[str, Any]:
+    return yaml.safe_load(preset.read_text(encoding="utf-8"))
 
 
 def _comparable(settings: Mapping[str, Any], stage: str) -> dict[str, Any]:
