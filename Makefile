@@ -9,6 +9,8 @@ SETUP := .venv/.installed
 POLICIES := ppo ppo-ptx
 cores := $(shell getconf _NPROCESSORS_ONLN)
 .DEFAULT_GOAL := help
+# Containers often forbid it. Without bytecode every process compiles for ten seconds what it imports.
+export PYTHONDONTWRITEBYTECODE :=
 
 # A preset's file says where data, base model and rankings come from, and what runs side by side. A
 # preset without one brings its own: the paths in its YAML files are there already.

@@ -25,7 +25,8 @@ def test_programs_read_their_settings_before_they_import_torch() -> None:
     """A wrong setting is told within half a second; torch and transformers take ten."""
     stages = [path.parent.name for path in (ROOT / "stages").glob("*/__main__.py")]
     assert {*STAGES, "sft", "benchmark"} <= set(stages)
-    programs = [*(f"stages.{stage}.__main__" for stage in stages), "data.check", "data.convert"]
+    others = ["data.check", "data.convert", "tools.plan.__main__"]
+    programs = [*(f"stages.{stage}.__main__" for stage in stages), *others]
     program = f"import sys, {', '.join(programs)}; print({{'torch', 'numpy'}} & set(sys.modules))"
     found = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True

@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 import yaml
 
 from rlhf.runs.program import run_stage
 from rlhf.runs.settings import config_files
-from rlhf.runs.stopwatch import matrix_rate
 from stages.ppo.config import Config as PPOConfig
 from stages.rm.config import Config as RMConfig
 from stages.sft.config import Config as SFTConfig
-from tools.plan.launch import Launch
-from tools.plan.make import TYPES, make_plan
-from tools.plan.table import show
 
 STAGES: dict[str, Any] = {"ppo": PPOConfig, "rm": RMConfig, "sft": SFTConfig}
 
@@ -47,23 +42,30 @@ def main(args: Sequence[str] | None = None) -> None:
         parser.exit()
 
     def tell(config: Any) -> None:
-        launch = replace(Launch.read(own.accelerate), gpu_bytes=_gpu_bytes(own.gpu_gib))
-        plan = make_plan(config, launch)
-        model = config.policy if isinstance(config, PPOConfig) else config.model
-        dtype = TYPES[launch.mixed_precision] or getattr(torch, model.dtype)
-        is_here = launch.device == "cuda" and torch.cuda.is_available()
-        device = torch.device("cuda" if is_here else "cpu")
-        memory = psutil.virtual_memory().total
-        print(show(plan, matrix_rate(device, dtype), dtype, memory), flush=True)
+        print(_plan_of(config, own.accelerate, own.gpu_gib), flush=True)
 
     run_stage(tell, STAGES[own.stage or _stage_of(words)], words)
 
 
-def _gpu_bytes(gib: float | None) -> int | None:
-    """Return the memory of a GPU: as given, or of this machine's, or None."""
-    if gib is not None:
-        return int(gib * 2**30)
-    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+def _plan_of(config: Any, accelerate: Path | None, gpu_gib: float | None) -> str:
+    """Import what a plan needs, which takes seconds and so comes after its settings."""
+    import torch
+
+    from rlhf.runs.stopwatch import matrix_rate
+    from tools.plan.launch import Launch
+    from tools.plan.make import TYPES, make_plan
+    from tools.plan.table import show
+
+    has_gpu = torch.cuda.is_available()
+    gpu_bytes = torch.cuda.mem_get_info()[1] if has_gpu else None
+    if gpu_gib is not None:
+        gpu_bytes = int(gpu_gib * 2**30)
+    launch = replace(Launch.read(accelerate), gpu_bytes=gpu_bytes)
+    plan = make_plan(config, launch)
+    model = config.policy if isinstance(config, PPOConfig) else config.model
+    dtype = TYPES[launch.mixed_precision] or getattr(torch, model.dtype)
+    device = torch.device("cuda" if launch.device == "cuda" and has_gpu else "cpu")
+    return show(plan, matrix_rate(device, dtype), dtype, psutil.virtual_memory().total)
 
 
 def _stage_of(words: Sequence[str]) -> str:
