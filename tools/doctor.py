@@ -10,7 +10,7 @@ Each check imports what it needs by itself, so that the doctor also runs if pack
 """
 
 import argparse
-import importlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -81,7 +81,7 @@ def main(args: Sequence[str] | None = None) -> int:
         description="What of this machine and installation works, and how to get the rest.",
     ).parse_args(args)
     failed = False
-    for check in (base, extras, hardware, attention, deepspeed, processes, logins, space):
+    for check in (base, bytecode, extras, hardware, attention, deepspeed, processes, logins, space):
         for finding in findings_of(check):
             print(finding, flush=True)
             failed |= finding.is_needed and finding.remedy is not None
@@ -111,6 +111,21 @@ def base() -> Iterator[Finding]:
                     found, detail=f"{found.detail}, {_error_line(error)}", remedy=remedy
                 )
         yield found
+
+
+def bytecode() -> Iterator[Finding]:
+    """Check that programs need not compile what they import at every start."""
+    spec = importlib.util.find_spec("torch")
+    is_compiled = spec is not None and spec.cached is not None and Path(spec.cached).is_file()
+    if sys.dont_write_bytecode and not is_compiled:
+        yield Finding(
+            "bytecode",
+            "the packages are not compiled and PYTHONDONTWRITEBYTECODE is set, so every start "
+            "takes about ten seconds longer",
+            "unset PYTHONDONTWRITEBYTECODE",
+        )
+    else:
+        yield Finding("bytecode", "is kept, so that programs start faster")
 
 
 def extras() -> Iterator[Finding]:

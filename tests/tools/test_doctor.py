@@ -1,6 +1,7 @@
 """Tests the doctor's report on simulated installations that lack something."""
 
-import importlib
+import importlib.util
+import py_compile
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,28 @@ def test_a_whole_base_is_told_with_its_versions(capsys: pytest.CaptureFixture[st
     assert line_of(lines, "two processes") == "OK    two processes: joined over gloo"
     assert line_of(lines, "sdpa with a packing mask").endswith(": right")
     assert "GFLOPs a second" in line_of(lines, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("is_forbidden", "is_compiled", "is_slow"),
+    [(True, False, True), (True, True, False), (False, False, False)],
+)
+def test_packages_that_every_start_compiles_anew_are_told(
+    is_forbidden: bool,
+    is_compiled: bool,
+    is_slow: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "torch.py").touch()
+    if is_compiled:
+        py_compile.compile(str(tmp_path / "torch.py"))
+    spec = importlib.util.spec_from_file_location("torch", tmp_path / "torch.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(sys, "dont_write_bytecode", is_forbidden)
+    (found,) = doctor.findings_of(doctor.bytecode)
+    assert str(found).endswith("; unset PYTHONDONTWRITEBYTECODE") == is_slow
+    assert not found.is_needed
 
 
 @pytest.mark.parametrize(
