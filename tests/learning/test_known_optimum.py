@@ -387,8 +387,8 @@ def in_reward(
         pytest.param(whitened_with_mean, id="whitened with the mean kept"),
         pytest.param(score_after_the_end, id="score after the end"),
         pytest.param(flipped, id="sign flipped"),
-        pytest.param(without_penalty, id="beta dropped"),
-        pytest.param(partial(in_reward, k2), id="k2 in the reward"),
+        pytest.param(without_penalty, id="beta dropped", marks=pytest.mark.long),
+        pytest.param(partial(in_reward, k2), id="k2 in the reward", marks=pytest.mark.long),
         pytest.param(partial(in_reward, k3), id="k3 in the reward"),
     ],
 )
@@ -400,7 +400,10 @@ def test_mistakes_in_the_reward_are_caught(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", [k1, k2, k3])
+@pytest.mark.parametrize(
+    "estimator",
+    [k3, pytest.param(k1, marks=pytest.mark.long), pytest.param(k2, marks=pytest.mark.long)],
+)
 def test_a_penalty_in_the_loss_instead_of_the_reward_is_caught(
     estimator: Estimator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

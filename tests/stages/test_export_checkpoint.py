@@ -1,13 +1,31 @@
-"""A checkpoint holds the policy of a killed run, for users who do not want to resume it."""
+"""A checkpoint holds the policy of a run that ended early, for users who do not want to resume it.
+
+These runs end with an error. Real kills, with what is left of them, are in test_resume.py.
+"""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from stages.ppo.train import train
-from tests.stages.cut_runs import KILLED, Cut, make_configs, run_command
+from stages.rm.train import train as train_reward_model
+from tests.stages.cut_runs import make_configs
 from tools.export import Config, export
+
+
+class CutError(Exception):
+    """Ends a run before it writes its model."""
+
+
+def cut_before(monkeypatch: pytest.MonkeyPatch, writing: str) -> None:
+    """Let runs end with `CutError` when they call this function."""
+
+    def end(*_: object, **__: object) -> NoReturn:
+        raise CutError
+
+    monkeypatch.setattr(writing, end)
 
 
 def last_checkpoint(folder: Path) -> str:
@@ -15,20 +33,21 @@ def last_checkpoint(folder: Path) -> str:
     return str(found)
 
 
-def test_a_checkpoint_gives_the_policy_of_a_run_that_ends_there(tmp_path: Path) -> None:
+def test_a_checkpoint_gives_the_policy_of_a_run_that_ends_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both have a constant learning rate, and end with the average of the weights."""
     (tmp_path / "inputs").mkdir()
     config = make_configs(tmp_path / "inputs", tmp_path)["ppo"]
     config = replace(config, checkpoint_every=1, optim=replace(config.optim, schedule="constant"))
     assert config.ema_decay is not None
-    cut = Cut("stages.ppo.stopping", "save_policy", 1)
-    assert run_command("ppo", config, cut)[0] == KILLED
+    with monkeypatch.context() as patch, pytest.raises(CutError):
+        cut_before(patch, "stages.ppo.stopping.save_policy")
+        train(config)
     checkpoint = last_checkpoint(Path(config.output_dir))
     export(Config(folder=checkpoint, output_dir=str(tmp_path / "early")))
     num_updates = int(checkpoint.rpartition("-")[2]) + 1
-    shorter = replace(config, num_updates=num_updates, output_dir=str(tmp_path / "shorter"))
-    code, printed = run_command("ppo", shorter)
-    assert code == 0, printed
+    train(replace(config, num_updates=num_updates, output_dir=str(tmp_path / "shorter")))
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         expected = (tmp_path / "shorter" / name).read_bytes()
         assert (tmp_path / "early" / name).read_bytes() == expected
@@ -53,10 +72,14 @@ def test_copies_along_the_run_are_the_policies_of_runs_that_end_there(tmp_path: 
             assert found.read_bytes() == (alone / name).read_bytes()
 
 
-def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_stage_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "inputs").mkdir()
     config = make_configs(tmp_path / "inputs", tmp_path)["rm"]
-    assert run_command("rm", config, Cut("stages.rm.train", "save_scalar", 1))[0] == KILLED
+    cut_before(monkeypatch, "stages.rm.train.save_scalar")
+    with pytest.raises(CutError):
+        train_reward_model(config)
     checkpoint = last_checkpoint(Path(config.output_dir))
     with pytest.raises(ValueError, match=r"is a checkpoint of rm on 1 processes; only the whole"):
         export(Config(folder=checkpoint, output_dir=str(tmp_path / "out")))

@@ -110,6 +110,8 @@ PRESETS = {
         "deepspeed_zero2", {"${run_dir}/base": PYTHIA}, pythia_tokenizer, "ppo"
     ),
 }
+LONG = ("pythia_1b_tldr", "llama_8b")
+"""Presets whose starts are long tests; that of llama_1b runs the same stages."""
 
 
 def user(text: str) -> dict[str, str]:
@@ -220,10 +222,7 @@ def shrunk(config: PPOConfig, factor: int) -> list[str]:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # about a policy that learned nothing
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.long] if name == "pythia_1b_tldr" else [])
-        for name in PRESETS
-    ],
+    [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in PRESETS],
 )
 def test_every_stage_starts_with_the_presets_own_files(name: str, tmp_path: Path) -> None:
     preset, run = PRESETS[name], tmp_path / "run"
