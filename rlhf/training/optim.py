@@ -128,9 +128,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     x = matrices.mT if is_tall else matrices
     # 1e-7 keeps a gradient of zeros from dividing by zero.
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
+    for _ in range(5):  # x <- a x + (b s + c s s) x with s = x x^T, in place
         square = x @ x.mT
-        x = a * x + (b * square + c * (square @ square)) @ x
+        fourth = square @ square
+        change = square.mul_(b).add_(fourth.mul_(c)) @ x
+        x.mul_(a).add_(change)
     return x.mT if is_tall else x
 
 

@@ -34,6 +34,10 @@ from stages.pretrain.config import Config
 from stages.pretrain.tokenizer import train_tokenizer
 
 
+IGNORED = -100
+"""Target of a token whose prediction does not count."""
+
+
 @folders_released()
 def pretrain(config: Config) -> None:
     """Train a tokenizer and a model from scratch and save both as one plain model folder."""
@@ -113,8 +117,12 @@ def draw_batches(num_rows: int, batch_size: int, num_epochs: int, seed: int) -> 
 
 def language_model_loss(model: nn.Module, blocks: Tensor) -> Tensor:
     """Return the mean cross entropy, in nats, of the predicted tokens of blocks (batch, time)."""
-    logits = model(input_ids=blocks, use_cache=False).logits[:, :-1]
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), blocks[:, 1:].flatten())
+    logits = model(input_ids=blocks, use_cache=False).logits
+    # The last token of a row predicts nothing. To cut its logits off would copy the others.
+    targets = nn.functional.pad(blocks[:, 1:], (0, 1), value=IGNORED)
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED
+    )
 
 
 @torch.no_grad()
