@@ -33,7 +33,6 @@ from rlhf.training.step import Step, make_train_state
 from stages.pretrain.config import Config
 from stages.pretrain.tokenizer import train_tokenizer
 
-
 IGNORED = -100
 """Target of a token whose prediction does not count."""
 
