@@ -74,7 +74,7 @@ def load_config(config_class: type[Config], args: Sequence[str] | None = None) -
         ConfigError: A key is unknown (the message names the nearest known one) or missing, a type
             is wrong, a file cannot be read, or `__post_init__` refused a value.
     """
-    parser = _parser_of(config_class)  # type: ignore[arg-type]  # mypy: a class has no hash
+    parser = _parser_of(config_class)  # type: ignore[arg-type]  # classes have a hash
     parser.usage = f"{_program()} [--config FILE]... [--KEY VALUE]..."
     words = _with_values(sys.argv[1:] if args is None else args, config_class)
     for path in config_files(words):
