@@ -116,7 +116,9 @@ def base() -> Iterator[Finding]:
 def bytecode() -> Iterator[Finding]:
     """Check that programs need not compile what they import at every start."""
     spec = importlib.util.find_spec("torch")
-    is_compiled = spec is not None and spec.cached is not None and Path(spec.cached).is_file()
+    if spec is None or spec.cached is None:
+        return  # `base` tells that torch is missing
+    is_compiled = Path(spec.cached).is_file()
     if sys.dont_write_bytecode and not is_compiled:
         yield Finding(
             "bytecode",

@@ -92,5 +92,5 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def _version_of(package: str) -> str:
-    """Return its version, which takes some milliseconds to read."""
+    """Return its version, which takes two milliseconds to read."""
     return metadata.version(package)
