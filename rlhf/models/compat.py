@@ -1,7 +1,7 @@
-"""Holds all uses of transformers' and torch's private names in this wing.
+"""Holds all uses of other libraries' private names in this wing.
 
-There is no public way to do this. It was tried with transformers 5.23.0 and torch 2.13.0; try a new
-version here first.
+There is no public way to do this. It was tried with transformers 5.23.0, torch 2.13.0 and
+bitsandbytes 0.50.2; try a new version here first.
 """
 
 import functools
@@ -98,6 +98,18 @@ def can_rename_attention(model: PreTrainedModel) -> bool:
     """Return whether a model looks its attention up by name at each pass."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     return all(type(part)._can_set_attn_implementation() for part in parts)
+
+
+def keep_four_bits_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing weights in 4 bits for inference on a CPU.
+
+    On a processor with bf16 instructions, a layer's first pass in eval mode would change the layout
+    of its weight in place. From then on its kernel returns no gradient of the layer's input, so
+    adapters below would no longer learn.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def model_from_config(auto_class: Any, config: PretrainedConfig, **arguments: Any) -> Any:

@@ -15,9 +15,13 @@ from transformers.utils import logging
 
 from rlhf.models.adapters import CONFIG_FILE, HEAD
 from rlhf.models.architectures import check_is_known, check_is_policy, scalar_class, with_attention
+from rlhf.models.compat import keep_four_bits_trainable
 from rlhf.models.one_copy import load_once
 from rlhf.models.packed_attention import take_packed_rows
 from rlhf.models.settings import ModelSettings
+
+FOUR_BIT_BLOCK = 64
+"""Weights that share one scale in bitsandbytes' 4 bits."""
 
 
 def disable_dropout(model: PreTrainedModel) -> PreTrainedModel:
@@ -104,6 +108,9 @@ def load_full(
             is_shared=quantize == "none" and not is_merged,
         )
         take_packed_rows(model, settings.attention)
+    if quantize == "4bit":
+        _check_widths(model, settings.path)
+        keep_four_bits_trainable(model)
     _refuse_missing(settings.path, report, allowed=new_weights)
     return disable_dropout(model)
 
@@ -133,6 +140,24 @@ def _four_bits(settings: ModelSettings) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype_of(settings),
     )
+
+
+def _check_widths(model: nn.Module, path: str) -> None:
+    """Refuse layers that bitsandbytes 0.50.2 may read wrong on a CPU.
+
+    Its kernel for AVX-512 returns other weights if a row is no whole number of blocks (96, 160).
+    """
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if type(weight).__name__ != "Params4bit" or weight.device.type != "cpu":
+            continue
+        width = int(module.in_features)
+        if width % FOUR_BIT_BLOCK:
+            raise ValueError(
+                f"lora.quantize is 4bit, and {name} of the model at {path} reads {width} inputs: "
+                "on a CPU bitsandbytes can read weights wrong unless this is a multiple of "
+                f"{FOUR_BIT_BLOCK}; give lora.quantize none, or run on a GPU"
+            )
 
 
 @contextmanager

@@ -24,11 +24,12 @@ OPTIM = OptimSettings(learning_rate=1e-3, schedule="constant", eps=1e-4)
 """A large eps: Adam would blow up differences of rounding where a gradient is almost zero."""
 
 
-def make_inputs(folder: Path, num_rows: int = 24) -> None:
-    """A base model, and as many rows of each kind of records."""
+def make_inputs(folder: Path, num_rows: int = 24, **sizes: int) -> None:
+    """A base model with these sizes, and as many rows of each kind of records."""
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     Chat(tokenizer)
-    save_policy(tiny_policy_of("llama", vocab_size=len(tokenizer)), tokenizer, folder / "base")
+    base = tiny_policy_of("llama", vocab_size=len(tokenizer), **sizes)
+    save_policy(base, tokenizer, folder / "base")
     rows = range(num_rows)
     write(folder, "demonstrations", [{"prompt": f"q{i}", "response": "a" * (i % 5)} for i in rows])
     write(folder, "prompts", [{"prompt": f"q{i}"} for i in rows])

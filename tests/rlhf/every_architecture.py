@@ -163,11 +163,14 @@ NOT_BUILT = {
 """Architectures whose class cannot be made, and why. Their folders hold a config and no weights."""
 
 
-def save_tiny(model_type: str, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def save_tiny(
+    model_type: str, tokenizer: PreTrainedTokenizerBase, folder: str | Path, **sizes: int
+) -> None:
     """Write a model folder of this architecture with weights that make differences show."""
     with quiet_transformers():
         torch.manual_seed(0)
         config = tiny_config(model_type, tokenizer)
+        config.update(sizes)
         tokenizer.save_pretrained(folder)
         if model_type in NOT_BUILT:
             config.save_pretrained(folder)

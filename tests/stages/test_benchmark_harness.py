@@ -210,7 +210,8 @@ def test_every_figure_agrees_with_the_harness_own_model(both_engines: dict[str, 
     assert len(ours["figures"]) == 2 * (2 * 4 + 2 * 4 + 1 + 4)
     assert len(ours["tax"]) == len(ours["figures"]) / 2
     for section in ("figures", "tax", "tasks"):
-        assert_equal_leaves(ours[section], theirs[section], rel=1e-5, abs=1e-3)
+        # A relative error of a perplexity is an error in nats, and requests differ by up to 1e-4.
+        assert_equal_leaves(ours[section], theirs[section], rel=1e-4, abs=1e-3)
     assert {row["verdict"] for row in ours["tax"]} > {""}
 
 

@@ -5,12 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from rlhf.models.adapters import read_adapter
 from rlhf.models.loading import load_policy
+from rlhf.models.saving import save_policy
 from rlhf.models.settings import LoraSettings, ModelSettings
 from rlhf.models.shared_bases import SharedBases, has_four_bits
+from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.models import load_reward_model
 from stages.ppo.config import PPOSettings
 from stages.ppo.train import train as train_ppo
@@ -19,24 +23,38 @@ from stages.sft.train import train as train_sft
 from tests.distributed.chain import make_inputs, ppo_settings, rm_settings, sft_settings
 from tests.long.architectures import tokenizer
 from tests.rlhf.every_architecture import save_tiny
+from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
 
 pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes, which is not installed")
 
 QLORA = LoraSettings(rank=4, quantize="4bit")
 STAGES = ("sft", "rm", "ppo")
+WIDE = {"hidden_size": 64, "intermediate_size": 64}
+"""Widths that are whole blocks of 64 weights, as QLoRA needs them on a CPU."""
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write the inputs and run each stage. PPO scores the golden rows of the reward model."""
     folder = tmp_path_factory.mktemp("qlora")
-    make_inputs(folder)
+    make_inputs(folder, **WIDE)
+    soften(folder / "base")
     sft, rm, ppo = (folder / stage for stage in STAGES)
     train_sft(sft_settings(folder, sft, lora=QLORA))
     train_rm(rm_settings(folder, sft, rm, lora=QLORA, num_epochs=1))
     one_update = {"num_updates": 1, "ppo": PPOSettings(mini_batch_size=4)}
     train_ppo(ppo_settings(folder, sft, rm, ppo, lora=QLORA, **one_update))
     return folder
+
+
+def soften(folder: Path) -> None:
+    """Scale matrices down: with the large random weights of our tests 4 bits change every score."""
+    settings = ModelSettings(path=str(folder))
+    model = load_policy(settings)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.mul_(0.3)
+    save_policy(model, load_tokenizer(settings.path), folder)
 
 
 @pytest.mark.slow
@@ -55,8 +73,42 @@ def test_ppo_takes_its_first_step_from_the_policy_that_sampled(work: Path) -> No
     assert row["ppo/ptx_loss"] > 0
 
 
+def test_gradients_do_not_depend_on_the_processors_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are bf16 instructions, bitsandbytes cuts adapters off after a pass in eval mode.
+
+    Loading a policy makes such a pass.
+    """
+    words = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
+    save_policy(tiny_policy_of("llama", vocab_size=len(words), **WIDE), words, tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+
+    def gradients(has_bf16: bool) -> dict[str, Tensor]:
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: has_bf16)
+        torch.manual_seed(0)
+        policy = load_policy(ModelSettings(path=str(tmp_path)), QLORA).train()
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        policy(ids, labels=ids).loss.backward()
+        found = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+    plain, bf16 = gradients(False), gradients(True)
+    assert plain.keys() == bf16.keys() and len(plain) == 28
+    assert all(torch.equal(plain[name], bf16[name]) for name in plain)
+
+
+def test_width_that_is_no_whole_number_of_blocks_is_refused(tmp_path: Path) -> None:
+    """On a processor with AVX-512, bitsandbytes would read such weights wrong."""
+    save_tiny("llama", tokenizer(), tmp_path, hidden_size=96)
+    with pytest.raises(ValueError, match=r"q_proj .* reads 96 inputs: .* multiple of 64"):
+        load_policy(ModelSettings(path=str(tmp_path)), QLORA)
+
+
 def test_bidirectional_model_is_refused_in_four_bits(tmp_path: Path) -> None:
-    save_tiny("bert", tokenizer(), tmp_path)
+    save_tiny("bert", tokenizer(), tmp_path, **WIDE)
     with pytest.raises(ValueError, match="is bidirectional"):
         load_policy(ModelSettings(path=str(tmp_path)), QLORA)
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from rlhf.inputs.packing import (
 )
 from rlhf.models.full import checkpoint_activations
 from rlhf.models.heads import has_plain_head, response_likelihoods, response_logprobs
-from rlhf.models.layout import PACKING_TOLERANCE, packer_for
+from rlhf.models.layout import packer_for
 from rlhf.models.packed_attention import PACKED_SDPA
 from rlhf.models.passes import compute_logprobs, compute_scores, compute_values
 from rlhf.models.scalar import ScalarModel
@@ -309,14 +310,24 @@ def test_probe_accepts(architecture: str, attention: Attention, layout: Layout) 
     assert packer.layout == layout
 
 
-def test_probe_under_autocast_allows_for_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = tiny_policy_of("llama")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert packer_for(policy, 100).shares_prompts
-        # There is rounding: float32's tolerance would refuse it.
-        monkeypatch.setattr(rlhf.models.layout, "HALF_TOLERANCE", PACKING_TOLERANCE)
-        with pytest.warns(UserWarning, match="cannot take the packing mask"):
-            assert not packer_for(policy, 100).shares_prompts
+@pytest.mark.parametrize(
+    ("is_autocast", "tolerance", "is_accepted"),
+    [
+        (True, "PACKING_TOLERANCE", True),
+        (True, "HALF_TOLERANCE", False),
+        (False, "PACKING_TOLERANCE", False),
+        (False, "HALF_TOLERANCE", True),
+    ],
+)
+def test_probe_under_autocast_has_the_tolerance_of_bf16(
+    is_autocast: bool, tolerance: str, is_accepted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How much bf16 rounds depends on the processor. A tolerance of 0 accepts no model on any."""
+    monkeypatch.setattr(rlhf.models.layout, tolerance, 0.0)
+    warned = pytest.warns(UserWarning, match="cannot take the packing mask")
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=is_autocast)
+    with autocast, nullcontext() if is_accepted else warned:
+        assert packer_for(tiny_policy_of("llama"), 100).shares_prompts == is_accepted
 
 
 def test_model_that_takes_masks_but_no_segments_gets_masks(
