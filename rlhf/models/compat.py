@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,9 +107,10 @@ def keep_four_bits_trainable(model: nn.Module) -> None:
     of its weight in place. From then on its kernel returns no gradient of the layer's input, so
     adapters below would no longer learn.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    layers: Iterable[Any] = model.modules()
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def model_from_config(auto_class: Any, config: PretrainedConfig, **arguments: Any) -> Any:

@@ -148,7 +148,7 @@ def _check_widths(model: nn.Module, path: str) -> None:
     Its kernel for AVX-512 returns other weights if a row is no whole number of blocks (96, 160).
     """
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if type(weight).__name__ != "Params4bit" or weight.device.type != "cpu":
             continue
         width = int(module.in_features)

@@ -24,7 +24,7 @@ OPTIM = OptimSettings(learning_rate=1e-3, schedule="constant", eps=1e-4)
 """A large eps: Adam would blow up differences of rounding where a gradient is almost zero."""
 
 
-def make_inputs(folder: Path, num_rows: int = 24, **sizes: int) -> None:
+def make_inputs(folder: Path, num_rows: int = 24, **sizes: Any) -> None:
     """A base model with these sizes, and as many rows of each kind of records."""
     tokenizer = byte_tokenizer("<s>", "</s>", "<pad>", eos_token="</s>", pad_token="<pad>")
     Chat(tokenizer)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes, which is n
 
 QLORA = LoraSettings(rank=4, quantize="4bit")
 STAGES = ("sft", "rm", "ppo")
-WIDE = {"hidden_size": 64, "intermediate_size": 64}
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64}
 """Widths that are whole blocks of 64 weights, as QLoRA needs them on a CPU."""
 
 
