@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from experiments.policies import Row, evaluate_policies, figure_table
 from experiments.shared import (
     COLOURS,
     DPI,
@@ -25,20 +26,16 @@ from experiments.shared import (
     TABLE,
     is_finished,
     mean_cell,
-    over_seeds,
-    read_json,
-    read_rows,
     save_figure,
     settings_of,
     style_axes,
     values_cell,
 )
 from experiments.tables import markdown_table
-from rlhf.runs.folder import METRICS, RESULTS, folders_released
+from rlhf.runs.folder import folders_released
 from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
 from rlhf.runs.settings import FolderSettings
-from stages.evaluate.config import Config as EvaluateConfig
 from stages.evaluate.evaluate import evaluate
 from stages.ppo.config import Config as PPOConfig
 from stages.ppo.train import train as train_ppo
@@ -74,8 +71,6 @@ LABEL_OFFSETS = [
 ]
 """Places for a label, in pixels from its point, the best place first."""
 
-Figures = dict[str, float]
-"""Holds the figures of one policy by the keys of FIGURES; not every policy has all."""
 Folders = dict[str, dict[str, str]]
 """Maps part (sft, plain, ptx, kl, controls) to label to the policy's folder."""
 
@@ -102,22 +97,6 @@ class Config(FolderSettings):
                 raise ValueError(f"{name} is empty; give at least one")
 
 
-@dataclass(frozen=True)
-class Row:
-    """Holds one kind of policy, which is a line of the tables and a point of the plot."""
-
-    label: str
-    by_run: list[Figures]
-
-    def values(self, figure: str) -> list[float]:
-        """Return a figure in each run; empty if this kind of policy does not have it."""
-        return [figures[figure] for figures in self.by_run if figure in figures]
-
-    def mean(self, figure: str) -> float:
-        values = self.values(figure)
-        return sum(values) / len(values)
-
-
 @folders_released()
 def sweep(config: Config) -> None:
     """Make the missing policies, evaluate all, write tables and plot."""
@@ -132,7 +111,9 @@ def sweep(config: Config) -> None:
     rows: dict[str, list[Row]] = {}
     for run in config.runs:
         folders = make_policies(config, run, controls, train_ppo)
-        figures = evaluate_policies(run, folders, evaluate)
+        (sft,) = folders["sft"].values()
+        every = [folder for by_label in folders.values() for folder in by_label.values()]
+        figures = evaluate_policies(run, sft, every, f"{run}/sweep/evaluation", evaluate)
         for part, by_label in folders.items():
             part_rows = rows.setdefault(part, [Row(label, []) for label in by_label])
             for row, folder in zip(part_rows, by_label.values(), strict=True):
@@ -140,7 +121,9 @@ def sweep(config: Config) -> None:
     tables = format_tables(config.runs, rows)
     (study.dir / TABLE).write_text(tables, encoding="utf-8")
     draw(rows, config.plot)
-    study.finish({part: _report(lines) for part, lines in rows.items()})
+    study.finish(
+        {part: {row.label: row.report(FIGURES) for row in lines} for part, lines in rows.items()}
+    )
     print(tables)
 
 
@@ -194,33 +177,6 @@ def policy_config(run: str, knob: str, coef: float) -> PPOConfig:
     return wanted
 
 
-def evaluate_policies(
-    run: str, folders: Folders, stage: Callable[[EvaluateConfig], object]
-) -> dict[str, Figures]:
-    """Measure all policies of a run together; return the figures of each by its folder.
-
-    The settings are those of the run's own
-    evaluation, so a policy that is in both gets the same figures.
-    """
-    base = settings_of(EvaluateConfig, run)
-    (sft,) = folders["sft"].values()
-    others = {folder for by_label in folders.values() for folder in by_label.values()} - {sft}
-    names = {folder: Path(folder).name.replace(".", "-") for folder in sorted(others)}
-    config = replace(
-        base,
-        policies={"sft": sft, **{name: folder for folder, name in names.items()}},
-        baseline="sft",
-        reports={},
-        stages={},
-        output_dir=f"{run}/sweep/evaluation",
-    )
-    stage(replace(config, overwrite=True))  # the folder may hold another set of policies
-    results = read_json(Path(config.output_dir) / RESULTS)
-    return {
-        folder: {**results[name], **_norm_ratio(folder)} for name, folder in config.policies.items()
-    }
-
-
 def format_tables(runs: Sequence[str], rows: dict[str, list[Row]]) -> str:
     """Format means with their intervals, the values of each seed, and differences by seed."""
     (plain,), (sft,) = rows["plain"], rows["sft"]
@@ -233,13 +189,12 @@ def format_tables(runs: Sequence[str], rows: dict[str, list[Row]]) -> str:
         ),
         *rows["controls"],
     ]
-    header = ["policy", *(name for name, _ in FIGURES.values())]
     return "\n".join(
         [
             f"Mean over {len(runs)} seeds ± half of its 95 % t interval:\n",
-            markdown_table(header, [_cells(row, mean_cell) for row in lines]),
+            figure_table(lines, FIGURES, mean_cell),
             f"Each seed, in the order {', '.join(runs)}:\n",
-            markdown_table(header, [_cells(row, values_cell) for row in lines]),
+            figure_table(lines, FIGURES, values_cell),
             "Difference to another policy of the same seed, mean ± half of its 95 % t interval:\n",
             _difference_table(lines, [sft, plain]),
         ]
@@ -316,33 +271,11 @@ def _overlap(a: tuple[float, float], b: tuple[float, float]) -> bool:
     return abs(a[0] - b[0]) < 24 and abs(a[1] - b[1]) < 16
 
 
-def _norm_ratio(folder: str) -> Figures:
-    """Return the mean ratio of ptx to PPO gradient norm over updates; empty without ptx."""
-    ratios = [
-        row["ppo/ptx_grad_norm"] / row["ppo/ppo_grad_norm"]
-        for row in read_rows(Path(folder) / METRICS)
-        if "ppo/ptx_grad_norm" in row
-    ]
-    return {"norm_ratio": sum(ratios) / len(ratios)} if ratios else {}
-
-
-def _cells(row: Row, cell: Callable[[Sequence[float], int], str]) -> list[str]:
-    figures = [(row.values(key), digits) for key, (_, digits) in FIGURES.items()]
-    return [row.label, *(cell(values, digits) if values else "" for values, digits in figures)]
-
-
 def _difference_cell(row: Row, reference: Row, figure: str) -> str:
     if row.by_run == reference.by_run:
         return ""
     pairs = zip(row.values(figure), reference.values(figure), strict=True)
     return mean_cell([value - other for value, other in pairs], FIGURES[figure][1])
-
-
-def _report(rows: Sequence[Row]) -> dict[str, dict[str, object]]:
-    return {
-        row.label: {key: over_seeds(values) for key in FIGURES if (values := row.values(key))}
-        for row in rows
-    }
 
 
 def main() -> None:

@@ -1,36 +1,21 @@
-"""Tests the sweep: which policies it makes, when it evaluates them, and its tables."""
+"""Tests the sweep: which policies it makes, and its tables."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from experiments.policies import Row
 from experiments.sweep import (
     Config,
-    Row,
-    evaluate_policies,
     find_controls,
     format_tables,
     make_policies,
     policy_config,
     sweep,
 )
-from stages.evaluate.config import Config as EvaluateConfig
 from stages.ppo.config import Config as PPOConfig
-from tests.experiments.run_folders import evaluate_config, ppo_config, write_run
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> str:
-    """Write runs of plain PPO with KL coefficient 0.05, and of PPO-ptx with ptx coefficient 1."""
-    folder = str(tmp_path / "run")
-    write_run(ppo_config(folder), {})
-    norms = [(2.0, 4.0), (9.0, 3.0)]  # ratios 0.5 and 3
-    logged = [{"ppo/ptx_grad_norm": ptx, "ppo/ppo_grad_norm": ppo} for ptx, ppo in norms]
-    write_run(ppo_config(folder, "ppo_ptx", ptx=1.0), {}, [*logged, {"ppo/kl": 0.1}])
-    write_run(evaluate_config(folder), {})
-    return folder
+from tests.experiments.run_folders import ppo_config, write_evaluation, write_run
 
 
 def config_of(run: str, tmp_path: Path) -> Config:
@@ -41,21 +26,6 @@ def config_of(run: str, tmp_path: Path) -> Config:
         output_dir=str(tmp_path / "sweep"),
         plot=str(tmp_path / "plots" / "sweep.png"),
     )
-
-
-def write_evaluation(config: EvaluateConfig) -> None:
-    """Write figures that differ by policy: a policy's gold score is its place among them."""
-    figures = {
-        name: {
-            "gold_score": float(number),
-            "fact_recall": 1.0 - number / 10,
-            "text_loss": 0.5,
-            "response_tokens": 9.0,
-            **({"win_rate_vs_sft": 0.8, "kl": 2.0} if name != "sft" else {}),
-        }
-        for number, name in enumerate(config.policies)
-    }
-    write_run(config, figures)
 
 
 def test_a_coefficient_that_the_pipeline_took_is_not_made_again(run: str) -> None:
@@ -92,30 +62,6 @@ def test_only_missing_policies_are_trained(run: str, tmp_path: Path) -> None:
         "27.8": f"{run}/sweep/ptx_27.8",
     }
     assert folders["kl"] == {"0": f"{run}/sweep/kl_0", "0.05": f"{run}/ppo"}
-
-
-def test_policies_are_evaluated_together(run: str) -> None:
-    evaluated = []
-
-    def stage(config: EvaluateConfig) -> None:
-        evaluated.append(config)
-        write_evaluation(config)
-
-    folders = {"sft": {"SFT": f"{run}/sft"}, "ptx": {"0": f"{run}/ppo", "1": f"{run}/ppo_ptx"}}
-    folders["kl"] = {"0.05": f"{run}/ppo"}
-    figures = evaluate_policies(run, folders, stage)
-    base = evaluate_config(
-        run, reports={}, output_dir=f"{run}/sweep/evaluation", baseline="sft", overwrite=True
-    )
-    assert evaluated == [base]  # its policies are these three, under these names
-    assert figures[f"{run}/ppo"]["gold_score"] == 1.0
-    assert figures[f"{run}/ppo_ptx"]["norm_ratio"] == (0.5 + 3.0) / 2
-    assert "norm_ratio" not in figures[f"{run}/ppo"]
-
-    folders["kl"]["0.5"] = f"{run}/sweep/kl_0.5"
-    evaluate_policies(run, folders, stage)
-    more = base.policies | {"kl_0-5": f"{run}/sweep/kl_0.5"}
-    assert evaluated[1:] == [replace(base, policies=more)]
 
 
 def test_controls_count_where_every_run_has_them(
