@@ -41,7 +41,6 @@ FIGURES = {
     "kl": ("KL to SFT", 2),
     "gold_score": ("gold score", 2),
     "right": ("right answers", 3),
-    "most_frequent_response": ("most frequent answer", 2),
 }
 """Maps the key of a policy's figure to the name in the tables and the number of digits."""
 PANELS = {
