@@ -46,6 +46,7 @@ FIGURES = {
 PANELS = {
     "fact_recall": "fact recall, share of probes",
     "text_loss": "loss on plain text, nats a token",
+    "right": "right answers to held-out prompts, share",
 }
 SFT = "SFT"
 
@@ -158,8 +159,8 @@ def format_tables(runs: Sequence[str], lines: Sequence[Row]) -> str:
 
 
 def draw(sft: Row, rows: Rows, path: str) -> None:
-    """Draw what is kept against the number of updates, with a line for each recipe."""
-    figure = Figure(figsize=(11, 4.5), dpi=DPI, layout="constrained")
+    """Draw each panel's figure against the number of updates, with a line for each recipe."""
+    figure = Figure(figsize=(13, 4.2), dpi=DPI, layout="constrained")
     panels = figure.subplots(1, len(PANELS))
     for axes, (key, label) in zip(panels, PANELS.items(), strict=True):
         for number, recipe in enumerate(RECIPES):

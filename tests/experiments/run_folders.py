@@ -65,6 +65,7 @@ def write_evaluation(config: EvaluateConfig) -> None:
             "fact_recall": 1.0 - number / 10,
             "text_loss": 0.5,
             "response_tokens": 9.0,
+            "right": 0.5,
             **({"win_rate_vs_sft": 0.8, "kl": 2.0} if name != "sft" else {}),
         }
         for number, name in enumerate(config.policies)
