@@ -7,8 +7,10 @@ two streams are equal only if both their names and their seeds are.
 
 import hashlib
 import random
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def python_stream(seed: int, name: str) -> random.Random:
@@ -20,13 +22,15 @@ def python_stream(seed: int, name: str) -> random.Random:
     return random.Random(f"{seed}/{name}")
 
 
-def torch_stream(seed: int, name: str, process: int = 0) -> torch.Generator:
+def torch_stream(seed: int, name: str, process: int = 0) -> "torch.Generator":
     """Return a new torch generator on the CPU for this seed and name.
 
     Args:
         name: The stage and the use, such as "ppo/rollouts". Two uses never share a name.
         process: Number of the process, if each draws for rows of its own.
     """
+    import torch  # This takes seconds, and programs without models need none.
+
     digest = hashlib.sha256(f"{seed}/{name}/{process}".encode()).digest()
     # torch takes 64 bits; the shift keeps the sign bit 0.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

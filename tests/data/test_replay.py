@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from data.replay import ReplayConfig, build
+from data.replay.build import build
+from data.replay.config import ReplayConfig
 from rlhf.inputs.files import read_records
 from rlhf.inputs.records import Text
 from rlhf.models.loading import new_policy

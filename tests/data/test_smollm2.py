@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from data.smollm2 import PACKAGE, Smollm2Config, find_gguf, prepare, write_base
+from data.smollm2.config import Smollm2Config
+from data.smollm2.prepare import PACKAGE, find_gguf, prepare, write_base
 from rlhf.inputs.files import read_records
 from rlhf.inputs.records import Demonstration, Prompt, Ranking, Text
 from tests.rlhf.plain_loading import load_with_report

@@ -18,7 +18,8 @@ from stages.pretrain.train import pretrain
 from tests.distributed.chain import LORA, make_inputs, run_chain
 from tests.distributed.other_stages import pretrain_settings
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
-from tools import export
+from tools.export.config import Config as ExportConfig
+from tools.export.export import export
 
 ROOT = Path(__file__).parents[2]
 OLD = ROOT / ".venv-interop/bin/python"
@@ -102,7 +103,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_chain(work, work / "adapters", lora=LORA)
     for stage in ("ppo", "rm"):
         source, output = work / "adapters" / stage, work / "merged" / stage
-        export.export(export.Config(folder=str(source), output_dir=str(output)))
+        export(ExportConfig(folder=str(source), output_dir=str(output)))
     return work
 
 

@@ -12,7 +12,8 @@ import pytest
 from stages.ppo.train import train
 from stages.rm.train import train as train_reward_model
 from tests.stages.cut_runs import make_configs
-from tools.export import Config, export
+from tools.export.config import Config
+from tools.export.export import export
 
 
 class CutError(Exception):

@@ -11,7 +11,8 @@ import pytest
 from data.convert.program import ConvertConfig, convert
 from data.instructions.build import InstructionsConfig
 from data.instructions.build import build as build_instructions
-from data.smollm2 import Smollm2Config, prepare
+from data.smollm2.config import Smollm2Config
+from data.smollm2.prepare import prepare
 from data.tinyworld.build import build as build_tinyworld
 from data.tinyworld.config import TinyWorldConfig
 from rlhf.runs.folder import LOCK, MARK
@@ -31,8 +32,8 @@ from stages.sft.config import Config as SFTConfig
 from stages.sft.train import train as train_sft
 from tests.rlhf.runs.test_folder import snapshot
 from tests.stages.cut_runs import make_configs
-from tools.export import Config as ExportConfig
-from tools.export import export
+from tools.export.config import Config as ExportConfig
+from tools.export.export import export
 
 STAGES: dict[str, tuple[Callable[[Any], object], type]] = {
     "pretrain": (pretrain, PretrainConfig),

@@ -15,7 +15,8 @@ from rlhf.models.saving import save_policy
 from rlhf.models.settings import LoraSettings, ModelSettings
 from tests.rlhf.plain_loading import load_with_report
 from tests.rlhf.tiny_models import byte_tokenizer, change_trained, tiny_policy_of
-from tools.export import TOLERANCE, Config, export
+from tools.export.config import Config
+from tools.export.export import TOLERANCE, export
 
 LORA = LoraSettings(rank=4)
 IDS = torch.tensor([[5, 9, 13, 17, 21]])

