@@ -45,8 +45,8 @@ def test_launcher_settings_load(path: Path) -> None:
 
 def test_every_setting_has_a_description() -> None:
     """The text under a field is its --help, and its only description."""
-    files = [*ROOT.glob("stages/*/config.py"), *ROOT.glob("data/**/config.py")]
-    files += ROOT.glob("experiments/*.py")
+    files = [*ROOT.glob("stages/*/config.py"), *ROOT.glob("experiments/*.py")]
+    files += [*ROOT.glob("data/**/*.py"), *ROOT.glob("tools/**/*.py")]
     files += ROOT.glob("rlhf/*/settings.py")
     bare = [
         f"{path.relative_to(ROOT)}: {name}" for path in files for name in fields_without_text(path)

@@ -28,5 +28,6 @@ class ReplayConfig(FolderSettings):
     temperature: Positive = 1.0
     """Sampling temperature. Only at 1 do the documents follow the model's own distribution."""
     generation: GenerationSettings = field(default_factory=GenerationSettings)
+    """The engine that samples."""
     seed: int = 0
     """Seed of the draws."""
