@@ -82,7 +82,7 @@ def test_pipeline_says_what_comes_and_asks_every_stage_in_order(checkout: Checko
         commands = checkout.make("pipeline")
         assert stages_of(commands) == CHAIN
     assert checkout.printed[0].startswith("The tiny world, seed 0: data, a base model")
-    assert "Five to six minutes on two cores" in checkout.printed[1]
+    assert "Two to six minutes on two cores" in checkout.printed[1]
     assert re.fullmatch(r"done in \d+ s; report: runs/tiny/report.html, .*", checkout.printed[-1])
     assert commands[:2] == [
         "data.tinyworld --output_dir runs/tiny/data --overwrite",
