@@ -27,6 +27,7 @@ from tests.rlhf.every_architecture import save_tiny
 from tests.rlhf.tiny_models import byte_tokenizer, tiny_policy_of
 
 pytest.importorskip("bitsandbytes", reason="QLoRA needs bitsandbytes, which is not installed")
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 QLORA = LoraSettings(rank=4, quantize="4bit")
 STAGES = ("sft", "rm", "ppo")
@@ -99,6 +100,19 @@ def test_gradients_do_not_depend_on_the_processors_instructions(
     plain, bf16 = gradients(False), gradients(True)
     assert plain.keys() == bf16.keys() and len(plain) == 28
     assert all(torch.equal(plain[name], bf16[name]) for name in plain)
+
+
+@pytest.mark.parametrize("width", [64, 192, 576])
+def test_widths_of_whole_blocks_are_read_right_on_this_machine(width: int) -> None:
+    """Each weight becomes the nearest of 16 values (Dettmers et al. 2023) times its block's scale.
+
+    The largest gap between neighbours is from -1 to -0.696, so no error is above 0.153 scales.
+    """
+    weight = torch.randn(48, width, generator=torch.Generator().manual_seed(0))
+    found = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4"))
+    scales = weight.reshape(-1, 64).abs().amax(dim=1, keepdim=True)
+    errors = (found - weight).reshape(-1, 64).abs() / scales
+    assert 0.1 < errors.max().item() < 0.153
 
 
 def test_width_that_is_no_whole_number_of_blocks_is_refused(tmp_path: Path) -> None:
