@@ -8,7 +8,7 @@ It trains both again in RUN/forgetting, for other numbers of updates and without
 other settings stay. One evaluation, RUN/forgetting/evaluation, measures all policies of a run.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -48,7 +48,6 @@ PANELS = {
     "text_loss": "loss on plain text, nats a token",
     "right": "right answers to held-out prompts, share",
 }
-SFT = "SFT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +112,7 @@ def study(config: Config) -> None:
         files=(TABLE,),
         always_runs=True,
     )
-    sft = Row(SFT, [])
+    sft = Row("SFT", [])
     rows: Rows = {
         (recipe, number): Row(f"{recipe.label}, {number} updates", [])
         for recipe in RECIPES
@@ -136,7 +135,7 @@ def study(config: Config) -> None:
 
 
 def make_policies(
-    run: str, keys: Sequence[tuple[Recipe, int]] | Rows, train: Callable[[PPOConfig], object]
+    run: str, keys: Iterable[tuple[Recipe, int]], train: Callable[[PPOConfig], object]
 ) -> Iterator[tuple[tuple[Recipe, int], str]]:
     """Yield each key with its policy's folder, after training it if it is not of the pipeline."""
     for recipe, number in keys:
